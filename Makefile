@@ -1,0 +1,40 @@
+# make install   the project and its tested dependencies into .venv (quick when nothing has changed)
+# make test      the whole test-suite
+# make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
+# make lint      formatting and lint
+#
+# PYTHON=python3.12      another interpreter, 3.11 or 3.12
+# TORCH_BUILD=           PyPI's own build of torch (CUDA on Linux) on a machine without a GPU, such as a login node
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# PyPI's torch for Linux brings gigabytes of CUDA packages; a machine without an NVIDIA driver takes the CPU build.
+TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: install test demo lint
+
+install: $(INSTALLED)
+
+test: install
+	$(BIN)/python -m pytest
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# torch first: pip must not choose its build while it resolves the rest. The configured indexes may
+# have the CPU build already; otherwise it comes from PyTorch's own.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" 2>/dev/null \
+	  || $(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX)
+	$(BIN)/pip install --quiet --editable '.[test]' --constraint constraints.txt
+	touch $@

@@ -1,0 +1,3 @@
+"""bigtrain: the same training run, anywhere."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Checkpoints: the state of the run, not of an engine."""

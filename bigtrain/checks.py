@@ -1,0 +1,226 @@
+"""One pass that fills in derived values and one that finds every contradiction.
+
+Both are pure functions of the configuration and the world; neither imports torch, so a
+contradiction is reported within a second and before any process group exists.
+"""
+
+import dataclasses
+import re
+from operator import attrgetter
+from pathlib import PurePosixPath
+
+from bigtrain.config import (
+    ActivationCheckpointing,
+    DataConfig,
+    DataSource,
+    EngineKind,
+    ModelKind,
+    Offload,
+    Positions,
+    SchedulerKind,
+    TrainConfig,
+)
+
+ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
+FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Return a copy of ``config`` in which values that follow from others are filled in.
+
+    ``engine.precision`` stays open: it follows from the device and is set by the trainer.
+    """
+    model = dataclasses.replace(config.model)
+    if model.kind is ModelKind.native:
+        model.num_kv_heads = model.num_kv_heads or model.num_heads
+        model.head_dim = model.head_dim or model.hidden_dim // max(model.num_heads, 1)
+        model.ffn_dim = model.ffn_dim or 4 * model.hidden_dim
+    data = dataclasses.replace(config.data, sequence_length=config.data.sequence_length or model.max_positions)
+    name = config.run.name or re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(model.name or "run").name)
+    return dataclasses.replace(config, model=model, data=data, run=dataclasses.replace(config.run, name=name))
+
+
+def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> list[str]:
+    """Return every problem of a resolved ``config`` for this world, each with what to change."""
+    return [
+        *_check_run(config),
+        *_check_model(config),
+        *check_data(config.data),
+        *_check_model_and_data(config),
+        *_check_batch(config, world_size),
+        *_check_engine(config, world_size, local_world_size),
+        *_check_numbers(config),
+    ]
+
+
+def check_data(data: DataConfig) -> list[str]:
+    """Return every problem of the ``data`` section by itself."""
+    problems = []
+    if data.source in (DataSource.text, DataSource.jsonl, DataSource.parquet, DataSource.datasets) and not data.path:
+        problems.append(f"data.path: data={data.source.name} needs data.path=<{data.source.name} source>")
+    if not 0 < data.validation_fraction < 1:
+        problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
+    if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
+        problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
+    if data.prefetch_steps < 1:
+        problems.append(f"data.prefetch_steps={data.prefetch_steps}: must be at least 1")
+    return problems
+
+
+def ignored_settings(config: TrainConfig) -> list[str]:
+    """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
+    engine, data, defaults = config.engine, config.data, TrainConfig()
+    no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
+    rules = [
+        (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
+        (engine.kind in ZERO_KINDS, "engine.deepspeed", f"by engine={engine.kind.name}"),
+        (engine.kind is EngineKind.hsdp, "engine.dp_shard", f"by engine={engine.kind.name}"),
+        (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
+        (data.source not in (DataSource.stdlib, DataSource.synthetic), "data.path", f"by data={data.source.name}"),
+        (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
+        (data.source is DataSource.datasets, "data.split", f"by data={data.source.name}"),
+        (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
+        (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
+        (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
+        (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
+        (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
+    ]
+    return [
+        f"{key} is ignored {reason}"
+        for is_used, key, reason in rules
+        if not is_used and attrgetter(key)(config) != attrgetter(key)(defaults)
+    ]
+
+
+def _check_run(config: TrainConfig) -> list[str]:
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name or ""):
+        problems.append(
+            f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"
+        )
+    if config.run.stop_after_steps is not None and config.run.stop_after_steps < 1:
+        problems.append(f"run.stop_after_steps={config.run.stop_after_steps}: must be at least 1")
+    return problems
+
+
+def _check_model(config: TrainConfig) -> list[str]:
+    model = config.model
+    if model.kind is ModelKind.hf:
+        return [] if model.name else ["model.name: +model=hf needs model.name=<hub id or local directory>"]
+    problems = []
+    for field in ("vocab_size", "num_layers", "hidden_dim", "num_heads", "num_kv_heads", "ffn_dim", "max_positions"):
+        if getattr(model, field) < 1:
+            problems.append(f"model.{field}={getattr(model, field)}: must be at least 1")
+    if problems:
+        return problems
+    if model.hidden_dim % model.num_heads and model.head_dim == model.hidden_dim // model.num_heads:
+        problems.append(
+            f"model.hidden_dim={model.hidden_dim} does not divide by model.num_heads={model.num_heads}; "
+            "change one of them or set model.head_dim"
+        )
+    if model.num_heads % model.num_kv_heads:
+        problems.append(f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads={model.num_kv_heads}")
+    if model.positions is Positions.rope and model.head_dim % 2:
+        problems.append(f"model.head_dim={model.head_dim}: rotary positions need an even number")
+    if not 0 <= model.dropout < 1:
+        problems.append(f"model.dropout={model.dropout}: must be at least 0 and less than 1")
+    return problems
+
+
+def _check_model_and_data(config: TrainConfig) -> list[str]:
+    """Check what the model and the data have to agree about."""
+    data, model = config.data, config.model
+    problems = []
+    if data.sequence_length < 1:
+        problems.append(f"data.sequence_length={data.sequence_length}: must be at least 1")
+    if model.kind is ModelKind.native and data.sequence_length > model.max_positions:
+        problems.append(
+            f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}; "
+            f"use data.sequence_length<={model.max_positions} or a larger model.max_positions"
+        )
+    trains_tokenizer = data.tokenizer == "bpe" and data.source is not DataSource.synthetic
+    if model.kind is ModelKind.native and trains_tokenizer and model.vocab_size < data.tokenizer_vocab_size:
+        problems.append(
+            f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="
+            f"{data.tokenizer_vocab_size}; raise the one or lower the other"
+        )
+    return problems
+
+
+def _check_batch(config: TrainConfig, world_size: int) -> list[str]:
+    global_batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
+    if global_batch < 1 or micro_batch < 1:
+        return [
+            f"train.global_batch_size={global_batch}, train.micro_batch_size={micro_batch}: both must be at least 1"
+        ]
+    if global_batch % world_size:
+        return [f"train.global_batch_size={global_batch} does not divide by the world size {world_size}"]
+    per_rank = global_batch // world_size
+    if per_rank % micro_batch:
+        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        return [
+            f"train.global_batch_size={global_batch} is {per_rank} sequences per rank (world size {world_size}), "
+            f"which does not divide by train.micro_batch_size={micro_batch}; use one of {fitting}"
+        ]
+    return []
+
+
+def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:
+    engine = config.engine
+    problems = []
+    if engine.kind is EngineKind.hsdp:
+        dp_shard = engine.dp_shard or local_world_size
+        if dp_shard < 1 or world_size % dp_shard:
+            problems.append(f"engine.dp_shard={dp_shard} does not divide the world size {world_size}")
+    if engine.offload is Offload.cpu and engine.kind in (EngineKind.ddp, EngineKind.accelerate):
+        problems.append(
+            f"engine.offload=cpu is not offered by engine={engine.kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
+        )
+    if engine.activation_checkpointing_every < 1:
+        problems.append(
+            f"engine.activation_checkpointing_every={engine.activation_checkpointing_every}: must be at least 1"
+        )
+    return problems
+
+
+def _check_numbers(config: TrainConfig) -> list[str]:
+    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
+    rules = [
+        (train.seed >= 0, f"train.seed={train.seed}: must not be negative"),
+        (train.steps >= 1, f"train.steps={train.steps}: must be at least 1"),
+        (train.log_every_steps >= 1, f"train.log_every_steps={train.log_every_steps}: must be at least 1"),
+        (optimizer.lr > 0, f"optimizer.lr={optimizer.lr}: must be positive"),
+        (optimizer.eps > 0, f"optimizer.eps={optimizer.eps}: must be positive"),
+        (
+            optimizer.weight_decay >= 0,
+            f"optimizer.weight_decay={optimizer.weight_decay}: must be 0 (off) or positive",
+        ),
+        (optimizer.grad_clip >= 0, f"optimizer.grad_clip={optimizer.grad_clip}: must be 0 (off) or positive"),
+        (
+            len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+            f"optimizer.betas={optimizer.betas}: must be two numbers in [0, 1)",
+        ),
+        (scheduler.warmup_steps >= 0, f"scheduler.warmup_steps={scheduler.warmup_steps}: must not be negative"),
+        (
+            0 <= scheduler.min_lr_ratio <= 1,
+            f"scheduler.min_lr_ratio={scheduler.min_lr_ratio}: must be between 0 and 1",
+        ),
+        (
+            scheduler.kind is not SchedulerKind.wsd or 0 <= scheduler.decay_fraction <= 1,
+            f"scheduler.decay_fraction={scheduler.decay_fraction}: must be between 0 and 1",
+        ),
+        (
+            config.validation.every_steps >= 0,
+            f"validation.every_steps={config.validation.every_steps}: must be 0 (never) or positive",
+        ),
+        (config.validation.batches >= 1, f"validation.batches={config.validation.batches}: must be at least 1"),
+        (
+            config.checkpoint.every_steps >= 0,
+            f"checkpoint.every_steps={config.checkpoint.every_steps}: must be 0 (only at the end) or positive",
+        ),
+        (
+            re.fullmatch(r"all|latest [1-9][0-9]*", config.checkpoint.keep) is not None,
+            f"checkpoint.keep={config.checkpoint.keep!r}: must be 'all' or 'latest N'",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]

@@ -1,0 +1,372 @@
+"""The configuration of a run: plain dataclasses, one docstring under each field.
+
+Hydra composes them (see ``launch/hydra_cli.py``); nothing here, and nothing else in the package,
+knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is
+its inverse (see ``schema.py``). ``checks.py`` fills in derived values and finds contradictions.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from bigtrain.schema import from_dict as from_dict
+from bigtrain.schema import to_dict as to_dict
+
+
+class ModelKind(Enum):
+    """Which code builds the model."""
+
+    native = "native"
+    hf = "hf"
+
+
+class Positions(Enum):
+    """How positions enter the native model."""
+
+    learned = "learned"
+    rope = "rope"
+
+
+class Norm(Enum):
+    """Normalisation layer of the native model."""
+
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class Activation(Enum):
+    """Feed-forward non-linearity of the native model."""
+
+    gelu = "gelu"
+    swiglu = "swiglu"
+
+
+class DataSource(Enum):
+    """Where the text comes from."""
+
+    stdlib = "stdlib"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    datasets = "datasets"
+    synthetic = "synthetic"
+
+
+class EngineKind(Enum):
+    """How the run is computed; the numbers are the same under all of them."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    accelerate = "accelerate"
+
+
+class Offload(Enum):
+    """Where sharded state lives between uses."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class Precision(Enum):
+    """Precision of the forward and backward pass; master weights are fp32 in both."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class ActivationCheckpointing(Enum):
+    """What is recomputed in the backward pass."""
+
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+class OptimizerKind(Enum):
+    """The update rule."""
+
+    adamw = "adamw"
+
+
+class SchedulerKind(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class Preflight(Enum):
+    """What happens when the run cannot fit the machine."""
+
+    stop = "stop"
+    warn = "warn"
+
+
+class WandbMode(Enum):
+    """Whether Weights & Biases is used, and how."""
+
+    disabled = "disabled"
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Identity and place of the run."""
+
+    name: str | None = None
+    """Directory of the run below ``root``; by default the name of the model preset."""
+    root: str = "runs"
+    """Directory that holds the runs."""
+    stop_after_steps: int | None = None
+    """End this launch, saved and resumable, after so many optimizer steps."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Llama-3.1 frequency scaling of rotary positions (``rope_type: llama3`` in transformers)."""
+
+    factor: float
+    """Context extension factor."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above ``original_max_positions / low_freq_factor`` are scaled fully."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below ``original_max_positions / high_freq_factor`` are left alone."""
+    original_max_positions: int = 8192
+    """Context length of the original pre-training."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of the Transformer. Presets are in ``configs/model``."""
+
+    name: str | None = None
+    """Preset name; with ``kind: hf`` a hub id or a local directory."""
+    kind: ModelKind = ModelKind.native
+    """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
+    pretrained: bool = False
+    """``hf`` only: start from the published weights."""
+    vocab_size: int = 4096
+    """Rows of the token embedding."""
+    num_layers: int = 4
+    """Number of Transformer blocks."""
+    hidden_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads per block."""
+    num_kv_heads: int | None = None
+    """Key/value heads per block (grouped-query attention); by default ``num_heads``."""
+    head_dim: int | None = None
+    """Width of one head; by default ``hidden_dim / num_heads``."""
+    ffn_dim: int | None = None
+    """Inner width of the feed-forward layer; by default ``4 * hidden_dim``."""
+    max_positions: int = 256
+    """Longest sequence the model is made for."""
+    positions: Positions = Positions.learned
+    """Learned absolute positions or rotary ones."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Llama-3.1 scaling of the rotary frequencies."""
+    norm: Norm = Norm.layernorm
+    """Normalisation layer."""
+    norm_eps: float = 1e-5
+    """Epsilon of the normalisation layers."""
+    activation: Activation = Activation.gelu
+    """Feed-forward non-linearity."""
+    bias: bool = True
+    """Biases in linear and normalisation layers."""
+    tie_embeddings: bool = True
+    """Output projection shares the token embedding."""
+    dropout: float = 0.0
+    """Dropout probability on embeddings, attention and residual branches."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; residual outputs use ``init_std / sqrt(2 * num_layers)``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which tokens are trained on, and how they are cut."""
+
+    source: DataSource = DataSource.stdlib
+    """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
+    path: str | None = None
+    """File, directory or glob for ``text``, ``jsonl`` and ``parquet``; dataset name or directory for ``datasets``."""
+    subset: str | None = None
+    """``datasets`` only: the dataset's configuration name."""
+    split: str = "train"
+    """``datasets`` only: the dataset's split."""
+    text_field: str = "text"
+    """Field that holds the text in ``jsonl``, ``parquet`` and ``datasets``."""
+    root: str = "data"
+    """Directory that holds prepared corpora."""
+    tokenizer: str = "bpe"
+    """``bpe`` trains a byte-level BPE on the corpus, ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path."""
+    tokenizer_vocab_size: int = 4096
+    """Vocabulary size of the trained ``bpe``."""
+    validation_fraction: float = 0.02
+    """Share of the documents that is kept for validation."""
+    sequence_length: int | None = None
+    """Tokens per sample; by default the model's ``max_positions``."""
+    prefetch_steps: int = 4
+    """Optimizer steps of batches prepared ahead in the background."""
+    synthetic_ragged: bool = False
+    """``synthetic`` only: mask a random tail of each sample, so that ranks hold different numbers of targets."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FsdpConfig:
+    """Settings of ``fsdp`` and ``hsdp``."""
+
+    reshard_after_forward: bool = True
+    """Free the gathered parameters of a block after its forward pass (ZeRO-3); false keeps them (ZeRO-2)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """Settings of ``zero1``, ``zero2`` and ``zero3``."""
+
+    bucket_elements: int = 50_000_000
+    """Elements per reduce and all-gather bucket."""
+    persistence_threshold_elements: int = 100_000
+    """``zero3`` only: smaller parameters stay gathered."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How the run is spread over devices."""
+
+    kind: EngineKind = EngineKind.fsdp
+    """Sharding engine."""
+    offload: Offload = Offload.none
+    """``cpu`` keeps sharded optimizer state (and FSDP parameters) in host memory."""
+    precision: Precision | None = None
+    """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """``full`` recomputes blocks, ``selective`` keeps the matrix products and attention."""
+    activation_checkpointing_every: int = 1
+    """Apply it to every n-th block."""
+    compile: bool = False
+    """``torch.compile`` each block."""
+    dp_shard: int | None = None
+    """``hsdp`` only: ranks per shard group; by default the ranks of one node."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """Settings of ``fsdp`` and ``hsdp``."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Settings of ``zero1``, ``zero2`` and ``zero3``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """The update rule."""
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    """Update rule."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the moment estimates."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SchedulerConfig:
+    """Learning rate as a function of the step."""
+
+    kind: SchedulerKind = SchedulerKind.cosine
+    """Shape after warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """``wsd`` only: share of ``train.steps`` in which the rate falls linearly at the end."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Length and size of the training."""
+
+    seed: int = 0
+    """Seed of the weights, the sample order and dropout."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 4
+    """Sequences per rank and forward pass; accumulation follows from it."""
+    log_every_steps: int = 10
+    """Steps between two console lines."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    """Loss on documents that are never trained on."""
+
+    every_steps: int = 0
+    """Steps between validations, besides the one at the end; 0 = never, not even at the end."""
+    batches: int = 8
+    """Global batches per validation."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every_steps: int = 500
+    """Steps between checkpoints, besides the one at the end; 0 = only at the end."""
+    keep: str = "latest 2"
+    """``all`` or ``latest N``."""
+    resume: str = "auto"
+    """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of a checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What besides the console and the files is written."""
+
+    wandb: WandbMode = WandbMode.disabled
+    """``auto`` is online with a key and offline without one."""
+    wandb_project: str = "bigtrain"
+    """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that defines a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Identity and place of the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model; chosen with ``+model=<preset>``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engine."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The update rule."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """The learning rate over time."""
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length and size."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Logging backends."""
+    preflight: Preflight = Preflight.stop
+    """``warn`` goes on although the memory estimate says that the run does not fit."""

@@ -1,0 +1,199 @@
+"""``index.json`` of a prepared corpus: what its files hold, and how to know that they still do."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.config import from_dict
+from bigtrain.errors import ConfigError, DataError
+
+INDEX_FILE = "index.json"
+FORMAT = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class FileRecord:
+    """One file of a corpus."""
+
+    name: str
+    """Plain file name inside the corpus directory."""
+    num_bytes: int
+    """Size."""
+    sha256: str
+    """Hash of the content."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitRecord:
+    """One split of a corpus."""
+
+    tokens: FileRecord
+    """Token ids of all documents on end, an end-of-text token after each; little endian ``CorpusIndex.dtype``."""
+    documents: FileRecord
+    """npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end."""
+    num_tokens: int
+    """Number of tokens, end-of-text tokens included."""
+    num_documents: int
+    """Number of documents; empty ones are left out."""
+    num_text_bytes: int
+    """Size of the text as UTF-8."""
+    unigram_nats_per_token: float
+    """Cross-entropy of the split under the training split's token frequencies (each count plus one): what a model
+    that knows only frequencies reaches. For the training split this is its unigram entropy."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerRecord:
+    """The tokenizer of a corpus."""
+
+    name: str
+    """``bpe``, ``bytes``, or the Hugging Face name."""
+    file: FileRecord
+    """``tokenizer.json``."""
+    vocab_size: int
+    """Largest token id plus one."""
+    eos_id: int
+    """Token that ends a document."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusIndex:
+    """Content of ``index.json``."""
+
+    format: int
+    """Version of this layout."""
+    identity: str
+    """SHA-256 of the settings and the source fingerprint that the corpus was made from."""
+    source: str
+    """Where the text came from, for people."""
+    source_fingerprint: str
+    """Fingerprint of the source at that time."""
+    dtype: str
+    """``uint16`` or ``uint32``."""
+    num_empty_documents: int
+    """Documents that were left out because they are empty."""
+    num_repaired_documents: int
+    """Documents in which invalid UTF-8 was replaced by U+FFFD."""
+    tokenizer: TokenizerRecord
+    """Tokenizer."""
+    train: SplitRecord
+    """Documents to train on."""
+    validation: SplitRecord
+    """Documents that are never trained on."""
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file of the corpus except the index."""
+        splits = (self.train, self.validation)
+        return [self.tokenizer.file, *(file for split in splits for file in (split.tokens, split.documents))]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokens, wherever and whenever they were prepared: 16 hexadecimal digits."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()[:16]
+
+
+def write_index(directory: Path, index: CorpusIndex) -> None:
+    """Write ``index.json``; it is complete on disk only after the caller's fsync."""
+    text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
+    Path(directory, INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def read_index(directory: str | Path) -> CorpusIndex:
+    """Read ``index.json`` and compare the sizes of all files with it.
+
+    Raises:
+        DataError: the index or a file is missing, or something does not agree; names the file.
+    """
+    path = Path(directory, INDEX_FILE)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{directory}: no prepared corpus here; make it with python launch/prepare.py") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; {_way_out(directory)}") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{path}: format {found!r}, this version reads format {FORMAT}; {_way_out(directory)}")
+    try:
+        index = from_dict(CorpusIndex, values)
+    except ConfigError as error:
+        raise DataError(f"{path}: damaged: {error}; {_way_out(directory)}") from error
+    _check_index(index, path)
+    for file in index.files:
+        _check_size(Path(directory), file)
+    return index
+
+
+def verify_hashes(directory: str | Path) -> None:
+    """Read every file of a corpus and compare its hash with the index.
+
+    Raises:
+        DataError: names the first file that is missing, truncated or changed.
+    """
+    for file in read_index(directory).files:
+        verify_file(Path(directory), file)
+
+
+def verify_file(directory: Path, file: FileRecord) -> None:
+    """Compare the hash of one file with its record.
+
+    Raises:
+        DataError: the file is missing or changed.
+    """
+    found = hash_file(directory / file.name)
+    if found != file.sha256:
+        raise DataError(
+            f"{directory / file.name}: the content is not what was prepared (SHA-256 {found[:16]}..., index says "
+            f"{file.sha256[:16]}...); {_way_out(directory)}"
+        )
+
+
+def record_file(path: Path) -> FileRecord:
+    """Return the record of a finished file."""
+    return FileRecord(name=path.name, num_bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_index(index: CorpusIndex, path: Path) -> None:
+    if index.dtype not in ("uint16", "uint32"):
+        raise DataError(f"{path}: dtype {index.dtype!r}, expected uint16 or uint32; {_way_out(path.parent)}")
+    for file in index.files:
+        # An index that came from elsewhere must not point out of its own directory.
+        if file.name in ("", ".", "..") or Path(file.name).name != file.name:
+            raise DataError(f"{path}: {file.name!r} is not a plain file name")
+    item_bytes = {"uint16": 2, "uint32": 4}[index.dtype]
+    for split in (index.train, index.validation):
+        if split.num_tokens * item_bytes != split.tokens.num_bytes:
+            raise DataError(
+                f"{path}: {split.num_tokens} tokens of {index.dtype} are not {split.tokens.num_bytes} bytes of "
+                f"{split.tokens.name}; {_way_out(path.parent)}"
+            )
+
+
+def _check_size(directory: Path, file: FileRecord) -> None:
+    path = directory / file.name
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
+    if num_bytes != file.num_bytes:
+        raise DataError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
+
+
+def _way_out(directory: str | Path) -> str:
+    return f"remove {directory} and prepare the corpus again"

@@ -1,0 +1,125 @@
+"""Who this process is, and how it talks to the others.
+
+This is the only place that reads the launchers' environment variables, starts and ends the process
+group, and builds the device mesh.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bigtrain import errors
+from bigtrain.errors import BigtrainError
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """Position of this process in the world."""
+
+    rank: int
+    """0 ... world_size - 1 over all nodes."""
+    world_size: int
+    """Number of processes."""
+    local_rank: int
+    """0 ... local_world_size - 1 on this node."""
+    local_world_size: int
+    """Number of processes on this node."""
+
+    @staticmethod
+    def from_env() -> "RankInfo":
+        """Read what torchrun, ``accelerate launch`` or ``deepspeed`` set; a plain process is rank 0 of 1."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return RankInfo(
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=world_size,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            # The deepspeed launcher does not set it; on one node it is the world.
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
+        )
+
+
+def pick_device(info: RankInfo) -> torch.device:
+    """Return this rank's GPU, or the CPU where there is none, and make it current."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", info.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
+    """Start the default process group: gloo for CPU tensors, and nccl for CUDA tensors on a GPU."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    rank_args: dict[str, Any] = {"rank": info.rank, "world_size": info.world_size}
+    if "MASTER_ADDR" not in os.environ:
+        rank_args["store"] = dist.HashStore()  # a plain `python launch/train.py` needs no port
+    dist.init_process_group(backend, timeout=timeout, **rank_args)
+
+
+def shut_down() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_mesh(device: torch.device, *, world_size: int, dp_shard: int) -> DeviceMesh:
+    """Return the mesh with axes ``dp_replicate`` (slow network) and ``dp_shard`` (fast network).
+
+    Args:
+        device: this rank's device.
+        world_size: number of processes.
+        dp_shard: ranks that share one copy of the state; divides ``world_size``.
+    """
+    shape = (world_size // dp_shard, dp_shard)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` over all ranks in place and return it; no communication in a world of one."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_json(value: Any, *, source: int = 0) -> Any:
+    """Return rank ``source``'s JSON-able ``value`` on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    size = torch.tensor([payload.numel()])
+    dist.broadcast(size, source)
+    if dist.get_rank() != source:
+        payload = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(payload, source)
+    return json.loads(payload.numpy().tobytes())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return the JSON-able ``value`` of every rank, in rank order, on every rank."""
+    return [broadcast_json(value, source=rank) for rank in range(dist.get_world_size())]
+
+
+def on_rank0(function: Callable[[], Any]) -> Any:
+    """Call ``function`` on rank 0 while the others wait; return its JSON-able value on every rank.
+
+    Raises:
+        BigtrainError: what it raised on rank 0, on every rank, so that none is left waiting.
+    """
+    outcome: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        try:
+            outcome = {"value": function()}
+        except BigtrainError as error:
+            outcome = {"error": type(error).__name__, "message": str(error)}
+    outcome = broadcast_json(outcome)
+    if "error" in outcome:
+        raise getattr(errors, outcome["error"])(outcome["message"])
+    return outcome["value"]

@@ -1,0 +1,1 @@
+"""Engines: interchangeable ways to compute the same run."""

@@ -1,0 +1,105 @@
+"""``accelerate``: the user's own Accelerate configuration, as one more way to build DDP or ZeRO.
+
+Accelerate reads what ``accelerate launch`` put into the environment and wraps the model. After that
+the wrapped objects are driven by the same code as our own DDP and ZeRO: Accelerate's loss scaling,
+schedules and checkpoints stay out of the run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.distributed import RankInfo, build_mesh
+from bigtrain.engine.base import Engine
+from bigtrain.engine.deepspeed_zero import (
+    ZeroEngine,
+    build_for_deepspeed,
+    deepspeed_settings,
+    import_deepspeed,
+)
+from bigtrain.engine.native import NativeEngine
+from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.errors import ConfigError
+from bigtrain.optim.build import build_optimizer, parameter_groups
+
+
+def build_accelerated(
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+) -> Engine:
+    """Build the model, let Accelerate wrap it, and assert that it wrapped what it says.
+
+    Raises:
+        ConfigError: Accelerate is configured for something other than DDP or DeepSpeed ZeRO 1 to 3.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return _build_zero(build_model, config, info=info, device=device)
+    return _build_ddp(build_model, config, info=info, device=device)
+
+
+def _build_ddp(
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+) -> Engine:
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    expected = DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
+    _assert_built(accelerator, expected, info.world_size)
+    with torch.device("meta"):
+        model = build_model()
+    wrap_blocks(model, config.engine)
+    materialise(model, device)
+    module = accelerator.prepare_model(model)
+    if not isinstance(module, DistributedDataParallel):
+        raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DistributedDataParallel")
+    groups = parameter_groups(
+        ((name, p, p.ndim) for name, p in module.named_parameters()), weight_decay=config.optimizer.weight_decay
+    )
+    return NativeEngine(
+        module,
+        build_optimizer(groups, config.optimizer),
+        mesh=build_mesh(device, world_size=info.world_size, dp_shard=1),
+        device=device,
+        grad_clip=config.optimizer.grad_clip,
+        autocast=config.engine.precision is Precision.bf16,
+    )
+
+
+def _build_zero(
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+) -> Engine:
+    deepspeed = import_deepspeed(info, device)
+    plugin = DeepSpeedPlugin()  # the user's stage and offload, from the environment
+    if plugin.zero_stage not in (1, 2, 3):
+        raise ConfigError(
+            f"accelerate is configured for ZeRO stage {plugin.zero_stage}; bigtrain trains with 1, 2 or 3"
+        )
+    kind = EngineKind[f"zero{plugin.zero_stage}"]
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=kind))
+    settings = deepspeed_settings(config, world_size=info.world_size, device=device)
+    user_zero = plugin.deepspeed_config.get("zero_optimization", {})
+    settings["zero_optimization"] |= {key: value for key, value in user_zero.items() if value not in ("auto", None)}
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if device.type == "cpu" else "nccl")],
+        mixed_precision="no",
+    )
+    _assert_built(accelerator, DistributedType.DEEPSPEED, info.world_size)
+    model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
+    module, _ = accelerator.prepare(model, optimizer)
+    if not isinstance(module, deepspeed.DeepSpeedEngine):
+        raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DeepSpeedEngine")
+    return ZeroEngine(module, device=device)
+
+
+def _assert_built(accelerator: Accelerator, kind: DistributedType, world_size: int) -> None:
+    """Accelerate falls back in silence, on a CPU above all; training unsynchronised would go unnoticed."""
+    if (accelerator.distributed_type, accelerator.num_processes) != (kind, world_size):
+        raise ConfigError(
+            f"accelerate is configured as {accelerator.distributed_type.value} with {accelerator.num_processes} "
+            f"processes, but this run needs {kind.value} with {world_size}; run `accelerate config`, "
+            "or use engine=ddp, fsdp, hsdp or zero1-3"
+        )

@@ -1,0 +1,57 @@
+"""What every engine can do. The trainer, checkpoints and tests know nothing else about them."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from bigtrain.engine.state import EngineState
+
+
+class Batch(Protocol):
+    """One micro-batch."""
+
+    tokens: torch.Tensor
+    """(B, T) int64 token ids."""
+    targets: torch.Tensor
+    """(B, T) int64 ids to predict; -100 is not counted."""
+
+
+class Engine(Protocol):
+    """A model, its optimizer and a way to spread them over ranks."""
+
+    module: nn.Module
+    """The wrapped model: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine."""
+    device: torch.device
+    """Where batches go."""
+    dp_rank: int
+    """Which part of a global batch this rank takes."""
+    dp_size: int
+    """Into how many parts a global batch is cut."""
+    state: EngineState
+    """Master weights and optimizer state on this rank."""
+
+    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
+        """Run forward and backward of one micro-batch and accumulate its gradient.
+
+        Args:
+            batch: on ``device``.
+            num_targets: number of targets of the whole optimizer step over all ranks (0-d tensor on ``device``).
+            last: whether this is the last micro-batch of the step; gradients are communicated with it.
+
+        Returns:
+            The sum of the losses of the micro-batch's targets, detached (0-d fp32 tensor on ``device``).
+        """
+        ...
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Clip the gradient, update the weights, forget the gradient.
+
+        Returns:
+            The global gradient norm before clipping (0-d tensor; not synchronised with the host).
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """Return the sum of the losses of a micro-batch without a gradient (0-d fp32 tensor)."""
+        ...

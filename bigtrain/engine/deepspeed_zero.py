@@ -1,0 +1,265 @@
+"""``zero1``, ``zero2`` and ``zero3``: DeepSpeed. The only importer of deepspeed.
+
+DeepSpeed's own mixed precision keeps bf16 parameters beside fp32 masters that start from rounded
+weights, and accumulates gradients in bf16 unless told otherwise. Its ``torch_autocast`` with fp32
+communication has neither fault, computes what DDP under autocast computes, and leaves one memory
+layout to know for fp32 and bf16.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
+from bigtrain.distributed import RankInfo
+from bigtrain.engine.base import Batch
+from bigtrain.engine.state import (
+    MODEL,
+    OPTIMIZER,
+    Box,
+    Entry,
+    canonical_name,
+    create_optimizer_state,
+    flat_boxes,
+)
+from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.objective import loss_sum
+from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
+
+STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
+
+
+class ZeroEngine:
+    """See :class:`bigtrain.engine.base.Engine`."""
+
+    def __init__(self, module: nn.Module, *, device: torch.device) -> None:
+        self.module = module  # a deepspeed.DeepSpeedEngine
+        self.device = device
+        self.dp_rank, self.dp_size = dist.get_rank(), dist.get_world_size()
+        self.state = Zero3State(module) if module.zero_optimization_stage() == 3 else Zero12State(module)
+
+    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
+        """See :class:`bigtrain.engine.base.Engine`."""
+        self.module.train()
+        self.module.set_gradient_accumulation_boundary(last)
+        loss = loss_sum(self.module, batch)
+        # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
+        # accumulation steps, which scale_wrt_gas=False switches off.
+        self.module.backward(loss * (self.dp_size / num_targets), scale_wrt_gas=False)
+        return loss.detach()
+
+    def step(self, lr: float) -> torch.Tensor:
+        """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips inside its own step."""
+        set_lr(self.module.optimizer, lr)
+        self.module.step()
+        return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """See :class:`bigtrain.engine.base.Engine`."""
+        self.module.eval()
+        return loss_sum(self.module, batch)
+
+
+class Zero12State:
+    """Stages 1 and 2: each rank owns one flat range of every parameter group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._zero = module.optimizer
+        create_optimizer_state(self._zero.optimizer)
+        names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
+        self.entries: dict[str, Entry] = {}
+        for group in range(len(self._zero.bit16_groups)):
+            flat = self._zero.single_partition_of_fp32_groups[group]
+            for parameter, start, begin, end in self._slices(group, flat.numel()):
+                shape = tuple(parameter.shape)
+                _add_entries(
+                    self.entries, names[parameter], shape, start, flat, self._zero.optimizer.state[flat], begin, end
+                )
+
+    def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """Yield (parameter, first element held, begin, end) with begin and end in this rank's partition.
+
+        Offsets come from addresses: DeepSpeed may order the parameters of a group in its own way.
+        """
+        group_flat = self._zero.bit16_groups_flat[group]
+        first = dist.get_rank(self._zero.real_dp_process_group[group]) * partition_numel
+        for parameter in self._zero.bit16_groups[group]:
+            offset = (parameter.data_ptr() - group_flat.data_ptr()) // parameter.element_size()
+            begin = max(offset, first)
+            end = max(min(offset + parameter.numel(), first + partition_numel), begin)
+            yield parameter, begin - offset, begin - first, end - first
+
+    def commit(self) -> None:
+        """Refresh the parameters that the model computes with from the masters."""
+        self._zero.update_lp_params()
+
+
+class Zero3State:
+    """Stage 3: every parameter is cut into equal flat parts, padded at the end."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._zero = module.optimizer
+        names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
+        self.entries: dict[str, Entry] = {}
+        for i, (parameters, flat) in enumerate(
+            zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True)
+        ):
+            # Between steps DeepSpeed empties the groups of the optimizer that it drives.
+            group = self._zero.optimizer.param_groups[self._zero.sub_group_to_group_id[i]]
+            group["params"] = [flat]
+            create_optimizer_state(self._zero.optimizer)
+            group["params"] = []
+            offset = 0
+            for parameter in parameters:
+                part_numel = parameter.partition_numel()
+                start = dist.get_rank(parameter.ds_process_group) * part_numel
+                end = offset + max(0, min(part_numel, parameter.ds_numel - start))
+                shape, state = tuple(parameter.ds_shape), self._zero.optimizer.state[flat]
+                _add_entries(self.entries, names[parameter], shape, start, flat, state, offset, end)
+                offset += part_numel
+
+    def commit(self) -> None:
+        """Refresh the partitioned parameters from the masters, and gather the small ones that stay gathered."""
+        self._zero.checkpoint_event_prologue()
+        for i in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(i)
+        self._zero.checkpoint_event_epilogue()
+
+
+def _add_entries(
+    entries: dict[str, Entry],
+    name: str,
+    shape: tuple[int, ...],
+    start: int,
+    flat: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    begin: int,
+    end: int,
+) -> None:
+    """Add the master weight and the optimizer state that lie at ``flat[begin:end]`` and belong to one parameter."""
+    master = flat.detach()
+    entries[MODEL + name] = Entry(shape, master.dtype, flat_boxes(shape, start, master[begin:end]))
+    for key, value in state.items():
+        if value.shape == flat.shape:
+            entry = Entry(shape, value.dtype, flat_boxes(shape, start, value[begin:end]))
+        else:  # one number for the whole group, such as the step
+            entry = Entry((), value.dtype, (Box((), value),), dist.get_rank(), dist.get_world_size())
+        entries[f"{OPTIMIZER}{name}.{key}"] = entry
+
+
+def build_deepspeed(
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+) -> ZeroEngine:
+    """Build the model (partitioned from the start with stage 3) and hand it to DeepSpeed; weights are garbage."""
+    deepspeed = import_deepspeed(info, device)
+    settings = deepspeed_settings(config, world_size=info.world_size, device=device)
+    model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
+    module, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    if config.engine.kind is EngineKind.zero3:
+        hide_gathering(module)
+    return ZeroEngine(module, device=device)
+
+
+def build_for_deepspeed(
+    deepspeed: Any,
+    build_model: Callable[[], nn.Module],
+    config: TrainConfig,
+    *,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return model and optimizer as ``deepspeed.initialize`` wants them."""
+    if config.engine.kind is EngineKind.zero3:
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = build_model()
+        wrap_blocks(model, config.engine)
+    else:
+        with torch.device("meta"):
+            model = build_model()
+        wrap_blocks(model, config.engine)
+        materialise(model, device)
+    groups = parameter_groups(
+        ((name, p, len(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()),
+        weight_decay=config.optimizer.weight_decay,
+    )
+    return model, build_optimizer(groups, config.optimizer)
+
+
+def hide_gathering(module: nn.Module) -> None:
+    """Keep ZeRO-3's gathering of parameters out of sight of selective activation checkpointing.
+
+    That records every operation of a block's forward and expects the same ones when the block is
+    recomputed, when other parameters happen to be gathered already.
+    """
+    hooks = module.optimizer.parameter_offload
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(hooks, name, _without_modes(getattr(hooks, name)))
+
+
+def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    def hidden(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return hidden
+
+
+def import_deepspeed(info: RankInfo, device: torch.device) -> Any:
+    """Import DeepSpeed, quietly, for ``device``."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
+        os.environ.setdefault(name, str(value))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed still calls names that torch has deprecated, once per step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)\b")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # The op is an all-reduce for inference; building it takes minutes and a killed build blocks all later ones.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    return deepspeed
+
+
+def deepspeed_settings(config: TrainConfig, *, world_size: int, device: torch.device) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration, derived from ours."""
+    engine, train = config.engine, config.train
+    offload = {"device": "cpu", "pin_memory": device.type == "cuda"} if engine.offload is Offload.cpu else None
+    zero: dict[str, Any] = {
+        "stage": STAGES[engine.kind],
+        "reduce_bucket_size": engine.deepspeed.bucket_elements,
+        "allgather_bucket_size": engine.deepspeed.bucket_elements,
+        "overlap_comm": device.type == "cuda",
+        "stage3_param_persistence_threshold": engine.deepspeed.persistence_threshold_elements,
+        # DeepSpeed would replace F.linear in the whole process and change the numbers of bf16.
+        "memory_efficient_linear": False,
+    }
+    if offload:
+        zero["offload_optimizer"] = offload
+        if engine.kind is EngineKind.zero3:
+            zero["offload_param"] = offload
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {
+            "enabled": engine.precision is Precision.bf16,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice per micro-batch
+        "steps_per_print": 2**62,
+    }

@@ -1,0 +1,192 @@
+"""``ddp``, ``fsdp`` and ``hsdp``: torch's own sharding."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
+
+from bigtrain.config import EngineConfig, EngineKind, Offload, OptimizerConfig, Precision
+from bigtrain.engine.base import Batch
+from bigtrain.engine.state import (
+    MODEL,
+    OPTIMIZER,
+    Box,
+    Entry,
+    canonical_name,
+    create_optimizer_state,
+)
+from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.objective import loss_sum
+from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
+
+
+class NativeEngine:
+    """See :class:`bigtrain.engine.base.Engine`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        mesh: DeviceMesh,
+        device: torch.device,
+        grad_clip: float,
+        autocast: bool,
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.device = device
+        self.dp_rank, self.dp_size = mesh.get_rank(), mesh.size()
+        self.grad_clip = grad_clip
+        self.autocast = autocast
+        self.shard_group = mesh.get_group("dp_shard") if isinstance(module, FSDPModule) else None
+        create_optimizer_state(optimizer)
+        self.state = NativeState(module, optimizer, mesh)
+
+    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
+        """See :class:`bigtrain.engine.base.Engine`."""
+        self.module.train()
+        with self._communicate(last):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = loss_sum(self.module, batch)
+            # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
+            (loss * (self.dp_size / num_targets)).backward()
+        return loss.detach()
+
+    def step(self, lr: float) -> torch.Tensor:
+        """See :class:`bigtrain.engine.base.Engine`."""
+        gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        norm = self._global_norm(gradients)
+        if self.grad_clip:
+            torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """See :class:`bigtrain.engine.base.Engine`."""
+        self.module.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return loss_sum(self.module, batch)
+
+    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Return the 2-norm of all gradients on all ranks.
+
+        Norms of rows first: on a CPU, torch adds up a whole tensor in one fp32 sum, which is wrong by
+        1e-5 for a large one and depends on how it is sharded.
+        """
+        rows = [torch.linalg.vector_norm(g.view(-1, g.shape[-1]), dim=-1) for g in gradients if g.numel()]
+        squares = [torch.linalg.vector_norm(row).square() for row in rows]
+        total = torch.stack(squares).sum().to(self.device) if squares else torch.zeros((), device=self.device)
+        if self.shard_group is not None:
+            dist.all_reduce(total, group=self.shard_group)
+        return total.sqrt()
+
+    @contextlib.contextmanager
+    def _communicate(self, last: bool) -> Iterator[None]:
+        """Communicate gradients in the backward pass of the last micro-batch only."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+            self.module.set_is_last_backward(last)
+            yield
+        elif isinstance(self.module, DistributedDataParallel) and not last:
+            with self.module.no_sync():
+                yield
+        else:
+            yield
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class NativeState:
+    """The state of DDP (whole tensors) and FSDP2 (DTensors). See :class:`bigtrain.engine.state.EngineState`."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+        self.entries: dict[str, Entry] = {}
+        for name, parameter in module.named_parameters():
+            name = canonical_name(name)
+            self.entries[MODEL + name] = _entry(parameter, mesh)
+            for key, value in optimizer.state[parameter].items():
+                self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh)
+
+    def commit(self) -> None:
+        """Nothing to refresh: the boxes are views of the parameters themselves."""
+
+
+def _entry(tensor: torch.Tensor, mesh: DeviceMesh) -> Entry:
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        box = Box((0,) * len(shape), tensor.detach())
+        return Entry(shape, tensor.dtype, (box,), mesh.get_rank(), mesh.size())
+    local = tensor.to_local().detach()
+    _, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    boxes = (Box(tuple(offsets), local),) if local.numel() else ()
+    return Entry(shape, tensor.dtype, boxes, mesh.get_local_rank("dp_replicate"), mesh.size(0))
+
+
+def build_native(
+    build_model: Callable[[], nn.Module],
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    *,
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> NativeEngine:
+    """Build the model on the meta device, wrap, shard and materialise it; the weights are still garbage."""
+    with torch.device("meta"):
+        model = build_model()
+    wrap_blocks(model, engine)
+    if engine.kind is EngineKind.ddp:
+        materialise(model, device)
+        module = _data_parallel(model, device)
+    else:
+        module = _fully_shard(model, engine, mesh)
+        materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device)
+    groups = parameter_groups(
+        ((name, p, p.ndim) for name, p in module.named_parameters()), weight_decay=optimizer.weight_decay
+    )
+    return NativeEngine(
+        module,
+        build_optimizer(groups, optimizer),
+        mesh=mesh,
+        device=device,
+        grad_clip=optimizer.grad_clip,
+        autocast=engine.kind is EngineKind.ddp and engine.precision is Precision.bf16,
+    )
+
+
+def _data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    # init_sync would broadcast weights that are overwritten right afterwards.
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
+    )
+
+
+def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
+    if engine.precision is Precision.bf16:
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    device_type = mesh.device_type
+    kwargs = {
+        "mesh": mesh if engine.kind is EngineKind.hsdp else mesh["dp_shard"],
+        "mp_policy": precision,
+        "offload_policy": CPUOffloadPolicy(pin_memory=device_type == "cuda")
+        if engine.offload is Offload.cpu
+        else OffloadPolicy(),
+        "reshard_after_forward": engine.fsdp.reshard_after_forward,
+    }
+    for block in model.blocks:
+        fully_shard(block, **kwargs)
+    return fully_shard(model, **kwargs)

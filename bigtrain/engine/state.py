@@ -1,0 +1,170 @@
+"""The training state without the engine: named tensors in natural shape, as boxes.
+
+Every engine keeps a different piece of each tensor on each rank: all of it (DDP), some rows (FSDP2)
+or a flat range that starts and ends anywhere (ZeRO). All of these are a handful of N-dimensional
+boxes of the whole tensor. An :class:`Entry` lists the boxes that this rank holds, as writable views
+of the engine's own memory. Initialisation and checkpoints fill and read boxes and never ask which
+engine they belong to.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A piece of a tensor that is contiguous in the tensor's row-major order."""
+
+    offsets: tuple[int, ...]
+    """Where the piece begins in the whole tensor."""
+    view: torch.Tensor
+    """Writable view of the engine's memory; its shape is the size of the piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What this rank holds of one tensor of the state."""
+
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    dtype: torch.dtype
+    """Type of the elements."""
+    boxes: tuple[Box, ...]
+    """The pieces on this rank; empty if it holds nothing."""
+    replica: int = 0
+    """Which of the ``num_replicas`` ranks with the same boxes this is."""
+    num_replicas: int = 1
+    """How many ranks hold the same boxes."""
+
+    def own_boxes(self) -> tuple[Box, ...]:
+        """Return this replica's share of the boxes: the shares of all replicas are disjoint and complete."""
+        if self.num_replicas == 1:
+            return self.boxes
+        return tuple(piece for box in self.boxes for piece in _share(box, self.replica, self.num_replicas))
+
+
+class EngineState(Protocol):
+    """The state of a training run as one engine holds it on this rank."""
+
+    entries: Mapping[str, Entry]
+    """``model.<name>`` (fp32 master weights) and ``optim.state.<name>.<key>``, the same keys on every rank."""
+
+    def commit(self) -> None:
+        """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""
+        ...
+
+
+class InitialValue(Protocol):
+    """Initial value of one parameter, independent of its layout."""
+
+    def fill(self, start: int, out: torch.Tensor) -> None:
+        """Write the elements from ``start`` on, in row-major order, into the 1-D fp32 CPU tensor ``out``."""
+        ...
+
+
+MODEL = "model."
+OPTIMIZER = "optim.state."
+
+
+def flat_boxes(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> tuple[Box, ...]:
+    """Cut a flat range of a tensor into boxes.
+
+    Args:
+        shape: shape of the whole tensor.
+        start: first element of the range in row-major order.
+        flat: 1-D memory of the range; the boxes are views of it.
+
+    Returns:
+        At most ``2 * len(shape) - 1`` boxes in row-major order.
+    """
+    return tuple(_cut(shape, start, flat))
+
+
+def _cut(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> Iterator[Box]:
+    if flat.numel() == 0:
+        return
+    if len(shape) <= 1:
+        yield Box((start,) if shape else (), flat.view(flat.shape if shape else ()))
+        return
+    row_numel = math.prod(shape[1:])
+    row, within = divmod(start, row_numel)
+    if within or flat.numel() < row_numel:  # the rest of a row that began earlier, or a part of one row
+        count = min(row_numel - within, flat.numel())
+        for box in _cut(shape[1:], within, flat[:count]):
+            yield Box((row, *box.offsets), box.view.unsqueeze(0))
+        yield from _cut(shape, start + count, flat[count:])
+        return
+    num_rows = flat.numel() // row_numel
+    count = num_rows * row_numel
+    yield Box((row, *(0 for _ in shape[1:])), flat[:count].view(num_rows, *shape[1:]))
+    yield from _cut(shape, start + count, flat[count:])
+
+
+def _share(box: Box, replica: int, num_replicas: int) -> Iterator[Box]:
+    """Cut the flat range of a replicated box into equal shares and yield the boxes of one."""
+    flat, shape = box.view.reshape(-1), tuple(box.view.shape)
+    bounds = [flat.numel() * r // num_replicas for r in (replica, replica + 1)]
+    for piece in _cut(shape, bounds[0], flat[bounds[0] : bounds[1]]):
+        yield Box(tuple(a + b for a, b in zip(box.offsets, piece.offsets, strict=True)), piece.view)
+
+
+def flat_start(shape: tuple[int, ...], offsets: tuple[int, ...]) -> int:
+    """Return the row-major position of the element at ``offsets``."""
+    start = 0
+    for size, offset in zip(shape, offsets, strict=True):
+        start = start * size + offset
+    return start
+
+
+def initialise(state: EngineState, values: Mapping[str, InitialValue], *, num_threads: int) -> None:
+    """Fill the master weights on this rank with their initial values and zero the optimizer state."""
+
+    def fill(name: str) -> None:
+        entry = state.entries[MODEL + name]
+        for box in entry.boxes:
+            buffer = torch.empty(box.view.numel(), dtype=torch.float32)
+            values[name].fill(flat_start(entry.shape, box.offsets), buffer)
+            box.view.copy_(buffer.view(box.view.shape))
+
+    names = [key.removeprefix(MODEL) for key in state.entries if key.startswith(MODEL)]
+    with ThreadPoolExecutor(num_threads) as pool, torch.no_grad():
+        list(pool.map(fill, names))
+    for key, entry in state.entries.items():
+        if key.startswith(OPTIMIZER):
+            for box in entry.boxes:
+                box.view.zero_()
+    state.commit()
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
+
+
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer create its per-parameter state, which torch optimizers do in their first step.
+
+    A step with zero gradients and a learning rate of 0 changes no weight; step counters are set
+    back to 0. So the state always exists, whatever the update rule, before anything is loaded.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()

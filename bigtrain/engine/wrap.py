@@ -1,0 +1,60 @@
+"""What is done to the blocks before an engine shards them, in the only order that is right:
+
+1. activation checkpointing, so that recomputation is inside what is compiled;
+2. ``torch.compile`` of each block (one compilation serves all of them, because they are alike);
+3. sharding, by the engine, so that gathering stays outside the compiled graph;
+4. :func:`materialise`, when only the shards are left to allocate.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from bigtrain.config import ActivationCheckpointing, EngineConfig
+
+
+def wrap_blocks(model: nn.Module, config: EngineConfig) -> None:
+    """Apply activation checkpointing and compilation to ``model.blocks`` in place."""
+    blocks: nn.ModuleList = model.blocks
+    if config.activation_checkpointing is not ActivationCheckpointing.none:
+        context: dict[str, Callable[..., Any]] = {}
+        if config.activation_checkpointing is ActivationCheckpointing.selective:
+            context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}
+        for i in range(0, len(blocks), config.activation_checkpointing_every):
+            blocks[i] = checkpoint_wrapper(blocks[i], **context)
+    if config.compile:
+        for block in blocks:
+            block.compile()
+
+
+def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Keep what costs much to compute (matrix products, attention); recompute the rest."""
+    aten = torch.ops.aten
+    expensive = (
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    )
+    return CheckpointPolicy.MUST_SAVE if op in expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device (garbage) memory; move what is real; keep shared parameters shared."""
+    first_name: dict[nn.Parameter, str] = {}
+    aliases = {
+        name: first_name[parameter]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if first_name.setdefault(parameter, name) != name
+    }
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    for alias, name in aliases.items():
+        owner, _, attribute = alias.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, module.get_parameter(name))

@@ -1,0 +1,31 @@
+"""Errors that are the user's to mend, and the exit codes of every launcher.
+
+Anything derived from :class:`BigtrainError` is shown as one message without a traceback. The
+message says what was found, where, and what would be right. Everything else is a fault of ours or
+of the machine and keeps its traceback.
+"""
+
+EXIT_FINISHED = 0
+EXIT_FAULT = 1
+EXIT_USER_ERROR = 2
+EXIT_RESUMABLE = 75  # sysexits.h EX_TEMPFAIL: saved; the same command continues the run
+
+
+class BigtrainError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class ConfigError(BigtrainError):
+    """The configuration is wrong; the message lists every problem found."""
+
+
+class DataError(BigtrainError):
+    """A source, a shard or a tokenizer is missing, damaged or unsuitable."""
+
+
+class CheckpointError(BigtrainError):
+    """A checkpoint is missing, damaged or belongs to a different run."""
+
+
+class PreflightError(BigtrainError):
+    """The run does not fit the machine."""

@@ -1,0 +1,108 @@
+"""Functions on several ranks of this machine, for comparisons and tests: quick to start, impossible to hang.
+
+A server process imports torch once; the ranks of every call are forked from it, so that a call costs
+a fraction of a second instead of several seconds of imports per rank.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "numpy")
+
+
+class RankFailedError(Exception):
+    """A rank raised, died or did not finish in time; the message holds its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 120.0,
+    environ: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` ranks, each a process, and return what they return in rank order.
+
+    Args:
+        function: module-level function; it finds its rank in the environment, as under torchrun.
+        world_size: number of processes.
+        args: picklable arguments, the same for all ranks.
+        timeout_seconds: after this time all ranks are killed.
+        environ: additional environment variables.
+
+    Raises:
+        RankFailedError: naming the first rank that failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, function.__module__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, connections = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        variables = {**(environ or {}), **_rank_environ(rank, world_size, port)}
+        process = context.Process(target=_run_rank, args=(sender, variables, function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        connections.append(receiver)
+    try:
+        return _collect(processes, connections, time.monotonic() + timeout_seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _rank_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _run_rank(
+    sender: Connection, environ: Mapping[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(environ)
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environ["WORLD_SIZE"])))
+    try:
+        sender.send((True, function(*args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        raise
+    finally:
+        sender.close()
+
+
+def _collect(processes: list[Any], connections: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    open_connections = {connection: rank for rank, connection in enumerate(connections)}
+    while open_connections:
+        ready = wait(list(open_connections), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailedError(f"no result in time from rank {sorted(open_connections.values())}")
+        for connection in ready:
+            rank = open_connections.pop(connection)
+            try:
+                succeeded, value = connection.recv()
+            except EOFError:
+                processes[rank].join(5)
+                raise RankFailedError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if not succeeded:
+                raise RankFailedError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(processes))]

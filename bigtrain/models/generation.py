@@ -1,0 +1,134 @@
+"""Text generation, one sequence at a time: greedy or sampled, with a key-value cache.
+
+Shape suffixes: V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.errors import ConfigError
+
+
+def generate(
+    model: nn.Module,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    eos_id: int | None = None,
+) -> list[int]:
+    """Continue a prompt.
+
+    Ends after ``max_new_tokens`` tokens, at ``eos_id``, or when prompt and continuation together
+    reach ``model.max_positions``: nothing slides, since a model has not seen a text without a start.
+
+    Args:
+        model: from ``build_model``, with weights, unsharded.
+        prompt_ids: at least one token.
+        max_new_tokens: at most so many new tokens.
+        temperature: divides the logits; 0 takes the likeliest token always.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the fewest likeliest tokens that together have at least this probability,
+            after temperature and ``top_k`` (nucleus sampling, Holtzman et al. 2020).
+        generator: source of randomness, on the CPU, where sampling happens whatever the model's
+            device; torch's default if not given.
+        eos_id: token that ends a text.
+
+    Returns:
+        The new tokens, without the prompt and without ``eos_id``.
+
+    Raises:
+        ConfigError: listing every option that makes no sense, or an empty or too long prompt.
+    """
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_prompt(model, prompt_ids)
+    limit = len(prompt_ids) + max_new_tokens
+    if model.max_positions is not None:
+        limit = min(limit, model.max_positions)
+    ids = list(prompt_ids)
+    cache = model.new_cache(limit)
+    was_training = model.training
+    model.eval()
+    try:
+        while len(ids) < limit:
+            unseen = ids if cache is None or len(ids) == len(prompt_ids) else ids[-1:]
+            logits_V = _next_logits(model, unseen, cache)
+            token = sample(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            if token == eos_id:
+                break
+            ids.append(token)
+    finally:
+        model.train(was_training)
+    return ids[len(prompt_ids) :]
+
+
+def sample(
+    logits_V: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Draw one token; options as in :func:`generate`."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probs_V = sampling_probabilities(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
+    return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+def sampling_probabilities(
+    logits_V: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Return the probabilities that are sampled from, fp32 on the CPU, summing to 1."""
+    logits_V = logits_V.detach().float().cpu()
+    logits_V = (logits_V - logits_V.max()) / temperature  # at most 0: the smallest temperature cannot overflow
+    # Sorted, so that exactly k tokens stay when several have the k-th probability.
+    sorted_V, order_V = torch.sort(logits_V, descending=True, stable=True)
+    if top_k is not None:
+        sorted_V[top_k:] = -math.inf
+    probs_V = sorted_V.softmax(-1)
+    if top_p is not None:
+        before_V = probs_V.cumsum(-1) - probs_V  # probability of all likelier tokens
+        probs_V = probs_V.masked_fill(before_V >= top_p, 0.0)
+    return torch.zeros_like(probs_V).scatter(0, order_V, probs_V / probs_V.sum())
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise a ConfigError that lists every option out of range."""
+    rules = [
+        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}: must be at least 1"),
+        (0 <= temperature < math.inf, f"temperature={temperature}: must be 0 (greedy) or positive"),
+        (top_k is None or top_k >= 1, f"top_k={top_k}: must be at least 1, or null for all tokens"),
+        (top_p is None or 0 < top_p <= 1, f"top_p={top_p}: must be above 0 and at most 1, or null for all tokens"),
+    ]
+    problems = [message for holds, message in rules if not holds]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_prompt(model: nn.Module, prompt_ids: list[int]) -> None:
+    if not prompt_ids:
+        raise ConfigError("the prompt has no tokens; give some text, or start from the tokenizer's first token")
+    strangers = [token for token in prompt_ids if not 0 <= token < model.vocab_size]
+    if strangers:
+        raise ConfigError(
+            f"the prompt has token {strangers[0]}, but the model knows 0 to {model.vocab_size - 1}; "
+            "use the tokenizer that the model was trained with"
+        )
+    if model.max_positions is not None and len(prompt_ids) >= model.max_positions:
+        raise ConfigError(
+            f"the prompt has {len(prompt_ids)} tokens and the model takes {model.max_positions} in all; "
+            f"shorten it to {model.max_positions - 1} or fewer"
+        )
+
+
+@torch.no_grad()
+def _next_logits(model: nn.Module, token_ids: list[int], cache: object | None) -> Tensor:
+    device = next(model.parameters()).device
+    return model(torch.tensor([token_ids], device=device), cache=cache)[0, -1]

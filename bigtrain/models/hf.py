@@ -1,0 +1,126 @@
+"""Any Hugging Face causal language model, behind the interface of the native one.
+
+Shape suffixes: B batch, T tokens, V vocabulary.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import ModelConfig
+from bigtrain.errors import ConfigError
+from bigtrain.models.loss import sum_cross_entropy_of_logits
+
+
+class HFCache:
+    """Holds the cache object that a ``transformers`` model makes for itself."""
+
+    def __init__(self):
+        self.past_key_values: Any = None
+
+
+class HFCausalLM(nn.Module):
+    """A ``transformers`` causal language model, called as ``model(tokens, targets)``.
+
+    Parameter names are those of ``transformers`` with ``causal_lm.`` in front.
+    """
+
+    def __init__(self, causal_lm: nn.Module):
+        super().__init__()
+        self.causal_lm = causal_lm
+        text_config = causal_lm.config.get_text_config()
+        self.vocab_size: int = text_config.vocab_size
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers: the longest ``ModuleList`` that is not inside another (experts are)."""
+        return max(_outermost_module_lists(self.causal_lm), key=len)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: HFCache | None = None) -> Tensor:
+        """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar."""
+        if cache is None:
+            logits_BTV = self.causal_lm(input_ids=tokens_BT, use_cache=False).logits
+        else:
+            output = self.causal_lm(input_ids=tokens_BT, past_key_values=cache.past_key_values, use_cache=True)
+            cache.past_key_values, logits_BTV = output.past_key_values, output.logits
+        return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
+
+    def new_cache(self, capacity_tokens: int) -> HFCache | None:
+        """Return an empty cache (it grows as needed), or None for a model without keys and values."""
+        return HFCache() if "past_key_values" in inspect.signature(self.causal_lm.forward).parameters else None
+
+
+def build_hf_model(config: ModelConfig) -> HFCausalLM:
+    """Build the architecture that ``config.name`` (a hub id or a local directory) describes.
+
+    Attention is ``sdpa`` wherever the architecture has it, which is ``transformers``' own default.
+
+    Raises:
+        ConfigError: if the description cannot be had, or is not of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        hf_config = AutoConfig.from_pretrained(config.name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(unreadable(config.name, error)) from error
+    hf_config.use_cache = False
+    on_meta = torch.empty(0).is_meta
+    try:
+        with parameters_on_meta() if on_meta else contextlib.nullcontext():
+            return HFCausalLM(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
+            f"{_first_line(error)}; choose a decoder-only architecture"
+        ) from error
+
+
+def unreadable(name: str | None, error: Exception) -> str:
+    """Say why a model could not be read from a directory or the hub, and the way out."""
+    return (
+        f"model.name={name!r}: neither a directory with a config.json here nor a model that the Hugging Face hub "
+        f"hands out ({_first_line(error)}); give a local directory, or check the spelling of the hub id; "
+        f"without a network, run `hf download {name}` where there is one and copy the directory; "
+        "a gated model needs HF_TOKEN"
+    )
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within this context, modules keep their parameters on the meta device and their buffers on the CPU.
+
+    Buffers such as rotary frequencies are computed when a model is constructed and are stored in no
+    checkpoint, so on the meta device they would be lost. Ties survive: a parameter that is already on
+    the meta device is registered as it is. Each parameter exists for a moment, as untouched memory.
+    """
+    register_parameter = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register_parameter(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register_parameter
+
+
+def _outermost_module_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_module_lists(child)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,235 @@
+"""The native decoder Transformer: GPT-2/GPT-3 and Llama from one description.
+
+GPT (Radford et al. 2019, Brown et al. 2020): learned positions, LayerNorm before each sub-layer, GELU
+with the tanh approximation, biases, tied embeddings. Llama (Touvron et al. 2023, Grattafiori et al. 2024):
+rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases. Parameters hold garbage until
+``init.py`` has said what they start from; apart from them the model has no tensors, so it can be
+built on the meta device.
+
+Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query heads, G key/value
+heads, K head width, V vocabulary. ``X`` stands for heads of any kind.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtrain.config import Activation, ModelConfig, Norm, Positions
+from bigtrain.models.cache import KVCache, LayerCache
+from bigtrain.models.loss import sum_cross_entropy
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without torch's own random initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` without torch's own random initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Vocabulary(nn.Module):
+    """One row per token, looked up on the way in and multiplied with on the way out.
+
+    Both directions go through ``forward``: tied embeddings are then one parameter of one module, which
+    survives every rebuilding of parameters (``to_empty``, sharding), and engines that gather a module's
+    parameters around its forward (ZeRO-3) see both uses.
+    """
+
+    def __init__(self, vocab_size: int, hidden_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_dim))
+
+    def forward(self, x: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Return vectors for integer tokens; for vectors the logits or, with targets, their loss.
+
+        Args:
+            x: tokens ``(B, T)`` or hidden states ``(B, T, D)``. Positional, because ZeRO-3's hooks
+                look at positional arguments only.
+            targets_BT: see :func:`sum_cross_entropy`.
+        """
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight)
+        if targets_BT is None:
+            return F.linear(x, self.weight)
+        return sum_cross_entropy(x, self.weight, targets_BT)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads; ``qkv`` holds the rows of q, then k, then v."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = config.head_dim or config.hidden_dim // config.num_heads
+        self.dropout = config.dropout
+        width = self.num_heads * self.head_dim
+        self.qkv = Linear(config.hidden_dim, width + 2 * self.num_kv_heads * self.head_dim, bias=config.bias)
+        self.out = Linear(width, config.hidden_dim, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, rope_TK: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """Return the attention output ``(B, T, D)``; with a cache the new tokens follow the stored ones."""
+        qkv_BTXK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        qk_BTXK, v_BTGK = qkv_BTXK.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        if rope_TK is not None:
+            qk_BTXK = rotate(qk_BTXK, rope_TK)
+        q_BTHK, k_BTGK = qk_BTXK.split([self.num_heads, self.num_kv_heads], dim=2)
+        q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
+        num_cached, mask_TS = 0, None
+        if cache is not None:
+            num_cached, mask_TS = cache.length, _mask_after_cached(q_BHTK, cache.length)
+            k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BGSK,
+            v_BGSK,
+            attn_mask=mask_TS,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=num_cached == 0,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        y_BTD = self.out(y_BHTK.transpose(1, 2).flatten(2))
+        return F.dropout(y_BTD, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """Position-wise network: ``down(gelu(up(x)))`` or ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        ffn_dim = config.ffn_dim or 4 * config.hidden_dim
+        gated = config.activation is Activation.swiglu
+        self.gate = Linear(config.hidden_dim, ffn_dim, bias=config.bias) if gated else None
+        self.up = Linear(config.hidden_dim, ffn_dim, bias=config.bias)
+        self.down = Linear(ffn_dim, config.hidden_dim, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the feed-forward output ``(B, T, D)``."""
+        up = self.up(x_BTD)
+        inner = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x_BTD)) * up
+        return F.dropout(self.down(inner), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = build_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, rope_TK: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """Return the residual stream ``(B, T, D)`` after this block."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TK, cache)
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model. ``blocks`` is what engines shard, checkpoint and compile one by one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.max_positions
+        learned = config.positions is Positions.learned
+        self.embed_tokens = Vocabulary(config.vocab_size, config.hidden_dim)
+        self.embed_positions = Embedding(config.max_positions, config.hidden_dim) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = build_norm(config)
+        self.output = None if config.tie_embeddings else Vocabulary(config.vocab_size, config.hidden_dim)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Return logits, or the summed loss of ``targets_BT``.
+
+        Args:
+            tokens_BT: int64 token ids.
+            targets_BT: int64 ids of the tokens to predict at each position, -100 where none counts.
+            cache: of the tokens that came before; the new ones are added to it. For generation.
+
+        Returns:
+            Logits ``(B, T, V)`` without targets, else the sum of the cross-entropy in nats, an fp32 scalar.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens_BT.shape[1]
+        assert end <= self.max_positions, f"{end} tokens are more than max_positions={self.max_positions}"
+        positions_T = torch.arange(start, end, device=tokens_BT.device)
+        x_BTD = self.embed_tokens(tokens_BT)
+        rope_TK = None
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(positions_T)
+        else:
+            rope_TK = rope_table(self.config, positions_T)
+        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rope_TK, None if cache is None else cache.layers[i])
+        output = self.embed_tokens if self.output is None else self.output
+        return output(self.final_norm(x_BTD), targets_BT)
+
+    def new_cache(self, capacity_tokens: int) -> KVCache:
+        """Return an empty key-value cache for so many tokens."""
+        return KVCache(self.config.num_layers, capacity_tokens)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """Return a normalisation layer; torch computes its statistics in fp32 whatever the input's dtype."""
+    if config.norm is Norm.rmsnorm:
+        return nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_dim, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair of channels, fp32 ``(K / 2,)``.
+
+    Rotary embedding (Su et al. 2021, eq. 15) with, if configured, the frequency scaling of Llama 3.1:
+    long wavelengths are stretched by ``factor``, short ones are kept, those between are blended
+    linearly in the number of periods that the original context held.
+    """
+    head_dim = config.head_dim or config.hidden_dim // config.num_heads
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    periods = scaling.original_max_positions * frequencies / (2 * math.pi)
+    kept = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rope_table(config: ModelConfig, positions_T: Tensor) -> Tensor:
+    """Return cosines and sines of the rotary angles, side by side, as the bits of fp32 in int32 ``(T, K)``.
+
+    Mixed precision casts the floating-point arguments of a sharded block to bf16 (FSDP2), which
+    would leave eight bits of each angle; integers pass untouched.
+    """
+    angles = positions_T[:, None].float() * rope_frequencies(config, positions_T.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).view(torch.int32)
+
+
+def rotate(x_BTXK: Tensor, rope_TK: Tensor) -> Tensor:
+    """Rotate the channel pairs ``(i, i + K / 2)`` of every head, in fp32, by :func:`rope_table`'s angles."""
+    cos, sin = rope_TK.view(torch.float32)[:, None, :].chunk(2, dim=-1)
+    first, second = x_BTXK.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x_BTXK.dtype)
+
+
+def _mask_after_cached(q_BHTK: Tensor, num_cached: int) -> Tensor | None:
+    """Return who sees whom when several tokens follow cached ones; one token alone sees everything."""
+    num_new = q_BHTK.shape[2]
+    if num_cached == 0 or num_new == 1:
+        return None
+    ones_TS = torch.ones(num_new, num_cached + num_new, dtype=torch.bool, device=q_BHTK.device)
+    return ones_TS.tril(diagonal=num_cached)

@@ -1,0 +1,22 @@
+"""What is minimised: the cross-entropy of the next token, averaged over all targets of an optimizer step."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """Tokens and what should follow them, both int64 ``(B, T)``; targets of -100 do not count."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the *sum* of the loss over the batch's targets, in nats, as an fp32 scalar.
+
+    Engines divide by the global number of targets: those of all micro-batches of all ranks in the
+    optimizer step. Only that makes the gradient independent of how the step was cut into pieces;
+    a mean of means weighs a token by how few others happened to share its micro-batch.
+    """
+    return model(batch.tokens, batch.targets)

@@ -1,0 +1,1 @@
+"""Surviving: signals, and ending a run together."""

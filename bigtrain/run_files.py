@@ -1,0 +1,88 @@
+"""The directory of a run: deterministic, so that the same command finds it again.
+
+``config.yaml`` is the resolved configuration of the newest launch, without secrets.
+"""
+
+import os
+from pathlib import Path
+
+import yaml
+
+from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
+from bigtrain.config import ModelConfig, TrainConfig
+from bigtrain.errors import CheckpointError
+from bigtrain.redact import redact
+from bigtrain.schema import from_dict, to_dict
+
+CONFIG_FILE = "config.yaml"
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """Return the directory of a run."""
+    return Path(config.run.root) / str(config.run.name)
+
+
+def write_config(directory: Path, config: TrainConfig) -> None:
+    """Save the configuration of this launch, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{CONFIG_FILE}.tmp"
+    partial.write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
+    os.replace(partial, directory / CONFIG_FILE)
+
+
+def read_config(directory: Path) -> TrainConfig:
+    """Return the configuration of a run.
+
+    Raises:
+        CheckpointError: ``directory`` is not a run.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a run: it has no {CONFIG_FILE}; name the directory of a run, as runs/gpt_nano"
+        )
+    return from_dict(TrainConfig, yaml.safe_load(path.read_text()))
+
+
+def find_resume(config: TrainConfig) -> Path | None:
+    """Return the checkpoint that this launch continues from, as ``checkpoint.resume`` says.
+
+    Raises:
+        CheckpointError: there is one where there must be none, none where there must be one, or one of another model.
+    """
+    directory, resume = run_directory(config), config.checkpoint.resume
+    found = find_checkpoints(directory)
+    if resume == "never" and found:
+        raise CheckpointError(
+            f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
+        )
+    if resume == "must" and not found:
+        raise CheckpointError(f"checkpoint.resume=must, but {directory} has no complete checkpoint")
+    if resume in ("auto", "never", "must"):
+        path = found[-1] if found else None
+    else:
+        # A launch that was resumed from elsewhere continues from its own checkpoints afterwards.
+        path = found[-1] if found else Path(resume)
+    if path:
+        _refuse_other_model(config, read_run_state(path), path)
+    return path
+
+
+def _refuse_other_model(config: TrainConfig, state: RunState, path: Path) -> None:
+    saved, wanted = state.config["model"], to_dict(config.model)
+    ignored = {"name", "pretrained", "dropout", "init_std"}
+    differences = [
+        f"model.{key}: {saved.get(key)} in the checkpoint, {wanted[key]} now"
+        for key in wanted
+        if key not in ignored and saved.get(key) != wanted[key]
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} holds another model; choose another run.name or the model of the checkpoint:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def model_of(state: RunState) -> ModelConfig:
+    """Return the model that a checkpoint holds."""
+    return from_dict(ModelConfig, state.config["model"])

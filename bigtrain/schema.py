@@ -1,0 +1,155 @@
+"""Plain data to typed dataclasses and back, strictly, with hints for what was misspelt."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from enum import Enum
+from typing import Any, TypeVar
+
+from bigtrain.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """Return ``config`` (a config dataclass) as plain JSON-able data; enums become their names."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, list):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested plain data as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """Build the dataclass ``schema`` from plain data, strictly.
+
+    Raises:
+        ConfigError: listing every unknown key (with the nearest valid one) and every wrong type.
+    """
+    builder = _Builder(list(key_types(schema)))
+    config = builder.build(schema, values, "")
+    if builder.problems:
+        raise ConfigError("\n".join(builder.problems))
+    return config
+
+
+def value_problems(schema: type, key: str, value: Any) -> list[str]:
+    """Return what is wrong with plain ``value`` for the dotted ``key`` of ``schema``."""
+    types_by_key = key_types(schema)
+    builder = _Builder(list(types_by_key))
+    builder.convert(types_by_key[key], value, key)
+    return builder.problems
+
+
+def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every dotted key of ``schema``, sections included: ``train``, ``train.steps``, ..."""
+    types_by_key = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        types_by_key[prefix + name] = hint
+        section = _without_none(hint)
+        if dataclasses.is_dataclass(section):
+            types_by_key |= key_types(section, f"{prefix}{name}.")
+    return types_by_key
+
+
+def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
+    """Return the docstring under every field of ``schema``, by the same dotted keys as :func:`key_types`."""
+    docs = {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body
+    for statement, following in itertools.pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[prefix + statement.target.id] = following.value.value
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(_without_none(hint)):
+            docs |= key_docs(_without_none(hint), f"{prefix}{name}.")
+    return docs
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """Return a hint for a misspelt ``name``: the nearest valid one, or all of them."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else "choose one of: " + ", ".join(valid)
+
+
+def nearest_key(key: str, valid: list[str]) -> str:
+    """Return a hint for an unknown dotted ``key``, wherever in the configuration the nearest one is."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        last = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
+        return (whole + last) / 2
+
+    best = max(valid, key=likeness)
+    if likeness(best) >= 0.6:
+        return f"did you mean '{best}'?"
+    section = key.rpartition(".")[0]
+    siblings = [k for k in valid if k.rpartition(".")[0] == section] or [k for k in valid if "." not in k]
+    return "choose one of: " + ", ".join(siblings)
+
+
+def _without_none(hint: Any) -> Any:
+    """Return ``X`` for ``X | None`` and every other type as it is."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+class _Builder:
+    """Builds dataclasses from plain data and collects what is wrong with it."""
+
+    def __init__(self, valid_keys: list[str]) -> None:
+        self.valid_keys = valid_keys
+        self.problems: list[str] = []
+
+    def build(self, schema: type[T], values: Any, path: str) -> T | None:
+        """Return ``schema`` filled with ``values``, or None where there are problems."""
+        if not isinstance(values, dict):
+            return self._problem(f"{path.rstrip('.')}: expected a section with keys, got {values!r}")
+        hints = typing.get_type_hints(schema)
+        for key in values:
+            if key not in hints:
+                self._problem(f"{path}{key}: unknown key; {nearest_key(f'{path}{key}', self.valid_keys)}")
+        for field_ in dataclasses.fields(schema):
+            if field_.name not in values and field_.default is field_.default_factory is dataclasses.MISSING:
+                self._problem(f"{path}{field_.name}: missing")
+        known = {k: self.convert(hints[k], v, f"{path}{k}") for k, v in values.items() if k in hints}
+        return None if self.problems else schema(**known)
+
+    def convert(self, hint: Any, value: Any, path: str) -> Any:
+        """Return ``value`` as ``hint``, or None where there are problems."""
+        if value is None and hint is not _without_none(hint):
+            return None
+        hint = _without_none(hint)
+        if dataclasses.is_dataclass(hint):
+            return self.build(hint, value, f"{path}.")
+        if typing.get_origin(hint) is list:
+            if not isinstance(value, list):
+                return self._problem(f"{path}: expected a list, got {value!r}")
+            return [self.convert(typing.get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+        if issubclass(hint, Enum) and not isinstance(value, hint):
+            if not isinstance(value, str) or value not in hint.__members__:
+                return self._problem(f"{path}: unknown value {value!r}; {nearest(str(value), list(hint.__members__))}")
+            return hint[value]
+        if hint is float and type(value) is int:
+            return float(value)
+        if type(value) is not hint:
+            return self._problem(f"{path}: expected {hint.__name__}, got {value!r}")
+        return value
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(text)

@@ -1,0 +1,214 @@
+"""JSON Lines files that survive kills, torn tails and full disks, and their readers."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bigtrain.log import get_logger
+
+_MAX_PENDING_LINES = 100_000  # kept in memory while the disk refuses them
+_REPAIR_CHUNK_BYTES = 1 << 16
+_TAIL_BYTES = 1 << 23
+
+
+class JsonLines:
+    """An append-only file with one JSON object a line and one writer.
+
+    Whole lines reach the system in :meth:`flush`, so a killed process loses at most what it had not
+    flushed, and never leaves more than one torn line, which the next opening repairs. A disk that
+    refuses a write (full, over quota) costs one warning; the lines wait and are tried again.
+
+    Not-a-number and infinity are not JSON: they are written as null, and a key ``non_finite`` in the
+    record says which they were: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create ``path`` and repair a torn last line.
+
+        Raises:
+            OSError: The file cannot be opened.
+        """
+        self._path = path
+        self._pending: list[bytes] = []
+        self._is_refused = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size_bytes = _repair(self._file, self._path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add ``record`` as one line; it is kept in memory until :meth:`flush`."""
+        self._pending.append(encode(record))
+
+    def flush(self, durable: bool = False) -> None:
+        """Hand the lines to the system; with ``durable`` also wait until they are on the disk."""
+        try:
+            self._append(b"".join(self._pending))
+            if durable:
+                os.fsync(self._file)
+        except OSError as error:
+            self._keep_for_later(error)
+            return
+        self._pending.clear()
+        self._is_refused = False
+
+    def _append(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        self._size_bytes += len(data)
+        self._pending.clear()
+
+    def _keep_for_later(self, error: OSError) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, self._size_bytes)  # take back what was written of a line
+        del self._pending[:-_MAX_PENDING_LINES]
+        if not self._is_refused:
+            get_logger().warning(f"cannot write {self._path}: {error}; training goes on and writing is tried again")
+        self._is_refused = True
+
+    def truncate_after(self, step: int) -> int:
+        """Remove the lines of steps after ``step``, which a resumed run will write anew; return their number."""
+        return self.remove(lambda record: record.get("step", 0) > step)
+
+    def remove(self, is_superseded: Callable[[dict[str, Any]], bool]) -> int:
+        """Remove the lines for which ``is_superseded`` holds, atomically; return their number.
+
+        Damaged lines are kept. A kill leaves the old file or the new one.
+
+        Raises:
+            OSError: The new file cannot be written.
+        """
+        self.flush()
+        num_removed = 0
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        with self._path.open("rb") as source, temporary.open("wb") as target:
+            for line in source:
+                record = _decode(line)
+                if record is not None and is_superseded(record):
+                    num_removed += 1
+                else:
+                    target.write(line)
+            target.flush()
+            os.fsync(target.fileno())
+        if num_removed == 0:
+            temporary.unlink()
+            return 0
+        os.close(self._file)
+        temporary.replace(self._path)
+        _sync_directory(self._path.parent)
+        self._open()
+        return num_removed
+
+    def close(self) -> None:
+        """Write what is left to the disk and close."""
+        self.flush(durable=True)
+        os.close(self._file)
+
+
+class Tail:
+    """Reads what was added to a JSON Lines file since the last look; the file may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin at the start of ``path``."""
+        self._path = path
+        self._inode = 0
+        self._position_bytes = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records of the whole lines added since the last call; of a long file, those of some MB."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._position_bytes:
+                self._inode, self._position_bytes = status.st_ino, 0  # replaced: read it again
+            file.seek(self._position_bytes)
+            data = file.read(_TAIL_BYTES)
+        data = data[: data.rfind(b"\n") + 1]
+        self._position_bytes += len(data)
+        return [record for line in data.splitlines() if (record := _decode(line)) is not None]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the records of ``path``; a torn last line is ignored, a damaged one elsewhere is warned of.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")
+    records = [_decode(line) for line in lines]
+    for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
+        if record is None and line and number < len(lines):
+            get_logger().warning(f"{path}: line {number} is damaged and ignored")
+    return [record for record in records if record is not None]
+
+
+def encode(record: dict[str, Any]) -> bytes:
+    """Return ``record`` as one line of JSON; anything that JSON lacks is written as its value or its text."""
+    non_finite: dict[str, str] = {}
+    plain = {str(key): _plain(value, str(key), non_finite) for key, value in record.items()}
+    if non_finite:
+        plain["non_finite"] = non_finite
+    return (
+        json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode(errors="replace") + b"\n"
+    )
+
+
+def _plain(value: Any, name: str, non_finite: dict[str, str]) -> Any:
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        non_finite[name] = str(float(value))
+        return None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{name}.{key}", non_finite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{name}.{index}", non_finite) for index, item in enumerate(value)]
+    if getattr(value, "ndim", None) == 0:  # a scalar of numpy or torch
+        return _plain(value.item(), name, non_finite)
+    return str(value)
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _repair(file: int, path: Path) -> int:
+    """End the last line of ``file`` if it is whole, cut it off if it is torn; return the size in bytes."""
+    size = os.fstat(file).st_size
+    begin, tail = size, b""
+    while begin > 0 and b"\n" not in tail:
+        length = min(_REPAIR_CHUNK_BYTES, begin)
+        begin -= length
+        tail = os.pread(file, length, begin) + tail
+    tail = tail[tail.rfind(b"\n") + 1 :]
+    if not tail:
+        return size
+    if _decode(tail) is not None:
+        return size + os.write(file, b"\n")
+    get_logger().warning(f"{path}: removed a torn last line of {len(tail)} bytes")
+    os.ftruncate(file, size - len(tail))
+    return size - len(tail)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,174 @@
+"""What the trainer tells: one object takes the facts of a run and hands them to files and displays.
+
+Per run directory: ``metrics.jsonl`` with exactly one object per optimizer step, ``events.jsonl`` with
+everything else that happened, ``log/train.log`` with the console's lines. A resumed run writes the steps
+after its checkpoint anew, so their old lines are removed; so are the validations and checkpoints after it.
+Starts, resumes, stops and faults did happen and stay.
+"""
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bigtrain.config import TrainConfig, WandbMode, to_dict
+from bigtrain.telemetry import names, wandb_logger
+from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.files import JsonLines
+from bigtrain.telemetry.wandb_logger import WandbLogger
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+LOG_FILE = "log/train.log"
+
+_REPEATED_EVENTS = ("validation", "checkpoint")
+_DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
+
+
+class NullRecorder:
+    """Takes everything and tells nobody: the recorder of all ranks but 0."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def metrics(self, records: list[dict[str, Any]]) -> None:
+        """Take the records of the steps since the last call, in order."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Take something that happened."""
+
+    def message(self, text: str) -> None:
+        """Take a message to the person who trains."""
+
+    def close(self) -> None:
+        """Write what is left and close everything."""
+
+
+class Recorder(NullRecorder):
+    """The recorder of rank 0. No method raises because a disk, a terminal or a server fails."""
+
+    def __init__(
+        self, console: Console, metrics_file: JsonLines, events_file: JsonLines, wandb: WandbLogger | None
+    ) -> None:
+        """Take the parts; ``console`` is entered already."""
+        self._console = console
+        self._metrics = metrics_file
+        self._events = events_file
+        self._wandb = wandb
+        self._is_closed = False
+
+    def metrics(self, records: list[dict[str, Any]]) -> None:
+        """Write one line per step and show the last step, with the interval's mean step time and throughput.
+
+        Call it before a checkpoint too: what was not written when a run is killed after its checkpoint is missing.
+
+        Args:
+            records: Per step ``step, tokens, loss, grad_norm, lr, step_seconds, tokens_per_second`` and more.
+        """
+        if not records:
+            return
+        for record in records:
+            self._metrics.write(record)
+        self._metrics.flush()
+        self._console.metrics({**records[-1], **_mean_pace(records)})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write that ``kind`` (start, resume, validation, checkpoint, stop, finished, fault ...) happened.
+
+        What a person waits for is shown too: resume, validation, checkpoint and finished.
+
+        Args:
+            kind: What happened.
+            fields: ``step`` and what else belongs to it, such as ``loss``, ``perplexity``, ``path``.
+        """
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._events.write({"event": kind, **fields, "time": time})
+        is_durable = kind in _DURABLE_EVENTS
+        if is_durable:
+            self._metrics.flush(durable=True)
+        self._events.flush(durable=is_durable)
+        if sentence := _sentence(kind, fields):
+            self._console.message(sentence)
+
+    def message(self, text: str) -> None:
+        """Show ``text`` above the progress display and keep it in the log file."""
+        self._console.message(text)
+
+    def close(self) -> None:
+        """Write what is left to the disk, let wandb finish for a few seconds, and close; a second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._metrics.close()
+        self._events.close()
+        if self._wandb:
+            self._wandb.close()
+        self._console.__exit__(None, None, None)
+
+
+def build_recorder(config: TrainConfig, run_directory: Path, rank: int, resume_step: int) -> Recorder | NullRecorder:
+    """Return rank 0's recorder, or for other ranks one that does nothing.
+
+    Args:
+        config: The resolved configuration.
+        run_directory: Directory of the run; made if needed.
+        rank: Global rank.
+        resume_step: Optimizer steps that the loaded checkpoint holds; 0 for a new run.
+
+    Raises:
+        OSError: The run directory cannot be written.
+    """
+    if rank != 0:
+        return NullRecorder()
+    metrics_file = JsonLines(run_directory / METRICS_FILE)
+    metrics_file.truncate_after(resume_step)
+    events_file = JsonLines(run_directory / EVENTS_FILE)
+    events_file.remove(
+        lambda record: (
+            record.get("event") in _REPEATED_EVENTS and (record.get(names.STEP, 0) > resume_step or resume_step == 0)
+        )
+    )
+    console = Console(config.train.steps, run_directory / LOG_FILE)
+    console.__enter__()
+    return Recorder(console, metrics_file, events_file, _build_wandb(config, run_directory, resume_step))
+
+
+def _build_wandb(config: TrainConfig, run_directory: Path, resume_step: int) -> WandbLogger | None:
+    if config.logging.wandb is WandbMode.disabled:
+        return None
+    if resume_step == 0:
+        wandb_logger.forget(run_directory)
+    return WandbLogger(
+        run_directory,
+        str(config.run.name),
+        to_dict(config),
+        config.logging.wandb,
+        config.logging.wandb_project,
+        config.logging.wandb_entity,
+    )
+
+
+def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
+    step = fields.get(names.STEP)
+    match kind:
+        case "resume":
+            return f"continuing after step {step} from {fields.get('checkpoint')}"
+        case "validation":
+            return f"validation after step {step}: loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.4g}"
+        case "checkpoint":
+            return f"saved {fields.get('path')}"
+        case "finished":
+            return f"finished after step {step}"
+    return None
+
+
+def _mean_pace(records: list[dict[str, Any]]) -> dict[str, float]:
+    seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
+    tokens = math.fsum(record[names.STEP_SECONDS] * record[names.TOKENS_PER_SECOND] for record in records)
+    return {names.STEP_SECONDS: seconds / len(records), names.TOKENS_PER_SECOND: tokens / max(seconds, 1e-9)}

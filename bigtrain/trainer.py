@@ -1,0 +1,319 @@
+"""A run from its configuration to its end; the loop is in :func:`train` and reads top to bottom."""
+
+import dataclasses
+import gc
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bigtrain import __version__, log
+from bigtrain.checkpoint.store import (
+    RunState,
+    load_checkpoint,
+    prune_checkpoints,
+    read_run_state,
+    save_checkpoint,
+)
+from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
+from bigtrain.data import open_splits as open_data
+from bigtrain.data.batch import IGNORE_INDEX
+from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
+from bigtrain.data.prepare import prepare
+from bigtrain.distributed import (
+    RankInfo,
+    all_reduce_sum,
+    broadcast_json,
+    init_process_group,
+    on_rank0,
+    pick_device,
+    shut_down,
+)
+from bigtrain.engine.base import Engine
+from bigtrain.engine.build import build_engine
+from bigtrain.engine.state import initialise
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError
+from bigtrain.models import build_model
+from bigtrain.models.init import initial_values
+from bigtrain.optim.schedule import lr_at
+from bigtrain.preflight import preflight
+from bigtrain.redact import redact
+from bigtrain.resilience.signals import StopAgreement, StopSignal
+from bigtrain.run_files import find_resume, run_directory, write_config
+from bigtrain.schema import flatten, from_dict, to_dict
+from bigtrain.telemetry.meter import StepMeter
+from bigtrain.telemetry.recorder import build_recorder
+
+GC_EVERY_STEPS = 1000
+"""Python's garbage collector runs on all ranks at the same step, instead of at a different one on each."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The parts of a run on this rank."""
+
+    config: TrainConfig
+    directory: Path
+    device: torch.device
+    engine: Engine
+    splits: Mapping[str, Any]
+    recorder: Any
+    first_step: int
+    """Completed optimizer steps at the start of this launch."""
+    data_fingerprint: str
+
+
+def run(config: TrainConfig) -> int:
+    """Train as ``config`` (resolved and checked) says, from the newest checkpoint on.
+
+    Returns:
+        ``EXIT_FINISHED`` or ``EXIT_RESUMABLE``.
+
+    Raises:
+        BigtrainError: the user can mend it.
+    """
+    info = RankInfo.from_env()
+    log.setup(info.rank)
+    device = pick_device(info)
+    precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    check_memory(config, info, device)
+    init_process_group(info, device)
+    # Rank 0's configuration is the configuration of the run.
+    config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
+    code = _run(config, info, device)
+    # Only here: after a failure, a collective could wait for ever for ranks that are gone.
+    shut_down()
+    return code
+
+
+def check_memory(config: TrainConfig, info: RankInfo, device: torch.device) -> None:
+    """Estimate the memory of the run before anything is allocated.
+
+    Raises:
+        PreflightError: it does not fit and ``preflight`` is ``stop``.
+    """
+    report = preflight(
+        config,
+        world_size=info.world_size,
+        local_world_size=info.local_world_size,
+        device_type=device.type,
+        precision=config.engine.precision,
+    )
+    if report.fits:
+        return
+    message = "\n".join([report.table(), *report.suggestions()])
+    if config.preflight is Preflight.stop:
+        raise PreflightError(f"{message}\npreflight=warn goes on regardless")
+    log.get_logger().warning(message)
+
+
+def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
+    directory = run_directory(config)
+    resume = on_rank0(lambda: str(find_resume(config) or ""))
+    state = read_run_state(Path(resume)) if resume else None
+    if state and state.step >= config.train.steps:
+        log.get_logger().info(
+            f"{directory} is finished at step {state.step}; a larger train.steps trains on, another run.name starts anew"
+        )
+        return EXIT_FINISHED
+    splits = open_splits(config)
+    on_rank0(lambda: write_config(directory, config))
+    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
+    if state:
+        _check_continuation(state, config, splits["train"].fingerprint)
+        load_checkpoint(Path(resume), engine.state.entries)
+        engine.state.commit()
+    else:
+        with torch.device("meta"):
+            values = initial_values(build_model(config.model), config.model, config.train.seed)
+        initialise(engine.state, values, num_threads=_num_threads(info))
+    first_step = state.step if state else 0
+    recorder = build_recorder(config, directory, info.rank, first_step)
+    parts = Run(config, directory, device, engine, splits, recorder, first_step, splits["train"].fingerprint)
+    with recorder:
+        recorder.event("resume" if state else "start", step=first_step, world_size=info.world_size, checkpoint=resume)
+        return train(parts)
+
+
+def train(run: Run) -> int:
+    """Train until the run is finished or somebody wants it to stop; return the exit code."""
+    config, engine, recorder = run.config, run.engine, run.recorder
+    steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
+    meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
+    agreement, pending = StopAgreement(), []
+    loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step)
+    gc.disable()
+    with StopSignal() as signal, loader:
+        for batch in loader:
+            step = batch.step + 1
+            lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
+            seed_step(config.train.seed, batch.step, engine.dp_rank)
+            loss, grad_norm = train_step(engine, batch, lr)
+            pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
+
+            stopping = agreement.poll(signal.name is not None) or step == last_launch_step
+            finished = step == steps
+            saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
+            if saving or step % config.train.log_every_steps == 0:
+                recorder.metrics(read_back(pending))
+            if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
+                record_validation(run, step)
+                meter.skip()
+            if saving:
+                save(run, step)
+                meter.skip()
+            if step % GC_EVERY_STEPS == 0:
+                gc.collect()
+            if finished or stopping:
+                break
+        agreement.settle()
+    gc.enable()
+    return _end(run, step, finished, signal.name)
+
+
+def train_step(engine: Engine, batch: StepBatch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one optimizer step.
+
+    The loss is the mean over the targets of the whole step on all ranks, never a mean of means.
+
+    Returns:
+        This rank's share of the loss (the ranks' shares add up to it) and the global gradient norm, both
+        0-d tensors on the device that the host has not waited for.
+    """
+    num_targets = all_reduce_sum(torch.tensor(batch.num_targets, device=engine.device)).clamp(min=1)
+    loss_sum = torch.zeros((), device=engine.device)
+    for i, micro_batch in enumerate(batch.micro_batches):
+        last = i == len(batch.micro_batches) - 1
+        loss_sum += engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+    grad_norm = engine.step(lr)
+    return loss_sum / num_targets, grad_norm
+
+
+def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Wait for the device, add up the ranks' losses, and return (and forget) the pending records as plain numbers."""
+    losses = all_reduce_sum(torch.stack([record["loss"] for record in pending]))
+    norms = torch.stack([record["grad_norm"] for record in pending])
+    records = [
+        {**record, "loss": loss, "grad_norm": norm}
+        for record, loss, norm in zip(pending, losses.tolist(), norms.tolist(), strict=True)
+    ]
+    pending.clear()
+    return records
+
+
+def validate(engine: Engine, split: Any, config: TrainConfig) -> float:
+    """Return the mean loss per target over the validation batches, the same for every world size."""
+    total = torch.zeros(2, dtype=torch.float64)
+    batches = validation_batches(
+        split,
+        sequence_length=config.data.sequence_length,
+        batches=config.validation.batches,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+    )
+    for batch in batches:
+        loss = engine.evaluate(batch.to(engine.device))
+        num_targets = int((batch.targets != IGNORE_INDEX).sum())
+        total += torch.tensor([loss.item(), num_targets], dtype=torch.float64)
+    loss_sum, num_targets = all_reduce_sum(total).tolist()
+    return loss_sum / num_targets
+
+
+def record_validation(run: Run, step: int) -> None:
+    """Validate and record the result."""
+    loss = validate(run.engine, run.splits["validation"], run.config)
+    run.recorder.event("validation", step=step, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+
+
+def save(run: Run, step: int) -> None:
+    """Save a checkpoint of step ``step``, then delete those that are not to be kept."""
+    samples = step * run.config.train.global_batch_size
+    state = RunState(
+        step=step,
+        tokens=samples * run.config.data.sequence_length,
+        samples=samples,
+        data_fingerprint=run.data_fingerprint,
+        config=redact(to_dict(run.config)),
+        versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        world_size=dist.get_world_size(),
+    )
+    path = save_checkpoint(run.directory, run.engine.state.entries, state)
+    if dist.get_rank() == 0:
+        prune_checkpoints(run.directory, run.config.checkpoint.keep)
+    run.recorder.event("checkpoint", step=step, path=str(path))
+
+
+def train_loader(split: Any, config: TrainConfig, engine: Engine, *, first_step: int) -> TrainLoader:
+    """Return the loader of this rank's part of every step from ``first_step`` on."""
+    return TrainLoader(
+        split,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        seed=config.train.seed,
+        first_step=first_step,
+        prefetch_steps=config.data.prefetch_steps,
+        pin_memory=engine.device.type == "cuda",
+    )
+
+
+def open_splits(config: TrainConfig) -> Mapping[str, Any]:
+    """Prepare the data on rank 0 if that has not been done, and open it on every rank."""
+    if config.data.source is not DataSource.synthetic:
+        on_rank0(lambda: str(prepare(config.data, progress=True)))
+    return open_data(config.data, vocab_size=config.model.vocab_size)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the random numbers of a step (dropout) a function of (seed, step, rank), so that none need saving."""
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()))
+
+
+def _last_step_of_launch(run: Run) -> int | None:
+    after = run.config.run.stop_after_steps
+    return None if after is None else run.first_step + after
+
+
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _end(run: Run, step: int, finished: bool, signal_name: str | None) -> int:
+    if finished:
+        run.recorder.event("finished", step=step)
+        return EXIT_FINISHED
+    reason = signal_name or "run.stop_after_steps"
+    run.recorder.event("stop", step=step, reason=reason)
+    run.recorder.message(
+        f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."
+    )
+    return EXIT_RESUMABLE
+
+
+def _check_continuation(state: RunState, config: TrainConfig, fingerprint: str) -> None:
+    """Refuse to continue on other data; say aloud what else has changed."""
+    if state.data_fingerprint != fingerprint:
+        raise CheckpointError(
+            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {fingerprint}); "
+            "restore the data or choose another run.name"
+        )
+    old, new = flatten(state.config), flatten(redact(to_dict(config)))
+    for key in sorted(new):
+        if old.get(key) != new[key] and not key.startswith("run."):
+            log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
+
+
+def _num_threads(info: RankInfo) -> int:
+    return max(1, (os.cpu_count() or 1) // info.local_world_size)

@@ -1,0 +1,84 @@
+"""Generate text with a trained model: ``python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("``."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import hydra_cli
+
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """What is generated, from what."""
+
+    checkpoint: str
+    """Directory of the run, or of one of its checkpoints."""
+    prompt: str
+    """Text to continue; taken as it is, without quoting for Hydra."""
+    num_samples: int = 5
+    """Number of texts."""
+    max_new_tokens: int = 50
+    """Longest continuation, in tokens."""
+    temperature: float = 0.8
+    """Below 1 likelier tokens, above 1 more variety; 0 always takes the likeliest."""
+    top_k: int | None = 50
+    """Draw from so many of the likeliest tokens; null = from all."""
+    top_p: float | None = 0.95
+    """Draw from the likeliest tokens that together have this probability; null = from all."""
+    seed: int = 0
+    """The same seed gives the same texts."""
+
+
+HELP = """\
+Continue a prompt with a trained model.
+
+  python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("
+  python launch/generate.py checkpoint=runs/gpt_nano prompt="Once upon a time, " num_samples=1 max_new_tokens=200
+
+Settings, with their defaults:
+{settings}
+"""
+
+
+def run(config: GenerateConfig) -> int:
+    """Generate and print the texts."""
+    if problems := check(config):
+        raise ConfigError("\n".join(problems))
+    from bigtrain.sampling import sample_run
+
+    texts = sample_run(
+        Path(config.checkpoint),
+        prompt=config.prompt,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    for number, text in enumerate(texts, start=1):
+        print(f"--- {number} of {len(texts)} ---\n{config.prompt}{text}")
+    return EXIT_FINISHED
+
+
+def check(config: GenerateConfig) -> list[str]:
+    """Return every problem of ``config``."""
+    rules = [
+        (config.num_samples >= 1, f"num_samples={config.num_samples}: must be at least 1"),
+        (config.max_new_tokens >= 1, f"max_new_tokens={config.max_new_tokens}: must be at least 1"),
+        (config.temperature >= 0, f"temperature={config.temperature}: must be 0 or positive"),
+        (config.top_k is None or config.top_k >= 1, f"top_k={config.top_k}: must be at least 1, or null"),
+        (config.top_p is None or 0 < config.top_p <= 1, f"top_p={config.top_p}: must be in (0, 1], or null"),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(GenerateConfig))
+
+
+if __name__ == "__main__":
+    hydra_cli.main(partial(hydra_cli.read, GenerateConfig), run, help_page)

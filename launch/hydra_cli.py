@@ -1,0 +1,307 @@
+"""The front door of every launcher: the command line in, a checked configuration out.
+
+Hydra is the parser and nothing else. It composes the configuration and has returned before the run
+starts, so the run's exceptions, exit code, logging and directories are the run's own. What the user
+did wrong ends in one short message on standard error and exit code 2. Nothing here imports torch.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from bigtrain.checks import check, check_data, ignored_settings, resolve
+from bigtrain.config import ModelKind, TrainConfig
+from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
+from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
+
+T = TypeVar("T")
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RANK_0_HEAD_START_SECONDS = 5.0
+
+HYDRA_SETTINGS = [
+    # Under torchrun every rank would make its own output directory, a second apart, and log into it.
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    # `none` leaves Python's logging alone; Hydra's `disabled` would mute other people's loggers.
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+
+
+def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]) -> NoReturn:
+    """Run a launcher from its command line to its exit code.
+
+    Args:
+        read: turns the command line's arguments into the launcher's configuration.
+        run: does the work and returns the exit code; None counts as 0.
+        help_page: text of ``--help``.
+    """
+    args = [arg for arg in sys.argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]
+    if {"-h", "--help"} & set(args):
+        print(help_page())
+        sys.exit(0)
+    try:
+        config = read(args)
+    except BigtrainError as error:
+        _exit_with(error, same_on_all_ranks=True)
+    try:
+        code = run(config)
+    except BigtrainError as error:
+        _exit_with(error, same_on_all_ranks=False)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def read_run(args: list[str]) -> TrainConfig:
+    """Return the resolved and checked configuration of a training run.
+
+    Raises:
+        ConfigError: listing every problem; no model is chosen; the values contradict each other.
+    """
+    config, choices = compose(TrainConfig, args, config_name="train")
+    if "model" not in choices:
+        raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
+    if config.model.kind is ModelKind.native:
+        config.model.name = config.model.name or choices["model"]
+    config = resolve(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # The deepspeed launcher does not set LOCAL_WORLD_SIZE; on one node it is the world.
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    if problems := check(config, world_size=world_size, local_world_size=local_world_size):
+        raise ConfigError("\n".join(problems))
+    if rank() == 0:
+        for warning in ignored_settings(config):
+            print(f"warning: {warning}", file=sys.stderr)
+    return config
+
+
+def read(schema: type[T], args: list[str]) -> T:
+    """Return the configuration of a launcher that has a schema of its own and no config files.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    return compose(schema, args)[0]
+
+
+def read_data(args: list[str]) -> TrainConfig:
+    """Return the configuration of a run of which only ``data`` matters; no model is needed.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    config, _ = compose(TrainConfig, args, config_name="train")
+    config = resolve(config)
+    if problems := check_data(config.data):
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def compose(schema: type[T], args: list[str], *, config_name: str | None = None) -> tuple[T, dict[str, str]]:
+    """Compose ``schema`` from ``configs/<config_name>.yaml`` and the command line.
+
+    Args:
+        schema: the dataclass to build.
+        args: settings and Hydra's own options such as ``--cfg job``, which Hydra answers by ending
+            the process.
+        config_name: the primary file; by default the defaults of ``schema`` alone.
+
+    Returns:
+        The configuration, and the option chosen in each group.
+
+    Raises:
+        ConfigError: listing what is misspelt, missing or of the wrong type.
+    """
+    if {"-m", "--multirun"} & set(args):
+        raise ConfigError("--multirun is not offered: one command is one run; start a sweep's runs one by one")
+    args = [_quote_text(arg, schema) for arg in args]
+    composed: list[tuple[DictConfig, dict[str, str]]] = []
+    ConfigStore.instance().store(name="schema", node=schema)
+    parse = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name or "schema")(
+        lambda node: composed.append((node, dict(HydraConfig.get().runtime.choices)))
+    )
+    try:
+        with _hydra_command_line(args):
+            parse()
+        if not composed:
+            sys.exit(0)  # Hydra has answered --cfg, --info or the like
+        node, choices = composed[0]
+        if missing := sorted(OmegaConf.missing_keys(node)):
+            raise ConfigError("\n".join(f"{key}: missing; write {key}=..." for key in missing))
+        values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    except BigtrainError:
+        raise
+    except Exception as error:  # nothing but Hydra and OmegaConf ran
+        problems = _problems(args, schema, _groups() if config_name else {})
+        raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
+    # Hydra lets `+train.stpes=1` into its structured config; this does not.
+    return from_dict(schema, values), choices
+
+
+def group_options(group: str) -> list[str]:
+    """Return the names that ``group=<name>`` accepts."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def rank() -> int:
+    """Return this process's rank as the launcher set it; a plain process is rank 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = "") -> str:
+    """Return one line per setting of ``schema``, or of ``keys`` only: the key, its default and what it is."""
+    docs = key_docs(schema)
+    defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+    lines = []
+    for key in keys or docs:
+        value = functools.reduce(lambda section, name: section[name], key.split("."), defaults)
+        shown = "<needed>" if value == "???" else value if isinstance(value, str) else json.dumps(value)
+        lines.append(f"  {f'{prefix}{key}={shown}':<38} {' '.join(docs[key].split()).replace('``', '')}")
+    return "\n".join(lines)
+
+
+def group_lines() -> str:
+    """Return one line per config group with its options; defaults are marked with a star."""
+    lines = []
+    for group, default in _groups().items():
+        options = [name + "*" * (name == default) for name in group_options(group)]
+        text = f"  {group if default else '+' + group:<12} {'  '.join(options)}"
+        lines.append(textwrap.fill(text, width=110, subsequent_indent=" " * 15, break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def _exit_with(error: BigtrainError, *, same_on_all_ranks: bool) -> NoReturn:
+    """Show ``error`` and end the process; rank 0 goes first.
+
+    torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
+    is wrong, and only a rank that nobody has ended by then speaks for itself.
+    """
+    message = str(error)
+    if rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(RANK_0_HEAD_START_SECONDS)
+        message = "" if same_on_all_ranks else textwrap.indent(message, f"[rank {rank()}] ")
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+@contextlib.contextmanager
+def _hydra_command_line(args: list[str]) -> Iterator[None]:
+    """Let Hydra read ``args``; turn its usage errors into ConfigErrors and its other words over to rank 0."""
+    before = sys.argv
+    sys.argv = [before[0], *HYDRA_SETTINGS, *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, rather than print half a traceback and exit
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        if stop.code != EXIT_USER_ERROR:  # the code of argparse
+            raise
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise ConfigError(f"{reason}; settings are written key=value, without dashes") from stop
+    finally:
+        sys.argv = before
+    if rank() == 0:
+        sys.stderr.write(said.getvalue())
+
+
+def _quote_text(arg: str, schema: type) -> str:
+    """Quote the value of a setting that is text, so that ``prompt=Hello, world (1)`` needs no quotes of Hydra's.
+
+    ``null`` for a setting that may be null, ``${train.seed}`` and values in quotes keep their meaning.
+    """
+    key, equals, value = arg.partition("=")
+    keys = key_types(schema)
+    hint = keys.get(key.lstrip("+"))
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if not equals or hint not in (str, str | None) or quoted or (value == "null" and hint is not str):
+        return arg
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if match[2] in keys else f"{match[1] * 2}\\${{"
+
+    value = re.sub(r"(\\*)\$\{(?=([\w.]+)\}|)", escape, value)
+    return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
+
+
+def _parsed(args: list[str]) -> Iterator[Override]:
+    """Yield the settings among ``args`` that are well formed and not Hydra's own."""
+    parser = OverridesParser.create()
+    for arg in args:
+        with contextlib.suppress(HydraException):
+            override = parser.parse_override(arg)
+            if not override.is_hydra_override() and not arg.startswith("-"):
+                yield override
+
+
+def _groups() -> dict[str, str | None]:
+    """Return every config group, with its option in the defaults list of ``configs/train.yaml`` or None."""
+    groups: dict[str, str | None] = {path.name: None for path in sorted(CONFIGS.iterdir()) if path.is_dir()}
+    for entry in OmegaConf.load(CONFIGS / "train.yaml").defaults:
+        if isinstance(entry, DictConfig):
+            groups.update(entry)
+    return groups
+
+
+def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> list[str]:
+    """Return what is wrong with the settings on the command line: plus signs of groups, keys, values."""
+    problems = []
+    valid = list(key_types(schema))
+    for override in _parsed(args):
+        key, value = override.key_or_group, override.value()
+        plus = override.is_add() or override.is_force_add()
+        if key in groups:
+            if groups[key] and plus:
+                problems.append(f"{override.input_line}: write {key}={value}; it replaces a default")
+            elif not groups[key] and not plus and not override.is_delete():
+                problems.append(f"{override.input_line}: write +{key}={value}; there is no default to replace")
+        elif key not in valid:
+            problems.append(f"{key}: unknown key; {nearest_key(key, valid)}")
+        elif override.is_sweep_override():
+            problems.append(f"{override.input_line}: one value, please; a list is written {key}=[1,2]")
+        elif not override.is_delete() and "${" not in str(value):
+            problems += value_problems(schema, key, value)
+    return problems
+
+
+def _explain(error: Exception, args: list[str], schema: type) -> str:
+    """Return the one thing that the user needs to know of an error that Hydra or OmegaConf raised."""
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}; settings are written key=value, lists key=[1,2]"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: unknown; {nearest(name, sorted(error.options))}"
+    lines = [line for line in str(error).partition("Config search path:")[0].splitlines() if line.strip()]
+    for line, following in itertools.pairwise(lines):
+        if "full_key: " in following:  # OmegaConf's way to say where
+            key = following.split()[-1]
+            unknown = line.startswith("Key ")
+            return f"{key}: unknown key; {nearest_key(key, list(key_types(schema)))}" if unknown else f"{key}: {line}"
+    if isinstance(error, HydraException | YAMLError):
+        return "\n".join(lines[:2])
+    return f"cannot compose {' '.join(args)}: {error}"

@@ -1,0 +1,60 @@
+"""Train a Transformer: ``torchrun launch/train.py +model=gpt3_1b``; ``--help`` says more."""
+
+import hydra_cli
+
+from bigtrain.config import TrainConfig
+
+HELP = """\
+Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
+
+  python launch/train.py +model=gpt_nano                            one process
+  torchrun --nproc-per-node=8 launch/train.py +model=gpt3_1b        one node with 8 GPUs
+  torchrun --nproc-per-node=8 launch/train.py +model=gpt3_1b engine=zero3 engine.offload=cpu
+  torchrun --nproc-per-node=2 launch/train.py +model=gpt_nano data=text data.path='books/*.txt'
+  python launch/train.py +model=hf model.name=gpt2 model.pretrained=true
+
+The same command again continues the run; runs/<run.name>/ is its directory.
+
+Groups, chosen with <group>=<option> (* is the default; + where there is none):
+{groups}
+
+Settings used most, with their defaults:
+{settings}
+
+All settings as composed:  python launch/train.py +model=gpt_nano --cfg job
+What each one means:       bigtrain/config.py and configs/train.yaml
+
+Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault.
+"""
+
+MOST_USED = [
+    "run.name",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "data.sequence_length",
+    "engine.precision",
+    "engine.activation_checkpointing",
+    "optimizer.lr",
+    "validation.every_steps",
+    "checkpoint.every_steps",
+]
+
+
+def run(config: TrainConfig) -> int:
+    """Train, and leave the first cause of a failure where torchrun looks for it."""
+    # Only now: --help and configuration errors answer without torch.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from bigtrain import trainer
+
+    return record(trainer.run)(config)
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(groups=hydra_cli.group_lines(), settings=hydra_cli.setting_lines(TrainConfig, MOST_USED))
+
+
+if __name__ == "__main__":
+    hydra_cli.main(hydra_cli.read_run, run, help_page)

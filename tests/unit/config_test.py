@@ -1,0 +1,314 @@
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain import config as config_module
+from bigtrain.checks import check, ignored_settings, resolve
+from bigtrain.config import EngineKind, RopeScalingConfig, TrainConfig
+from bigtrain.errors import ConfigError
+from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, to_dict
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path.append(str(REPOSITORY / "launch"))
+
+import hydra_cli  # noqa: E402
+
+
+def compose(*args: str) -> TrainConfig:
+    return hydra_cli.compose(TrainConfig, list(args), config_name="train")[0]
+
+
+def changed(**values: Any) -> TrainConfig:
+    """Return the resolved defaults with ``section__key=value`` changed."""
+    data = to_dict(TrainConfig())
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        data[section][name] = value
+    return resolve(from_dict(TrainConfig, data))
+
+
+def problems(*, world_size: int = 1, local_world_size: int = 1, **values: Any) -> list[str]:
+    return check(changed(**values), world_size=world_size, local_world_size=local_world_size)
+
+
+def groups() -> list[str]:
+    paths = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
+    return [f"{path.parent.name}={path.stem}" for path in paths]
+
+
+# Dataclasses
+
+
+def test_every_field_of_every_dataclass_is_explained():
+    classes = [c for c in vars(config_module).values() if dataclasses.is_dataclass(c)]
+    assert len(classes) >= 14
+    fields = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)}
+    documented = {f"{c.__name__}.{name}" for c in classes for name, text in key_docs(c).items() if text.strip()}
+    assert fields <= documented
+    assert key_docs(TrainConfig).keys() == key_types(TrainConfig).keys()
+
+
+def test_a_field_without_explanation_is_found():
+    @dataclasses.dataclass
+    class Half:
+        first: int = 0
+        """Explained."""
+        second: int = 0
+
+    assert set(key_docs(Half)) == {"first"}
+
+
+def test_plain_data_and_back_is_the_same():
+    config = TrainConfig()
+    config.model.rope_scaling = RopeScalingConfig(factor=8.0)
+    config.engine.kind = EngineKind.zero3
+    config.optimizer.betas = [0.8, 0.99]
+    values = to_dict(config)
+    assert values["engine"]["kind"] == "zero3"
+    assert from_dict(TrainConfig, values) == config
+    assert from_dict(TrainConfig, {}) == TrainConfig() != config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"stpes": 1}}, "train.stpes: unknown key; did you mean 'train.steps'?"),
+        ({"optimiser": {"lr": 1.0}}, "optimiser: unknown key; did you mean 'optimizer'?"),
+        ({"engine": {"kind": "fdsp"}}, "engine.kind: unknown value 'fdsp'; did you mean 'fsdp'?"),
+        ({"engine": {"kind": ["fsdp"]}}, "engine.kind: unknown value ['fsdp']"),
+        ({"train": {"steps": "many"}}, "train.steps: expected int, got 'many'"),
+        ({"train": {"steps": 1.5}}, "train.steps: expected int, got 1.5"),
+        ({"train": {"steps": True}}, "train.steps: expected int, got True"),
+        ({"train": {"steps": None}}, "train.steps: expected int, got None"),
+        ({"engine": {"compile": 1}}, "engine.compile: expected bool, got 1"),
+        ({"optimizer": {"betas": 0.9}}, "optimizer.betas: expected a list, got 0.9"),
+        ({"optimizer": {"betas": [0.9, "b"]}}, "optimizer.betas[1]: expected float, got 'b'"),
+        ({"train": 5}, "train: expected a section with keys, got 5"),
+        ({"model": {"rope_scaling": {}}}, "model.rope_scaling.factor: missing"),
+    ],
+)
+def test_wrong_data_is_refused_with_the_way_out(values: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(TrainConfig, values)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_floats_where_floats_are_meant():
+    assert from_dict(TrainConfig, {"optimizer": {"lr": 1}}).optimizer.lr == 1.0
+
+
+def test_all_wrong_keys_and_types_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        from_dict(TrainConfig, {"train": {"stpes": 1, "seed": "x"}, "data": 3, "foo": 1})
+    assert len(str(caught.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train.stpes", "train.steps"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("train.lr", "optimizer.lr"),
+        ("steps", "train.steps"),
+        ("seed", "train.seed"),
+        ("train.warmup_steps", "scheduler.warmup_steps"),
+        ("engin", "engine"),
+        ("precision", "engine.precision"),
+    ],
+)
+def test_the_nearest_key_is_looked_for_everywhere(key: str, expected: str):
+    assert nearest_key(key, list(key_types(TrainConfig))) == f"did you mean '{expected}'?"
+
+
+def test_without_a_near_name_the_valid_ones_are_listed():
+    assert nearest("xyz", ["fsdp", "ddp"]) == "choose one of: fsdp, ddp"
+    assert nearest_key("train.zzz", list(key_types(TrainConfig))).startswith("choose one of: train.seed, train.steps")
+
+
+# Config files
+
+
+@pytest.mark.parametrize("choice", groups())
+def test_every_group_file_composes(choice: str):
+    group, _, name = choice.partition("=")
+    plus = "+" if group in ("model", "experiment") else ""
+    config = compose(plus + choice)
+    kind = {"data": config.data.source, "engine": config.engine.kind, "scheduler": config.scheduler.kind}.get(group)
+    assert kind is None or kind.name == name
+
+
+@pytest.mark.parametrize("choice", groups())
+def test_group_files_hold_only_what_differs_from_the_defaults(choice: str):
+    from omegaconf import OmegaConf
+
+    group, _, name = choice.partition("=")
+    if group in ("model", "experiment"):
+        pytest.skip("presets and experiments are explicit")
+    values = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / group / f"{name}.yaml"))
+    defaults = to_dict(getattr(TrainConfig(), group))
+    assert [k for k in list(values)[1:] if values[k] == defaults[k]] == []
+
+
+def test_the_primary_file_repeats_the_defaults_of_the_dataclasses():
+    assert to_dict(compose()) == to_dict(TrainConfig())
+
+
+def test_the_primary_file_shows_every_key_that_is_in_no_group():
+    from omegaconf import OmegaConf
+
+    shown = OmegaConf.load(REPOSITORY / "configs" / "train.yaml")
+    for section in ("run", "train", "validation", "checkpoint"):
+        assert list(shown[section]) == list(to_dict(TrainConfig())[section])
+
+
+def test_experiments_never_choose_the_model():
+    for path in (REPOSITORY / "configs" / "experiment").glob("*.yaml"):
+        assert "\nmodel:" not in path.read_text() and "/model" not in path.read_text()
+
+
+def test_the_command_line_beats_experiments_and_groups():
+    config = compose("+experiment=demo", "train.steps=7", "scheduler=wsd", "engine=zero2")
+    assert (config.train.steps, config.scheduler.kind.name, config.run.name) == (7, "wsd", "demo")
+
+
+# Derived values
+
+
+def test_resolve_fills_in_what_follows_and_leaves_the_original_alone():
+    config = TrainConfig()
+    config.model.name = "org/Some Model"
+    resolved = resolve(config)
+    assert (resolved.model.num_kv_heads, resolved.model.head_dim, resolved.model.ffn_dim) == (4, 32, 512)
+    assert resolved.data.sequence_length == config.model.max_positions
+    assert resolved.run.name == "Some-Model"
+    assert config.model.ffn_dim is config.run.name is config.data.sequence_length is None
+
+
+# Contradictions
+
+WRONG: dict[str, dict[str, Any]] = {
+    "train.global_batch_size=32 does not divide by the world size 3": dict(world_size=3),
+    "train.global_batch_size=32 is 16 sequences per rank": dict(world_size=2, train__micro_batch_size=3),
+    "train.global_batch_size=0, train.micro_batch_size=4": dict(train__global_batch_size=0),
+    "model.hidden_dim=130 does not divide by model.num_heads=4": dict(model__hidden_dim=130),
+    "model.num_heads=4 does not divide by model.num_kv_heads=3": dict(model__num_kv_heads=3),
+    "model.num_layers=0": dict(model__num_layers=0),
+    "model.head_dim=31: rotary": dict(model__head_dim=31, model__positions="rope"),
+    "model.dropout=1.0": dict(model__dropout=1.0),
+    "model.name: +model=hf needs": dict(model__kind="hf"),
+    "model.vocab_size=300 is smaller than data.tokenizer_vocab_size=4096": dict(model__vocab_size=300),
+    "data.sequence_length=257 is longer than model.max_positions=256": dict(data__sequence_length=257),
+    "data.sequence_length=-1": dict(data__sequence_length=-1),
+    "data.path: data=text needs": dict(data__source="text"),
+    "data.validation_fraction=1.0": dict(data__validation_fraction=1.0),
+    "data.tokenizer_vocab_size=100": dict(data__tokenizer_vocab_size=100),
+    "data.prefetch_steps=0": dict(data__prefetch_steps=0),
+    "engine.dp_shard=3 does not divide": dict(
+        world_size=4, local_world_size=2, engine__kind="hsdp", engine__dp_shard=3
+    ),
+    "engine.offload=cpu is not offered by engine=ddp": dict(engine__kind="ddp", engine__offload="cpu"),
+    "engine.activation_checkpointing_every=0": dict(engine__activation_checkpointing_every=0),
+    "run.name='a/b'": dict(run__name="a/b"),
+    "run.name='..'": dict(run__name=".."),
+    "run.stop_after_steps=0": dict(run__stop_after_steps=0),
+    "train.seed=-1": dict(train__seed=-1),
+    "train.steps=0": dict(train__steps=0),
+    "train.log_every_steps=0": dict(train__log_every_steps=0),
+    "optimizer.lr=0.0": dict(optimizer__lr=0.0),
+    "optimizer.lr=nan": dict(optimizer__lr=float("nan")),
+    "optimizer.eps=0.0": dict(optimizer__eps=0.0),
+    "optimizer.weight_decay=-0.1": dict(optimizer__weight_decay=-0.1),
+    "optimizer.grad_clip=-1.0": dict(optimizer__grad_clip=-1.0),
+    "optimizer.betas=[0.9]": dict(optimizer__betas=[0.9]),
+    "scheduler.warmup_steps=-1": dict(scheduler__warmup_steps=-1),
+    "scheduler.min_lr_ratio=2.0": dict(scheduler__min_lr_ratio=2.0),
+    "scheduler.decay_fraction=1.5": dict(scheduler__kind="wsd", scheduler__decay_fraction=1.5),
+    "validation.every_steps=-1": dict(validation__every_steps=-1),
+    "validation.batches=0": dict(validation__batches=0),
+    "checkpoint.every_steps=-1": dict(checkpoint__every_steps=-1),
+    "checkpoint.keep='latest 0'": dict(checkpoint__keep="latest 0"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_each_contradiction_is_found_alone(message: str):
+    found = problems(**WRONG[message])
+    assert len(found) == 1
+    assert found[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(world_size=8, local_world_size=4, engine__kind="hsdp"),
+        dict(world_size=4, engine__kind="hsdp", engine__dp_shard=2),
+        dict(engine__kind="zero3", engine__offload="cpu"),
+        dict(model__head_dim=48),
+        dict(model__hidden_dim=130, model__head_dim=48),
+        dict(model__kind="hf", model__name="gpt2", data__sequence_length=1024),
+        dict(model__vocab_size=300, data__source="synthetic"),
+        dict(model__vocab_size=300, data__tokenizer="bytes"),
+        dict(train__global_batch_size=6, train__micro_batch_size=3, world_size=2),
+        dict(optimizer__grad_clip=0.0, validation__every_steps=0, checkpoint__keep="all"),
+        dict(scheduler__decay_fraction=1.5),
+    ],
+)
+def test_what_fits_together_is_accepted(values: dict[str, Any]):
+    assert problems(**values) == []
+
+
+def test_all_contradictions_are_reported_in_one_pass():
+    values: dict[str, Any] = dict(train__steps=0, optimizer__lr=-1.0, data__source="text", model__hidden_dim=130)
+    assert len(problems(world_size=3, **values)) == 5
+
+
+# Ignored settings
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        (dict(engine__kind="zero1", engine__fsdp={"reshard_after_forward": False}), "engine.fsdp"),
+        (dict(engine__deepspeed={"bucket_elements": 1}), "engine.deepspeed"),
+        (dict(engine__dp_shard=2), "engine.dp_shard"),
+        (dict(engine__activation_checkpointing_every=2), "engine.activation_checkpointing_every"),
+        (dict(data__path="x"), "data.path"),
+        (dict(data__split="test"), "data.split"),
+        (dict(data__subset="en"), "data.subset"),
+        (dict(data__synthetic_ragged=True), "data.synthetic_ragged"),
+        (dict(data__tokenizer="bytes", data__tokenizer_vocab_size=500), "data.tokenizer_vocab_size"),
+        (dict(model__pretrained=True), "model.pretrained"),
+        (dict(scheduler__decay_fraction=0.5), "scheduler.decay_fraction"),
+        (dict(validation__batches=2), "validation.batches"),
+    ],
+)
+def test_a_changed_setting_that_has_no_effect_is_named(values: dict[str, Any], key: str):
+    warnings = ignored_settings(changed(**values))
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{key} is ignored")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(engine__fsdp={"reshard_after_forward": False}),
+        dict(engine__kind="zero2", engine__deepspeed={"bucket_elements": 1}),
+        dict(engine__kind="hsdp", engine__dp_shard=2),
+        dict(engine__activation_checkpointing="full", engine__activation_checkpointing_every=2),
+        dict(data__source="text", data__path="x"),
+        dict(data__source="datasets", data__path="x", data__split="test", data__subset="en"),
+        dict(data__source="synthetic", data__synthetic_ragged=True),
+        dict(model__kind="hf", model__name="gpt2", model__pretrained=True),
+        dict(scheduler__kind="wsd", scheduler__decay_fraction=0.5),
+        dict(validation__every_steps=5, validation__batches=2),
+    ],
+)
+def test_settings_in_use_are_not_warned_about(values: dict[str, Any]):
+    assert ignored_settings(changed(**values)) == []

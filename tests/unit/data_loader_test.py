@@ -1,0 +1,253 @@
+import threading
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtrain.config import DataConfig, DataSource
+from bigtrain.data import open_splits
+from bigtrain.data.batch import IGNORE_INDEX
+from bigtrain.data.corpus import SyntheticSplit, TokenSplit
+from bigtrain.data.loader import TrainLoader, validation_batches
+from bigtrain.errors import DataError
+
+T = 4
+
+
+@st.composite
+def topologies(draw):
+    """(global batch, micro-batch, dp_size) that divide evenly."""
+    dp_size, micro_batch_size, num_micro_batches = (draw(st.integers(1, 4)) for _ in range(3))
+    return dp_size * micro_batch_size * num_micro_batches, micro_batch_size, dp_size
+
+
+def counting_split(num_tokens):
+    """Token ``i`` is ``i``, so the first token of a sample tells its id."""
+    return TokenSplit("train", np.arange(num_tokens, dtype=np.uint32), "f")
+
+
+def loader(split, *, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1, first_step=0, prefetch_steps=2):
+    return TrainLoader(
+        split,
+        sequence_length=T,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=3,
+        first_step=first_step,
+        prefetch_steps=prefetch_steps,
+        pin_memory=False,
+    )
+
+
+def first_steps(split, num_steps, **settings):
+    with loader(split, **settings) as batches:
+        return [next(batches) for _ in range(num_steps)]
+
+
+def rows(step_batches):
+    """Per step: the tokens of all micro-batches as lists."""
+    return [[row for batch in step.micro_batches for row in batch.tokens.tolist()] for step in step_batches]
+
+
+@given(num_tokens=st.integers(T + 1, 200))
+def test_samples_cover_every_token_once_and_targets_are_the_next(num_tokens):
+    split = counting_split(num_tokens)
+    num_samples = split.num_samples(T)
+    windows = split.gather(np.arange(num_samples), T)
+    assert windows.dtype == np.int64 and windows.shape == (num_samples, T + 1)
+    assert windows[:, 1:].ravel().tolist() == list(range(1, num_samples * T + 1))
+    assert num_tokens - (num_samples * T + 1) < T, "only a rest shorter than a sample is left over"
+    with pytest.raises(IndexError):
+        split.gather(np.array([num_samples]), T)
+
+
+def test_a_step_has_tokens_and_shifted_targets():
+    (step,) = first_steps(counting_split(100), 1, global_batch_size=6, micro_batch_size=3)
+    assert step.step == 0 and step.num_targets == 6 * T and len(step.micro_batches) == 2
+    for batch in step.micro_batches:
+        assert batch.tokens.shape == batch.targets.shape == (3, T)
+        assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+        assert batch.tokens.is_contiguous() and batch.targets.is_contiguous()
+        assert torch.equal(batch.targets, batch.tokens + 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(topology=topologies(), num_tokens=st.integers(T + 1, 400), first_step=st.integers(0, 1000))
+def test_the_global_batch_is_the_same_for_any_topology(topology, num_tokens, first_step):
+    global_batch_size, micro_batch_size, dp_size = topology
+    split = counting_split(num_tokens)
+    alone = rows(first_steps(split, 2, global_batch_size=global_batch_size, micro_batch_size=1, first_step=first_step))
+    ranks = [
+        rows(
+            first_steps(
+                split,
+                2,
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                dp_rank=rank,
+                dp_size=dp_size,
+                first_step=first_step,
+            )
+        )
+        for rank in range(dp_size)
+    ]
+    assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
+
+
+def test_an_epoch_visits_every_sample_once():
+    steps = first_steps(counting_split(24 * T + 1), 12)  # two epochs of 24 samples
+    firsts = [row[0] // T for step in rows(steps) for row in step]
+    assert sorted(firsts[:24]) == sorted(firsts[24:]) == list(range(24)) and firsts[:24] != firsts[24:]
+
+
+def test_a_resumed_loader_continues_where_the_first_stopped():
+    split = counting_split(1000)
+    whole = first_steps(split, 9)
+    resumed = first_steps(split, 4, first_step=5, prefetch_steps=7)
+    assert [step.step for step in resumed] == [5, 6, 7, 8]
+    assert rows(resumed) == rows(whole)[5:]
+    assert rows(first_steps(split, 4, first_step=6)) != rows(whole)[5:]
+
+
+class FailingSplit(TokenSplit):
+    """Fails at its third sample batch."""
+
+    num_calls = 0
+
+    def gather(self, sample_ids, sequence_length):
+        self.num_calls += 1
+        if self.num_calls == 3:
+            raise DataError("shard gone")
+        return super().gather(sample_ids, sequence_length)
+
+
+def test_an_error_in_the_background_is_raised_at_its_step():
+    with loader(FailingSplit("train", np.arange(100), "f"), micro_batch_size=4, prefetch_steps=4) as batches:
+        assert [next(batches).step, next(batches).step] == [0, 1]
+        with pytest.raises(DataError, match="shard gone"):
+            next(batches)
+
+
+class SlowSplit(TokenSplit):
+    """Takes 50 ms per batch."""
+
+    def gather(self, sample_ids, sequence_length):
+        time.sleep(0.05)
+        return super().gather(sample_ids, sequence_length)
+
+
+def test_batches_are_prepared_while_the_consumer_works():
+    with loader(SlowSplit("train", np.arange(100), "f"), micro_batch_size=4, prefetch_steps=4) as batches:
+        time.sleep(0.4)
+        started = time.monotonic()
+        for _ in range(4):
+            next(batches)
+        assert time.monotonic() - started < 0.1
+
+
+def test_close_ends_the_thread_promptly():
+    before = threading.active_count()
+    batches = loader(SlowSplit("train", np.arange(100), "f"), micro_batch_size=4, prefetch_steps=100)
+    next(batches)
+    assert threading.active_count() == before + 1
+    started = time.monotonic()
+    batches.close()
+    batches.close()
+    assert time.monotonic() - started < 1 and threading.active_count() == before
+
+
+def test_a_split_shorter_than_a_sample_is_an_error():
+    with pytest.raises(DataError, match=r"the train split is shorter than one sample of 4 \+ 1 tokens"):
+        loader(counting_split(T))
+    with pytest.raises(DataError, match=r"data\.validation_fraction"):
+        next(validate(counting_split(T), 1, (1, 1, 1), 0))
+    assert len(first_steps(counting_split(T + 1), 3)) == 3
+
+
+def validate(split, batches, topology, dp_rank):
+    global_batch_size, micro_batch_size, dp_size = topology
+    return validation_batches(
+        split,
+        sequence_length=T,
+        batches=batches,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def validated_samples(split, batches, topology):
+    """Number of micro-batches of each rank, and all samples that count."""
+    ranks = [list(validate(split, batches, topology, rank)) for rank in range(topology[2])]
+    samples = []
+    for batch in (batch for rank in ranks for batch in rank):
+        assert batch.tokens.shape == batch.targets.shape == (topology[1], T)
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            assert torch.equal(targets, tokens + 1) or torch.all(targets == IGNORE_INDEX)
+            samples += [int(tokens[0]) // T] if targets[0] != IGNORE_INDEX else []
+    return [len(rank) for rank in ranks], samples
+
+
+@settings(deadline=None, max_examples=60)
+@given(topology=topologies(), num_samples=st.integers(1, 80), batches=st.integers(1, 5))
+def test_validation_counts_each_chosen_sample_once_for_any_topology(topology, num_samples, batches):
+    split = counting_split(num_samples * T + 1)
+    counts, samples = validated_samples(split, batches, topology)
+    assert len(set(counts)) == 1 and counts[0] >= 1, "every rank takes part in every collective"
+    assert len(samples) == len(set(samples)) == min(batches * topology[0], num_samples)
+    assert sorted(samples) == sorted(validated_samples(split, batches, (topology[0], 1, 1))[1])
+    if len(samples) == num_samples:
+        assert sorted(samples) == list(range(num_samples))
+
+
+def test_validation_samples_are_spread_over_the_split():
+    _, samples = validated_samples(counting_split(1000 * T + 1), 2, (5, 5, 1))
+    assert samples == list(range(0, 1000, 100))
+
+
+def test_synthetic_samples_are_a_function_of_their_id():
+    split = SyntheticSplit("train", 100, is_ragged=False)
+    windows = split.gather(np.arange(50), 16)
+    assert windows.shape == (50, 17) and windows.min() >= 0 and windows.max() < 100
+    assert np.array_equal(split.gather(np.array([7, 49]), 16), windows[[7, 49]])
+    assert not np.array_equal(SyntheticSplit("validation", 100, is_ragged=False).gather(np.arange(50), 16), windows)
+    assert len(np.unique(windows, axis=0)) == 50
+    assert split.counted_targets(np.arange(50), 16) is None
+
+
+def test_ragged_targets_differ_per_sample_and_are_counted():
+    split = open_splits(DataConfig(source=DataSource.synthetic, synthetic_ragged=True), vocab_size=64)["train"]
+    (step,) = first_steps(split, 1, global_batch_size=64, micro_batch_size=8)
+    counted = torch.cat([batch.targets != IGNORE_INDEX for batch in step.micro_batches])
+    lengths = counted.sum(dim=1)
+    assert step.num_targets == int(lengths.sum())
+    assert set(lengths.tolist()) == {1, 2, 3, 4}
+    assert torch.equal(counted, torch.arange(T) < lengths[:, None]), "only a tail is masked"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches():
+    with TrainLoader(
+        counting_split(100),
+        sequence_length=T,
+        global_batch_size=4,
+        micro_batch_size=2,
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+        first_step=0,
+        prefetch_steps=2,
+        pin_memory=True,
+    ) as batches:
+        batch = next(batches).micro_batches[0]
+    assert batch.tokens.is_pinned() and batch.targets.is_pinned()
+    on_device = batch.to(torch.device("cuda"))
+    assert torch.equal(on_device.targets.cpu(), batch.targets)

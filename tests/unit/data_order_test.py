@@ -1,0 +1,102 @@
+import time
+import warnings
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtrain.data.order import derive_key, permute, rank_slice, sample_ids
+
+seeds = st.integers(-(2**70), 2**70)
+
+
+@st.composite
+def topologies(draw):
+    """(global batch, micro-batch, dp_size) that divide evenly."""
+    dp_size, micro_batch_size, num_micro_batches = (draw(st.integers(1, 6)) for _ in range(3))
+    return dp_size * micro_batch_size * num_micro_batches, micro_batch_size, dp_size
+
+
+def global_batch(global_batch_size, micro_batch_size, dp_size, slice_of=rank_slice):
+    """The samples of all ranks and micro-batches, in the order of ranks."""
+    batch = np.arange(global_batch_size)
+    num_micro_batches = global_batch_size // (micro_batch_size * dp_size)
+    parts = [
+        batch[slice_of(global_batch_size, micro_batch_size, rank, dp_size, i)]
+        for rank in range(dp_size)
+        for i in range(num_micro_batches)
+    ]
+    assert all(len(part) == micro_batch_size for part in parts)
+    return np.concatenate(parts)
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_bijection(size, key):
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+def test_permute_depends_on_the_key_and_looks_random():
+    size, identity = 100_000, np.arange(100_000)
+    orders = [permute(identity, size, key) for key in range(3)]
+    for order in orders:
+        # Of a random permutation: about one fixed point, one neighbouring pair, no correlation.
+        assert (order == identity).sum() < 10
+        assert (np.abs(np.diff(order)) == 1).sum() < 15
+        assert abs(np.corrcoef(identity, order)[0, 1]) < 0.02
+    assert abs(np.corrcoef(orders[0], orders[1])[0, 1]) < 0.02
+
+
+def test_every_value_comes_first_about_equally_often():
+    for size in (3, 7, 20):
+        firsts = [int(permute(np.arange(1), size, derive_key(0, k))[0]) for k in range(200 * size)]
+        counts = np.bincount(firsts, minlength=size)
+        assert np.all(np.abs(counts - 200) < 6 * np.sqrt(200)), (size, counts)
+
+
+@given(num_samples=st.integers(1, 300), seed=seeds, epoch=st.integers(0, 10**6))
+def test_each_sample_exactly_once_per_epoch(num_samples, seed, epoch):
+    ids = sample_ids(epoch * num_samples, num_samples, num_samples, seed)
+    assert sorted(ids.tolist()) == list(range(num_samples))
+
+
+@given(num_samples=st.integers(1, 50), seed=seeds, first=st.integers(0, 500), cuts=st.lists(st.integers(0, 40)))
+def test_reading_in_parts_gives_the_same_order(num_samples, seed, first, cuts):
+    whole = sample_ids(first, sum(cuts), num_samples, seed)
+    starts = np.cumsum([first, *cuts])
+    parts = [sample_ids(int(start), count, num_samples, seed) for start, count in zip(starts, cuts, strict=False)]
+    assert whole.tolist() == [i for part in parts for i in part.tolist()]
+
+
+def test_epochs_and_seeds_have_different_orders():
+    first, second = sample_ids(0, 1000, 500, seed=1).reshape(2, 500)
+    assert (first != second).mean() > 0.9
+    assert (first != sample_ids(0, 500, 500, seed=2)).mean() > 0.9
+
+
+@given(topology=topologies())
+def test_any_world_and_micro_batch_computes_the_same_global_batch(topology):
+    assert global_batch(*topology).tolist() == list(range(topology[0]))
+
+
+def test_that_property_would_notice_a_wrong_slice():
+    def repeats_first_micro_batch(global_batch_size, micro_batch_size, dp_rank, dp_size, _):
+        return rank_slice(global_batch_size, micro_batch_size, dp_rank, dp_size, 0)
+
+    assert global_batch(8, 2, 2, repeats_first_micro_batch).tolist() != list(range(8))
+
+
+@settings(deadline=None)
+@given(first=st.integers(0, 2**60))
+def test_seeking_is_quick_anywhere_in_a_huge_corpus(first):
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # integer overflow must wrap without a word
+        ids = sample_ids(first, 512, 10**10, seed=0)
+    assert time.monotonic() - started < 1
+    assert ids.min() >= 0 and ids.max() < 10**10 and len(set(ids.tolist())) >= 511
+
+
+def test_order_does_not_change_between_versions():
+    """Runs are resumed by later versions: these values may never change."""
+    assert sample_ids(0, 8, 10, seed=0).tolist() == [9, 2, 1, 0, 4, 6, 8, 3]
+    assert sample_ids(10**12, 3, 10**10, seed=7).tolist() == [2659411465, 474217615, 2575655829]

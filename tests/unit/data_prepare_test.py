@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bigtrain.config import DataConfig, DataSource
+from bigtrain.data import open_splits
+from bigtrain.data.corpus import Corpus
+from bigtrain.data.index import read_index, verify_hashes
+from bigtrain.data.prepare import prepare, prepared_directory
+from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.writer import SplitWriter
+from bigtrain.errors import DataError
+
+FILES = ("train.bin", "train.documents.npy", "validation.bin", "validation.documents.npy", "tokenizer.json")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A corpus of 40 small documents and an empty one."""
+    for i in range(40):
+        path = tmp_path / "texts" / f"{i:02}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"document {i}\n" + "some words again and again, naïve 🙂\n" * i, encoding="utf-8")
+    (tmp_path / "texts" / "empty.txt").touch()
+    return DataConfig(
+        source=DataSource.text,
+        path=str(tmp_path / "texts"),
+        root=str(tmp_path / "data"),
+        tokenizer_vocab_size=300,
+        validation_fraction=0.2,
+    )
+
+
+def small_config(tmp_path, pattern, **changes):
+    root = str(tmp_path / "data")
+    return DataConfig(source=DataSource.text, path=str(tmp_path / pattern), root=root, tokenizer="bytes", **changes)
+
+
+def documents_of(directory, split):
+    tokens = np.fromfile(directory / f"{split}.bin", dtype=read_index(directory).dtype)
+    offsets = np.load(directory / f"{split}.documents.npy")
+    return [tokens[a:b].tolist() for a, b in pairwise(offsets)]
+
+
+def prepare_in_process(config, *, before):
+    """Start a process that prepares ``config`` after the statement ``before``."""
+    code = f"""
+        from pathlib import Path
+        from bigtrain.config import DataConfig, from_dict
+        from bigtrain.data.prepare import prepare
+        {before}
+        print(prepare(from_dict(DataConfig, {dataclasses.asdict(config) | {"source": "text"}!r}), progress=False))
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_every_document_is_kept_whole_in_one_split(config, tokenizer):
+    directory = prepare(dataclasses.replace(config, tokenizer=tokenizer), progress=False)
+    index, loaded = read_index(directory), load_tokenizer(directory)
+    found = []
+    for split in ("train", "validation"):
+        documents = documents_of(directory, split)
+        assert len(documents) == getattr(index, split).num_documents > 0
+        assert all(ids[-1] == index.tokenizer.eos_id and index.tokenizer.eos_id not in ids[:-1] for ids in documents)
+        found += [loaded.decode(ids[:-1]) for ids in documents]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((directory.parents[1] / "texts").glob("[0-9]*"))]
+    assert sorted(found) == sorted(texts)
+    assert index.num_empty_documents == 1
+    assert index.train.num_text_bytes + index.validation.num_text_bytes == sum(len(t.encode()) for t in texts)
+    verify_hashes(directory)
+
+
+def test_documents_longer_than_a_piece_stay_one_document(tmp_path):
+    text = "".join(f"line {i} of a long text\n" for i in range(30_000))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(text)
+    directory = prepare(small_config(tmp_path, "*.txt"), progress=False)
+    (ids,), (others,) = documents_of(directory, "train"), documents_of(directory, "validation")
+    assert ids == others and load_tokenizer(directory).decode(ids[:-1]) == text
+
+
+@pytest.mark.parametrize(("vocab_size", "item_bytes"), [(1 << 16, 2), ((1 << 16) + 1, 4)])
+def test_large_vocabularies_use_wider_tokens(tmp_path, vocab_size, item_bytes):
+    writer = SplitWriter(tmp_path, "train", vocab_size, eos_id=vocab_size - 1)
+    writer.append([0, vocab_size - 2], num_text_bytes=5)
+    writer.end_document()
+    writer.finish()
+    assert (tmp_path / "train.bin").stat().st_size == 3 * item_bytes
+    tokens = np.fromfile(tmp_path / "train.bin", dtype=f"<u{item_bytes}")
+    assert tokens.tolist() == [0, vocab_size - 2, vocab_size - 1]
+
+
+def test_entropies_are_those_of_the_tokens(config):
+    directory = prepare(config, progress=False)
+    index = read_index(directory)
+    train, validation = (
+        np.bincount(np.fromfile(directory / f"{split}.bin", dtype=index.dtype), minlength=index.tokenizer.vocab_size)
+        for split in ("train", "validation")
+    )
+    share = train / train.sum()
+    assert index.train.unigram_nats_per_token == pytest.approx(-sum(p * math.log(p) for p in share if p))
+    smoothed = (train + 1) / (train + 1).sum()
+    expected = -(validation * np.log(smoothed)).sum() / validation.sum()
+    assert index.validation.unigram_nats_per_token == pytest.approx(expected)
+
+
+def test_a_document_stays_in_its_split_when_others_are_added(config, tmp_path):
+    def validation_texts():
+        directory = prepare(dataclasses.replace(config, tokenizer="bytes"), progress=False)
+        loaded = load_tokenizer(directory)
+        return {loaded.decode(ids[:-1]) for ids in documents_of(directory, "validation")}
+
+    before = validation_texts()
+    for i in range(100, 140):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"new {i}")
+    after = validation_texts()
+    assert {text for text in after if not text.startswith("new")} == before and len(after) > len(before)
+
+
+def test_preparing_again_finds_it_and_touches_nothing(config):
+    directory = prepare(config, progress=False)
+    before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert set(before) == {*FILES, "index.json"}
+    started = time.monotonic()
+    assert prepare(config, progress=True) == directory == prepared_directory(config)
+    assert time.monotonic() - started < 1
+    assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_the_name_is_readable_and_follows_what_decides_the_content(config, tmp_path):
+    assert prepared_directory(config).name.startswith("text-texts-bpe300-")
+    assert prepared_directory(DataConfig()).name.startswith("stdlib-bpe4096-")
+    variants = [
+        config,
+        dataclasses.replace(config, tokenizer="bytes"),
+        dataclasses.replace(config, tokenizer_vocab_size=310),
+        dataclasses.replace(config, validation_fraction=0.3),
+        dataclasses.replace(config, path=str(tmp_path / "texts" / "0*.txt")),
+    ]
+    assert len({prepared_directory(variant).name for variant in variants}) == len(variants)
+    # What does not matter for the content does not lead to a second copy.
+    ignored = dataclasses.replace(config, text_field="other", split="other", sequence_length=7, prefetch_steps=9)
+    assert prepared_directory(ignored) == prepared_directory(config)
+    (tmp_path / "texts" / "39.txt").write_text("different")
+    assert prepared_directory(config).name != prepared_directory(variants[1]).name
+    with pytest.raises(DataError, match="no prepared corpus here"):
+        open_splits(config, vocab_size=300)
+
+
+def test_the_same_source_gives_the_same_bytes_elsewhere(config, tmp_path):
+    first = Corpus.open(prepare(config, progress=False), vocab_size=300)
+    second = Corpus.open(
+        prepare(dataclasses.replace(config, root=str(tmp_path / "other")), progress=False), vocab_size=300
+    )
+    assert first.index == second.index and first.fingerprint == second.fingerprint
+    third = prepare(dataclasses.replace(config, validation_fraction=0.5), progress=False)
+    assert Corpus.open(third, vocab_size=300).fingerprint != first.fingerprint
+    assert open_splits(config, vocab_size=300)["validation"].fingerprint == first.fingerprint
+
+
+def test_two_at_once_end_with_one_good_corpus(config):
+    with ThreadPoolExecutor(4) as pool:
+        directories = {*pool.map(lambda _: prepare(config, progress=False), range(4))}
+    (directory,) = directories
+    verify_hashes(directory)
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_a_kill_leaves_nothing_that_looks_like_a_corpus(config):
+    # The process is stopped for good at the worst moment: all is written but the rename.
+    before = "Path.rename = lambda self, target: print('ready', flush=True) or __import__('time').sleep(60)"
+    process = prepare_in_process(config, before=before)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    target = prepared_directory(config)
+    (leftover,) = target.parent.iterdir()
+    assert leftover.name.startswith(f".{target.name}.") and (leftover / "index.json").exists()
+
+    verify_hashes(prepare(config, progress=False))
+    assert leftover.exists(), "it might still be alive"
+    shutil.rmtree(target)
+    for path in leftover.iterdir():
+        os.utime(path, (0, 0))
+    prepare(config, progress=False)
+    assert not leftover.exists()
+
+
+def test_a_failure_leaves_nothing(config, tmp_path):
+    (tmp_path / "texts" / "zz.txt").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"zz\.txt: has zero bytes"):
+        prepare(config, progress=False)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [*FILES, "index.json"])
+def test_a_missing_or_truncated_file_is_named(config, name):
+    directory = prepare(config, progress=False)
+    file = directory / name
+    file.write_bytes(file.read_bytes()[:-1] if name != "index.json" else file.read_bytes()[:-100])
+    for check in (lambda: prepare(config, progress=False), lambda: Corpus.open(directory, vocab_size=300)):
+        with pytest.raises(DataError, match=f"{name}.*remove .* and prepare the corpus again"):
+            check()
+    file.unlink()
+    with pytest.raises(DataError, match=name if name != "index.json" else "no prepared corpus here"):
+        Corpus.open(directory, vocab_size=300)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_and_named(config, name):
+    directory = prepare(config, progress=False)
+    verify_hashes(directory)
+    content = bytearray((directory / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (directory / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: the content is not what was prepared"):
+        verify_hashes(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda index: index.update(format=99), "format 99, this version reads format 1"),
+        (lambda index: index.pop("tokenizer"), "tokenizer: missing"),
+        (lambda index: index.update(dtype="float64"), "dtype 'float64', expected uint16 or uint32"),
+        (lambda index: index["train"].update(num_tokens=3), "3 tokens of uint16 are not"),
+        (lambda index: index["train"]["tokens"].update(name="../secret.bin"), "is not a plain file name"),
+        (lambda index: index["train"]["tokens"].update(name="/etc/passwd"), "is not a plain file name"),
+        (lambda index: index.update(identity="x"), "made from another source"),
+    ],
+)
+def test_a_wrong_index_is_refused(config, change, problem):
+    directory = prepare(config, progress=False)
+    index = json.loads((directory / "index.json").read_text())
+    change(index)
+    (directory / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=problem):
+        prepare(config, progress=False)
+
+
+def test_a_model_with_too_small_a_vocabulary_is_told_what_to_set(config):
+    directory = prepare(config, progress=False)
+    Corpus.open(directory, vocab_size=300)
+    with pytest.raises(DataError, match=r"has 300 ids, but model.vocab_size=299; set model.vocab_size=300 or more"):
+        Corpus.open(directory, vocab_size=299)
+
+
+@pytest.mark.parametrize(("texts", "problem"), [(["one"], r"1 document\(s\)"), (["", ""], r"0 document\(s\)")])
+def test_too_small_a_corpus_is_an_error(tmp_path, texts, problem):
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    with pytest.raises(DataError, match=problem + r".*cut the text into several files or jsonl lines"):
+        prepare(small_config(tmp_path, "*.txt"), progress=False)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+def test_both_splits_get_a_document_at_any_fraction(tmp_path, fraction):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    index = read_index(prepare(small_config(tmp_path, "*.txt", validation_fraction=fraction), progress=False))
+    assert index.train.num_documents == index.validation.num_documents == 1
+
+
+def test_a_place_that_cannot_be_written_is_an_error(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(dataclasses.replace(config, root=str(tmp_path / "file" / "data")), progress=False)

@@ -1,0 +1,186 @@
+import gzip
+import json
+import os
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from bigtrain.config import DataConfig, DataSource
+from bigtrain.data.sources import Document, iterate_documents, source_fingerprint
+from bigtrain.errors import DataError
+
+
+def read(source, path=None, **changes):
+    path = None if path is None else str(path)
+    return list(iterate_documents(DataConfig(source=DataSource[source], path=path, **changes)))
+
+
+def fingerprint(source, path):
+    return source_fingerprint(DataConfig(source=DataSource[source], path=str(path)))
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_stdlib_is_the_python_source_of_this_machine():
+    documents = read("stdlib")
+    ids = [document.id for document in documents]
+    assert ids == sorted(set(ids)) and "abc.py" in ids and "json/decoder.py" in ids
+    assert not [i for i in ids if "site-packages" in i or "__pycache__" in i]
+    text = next(document.text for document in documents if document.id == "os.py")
+    with open(os.__file__, encoding="utf-8", newline="") as file:
+        assert text == file.read()
+    assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_text_is_one_document_per_file_sorted_by_name(tmp_path):
+    write(tmp_path / "b.txt", "two\r\n")
+    write(tmp_path / "a" / "z.md", "one")
+    write(tmp_path / "c.txt", "")
+    write(tmp_path / ".hidden" / "x.txt", "no")
+    write(tmp_path / ".hidden.txt", "no")
+    assert read("text", tmp_path) == [
+        Document("a/z.md", "one", False),
+        Document("b.txt", "two\r\n", False),
+        Document("c.txt", "", False),
+    ]
+    assert read("text", tmp_path / "b.txt") == [Document("b.txt", "two\r\n", False)]
+    assert [document.id for document in read("text", tmp_path / "**" / "*.txt")] == ["b.txt", "c.txt"]
+
+
+def test_linked_directories_are_read_once(tmp_path):
+    write(tmp_path / "elsewhere" / "a.txt", "one")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "root")
+    assert [document.id for document in read("text", tmp_path / "root")] == ["link/a.txt"]
+
+
+def test_invalid_utf8_is_replaced_and_marked(tmp_path):
+    write(tmp_path / "a.txt", b"\xef\xbb\xbfgood \xff\xfe bad \xc3")
+    assert read("text", tmp_path) == [Document("a.txt", "good \ufffd\ufffd bad \ufffd", True)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_jsonl_ids_are_lines(tmp_path, suffix):
+    lines = ['{"text": "one"}', "", '{"text": "naïve", "x": 1}', '{"text": null}', '{"text": "\\ud83d\\ude42 \\ud800"}']
+    raw = "\n".join(lines).encode()
+    write(tmp_path / f"a{suffix}", gzip.compress(raw) if suffix.endswith("gz") else raw)
+    write(tmp_path / "notes.md", "not read from a directory")
+    assert read("jsonl", tmp_path) == [
+        Document(f"a{suffix}:1", "one", False),
+        Document(f"a{suffix}:3", "naïve", False),
+        Document(f"a{suffix}:4", "", False),
+        Document(f"a{suffix}:5", "🙂 \ufffd", True),
+    ]
+
+
+def test_jsonl_with_invalid_utf8_keeps_its_valid_part(tmp_path):
+    write(tmp_path / "a.jsonl", b'{"text": "x\xffy"}\n')
+    assert read("jsonl", tmp_path) == [Document("a.jsonl:1", "x\ufffdy", True)]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{broken", "not valid JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"body": "x", "id": 1}', r"no field 'text'; set data.text_field to one of \['body', 'id'\]"),
+        ('{"text": 3}', "field 'text' is int, not text"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_bad_jsonl_lines_are_named(tmp_path, line, problem):
+    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=f"{path}:2: {problem}"):
+        read("jsonl", path)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
+def test_parquet_ids_are_rows_and_null_is_empty(tmp_path, kind):
+    texts = [f"text {i}" for i in range(3000)]
+    texts[1] = None
+    table = pyarrow.table({"id": range(3000), "body": pyarrow.array(texts, kind)})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    documents = read("parquet", tmp_path, text_field="body")
+    assert [document.id for document in documents] == [f"a.parquet:{i}" for i in range(3000)]
+    assert documents[:3] == [
+        ("a.parquet:0", "text 0", False),
+        ("a.parquet:1", "", False),
+        ("a.parquet:2", "text 2", False),
+    ]
+    with pytest.raises(DataError, match=r"no column 'text'; set data.text_field to one of \['body', 'id'\]"):
+        read("parquet", tmp_path)
+    with pytest.raises(DataError, match=r"a\.parquet: the text column has type int64, not text"):
+        read("parquet", tmp_path, text_field="id")
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = gzip.compress(b'{"text": "abc"}\n' * 1000)
+    cases = {
+        "cut.jsonl.gz": ("jsonl", whole[: len(whole) // 2]),
+        "not.jsonl.gz": ("jsonl", b"plain text"),
+        "empty.parquet": ("parquet", b""),
+        "bad.parquet": ("parquet", b"PAR1 no"),
+        "binary.txt": ("text", b"ab\0cd"),
+    }
+    for name, (source, content) in cases.items():
+        with pytest.raises(DataError, match=name):
+            read(source, write(tmp_path / name, content))
+
+
+def test_missing_sources_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no such file or directory"):
+        read("text", tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no such file or directory, and no file matches"):
+        read("text", tmp_path / "*.txt")
+    with pytest.raises(DataError, match=r"no file \*\.jsonl or \*\.jsonl\.gz"):
+        read("jsonl", tmp_path)
+
+
+def test_fingerprint_follows_the_files_but_not_their_place(tmp_path):
+    file = write(tmp_path / "one" / "a.txt", "text")
+    before = fingerprint("text", file.parent)
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert fingerprint("text", tmp_path / "two") == before
+    assert fingerprint("text", tmp_path / "two") == before
+    os.utime(tmp_path / "two" / "a.txt", ns=(1, 1))
+    touched = fingerprint("text", tmp_path / "two")
+    write(tmp_path / "two" / "b.txt", "")
+    assert len({before, touched, fingerprint("text", tmp_path / "two")}) == 3
+
+
+@pytest.fixture(scope="module")
+def saved_dataset(tmp_path_factory):
+    import datasets
+
+    root = tmp_path_factory.mktemp("saved")
+    rows = datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(2500)], "n": list(range(2500))})
+    datasets.DatasetDict({"train": rows, "test": rows.select([7, 5])}).save_to_disk(root / "dict")
+    rows.save_to_disk(root / "single")
+    write(root / "files" / "train.jsonl", "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(3)))
+    return root
+
+
+def test_saved_datasets(saved_dataset):
+    documents = read("datasets", saved_dataset / "dict")
+    assert documents[2499] == Document("2499", "row 2499", False) and len(documents) == 2500
+    assert read("datasets", saved_dataset / "single") == documents
+    assert [document.text for document in read("datasets", saved_dataset / "dict", split="test")] == ["row 7", "row 5"]
+    assert fingerprint("datasets", saved_dataset / "dict") != fingerprint("datasets", saved_dataset / "single")
+    with pytest.raises(DataError, match=r"no split 'other'; set data.split to one of \['test', 'train'\]"):
+        read("datasets", saved_dataset / "dict", split="other")
+    with pytest.raises(DataError, match=r"no column 'body'; set data.text_field to one of \['n', 'text'\]"):
+        read("datasets", saved_dataset / "dict", text_field="body")
+
+
+def test_datasets_by_name(saved_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    texts = [document.text for document in read("datasets", saved_dataset / "files")]
+    assert texts == ["line 0", "line 1", "line 2"]
+    with pytest.raises(DataError, match=r"cannot load this dataset \(data.subset=None, data.split=train\)"):
+        read("datasets", tmp_path / "nothing")

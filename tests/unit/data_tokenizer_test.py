@@ -1,0 +1,102 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtrain.config import DataConfig
+from bigtrain.data.survey import cut
+from bigtrain.data.tokenizer import END_OF_TEXT, build_tokenizer, load_tokenizer, num_ids
+from bigtrain.errors import DataError
+
+SAMPLE = ["def add(a, b):\n    return a + b\n", "class Thing:\n\tpass\r\n", "naïve café — 東京 🙂\n"] * 20
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+
+
+def build(tokenizer, **changes):
+    return build_tokenizer(DataConfig(tokenizer=tokenizer, **changes), SAMPLE)
+
+
+BUILT = {"bpe": build("bpe", tokenizer_vocab_size=400), "bytes": build("bytes")}
+
+
+@pytest.mark.parametrize("kind", BUILT)
+@given(text=texts)
+@settings(deadline=None)
+def test_decoding_gives_back_any_text(kind, text):
+    tokenizer, eos_id = BUILT[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    assert eos_id not in ids
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
+    tokenizer, eos_id = BUILT[kind]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    text = f"  two spaces\r\n{END_OF_TEXT} is text here \x00\x7f\u200b 🙂"
+    ids = loaded.encode(text, add_special_tokens=False).ids
+    assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+    assert eos_id not in ids
+    assert loaded.decode(ids) == text
+    assert loaded.decode([*ids, eos_id], skip_special_tokens=False) == text + END_OF_TEXT
+    assert loaded.decode([*ids, eos_id]) == text
+
+
+def test_ids_of_the_bytes_tokenizer_are_the_bytes():
+    tokenizer, eos_id = BUILT["bytes"]
+    text = "aé東🙂\n\x00"
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert (eos_id, num_ids(tokenizer)) == (256, 257)
+
+
+def test_bpe_has_the_size_asked_for_and_is_the_same_every_time():
+    small = build("bpe", tokenizer_vocab_size=280)
+    assert num_ids(small.tokenizer) == 280
+    assert small.tokenizer.to_str() == build("bpe", tokenizer_vocab_size=280).tokenizer.to_str()
+    reordered = build_tokenizer(DataConfig(tokenizer="bpe", tokenizer_vocab_size=280), SAMPLE[::-1])
+    assert small.tokenizer.to_str() == reordered.tokenizer.to_str()
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_long_texts_are_cut_without_changing_the_ids(kind):
+    tokenizer, _ = BUILT[kind]
+    text = "".join(f"    value_{i} = {i}\n\n\n# naïve {'x' * (i % 50)}!\ndef f():\n" for i in range(8000))
+    pieces = list(cut(text))
+    assert len(pieces) > 2 and "".join(pieces) == text
+    ids = [i for piece in pieces for i in tokenizer.encode(piece).ids]
+    assert ids == tokenizer.encode(text).ids
+
+
+def test_text_without_lines_is_cut_too():
+    assert [len(piece) for piece in cut("x" * 300_000)] == [131072, 131072, 37856]
+    assert list(cut("")) == [""]
+
+
+def test_missing_or_damaged_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot read"):
+        load_tokenizer(tmp_path)
+    for content in ("", "{}", "[1, 2", '{"version": "1.0"}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+            load_tokenizer(tmp_path)
+
+
+def save_hugging_face(directory, **special_tokens):
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=BUILT["bpe"].tokenizer, **special_tokens).save_pretrained(directory)
+    return str(directory)
+
+
+def test_hugging_face_tokenizer_from_a_directory(tmp_path):
+    tokenizer, eos_id = build(save_hugging_face(tmp_path, eos_token=END_OF_TEXT))
+    assert eos_id == BUILT["bpe"].eos_id
+    assert tokenizer.encode(SAMPLE[0]).ids == BUILT["bpe"].tokenizer.encode(SAMPLE[0]).ids
+    assert eos_id not in tokenizer.encode(END_OF_TEXT).ids
+
+
+def test_unsuitable_hugging_face_tokenizers_are_errors_with_a_way_out(tmp_path):
+    with pytest.raises(DataError, match=r"no such tokenizer here or on the Hugging Face hub; use bpe, bytes"):
+        build(str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="no end-of-text token"):
+        build(save_hugging_face(tmp_path))
