@@ -35,6 +35,7 @@ lint: install
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" 2>/dev/null \
-	  || $(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX)
+	  || $(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX) \
+	  || { echo "no $(TORCH)$(TORCH_BUILD) to be had; 'make install TORCH_BUILD=' takes PyPI's build" >&2; exit 1; }
 	$(BIN)/pip install --quiet --editable '.[test]' --constraint constraints.txt
 	touch $@

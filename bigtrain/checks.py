@@ -56,8 +56,9 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
 def check_data(data: DataConfig) -> list[str]:
     """Return every problem of the ``data`` section by itself."""
     problems = []
-    if data.source in (DataSource.text, DataSource.jsonl, DataSource.parquet, DataSource.datasets) and not data.path:
-        problems.append(f"data.path: data={data.source.name} needs data.path=<{data.source.name} source>")
+    if data.source not in (DataSource.stdlib, DataSource.synthetic) and not data.path:
+        what = "dataset name or directory" if data.source is DataSource.datasets else "file, directory or glob"
+        problems.append(f"data.path: missing; data={data.source.name} needs data.path=<{what}>")
     if not 0 < data.validation_fraction < 1:
         problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:

@@ -4,12 +4,15 @@
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import yaml
 
-from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
-from bigtrain.config import ModelConfig, TrainConfig
+from bigtrain.checkpoint.store import RUN_STATE_FILE, RunState, find_checkpoints, read_run_state
+from bigtrain.config import TrainConfig
+from bigtrain.data.index import INDEX_FILE
+from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.errors import CheckpointError
 from bigtrain.redact import redact
 from bigtrain.schema import from_dict, to_dict
@@ -28,6 +31,26 @@ def write_config(directory: Path, config: TrainConfig) -> None:
     partial = directory / f"{CONFIG_FILE}.tmp"
     partial.write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
     os.replace(partial, directory / CONFIG_FILE)
+
+
+def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
+    """Copy the tokenizer and the index that says how to use it, so that a run generates text without its data."""
+    for name in (INDEX_FILE, TOKENIZER_FILE):
+        shutil.copyfile(corpus_directory / name, directory / name)
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """Return the run directory and the checkpoint that ``path`` means: a run (its newest) or one checkpoint.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    if (path / RUN_STATE_FILE).is_file():
+        return path.parent.parent, path
+    found = find_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path} has no complete checkpoint; name the directory of a run, such as runs/gpt_nano")
+    return path, found[-1]
 
 
 def read_config(directory: Path) -> TrainConfig:
@@ -81,8 +104,3 @@ def _refuse_other_model(config: TrainConfig, state: RunState, path: Path) -> Non
             f"{path} holds another model; choose another run.name or the model of the checkpoint:\n  "
             + "\n  ".join(differences)
         )
-
-
-def model_of(state: RunState) -> ModelConfig:
-    """Return the model that a checkpoint holds."""
-    return from_dict(ModelConfig, state.config["model"])

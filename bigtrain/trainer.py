@@ -22,11 +22,13 @@ from bigtrain.checkpoint.store import (
     read_run_state,
     save_checkpoint,
 )
+from bigtrain.checks import check
 from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
 from bigtrain.data import open_splits as open_data
 from bigtrain.data.batch import IGNORE_INDEX
+from bigtrain.data.index import read_index
 from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
-from bigtrain.data.prepare import prepare
+from bigtrain.data.prepare import prepare, prepared_directory
 from bigtrain.distributed import (
     RankInfo,
     all_reduce_sum,
@@ -39,14 +41,14 @@ from bigtrain.distributed import (
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
-from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError, PreflightError
 from bigtrain.models import build_model
 from bigtrain.models.init import initial_values
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.redact import redact
 from bigtrain.resilience.signals import StopAgreement, StopSignal
-from bigtrain.run_files import find_resume, run_directory, write_config
+from bigtrain.run_files import find_resume, keep_tokenizer, locate, read_config, run_directory, write_config
 from bigtrain.schema import flatten, from_dict, to_dict
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.recorder import build_recorder
@@ -125,7 +127,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
         )
         return EXIT_FINISHED
     splits = open_splits(config)
-    on_rank0(lambda: write_config(directory, config))
+    on_rank0(lambda: write_run_files(config))
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     if state:
         _check_continuation(state, config, splits["train"].fingerprint)
@@ -232,7 +234,7 @@ def validate(engine: Engine, split: Any, config: TrainConfig) -> float:
 def record_validation(run: Run, step: int) -> None:
     """Validate and record the result."""
     loss = validate(run.engine, run.splits["validation"], run.config)
-    run.recorder.event("validation", step=step, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+    run.recorder.event("validation", step=step, loss=loss, perplexity=perplexity(loss))
 
 
 def save(run: Run, step: int) -> None:
@@ -279,6 +281,52 @@ def open_splits(config: TrainConfig) -> Mapping[str, Any]:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the random numbers of a step (dropout) a function of (seed, step, rank), so that none need saving."""
     torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()))
+
+
+def write_run_files(config: TrainConfig) -> None:
+    """Put into the run's directory what it needs to be continued and used."""
+    directory = run_directory(config)
+    write_config(directory, config)
+    if config.data.source is not DataSource.synthetic:
+        keep_tokenizer(directory, prepared_directory(config.data))
+
+
+def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
+    """Return loss and perplexity of a run's checkpoint on its validation split, on all ranks of this world.
+
+    Args:
+        path: directory of the run, or of one of its checkpoints.
+        batches: global batches; by default as many as in the run's own validations.
+
+    Raises:
+        CheckpointError: no complete checkpoint.
+        ConfigError: the run's batch does not divide over this world.
+    """
+    info = RankInfo.from_env()
+    log.setup(info.rank)
+    device = pick_device(info)
+    directory, checkpoint = locate(path)
+    config = read_config(directory)
+    config.validation.batches = batches or config.validation.batches
+    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
+        raise ConfigError("\n".join(problems))
+    init_process_group(info, device)
+    splits = open_splits(config)
+    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
+    load_checkpoint(checkpoint, engine.state.entries)
+    engine.state.commit()
+    loss = validate(engine, splits["validation"], config)
+    shut_down()
+    result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
+    if config.data.source is not DataSource.synthetic:
+        index = read_index(directory, check_sizes=False)
+        result["unigram_entropy"] = index.validation.unigram_nats_per_token
+    return result
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss; infinite where a float ends."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def _last_step_of_launch(run: Run) -> int | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import hydra
+from hydra.conf import HydraConf, RunDir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -38,15 +39,6 @@ T = TypeVar("T")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RANK_0_HEAD_START_SECONDS = 5.0
-
-HYDRA_SETTINGS = [
-    # Under torchrun every rank would make its own output directory, a second apart, and log into it.
-    "hydra.run.dir=.",
-    "hydra.output_subdir=null",
-    # `none` leaves Python's logging alone; Hydra's `disabled` would mute other people's loggers.
-    "hydra/job_logging=none",
-    "hydra/hydra_logging=none",
-]
 
 
 def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]) -> NoReturn:
@@ -138,7 +130,9 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
         raise ConfigError("--multirun is not offered: one command is one run; start a sweep's runs one by one")
     args = [_quote_text(arg, schema) for arg in args]
     composed: list[tuple[DictConfig, dict[str, str]]] = []
-    ConfigStore.instance().store(name="schema", node=schema)
+    store = ConfigStore.instance()
+    store.store(group="hydra", name="config", node=_quiet_hydra())
+    store.store(name="schema", node=schema)
     parse = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name or "schema")(
         lambda node: composed.append((node, dict(HydraConfig.get().runtime.choices)))
     )
@@ -209,11 +203,23 @@ def _exit_with(error: BigtrainError, *, same_on_all_ranks: bool) -> NoReturn:
     sys.exit(EXIT_USER_ERROR)
 
 
+def _quiet_hydra() -> HydraConf:
+    """Return Hydra's own configuration: no directories and no logging.
+
+    Under torchrun every rank would make an output directory of its own and log into it. ``none`` leaves
+    Python's logging alone; Hydra's ``disabled`` would mute other people's loggers.
+    """
+    quiet = HydraConf(run=RunDir(dir="."), output_subdir=None)
+    silent = {"hydra_logging": "none", "job_logging": "none"}
+    quiet.defaults = [{name: silent.get(name, option) for name, option in entry.items()} for entry in quiet.defaults]
+    return quiet
+
+
 @contextlib.contextmanager
 def _hydra_command_line(args: list[str]) -> Iterator[None]:
     """Let Hydra read ``args``; turn its usage errors into ConfigErrors and its other words over to rank 0."""
     before = sys.argv
-    sys.argv = [before[0], *HYDRA_SETTINGS, *args]
+    sys.argv = [before[0], *args]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, rather than print half a traceback and exit
     said = io.StringIO()
     try:

@@ -1,8 +1,11 @@
 """Train a Transformer: ``torchrun launch/train.py +model=gpt3_1b``; ``--help`` says more."""
 
+import os
+
 import hydra_cli
 
 from bigtrain.config import TrainConfig
+from bigtrain.errors import EXIT_FINISHED
 
 HELP = """\
 Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
@@ -25,6 +28,7 @@ All settings as composed:  python launch/train.py +model=gpt_nano --cfg job
 What each one means:       bigtrain/config.py and configs/train.yaml
 
 Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault.
+Under torchrun a run that was stopped and saved ends with 0 too; torchrun turns 2 into 1.
 """
 
 MOST_USED = [
@@ -48,7 +52,9 @@ def run(config: TrainConfig) -> int:
 
     from bigtrain import trainer
 
-    return record(trainer.run)(config)
+    code = record(trainer.run)(config)
+    # torchrun would report a worker's 75 as a failure, and with --max-restarts undo the stop.
+    return EXIT_FINISHED if "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def help_page() -> str:

@@ -92,13 +92,18 @@ def save_checkpoint(run_directory: Path, entries: Mapping[str, Entry], run_state
 
 
 def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Fill the boxes of ``entries`` from the checkpoint at ``path``.
+    """Fill the boxes of ``entries`` from the checkpoint at ``path``; every rank, or one process without a group.
 
     Raises:
         CheckpointError: tensors are missing or have other shapes.
     """
     try:
-        dcp.load({}, storage_reader=dcp.FileSystemReader(path), planner=EntryLoadPlanner(entries))
+        dcp.load(
+            {},
+            storage_reader=dcp.FileSystemReader(path),
+            planner=EntryLoadPlanner(entries),
+            no_dist=not dist.is_initialized(),
+        )
     except dcp.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{path}: {first}") from error

@@ -6,15 +6,7 @@ import torch
 from torch import nn
 
 from bigtrain.engine.state import EngineState
-
-
-class Batch(Protocol):
-    """One micro-batch."""
-
-    tokens: torch.Tensor
-    """(B, T) int64 token ids."""
-    targets: torch.Tensor
-    """(B, T) int64 ids to predict; -100 is not counted."""
+from bigtrain.objective import Batch
 
 
 class Engine(Protocol):

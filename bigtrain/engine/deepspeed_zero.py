@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
 from bigtrain.distributed import RankInfo
-from bigtrain.engine.base import Batch
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -30,7 +29,7 @@ from bigtrain.engine.state import (
     flat_boxes,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import loss_sum
+from bigtrain.objective import Batch, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}

@@ -13,7 +13,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineConfig, EngineKind, Offload, OptimizerConfig, Precision
-from bigtrain.engine.base import Batch
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -21,9 +20,10 @@ from bigtrain.engine.state import (
     Entry,
     canonical_name,
     create_optimizer_state,
+    whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import loss_sum
+from bigtrain.objective import Batch, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 
 
@@ -125,11 +125,9 @@ class NativeState:
 
 
 def _entry(tensor: torch.Tensor, mesh: DeviceMesh) -> Entry:
-    shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        box = Box((0,) * len(shape), tensor.detach())
-        return Entry(shape, tensor.dtype, (box,), mesh.get_rank(), mesh.size())
-    local = tensor.to_local().detach()
+        return whole_entry(tensor, replica=mesh.get_rank(), num_replicas=mesh.size())
+    shape, local = tuple(tensor.shape), tensor.to_local().detach()
     _, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     boxes = (Box(tuple(offsets), local),) if local.numel() else ()
     return Entry(shape, tensor.dtype, boxes, mesh.get_local_rank("dp_replicate"), mesh.size(0))

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from bigtrain.models.init import InitialValue
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -59,12 +61,10 @@ class EngineState(Protocol):
         ...
 
 
-class InitialValue(Protocol):
-    """Initial value of one parameter, independent of its layout."""
-
-    def fill(self, start: int, out: torch.Tensor) -> None:
-        """Write the elements from ``start`` on, in row-major order, into the 1-D fp32 CPU tensor ``out``."""
-        ...
+def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1) -> Entry:
+    """Return the entry of a tensor that this rank holds whole."""
+    shape = tuple(tensor.shape)
+    return Entry(shape, tensor.dtype, (Box((0,) * len(shape), tensor.detach()),), replica, num_replicas)
 
 
 MODEL = "model."

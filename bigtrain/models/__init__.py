@@ -14,7 +14,7 @@ def build_model(config: ModelConfig) -> nn.Module:
 
     1. ``with torch.device("meta"): model = build_model(config)``
     2. ``values = initial_values(model, config, seed)`` (see ``init.py``)
-    3. shard it, if so wanted, then ``materialise(model, device)``
+    3. shard it, if so wanted, and give the shards memory
     4. fill every parameter, or this rank's part of it, from ``values``.
 
     The result is called as ``model(tokens_BT)`` for logits and ``model(tokens_BT, targets_BT)`` for

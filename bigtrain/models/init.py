@@ -8,7 +8,6 @@ CPU; their last bits may differ between processor families.)
 
 import hashlib
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,39 +97,6 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
     from bigtrain.models import hf_init
 
     return hf_init.published_values(model, config) if config.pretrained else hf_init.fresh_values(model, seed)
-
-
-def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Give every meta parameter uninitialised memory on ``device`` and move the buffers there.
-
-    Unlike ``nn.Module.to_empty`` this keeps tied parameters tied and the contents of buffers. Works on
-    plain and on FSDP2-sharded modules, whose parameters it gives memory for this rank's shard.
-    """
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            if param.is_meta:
-                if id(param) not in made:
-                    made[id(param)] = nn.Parameter(torch.empty_like(param, device=device), param.requires_grad)
-                setattr(module, name, made[id(param)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, values: dict[str, InitialValue]) -> None:
-    """Fill the parameters of an unsharded, materialised model, largest first, on torch's number of threads."""
-
-    def fill(name: str, param: nn.Parameter) -> None:
-        flat = torch.empty(param.numel(), dtype=torch.float32, device="cpu")
-        values[name].fill(0, flat)
-        with torch.no_grad():  # a thread of its own
-            param.copy_(flat.view(param.shape))
-
-    params = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for future in [pool.submit(fill, name, param) for name, param in params]:
-            future.result()
 
 
 def seed_of(*parts: str | int) -> int:

@@ -209,18 +209,14 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rope_table(config: ModelConfig, positions_T: Tensor) -> Tensor:
-    """Return cosines and sines of the rotary angles, side by side, as the bits of fp32 in int32 ``(T, K)``.
-
-    Mixed precision casts the floating-point arguments of a sharded block to bf16 (FSDP2), which
-    would leave eight bits of each angle; integers pass untouched.
-    """
+    """Return cosines and sines of the rotary angles, side by side, fp32 ``(T, K)``."""
     angles = positions_T[:, None].float() * rope_frequencies(config, positions_T.device)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).view(torch.int32)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x_BTXK: Tensor, rope_TK: Tensor) -> Tensor:
     """Rotate the channel pairs ``(i, i + K / 2)`` of every head, in fp32, by :func:`rope_table`'s angles."""
-    cos, sin = rope_TK.view(torch.float32)[:, None, :].chunk(2, dim=-1)
+    cos, sin = rope_TK[:, None, :].chunk(2, dim=-1)
     first, second = x_BTXK.float().chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x_BTXK.dtype)

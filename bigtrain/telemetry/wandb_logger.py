@@ -10,8 +10,8 @@ what is in the files.
 ``<run>/wandb_id`` holds the id of the run and ``<run>/wandb_cursor.json`` how far it is logged: a resumed
 run continues both, and steps that it repeats are not logged again.
 
-The companion is ``python -m bigtrain.telemetry.wandb_logger``, with one line of JSON (:func:`_companion`) on
-standard input, which afterwards only says by its next line or its end that the training has ended.
+The companion is ``python -m bigtrain.telemetry.wandb_logger``. An environment variable holds what it is to do, as
+JSON; a line on standard input, or its end, says that the training has ended.
 """
 
 import json
@@ -39,9 +39,11 @@ ID_FILE = "wandb_id"
 CURSOR_FILE = "wandb_cursor.json"
 LOG_FILE = "log/wandb.log"
 
+_REQUEST_VARIABLE = "BIGTRAIN_WANDB_REQUEST"
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.wandb_logger")
 _POLL_SECONDS = 0.5
 _INIT_SECONDS = 60  # then the server counts as away
+_MARGIN_SECONDS = 30
 _FINISH_SECONDS = 600  # of uploading after the end of the training
 
 
@@ -119,16 +121,15 @@ class WandbLogger:
 def _start(command: Sequence[str], request: dict[str, Any], log_path: Path) -> "subprocess.Popen[str]":
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("a") as log:
-        # A session of its own: Ctrl-C at the terminal is for the training process only.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, _REQUEST_VARIABLE: json.dumps(request)},
+            start_new_session=True,  # Ctrl-C at the terminal is for the training process only
         )
-    try:
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-    except OSError:  # it ended already; the listener says so
-        pass
-    return process
 
 
 def forget(run_directory: Path) -> None:
@@ -139,7 +140,8 @@ def forget(run_directory: Path) -> None:
 
 def _companion() -> int:
     """Follow the files of a run until the training process ends."""
-    request = json.loads(sys.stdin.readline())
+    environ = dict(os.environ)  # before wandb adds to it
+    request = json.loads(environ[_REQUEST_VARIABLE])
     messages, sys.stdout = sys.stdout, sys.stderr
 
     def say(text: str) -> None:
@@ -153,11 +155,11 @@ def _companion() -> int:
     except ImportError as error:
         say(f"cannot be used ({error}); the run goes on without")
         return 0
-    signal.alarm(2 * _INIT_SECONDS)  # should wandb's own time-outs fail
-    run = _init(wandb, request, say)
-    signal.alarm(0)
+    signal.alarm(_INIT_SECONDS + _MARGIN_SECONDS)  # in case wandb's own time-out fails
+    run = _init(wandb, request, environ, say)
     if run is None:
         return 0
+    signal.alarm(0)
     follower = _Follower(Path(request["directory"]), run.log)
     has_ended = False
     while not has_ended:
@@ -169,13 +171,13 @@ def _companion() -> int:
     return 0
 
 
-def _init(wandb: ModuleType, request: dict[str, Any], say: Callable[[str], None]) -> Any:
-    """Begin or continue the wandb run; offline if it cannot be reached, None if that fails too."""
-    mode = _resolve_mode(WandbMode[request["mode"]], os.environ)
+def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]) -> Any:
+    """Begin or continue the wandb run; offline if the server is away, None if that fails too."""
+    mode = _resolve_mode(WandbMode[request["mode"]], environ)
     if mode is WandbMode.disabled:
         say("switched off by WANDB_MODE")
         return None
-    if mode is WandbMode.online and not has_api_key(os.environ):
+    if mode is WandbMode.online and not has_api_key(environ):
         say("logging.wandb=online, but there is no key (set WANDB_API_KEY or run `wandb login`); offline instead")
         mode = WandbMode.offline
     try:
@@ -186,8 +188,9 @@ def _init(wandb: ModuleType, request: dict[str, Any], say: Callable[[str], None]
             say(f"cannot begin ({reason[0]}); the run goes on without")
             return None
         say(f"cannot log online ({reason[0]}); offline instead")
-        wandb.teardown()
-        return _init(wandb, {**request, "mode": WandbMode.offline.name}, say)
+        # In this process wandb would find the run in use, and may hang in its tear-down.
+        offline = json.dumps({**request, "mode": WandbMode.offline.name})
+        os.execve(_COMMAND[0], _COMMAND, {**environ, _REQUEST_VARIABLE: offline})
     if mode is WandbMode.online:
         say(f"logging to {run.url}")
     else:

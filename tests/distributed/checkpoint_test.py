@@ -91,7 +91,9 @@ def test_every_engine_opens_what_any_engine_saved(saved, source, worlds):
     directory, (hashes, losses) = saved(source, worlds[0])
     for target in ENGINES:
         config = with_engine(small_config(), target, **settings(target, worlds[1]))
-        loaded_hashes, loaded_losses = run_ranks(load_train, worlds[1], config, directory / "checkpoints/step-00000003")[0]
+        loaded_hashes, loaded_losses = run_ranks(
+            load_train, worlds[1], config, directory / "checkpoints/step-00000003"
+        )[0]
         assert loaded_hashes == hashes, f"{source} -> {target}: state differs"
         # Sums over another number of ranks are rounded differently: a few units of 6e-8.
         assert loaded_losses == pytest.approx(losses, rel=1e-6), f"{source} -> {target}"
@@ -100,12 +102,14 @@ def test_every_engine_opens_what_any_engine_saved(saved, source, worlds):
 def test_another_model_is_refused_with_the_differences(saved):
     directory, _ = saved("ddp", 1)
     config = small_config("ddp", model={"ffn_dim": 32})
-    with pytest.raises(RankFailedError, match=r"CheckpointError.*belongs to another model(.|\n)*blocks.0.feed_forward.up"):
+    with pytest.raises(
+        RankFailedError, match=r"CheckpointError.*belongs to another model(.|\n)*blocks.0.feed_forward.up"
+    ):
         run_ranks(load, 1, config, directory / "checkpoints/step-00000003")
 
 
 def test_a_missing_optimizer_state_would_be_noticed(saved):
-    directory, (hashes, losses) = saved("ddp", 1)
+    directory, (_, losses) = saved("ddp", 1)
     config = small_config("ddp")
     config.optimizer.betas = [0.0, 0.0]  # other moments after the next step: the losses must differ
     _, other = run_ranks(load_train, 1, config, directory / "checkpoints/step-00000003")[0]

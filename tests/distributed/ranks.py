@@ -6,7 +6,16 @@ from typing import Any
 import torch
 
 from bigtrain.checks import check, resolve
-from bigtrain.config import DataConfig, DataSource, EngineConfig, EngineKind, ModelConfig, Precision, TrainConfig, TrainingConfig
+from bigtrain.config import (
+    DataConfig,
+    DataSource,
+    EngineConfig,
+    EngineKind,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+    TrainingConfig,
+)
 from bigtrain.distributed import RankInfo, init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from bigtrain import config as config_module
 from bigtrain.checks import check, ignored_settings, resolve
@@ -34,9 +35,8 @@ def problems(*, world_size: int = 1, local_world_size: int = 1, **values: Any) -
     return check(changed(**values), world_size=world_size, local_world_size=local_world_size)
 
 
-def groups() -> list[str]:
-    paths = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
-    return [f"{path.parent.name}={path.stem}" for path in paths]
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in (REPOSITORY / "configs").glob("*/*.yaml"))
+PLAIN_CHOICES = [choice for choice in CHOICES if not choice.startswith(("model=", "experiment="))]
 
 
 # Dataclasses
@@ -133,22 +133,17 @@ def test_without_a_near_name_the_valid_ones_are_listed():
 # Config files
 
 
-@pytest.mark.parametrize("choice", groups())
+@pytest.mark.parametrize("choice", CHOICES)
 def test_every_group_file_composes(choice: str):
     group, _, name = choice.partition("=")
-    plus = "+" if group in ("model", "experiment") else ""
-    config = compose(plus + choice)
+    config = compose(choice if choice in PLAIN_CHOICES else f"+{choice}")
     kind = {"data": config.data.source, "engine": config.engine.kind, "scheduler": config.scheduler.kind}.get(group)
     assert kind is None or kind.name == name
 
 
-@pytest.mark.parametrize("choice", groups())
+@pytest.mark.parametrize("choice", PLAIN_CHOICES)
 def test_group_files_hold_only_what_differs_from_the_defaults(choice: str):
-    from omegaconf import OmegaConf
-
     group, _, name = choice.partition("=")
-    if group in ("model", "experiment"):
-        pytest.skip("presets and experiments are explicit")
     values = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / group / f"{name}.yaml"))
     defaults = to_dict(getattr(TrainConfig(), group))
     assert [k for k in list(values)[1:] if values[k] == defaults[k]] == []
@@ -159,8 +154,6 @@ def test_the_primary_file_repeats_the_defaults_of_the_dataclasses():
 
 
 def test_the_primary_file_shows_every_key_that_is_in_no_group():
-    from omegaconf import OmegaConf
-
     shown = OmegaConf.load(REPOSITORY / "configs" / "train.yaml")
     for section in ("run", "train", "validation", "checkpoint"):
         assert list(shown[section]) == list(to_dict(TrainConfig())[section])
@@ -204,7 +197,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "model.vocab_size=300 is smaller than data.tokenizer_vocab_size=4096": dict(model__vocab_size=300),
     "data.sequence_length=257 is longer than model.max_positions=256": dict(data__sequence_length=257),
     "data.sequence_length=-1": dict(data__sequence_length=-1),
-    "data.path: data=text needs": dict(data__source="text"),
+    "data.path: missing; data=text needs": dict(data__source="text"),
     "data.validation_fraction=1.0": dict(data__validation_fraction=1.0),
     "data.tokenizer_vocab_size=100": dict(data__tokenizer_vocab_size=100),
     "data.prefetch_steps=0": dict(data__prefetch_steps=0),

@@ -7,7 +7,8 @@ from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
-from bigtrain.models.init import initial_values, initialise, materialise
+from bigtrain.models.init import initial_values
+from tests.modules import initialise, materialise
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 CONFIGS = {
@@ -38,7 +39,7 @@ def built(config, seed=0):
         model = build_model(config)
     values = initial_values(model, config, seed)
     assert list(values) == [name for name, _ in model.named_parameters()]
-    materialise(model, "cpu")
+    materialise(model, torch.device("cpu"))
     initialise(model, values)
     return model
 

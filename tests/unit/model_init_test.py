@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models import build_model
-from bigtrain.models.init import BLOCK_ELEMENTS, Constant, Normal, initial_values, initialise, materialise
+from bigtrain.models.init import BLOCK_ELEMENTS, Constant, Normal, initial_values
+from tests.modules import initialise, materialise
 
 GPT = ModelConfig(vocab_size=500, num_layers=3, hidden_dim=64, num_heads=4, max_positions=100, init_std=0.05)
 LLAMA = ModelConfig(
@@ -105,7 +106,7 @@ def test_materialise_and_initialise_leave_nothing_out(config):
     with torch.device("meta"):
         model = build_model(config)
     values = initial_values(model, config, seed=3)
-    materialise(model, "cpu")
+    materialise(model, torch.device("cpu"))
     for param in model.parameters():
         torch.nn.init.constant_(param, float("nan"))
     initialise(model, values)
@@ -118,6 +119,6 @@ def test_materialise_keeps_ties_and_buffers():
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = model[0].weight
     model.register_buffer("table", torch.arange(3), persistent=False)
-    materialise(model, "cpu")
+    materialise(model, torch.device("cpu"))
     assert model[1].weight is model[0].weight and not model[0].weight.is_meta
     assert torch.equal(model.table, torch.arange(3)) and "table" not in model.state_dict()

@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions, RopeScalingConfig
 from bigtrain.models import build_model
-from bigtrain.models.init import initial_values, initialise
+from bigtrain.models.init import initial_values
 from bigtrain.models.loss import sum_cross_entropy
 from bigtrain.models.transformer import rope_table, rotate
 from bigtrain.objective import loss_sum
+from tests.modules import initialise
 
 
 def gpt(**changes):

@@ -1,5 +1,7 @@
 """The learning rate is a pure function of the step."""
 
+import itertools
+
 import pytest
 
 from bigtrain.config import SchedulerConfig, SchedulerKind
@@ -26,7 +28,7 @@ def test_the_last_step_has_the_final_rate(kind, last):
 @pytest.mark.parametrize("kind", ["linear", "cosine", "wsd"])
 def test_the_rate_never_rises_after_warm_up(kind):
     values = rates(kind)[10:]
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
 
 
 def test_linear_and_cosine_are_half_way_down_in_the_middle():
@@ -43,4 +45,6 @@ def test_wsd_is_flat_until_its_decay():
 @pytest.mark.parametrize("kind", ["linear", "cosine", "wsd"])
 def test_more_warm_up_than_steps_is_no_error(kind):
     assert all(0 < value <= 1 for value in rates(kind, num_steps=5))
-    assert lr_at(1000, peak_lr=1.0, num_steps=100, config=SchedulerConfig(kind=SchedulerKind[kind])) == pytest.approx(0.1)
+    assert lr_at(1000, peak_lr=1.0, num_steps=100, config=SchedulerConfig(kind=SchedulerKind[kind])) == pytest.approx(
+        0.1
+    )

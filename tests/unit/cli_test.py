@@ -1,0 +1,290 @@
+"""The command line as users meet it: real processes, exit codes, and what appears on the terminal."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bigtrain.config import TrainConfig
+from bigtrain.errors import ConfigError
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+sys.path.append(str(LAUNCH))
+
+import generate  # noqa: E402
+import hydra_cli  # noqa: E402
+
+LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py"]
+
+# A launcher like the real ones whose work is a line of Python.
+STUB = """
+import os, sys
+import hydra_cli
+from bigtrain.errors import DataError
+hydra_cli.RANK_0_HEAD_START_SECONDS = {head_start}
+def run(config):
+    {work}
+hydra_cli.main(hydra_cli.read_run, run, lambda: "help")
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    launcher_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HYDRA_FULL_ERROR")
+    kept = {key: value for key, value in os.environ.items() if key not in launcher_variables}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCH)} | changes
+
+
+def start(command: list[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(script: Path | str, *args: str, cwd: Path, **env: str) -> tuple[int, str, str]:
+    """Run a launcher to its end and return its exit code, standard output and standard error."""
+    process = start([sys.executable, str(LAUNCH / script), *args], cwd, **env)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def stub(directory: Path, work: str, *, head_start: float = 0.2) -> Path:
+    path = directory / "stub.py"
+    path.write_text(STUB.format(work=work, head_start=head_start))
+    return path
+
+
+def problem(*args: str) -> str:
+    """Return the message that ``args`` get from the launchers of runs, in this process."""
+    with pytest.raises(ConfigError) as caught:
+        hydra_cli.read_run(list(args))
+    return str(caught.value)
+
+
+# Exit codes and streams
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["+model=gpt_nano", "train.stpes=1"], "train.stpes: unknown key; did you mean 'train.steps'?"),
+        (["+model=gpt_nano", "+train.stpes=1"], "train.stpes: unknown key; did you mean 'train.steps'?"),
+        (["+model=gpt_nano", "engine=fdsp"], "engine=fdsp: unknown; did you mean 'fsdp'?"),
+        (["--train.steps=1"], "unrecognized arguments: --train.steps=1; settings are written key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], message: str, tmp_path: Path):
+    code, out, err = run("train.py", *args, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_model_the_presets_are_listed(tmp_path: Path):
+    code, _, err = run("train.py", cwd=tmp_path)
+    assert code == 2
+    assert "no model is chosen" in err
+    assert hydra_cli.group_options("model")
+    assert all(f"+model={preset}" in err for preset in hydra_cli.group_options("model"))
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_help_and_mistakes_answer_quickly_and_without_torch(launcher: str, tmp_path: Path):
+    for args, expected in ((["--help"], 0), (["foo.bar=1"], 2)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-X", "importtime", str(LAUNCH / launcher), *args]
+        process = start(command, tmp_path)
+        out, err = process.communicate(timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert process.returncode == expected
+        assert (len(out) > 300) == (expected == 0)
+        imported = set(re.findall(r"\| +([\w.]+)$", err, re.MULTILINE))
+        assert "bigtrain.errors" in imported
+        assert not {"torch", "numpy", "transformers", "deepspeed", "wandb"} & imported
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.0
+
+
+def test_help_names_presets_groups_and_the_most_used_settings(tmp_path: Path):
+    _, out, _ = run("train.py", "-h", cwd=tmp_path)
+    for text in ("fsdp*", "stdlib*", "+experiment", "train.steps=1000", "optimizer.lr=0.0003", "torchrun", "--cfg job"):
+        assert text in out
+    assert all(preset in out for preset in hydra_cli.group_options("model"))
+
+
+def test_hydra_shows_the_composed_configuration(tmp_path: Path):
+    code, out, err = run("train.py", "engine=zero2", "--cfg", "job", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "kind: zero2" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", ["--local_rank=0", "--local-rank=3"])
+def test_the_argument_of_old_launchers_is_dropped(argument: str, tmp_path: Path):
+    code, out, _ = run(stub(tmp_path, "print(config.train.steps)"), argument, "+model=gpt_nano", cwd=tmp_path)
+    assert (code, out) == (0, "1000\n")
+
+
+@pytest.mark.parametrize(("work", "expected"), [("return 75", 75), ("return 0", 0), ("return None", 0)])
+def test_the_exit_code_is_that_of_the_run(work: str, expected: int, tmp_path: Path):
+    assert run(stub(tmp_path, work), "+model=gpt_nano", cwd=tmp_path) == (expected, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["stub.py"]
+
+
+def test_an_error_of_the_user_in_the_run_has_no_traceback_and_a_fault_has_one(tmp_path: Path):
+    code, out, err = run(stub(tmp_path, "raise DataError('no such file')"), "+model=gpt_nano", cwd=tmp_path)
+    assert (code, out, err) == (2, "", "no such file\n")
+    code, _, err = run(stub(tmp_path, "raise RuntimeError('ours')"), "+model=gpt_nano", cwd=tmp_path)
+    assert code == 1
+    assert "Traceback" in err
+    assert "hydra/" not in err
+
+
+def test_contradictions_are_found_for_the_world_of_the_launcher(tmp_path: Path):
+    script = stub(tmp_path, "pass")
+    assert run(script, "+model=gpt_nano", cwd=tmp_path, WORLD_SIZE="2")[0] == 0
+    code, _, err = run(script, "+model=gpt_nano", "optimizer.lr=0", cwd=tmp_path, WORLD_SIZE="3")
+    assert code == 2
+    assert err.splitlines() == [
+        "train.global_batch_size=32 does not divide by the world size 3",
+        "optimizer.lr=0.0: must be positive",
+    ]
+
+
+def test_settings_without_effect_are_named_by_rank_0(tmp_path: Path):
+    script, args = stub(tmp_path, "pass"), ["+model=gpt_nano", "engine.dp_shard=2"]
+    assert run(script, *args, cwd=tmp_path) == (0, "", "warning: engine.dp_shard is ignored by engine=fsdp\n")
+    assert run(script, *args, cwd=tmp_path, RANK="1", WORLD_SIZE="2") == (0, "", "")
+
+
+# Ranks
+
+
+def test_a_mistake_on_the_command_line_is_named_by_rank_0_only(tmp_path: Path):
+    script = stub(tmp_path, "pass")
+    assert run(script, "lr=1", cwd=tmp_path, RANK="0", WORLD_SIZE="2")[2].startswith("lr: unknown key")
+    assert run(script, "lr=1", cwd=tmp_path, RANK="1", WORLD_SIZE="2") == (2, "", "")
+
+
+def test_a_rank_that_fails_alone_speaks_for_itself(tmp_path: Path):
+    work = "raise DataError('first' + chr(10) + 'second') if os.environ['RANK'] == '1' else SystemExit(0)"
+    args = ["+model=gpt_nano"]
+    code, _, err = run(stub(tmp_path, work), *args, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (code, err) == (2, "[rank 1] first\n[rank 1] second\n")
+
+
+def test_a_rank_that_is_ended_while_rank_0_speaks_stays_silent(tmp_path: Path):
+    # Even where the run has left a handler behind that swallows the launcher's SIGTERM.
+    work = "import signal; signal.signal(15, lambda *_: None); print('up', flush=True); raise DataError('same')"
+    script = stub(tmp_path, work, head_start=60.0)
+    process = start([sys.executable, str(script), "+model=gpt_nano"], tmp_path, RANK="1", WORLD_SIZE="2")
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (-signal.SIGTERM, "")
+
+
+def test_torchrun_shows_a_mistake_once(tmp_path: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start([*torchrun, str(LAUNCH / "train.py"), "+model=gpt_nano", "train.stpes=1"], tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1  # torchrun's own code for any failure
+    assert err.count("did you mean 'train.steps'?") == 1
+    assert re.search(r"exitcode\s*: 2", err)
+
+
+# What is said, in this process for speed
+
+MISTAKES = {
+    "modle: unknown key; did you mean 'model'?": ["+modle=gpt_nano"],
+    "optimiser.lr: unknown key; did you mean 'optimizer.lr'?": ["optimiser.lr=1"],
+    "lr: unknown key; did you mean 'optimizer.lr'?": ["+lr=1"],
+    "engin: unknown key; did you mean 'engine'?": ["engin=fsdp"],
+    "model=gpt_nan: unknown; did you mean 'gpt_nano'?": ["+model=gpt_nan"],
+    "model=gpt_nano: write +model=gpt_nano": ["model=gpt_nano"],
+    "experiment=demo: write +experiment=demo": ["experiment=demo"],
+    "+engine=zero1: write engine=zero1": ["+engine=zero1"],
+    "++engine=zero1: write engine=zero1": ["++engine=zero1"],
+    "engine.kind: unknown value 'fdsp'; did you mean 'fsdp'?": ["engine.kind=fdsp"],
+    "train.steps: expected int, got 'abc'": ["train.steps=abc"],
+    "train.steps: expected int, got 100000.0": ["train.steps=1e5"],
+    "train.steps: expected int, got None": ["train.steps=null"],
+    "engine.compile: expected bool, got 'maybe'": ["engine.compile=maybe"],
+    "optimizer.betas[1]: expected float, got 'b'": ["optimizer.betas=[0.9,b]"],
+    "train: expected a section with keys, got 5": ["train=5"],
+    "train.seed=1,2: one value, please": ["train.seed=1,2"],
+    "cannot read 'foo'; settings are written key=value": ["foo"],
+    "cannot read 'train.steps=(1'": ["train.steps=(1"],
+    "Could not delete 'model'": ["~model"],
+    "train.steps: While dereferencing": ["train.steps=${run.name}"],
+    "--multirun is not offered": ["-m", "train.seed=1"],
+    "unrecognized arguments: --lr": ["--lr"],
+    "Cannot find primary config 'nope'": ["--config-name=nope"],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_named_with_the_way_out(message: str):
+    found = problem(*MISTAKES[message])
+    assert found.startswith(message)
+    assert "\n" not in found
+
+
+def test_all_mistakes_are_named_at_once():
+    found = problem("+model=gpt_nano", "train.stpes=1", "engine.kind=x", "+foo=1", "train.seed=a").splitlines()
+    assert [line.split(":")[0] for line in found] == ["train.stpes", "engine.kind", "foo", "train.seed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hidden_dmi: 3", "model.hidden_dmi: unknown key; did you mean 'model.hidden_dim'?"),
+        ("_target_: os.system", "model._target_: unknown key"),
+        ("hidden_dim: wide", "model.hidden_dim: Value 'wide'"),
+        ("hidden_dim: [1", "while parsing a flow sequence"),
+    ],
+)
+def test_a_mistake_in_a_preset_of_the_users_own_is_named(text: str, message: str, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(text + "\n")
+    assert problem(f"--config-dir={tmp_path}", "+model=mine").startswith(message)
+
+
+def test_a_preset_of_the_users_own_names_the_run(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("hidden_dim: 64\n")
+    config = hydra_cli.read_run([f"--config-dir={tmp_path}", "+model=mine"])
+    assert (config.run.name, config.model.hidden_dim) == ("mine", 64)
+
+
+def test_what_is_missing_is_asked_for():
+    with pytest.raises(ConfigError, match=r"^checkpoint: missing; write checkpoint=\.\.\.\nprompt: missing"):
+        hydra_cli.read(generate.GenerateConfig, [])
+
+
+@settings(max_examples=20, deadline=None)
+@example("${seed")
+@example('Hello, "world" (it\'s) a={1: 2} \\')
+@example("null")
+@given(st.text(alphabet="a${}'\" \\=,()[]:#\n!.-+~@é", max_size=12))
+def test_text_needs_no_quotes_of_hydras(text: str):
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return  # a user who quotes for Hydra is understood
+    config = hydra_cli.read(generate.GenerateConfig, ["checkpoint=x", f"prompt={text}"])
+    assert config.prompt == text
+
+
+def test_text_keeps_what_hydra_offers():
+    config, _ = hydra_cli.compose(
+        TrainConfig, ["run.name='a b'", "data.path=null", "run.root=x/${train.seed}"], config_name="train"
+    )
+    assert (config.run.name, config.data.path, config.run.root) == ("a b", None, "x/0")
