@@ -83,6 +83,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
         (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
+        (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
         (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
     ]

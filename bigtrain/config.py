@@ -226,6 +226,8 @@ class FsdpConfig:
 
     reshard_after_forward: bool = True
     """Free the gathered parameters of a block after its forward pass (ZeRO-3); false keeps them (ZeRO-2)."""
+    accumulate_whole_gradients: bool = False
+    """Communicate gradients once per step instead of once per micro-batch; each rank then holds a whole gradient."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,11 +15,10 @@ step() {
 }
 
 step "1. Prepare the corpus: the source of this machine's Python standard library" python launch/prepare.py
-# torchrun calls a run that was stopped, and can be continued, a failure; only a missing checkpoint is one here.
-step "2. Train on two processes, and stop part-way" "${train[@]}" run.stop_after_steps=150 || ls runs/demo/checkpoints/*
+step "2. Train on two processes, and stop half-way" "${train[@]}" run.stop_after_steps=200
 step "3. The same command again continues to the end" "${train[@]}"
 step "4. Validate: the loss on files that were never trained on" python launch/validate.py checkpoint=runs/demo
-step "5. Generate five texts" python launch/generate.py checkpoint=runs/demo "prompt=def main(" num_samples=5
+step "5. Generate five texts" python launch/generate.py checkpoint=runs/demo prompt="def main(" num_samples=5
 
 cat <<'END'
 

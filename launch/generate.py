@@ -44,8 +44,8 @@ Settings, with their defaults:
 
 def run(config: GenerateConfig) -> int:
     """Generate and print the texts."""
-    if problems := check(config):
-        raise ConfigError("\n".join(problems))
+    if config.num_samples < 1:
+        raise ConfigError(f"num_samples={config.num_samples}: must be at least 1")
     from bigtrain.sampling import sample_run
 
     texts = sample_run(
@@ -61,18 +61,6 @@ def run(config: GenerateConfig) -> int:
     for number, text in enumerate(texts, start=1):
         print(f"--- {number} of {len(texts)} ---\n{config.prompt}{text}")
     return EXIT_FINISHED
-
-
-def check(config: GenerateConfig) -> list[str]:
-    """Return every problem of ``config``."""
-    rules = [
-        (config.num_samples >= 1, f"num_samples={config.num_samples}: must be at least 1"),
-        (config.max_new_tokens >= 1, f"max_new_tokens={config.max_new_tokens}: must be at least 1"),
-        (config.temperature >= 0, f"temperature={config.temperature}: must be 0 or positive"),
-        (config.top_k is None or config.top_k >= 1, f"top_k={config.top_k}: must be at least 1, or null"),
-        (config.top_p is None or 0 < config.top_p <= 1, f"top_p={config.top_p}: must be in (0, 1], or null"),
-    ]
-    return [message for holds, message in rules if not holds]
 
 
 def help_page() -> str:

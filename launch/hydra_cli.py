@@ -77,6 +77,10 @@ def read_run(args: list[str]) -> TrainConfig:
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
     if config.model.kind is ModelKind.native:
         config.model.name = config.model.name or choices["model"]
+    elif config.model.name:
+        from bigtrain.models.hf import with_hf_shape
+
+        config.model = with_hf_shape(config.model)
     config = resolve(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     # The deepspeed launcher does not set LOCAL_WORLD_SIZE; on one node it is the world.

@@ -39,6 +39,7 @@ class NativeEngine:
         device: torch.device,
         grad_clip: float,
         autocast: bool,
+        accumulate_whole_gradients: bool = False,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
@@ -46,6 +47,7 @@ class NativeEngine:
         self.dp_rank, self.dp_size = mesh.get_rank(), mesh.size()
         self.grad_clip = grad_clip
         self.autocast = autocast
+        self.accumulate_whole_gradients = accumulate_whole_gradients
         self.shard_group = mesh.get_group("dp_shard") if isinstance(module, FSDPModule) else None
         create_optimizer_state(optimizer)
         self.state = NativeState(module, optimizer, mesh)
@@ -93,9 +95,11 @@ class NativeEngine:
 
     @contextlib.contextmanager
     def _communicate(self, last: bool) -> Iterator[None]:
-        """Communicate gradients in the backward pass of the last micro-batch only."""
+        """Communicate gradients in the backward pass of the last micro-batch only, unless that costs too much memory."""
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+            self.module.set_requires_gradient_sync(last or not self.accumulate_whole_gradients)
+            # Under hsdp the sum over replicas can always wait: what waits is sharded.
+            self.module.set_requires_all_reduce(last)
             self.module.set_is_last_backward(last)
             yield
         elif isinstance(self.module, DistributedDataParallel) and not last:
@@ -161,6 +165,7 @@ def build_native(
         device=device,
         grad_clip=optimizer.grad_clip,
         autocast=engine.kind is EngineKind.ddp and engine.precision is Precision.bf16,
+        accumulate_whole_gradients=engine.fsdp.accumulate_whole_gradients,
     )
 
 

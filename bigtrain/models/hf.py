@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 """
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,41 @@ class HFCausalLM(nn.Module):
         return HFCache() if "past_key_values" in inspect.signature(self.causal_lm.forward).parameters else None
 
 
+def with_hf_shape(config: ModelConfig) -> ModelConfig:
+    """Return ``config`` with the shape that the Hugging Face model describes, for checks and estimates.
+
+    Raises:
+        ConfigError: if the description cannot be had.
+    """
+    text = read_hf_config(config).get_text_config()
+    hidden_dim, num_heads = text.hidden_size, getattr(text, "num_attention_heads", 1)
+    return dataclasses.replace(
+        config,
+        vocab_size=text.vocab_size,
+        num_layers=text.num_hidden_layers,
+        hidden_dim=hidden_dim,
+        num_heads=num_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(text, "head_dim", None) or hidden_dim // num_heads,
+        ffn_dim=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden_dim,
+        max_positions=getattr(text, "max_position_embeddings", None) or config.max_positions,
+    )
+
+
+def read_hf_config(config: ModelConfig) -> Any:
+    """Return the transformers configuration that ``config.name`` (a hub id or a local directory) describes.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(config.name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(unreadable(config.name, error)) from error
+
+
 def build_hf_model(config: ModelConfig) -> HFCausalLM:
     """Build the architecture that ``config.name`` (a hub id or a local directory) describes.
 
@@ -63,12 +99,9 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     Raises:
         ConfigError: if the description cannot be had, or is not of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        hf_config = AutoConfig.from_pretrained(config.name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(unreadable(config.name, error)) from error
+    hf_config = read_hf_config(config)
     hf_config.use_cache = False
     on_meta = torch.empty(0).is_meta
     try:

@@ -1,0 +1,129 @@
+"""The parity gate: every engine at every world size computes the same run, and the gate can fail."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+
+from bigtrain.checks import resolve
+from bigtrain.config import (
+    DataConfig,
+    DataSource,
+    EngineConfig,
+    EngineKind,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+    TrainingConfig,
+)
+from bigtrain.distributed import all_reduce_sum
+from bigtrain.parity import Case, compare, compute, zero_environ
+from bigtrain.schema import from_dict
+from bigtrain.trainer import train_step
+
+GLOBAL_BATCH_SIZE = 8
+WRAPPED_TYPES = {
+    "ddp": "DistributedDataParallel",
+    "fsdp": "FSDPModule",
+    "hsdp": "FSDPModule",
+    "zero1": "DeepSpeedEngine",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+
+
+def gate_config(precision="fp32", **engine):
+    """20 steps of gpt_nano on ragged targets: ranks and micro-batches hold different numbers of them."""
+    with open("configs/model/gpt_nano.yaml") as file:
+        model = from_dict(ModelConfig, yaml.safe_load(file))
+    config = TrainConfig(
+        model=model,
+        data=DataConfig(source=DataSource.synthetic, synthetic_ragged=True, sequence_length=64),
+        engine=EngineConfig(precision=Precision[precision], **engine),
+        train=TrainingConfig(steps=20, global_batch_size=GLOBAL_BATCH_SIZE),
+    )
+    config.scheduler.warmup_steps = 5
+    return resolve(config)
+
+
+def cases():
+    for world_size in (1, 2, 4):
+        for engine in WRAPPED_TYPES:
+            dp_shard = min(world_size, 2) if engine == "hsdp" else None
+            per_rank = GLOBAL_BATCH_SIZE // world_size
+            # The smallest split takes part once per engine, on 2 ranks; the others run quicker in halves.
+            micro_batch_size = 1 if world_size == 2 else per_rank // 2
+            yield Case(EngineKind[engine], world_size, micro_batch_size, dp_shard)
+        yield Case(EngineKind.accelerate, world_size, 2)
+        yield Case(EngineKind.accelerate, world_size, 2, environ=zero_environ(2))
+    yield Case(EngineKind.accelerate, 2, 2, environ=zero_environ(3))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return compute(gate_config(), Case(EngineKind.ddp, 1, GLOBAL_BATCH_SIZE))
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_fp32_agrees_with_one_process(case, reference):
+    trajectory = compute(gate_config(), case)
+    expected = WRAPPED_TYPES.get(case.engine.name, "DeepSpeedEngine" if case.environ else "DistributedDataParallel")
+    assert trajectory.wrapped_type == expected
+    difference = compare(trajectory, reference)
+    print(case, difference)
+    assert difference.loss <= 1e-5
+    assert difference.grad_norm <= 1e-5
+    assert difference.parameters <= 1e-4
+
+
+@pytest.mark.parametrize("engine", WRAPPED_TYPES)
+def test_bf16_mixed_precision_agrees_with_fp32(engine, reference):
+    case = Case(EngineKind[engine], 2, 2, 2 if engine == "hsdp" else None)
+    difference = compare(compute(gate_config("bf16"), case), reference)
+    print(case, difference)
+    assert 0 < difference.loss <= 2e-3
+
+
+def mean_of_means(engine, batch, lr):
+    """The classic mistake: every micro-batch divides by its own number of targets."""
+    loss_sum = torch.zeros(())
+    num_micro_batches = torch.tensor(len(batch.micro_batches) * engine.dp_size)
+    total = all_reduce_sum(torch.tensor(batch.num_targets))
+    for i, micro_batch in enumerate(batch.micro_batches):
+        own = (micro_batch.targets != -100).sum() * num_micro_batches
+        loss_sum += engine.micro_step(micro_batch, num_targets=own, last=i == len(batch.micro_batches) - 1)
+    return loss_sum / total, engine.step(lr)
+
+
+def forgotten_boundary(engine, batch, lr):
+    """Gradients are never communicated: no micro-batch is the last one."""
+    loss_sum = torch.zeros(())
+    total = all_reduce_sum(torch.tensor(batch.num_targets))
+    for micro_batch in batch.micro_batches:
+        loss_sum += engine.micro_step(micro_batch, num_targets=total, last=False)
+    return loss_sum / total, engine.step(lr)
+
+
+@pytest.mark.parametrize("mistake", [mean_of_means, forgotten_boundary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_the_gate_catches_a_wrong_step(engine, mistake, reference):
+    if (engine, mistake) == ("zero2", forgotten_boundary):
+        pytest.skip("DeepSpeed does not step at all without a boundary; there is nothing to compare")
+    difference = compare(compute(gate_config(), Case(EngineKind[engine], 2, 2), step=mistake), reference)
+    assert difference.loss > 1e-5 or difference.grad_norm > 1e-5
+    assert difference.parameters > 1e-4
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_the_gate_catches_a_skipped_clip(engine, reference):
+    config = gate_config()
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, grad_clip=0.0))
+    difference = compare(compute(config, Case(EngineKind[engine], 2, 2)), reference)
+    print(difference)
+    assert difference.loss > 1e-5
+    assert difference.parameters > 1e-4
+
+
+def test_the_reference_step_is_the_trainers_step():
+    assert compute.__kwdefaults__["step"] is train_step

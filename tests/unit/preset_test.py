@@ -1,0 +1,75 @@
+"""Presets have the published numbers of parameters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bigtrain.checks import resolve
+from bigtrain.config import ModelConfig, ModelKind, TrainConfig
+from bigtrain.models import build_model
+from bigtrain.models.sizes import model_sizes
+from bigtrain.schema import from_dict
+
+PRESETS = Path(__file__).parents[2] / "configs/model"
+
+# Released checkpoints: exact. GPT-3 was never released: table 2.1 of arXiv 2005.14165, as printed there.
+EXACT = {
+    "gpt_nano": 1_350_400,
+    "gpt2_124m": 124_439_808,
+    "gpt2_355m": 354_823_168,
+    "gpt2_774m": 774_030_080,
+    "gpt2_1b5": 1_557_611_200,
+    "llama3_1b": 1_235_814_400,
+    "llama3_3b": 3_212_749_824,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama3_405b": 405_853_388_800,
+}
+PRINTED = {
+    "gpt3_125m": 125e6,
+    "gpt3_350m": 350e6,
+    "gpt3_760m": 760e6,
+    "gpt3_1b": 1.3e9,
+    "gpt3_2b7": 2.7e9,
+    "gpt3_6b7": 6.7e9,
+    "gpt3_13b": 13e9,
+    "gpt3_175b": 175e9,
+}
+
+
+def read_preset(name):
+    model = from_dict(ModelConfig, yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+    return resolve(TrainConfig(model=model)).model
+
+
+def count_parameters(model):
+    with torch.device("meta"):
+        built = build_model(model)
+    assert all(parameter.is_meta for parameter in built.parameters())
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+def test_every_preset_is_held_against_a_published_number():
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == {*EXACT, *PRINTED, "hf"}
+    assert read_preset("hf").kind is ModelKind.hf
+
+
+@pytest.mark.parametrize("name", [*EXACT, *PRINTED])
+def test_number_of_parameters(name):
+    model = read_preset(name)
+    assert model.name == name
+    num_parameters = count_parameters(model)
+    assert num_parameters == model_sizes(model).total
+    if name in EXACT:
+        assert num_parameters == EXACT[name]
+    else:
+        # Two printed digits, and a printed shape that leaves rounding open: the largest gap is 350M, 1.7 %.
+        assert num_parameters == pytest.approx(PRINTED[name], rel=0.02)
+
+
+def test_a_wrong_shape_is_noticed():
+    model = read_preset("gpt2_124m")
+    model.num_layers += 1
+    assert count_parameters(model) != EXACT["gpt2_124m"]
