@@ -89,7 +89,7 @@ def test_what_fits_nowhere_names_the_number_of_devices():
     found = report(config("llama3_70b", "fsdp", precision="bf16"), 80, host_gib=100)
     assert not found.fits
     (text,) = found.suggestions()
-    assert "about 32 such devices" in text
+    assert "about 64 such devices" in text
     assert "parameters (masters)" in found.table() and "there is" in found.table()
 
 
