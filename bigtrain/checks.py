@@ -221,8 +221,16 @@ def _check_numbers(config: TrainConfig) -> list[str]:
             f"checkpoint.every_steps={config.checkpoint.every_steps}: must be 0 (only at the end) or positive",
         ),
         (
-            re.fullmatch(r"all|latest [1-9][0-9]*", config.checkpoint.keep) is not None,
-            f"checkpoint.keep={config.checkpoint.keep!r}: must be 'all' or 'latest N'",
+            all(
+                re.fullmatch(r"all|best|(latest|every) [1-9][0-9]*", r.strip())
+                for r in config.checkpoint.keep.split(",")
+            ),
+            f"checkpoint.keep={config.checkpoint.keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of "
+            "them with commas",
+        ),
+        (
+            config.checkpoint.max_failures >= 1,
+            f"checkpoint.max_failures={config.checkpoint.max_failures}: must be at least 1",
         ),
     ]
     return [message for holds, message in rules if not holds]

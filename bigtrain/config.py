@@ -107,6 +107,14 @@ class Preflight(Enum):
     warn = "warn"
 
 
+class Verify(Enum):
+    """How much of a checkpoint is compared with its manifest before it is loaded."""
+
+    full = "full"
+    sizes = "sizes"
+    off = "off"
+
+
 class WandbMode(Enum):
     """Whether Weights & Biases is used, and how."""
 
@@ -329,9 +337,15 @@ class CheckpointConfig:
     every_steps: int = 500
     """Steps between checkpoints, besides the one at the end; 0 = only at the end."""
     keep: str = "latest 2"
-    """``all`` or ``latest N``."""
+    """``all``, ``latest N``, ``every N`` (steps), ``best`` (validation loss), or several with commas; the two newest always are."""
     resume: str = "auto"
     """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of a checkpoint."""
+    verify: Verify = Verify.full
+    """Before loading: ``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` trusts."""
+    asynchronous: bool = True
+    """Write behind the training loop, which then waits for a copy in memory only."""
+    max_failures: int = 3
+    """Failed saves in a row after which the run stops."""
 
 
 @dataclass(kw_only=True, slots=True)

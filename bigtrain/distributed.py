@@ -89,22 +89,41 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_json(value: Any, *, source: int = 0) -> Any:
-    """Return rank ``source``'s JSON-able ``value`` on every rank."""
+def broadcast_json(value: Any, *, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's JSON-able ``value`` on every rank of ``group``, by default all."""
     if dist.get_world_size() == 1:
         return value
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    payload = _encode(value)
     size = torch.tensor([payload.numel()])
-    dist.broadcast(size, source)
-    if dist.get_rank() != source:
+    dist.broadcast(size, 0, group=group)
+    if dist.get_rank() != 0:
         payload = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(payload, source)
+    dist.broadcast(payload, 0, group=group)
+    return _decode(payload)
+
+
+def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the JSON-able ``value`` of every rank, in rank order, on rank 0; an empty list elsewhere."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return [value]
+    payload = _encode(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]), group=group)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    is_root = dist.get_rank() == 0
+    payloads = [torch.empty_like(padded) for _ in range(world_size)] if is_root else None
+    dist.gather(padded, payloads, dst=0, group=group)
+    return [_decode(p[: int(n)]) for p, n in zip(payloads or [], sizes, strict=False)]
+
+
+def _encode(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(payload: torch.Tensor) -> Any:
     return json.loads(payload.numpy().tobytes())
-
-
-def gather_json(value: Any) -> list[Any]:
-    """Return the JSON-able ``value`` of every rank, in rank order, on every rank."""
-    return [broadcast_json(value, source=rank) for rank in range(dist.get_world_size())]
 
 
 def on_rank0(function: Callable[[], Any]) -> Any:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from bigtrain.checkpoint.store import RUN_STATE_FILE, RunState, find_checkpoints, read_run_state
+from bigtrain import log
+from bigtrain.checkpoint.loader import verify_checkpoint
+from bigtrain.checkpoint.store import RUN_STATE_FILE, find_checkpoints, find_damaged, read_run_state, set_aside
 from bigtrain.config import TrainConfig
 from bigtrain.data.index import INDEX_FILE
 from bigtrain.data.tokenizer import TOKENIZER_FILE
+from bigtrain.distributed import on_rank0
 from bigtrain.errors import CheckpointError
 from bigtrain.redact import redact
 from bigtrain.schema import from_dict, to_dict
@@ -68,31 +71,44 @@ def read_config(directory: Path) -> TrainConfig:
 
 
 def find_resume(config: TrainConfig) -> Path | None:
-    """Return the checkpoint that this launch continues from, as ``checkpoint.resume`` says.
+    """Return the checkpoint that this launch continues from, as ``checkpoint.resume`` says; all ranks call this.
+
+    Every checkpoint is verified before it is chosen. A damaged one of this run is named and set aside, and
+    the one before it is tried.
 
     Raises:
-        CheckpointError: there is one where there must be none, none where there must be one, or one of another model.
+        CheckpointError: there is one where there must be none, none where there must be one, none that is
+            whole, or one of another model.
     """
-    directory, resume = run_directory(config), config.checkpoint.resume
-    found = find_checkpoints(directory)
-    if resume == "never" and found:
+    directory, resume, verify = run_directory(config), config.checkpoint.resume, config.checkpoint.verify
+    while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)]):
+        if resume == "never":
+            raise CheckpointError(
+                f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
+            )
+        path = Path(found[-1])
+        if not (problems := verify_checkpoint(path, verify)):
+            return _same_model(config, path)
+        aside = on_rank0(lambda path=path: str(set_aside(path)))
+        log.get_logger().warning("\n  ".join([f"damaged checkpoint, set aside as {aside}:", *problems]))
+    if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory)]):
         raise CheckpointError(
-            f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
+            f"no whole checkpoint is left in {directory}, only damaged ones: {', '.join(damaged)}; to start anew, "
+            "delete them or choose another run.name; to start from elsewhere, checkpoint.resume=<path>"
         )
-    if resume == "must" and not found:
+    if resume == "must":
         raise CheckpointError(f"checkpoint.resume=must, but {directory} has no complete checkpoint")
-    if resume in ("auto", "never", "must"):
-        path = found[-1] if found else None
-    else:
-        # A launch that was resumed from elsewhere continues from its own checkpoints afterwards.
-        path = found[-1] if found else Path(resume)
-    if path:
-        _refuse_other_model(config, read_run_state(path), path)
-    return path
+    if resume in ("auto", "never"):
+        return None
+    # Another run's checkpoint starts this one; later launches continue from this run's own.
+    path = Path(on_rank0(lambda: str(locate(Path(resume))[1])))
+    if problems := verify_checkpoint(path, verify):
+        raise CheckpointError("\n  ".join([f"checkpoint.resume={resume}: damaged:", *problems]))
+    return _same_model(config, path)
 
 
-def _refuse_other_model(config: TrainConfig, state: RunState, path: Path) -> None:
-    saved, wanted = state.config["model"], to_dict(config.model)
+def _same_model(config: TrainConfig, path: Path) -> Path:
+    saved, wanted = read_run_state(path).config["model"], to_dict(config.model)
     ignored = {"name", "pretrained", "dropout", "init_std"}
     differences = [
         f"model.{key}: {saved.get(key)} in the checkpoint, {wanted[key]} now"
@@ -104,3 +120,4 @@ def _refuse_other_model(config: TrainConfig, state: RunState, path: Path) -> Non
             f"{path} holds another model; choose another run.name or the model of the checkpoint:\n  "
             + "\n  ".join(differences)
         )
+    return path

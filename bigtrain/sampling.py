@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from bigtrain.checkpoint.store import load_checkpoint
+from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.data.index import read_index
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.engine.state import MODEL, whole_entry

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,9 @@ import torch
 import torch.distributed as dist
 
 from bigtrain import __version__, log
-from bigtrain.checkpoint.store import (
-    RunState,
-    load_checkpoint,
-    prune_checkpoints,
-    read_run_state,
-    save_checkpoint,
-)
+from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.saver import Saver, SaveReport
+from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.checks import check
 from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
 from bigtrain.data import open_splits as open_data
@@ -63,13 +59,12 @@ class Run:
 
     config: TrainConfig
     directory: Path
-    device: torch.device
     engine: Engine
     splits: Mapping[str, Any]
     recorder: Any
+    saver: Saver
     first_step: int
     """Completed optimizer steps at the start of this launch."""
-    data_fingerprint: str
 
 
 def run(config: TrainConfig) -> int:
@@ -119,8 +114,8 @@ def check_memory(config: TrainConfig, info: RankInfo, device: torch.device) -> N
 
 def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
     directory = run_directory(config)
-    resume = on_rank0(lambda: str(find_resume(config) or ""))
-    state = read_run_state(Path(resume)) if resume else None
+    resume = find_resume(config)
+    state = read_run_state(resume) if resume else None
     if state and state.step >= config.train.steps:
         log.get_logger().info(
             f"{directory} is finished at step {state.step}; a larger train.steps trains on, another run.name starts anew"
@@ -131,7 +126,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     if state:
         _check_continuation(state, config, splits["train"].fingerprint)
-        load_checkpoint(Path(resume), engine.state.entries)
+        load_checkpoint(resume, engine.state.entries)
         engine.state.commit()
     else:
         with torch.device("meta"):
@@ -139,15 +134,22 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
         initialise(engine.state, values, num_threads=_num_threads(info))
     first_step = state.step if state else 0
     recorder = build_recorder(config, directory, info.rank, first_step)
-    parts = Run(config, directory, device, engine, splits, recorder, first_step, splits["train"].fingerprint)
+    saver = Saver(directory, engine.state.entries, config.checkpoint)
+    parts = Run(config, directory, engine, splits, recorder, saver, first_step)
     with recorder:
-        recorder.event("resume" if state else "start", step=first_step, world_size=info.world_size, checkpoint=resume)
+        recorder.event(
+            "resume" if state else "start", step=first_step, world_size=info.world_size, checkpoint=str(resume or "")
+        )
         return train(parts)
 
 
 def train(run: Run) -> int:
-    """Train until the run is finished or somebody wants it to stop; return the exit code."""
-    config, engine, recorder = run.config, run.engine, run.recorder
+    """Train until the run is finished or somebody wants it to stop; return the exit code.
+
+    Raises:
+        CheckpointError: saving has failed too often, or at the end.
+    """
+    config, engine, recorder, saver = run.config, run.engine, run.recorder, run.saver
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
     meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
     agreement, pending = StopAgreement(), []
@@ -158,19 +160,22 @@ def train(run: Run) -> int:
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank)
-            loss, grad_norm = train_step(engine, batch, lr)
+            loss, grad_norm = train_step(engine, batch, lr, before_update=saver.wait_until_staged)
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
 
-            stopping = agreement.poll(signal.name is not None) or step == last_launch_step
+            record_save(run, saver.poll())
+            must_stop = signal.name is not None or saver.num_failures >= config.checkpoint.max_failures
+            stopping = agreement.poll(must_stop) or step == last_launch_step
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
                 recorder.metrics(read_back(pending))
+            validation_loss = None
             if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
-                record_validation(run, step)
+                validation_loss = record_validation(run, step)
                 meter.skip()
             if saving:
-                save(run, step)
+                save(run, step, validation_loss)
                 meter.skip()
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
@@ -178,13 +183,22 @@ def train(run: Run) -> int:
                 break
         agreement.settle()
     gc.enable()
+    record_save(run, saver.finish())
     return _end(run, step, finished, signal.name)
 
 
-def train_step(engine: Engine, batch: StepBatch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(
+    engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None] = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one optimizer step.
 
     The loss is the mean over the targets of the whole step on all ranks, never a mean of means.
+
+    Args:
+        engine: computes it.
+        batch: this rank's part of the global batch.
+        lr: learning rate.
+        before_update: called when the gradient is complete and the weights are about to change.
 
     Returns:
         This rank's share of the loss (the ranks' shares add up to it) and the global gradient norm, both
@@ -195,6 +209,7 @@ def train_step(engine: Engine, batch: StepBatch, lr: float) -> tuple[torch.Tenso
     for i, micro_batch in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1
         loss_sum += engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+    before_update()
     grad_norm = engine.step(lr)
     return loss_sum / num_targets, grad_norm
 
@@ -231,28 +246,40 @@ def validate(engine: Engine, split: Any, config: TrainConfig) -> float:
     return loss_sum / num_targets
 
 
-def record_validation(run: Run, step: int) -> None:
-    """Validate and record the result."""
+def record_validation(run: Run, step: int) -> float:
+    """Validate, record the result and return the loss."""
     loss = validate(run.engine, run.splits["validation"], run.config)
     run.recorder.event("validation", step=step, loss=loss, perplexity=perplexity(loss))
+    return loss
 
 
-def save(run: Run, step: int) -> None:
-    """Save a checkpoint of step ``step``, then delete those that are not to be kept."""
+def save(run: Run, step: int, validation_loss: float | None) -> None:
+    """Begin to save a checkpoint of step ``step``."""
+    record_save(run, run.saver.finish())
     samples = step * run.config.train.global_batch_size
-    state = RunState(
-        step=step,
-        tokens=samples * run.config.data.sequence_length,
-        samples=samples,
-        data_fingerprint=run.data_fingerprint,
-        config=redact(to_dict(run.config)),
-        versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        world_size=dist.get_world_size(),
+    run.saver.save(
+        RunState(
+            step=step,
+            tokens=samples * run.config.data.sequence_length,
+            samples=samples,
+            data_fingerprint=run.splits["train"].fingerprint,
+            config=redact(to_dict(run.config)),
+            versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            world_size=dist.get_world_size(),
+            validation_loss=validation_loss,
+        )
     )
-    path = save_checkpoint(run.directory, run.engine.state.entries, state)
-    if dist.get_rank() == 0:
-        prune_checkpoints(run.directory, run.config.checkpoint.keep)
-    run.recorder.event("checkpoint", step=step, path=str(path))
+
+
+def record_save(run: Run, report: SaveReport | None) -> None:
+    """Record how a save has ended, if one has."""
+    if report is None:
+        return
+    if report.error is None:
+        run.recorder.event("checkpoint", step=report.step, path=str(report.path))
+    else:
+        run.recorder.event("checkpoint_failed", step=report.step, error=report.error)
+        run.recorder.message(f"saving step {report.step} failed, older checkpoints stay: {report.error}")
 
 
 def train_loader(split: Any, config: TrainConfig, engine: Engine, *, first_step: int) -> TrainLoader:
@@ -339,6 +366,12 @@ def _is_due(step: int, every_steps: int) -> bool:
 
 
 def _end(run: Run, step: int, finished: bool, signal_name: str | None) -> int:
+    if run.saver.num_failures:
+        last = find_checkpoints(run.directory)
+        raise CheckpointError(
+            f"step {step} could not be saved, {run.saver.num_failures} failures in a row; the same command continues "
+            f"from {last[-1] if last else 'the beginning'} when the reason above is mended"
+        )
     if finished:
         run.recorder.event("finished", step=step)
         return EXIT_FINISHED

@@ -15,7 +15,7 @@ step() {
 }
 
 step "1. Prepare the corpus: the source of this machine's Python standard library" python launch/prepare.py
-step "2. Train on two processes, and stop half-way" "${train[@]}" run.stop_after_steps=200
+step "2. Train on two processes, and stop half-way" "${train[@]}" run.stop_after_steps=160
 step "3. The same command again continues to the end" "${train[@]}"
 step "4. Validate: the loss on files that were never trained on" python launch/validate.py checkpoint=runs/demo
 step "5. Generate five texts" python launch/generate.py checkpoint=runs/demo prompt="def main(" num_samples=5

@@ -1,29 +1,23 @@
-"""Checkpoints of a run on disk: written beside, renamed when complete, found by name.
-
-``<run>/checkpoints/step-00001000/`` holds an ordinary DCP checkpoint and ``run_state.json``. A
-directory with that name is complete; what a kill leaves behind has ``.tmp-`` in its name.
-"""
+"""The checkpoints of a run: found by name, set aside when damaged, deleted when no longer kept."""
 
 import dataclasses
 import json
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import xxhash
 
-from bigtrain.checkpoint.planner import EntryLoadPlanner, EntrySavePlanner
-from bigtrain.distributed import broadcast_json
-from bigtrain.engine.state import Entry
+from bigtrain.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, TensorRecord, encode_manifest
+from bigtrain.checkpoint.shard import write_hashed
 from bigtrain.errors import CheckpointError
 
 RUN_STATE_FILE = "run_state.json"
+MIN_KEPT = 2
+"""So many of the newest are kept whatever ``keep`` says: the newest may turn out to be damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +25,7 @@ class RunState:
     """Everything besides tensors that a run continues from."""
 
     step: int
-    """Completed optimizer steps. Learning rate and random numbers follow from it."""
+    """Completed optimizer steps. Learning rate and random numbers follow from it and from the configuration."""
     tokens: int
     """Tokens trained on."""
     samples: int
@@ -44,6 +38,8 @@ class RunState:
     """Software that wrote the checkpoint."""
     world_size: int
     """Ranks that wrote the checkpoint."""
+    validation_loss: float | None = None
+    """Loss of the validation at this step, if there was one."""
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -51,11 +47,25 @@ def checkpoints_directory(run_directory: Path) -> Path:
     return run_directory / "checkpoints"
 
 
+def checkpoint_path(run_directory: Path, step: int) -> Path:
+    """Return the directory of the complete checkpoint of a step."""
+    return checkpoints_directory(run_directory) / f"step-{step:08d}"
+
+
 def find_checkpoints(run_directory: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    directory = checkpoints_directory(run_directory)
-    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the complete checkpoints of a run, oldest first; what a kill left behind has other names."""
+    found = checkpoints_directory(run_directory).glob("step-*")
+    return sorted((p for p in found if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
+
+
+def find_damaged(run_directory: Path) -> list[Path]:
+    """Return the checkpoints of a run that were set aside."""
+    return sorted(checkpoints_directory(run_directory).glob("step-*.damaged-*"))
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's directory."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_run_state(path: Path) -> RunState:
@@ -70,64 +80,91 @@ def read_run_state(path: Path) -> RunState:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
 
 
-def save_checkpoint(run_directory: Path, entries: Mapping[str, Entry], run_state: RunState) -> Path:
-    """Write a checkpoint; every rank calls this and it is complete when it returns.
+def commit(
+    partial: Path, final: Path, run_state: RunState, files: list[FileRecord], tensors: list[TensorRecord]
+) -> None:
+    """Turn a directory into which all ranks have written durably into a complete checkpoint.
 
-    Returns:
-        The directory of the checkpoint.
+    The rename is what makes it one; before, there is none, and whatever happens afterwards it is whole.
     """
-    final = checkpoints_directory(run_directory) / f"step-{run_state.step:08d}"
-    attempt = broadcast_json(uuid.uuid4().hex[:8])
-    directory = final.with_name(f"{final.name}.tmp-{attempt}")
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True)
-    dist.barrier()
-    dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=EntrySavePlanner(entries))
-    if dist.get_rank() == 0:
-        _write_durably(directory / RUN_STATE_FILE, json.dumps(dataclasses.asdict(run_state), indent=1))
-        directory.rename(final)
-        _sync_directory(final.parent)
-    dist.barrier()
-    return final
+    text = json.dumps(dataclasses.asdict(run_state), indent=1).encode()
+    state_file = _write_durably(partial / RUN_STATE_FILE, text)
+    manifest = Manifest(files=[*files, state_file], tensors=_merge(tensors))
+    _write_durably(partial / MANIFEST_FILE, encode_manifest(manifest))
+    sync_directory(partial)
+    if final.exists():
+        raise FileExistsError(f"{final} exists; a checkpoint is never overwritten")
+    os.rename(partial, final)
+    sync_directory(final.parent)
 
 
-def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Fill the boxes of ``entries`` from the checkpoint at ``path``; every rank, or one process without a group.
+def _merge(tensors: list[TensorRecord]) -> list[TensorRecord]:
+    merged: dict[str, TensorRecord] = {}
+    for tensor in tensors:
+        if tensor.key in merged:
+            merged[tensor.key].chunks.extend(tensor.chunks)
+        else:
+            merged[tensor.key] = tensor
+    return list(merged.values())
 
-    Raises:
-        CheckpointError: tensors are missing or have other shapes.
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for a whole one, and return its new name."""
+    for number in range(1000):
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+        if not aside.exists():
+            os.rename(path, aside)
+            return aside
+    raise CheckpointError(f"{path}: a thousand damaged copies stand beside it; remove them")
+
+
+def prune(run_directory: Path, keep: str) -> None:
+    """Delete the checkpoints that are not to be kept, and what killed saves left behind.
+
+    Args:
+        run_directory: of the run; nobody is saving into it.
+        keep: as ``checkpoint.keep``: rules separated by commas; whatever one of them keeps is kept.
     """
+    found = find_checkpoints(run_directory)
+    kept = {path for rule in keep.split(",") for path in _kept_by(rule.split(), found)} | set(found[-MIN_KEPT:])
+    for path in found:
+        if path not in kept:
+            # Deleting takes a while; what is half deleted must not look complete.
+            doomed = path.with_name(f"{path.name}.deleting")
+            os.rename(path, doomed)
+    for path in checkpoints_directory(run_directory).glob("step-*"):
+        if ".tmp-" in path.name or path.name.endswith(".deleting"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _kept_by(rule: list[str], found: list[Path]) -> list[Path]:
+    match rule:
+        case ["all"]:
+            return found
+        case ["latest", number]:
+            return found[-int(number) :]
+        case ["every", number]:
+            return [path for path in found if step_of(path) % int(number) == 0]
+        case ["best"]:
+            losses = {path: read_run_state(path).validation_loss for path in found}
+            validated = [path for path in found if losses[path] is not None]
+            return [min(validated, key=lambda path: losses[path])] if validated else []
+    raise AssertionError(rule)
+
+
+def _write_durably(path: Path, data: bytes) -> FileRecord:
+    digest = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        dcp.load(
-            {},
-            storage_reader=dcp.FileSystemReader(path),
-            planner=EntryLoadPlanner(entries),
-            no_dist=not dist.is_initialized(),
-        )
-    except dcp.CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{path}: {first}") from error
+        write_hashed(descriptor, memoryview(data), digest)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(name=path.name, num_bytes=len(data), xxh3=digest.hexdigest())
 
 
-def prune_checkpoints(run_directory: Path, keep: str) -> None:
-    """Delete old checkpoints as ``keep`` (``all`` or ``latest N``) says, and what killed saves left behind."""
-    directory = checkpoints_directory(run_directory)
-    stale = list(directory.glob("step-*.tmp-*"))
-    if keep != "all":
-        stale += find_checkpoints(run_directory)[: -int(keep.removeprefix("latest "))]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

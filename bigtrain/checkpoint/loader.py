@@ -1,0 +1,102 @@
+"""Reading a checkpoint into the boxes of any engine, after it has been verified."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bigtrain.checkpoint.manifest import Manifest, TensorRecord, read_manifest, verify_file
+from bigtrain.checkpoint.shard import DTYPES, ShardReader
+from bigtrain.config import Verify
+from bigtrain.distributed import broadcast_json, gather_json
+from bigtrain.engine.state import Box, Entry
+from bigtrain.errors import CheckpointError
+
+
+def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
+    """Compare the files of a checkpoint with its manifest, each rank its share of them.
+
+    Returns:
+        What is wrong, the same list on every rank; empty if the checkpoint is whole.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        files = read_manifest(path).files[rank::world_size] if verify is not Verify.off else []
+        problems = [verify_file(path, file, content=verify is Verify.full) for file in files]
+        own = [problem for problem in problems if problem]
+    except CheckpointError as error:
+        own = [str(error)]
+    everybody = broadcast_json(gather_json(own)) if dist.is_initialized() else [own]
+    return list(dict.fromkeys(problem for problems in everybody for problem in problems))
+
+
+def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
+    """Fill the boxes of ``entries`` from the checkpoint at ``path``; no rank waits for another.
+
+    Each overlap of a stored box with a box of this rank is copied straight from the mapped file into the
+    engine's memory, so that memory is needed for nothing else.
+
+    Raises:
+        CheckpointError: tensors are missing or have other shapes, or the manifest is damaged.
+    """
+    manifest = read_manifest(path)
+    tensors = {tensor.key: tensor for tensor in manifest.tensors}
+    if problems := list(_differences(entries, manifest)):
+        raise CheckpointError(f"{path} belongs to another model:\n  " + "\n  ".join(problems))
+    reader = ShardReader(path)
+    with torch.no_grad():
+        for key, entry in entries.items():
+            for box in entry.boxes:
+                _fill(box, tensors[key], reader, path)
+
+
+def _fill(box: Box, tensor: TensorRecord, reader: ShardReader, path: Path) -> None:
+    missing = box.view.numel()
+    for chunk in tensor.chunks:
+        overlap = _overlap(box.offsets, box.view.shape, chunk.offsets, chunk.sizes)
+        if overlap is None:
+            continue
+        target = _narrow(box.view, overlap, box.offsets)
+        target.copy_(_narrow(reader.read(tensor.dtype, chunk), overlap, chunk.offsets))
+        missing -= target.numel()
+    if missing:
+        raise CheckpointError(f"{path}: {missing} elements of {tensor.key} are not in any file")
+
+
+Ranges = list[tuple[int, int]]
+
+
+def _overlap(
+    offsets: Sequence[int], sizes: Sequence[int], other_offsets: Sequence[int], other_sizes: Sequence[int]
+) -> Ranges | None:
+    """Return the common (begin, end) of two boxes in each dimension, or None if they share nothing."""
+    ranges = []
+    for begin, size, other_begin, other_size in zip(offsets, sizes, other_offsets, other_sizes, strict=True):
+        common = (max(begin, other_begin), min(begin + size, other_begin + other_size))
+        if common[0] >= common[1]:
+            return None
+        ranges.append(common)
+    return ranges
+
+
+def _narrow(tensor: torch.Tensor, ranges: Ranges, offsets: Sequence[int]) -> torch.Tensor:
+    for dim, ((begin, end), offset) in enumerate(zip(ranges, offsets, strict=True)):
+        tensor = tensor.narrow(dim, begin - offset, end - begin)
+    return tensor
+
+
+def _differences(entries: Mapping[str, Entry], manifest: Manifest) -> Iterator[str]:
+    """Yield how the checkpoint's tensors differ from the wanted ones; an unwanted half (optimizer) is no difference."""
+    stored = {tensor.key: tensor for tensor in manifest.tensors}
+    for key, entry in entries.items():
+        if key not in stored:
+            yield f"{key}: not in the checkpoint, expected shape {entry.shape}"
+        elif tuple(stored[key].shape) != entry.shape:
+            yield f"{key}: shape {tuple(stored[key].shape)} in the checkpoint, expected {entry.shape}"
+        elif DTYPES.get(stored[key].dtype) is None:
+            yield f"{key}: unknown type {stored[key].dtype}"
+    halves = {key.split(".")[0] for key in entries}
+    for key in stored.keys() - entries.keys():
+        if key.split(".")[0] in halves:
+            yield f"{key}: in the checkpoint, but not expected"

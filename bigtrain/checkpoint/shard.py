@@ -1,0 +1,118 @@
+"""One rank's file: boxes of tensors in safetensors' layout, hashed while they are written.
+
+The layout is a length, a JSON header and raw memory, so any safetensors reader opens the file.
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from bigtrain.checkpoint.manifest import Chunk, FileRecord, TensorRecord
+
+PIECE_BYTES = 1 << 22
+"""Hashed and written at a time: small enough to stay in the processor's cache between the two."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box to be written, in host memory."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    offsets: tuple[int, ...]
+    tensor: torch.Tensor
+    """Contiguous, on the CPU."""
+
+
+def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[TensorRecord]]:
+    """Write a rank's file durably.
+
+    Returns:
+        The record of the file, and per piece the tensor it belongs to with the one chunk written here.
+
+    Raises:
+        OSError: the file could not be written, for instance because the disk is full.
+    """
+    pieces = list(pieces)
+    header: dict[str, object] = {}
+    records, position = [], 0
+    for piece in pieces:
+        num_bytes = piece.tensor.numel() * piece.tensor.element_size()
+        name, sizes = NAMES[piece.tensor.dtype], list(piece.tensor.shape)
+        header[f"{piece.key}@{','.join(map(str, piece.offsets))}"] = {
+            "dtype": name,
+            "shape": sizes,
+            "data_offsets": [position, position + num_bytes],
+        }
+        chunk = Chunk(offsets=list(piece.offsets), sizes=sizes, file=path.name, start_byte=position)
+        records.append(TensorRecord(key=piece.key, dtype=name, shape=list(piece.shape), chunks=[chunk]))
+        position += num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    prefix = len(encoded).to_bytes(8, "little") + encoded
+    for record in records:
+        record.chunks[0].start_byte += len(prefix)
+    digest = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        write_hashed(descriptor, memoryview(prefix), digest)
+        for piece in pieces:
+            write_hashed(descriptor, _bytes_of(piece.tensor), digest)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(name=path.name, num_bytes=len(prefix) + position, xxh3=digest.hexdigest()), records
+
+
+def write_hashed(descriptor: int, data: memoryview, digest: "xxhash.xxh3_128") -> None:
+    """Write ``data`` to an open file and add it to ``digest``."""
+    for start in range(0, len(data), PIECE_BYTES):
+        piece = data[start : start + PIECE_BYTES]
+        digest.update(piece)
+        while piece:
+            piece = piece[os.write(descriptor, piece) :]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+
+
+class ShardReader:
+    """Reads chunks from the files of one checkpoint; each file is mapped once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._maps: dict[str, torch.Tensor] = {}
+
+    def read(self, dtype: str, chunk: Chunk) -> torch.Tensor:
+        """Return a chunk as a tensor that is read from the disk when it is copied; it must not be written to."""
+        if chunk.file not in self._maps:
+            with (self._directory / chunk.file).open("rb") as file:
+                # Copy-on-write, because torch wants writable memory; nothing is ever written.
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[chunk.file] = torch.frombuffer(memory, dtype=torch.uint8)
+        num_bytes = math.prod(chunk.sizes) * DTYPES[dtype].itemsize
+        raw = self._maps[chunk.file][chunk.start_byte : chunk.start_byte + num_bytes]
+        if chunk.start_byte % DTYPES[dtype].itemsize:
+            raw = raw.clone()
+        return raw.view(DTYPES[dtype]).view(chunk.sizes)
