@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from bigtrain import trainer
+from bigtrain.checkpoint.saver import Saver
 from bigtrain.checks import check, resolve
 from bigtrain.config import (
     DataConfig,
@@ -181,7 +182,7 @@ def bare_torch_step(config: TrainConfig, device: torch.device, model: nn.Module)
     bf16, grad_clip = config.engine.precision is Precision.bf16, config.optimizer.grad_clip
     autocast = contextlib.nullcontext
     if config.engine.kind is EngineKind.ddp:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if bf16:
 
             def autocast() -> torch.autocast:
@@ -235,7 +236,10 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
     turns = Turns(build_recorder(config, directory, info.rank, 0), bare_step, batches)
-    run = trainer.Run(config, directory, device, engine, splits, turns, 0, splits["train"].fingerprint)
+    saver = Saver(directory, engine.state.entries, config.checkpoint)
+    run = trainer.Run(
+        config=config, directory=directory, engine=engine, splits=splits, recorder=turns, saver=saver, first_step=0
+    )
     with silence(), turns:
         trainer.train(run)
     bare_loss = trainer.all_reduce_sum(torch.tensor(turns.bare.loss)).item() / info.world_size

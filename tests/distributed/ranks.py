@@ -12,6 +12,7 @@ from bigtrain.config import (
     EngineConfig,
     EngineKind,
     ModelConfig,
+    Offload,
     Precision,
     TrainConfig,
     TrainingConfig,
@@ -41,11 +42,12 @@ def small_config(engine: str = "ddp", *, model: dict[str, Any] | None = None, **
 
 
 def start_engine(config: TrainConfig) -> Engine:
-    """Join the process group and build the engine with initial weights."""
+    """Join the process group, unless it has been done, and build the engine with initial weights."""
     info = RankInfo.from_env()
     assert not check(config, world_size=info.world_size, local_world_size=info.local_world_size)
     device = pick_device(info)
-    init_process_group(info, device, timeout_seconds=60)
+    if not torch.distributed.is_initialized():
+        init_process_group(info, device, timeout_seconds=60)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     with torch.device("meta"):
         values = initial_values(build_model(config.model), config.model, config.train.seed)
@@ -53,6 +55,7 @@ def start_engine(config: TrainConfig) -> Engine:
     return engine
 
 
-def with_engine(config: TrainConfig, engine: str, **fields: Any) -> TrainConfig:
+def with_engine(config: TrainConfig, engine: str, *, offload: str = "none", **fields: Any) -> TrainConfig:
     """The same run under another engine."""
+    fields["offload"] = Offload[offload]
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=EngineKind[engine], **fields))

@@ -1,0 +1,402 @@
+"""Training as a user sees it: commands, exit codes, files, interruptions."""
+
+import random
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from bigtrain.config import TrainConfig
+from bigtrain.local_ranks import run_ranks
+from bigtrain.optim.schedule import lr_at
+from bigtrain.schema import from_dict
+from bigtrain.trainer import validate_run
+from tests.distributed.launches import (
+    LAUNCH,
+    SMALL,
+    TRAIN,
+    Launch,
+    Result,
+    events,
+    fork,
+    launch,
+    metrics,
+    num_steps,
+    torchrun,
+    trajectory,
+)
+
+ENDLESS = [*SMALL, "train.steps=1000000", "model.dropout=0.1", "checkpoint.every_steps=10"]
+RUN = Path("runs/gpt_nano")
+
+
+def train(cwd: Path, *args: str, world_size: int = 1) -> Result:
+    """Run the training command on forked ranks."""
+    return fork("train.py", *SMALL, *args, cwd=cwd, world_size=world_size)
+
+
+def copy_of(directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(directory, tmp_path / "copy"))
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# A run and what it leaves
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A finished run of a plain process: its working directory and how it ended."""
+    cwd = tmp_path_factory.mktemp("finished")
+    often = ["checkpoint.every_steps=3", "validation.every_steps=4", "validation.batches=2"]
+    return cwd, launch([sys.executable, TRAIN, *SMALL, *often], cwd)
+
+
+def test_a_run_leaves_the_files_that_it_promises(finished: tuple[Path, Result]):
+    cwd, result = finished
+    assert (result.code, result.err) == (0, "")
+    run = cwd / RUN
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "events.jsonl",
+        "log",
+        "metrics.jsonl",
+    ]
+    config = from_dict(TrainConfig, yaml.safe_load((run / "config.yaml").read_text()))
+    assert (config.run.name, config.train.steps, config.data.sequence_length) == ("gpt_nano", 8, 16)
+    assert config.engine.precision is not None
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    log = (run / "log/train.log").read_text().splitlines()
+    assert [line.split(maxsplit=1)[1] for line in log] == result.out.splitlines()
+    assert "finished after step 8" in log[-1]
+
+
+def test_metrics_have_one_object_per_step(finished: tuple[Path, Result]):
+    cwd, _ = finished
+    records = metrics(cwd / RUN)
+    config = from_dict(TrainConfig, yaml.safe_load((cwd / RUN / "config.yaml").read_text()))
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for record in records:
+        assert record.keys() >= {"tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second"}
+        assert record["tokens"] == record["step"] * 8 * 16
+        assert record["tokens_per_second"] == pytest.approx(8 * 16 / record["step_seconds"])
+        assert record["lr"] == lr_at(record["step"] - 1, peak_lr=1e-2, num_steps=8, config=config.scheduler)
+    assert [event["step"] for event in events(cwd / RUN, "checkpoint")] == [3, 6, 8]
+    assert [event["step"] for event in events(cwd / RUN, "validation")] == [4, 8]
+
+
+def test_the_same_command_says_that_a_finished_run_is_finished(finished: tuple[Path, Result]):
+    cwd, _ = finished
+    before = contents(cwd)
+    result = train(cwd)
+    assert (result.code, result.out) == (0, "")
+    assert result.err.startswith(f"{RUN} is finished at step 8;")
+    assert result.err.count("\n") == 1
+    assert contents(cwd) == before
+
+
+# Stopping and continuing
+
+
+def test_a_stopped_run_continues_bitwise_under_torchrun(tmp_path: Path):
+    settings = ["model.dropout=0.1", "engine=fsdp"]
+    train(tmp_path, *settings, "run.name=whole", world_size=2)
+    stop = "run.stop_after_steps=3"
+    first = launch(torchrun(2, TRAIN, *SMALL, *settings, "run.name=parts", stop), tmp_path)
+    assert first.code == 0, "torchrun would take another code for a failure"
+    assert "run.stop_after_steps" in first.out
+    assert "The same command continues" in first.out
+    assert [step for step, *_ in trajectory(tmp_path / "runs/parts")] == [1, 2, 3]
+    second = train(tmp_path, *settings, "run.name=parts", stop, world_size=2)
+    assert second.code == 75
+    assert "continuing after step 3" in second.out
+    third = train(tmp_path, *settings, "run.name=parts", world_size=2)
+    assert third.code == 0
+    assert trajectory(tmp_path / "runs/parts") == trajectory(tmp_path / "runs/whole")
+    # The negative control of the comparison: dropout is on, and other random numbers would show.
+    train(tmp_path, "run.name=other", world_size=2)
+    assert trajectory(tmp_path / "runs/parts")[0] != trajectory(tmp_path / "runs/other")[0]
+
+
+def interrupt(command: list[str], cwd: Path, number: int, *, steps: int) -> tuple[Result, int]:
+    """Send a signal to a launch after ``steps`` steps; return how it ended and how many steps the run has then."""
+    before = num_steps(cwd / RUN)
+    with Launch(command, cwd) as running:
+        running.wait_until(lambda: num_steps(cwd / RUN) >= before + steps)
+        running.process.send_signal(number)
+        result = running.result()
+    return result, num_steps(cwd / RUN)
+
+
+def assert_bitwise_uninterrupted(cwd: Path, world_size: int) -> None:
+    """Compare all steps so far with those of a run that was never interrupted."""
+    steps = num_steps(cwd / RUN)
+    fork(
+        "train.py", *ENDLESS, "run.name=whole", f"run.stop_after_steps={steps}", cwd=cwd, world_size=world_size
+    )
+    assert [step for step, *_ in trajectory(cwd / RUN)] == list(range(1, steps + 1))
+    assert trajectory(cwd / RUN) == trajectory(cwd / "runs/whole")
+
+
+def test_signals_save_and_a_kill_costs_only_steps(tmp_path: Path):
+    command = [sys.executable, TRAIN, *ENDLESS]
+    saved = tmp_path / RUN / "checkpoints"
+    for name in ("SIGINT", "SIGTERM"):
+        result, steps = interrupt(command, tmp_path, getattr(signal, name), steps=3)
+        assert (result.code, result.err) == (75, "")
+        last_words = result.out.splitlines()[-1]
+        assert f"stopped by {name} after step {steps}" in last_words
+        assert "The same command continues" in last_words
+        assert (saved / f"step-{steps:08d}").is_dir()
+    result, killed_at = interrupt(command, tmp_path, signal.SIGKILL, steps=12)
+    assert result.code == -signal.SIGKILL
+    newest = int(max(path.name for path in saved.iterdir() if ".tmp" not in path.name).removeprefix("step-"))
+    assert steps < newest <= killed_at
+    result = fork("train.py", *ENDLESS, f"run.stop_after_steps={killed_at - newest + 2}", cwd=tmp_path)
+    assert f"continuing after step {newest}" in result.out
+    assert num_steps(tmp_path / RUN) == killed_at + 2
+    assert [event["reason"] for event in events(tmp_path / RUN, "stop")] == ["SIGINT", "SIGTERM", "run.stop_after_steps"]
+    assert_bitwise_uninterrupted(tmp_path, world_size=1)
+
+
+def test_signals_to_torchrun_save(tmp_path: Path):
+    for name in ("SIGINT", "SIGTERM"):
+        result, steps = interrupt(torchrun(2, TRAIN, *ENDLESS), tmp_path, getattr(signal, name), steps=3)
+        assert f"stopped by {name} after step {steps}" in result.out
+        assert (tmp_path / RUN / f"checkpoints/step-{steps:08d}").is_dir()
+        assert "[rank" not in result.err
+    assert_bitwise_uninterrupted(tmp_path, world_size=2)
+
+
+# Continuing in other circumstances
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a run that two ranks under FSDP stopped after step 4."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    assert train(cwd, "run.stop_after_steps=4", world_size=2).code == 75
+    return cwd
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("zero2", 1), ("hsdp", 4)])
+def test_another_engine_and_world_size_continue(
+    engine: str, world_size: int, stopped: Path, finished: tuple[Path, Result], tmp_path: Path
+):
+    cwd = copy_of(stopped, tmp_path)
+    result = train(cwd, f"engine={engine}", world_size=world_size)
+    assert result.code == 0
+    assert f"changed since the checkpoint: engine.kind: fsdp -> {engine}" in result.err + result.out
+    expected = trajectory(finished[0] / RUN)
+    for step, expected_step in zip(trajectory(cwd / RUN), expected, strict=True):
+        assert step == pytest.approx(expected_step, rel=1e-6)
+    assert events(cwd / RUN, "resume")[0]["world_size"] == world_size
+
+
+def test_another_learning_rate_is_accepted_and_said(stopped: Path, tmp_path: Path):
+    cwd = copy_of(stopped, tmp_path)
+    result = train(cwd, "optimizer.lr=5e-3")
+    assert result.code == 0
+    said = [line for line in (result.err + result.out).splitlines() if "changed" in line]
+    assert said == ["changed since the checkpoint: optimizer.lr: 0.01 -> 0.005"]
+    assert yaml.safe_load((cwd / RUN / "config.yaml").read_text())["optimizer"]["lr"] == 5e-3
+    lrs = [record["lr"] for record in metrics(cwd / RUN)]
+    assert lrs[4] < 0.7 * lrs[3]
+
+
+def assert_refused(result: Result, *messages: str) -> None:
+    assert (result.code, result.out) == (2, "")
+    assert "Traceback" not in result.err
+    for message in messages:
+        assert message in result.err
+
+
+def test_another_shape_is_refused_with_the_differences(stopped: Path, tmp_path: Path):
+    cwd = copy_of(stopped, tmp_path)
+    before = contents(cwd)
+    result = train(cwd, "model.num_layers=3", "model.hidden_dim=48")
+    assert_refused(result, "step-00000004 holds another model")
+    assert "model.num_layers: 2 in the checkpoint, 3 now" in result.err
+    assert "model.hidden_dim: 24 in the checkpoint, 48 now" in result.err
+    assert "model.num_heads" not in result.err
+    assert contents(cwd) == before
+
+
+def test_other_data_is_refused(stopped: Path, tmp_path: Path):
+    cwd = copy_of(stopped, tmp_path)
+    assert_refused(train(cwd, "data.synthetic_ragged=true"), "trained on other data", "another run.name")
+
+
+def test_resume_never_and_must(stopped: Path, tmp_path: Path):
+    cwd = copy_of(stopped, tmp_path)
+    assert_refused(train(cwd, "checkpoint.resume=never"), "checkpoint.resume=never, but", "step-00000004 exists")
+    assert_refused(train(cwd, "checkpoint.resume=must", "run.name=new"), "runs/new has no complete checkpoint")
+    assert not (cwd / "runs/new").exists()
+    assert train(cwd, "checkpoint.resume=never", "run.name=new", "run.stop_after_steps=1").code == 75
+    assert train(cwd, "checkpoint.resume=must", "run.stop_after_steps=1").code == 75
+    assert num_steps(cwd / RUN) == 5
+
+
+@pytest.mark.parametrize("path", [RUN, RUN / "checkpoints/step-00000004"], ids=["run", "checkpoint"])
+def test_a_new_run_starts_from_a_path_and_then_continues_itself(
+    path: Path, stopped: Path, finished: tuple[Path, Result], tmp_path: Path
+):
+    cwd = copy_of(stopped, tmp_path)
+    before = contents(cwd / RUN)
+    first = train(cwd, f"checkpoint.resume={path}", "run.name=new", "run.stop_after_steps=2")
+    assert first.code == 75
+    assert f"continuing after step 4 from {RUN}/checkpoints/step-00000004" in first.out
+    second = train(cwd, f"checkpoint.resume={path}", "run.name=new")
+    assert "continuing after step 6 from runs/new/" in second.out
+    new = trajectory(cwd / "runs/new")
+    assert [step for step, *_ in new] == [5, 6, 7, 8]
+    assert new[-1] == pytest.approx(trajectory(finished[0] / RUN)[-1], rel=1e-6)
+    assert contents(cwd / RUN) == before
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path):
+    assert_refused(train(tmp_path, "checkpoint.resume=elsewhere"), "elsewhere", "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Text: validation and generation
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a run on a small corpus whose validation split is smaller than a global batch."""
+    cwd = tmp_path_factory.mktemp("text")
+    (cwd / "texts").mkdir()
+    words = random.Random(0)
+    for number in range(40):
+        text = " ".join(words.choice(["the", "quick", "brown", "fox", "jumps"]) for _ in range(40))
+        (cwd / f"texts/{number}.txt").write_text(text)
+    result = train(
+        cwd,
+        *["data=text", "data.path=texts", "data.tokenizer=bytes", "model.vocab_size=257"],
+        *["train.global_batch_size=64", "validation.every_steps=8", "validation.batches=3"],
+        world_size=2,
+    )
+    assert result.code == 0, result.err
+    index = yaml.safe_load((cwd / RUN / "index.json").read_text())
+    assert 0 < index["validation"]["num_tokens"] // 16 < 64
+    return cwd
+
+
+def test_validation_is_the_same_number_for_every_world_size(text_run: Path):
+    (event,) = events(text_run / RUN, "validation")
+    for world_size in (1, 2, 4):
+        for result in run_ranks(validate_run, world_size, text_run / RUN, environ={"DS_ACCELERATOR": "cpu"}):
+            assert result["step"] == 8
+            assert result["loss"] == pytest.approx(event["loss"], rel=1e-6)
+            assert result["perplexity"] == pytest.approx(event["perplexity"], rel=1e-5)
+
+
+def test_the_validate_command_prints_that_number(text_run: Path):
+    (event,) = events(text_run / RUN, "validation")
+    result = fork("validate.py", f"checkpoint={RUN}", cwd=text_run, world_size=2)
+    assert (result.code, result.err) == (0, "")
+    printed = dict(line.split() for line in result.out.splitlines())
+    assert printed["step"] == "8"
+    assert float(printed["loss"]) == pytest.approx(event["loss"], abs=1e-4)
+    assert float(printed["loss"]) < float(printed["unigram_entropy"]) + 2.5
+
+
+def test_the_generate_command_continues_a_prompt(text_run: Path):
+    args = [f"checkpoint={RUN}", "prompt=the quick ", "num_samples=2", "max_new_tokens=12"]
+    result = fork("generate.py", *args, cwd=text_run)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("--- 1 of 2 ---\nthe quick ")
+    assert "--- 2 of 2 ---\nthe quick " in result.out
+    assert fork("generate.py", *args, cwd=text_run).out == result.out
+    assert fork("generate.py", *args, "seed=1", cwd=text_run).out != result.out
+
+
+@pytest.mark.parametrize("command", [["validate.py"], ["generate.py", "prompt=x"]], ids=lambda c: c[0])
+def test_a_missing_run_is_one_message(command: list[str], tmp_path: Path):
+    result = fork(*command, "checkpoint=runs/nowhere", cwd=tmp_path)
+    assert_refused(result, "runs/nowhere")
+    assert result.err.count("\n") == 1
+
+
+# Mishaps
+
+
+def test_a_run_that_cannot_fit_stops_before_anything_is_allocated(tmp_path: Path):
+    # The preset that the manual names, unless this machine is large enough to train it.
+    model = "gpt3_1b" if psutil.virtual_memory().available < 24 * 2**30 else "gpt3_175b"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = launch(torchrun(2, TRAIN, f"+model={model}"), tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.code == 1, "torchrun's own code for any failed rank"
+    assert "exitcode  : 2" in result.err
+    assert result.err.count(f"{model} does not fit") == 1
+    for component in ("parameters", "gradients", "optimizer moments", "activations", "loss buffers", "needed"):
+        assert component in result.err
+    assert "Traceback" not in result.err.partition("torch.distributed.elastic")[0]
+    assert list(tmp_path.iterdir()) == []
+    assert after.ru_maxrss < 2**20, "in KiB, of the largest process"
+    assert after.ru_utime - before.ru_utime < 30
+
+
+FAULTY = """
+import sys
+sys.path.insert(0, {launch!r})
+import hydra_cli, train
+from bigtrain import trainer
+
+whole_step = trainer.train_step
+
+def train_step(engine, batch, lr):
+    if batch.step == 3 and engine.dp_rank == 1:
+        raise ZeroDivisionError("a fault on rank 1")
+    return whole_step(engine, batch, lr)
+
+trainer.train_step = train_step
+hydra_cli.main(hydra_cli.read_run, train.run, train.help_page)
+"""
+
+
+def test_a_fault_of_one_rank_ends_all_and_is_shown(tmp_path: Path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(launch=str(LAUNCH)))
+    result = launch(torchrun(2, str(script), *SMALL, "checkpoint.every_steps=2"), tmp_path, 60)
+    assert result.code == 1
+    report = result.err.partition("Root Cause")[2]
+    assert "rank      : 1" in report
+    assert "ZeroDivisionError: a fault on rank 1" in report
+    assert (tmp_path / RUN / "checkpoints/step-00000002").is_dir()
+    assert not (tmp_path / RUN / "checkpoints/step-00000004").exists()
+
+
+def test_missing_data_is_one_message_from_one_rank(tmp_path: Path):
+    command = torchrun(2, TRAIN, *SMALL, "data=text", "data.path=nowhere", "data.tokenizer=bytes", "model.vocab_size=257")
+    result = launch(command, tmp_path, 60)
+    said = result.err.partition("torch.distributed.elastic")[0]
+    assert said.count("nowhere") == 1
+    assert "Traceback" not in said
+    assert "exitcode  : 2" in result.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_directory_that_cannot_be_written_is_one_message(world_size: int, tmp_path: Path):
+    (tmp_path / "runs").write_text("a file")
+    result = train(tmp_path, world_size=world_size)
+    assert_refused(result, "runs/gpt_nano", "cannot be written")
+    assert result.err.count("\n") == 1
+
+
+def test_metrics_that_cannot_be_written_are_one_message(tmp_path: Path):
+    (tmp_path / RUN / "metrics.jsonl").mkdir(parents=True)
+    result = train(tmp_path, world_size=2)
+    assert_refused(result, "runs/gpt_nano", "cannot be written")
+    assert result.err.count("\n") == 1
