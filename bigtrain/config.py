@@ -8,9 +8,6 @@ its inverse (see ``schema.py``). ``checks.py`` fills in derived values and finds
 from dataclasses import dataclass, field
 from enum import Enum
 
-from bigtrain.schema import from_dict as from_dict
-from bigtrain.schema import to_dict as to_dict
-
 
 class ModelKind(Enum):
     """Which code builds the model."""

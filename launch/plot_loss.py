@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from bigtrain.config import DataSource, TrainConfig, from_dict
+from bigtrain.config import DataSource, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, DataError
+from bigtrain.schema import from_dict
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import read_jsonl
 from bigtrain.telemetry.recorder import EVENTS_FILE, METRICS_FILE

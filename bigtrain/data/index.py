@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.config import from_dict
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.schema import from_dict
 
 INDEX_FILE = "index.json"
 FORMAT = 1

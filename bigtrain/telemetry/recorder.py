@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bigtrain.config import TrainConfig, WandbMode, to_dict
+from bigtrain.config import TrainConfig, WandbMode
+from bigtrain.schema import to_dict
 from bigtrain.telemetry import names, wandb_logger
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import JsonLines

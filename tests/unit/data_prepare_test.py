@@ -58,7 +58,8 @@ def prepare_in_process(config, *, before):
     """Start a process that prepares ``config`` after the statement ``before``."""
     code = f"""
         from pathlib import Path
-        from bigtrain.config import DataConfig, from_dict
+        from bigtrain.config import DataConfig
+        from bigtrain.schema import from_dict
         from bigtrain.data.prepare import prepare
         {before}
         print(prepare(from_dict(DataConfig, {dataclasses.asdict(config) | {"source": "text"}!r}), progress=False))

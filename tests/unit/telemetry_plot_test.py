@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigtrain.config import DataSource, TrainConfig, to_dict
+from bigtrain.config import DataSource, TrainConfig
 from bigtrain.data.prepare import prepared_directory
+from bigtrain.schema import to_dict
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "plot_loss.py"
 

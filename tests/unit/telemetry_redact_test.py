@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bigtrain.config import TrainConfig, to_dict
+from bigtrain.config import TrainConfig
 from bigtrain.redact import is_secret_name, redact
+from bigtrain.schema import to_dict
 
 CANARIES = {
     "url": "https://alice:CANARYpw1@host.example/x",
