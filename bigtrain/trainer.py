@@ -1,12 +1,13 @@
 """A run from its configuration to its end; the loop is in :func:`train` and reads top to bottom."""
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from bigtrain.resilience.signals import StopAgreement, StopSignal
 from bigtrain.run_files import find_resume, keep_tokenizer, locate, read_config, run_directory, write_config
 from bigtrain.schema import flatten, from_dict, to_dict
 from bigtrain.telemetry.meter import StepMeter
-from bigtrain.telemetry.recorder import build_recorder
+from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
 GC_EVERY_STEPS = 1000
 """Python's garbage collector runs on all ranks at the same step, instead of at a different one on each."""
@@ -122,10 +123,11 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
         )
         return EXIT_FINISHED
     splits = open_splits(config)
+    if state:
+        _check_continuation(state, config, splits["train"].fingerprint)
     on_rank0(lambda: write_run_files(config))
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     if state:
-        _check_continuation(state, config, splits["train"].fingerprint)
         load_checkpoint(resume, engine.state.entries)
         engine.state.commit()
     else:
@@ -133,7 +135,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
             values = initial_values(build_model(config.model), config.model, config.train.seed)
         initialise(engine.state, values, num_threads=_num_threads(info))
     first_step = state.step if state else 0
-    recorder = build_recorder(config, directory, info.rank, first_step)
+    recorder = open_recorder(config, first_step)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     parts = Run(config, directory, engine, splits, recorder, saver, first_step)
     with recorder:
@@ -311,11 +313,33 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def write_run_files(config: TrainConfig) -> None:
-    """Put into the run's directory what it needs to be continued and used."""
+    """Put into the run's directory what it needs to be continued and used.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
     directory = run_directory(config)
-    write_config(directory, config)
-    if config.data.source is not DataSource.synthetic:
-        keep_tokenizer(directory, prepared_directory(config.data))
+    with _writing(directory):
+        write_config(directory, config)
+        if config.data.source is not DataSource.synthetic:
+            keep_tokenizer(directory, prepared_directory(config.data))
+
+
+def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
+    """Return this rank's recorder; all ranks call this.
+
+    Raises:
+        ConfigError: the run's directory cannot be written; on all ranks.
+    """
+    recorder = NullRecorder()
+
+    def open_files() -> None:
+        nonlocal recorder
+        with _writing(run_directory(config)):
+            recorder = build_recorder(config, run_directory(config), 0, first_step)
+
+    on_rank0(open_files)
+    return recorder
 
 
 def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
@@ -354,6 +378,14 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
 def perplexity(loss: float) -> float:
     """Return e to the loss; infinite where a float ends."""
     return math.exp(loss) if loss < 709 else math.inf
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
 
 
 def _last_step_of_launch(run: Run) -> int | None:

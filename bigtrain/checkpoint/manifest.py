@@ -5,11 +5,14 @@ per rank. It does not find tampering: nothing in a checkpoint is executed, so a 
 numbers but no code.
 """
 
-import dataclasses
+import itertools
 import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -17,7 +20,12 @@ from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.schema import from_dict
 
 MANIFEST_FILE = "manifest.json"
+RUN_STATE_FILE = "run_state.json"
 FORMAT = 1
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+"""Size of an element of each type, under safetensors' names."""
+PIECE_BYTES = 1 << 22
+"""Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +82,7 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the manifest as two lines: the hash of the second one, and JSON."""
-    body = json.dumps(dataclasses.asdict(manifest), separators=(",", ":")).encode()
+    body = json.dumps(manifest, separators=(",", ":"), default=_fields).encode()
     return xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body + b"\n"
 
 
@@ -82,7 +90,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and check the manifest of a checkpoint; the files themselves are not looked at.
 
     Raises:
-        CheckpointError: missing, damaged, of another version, or naming files outside of its directory.
+        CheckpointError: missing, damaged, of another version, naming files outside of its directory, or
+            not describing whole tensors inside its files.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -95,25 +104,96 @@ def read_manifest(directory: Path) -> Manifest:
     if found != expected or not body.endswith(b"\n"):
         raise CheckpointError(f"{path}: damaged: its hash is {expected.decode()}, expected {_printable(found)}")
     try:
-        manifest = from_dict(Manifest, json.loads(body))
-    except (ValueError, ConfigError) as error:
+        values = json.loads(body)
+        if values["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {values['format']}, this version reads format {FORMAT}")
+        files = [from_dict(FileRecord, file) for file in values["files"]]
+        tensors = [decode_tensor(tensor) for tensor in values["tensors"]]
+        manifest = Manifest(**{**values, "files": files, "tensors": tensors})
+        problem = next(_problems(manifest), None)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.format}, this version reads format {FORMAT}")
-    _check_names(manifest, path)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     return manifest
 
 
-def _check_names(manifest: Manifest, path: Path) -> None:
-    """Refuse names that lead out of the directory, and chunks in files that nobody verifies."""
-    names = {file.name for file in manifest.files}
-    for name in names:
-        if name in ("", ".", "..") or os.path.basename(name) != name or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{path}: {name!r} is not a plain file name")
+def decode_tensor(values: dict[str, Any]) -> TensorRecord:
+    """Build the record of a tensor from JSON; quick, because a large run has a million chunks."""
+    return TensorRecord(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__slots__}
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """Yield what no save can have written: names that lead elsewhere, boxes that do not fit."""
+    for file in manifest.files:
+        name = file.name
+        if name in ("", ".", "..", MANIFEST_FILE) or os.path.basename(name) != name or "\\" in name or "\0" in name:
+            yield f"{name!r} is not the plain name of a file"
+    files = {file.name: file.num_bytes for file in manifest.files}
+    if len(files) < len(manifest.files) or RUN_STATE_FILE not in files:
+        yield f"lists {', '.join(file.name for file in manifest.files)}, expected every file once and {RUN_STATE_FILE}"
+    if len({tensor.key for tensor in manifest.tensors}) < len(manifest.tensors):
+        yield "lists a tensor twice"
     for tensor in manifest.tensors:
+        if problem := _tensor_problem(tensor, files):
+            yield f"{tensor.key}: {problem}"
+    spans = sorted(_spans(manifest.tensors))
+    for (name, _, end, key), (other_name, start, _, other_key) in itertools.pairwise(spans):
+        if name == other_name and start < end:
+            yield f"{key} and {other_key} overlap in {name}"
+
+
+def _spans(tensors: list[TensorRecord]) -> Iterator[tuple[str, int, int, str]]:
+    """Yield (file, first byte, end, key) of every chunk that is not empty."""
+    for tensor in tensors:
         for chunk in tensor.chunks:
-            if chunk.file not in names:
-                raise CheckpointError(f"{path}: {tensor.key} lies in {chunk.file!r}, which is not listed")
+            if num_bytes := math.prod(chunk.sizes) * ITEM_BYTES[tensor.dtype]:
+                yield chunk.file, chunk.start_byte, chunk.start_byte + num_bytes, tensor.key
+
+
+def _tensor_problem(tensor: TensorRecord, files: dict[str, int]) -> str | None:
+    """Say why the chunks are not disjoint boxes that cover the tensor and lie inside the files."""
+    if not (isinstance(tensor.key, str) and tensor.dtype in ITEM_BYTES and _are_counts(tensor.shape)):
+        return f"no tensor of type {tensor.dtype!r} and shape {tensor.shape!r}"
+    for chunk in tensor.chunks:
+        numbers = (*chunk.offsets, *chunk.sizes, chunk.start_byte)
+        box = list(zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True))
+        if not _are_counts(numbers) or any(offset + size > whole for offset, size, whole in box):
+            return f"{chunk} is not a box of a tensor of shape {tensor.shape}"
+        if chunk.file not in files:
+            return f"lies in {chunk.file!r}, which is not listed"
+        end = chunk.start_byte + math.prod(chunk.sizes) * ITEM_BYTES[tensor.dtype]
+        if end > files[chunk.file]:
+            return f"lies in bytes {chunk.start_byte} to {end} of {chunk.file}, which has {files[chunk.file]}"
+    found, expected = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
+    if found != expected or _overlap([chunk for chunk in tensor.chunks if math.prod(chunk.sizes)]):
+        return f"its boxes do not cover its {expected} elements once (they have {found})"
+    return None
+
+
+def _are_counts(numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _overlap(chunks: list[Chunk]) -> bool:
+    """Return whether boxes have elements in common; sweeps over the first dimension, which nearly all are cut along."""
+    active: list[Chunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
+        active = [a for a in active if _meet(a, chunk, 1)]
+        if any(_meet(a, chunk, len(chunk.sizes)) for a in active):
+            return True
+        active.append(chunk)
+    return False
+
+
+def _meet(a: Chunk, b: Chunk, num_dims: int) -> bool:
+    """Return whether two boxes overlap in all of the first dimensions."""
+    pairs = zip(a.offsets[:num_dims], a.sizes, b.offsets, b.sizes, strict=False)
+    return all(begin < other + size_b and other < begin + size_a for begin, size_a, other, size_b in pairs)
 
 
 def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | None:
@@ -141,12 +221,21 @@ def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | 
 def hash_file(path: Path) -> str:
     """Return the XXH3 128-bit hash of a file's content."""
     digest = xxhash.xxh3_128()
-    buffer = bytearray(1 << 22)
+    buffer = bytearray(PIECE_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+def write_hashed(descriptor: int, data: memoryview, digest: "xxhash.xxh3_128") -> None:
+    """Write ``data`` to an open file and add it to ``digest``."""
+    for start in range(0, len(data), PIECE_BYTES):
+        piece = data[start : start + PIECE_BYTES]
+        digest.update(piece)
+        while piece:
+            piece = piece[os.write(descriptor, piece) :]
 
 
 def _printable(raw: bytes) -> str:

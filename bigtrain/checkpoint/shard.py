@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from bigtrain.checkpoint.manifest import Chunk, FileRecord, TensorRecord
-
-PIECE_BYTES = 1 << 22
-"""Hashed and written at a time: small enough to stay in the processor's cache between the two."""
+from bigtrain.checkpoint.manifest import Chunk, FileRecord, TensorRecord, write_hashed
+from bigtrain.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,
@@ -84,15 +82,6 @@ def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[T
     return FileRecord(name=path.name, num_bytes=len(prefix) + position, xxh3=digest.hexdigest()), records
 
 
-def write_hashed(descriptor: int, data: memoryview, digest: "xxhash.xxh3_128") -> None:
-    """Write ``data`` to an open file and add it to ``digest``."""
-    for start in range(0, len(data), PIECE_BYTES):
-        piece = data[start : start + PIECE_BYTES]
-        digest.update(piece)
-        while piece:
-            piece = piece[os.write(descriptor, piece) :]
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
 
@@ -105,14 +94,25 @@ class ShardReader:
         self._maps: dict[str, torch.Tensor] = {}
 
     def read(self, dtype: str, chunk: Chunk) -> torch.Tensor:
-        """Return a chunk as a tensor that is read from the disk when it is copied; it must not be written to."""
+        """Return a chunk as a tensor that is read from the disk when it is copied; it must not be written to.
+
+        Raises:
+            CheckpointError: the file is missing or too short.
+        """
         if chunk.file not in self._maps:
-            with (self._directory / chunk.file).open("rb") as file:
-                # Copy-on-write, because torch wants writable memory; nothing is ever written.
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._maps[chunk.file] = torch.frombuffer(memory, dtype=torch.uint8)
+            self._maps[chunk.file] = self._map(self._directory / chunk.file)
         num_bytes = math.prod(chunk.sizes) * DTYPES[dtype].itemsize
         raw = self._maps[chunk.file][chunk.start_byte : chunk.start_byte + num_bytes]
+        if raw.numel() < num_bytes:
+            raise CheckpointError(f"{self._directory / chunk.file}: damaged: ends before byte {chunk.start_byte + num_bytes}")
         if chunk.start_byte % DTYPES[dtype].itemsize:
             raw = raw.clone()
         return raw.view(DTYPES[dtype]).view(chunk.sizes)
+
+    def _map(self, path: Path) -> torch.Tensor:
+        try:
+            with path.open("rb") as file:
+                # Copy-on-write, because torch wants writable memory; nothing is ever written.
+                return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise CheckpointError(f"{path}: damaged: {error}") from error

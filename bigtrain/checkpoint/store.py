@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -11,11 +12,21 @@ from typing import Any
 
 import xxhash
 
-from bigtrain.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, TensorRecord, encode_manifest
-from bigtrain.checkpoint.shard import write_hashed
-from bigtrain.errors import CheckpointError
+from bigtrain.checkpoint.manifest import (
+    MANIFEST_FILE,
+    RUN_STATE_FILE,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    encode_manifest,
+    read_manifest,
+    verify_bytes,
+    verify_file,
+    write_hashed,
+)
+from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.schema import from_dict
 
-RUN_STATE_FILE = "run_state.json"
 MIN_KEPT = 2
 """So many of the newest are kept whatever ``keep`` says: the newest may turn out to be damaged."""
 

@@ -66,7 +66,7 @@ class NativeEngine:
         """See :class:`bigtrain.engine.base.Engine`."""
         gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
         norm = self._global_norm(gradients)
-        if self.grad_clip:
+        if self.grad_clip and gradients:
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         set_lr(self.optimizer, lr)
         self.optimizer.step()
@@ -172,9 +172,7 @@ def build_native(
 def _data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     # init_sync would broadcast weights that are overwritten right afterwards.
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
-    )
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
 
 
 def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:

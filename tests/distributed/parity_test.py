@@ -8,11 +8,13 @@ import yaml
 
 from bigtrain.checks import resolve
 from bigtrain.config import (
+    ActivationCheckpointing,
     DataConfig,
     DataSource,
     EngineConfig,
     EngineKind,
     ModelConfig,
+    Offload,
     Precision,
     TrainConfig,
     TrainingConfig,
@@ -65,7 +67,7 @@ def reference():
     return compute(gate_config(), Case(EngineKind.ddp, 1, GLOBAL_BATCH_SIZE))
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_fp32_agrees_with_one_process(case, reference):
     trajectory = compute(gate_config(), case)
     expected = WRAPPED_TYPES.get(case.engine.name, "DeepSpeedEngine" if case.environ else "DistributedDataParallel")
@@ -74,6 +76,40 @@ def test_fp32_agrees_with_one_process(case, reference):
     print(case, difference)
     assert difference.loss <= 1e-5
     assert difference.grad_norm <= 1e-5
+    assert difference.parameters <= 1e-4
+
+
+OPTIONS = [
+    ("ddp", {"activation_checkpointing": "full"}),
+    ("fsdp", {"activation_checkpointing": "selective"}),
+    ("fsdp", {"accumulate_whole_gradients": True}),
+    ("fsdp", {"offload": "cpu"}),
+    ("hsdp", {"activation_checkpointing": "full", "activation_checkpointing_every": 2}),
+    ("zero1", {"activation_checkpointing": "selective", "offload": "cpu"}),
+    ("zero2", {"activation_checkpointing": "full", "offload": "cpu"}),
+    ("zero3", {"activation_checkpointing": "full", "activation_checkpointing_every": 2, "offload": "cpu"}),
+    ("zero3", {"activation_checkpointing": "selective"}),
+    ("ddp", {"compile": True}),
+    ("fsdp", {"compile": True, "activation_checkpointing": "selective"}),
+]
+
+
+def option_config(options):
+    fields = dict(options)
+    config = gate_config()
+    config.engine.fsdp.accumulate_whole_gradients = fields.pop("accumulate_whole_gradients", False)
+    enums = {"activation_checkpointing": ActivationCheckpointing, "offload": Offload}
+    for name, value in fields.items():
+        setattr(config.engine, name, enums[name][value] if name in enums else value)
+    return config
+
+
+@pytest.mark.parametrize(("engine", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_options_of_the_engines_agree_too(engine, options, reference):
+    case = Case(EngineKind[engine], 2, 2, 2 if engine == "hsdp" else None)
+    difference = compare(compute(option_config(options), case), reference)
+    print(case, options, difference)
+    assert max(difference.loss, difference.grad_norm) <= 1e-5
     assert difference.parameters <= 1e-4
 
 
@@ -105,12 +141,15 @@ def forgotten_boundary(engine, batch, lr):
     return loss_sum / total, engine.step(lr)
 
 
-@pytest.mark.parametrize("mistake", [mean_of_means, forgotten_boundary], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+# Without a boundary DeepSpeed does not step at all, which nobody could overlook; DDP and FSDP step on unsynchronised gradients.
+MISTAKES = [("ddp", mean_of_means), ("zero2", mean_of_means), ("ddp", forgotten_boundary), ("fsdp", forgotten_boundary)]
+
+
+@pytest.mark.parametrize(("engine", "mistake"), MISTAKES, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_the_gate_catches_a_wrong_step(engine, mistake, reference):
-    if (engine, mistake) == ("zero2", forgotten_boundary):
-        pytest.skip("DeepSpeed does not step at all without a boundary; there is nothing to compare")
-    difference = compare(compute(gate_config(), Case(EngineKind[engine], 2, 2), step=mistake), reference)
+    config = gate_config()
+    config.engine.fsdp.accumulate_whole_gradients = True  # else every micro-batch communicates
+    difference = compare(compute(config, Case(EngineKind[engine], 2, 2), step=mistake), reference)
     assert difference.loss > 1e-5 or difference.grad_norm > 1e-5
     assert difference.parameters > 1e-4
 
