@@ -19,8 +19,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL, EngineState, initialise
 from bigtrain.local_ranks import run_ranks
-from bigtrain.models import build_model
-from bigtrain.models.init import initial_values
+from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.trainer import open_splits, read_back, seed_step, train_loader, train_step
 
@@ -112,8 +111,7 @@ def _train(config: TrainConfig, step_function: StepFunction) -> Trajectory:
     device = pick_device(info)
     init_process_group(info, device, timeout_seconds=120)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    with torch.device("meta"):
-        values = initial_values(build_model(config.model), config.model, config.train.seed)
+    values = build_initial_values(config.model, config.train.seed)
     initialise(engine.state, values, num_threads=1)
     pending = []
     with train_loader(open_splits(config)["train"], config, engine, first_step=0) as loader:

@@ -32,6 +32,7 @@ _SECRET_VALUES = (
         rf"\g<1>{MASK}",
     ),
 )
+_NOT_SECRET = ("PWD", "OLDPWD")  # the shell's working directories, not passwords
 _SHORTEST_SECRET = 8  # a shorter value of an environment variable would mask ordinary words
 
 
@@ -47,7 +48,7 @@ def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
         environ: Environment to take known secrets from; by default that of this process.
     """
     environ = os.environ if environ is None else environ
-    known = {v for k, v in environ.items() if is_secret_name(k) and len(v) >= _SHORTEST_SECRET}
+    known = {v for k, v in environ.items() if k not in _NOT_SECRET and is_secret_name(k) and len(v) >= _SHORTEST_SECRET}
     return _redact(value, sorted(known, key=len, reverse=True))
 
 

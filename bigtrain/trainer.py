@@ -39,8 +39,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError, PreflightError
-from bigtrain.models import build_model
-from bigtrain.models.init import initial_values
+from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.redact import redact
@@ -86,7 +85,8 @@ def run(config: TrainConfig) -> int:
     init_process_group(info, device)
     # Rank 0's configuration is the configuration of the run.
     config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
-    code = _run(config, info, device)
+    # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
+    code = broadcast_json(_run(config, info, device))
     # Only here: after a failure, a collective could wait for ever for ranks that are gone.
     shut_down()
     return code
@@ -131,8 +131,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
         load_checkpoint(resume, engine.state.entries)
         engine.state.commit()
     else:
-        with torch.device("meta"):
-            values = initial_values(build_model(config.model), config.model, config.train.seed)
+        values = build_initial_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=_num_threads(info))
     first_step = state.step if state else 0
     recorder = open_recorder(config, first_step)
@@ -206,7 +205,7 @@ def train_step(
         This rank's share of the loss (the ranks' shares add up to it) and the global gradient norm, both
         0-d tensors on the device that the host has not waited for.
     """
-    num_targets = all_reduce_sum(torch.tensor(batch.num_targets, device=engine.device)).clamp(min=1)
+    num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
     loss_sum = torch.zeros((), device=engine.device)
     for i, micro_batch in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1

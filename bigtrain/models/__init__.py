@@ -1,8 +1,10 @@
 """Models: plain modules that know nothing of how they are spread over devices."""
 
+import torch
 from torch import nn
 
 from bigtrain.config import ModelConfig, ModelKind
+from bigtrain.models.init import InitialValue, initial_values
 from bigtrain.models.transformer import Transformer
 
 
@@ -29,3 +31,10 @@ def build_model(config: ModelConfig) -> nn.Module:
     from bigtrain.models.hf import build_hf_model
 
     return build_hf_model(config)
+
+
+def build_initial_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return what every parameter of the model of ``config`` starts from, by name, without holding a model."""
+    with torch.device("meta"):
+        model = build_model(config)
+    return initial_values(model, config, seed)

@@ -21,8 +21,7 @@ from bigtrain.distributed import RankInfo, init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
-from bigtrain.models import build_model
-from bigtrain.models.init import initial_values
+from bigtrain.models import build_initial_values, build_model
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 
@@ -49,8 +48,7 @@ def start_engine(config: TrainConfig) -> Engine:
     if not torch.distributed.is_initialized():
         init_process_group(info, device, timeout_seconds=60)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    with torch.device("meta"):
-        values = initial_values(build_model(config.model), config.model, config.train.seed)
+    values = build_initial_values(config.model, config.train.seed)
     initialise(engine.state, values, num_threads=1)
     return engine
 

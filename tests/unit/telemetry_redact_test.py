@@ -62,3 +62,9 @@ def test_ordinary_settings_are_untouched() -> None:
 @pytest.mark.parametrize("name", ["tokens", "tokens_per_second", "tokenizer", "secretary", "keyboard", "passwordless"])
 def test_names_that_only_contain_a_secret_word_are_not_secret(name: str) -> None:
     assert not is_secret_name(name)
+
+
+def test_the_working_directory_is_no_secret():
+    environ = {"PWD": "/home/me/project", "OLDPWD": "/home/me/else", "DB_PWD": "correct-horse"}
+    text = "/home/me/project/data and /home/me/else, correct-horse"
+    assert redact(text, environ) == "/home/me/project/data and /home/me/else, ***"
