@@ -176,13 +176,14 @@ def build_for_deepspeed(
     device: torch.device,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return model and optimizer as ``deepspeed.initialize`` wants them."""
+    with torch.device("meta"):
+        model = build_model()
     if config.engine.kind is EngineKind.zero3:
+        # The model on the meta device was for its imports: under zero.Init, which patches torch, some fail.
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = build_model()
         wrap_blocks(model, config.engine)
     else:
-        with torch.device("meta"):
-            model = build_model()
         wrap_blocks(model, config.engine)
         materialise(model, device)
     groups = parameter_groups(
