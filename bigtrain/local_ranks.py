@@ -78,7 +78,8 @@ def _run_rank(
     os.environ.update(environ)
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environ["WORLD_SIZE"])))
+    share = max(1, (os.cpu_count() or 1) // int(environ["WORLD_SIZE"]))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
     try:
         sender.send((True, function(*args)))
     except BaseException:

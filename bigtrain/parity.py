@@ -5,16 +5,18 @@ the reference; losses, gradient norms and final weights of the others must agree
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from bigtrain.config import EngineKind, TrainConfig
+from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.data.loader import StepBatch
-from bigtrain.distributed import RankInfo, all_reduce_sum, init_process_group, pick_device, shut_down
+from bigtrain.distributed import RankInfo, all_reduce_sum, init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL, EngineState, initialise
@@ -73,18 +75,41 @@ class Difference:
     grad_norm: float
     parameters: float
 
+    def within(self, tolerance: "Difference") -> bool:
+        """Return whether nothing differs by more than in ``tolerance``."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(tolerance), strict=True)
+        return all(value <= bound for value, bound in pairs)
+
+
+TOLERANCES = {
+    Precision.fp32: Difference(loss=1e-5, grad_norm=1e-5, parameters=1e-4),
+    Precision.bf16: Difference(loss=2e-3, grad_norm=math.inf, parameters=math.inf),
+}
+"""How far a case may be from a reference in fp32."""
+
 
 def compute(
-    config: TrainConfig, case: Case, *, step: StepFunction = train_step, timeout_seconds: float = 300
+    config: TrainConfig,
+    case: Case,
+    *,
+    step: StepFunction = train_step,
+    num_steps: int | None = None,
+    timeout_seconds: float = 300,
 ) -> Trajectory:
-    """Train ``config.train.steps`` steps as ``case`` says, on ranks of their own."""
+    """Train the first ``num_steps`` steps (by default all) of the run as ``case`` says, on ranks of their own.
+
+    Raises:
+        RankFailedError: a rank raised, died or did not finish in time.
+    """
+    args = (configure(config, case), step, num_steps)
+    return run_ranks(trace, case.world_size, *args, timeout_seconds=timeout_seconds, environ=case.environ)[0]
+
+
+def configure(config: TrainConfig, case: Case) -> TrainConfig:
+    """Return ``config`` with the engine and the micro-batches of ``case``."""
     engine = dataclasses.replace(config.engine, kind=case.engine, dp_shard=case.dp_shard)
     train = dataclasses.replace(config.train, micro_batch_size=case.micro_batch_size)
-    config = dataclasses.replace(config, engine=engine, train=train)
-    trajectories = run_ranks(
-        _train, case.world_size, config, step, timeout_seconds=timeout_seconds, environ=case.environ
-    )
-    return trajectories[0]
+    return dataclasses.replace(config, engine=engine, train=train)
 
 
 def compare(trajectory: Trajectory, reference: Trajectory) -> Difference:
@@ -106,10 +131,12 @@ def compare(trajectory: Trajectory, reference: Trajectory) -> Difference:
     )
 
 
-def _train(config: TrainConfig, step_function: StepFunction) -> Trajectory:
+def trace(config: TrainConfig, step_function: StepFunction = train_step, num_steps: int | None = None) -> Trajectory:
+    """Train on this rank, joining the process group first if need be, and return what was computed."""
     info = RankInfo.from_env()
     device = pick_device(info)
-    init_process_group(info, device, timeout_seconds=120)
+    if not dist.is_initialized():
+        init_process_group(info, device, timeout_seconds=120)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     values = build_initial_values(config.model, config.train.seed)
     initialise(engine.state, values, num_threads=1)
@@ -120,17 +147,15 @@ def _train(config: TrainConfig, step_function: StepFunction) -> Trajectory:
             seed_step(config.train.seed, batch.step, engine.dp_rank)
             loss, grad_norm = step_function(engine, batch, lr)
             pending.append({"loss": loss, "grad_norm": grad_norm})
-            if batch.step + 1 == config.train.steps:
+            if batch.step + 1 == (num_steps or config.train.steps):
                 break
     records = read_back(pending)
-    trajectory = Trajectory(
+    return Trajectory(
         losses=[record["loss"] for record in records],
         grad_norms=[record["grad_norm"] for record in records],
         parameters=whole_parameters(engine.state),
         wrapped_type=_wrapped_type(engine.module),
     )
-    shut_down()
-    return trajectory
 
 
 def whole_parameters(state: EngineState) -> dict[str, np.ndarray]:

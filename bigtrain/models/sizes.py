@@ -1,8 +1,13 @@
-"""Sizes of the native model from its shape alone: what the preflight and the FLOP count start from. No torch."""
+"""Sizes of a model from its shape alone: parameters, and what training one micro-batch keeps in memory. No torch.
+
+Names in formulas: hidden is the width of the residual stream, query that of all query heads together,
+key_value that of all key (or all value) heads, inner that of the feed-forward layer.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
-from bigtrain.config import Activation, ModelConfig, Norm, Positions
+from bigtrain.config import Activation, ActivationCheckpointing, ModelConfig, ModelKind, Norm, Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +42,160 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
 
 def _linear(num_inputs: int, num_outputs: int, bias: int) -> int:
     return num_inputs * num_outputs + bias * num_outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """How activations are represented, and by which kernels computed."""
+
+    element_bytes: int
+    """Per element of a matrix product's operands and result."""
+    residual_bytes: int
+    """Per element of the residual stream: 4 under autocast, where only products are in bf16."""
+    on_cpu: bool
+    """CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix."""
+
+    @property
+    def autocast(self) -> bool:
+        """Whether inputs of matrix products are cast copies."""
+        return self.element_bytes != self.residual_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBytes:
+    """What one micro-batch keeps between its forward and its backward pass, in bytes."""
+
+    saved: int
+    """At the end of the forward pass."""
+    recomputed: int
+    """Added while one checkpointed block is recomputed in the backward pass."""
+
+
+def native_shape(hf_config: Any) -> ModelConfig:
+    """Return the native shape that is most like the one a ``transformers`` text configuration describes.
+
+    For activations only: the kinds of layers are guessed from what the configuration mentions, and a
+    mixture of experts counts as one feed-forward layer as wide as the experts that a token visits.
+    """
+
+    def read(default: Any, *names: str) -> Any:
+        return next((value for name in names if (value := getattr(hf_config, name, None)) is not None), default)
+
+    inner = read(4 * hf_config.hidden_size, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
+    return ModelConfig(
+        kind=ModelKind.hf,
+        vocab_size=hf_config.vocab_size,
+        num_layers=read(1, "num_hidden_layers"),
+        hidden_dim=hf_config.hidden_size,
+        num_heads=read(1, "num_attention_heads"),
+        num_kv_heads=read(None, "num_key_value_heads"),
+        head_dim=read(None, "head_dim"),
+        ffn_dim=inner * read(1, "num_experts_per_tok"),
+        positions=Positions.rope if read(None, "rope_parameters", "rope_theta") else Positions.learned,
+        norm=Norm.rmsnorm if read(None, "rms_norm_eps") else Norm.layernorm,
+        activation=Activation.swiglu if read("", "hidden_act") == "silu" else Activation.gelu,
+        dropout=max(read(0.0, "attention_dropout", "attn_pdrop"), read(0.0, "hidden_dropout", "resid_pdrop")),
+    )
+
+
+def activation_bytes(
+    model: ModelConfig,
+    *,
+    num_sequences: int,
+    sequence_length: int,
+    checkpointing: ActivationCheckpointing,
+    every: int,
+    numerics: Numerics,
+) -> ActivationBytes:
+    """Return what the blocks and the final norm keep for the backward pass.
+
+    Args:
+        model: shape of the model.
+        num_sequences: of the micro-batch.
+        sequence_length: tokens per sequence.
+        checkpointing: what is recomputed.
+        every: applied to blocks 0, every, 2 * every, ...
+        numerics: sizes of the elements.
+    """
+    num_tokens = num_sequences * sequence_length
+    whole = _block_bytes_per_token(model, sequence_length, numerics)
+    kept = {
+        ActivationCheckpointing.none: whole,
+        ActivationCheckpointing.selective: _selective_bytes_per_token(model, numerics),
+        ActivationCheckpointing.full: model.hidden_dim * numerics.residual_bytes,
+    }[checkpointing]
+    num_checkpointed = -(-model.num_layers // every)
+    per_token = num_checkpointed * kept + (model.num_layers - num_checkpointed) * whole
+    per_token += _norm_bytes_per_token(model, numerics) + _mask_bytes_per_token(model, numerics)
+    return ActivationBytes(saved=num_tokens * per_token, recomputed=num_tokens * (whole - kept))
+
+
+def loss_bytes(model: ModelConfig, *, num_tokens: int) -> int:
+    """Return the peak of the cross-entropy: fp32 log-probabilities and two gradients of their shape.
+
+    The forward pass stays below: logits in the compute type, in fp32 and as log-probabilities.
+    """
+    return 12 * num_tokens * model.vocab_size
+
+
+def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: Numerics) -> int:
+    """Return what autograd keeps of a block, per token.
+
+    Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count 34 hidden + 5 heads * length bytes in 16 bits.
+    Fused attention keeps q, k, v, its output and one fp32 number per head instead of matrices of length * length,
+    and without dropout there are no masks (2 hidden): 32 hidden for a GPT block in bf16.
+    """
+    hidden, element = model.hidden_dim, numerics.element_bytes
+    query, key_value = _attention_widths(model)
+    gated = model.activation is Activation.swiglu
+    norms = 2 * _norm_bytes_per_token(model, numerics)
+    if gated and numerics.autocast:
+        norms += element * hidden  # gate and up each keep their own bf16 copy of their common input
+    # Rotated queries and keys are copies; v, a view, keeps the whole product alive.
+    rotated = query + key_value if model.positions is Positions.rope else 0
+    attention = element * (query + 2 * key_value + rotated + query) + 4 * model.num_heads
+    if _makes_attention_matrix(model, numerics):
+        attention += 12 * model.num_heads * sequence_length  # probabilities, their mask, their product; in fp32
+    # gelu: its input and output; swiglu: gate, silu(gate), up and the product. transformers writes its gelu
+    # in elementary operations, which keep three more.
+    num_inner = 4 if gated else 5 if model.kind is ModelKind.hf else 2
+    inner = element * num_inner * (model.ffn_dim or 4 * hidden)
+    return norms + attention + inner + 2 * _mask_bytes_per_token(model, numerics)
+
+
+def _selective_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
+    """Return what selective checkpointing keeps: the block's input, and results of products and attention."""
+    query, key_value = _attention_widths(model)
+    num_inner = 2 if model.activation is Activation.swiglu else 1
+    results = (query + 2 * key_value) + query + num_inner * (model.ffn_dim or 4 * model.hidden_dim)
+    results += 2 * model.hidden_dim  # of the two products that write to the residual stream
+    return model.hidden_dim * numerics.residual_bytes + results * numerics.element_bytes + 4 * model.num_heads
+
+
+def _norm_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
+    """Return what a norm keeps: its input, which is the residual stream, and its output, an input of a product."""
+    kept = numerics.residual_bytes + numerics.element_bytes
+    if model.norm is Norm.rmsnorm and numerics.on_cpu:
+        kept += 4 if numerics.residual_bytes == 4 else 6  # the normalised input, and the fp32 input of a bf16 one
+    return kept * model.hidden_dim
+
+
+def _mask_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
+    """Return what dropout of a hidden vector keeps: bools on a GPU, numbers on a CPU."""
+    return model.hidden_dim * (numerics.element_bytes if numerics.on_cpu else 1) if model.dropout else 0
+
+
+def _makes_attention_matrix(model: ModelConfig, numerics: Numerics) -> bool:
+    """Return whether torch has no fused attention for this case and falls back on plain products.
+
+    On a CPU that is dropout; on a GPU, by torch's documentation, grouped heads in fp32.
+    """
+    if numerics.on_cpu:
+        return model.dropout > 0
+    query, key_value = _attention_widths(model)
+    return query != key_value and numerics.element_bytes == 4
+
+
+def _attention_widths(model: ModelConfig) -> tuple[int, int]:
+    head_dim = model.head_dim or model.hidden_dim // model.num_heads
+    return model.num_heads * head_dim, (model.num_kv_heads or model.num_heads) * head_dim

@@ -1,142 +1,326 @@
-"""The memory estimate: right by hand, monotonic, and near what a real step takes."""
+"""The memory estimate: right by hand, monotonic, near what real steps take, and honest about what would fit."""
 
+import ctypes
 import dataclasses
-import subprocess
-import sys
+import gc
+import json
+import resource
+import time
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from bigtrain import preflight as module
-from bigtrain.checks import resolve
+from bigtrain.checks import check, resolve
 from bigtrain.config import (
-    ActivationCheckpointing,
+    DataConfig,
     EngineConfig,
     EngineKind,
-    Offload,
+    ModelConfig,
     Precision,
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.preflight import GIB, Report, estimate
-from tests.unit.preset_test import read_preset
+from bigtrain.data.batch import Batch
+from bigtrain.distributed import RankInfo, init_process_group
+from bigtrain.engine.build import build_engine
+from bigtrain.engine.state import initialise
+from bigtrain.local_ranks import run_ranks
+from bigtrain.models import build_initial_values, build_model
+from bigtrain.preflight import Machine, Report, estimate, preflight
+from bigtrain.preflight.estimate import COMPONENTS, measure_model
+from bigtrain.preflight.machine import NO_LIMIT, cgroup_headroom_bytes
+from bigtrain.preflight.report import GIB, with_settings
+from bigtrain.schema import from_dict, to_dict
+
+PRESETS = Path(__file__).parents[2] / "configs/model"
 
 
-def config(preset="gpt2_124m", kind="ddp", micro_batch_size=4, precision="fp32", **engine):
+def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, **engine):
+    values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | (model or {})
     return resolve(
         TrainConfig(
-            model=read_preset(preset),
-            engine=EngineConfig(kind=EngineKind[kind], precision=Precision[precision], **engine),
-            train=TrainingConfig(global_batch_size=32, micro_batch_size=micro_batch_size),
+            model=from_dict(ModelConfig, values),
+            engine=from_dict(EngineConfig, {"kind": "ddp", "precision": "fp32"} | engine),
+            train=TrainingConfig(global_batch_size=batch, micro_batch_size=micro_batch),
+            data=DataConfig(sequence_length=length),
         )
     )
 
 
-def total(config, world_size=1, device_type="cuda"):
-    return sum(estimate(config, world_size, world_size, device_type).device.values())
+def guess(config, world_size=1, **kwargs):
+    return estimate(config, world_size=world_size, precision=config.engine.precision, **kwargs)
 
 
-def report(config, gib, world_size=1, host_gib=1000):
-    needed = estimate(config, world_size, world_size, "cuda")
-    return Report(config, world_size, world_size, "cuda", needed, gib * GIB, host_gib * GIB)
+def report(config, gib, *, world_size=1, device_type="cuda", host_gib=1000):
+    machine = Machine(world_size, world_size, device_type, int(gib * GIB), int(host_gib * GIB))
+    return Report(config, machine, measure_model(config.model))
 
 
-def test_ddp_in_fp32_by_hand():
-    device = estimate(config(), 1, 1, "cpu").device
-    num_parameters, tokens = 124_439_808, 4 * 1024
-    assert device["parameters (masters)"] == 4 * num_parameters
-    assert device["gradients"] == 4 * num_parameters
+def test_ddp_by_hand():
+    num_parameters, num_tokens, width = 124_439_808, 4 * 1024, 768
+    device = guess(run_config(batch=4)).device
+    assert device["parameters"] == device["gradients"] == 4 * num_parameters
     assert device["optimizer moments"] == 8 * num_parameters
-    assert device["loss buffers"] == 12 * tokens * 50257
-    # 16 values of the width per token and block, and twice the residual stream outside the blocks.
-    assert device["activations"] == tokens * 4 * (12 * 16 * 768 + 2 * 768)
+    assert device["master weights"] == 0
+    assert device["loss buffers"] == 12 * num_tokens * 50257
+    # A block: 2 D as residual stream, 2 D out of the norms, 3 D of qkv, D out of attention, 8 D of the
+    # feed-forward, and an fp32 number per head; then the final norm's input and output.
+    assert device["activations"] == 4 * num_tokens * (12 * (16 * width + 12) + 2 * width)
+
+
+def test_mixed_precision_by_hand():
+    num_parameters, num_tokens, width = 124_439_808, 4 * 1024, 768
+    autocast = guess(run_config(batch=4, precision="bf16"))
+    # fp32 residual stream, the other 14 D in bf16; and a bf16 copy of every weight.
+    assert autocast.device["activations"] == num_tokens * (12 * ((2 * 4 + 14 * 2) * width + 4 * 12) + 6 * width)
+    assert autocast.device["engine buffers"] >= 2 * num_parameters
+    sharded = guess(run_config(batch=4, kind="fsdp", precision="bf16"))
+    assert sharded.device["activations"] == num_tokens * (12 * (16 * 2 * width + 4 * 12) + 4 * width)
+    assert sharded.device["parameters"] == 4 * num_parameters
+
+
+def test_deepspeed_partitions_by_hand():
+    config = run_config("gpt3_1b", kind="zero2")
+    num_parameters = 1_315_723_264
+    for kind, parameters, gradients in (("zero1", 4, 4), ("zero2", 4, 1), ("zero3", 1, 1)):
+        config.engine = from_dict(EngineConfig, {"kind": kind, "precision": "fp32"})
+        device = guess(config, 4).device
+        assert device["parameters"] == parameters * num_parameters
+        assert device["gradients"] == gradients * num_parameters
+        assert device["master weights"] == num_parameters
+        assert device["optimizer moments"] == 2 * num_parameters
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
-def test_more_ranks_need_less_each(kind):
-    sizes = [total(config("gpt3_6b7", kind), world_size=n) for n in (1, 2, 8, 64)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] > sizes[-1]
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_sharding_reduces(kind, offload):
+    sizes = [guess(run_config("gpt3_6b7", kind=kind, offload=offload), n) for n in (1, 2, 4, 8)]
+    totals = [size.device_bytes + size.host_bytes for size in sizes]
+    # ZeRO-3 gathers parameters as soon as there is a second rank.
+    assert totals[1:] == sorted(totals[1:], reverse=True)
+    assert totals[-1] < totals[1] < totals[0] * 1.1
 
 
-def test_replicas_do_not_shrink_with_the_world():
-    assert total(config("gpt3_6b7", "ddp"), world_size=1) == total(config("gpt3_6b7", "ddp"), world_size=64)
-    assert total(config("gpt3_6b7", "hsdp", dp_shard=8), 8) == total(config("gpt3_6b7", "hsdp", dp_shard=8), 64)
+def test_replicas_do_not_reduce():
+    for engine in ({"kind": "ddp"}, {"kind": "accelerate"}, {"kind": "hsdp", "dp_shard": 8}):
+        config = run_config("gpt3_6b7", **engine)
+        assert guess(config, 8).device_bytes == guess(config, 16).device_bytes
+    hsdp = run_config("gpt3_6b7", kind="hsdp")
+    assert guess(hsdp, 16, local_world_size=8).device_bytes > guess(hsdp, 16, local_world_size=16).device_bytes
 
 
-def test_checkpointing_offload_and_smaller_micro_batches_need_less():
-    base = total(config("gpt3_1b", "fsdp"))
-    full, selective = (
-        total(config("gpt3_1b", "fsdp", activation_checkpointing=ActivationCheckpointing[name]))
-        for name in ("full", "selective")
+@pytest.mark.parametrize(
+    "smaller",
+    [
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full", "activation_checkpointing_every": 2},
+        {"activation_checkpointing": "full"},
+        {"precision": "bf16"},
+        {"micro_batch": 2},
+        {"length": 1024},
+        {"offload": "cpu"},
+        {"model": {"num_layers": 12}},
+    ],
+    ids=str,
+)
+def test_settings_reduce(smaller):
+    base = {"kind": "fsdp", "micro_batch": 4}
+    assert (
+        guess(run_config("gpt3_1b", **base | smaller)).device_bytes < guess(run_config("gpt3_1b", **base)).device_bytes
     )
-    assert full < selective < base
-    assert total(config("gpt3_1b", "fsdp", micro_batch_size=1)) < base
-    assert total(config("gpt3_1b", "fsdp", offload=Offload.cpu)) < base
-    assert estimate(config("gpt3_1b", "fsdp", offload=Offload.cpu), 1, 1, "cuda").host
 
 
-@pytest.mark.parametrize(("preset", "gib"), [("gpt3_1b", 40), ("gpt3_1b", 16), ("llama3_8b", 80), ("gpt2_124m", 6)])
-def test_suggestions_fit(preset, gib):
-    found = report(config(preset, "ddp", precision="bf16"), gib)
+def test_checkpointing_keeps_less_the_more_it_recomputes():
+    def activations(**engine):
+        return guess(run_config("llama3_8b", kind="fsdp", micro_batch=1, **engine)).device["activations"]
+
+    full, every_second = ({"activation_checkpointing": "full", "activation_checkpointing_every": n} for n in (1, 2))
+    selective = {"activation_checkpointing": "selective"}
+    assert activations(**full) < activations(**selective) < activations()
+    assert activations(**full) < activations(**every_second) < activations()
+
+
+def test_offload_moves_state_to_the_host():
+    for kind in ("fsdp", "zero1", "zero2", "zero3"):
+        here, there = (guess(run_config("gpt3_1b", kind=kind, offload=offload), 4) for offload in ("none", "cpu"))
+        assert here.host_bytes == 0
+        assert there.host["optimizer moments"] == here.device["optimizer moments"]
+        assert there.device["optimizer moments"] == 0
+
+
+def test_whole_gradients_are_counted_only_where_they_are_accumulated():
+    def gradients(batch, whole):
+        config = run_config("gpt3_1b", kind="fsdp", batch=batch, micro_batch=1)
+        config.engine.fsdp.accumulate_whole_gradients = whole
+        return guess(config, 8).device["gradients"]
+
+    assert gradients(16, whole=True) == 8 * gradients(16, whole=False)
+    assert gradients(8, whole=True) == gradients(8, whole=False)
+
+
+def test_gpt3_1b_does_not_fit_24_gib_but_what_is_suggested_does():
+    found = report(run_config("gpt3_1b", precision="bf16"), 24, device_type="cpu", host_gib=24)
     assert not found.fits
-    fitting = [variant for text, variant in module._variants(found.config) if f"  {text}" in found.suggestions()]
-    assert fitting
-    for variant in fitting:
-        assert dataclasses.replace(found, config=variant, estimate=estimate(variant, 1, 1, "cuda")).fits
+    assert found.fitting_changes()
+    for change in found.fitting_changes():
+        config = with_settings(found.config, change)
+        assert dataclasses.replace(found, config=config).fits
+        assert not check(config, world_size=1, local_world_size=1)
+    table = found.table()
+    assert all(name in table for name in (*COMPONENTS, "needed", "available"))
+    assert "24.00 GiB" in table
+    assert max(map(len, table.splitlines())) < 140
 
 
-def test_what_fits_nowhere_names_the_number_of_devices():
-    found = report(config("llama3_70b", "fsdp", precision="bf16"), 80, host_gib=100)
+@pytest.mark.parametrize(
+    ("preset", "engine", "gib", "world_size"),
+    [
+        ("gpt3_1b", "ddp", 40, 1),
+        ("gpt3_1b", "zero1", 12, 8),
+        ("llama3_8b", "fsdp", 80, 8),
+        ("gpt2_124m", "accelerate", 6, 2),
+    ],
+)
+def test_every_suggestion_fits_and_is_needed(preset, engine, gib, world_size):
+    found = report(run_config(preset, kind=engine, precision="bf16"), gib, world_size=world_size)
+    changes = found.fitting_changes()
     assert not found.fits
+    assert changes
+    for change in changes:
+        assert dataclasses.replace(found, config=with_settings(found.config, change)).fits
+        for left_out in range(len(change)):  # nothing in it is superfluous
+            rest = change[:left_out] + change[left_out + 1 :]
+            assert not rest or not dataclasses.replace(found, config=with_settings(found.config, rest)).fits
+    shortens = ["data.sequence_length" in dict(change) for change in changes]
+    assert shortens == sorted(shortens)
+    assert found.suggestions()[1].startswith("  ")
+
+
+def test_what_fits_nowhere_names_the_number_of_ranks():
+    found = report(run_config("llama3_70b", kind="fsdp", precision="bf16"), 78, world_size=8, host_gib=100)
     (text,) = found.suggestions()
-    assert "about 64 such devices" in text
-    assert "parameters (masters)" in found.table() and "there is" in found.table()
+    num_ranks = int(text.split(" ranks ")[0].split()[-1])
+    settings = dict(item.split("=") for item in text.split(": ")[1].split())
+    assert settings == {"engine.activation_checkpointing": "full", "train.micro_batch_size": "1"}
+    config = run_config("llama3_70b", kind="fsdp", precision="bf16", micro_batch=1, activation_checkpointing="full")
+    assert report(config, 78, world_size=num_ranks).fits
+    assert not report(config, 78, world_size=num_ranks // 2).fits
 
 
-def test_what_fits_has_nothing_to_say():
-    assert report(config("gpt_nano"), 8).fits
+def test_a_model_that_no_number_of_ranks_can_hold_is_called_that():
+    (text,) = report(run_config("llama3_405b", kind="fsdp", precision="bf16"), 24, host_gib=24).suggestions()
+    assert "nor do more ranks" in text
 
 
-REAL_STEP = """
-import resource, sys, torch
-from bigtrain.config import ModelConfig
-from bigtrain.models import build_model
-layers, width, batch = map(int, sys.argv[1:])
-torch.set_num_threads(1)
-warm = torch.nn.Linear(64, 64)
-warm(torch.randn(8, 64)).sum().backward()
-torch.optim.AdamW(warm.parameters(), fused=True).step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = build_model(ModelConfig(num_layers=layers, hidden_dim=width, num_heads=8, vocab_size=8192))
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02)
-optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-for _ in range(2):
-    tokens = torch.randint(0, 8192, (batch, 256))
-    model(tokens, tokens).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
+def test_host_memory_counts_as_well():
+    config = run_config("gpt3_1b", kind="fsdp", precision="bf16", offload="cpu", micro_batch=1)
+    assert report(config, 24, host_gib=64).fits
+    assert not report(config, 24, host_gib=16).fits
+    assert "host memory" in report(config, 24, host_gib=16).table()
 
 
-@pytest.mark.parametrize(("layers", "width", "batch"), [(8, 512, 8), (4, 512, 16)])
-def test_the_estimate_is_near_a_real_step(layers, width, batch):
-    command = [sys.executable, "-c", REAL_STEP, str(layers), str(width), str(batch)]
-    measured = int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
-    small = config("gpt_nano", micro_batch_size=batch)
-    small.model = dataclasses.replace(
-        small.model,
-        num_layers=layers,
-        hidden_dim=width,
-        num_heads=8,
-        ffn_dim=4 * width,
-        head_dim=width // 8,
-        vocab_size=8192,
+def test_preflight_is_quick_and_asks_this_machine():
+    start = time.monotonic()
+    found = preflight(
+        run_config("llama3_405b"), world_size=2, local_world_size=2, device_type="cpu", precision=Precision.bf16
     )
-    device = estimate(small, 1, 1, "cpu").device
-    del device["margin"]
-    print(f"measured {measured / 2**20:.0f} MiB, estimated {sum(device.values()) / 2**20:.0f} MiB")
-    # Peaks of the optimizer and of the backward pass do not quite coincide, and malloc keeps what was freed.
-    assert sum(device.values()) == pytest.approx(measured, rel=0.3)
+    assert not found.fits
+    assert found.table()
+    assert found.suggestions()
+    assert time.monotonic() - start < 1
+    assert found.config.engine.precision is Precision.bf16
+    assert 2**20 < found.machine.available_bytes < NO_LIMIT
+
+
+def test_the_tightest_control_group_counts(tmp_path):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    job = root / "slurm" / "job"
+    job.mkdir(parents=True)
+    for directory, limit in ((root / "slurm", "max"), (job, "1000")):
+        (directory / "memory.max").write_text(limit + "\n")
+        (directory / "memory.current").write_text("900\n")
+        (directory / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    own.write_text("0::/slurm/job\n")
+    assert cgroup_headroom_bytes(root, own) == 1000 - 900 + 300
+    own.write_text("0::/slurm\n")
+    assert cgroup_headroom_bytes(root, own) == NO_LIMIT
+
+    old = root / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("2000\n")
+    (old / "memory.usage_in_bytes").write_text("1500\n")
+    (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 10\n")
+    own.write_text("3:cpu:/x\n4:memory:/not/visible/in/the/container\n")
+    assert cgroup_headroom_bytes(root, own) == 2000 - 1500 + 10
+    assert cgroup_headroom_bytes(root, tmp_path / "nothing") == NO_LIMIT
+
+
+def test_hugging_face_models_are_counted(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 500}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape, **heads})
+    )
+    native = {"vocab_size": 500, "num_layers": 3, "hidden_dim": 64, "ffn_dim": 160, "num_heads": 4, "num_kv_heads": 2}
+    llama = {"rope_scaling": None, "head_dim": None, "tie_embeddings": False}
+    hf, own = (
+        run_config("hf", model={"name": str(tmp_path)}, length=64),
+        run_config("llama3_1b", model=native | llama, length=64),
+    )
+    assert guess(hf).device == guess(own).device
+    assert "most similar native model" in report(hf, 8).table()
+
+
+def peak_bytes_of_real_steps(values):
+    """Train a few steps on this rank; return the peak of its memory above what a tiny run needs."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    config = from_dict(TrainConfig, values)
+    info, device = RankInfo.from_env(), torch.device("cpu")
+    init_process_group(info, device)
+    tiny = with_settings(config, (("model.num_layers", 1), ("model.vocab_size", 64), ("data.sequence_length", 16)))
+    run_steps(tiny, info, device)  # loads the libraries
+    gc.collect()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    run_steps(config, info, device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def run_steps(config, info, device):
+    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
+    initialise(engine.state, build_initial_values(config.model, 0), num_threads=1)
+    size = (config.train.micro_batch_size, config.data.sequence_length)
+    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * info.world_size)
+    for _ in range(3 if config.engine.kind is EngineKind.ddp else 2):  # DDP arranges its buckets anew in its second
+        for i in range(num_micro_batches):
+            tokens = torch.randint(config.model.vocab_size, size)
+            num_targets = torch.tensor(float(tokens.numel()))
+            engine.micro_step(Batch(tokens, tokens), num_targets=num_targets, last=i == num_micro_batches - 1)
+        engine.step(1e-3)
+
+
+GPT = {"num_layers": 4, "hidden_dim": 384, "num_heads": 6, "vocab_size": 8192}
+LLAMA = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "num_kv_heads": 2}
+BF16 = {"precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [
+        (1, {"kind": "ddp", **BF16, "batch": 8}),
+        (1, {"kind": "fsdp", **BF16, "model": GPT | LLAMA}),
+        (2, {"kind": "fsdp", **BF16, "batch": 16, "activation_checkpointing": "full"}),
+        (2, {"kind": "zero3", **BF16}),
+    ],
+    ids=str,
+)
+def test_the_estimate_is_near_real_steps(num_ranks, settings):
+    config = run_config("gpt_nano", **{"model": GPT, "batch": 4 * num_ranks} | settings)
+    measured = max(run_ranks(peak_bytes_of_real_steps, num_ranks, to_dict(config), timeout_seconds=240))
+    estimated = guess(config, num_ranks, device_type="cpu").device_bytes
+    print(
+        f"estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB, {estimated / measured - 1:+.1%}"
+    )
+    # Seen: -15 % to -1 %. Libraries load code while they train, which the margin is for.
+    assert estimated == pytest.approx(measured, rel=0.25)
