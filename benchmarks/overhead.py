@@ -224,6 +224,8 @@ def bare_deepspeed_step(config: TrainConfig, info: RankInfo, device: torch.devic
 
 def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     """Run both sides on this rank; return the times of ours and of the bare loop, and what they ran on."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     info = RankInfo.from_env()
     device = pick_device(info)
     init_process_group(info, device, timeout_seconds=300)
@@ -332,12 +334,15 @@ def main() -> None:
     parser.add_argument("--engine", choices=["ddp", "fsdp", "zero2"], default="fsdp")
     parser.add_argument("--ranks", type=int, default=1, help="processes, started here (default 1)")
     parser.add_argument("--model", default="gpt_nano", help="preset of configs/model (default gpt_nano)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences per rank and step (default 8)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per rank and step (default 4)")
     parser.add_argument("--steps", type=int, default=220, help=f"of each side, {WARMUP_TURNS * TURN_STEPS} to warm up")
     parser.add_argument("--no-op", action="store_true", help="a model of 16 numbers, to see the loop alone")
     args = parser.parse_args()
     if args.steps % TURN_STEPS or args.steps < (WARMUP_TURNS + 2) * TURN_STEPS:
         parser.error(f"--steps must be a multiple of {TURN_STEPS}, at least {(WARMUP_TURNS + 2) * TURN_STEPS}")
+    # glibc may give memory back to the system after every step and fault it in again in the next, up to a fifth
+    # of a step on a CPU. Which side is hit is chance, so neither is: the ranks read this as they start.
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
     with tempfile.TemporaryDirectory(prefix="overhead-") as scratch:
         config = make_config(args, scratch)
         print(report(args, config, run_ranks(measure, args.ranks, config, timeout_seconds=3600)))

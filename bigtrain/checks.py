@@ -107,9 +107,16 @@ def _check_run(config: TrainConfig) -> list[str]:
 
 def _check_model(config: TrainConfig) -> list[str]:
     model = config.model
-    if model.kind is ModelKind.hf:
-        return [] if model.name else ["model.name: +model=hf needs model.name=<hub id or local directory>"]
     problems = []
+    if model.kind is ModelKind.hf:
+        if not model.name:
+            problems.append("model.name: +model=hf needs model.name=<hub id or local directory>")
+        if model.init_from:
+            problems.append(
+                f"model.init_from={model.init_from!r}: +model=hf starts from the weights of model.name; "
+                "write model.pretrained=true instead"
+            )
+        return problems
     for field in ("vocab_size", "num_layers", "hidden_dim", "num_heads", "num_kv_heads", "ffn_dim", "max_positions"):
         if getattr(model, field) < 1:
             problems.append(f"model.{field}={getattr(model, field)}: must be at least 1")

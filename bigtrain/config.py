@@ -157,6 +157,8 @@ class ModelConfig:
     """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
     pretrained: bool = False
     """``hf`` only: start from the published weights."""
+    init_from: str | None = None
+    """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
     vocab_size: int = 4096
     """Rows of the token embedding."""
     num_layers: int = 4

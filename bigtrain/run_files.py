@@ -94,7 +94,7 @@ def find_resume(config: TrainConfig) -> Path | None:
     if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory)]):
         raise CheckpointError(
             f"no whole checkpoint is left in {directory}, only damaged ones: {', '.join(damaged)}; to start anew, "
-            "delete them or choose another run.name; to start from elsewhere, checkpoint.resume=<path>"
+            "or from elsewhere with checkpoint.resume=<path>, choose another run.name or delete them"
         )
     if resume == "must":
         raise CheckpointError(f"checkpoint.resume=must, but {directory} has no complete checkpoint")
@@ -108,8 +108,8 @@ def find_resume(config: TrainConfig) -> Path | None:
 
 
 def _same_model(config: TrainConfig, path: Path) -> Path:
-    saved, wanted = read_run_state(path).config["model"], to_dict(config.model)
-    ignored = {"name", "pretrained", "dropout", "init_std"}
+    saved, wanted = read_run_state(path).config.get("model", {}), to_dict(config.model)
+    ignored = {"name", "pretrained", "init_from", "dropout", "init_std"}
     differences = [
         f"model.{key}: {saved.get(key)} in the checkpoint, {wanted[key]} now"
         for key in wanted

@@ -183,8 +183,8 @@ def train(run: Run) -> int:
             if finished or stopping:
                 break
         agreement.settle()
+        record_save(run, saver.finish())  # in here: a signal that a launcher repeats must not cut the last save short
     gc.enable()
-    record_save(run, saver.finish())
     return _end(run, step, finished, signal.name)
 
 

@@ -36,6 +36,7 @@ from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
 
 T = TypeVar("T")
+RunT = TypeVar("RunT", bound=TrainConfig)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RANK_0_HEAD_START_SECONDS = 5.0
@@ -66,13 +67,17 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     sys.exit(code)
 
 
-def read_run(args: list[str]) -> TrainConfig:
+def read_run(args: list[str], schema: type[RunT] = TrainConfig) -> RunT:
     """Return the resolved and checked configuration of a training run.
+
+    Args:
+        args: of the command line.
+        schema: with what a launcher needs to know besides the run.
 
     Raises:
         ConfigError: listing every problem; no model is chosen; the values contradict each other.
     """
-    config, choices = compose(TrainConfig, args, config_name="train")
+    config, choices = compose(schema, args, config_name="train")
     if "model" not in choices:
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
     if config.model.kind is ModelKind.native:

@@ -5,7 +5,7 @@ import os
 import hydra_cli
 
 from bigtrain.config import TrainConfig
-from bigtrain.errors import EXIT_FINISHED
+from bigtrain.errors import EXIT_FINISHED, BigtrainError
 
 HELP = """\
 Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
@@ -28,7 +28,7 @@ All settings as composed:  python launch/train.py +model=gpt_nano --cfg job
 What each one means:       bigtrain/config.py and configs/train.yaml
 
 Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault.
-Under torchrun a run that was stopped and saved ends with 0 too; torchrun turns 2 into 1.
+Under torchrun and accelerate launch a run that was stopped and saved ends with 0 too; they turn 2 into 1.
 """
 
 MOST_USED = [
@@ -46,15 +46,23 @@ MOST_USED = [
 
 
 def run(config: TrainConfig) -> int:
-    """Train, and leave the first cause of a failure where torchrun looks for it."""
+    """Train, and leave the first cause of a fault where torchrun looks for it."""
     # Only now: --help and configuration errors answer without torch.
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from bigtrain import trainer
 
-    code = record(trainer.run)(config)
-    # torchrun would report a worker's 75 as a failure, and with --max-restarts undo the stop.
-    return EXIT_FINISHED if "TORCHELASTIC_RUN_ID" in os.environ else code
+    faults = get_error_handler()
+    faults.initialize()
+    try:
+        code = trainer.run(config)
+    except BigtrainError:  # the user's to mend: one message, not a traceback per rank in torchrun's report
+        raise
+    except Exception as error:
+        faults.record_exception(error)
+        raise
+    # torchrun and accelerate report a worker's 75 as a failure, and torchrun's --max-restarts would undo the stop.
+    return EXIT_FINISHED if os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} else code
 
 
 def help_page() -> str:

@@ -210,12 +210,32 @@ def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | 
     path = directory / record.name
     try:
         num_bytes = path.stat().st_size
-        if num_bytes != record.num_bytes:
-            return f"{path}: {num_bytes} bytes, expected {record.num_bytes}"
-        found = hash_file(path) if content else record.xxh3
+        found = hash_file(path) if content and num_bytes == record.num_bytes else record.xxh3
     except OSError as error:
         return f"{path}: {error.strerror}, expected {record.num_bytes} bytes"
-    return None if found == record.xxh3 else f"{path}: its hash is {found}, expected {record.xxh3}"
+    return _difference(path, record, num_bytes, found)
+
+
+def read_verified(directory: Path, record: FileRecord) -> bytes:
+    """Return the content of a small file, after the very bytes that are returned have been verified.
+
+    Raises:
+        CheckpointError: as :func:`verify_file` says it.
+    """
+    path = directory / record.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}, expected {record.num_bytes} bytes") from error
+    if problem := _difference(path, record, len(data), xxhash.xxh3_128_hexdigest(data)):
+        raise CheckpointError(problem)
+    return data
+
+
+def _difference(path: Path, record: FileRecord, num_bytes: int, xxh3: str) -> str | None:
+    if num_bytes != record.num_bytes:
+        return f"{path}: {num_bytes} bytes, expected {record.num_bytes}"
+    return None if xxh3 == record.xxh3 else f"{path}: its hash is {xxh3}, expected {record.xxh3}"
 
 
 def hash_file(path: Path) -> str:

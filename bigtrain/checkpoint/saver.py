@@ -13,24 +13,28 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from bigtrain.checkpoint.manifest import FileRecord, TensorRecord
+from bigtrain import log
+from bigtrain.checkpoint.manifest import FileRecord, decode_tensor
 from bigtrain.checkpoint.shard import Piece, write_shard
 from bigtrain.checkpoint.store import (
     RunState,
     checkpoint_path,
     checkpoints_directory,
     commit,
+    find_checkpoints,
     prune,
+    remove_leftovers,
 )
 from bigtrain.config import CheckpointConfig
 from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Entry
 from bigtrain.errors import CheckpointError
-from bigtrain.schema import from_dict, to_dict
+from bigtrain.schema import to_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Saver:
         self._config = config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._group = dist.new_group(backend="gloo")  # the thread's own: it must not meet the loop's collectives
+        self._launch = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
         self._pending: Future[SaveReport] | None = None
         self._staged = threading.Event()
         self._staged.set()
@@ -95,9 +100,13 @@ class Saver:
 
     def _save(self, run_state: RunState, ready: torch.cuda.Event | None) -> SaveReport:
         final = checkpoint_path(self._run_directory, run_state.step)
-        attempt = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
-        partial = final.with_name(f"{final.name}.tmp-{attempt}")
-        vote: dict[str, object] = {}
+        partial = final.with_name(f"{final.name}.tmp-{self._launch}")
+        votes = gather_json(self._write(partial, ready), group=self._group)
+        error = self._decide(votes, partial, final, run_state) if dist.get_rank() == 0 else None
+        return SaveReport(run_state.step, final, broadcast_json(error, group=self._group))
+
+    def _write(self, partial: Path, ready: torch.cuda.Event | None) -> dict[str, object]:
+        """Write this rank's file and return its vote; whatever goes wrong is a vote, because the others wait for it."""
         try:
             try:
                 pieces = self._stage(ready)
@@ -105,29 +114,27 @@ class Saver:
                 self._staged.set()
             partial.mkdir(parents=True, exist_ok=True)
             file, tensors = write_shard(partial / f"rank-{dist.get_rank():05d}.safetensors", pieces)
-            vote = {"file": to_dict(file), "tensors": to_dict(tensors)}
-        except (OSError, RuntimeError, MemoryError) as error:
-            vote = {"error": f"rank {dist.get_rank()}: {error}"}
-        votes = gather_json(vote, group=self._group)
-        error = self._decide(votes, partial, final, run_state) if dist.get_rank() == 0 else None
-        return SaveReport(run_state.step, final, broadcast_json(error, group=self._group))
+            return {"file": to_dict(file), "tensors": to_dict(tensors)}
+        except Exception as error:
+            return {"error": f"rank {dist.get_rank()}: {type(error).__name__}: {error}"}
 
-    def _decide(
-        self, votes: list[dict[str, list[dict[str, object]]]], partial: Path, final: Path, run_state: RunState
-    ) -> str | None:
+    def _decide(self, votes: list[dict[str, Any]], partial: Path, final: Path, run_state: RunState) -> str | None:
         """Commit if every rank has succeeded, else remove what was written; on rank 0 only."""
         errors = [str(vote["error"]) for vote in votes if "error" in vote]
         if not errors:
             try:
-                files = [from_dict(FileRecord, vote["file"]) for vote in votes]
-                tensors = [from_dict(TensorRecord, record) for vote in votes for record in vote["tensors"]]
+                files = [FileRecord(**vote["file"]) for vote in votes]
+                tensors = [decode_tensor(record) for vote in votes for record in vote["tensors"]]
                 commit(partial, final, run_state, files, tensors)
-            except OSError as error:
-                errors = [f"rank 0: {error}"]
+            except Exception as error:
+                errors = [f"rank 0: {type(error).__name__}: {error}"]
         if errors:
             shutil.rmtree(partial, ignore_errors=True)
             return "; ".join(errors)
-        prune(self._run_directory, self._config.keep)
+        try:
+            prune(self._run_directory, self._config.keep)
+        except OSError as error:  # the checkpoint is whole all the same
+            log.get_logger().warning(f"old checkpoints could not be deleted: {error}")
         return None
 
     @torch.no_grad()
@@ -157,15 +164,24 @@ class Saver:
     def _check_room(self) -> None:
         own = sum(b.view.numel() * b.view.element_size() for e in self._entries.values() for b in e.own_boxes())
         sizes = gather_json(own, group=self._group)
-        problem = None
-        if dist.get_rank() == 0:
-            directory = checkpoints_directory(self._run_directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            free, needed = shutil.disk_usage(directory).free, 2 * sum(sizes)
-            if free < needed:
-                problem = (
-                    f"{directory}: {free / 2**30:.2f} GiB are free, but two checkpoints need {needed / 2**30:.2f} GiB; "
-                    "make room, or choose another run.root"
-                )
+        problem = self._make_room(sum(sizes)) if dist.get_rank() == 0 else None
         if problem := broadcast_json(problem, group=self._group):
             raise CheckpointError(problem)
+
+    def _make_room(self, num_bytes: int) -> str | None:
+        """Remove leftovers and return what is wrong if then there is too little room; on rank 0 only."""
+        directory = checkpoints_directory(self._run_directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._run_directory)
+            # A run that continues has some of its checkpoints already, but the next one always comes on top.
+            number = max(1, 2 - len(find_checkpoints(self._run_directory)))
+            free, needed = shutil.disk_usage(directory).free, number * num_bytes
+        except OSError as error:
+            return f"{directory} cannot be written: {error.strerror}"
+        if free >= needed:
+            return None
+        return (
+            f"{directory}: {free / 2**30:.2f} GiB are free, but {('one more checkpoint needs', 'two checkpoints need')[number - 1]} "
+            f"{needed / 2**30:.2f} GiB; make room, or choose another run.root"
+        )

@@ -104,7 +104,9 @@ class ShardReader:
         num_bytes = math.prod(chunk.sizes) * DTYPES[dtype].itemsize
         raw = self._maps[chunk.file][chunk.start_byte : chunk.start_byte + num_bytes]
         if raw.numel() < num_bytes:
-            raise CheckpointError(f"{self._directory / chunk.file}: damaged: ends before byte {chunk.start_byte + num_bytes}")
+            raise CheckpointError(
+                f"{self._directory / chunk.file}: damaged: ends before byte {chunk.start_byte + num_bytes}"
+            )
         if chunk.start_byte % DTYPES[dtype].itemsize:
             raw = raw.clone()
         return raw.view(DTYPES[dtype]).view(chunk.sizes)

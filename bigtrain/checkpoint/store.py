@@ -1,6 +1,7 @@
 """The checkpoints of a run: found by name, set aside when damaged, deleted when no longer kept."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -20,7 +20,7 @@ from bigtrain.checkpoint.manifest import (
     TensorRecord,
     encode_manifest,
     read_manifest,
-    verify_bytes,
+    read_verified,
     verify_file,
     write_hashed,
 )
@@ -43,9 +43,9 @@ class RunState:
     """Sequences trained on: the cursor of the data order."""
     data_fingerprint: str
     """What the samples are numbers of."""
-    config: dict[str, Any]
+    config: dict
     """The resolved configuration."""
-    versions: dict[str, str]
+    versions: dict
     """Software that wrote the checkpoint."""
     world_size: int
     """Ranks that wrote the checkpoint."""
@@ -65,8 +65,11 @@ def checkpoint_path(run_directory: Path, step: int) -> Path:
 
 def find_checkpoints(run_directory: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first; what a kill left behind has other names."""
-    found = checkpoints_directory(run_directory).glob("step-*")
-    return sorted((p for p in found if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
+    return sorted(filter(_is_complete, checkpoints_directory(run_directory).glob("step-*")), key=step_of)
+
+
+def _is_complete(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{8,}", path.name) is not None
 
 
 def find_damaged(run_directory: Path) -> list[Path]:
@@ -79,16 +82,25 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def read_run_state(path: Path) -> RunState:
-    """Return the run state of a checkpoint.
+def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
+    """Return the run state of a checkpoint; it is verified, so that nothing else is ever used.
+
+    Args:
+        path: directory of the checkpoint.
+        manifest: of the checkpoint, if it has been read.
 
     Raises:
-        CheckpointError: there is no complete checkpoint at ``path``.
+        CheckpointError: there is no complete checkpoint at ``path``, or its run state is damaged.
     """
+    files = (manifest or read_manifest(path)).files
+    text = read_verified(path, next(file for file in files if file.name == RUN_STATE_FILE))
     try:
-        return RunState(**json.loads((path / RUN_STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+        state = from_dict(RunState, json.loads(text))
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{path / RUN_STATE_FILE}: damaged: {error}") from error
+    if _is_complete(path) and state.step != step_of(path):
+        raise CheckpointError(f"{path} holds step {state.step}, expected step {step_of(path)}: it was renamed")
+    return state
 
 
 def commit(
@@ -97,7 +109,13 @@ def commit(
     """Turn a directory into which all ranks have written durably into a complete checkpoint.
 
     The rename is what makes it one; before, there is none, and whatever happens afterwards it is whole.
+
+    Raises:
+        OSError: it could not be written, or exists.
+        CheckpointError: not all files are here.
     """
+    if problems := [problem for file in files if (problem := verify_file(partial, file, content=False))]:
+        raise CheckpointError(f"{problems[0]}; all nodes must share the file system of run.root")
     text = json.dumps(dataclasses.asdict(run_state), indent=1).encode()
     state_file = _write_durably(partial / RUN_STATE_FILE, text)
     manifest = Manifest(files=[*files, state_file], tensors=_merge(tensors))
@@ -120,13 +138,20 @@ def _merge(tensors: list[TensorRecord]) -> list[TensorRecord]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing takes it for a whole one, and return its new name."""
-    for number in range(1000):
+    """Rename a damaged checkpoint, so that nothing takes it for a whole one, and return its new name.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+    for number in itertools.count():
         aside = path.with_name(f"{path.name}.damaged-{number}")
         if not aside.exists():
-            os.rename(path, aside)
-            return aside
-    raise CheckpointError(f"{path}: a thousand damaged copies stand beside it; remove them")
+            break
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        raise CheckpointError(f"{path}: damaged, and cannot be set aside: {error.strerror}") from error
+    return aside
 
 
 def prune(run_directory: Path, keep: str) -> None:
@@ -135,14 +160,22 @@ def prune(run_directory: Path, keep: str) -> None:
     Args:
         run_directory: of the run; nobody is saving into it.
         keep: as ``checkpoint.keep``: rules separated by commas; whatever one of them keeps is kept.
+
+    Raises:
+        OSError: a checkpoint cannot be deleted.
     """
+    remove_leftovers(run_directory)
     found = find_checkpoints(run_directory)
     kept = {path for rule in keep.split(",") for path in _kept_by(rule.split(), found)} | set(found[-MIN_KEPT:])
     for path in found:
         if path not in kept:
             # Deleting takes a while; what is half deleted must not look complete.
-            doomed = path.with_name(f"{path.name}.deleting")
-            os.rename(path, doomed)
+            os.rename(path, path.with_name(f"{path.name}.deleting"))
+    remove_leftovers(run_directory)
+
+
+def remove_leftovers(run_directory: Path) -> None:
+    """Delete what killed saves and killed deletions left behind; nobody is saving into the run."""
     for path in checkpoints_directory(run_directory).glob("step-*"):
         if ".tmp-" in path.name or path.name.endswith(".deleting"):
             shutil.rmtree(path, ignore_errors=True)
@@ -157,10 +190,23 @@ def _kept_by(rule: list[str], found: list[Path]) -> list[Path]:
         case ["every", number]:
             return [path for path in found if step_of(path) % int(number) == 0]
         case ["best"]:
-            losses = {path: read_run_state(path).validation_loss for path in found}
-            validated = [path for path in found if losses[path] is not None]
-            return [min(validated, key=lambda path: losses[path])] if validated else []
+            return _best(found)
     raise AssertionError(rule)
+
+
+def _best(found: list[Path]) -> list[Path]:
+    """Return the checkpoint with the least validation loss, and those that cannot be read: one might be it."""
+    losses: dict[Path, float] = {}
+    unreadable = []
+    for path in found:
+        try:
+            loss = read_run_state(path).validation_loss
+        except CheckpointError:
+            unreadable.append(path)
+        else:
+            if loss is not None and not math.isnan(loss):
+                losses[path] = loss
+    return [*unreadable, *([min(losses, key=losses.__getitem__)] if losses else [])]
 
 
 def _write_durably(path: Path, data: bytes) -> FileRecord:

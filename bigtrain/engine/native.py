@@ -49,12 +49,16 @@ class NativeEngine:
         self.autocast = autocast
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self.shard_group = mesh.get_group("dp_shard") if isinstance(module, FSDPModule) else None
+        # A sum of two is the same in any order, and only DDP has buckets.
+        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or self.dp_size <= 2
         create_optimizer_state(optimizer)
         self.state = NativeState(module, optimizer, mesh)
 
     def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.train()
+        if not self._has_final_buckets:
+            self._settle_buckets(batch)
         with self._communicate(last):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = loss_sum(self.module, batch)
@@ -92,6 +96,20 @@ class NativeEngine:
         if self.shard_group is not None:
             dist.all_reduce(total, group=self.shard_group)
         return total.sqrt()
+
+    def _settle_buckets(self, batch: Batch) -> None:
+        """Run a backward pass that counts for nothing, before the first one that counts.
+
+        After its first backward pass DDP sorts the gradients into other buckets, by when they were ready, and the
+        place in a bucket decides in which order the ranks' shares are added up. So the first step after a
+        resume would be rounded differently from the same step of the uninterrupted run.
+        """
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = loss_sum(self.module, batch)
+            loss.backward()
+        self.optimizer.zero_grad()
+        self._has_final_buckets = True
 
     @contextlib.contextmanager
     def _communicate(self, last: bool) -> Iterator[None]:

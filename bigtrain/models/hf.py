@@ -62,7 +62,7 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
     Raises:
         ConfigError: if the description cannot be had.
     """
-    text = read_hf_config(config).get_text_config()
+    text = read_hf_config(config.name).get_text_config()
     hidden_dim, num_heads = text.hidden_size, getattr(text, "num_attention_heads", 1)
     return dataclasses.replace(
         config,
@@ -77,18 +77,18 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
     )
 
 
-def read_hf_config(config: ModelConfig) -> Any:
-    """Return the transformers configuration that ``config.name`` (a hub id or a local directory) describes.
+def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
+    """Return the transformers configuration that ``name`` (a hub id or a local directory) describes.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none; it names the ``setting`` that the name is from.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(config.name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(unreadable(config.name, error)) from error
+        raise ConfigError(unreadable(name, error, setting=setting)) from error
 
 
 def build_hf_model(config: ModelConfig) -> HFCausalLM:
@@ -101,7 +101,7 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     """
     from transformers import AutoModelForCausalLM
 
-    hf_config = read_hf_config(config)
+    hf_config = read_hf_config(config.name)
     hf_config.use_cache = False
     on_meta = torch.empty(0).is_meta
     try:
@@ -114,10 +114,10 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
         ) from error
 
 
-def unreadable(name: str | None, error: Exception) -> str:
+def unreadable(name: str | None, error: Exception, *, setting: str = "model.name") -> str:
     """Say why a model could not be read from a directory or the hub, and the way out."""
     return (
-        f"model.name={name!r}: neither a directory with a config.json here nor a model that the Hugging Face hub "
+        f"{setting}={name!r}: neither a directory with a config.json here nor a model that the Hugging Face hub "
         f"hands out ({_first_line(error)}); give a local directory, or check the spelling of the hub id; "
         f"without a network, run `hf download {name}` where there is one and copy the directory; "
         "a gated model needs HF_TOKEN"

@@ -42,7 +42,7 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
     Raises:
         ConfigError: if there are no such files, or a parameter is missing in them or has another shape.
     """
-    stored = _stored_tensors(_weights_directory(config.name))
+    stored = stored_tensors(config.name)
     base = model.causal_lm.base_model_prefix + "."
     aliases: dict[int, list[str]] = {}
     for name, param in model.causal_lm.named_parameters(remove_duplicate=False):
@@ -136,7 +136,23 @@ def _read_buffers(model: HFCausalLM, stored: dict[str, StoredTensor]) -> None:
             buffer.copy_(flat.view(buffer.shape))
 
 
-def _weights_directory(name: str) -> Path:
+def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, StoredTensor]:
+    """Return every tensor in the safetensors files of ``name``, a hub id or a local directory.
+
+    Raises:
+        ConfigError: if there are no such files; it names the ``setting`` that the name is from.
+    """
+    from safetensors import safe_open
+
+    stored = {}
+    for path in _weight_files(_weights_directory(name, setting)):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                stored[key] = StoredTensor(path, key, tuple(file.get_slice(key).get_shape()))
+    return stored
+
+
+def _weights_directory(name: str, setting: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -144,18 +160,7 @@ def _weights_directory(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["model*.safetensors", "model*.safetensors.index.json"]))
     except (OSError, ValueError) as error:
-        raise ConfigError(unreadable(name, error)) from error
-
-
-def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    from safetensors import safe_open
-
-    stored = {}
-    for path in _weight_files(directory):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                stored[key] = StoredTensor(path, key, tuple(file.get_slice(key).get_shape()))
-    return stored
+        raise ConfigError(unreadable(name, error, setting=setting)) from error
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:
@@ -166,7 +171,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
     for name in names:
         if not (directory / name).exists():
             raise ConfigError(
-                f"{directory} has no {name}; model.pretrained=true reads safetensors files only: "
+                f"{directory} has no {name}; only safetensors files are read: "
                 "load the model with transformers and call save_pretrained(<directory>) to make them"
             )
         yield directory / name

@@ -78,8 +78,9 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
     """Return the initial value of every parameter of a model from :func:`build_model`.
 
     Native models follow GPT-2: normal numbers with ``config.init_std``, divided by
-    ``sqrt(2 * num_layers)`` where a block writes to the residual stream, norms 1, biases 0. Hugging
-    Face models follow their own rules, or are read from their published weights.
+    ``sqrt(2 * num_layers)`` where a block writes to the residual stream, norms 1, biases 0; or they
+    are read from the GPT-2 or Llama that ``config.init_from`` names. Hugging Face models follow their
+    own rules, or are read from their published weights.
 
     Args:
         model: as built, before any wrapping; on the meta device or not.
@@ -92,6 +93,10 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
     Raises:
         ConfigError: if published weights are wanted but missing or do not fit.
     """
+    if config.kind is ModelKind.native and config.init_from:
+        from bigtrain.models import hf_import
+
+        return hf_import.imported_values(model, config)
     if config.kind is ModelKind.native:
         return {name: _native_value(name, config, seed) for name, _ in model.named_parameters()}
     from bigtrain.models import hf_init

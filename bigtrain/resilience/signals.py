@@ -13,7 +13,10 @@ FORCE_AFTER_SECONDS = 2.0
 
 
 class StopSignal:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process."""
+    """From entering on, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process.
+
+    Leaving puts the handlers back unless a signal has come.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -26,8 +29,10 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        # After a signal the process only has to end, and what a launcher repeats must not disturb that.
+        if self.name is None:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

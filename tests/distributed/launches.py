@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -25,11 +25,21 @@ TRAIN = str(LAUNCH / "train.py")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 100.0
 # A run of a second: two odd-sized layers on synthetic tokens.
-SMALL = """
-    +model=gpt_nano model.vocab_size=97 model.num_layers=2 model.hidden_dim=24 model.num_heads=3 model.max_positions=16
-    data=synthetic train.global_batch_size=8 train.micro_batch_size=2 train.steps=8 train.log_every_steps=1
-    optimizer.lr=1e-2 scheduler.warmup_steps=2
-""".split()
+SMALL = [
+    "+model=gpt_nano",
+    "model.vocab_size=97",
+    "model.num_layers=2",
+    "model.hidden_dim=24",
+    "model.num_heads=3",
+    "model.max_positions=16",
+    "data=synthetic",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.steps=8",
+    "train.log_every_steps=1",
+    "optimizer.lr=1e-2",
+    "scheduler.warmup_steps=2",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +55,14 @@ class Launch:
     """A command that runs; leaving the context ends it and everything that it started."""
 
     def __init__(self, command: list[str], cwd: Path, **env: str) -> None:
-        self._streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
-        out, err = self._streams
-        self.process = subprocess.Popen(command, cwd=cwd, env=environment(**env), stdout=out, stderr=err)
+        self._start = {"args": command, "cwd": cwd, "env": environment(**env)}
 
     def __enter__(self) -> "Launch":
+        self._stack = contextlib.ExitStack()
+        # Files, not pipes: nobody has to read them while the command runs.
+        self._out = self._stack.enter_context(tempfile.TemporaryFile("w+"))
+        self._err = self._stack.enter_context(tempfile.TemporaryFile("w+"))
+        self.process = subprocess.Popen(**self._start, stdout=self._out, stderr=self._err)
         return self
 
     def __exit__(
@@ -61,8 +74,7 @@ class Launch:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self.process.wait()
-        for stream in self._streams:
-            stream.close()
+        self._stack.close()
 
     def wait_until(self, condition: Callable[[], bool], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Wait until ``condition`` holds while the command runs."""
@@ -71,6 +83,10 @@ class Launch:
             assert self.process.poll() is None, f"ended too early: {self._result()}"
             assert time.monotonic() < deadline, f"not in time: {self._result()}"
             time.sleep(0.02)
+
+    def output(self) -> str:
+        """Return what the command has said so far; its place in the file, which it shares with us, stays."""
+        return os.pread(self._out.fileno(), 1 << 20, 0).decode()
 
     def result(self, timeout_seconds: float = TIMEOUT_SECONDS) -> Result:
         """Wait for the end."""
@@ -81,9 +97,7 @@ class Launch:
         return self._result()
 
     def _result(self) -> Result:
-        for stream in self._streams:
-            stream.seek(0)
-        return Result(self.process.poll(), *(stream.read() for stream in self._streams))
+        return Result(self.process.poll(), _content(self._out), _content(self._err))
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -112,9 +126,7 @@ def launch(command: list[str], cwd: Path, timeout_seconds: float = TIMEOUT_SECON
 def fork(script: str, *args: str, cwd: Path, world_size: int = 1, timeout_seconds: float = 60) -> Result:
     """Run a launcher on ranks that need no imports; return rank 0's end."""
     variables = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
-    return run_ranks(
-        _run_script, world_size, script, args, cwd, timeout_seconds=timeout_seconds, environ=variables
-    )[0]
+    return run_ranks(_run_script, world_size, script, args, cwd, timeout_seconds=timeout_seconds, environ=variables)[0]
 
 
 def _run_script(script: str, args: tuple[str, ...], cwd: Path) -> Result:
@@ -122,22 +134,28 @@ def _run_script(script: str, args: tuple[str, ...], cwd: Path) -> Result:
     os.chdir(cwd)
     sys.argv = [script, *args]
     sys.path.insert(0, str(LAUNCH))
-    streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(stream.fileno(), number)
-    code: Any = 0
-    try:
-        runpy.run_path(str(LAUNCH / script), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for stream in streams:
-        stream.seek(0)
-    return Result(code, *(stream.read() for stream in streams))
+    import hydra_cli
+
+    hydra_cli.RANK_0_HEAD_START_SECONDS = 0.5
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        code: Any = 0
+        try:
+            runpy.run_path(str(LAUNCH / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return Result(code, _content(out), _content(err))
+
+
+def _content(stream: TextIO) -> str:
+    stream.seek(0)
+    return stream.read()
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Training as a user sees it: commands, exit codes, files, interruptions."""
 
+import os
 import random
-import resource
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -126,12 +127,18 @@ def test_a_stopped_run_continues_bitwise_under_torchrun(tmp_path: Path):
     assert trajectory(tmp_path / "runs/parts")[0] != trajectory(tmp_path / "runs/other")[0]
 
 
-def interrupt(command: list[str], cwd: Path, number: int, *, steps: int) -> tuple[Result, int]:
-    """Send a signal to a launch after ``steps`` steps; return how it ended and how many steps the run has then."""
+def interrupt(command: list[str], cwd: Path, number: int, *, steps: int, repeat: bool = False) -> tuple[Result, int]:
+    """Send a signal to a launch after ``steps`` steps; return how it ended and how many steps the run has then.
+
+    With ``repeat`` it is sent until the run is saved, as launchers repeat what the terminal has sent already.
+    """
     before = num_steps(cwd / RUN)
     with Launch(command, cwd) as running:
         running.wait_until(lambda: num_steps(cwd / RUN) >= before + steps)
         running.process.send_signal(number)
+        while repeat and "continues" not in running.output() and running.process.poll() is None:
+            running.process.send_signal(number)
+            time.sleep(0.02)
         result = running.result()
     return result, num_steps(cwd / RUN)
 
@@ -139,9 +146,7 @@ def interrupt(command: list[str], cwd: Path, number: int, *, steps: int) -> tupl
 def assert_bitwise_uninterrupted(cwd: Path, world_size: int) -> None:
     """Compare all steps so far with those of a run that was never interrupted."""
     steps = num_steps(cwd / RUN)
-    fork(
-        "train.py", *ENDLESS, "run.name=whole", f"run.stop_after_steps={steps}", cwd=cwd, world_size=world_size
-    )
+    fork("train.py", *ENDLESS, "run.name=whole", f"run.stop_after_steps={steps}", cwd=cwd, world_size=world_size)
     assert [step for step, *_ in trajectory(cwd / RUN)] == list(range(1, steps + 1))
     assert trajectory(cwd / RUN) == trajectory(cwd / "runs/whole")
 
@@ -150,7 +155,7 @@ def test_signals_save_and_a_kill_costs_only_steps(tmp_path: Path):
     command = [sys.executable, TRAIN, *ENDLESS]
     saved = tmp_path / RUN / "checkpoints"
     for name in ("SIGINT", "SIGTERM"):
-        result, steps = interrupt(command, tmp_path, getattr(signal, name), steps=3)
+        result, steps = interrupt(command, tmp_path, getattr(signal, name), steps=3, repeat=True)
         assert (result.code, result.err) == (75, "")
         last_words = result.out.splitlines()[-1]
         assert f"stopped by {name} after step {steps}" in last_words
@@ -163,7 +168,11 @@ def test_signals_save_and_a_kill_costs_only_steps(tmp_path: Path):
     result = fork("train.py", *ENDLESS, f"run.stop_after_steps={killed_at - newest + 2}", cwd=tmp_path)
     assert f"continuing after step {newest}" in result.out
     assert num_steps(tmp_path / RUN) == killed_at + 2
-    assert [event["reason"] for event in events(tmp_path / RUN, "stop")] == ["SIGINT", "SIGTERM", "run.stop_after_steps"]
+    assert [event["reason"] for event in events(tmp_path / RUN, "stop")] == [
+        "SIGINT",
+        "SIGTERM",
+        "run.stop_after_steps",
+    ]
     assert_bitwise_uninterrupted(tmp_path, world_size=1)
 
 
@@ -232,7 +241,9 @@ def test_another_shape_is_refused_with_the_differences(stopped: Path, tmp_path: 
 
 def test_other_data_is_refused(stopped: Path, tmp_path: Path):
     cwd = copy_of(stopped, tmp_path)
+    before = contents(cwd)
     assert_refused(train(cwd, "data.synthetic_ragged=true"), "trained on other data", "another run.name")
+    assert contents(cwd) == before
 
 
 def test_resume_never_and_must(stopped: Path, tmp_path: Path):
@@ -291,10 +302,15 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd
 
 
+def validate_in(cwd: Path) -> dict[str, float]:
+    os.chdir(cwd)
+    return validate_run(RUN)
+
+
 def test_validation_is_the_same_number_for_every_world_size(text_run: Path):
     (event,) = events(text_run / RUN, "validation")
     for world_size in (1, 2, 4):
-        for result in run_ranks(validate_run, world_size, text_run / RUN, environ={"DS_ACCELERATOR": "cpu"}):
+        for result in run_ranks(validate_in, world_size, text_run):
             assert result["step"] == 8
             assert result["loss"] == pytest.approx(event["loss"], rel=1e-6)
             assert result["perplexity"] == pytest.approx(event["perplexity"], rel=1e-5)
@@ -330,21 +346,31 @@ def test_a_missing_run_is_one_message(command: list[str], tmp_path: Path):
 # Mishaps
 
 
+def assert_one_message(result: Result, message: str) -> None:
+    """Check that ranks under torchrun ended with code 2 and one message, the only traceback being torchrun's own."""
+    assert result.code == 1, "torchrun's own code for any failed rank"
+    assert "exitcode  : 2" in result.err.partition("Root Cause")[2]
+    assert result.err.count(message) == 1
+    assert result.err.count("Traceback") == 1
+    assert "Traceback" not in result.err.partition(message)[0]
+
+
 def test_a_run_that_cannot_fit_stops_before_anything_is_allocated(tmp_path: Path):
     # The preset that the manual names, unless this machine is large enough to train it.
-    model = "gpt3_1b" if psutil.virtual_memory().available < 24 * 2**30 else "gpt3_175b"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = launch(torchrun(2, TRAIN, f"+model={model}"), tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.code == 1, "torchrun's own code for any failed rank"
-    assert "exitcode  : 2" in result.err
-    assert result.err.count(f"{model} does not fit") == 1
+    model = "gpt3_1b" if psutil.virtual_memory().available < 40 * 2**30 else "gpt3_175b"
+    confined = ["bash", "-c", f'ulimit -d {3 * 2**20} && exec "$@"', "-"]
+    result = launch([*confined, *torchrun(2, TRAIN, f"+model={model}")], tmp_path)
+    assert_one_message(result, f"{model} does not fit")
     for component in ("parameters", "gradients", "optimizer moments", "activations", "loss buffers", "needed"):
         assert component in result.err
-    assert "Traceback" not in result.err.partition("torch.distributed.elastic")[0]
     assert list(tmp_path.iterdir()) == []
-    assert after.ru_maxrss < 2**20, "in KiB, of the largest process"
-    assert after.ru_utime - before.ru_utime < 30
+
+
+def test_preflight_warn_goes_on(tmp_path: Path):
+    # The next check stops it, in time.
+    result = fork("train.py", "+model=gpt3_175b", "preflight=warn", "checkpoint.resume=must", cwd=tmp_path)
+    assert_refused(result, "gpt3_175b does not fit", "checkpoint.resume=must, but")
+    assert "preflight=warn goes on" not in result.err
 
 
 FAULTY = """
@@ -355,10 +381,10 @@ from bigtrain import trainer
 
 whole_step = trainer.train_step
 
-def train_step(engine, batch, lr):
+def train_step(engine, batch, lr, **options):
     if batch.step == 3 and engine.dp_rank == 1:
         raise ZeroDivisionError("a fault on rank 1")
-    return whole_step(engine, batch, lr)
+    return whole_step(engine, batch, lr, **options)
 
 trainer.train_step = train_step
 hydra_cli.main(hydra_cli.read_run, train.run, train.help_page)
@@ -370,27 +396,25 @@ def test_a_fault_of_one_rank_ends_all_and_is_shown(tmp_path: Path):
     script.write_text(FAULTY.format(launch=str(LAUNCH)))
     result = launch(torchrun(2, str(script), *SMALL, "checkpoint.every_steps=2"), tmp_path, 60)
     assert result.code == 1
-    report = result.err.partition("Root Cause")[2]
-    assert "rank      : 1" in report
-    assert "ZeroDivisionError: a fault on rank 1" in report
+    # torchrun's report names the earliest fault, but in whole seconds; rank 0's lost connection may share one.
+    assert "ZeroDivisionError: a fault on rank 1" in result.err.partition("ChildFailedError")[2]
+    assert result.err.index("[rank1]: ZeroDivisionError") < result.err.index("ChildFailedError")
     assert (tmp_path / RUN / "checkpoints/step-00000002").is_dir()
     assert not (tmp_path / RUN / "checkpoints/step-00000004").exists()
 
 
 def test_missing_data_is_one_message_from_one_rank(tmp_path: Path):
-    command = torchrun(2, TRAIN, *SMALL, "data=text", "data.path=nowhere", "data.tokenizer=bytes", "model.vocab_size=257")
+    command = torchrun(
+        2, TRAIN, *SMALL, "data=text", "data.path=nowhere", "data.tokenizer=bytes", "model.vocab_size=257"
+    )
     result = launch(command, tmp_path, 60)
-    said = result.err.partition("torch.distributed.elastic")[0]
-    assert said.count("nowhere") == 1
-    assert "Traceback" not in said
-    assert "exitcode  : 2" in result.err
+    assert_one_message(result, "nowhere")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_directory_that_cannot_be_written_is_one_message(world_size: int, tmp_path: Path):
+def test_a_run_directory_that_cannot_be_written_is_one_message(tmp_path: Path):
     (tmp_path / "runs").write_text("a file")
-    result = train(tmp_path, world_size=world_size)
+    result = train(tmp_path, world_size=2)
     assert_refused(result, "runs/gpt_nano", "cannot be written")
     assert result.err.count("\n") == 1
 

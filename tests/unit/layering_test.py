@@ -20,8 +20,8 @@ FLOORS = [
     ["engine", "preflight"],
     ["checkpoint", "resilience", "telemetry"],
     ["run_files"],
-    ["sampling", "trainer"],
-    ["parity"],
+    ["export", "sampling", "trainer"],
+    ["parity", "verify_resume"],
 ]
 FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 

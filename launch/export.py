@@ -1,0 +1,67 @@
+"""Write a run's weights for transformers: ``python launch/export.py checkpoint=runs/gpt_nano out=exported``."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import hydra_cli
+
+from bigtrain.config import Precision
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """What is written, and how."""
+
+    checkpoint: str
+    """Directory of a run (its newest checkpoint that verifies is taken), or of one of its checkpoints."""
+    out: str
+    """Directory to be made; it must not exist."""
+    dtype: Precision = Precision.fp32
+    """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
+    max_shard_gb: float = 4.0
+    """Largest file of weights in gigabytes (10^9 bytes), unless a single tensor is larger."""
+
+
+HELP = """\
+Write the weights, the configuration and the tokenizer of a run so that transformers opens them, with no code of ours:
+
+  python launch/export.py checkpoint=runs/gpt_nano out=exported/gpt_nano
+  python launch/export.py checkpoint=runs/llama3_1b/checkpoints/step-00020000 out=exported/llama dtype=bf16
+
+  >>> AutoModelForCausalLM.from_pretrained("exported/gpt_nano"), AutoTokenizer.from_pretrained("exported/gpt_nano")
+
+The way back: +model=<preset of the same shape> model.init_from=<directory or hub id>.
+
+Settings, with their defaults:
+{settings}
+"""
+
+
+def run(config: ExportConfig) -> int:
+    """Export and say what was written."""
+    if config.max_shard_gb <= 0:
+        raise ConfigError(f"max_shard_gb={config.max_shard_gb}: must be positive")
+    from bigtrain import log
+    from bigtrain.export import export
+
+    log.setup(hydra_cli.rank())
+    out = Path(config.out)
+    exported = export(
+        Path(config.checkpoint), out, precision=config.dtype, max_shard_bytes=int(config.max_shard_gb * 1e9)
+    )
+    print(f"checkpoint  {exported.checkpoint}")
+    print(f"weights     {exported.num_parameters:,} numbers in {config.dtype.name}")
+    print(f"tokenizer   {'the one of the run' if exported.has_tokenizer else 'none: the data were synthetic'}")
+    print(f"written     {out}")
+    return EXIT_FINISHED
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(ExportConfig))
+
+
+if __name__ == "__main__":
+    hydra_cli.main(partial(hydra_cli.read, ExportConfig), run, help_page)

@@ -1,0 +1,250 @@
+"""A resumed run is the uninterrupted one, and the command that says so can say the opposite."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain import trainer
+from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.checkpoint.store import RunState, checkpoint_path
+from bigtrain.config import CheckpointConfig, EngineKind, TrainConfig
+from bigtrain.data.loader import TrainLoader
+from bigtrain.engine.base import Engine
+from bigtrain.errors import BigtrainError
+from bigtrain.local_ranks import run_ranks
+from bigtrain.optim.schedule import lr_at
+from bigtrain.verify_resume import Check, Plan, Verdict, verify_resume
+from tests.distributed.checkpoint_test import state_hashes
+from tests.distributed.launches import LAUNCH, SMALL, launch
+from tests.distributed.ranks import small_config, start_engine
+
+sys.path.append(str(LAUNCH))
+
+
+def verify(tmp_path: Path, config: TrainConfig, *, after: int = 4, world: int, **plan: Any) -> Verdict:
+    resume = plan.pop("resume", trainer.run)
+    defaults = {"resume_world_size": world, "resume_engine": config.engine.kind}
+    whole_plan = Plan(before=3, after=after, world_size=world, **{**defaults, **plan})
+    return verify_resume(config, whole_plan, tmp_path / "root", resume=resume)
+
+
+def differences(verdict: Verdict) -> dict[tuple[str, str], float]:
+    return {(check.name, check.steps): check.difference for check in verdict.checks}
+
+
+# The verdict
+
+
+def test_the_same_engine_resumes_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    verdict = verify(tmp_path, small_config("fsdp", model={"dropout": 0.1}), world=2)
+    assert (verdict.holds, verdict.is_bitwise, verdict.first_difference) == (True, True, None)
+    assert all(check.allowed == 0 for check in verdict.checks)
+    assert differences(verdict) == {
+        ("samples", "4 to 7"): 0,
+        ("tokens", "4 to 7"): 0,
+        ("lr", "4 to 7"): 0,
+        ("loss", "1 to 3"): 0,
+        ("loss", "4 to 7"): 0,
+        ("grad_norm", "1 to 3"): 0,
+        ("grad_norm", "4 to 7"): 0,
+        ("weights", "7"): 0,
+        ("optimizer state", "7"): 0,
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "uninterrupted  fsdp on 2 ranks: steps 1 to 7",
+        "killed         fsdp on 2 ranks: kill -9 in step 5",
+        "resumed        fsdp on 2 ranks: steps 4 to 7",
+    ]
+
+
+def test_another_engine_and_world_size_resume_within_rounding(tmp_path: Path):
+    plan = {"resume_world_size": 1, "resume_engine": EngineKind.zero2}
+    verdict = verify(tmp_path, small_config("fsdp"), world=2, **plan)
+    assert (verdict.holds, verdict.is_bitwise) == (True, False)
+    found = differences(verdict)
+    assert 0 < found["loss", "4 to 7"] <= 1e-6
+    assert 0 < found["weights", "7"] <= 1e-5
+    assert found["samples", "4 to 7"] == found["loss", "1 to 3"] == 0
+
+
+def other_seed(config: TrainConfig) -> int:
+    return trainer.run(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)))
+
+
+def skipped_sample(config: TrainConfig) -> int:
+    gather = TrainLoader._load
+
+    def load(self: TrainLoader, step: int) -> Any:
+        batch = gather(self, step)
+        other = gather(self, step + 1) if step == 4 else batch
+        batch.micro_batches[0] = other.micro_batches[0]
+        return batch
+
+    TrainLoader._load = load
+    return trainer.run(config)
+
+
+def skipped_step(config: TrainConfig) -> int:
+    build = trainer.train_loader
+    trainer.train_loader = lambda *args, first_step: build(*args, first_step=first_step + 1)
+    return trainer.run(config)
+
+
+def forgotten_momentum(config: TrainConfig) -> int:
+    load = trainer.load_checkpoint
+
+    def load_and_forget(path: Path, entries: dict[str, Any]) -> None:
+        load(path, entries)
+        for key in [key for key in entries if key.endswith(".exp_avg")]:
+            for box in entries[key].boxes:
+                box.view.zero_()
+
+    trainer.load_checkpoint = load_and_forget
+    return trainer.run(config)
+
+
+def other_dropout(config: TrainConfig) -> int:
+    seed_step = trainer.seed_step
+    trainer.seed_step = lambda seed, step, rank: seed_step(seed + 1, step, rank)
+    return trainer.run(config)
+
+
+@pytest.mark.parametrize(
+    ("resume", "first"),
+    [
+        (other_seed, "step 4, samples: 8 of 8 are missing"),
+        (skipped_sample, "step 5, samples: 1 of 8 are missing"),
+        (skipped_step, "step 4, samples: 8 of 8 are missing"),
+        (forgotten_momentum, "step 5, loss: "),
+        (other_dropout, "step 4, loss: "),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_resume_that_is_wrong_is_found_out(resume: Callable[[TrainConfig], int], first: str, tmp_path: Path):
+    config = small_config("ddp", model={"dropout": 0.1})
+    verdict = verify(tmp_path, config, after=3, world=1, resume=resume)
+    assert not verdict.holds
+    assert verdict.first_difference.startswith(first)
+    assert not all(check.holds for check in verdict.checks)
+    assert all(check.holds for check in verdict.checks if check.steps == "1 to 3"), "before the kill all is well"
+
+
+def test_forgotten_momentum_is_found_across_engines_too(tmp_path: Path):
+    verdict = verify(
+        tmp_path,
+        small_config("ddp"),
+        after=3,
+        world=1,
+        resume=forgotten_momentum,
+        resume_engine=EngineKind.fsdp,
+    )
+    assert not verdict.is_bitwise
+    assert verdict.first_difference.startswith("step 5, loss: ")
+
+
+def fault(config: TrainConfig) -> int:
+    raise ZeroDivisionError("a fault of the resumed run")
+
+
+def test_a_launch_that_fails_is_an_error_with_its_cause(tmp_path: Path):
+    with pytest.raises(BigtrainError, match=r"ddp on 1 rank: the training failed(.|\n)*a fault of the resumed run"):
+        verify(tmp_path, small_config("ddp"), after=2, world=1, resume=fault)
+
+
+# The order of sums
+
+
+def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
+    """Train, save, train on; load into a fresh engine and train the same steps; return what is equal."""
+    config = small_config("ddp", model={"dropout": 0.1})
+    config.train.global_batch_size = 12
+
+    def train(engine: Engine, first: int, last: int) -> list[tuple[float, float]]:
+        pending = []
+        with trainer.train_loader(trainer.open_splits(config)["train"], config, engine, first_step=first) as loader:
+            for batch in itertools.islice(loader, last - first):
+                lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=8, config=config.scheduler)
+                trainer.seed_step(0, batch.step, engine.dp_rank)
+                loss, grad_norm = trainer.train_step(engine, batch, lr)
+                pending.append({"loss": loss, "grad_norm": grad_norm})
+        return [(record["loss"], record["grad_norm"]) for record in trainer.read_back(pending)]
+
+    engine, fresh = start_engine(config), start_engine(config)
+    train(engine, 0, 3)
+    saver = Saver(root, engine.state.entries, CheckpointConfig())
+    saver.save(RunState(3, 0, 0, "", {}, {}, world_size))
+    assert saver.finish().error is None
+    load_checkpoint(checkpoint_path(root, 3), fresh.state.entries)
+    fresh.state.commit()
+    same_records = train(engine, 3, 6) == train(fresh, 3, 6)
+    return same_records, state_hashes(engine) == state_hashes(fresh)
+
+
+def test_ddp_adds_up_in_the_same_order_after_a_resume(tmp_path: Path):
+    # With three ranks and more the order matters, and DDP would change it after its first backward pass.
+    assert run_ranks(resumed_in_memory, 3, 3, tmp_path) == [(True, True)] * 3
+
+
+# The command
+
+
+def test_the_command_verifies_and_cleans_up(tmp_path: Path):
+    command = [sys.executable, str(LAUNCH / "verify_resume.py"), *SMALL, "world=1", "before=2", "after=2"]
+    result = launch(command, tmp_path)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0] == "uninterrupted  fsdp on 1 rank: steps 1 to 4"
+    assert "weights           4           0             0" in [line.rstrip() for line in lines]
+    assert lines[-1] == "THE SAME: killed in step 4 and resumed from step 2, bit by bit."
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def read(*args: str) -> Any:
+    import hydra_cli
+    import verify_resume
+
+    return hydra_cli.read_run(["+model=gpt_nano", *args], verify_resume.VerifyResumeConfig)
+
+
+def test_the_command_says_what_differs_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import verify_resume
+
+    checks = [Check("loss", "1 to 6", 0.0, 0.0), Check("loss", "7 to 12", 3e-4, 1e-6)]
+    verdict = Verdict(checks, "step 7, loss: 2.0 uninterrupted, 2.0006 resumed", is_bitwise=False)
+    monkeypatch.setattr("bigtrain.verify_resume.verify_resume", lambda *_args, **_kwargs: verdict)
+    assert verify_resume.run(read("world=1")) == 1
+    out = capsys.readouterr().out
+    assert "3.0e-04       1.0e-06   <--" in out
+    assert "NOT THE SAME: first difference in step 7, loss: 2.0 uninterrupted, 2.0006 resumed" in out
+
+
+def test_what_cannot_be_verified_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
+    import verify_resume
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = ["world=2", "resume_world=3", "before=1", "after=0", "model.dropout=0.1", "checkpoint.resume=must"]
+    with pytest.raises(BigtrainError) as caught:
+        verify_resume.run(read(*args, "engine.offload=cpu", "resume_engine=ddp"))
+    said = str(caught.value).splitlines()
+    for start in (
+        "before=1: must be at least 2",
+        "after=0: must be at least 2",
+        "start this command once",
+        "checkpoint.resume=must: leave it out",
+        "model.dropout=0.1: every rank",
+        "train.global_batch_size=32 does not divide by the world size 3",
+        "engine.offload=cpu is not offered by engine=ddp",
+    ):
+        assert any(line.startswith(start) for line in said), start
+    assert len(said) == 7
+
+
+def test_misspelt_settings_are_named():
+    with pytest.raises(BigtrainError, match="resume_wold: unknown key; did you mean 'resume_world'"):
+        read("resume_wold=1")

@@ -1,0 +1,232 @@
+"""The directory of a run: where it is, what is in it, and which checkpoint a launch continues from."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.checkpoint.store import RunState, checkpoint_path
+from bigtrain.checks import resolve
+from bigtrain.config import CheckpointConfig, DataConfig, DataSource, ModelConfig, RunConfig, TrainConfig
+from bigtrain.distributed import RankInfo, init_process_group, shut_down
+from bigtrain.engine.state import MODEL, whole_entry
+from bigtrain.errors import CheckpointError
+from bigtrain.run_files import (
+    find_resume,
+    keep_tokenizer,
+    locate,
+    read_config,
+    run_directory,
+    write_config,
+)
+from bigtrain.schema import to_dict
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    init_process_group(RankInfo(0, 1, 0, 1), torch.device("cpu"))
+    yield
+    shut_down()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return resolve(
+        TrainConfig(
+            run=RunConfig(root=str(tmp_path / "runs"), name="first"),
+            model=ModelConfig(name="small", hidden_dim=24, num_heads=3),
+            data=DataConfig(source=DataSource.synthetic),
+        )
+    )
+
+
+def save(config: TrainConfig, *steps: int) -> list[Path]:
+    """Save a checkpoint of one tensor at every step."""
+    directory = run_directory(config)
+    saver = Saver(directory, {f"{MODEL}w": whole_entry(torch.arange(6.0))}, CheckpointConfig(keep="all"))
+    for step in steps:
+        saver.save(RunState(step, 0, 0, "synthetic", to_dict(config), {}, 1))
+        report = saver.finish()
+        assert report
+        assert report.error is None
+    return [checkpoint_path(directory, step) for step in steps]
+
+
+def damage(path: Path) -> None:
+    file = next(path.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def with_resume(config: TrainConfig, resume: str, **run: str) -> TrainConfig:
+    checkpoint = dataclasses.replace(config.checkpoint, resume=resume)
+    return dataclasses.replace(config, checkpoint=checkpoint, run=dataclasses.replace(config.run, **run))
+
+
+# Files
+
+
+def test_the_directory_follows_from_root_and_name(config: TrainConfig, tmp_path: Path):
+    assert run_directory(config) == tmp_path / "runs/first"
+
+
+def test_the_configuration_comes_back(config: TrainConfig):
+    directory = run_directory(config)
+    write_config(directory, config)
+    assert read_config(directory) == config
+    write_config(directory, dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7)))
+    assert read_config(directory).train.steps == 7
+    assert [path.name for path in directory.iterdir()] == ["config.yaml"]
+
+
+def test_a_failed_write_leaves_the_old_configuration(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    directory = run_directory(config)
+    write_config(directory, config)
+
+    def full_disk(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_config(directory, config)
+    assert read_config(directory) == config
+
+
+def test_secrets_are_not_written(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_API_KEY", "a-secret-canary")
+    config.data.path = "s3://user:another-canary@host/a-secret-canary"
+    write_config(run_directory(config), config)
+    text = (run_directory(config) / "config.yaml").read_text()
+    assert "canary" not in text
+    assert "s3://***@host" in text
+
+
+def test_a_directory_without_a_configuration_is_not_a_run(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a run: it has no config\.yaml"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_tokenizer_and_index_are_kept(tmp_path: Path):
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    for directory in (corpus, run):
+        directory.mkdir()
+    for name in ("index.json", "tokenizer.json", "train.bin"):
+        (corpus / name).write_text(name)
+    keep_tokenizer(run, corpus)
+    assert {path.name: path.read_text() for path in run.iterdir()} == {
+        "index.json": "index.json",
+        "tokenizer.json": "tokenizer.json",
+    }
+
+
+def test_a_run_means_its_newest_checkpoint(config: TrainConfig):
+    first, second = save(config, 9, 10)
+    assert locate(run_directory(config)) == (run_directory(config), second)
+    assert locate(first) == (run_directory(config), first)
+
+
+def test_what_a_kill_left_is_no_checkpoint(config: TrainConfig):
+    (whole,) = save(config, 9)
+    shutil.copytree(whole, whole.with_name("step-00000012.tmp-0123abcd"))
+    assert locate(run_directory(config))[1] == whole
+    shutil.rmtree(whole)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        locate(run_directory(config))
+
+
+# Which checkpoint a launch continues from
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_new_run_has_none(resume: str, config: TrainConfig):
+    assert find_resume(with_resume(config, resume)) is None
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_the_newest_is_found(resume: str, config: TrainConfig):
+    *_, newest = save(config, 8, 9, 10)
+    assert find_resume(with_resume(config, resume)) == newest
+
+
+def test_never_and_must_refuse(config: TrainConfig):
+    with pytest.raises(CheckpointError, match=r"resume=must, but .*runs/first has no complete checkpoint"):
+        find_resume(with_resume(config, "must"))
+    save(config, 5)
+    with pytest.raises(CheckpointError, match=r"resume=never, but .*step-00000005 exists; choose another run\.name"):
+        find_resume(with_resume(config, "never"))
+
+
+def test_a_path_starts_another_run_which_then_has_its_own(config: TrainConfig):
+    first, second = save(config, 5, 6)
+    for path, expected in ((run_directory(config), second), (first, first)):
+        assert find_resume(with_resume(config, str(path), name="second")) == expected
+    (own,) = save(with_resume(config, "auto", name="second"), 7)
+    assert find_resume(with_resume(config, str(first), name="second")) == own
+
+
+def test_a_path_without_a_checkpoint_is_refused(config: TrainConfig, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="elsewhere has no complete checkpoint"):
+        find_resume(with_resume(config, str(tmp_path / "elsewhere")))
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("bigtrain"), "propagate", True)
+    older, newer = save(config, 5, 6)
+    damage(newer)
+    assert find_resume(config) == older
+    assert "damaged checkpoint, set aside as" in caplog.text
+    assert str(newer) in caplog.text
+    assert not newer.exists()
+    assert find_resume(config) == older
+
+
+def test_a_run_with_damaged_checkpoints_only_does_not_start_anew(config: TrainConfig):
+    for path in save(config, 5, 6):
+        damage(path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no whole checkpoint is left"):
+            find_resume(config)
+
+
+def test_another_runs_damaged_checkpoint_is_refused_and_left_alone(config: TrainConfig):
+    (path,) = save(config, 5)
+    damage(path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        find_resume(with_resume(config, str(path), name="second"))
+    assert path.exists()
+
+
+@pytest.mark.parametrize("field", ["name", "dropout", "init_std"])
+def test_what_is_no_part_of_the_shape_may_change(field: str, config: TrainConfig):
+    (path,) = save(config, 5)
+    changed = dataclasses.replace(config.model, **{field: "other" if field == "name" else 0.5})
+    assert find_resume(dataclasses.replace(config, model=changed)) == path
+
+
+def test_another_shape_is_refused_with_all_differences(config: TrainConfig):
+    save(config, 5)
+    model = dataclasses.replace(config.model, num_layers=7, bias=False)
+    with pytest.raises(CheckpointError) as caught:
+        find_resume(dataclasses.replace(config, model=model))
+    assert str(caught.value).splitlines()[1:] == [
+        "  model.num_layers: 4 in the checkpoint, 7 now",
+        "  model.bias: True in the checkpoint, False now",
+    ]
+
+
+def test_configuration_files_are_yaml_of_plain_values(config: TrainConfig):
+    write_config(run_directory(config), config)
+    values = yaml.safe_load((run_directory(config) / "config.yaml").read_text())
+    assert values["data"]["source"] == "synthetic"
+    assert values["model"]["head_dim"] == 8
