@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bigtrain.checkpoint.manifest import Manifest, TensorRecord, read_manifest, verify_file
+from bigtrain.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from bigtrain.checkpoint.shard import ShardReader
-from bigtrain.checkpoint.store import read_run_state
+from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
 from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Box, Entry
@@ -24,14 +24,7 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
         What is wrong, the same list on every rank; empty if the checkpoint is whole.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    try:
-        manifest = read_manifest(path)
-        read_run_state(path, manifest)
-        files = manifest.files[rank::world_size] if verify is not Verify.off else []
-        problems = [verify_file(path, file, content=verify is Verify.full) for file in files]
-        own = [problem for problem in problems if problem]
-    except CheckpointError as error:
-        own = [str(error)]
+    own = find_problems(path, verify, share=slice(rank, None, world_size))
     everybody = broadcast_json(gather_json(own)) if dist.is_initialized() else [own]
     return list(dict.fromkeys(problem for problems in everybody for problem in problems))
 

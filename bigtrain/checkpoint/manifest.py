@@ -160,9 +160,9 @@ def _tensor_problem(tensor: TensorRecord, files: dict[str, int]) -> str | None:
     if not (isinstance(tensor.key, str) and tensor.dtype in ITEM_BYTES and _are_counts(tensor.shape)):
         return f"no tensor of type {tensor.dtype!r} and shape {tensor.shape!r}"
     for chunk in tensor.chunks:
-        numbers = (*chunk.offsets, *chunk.sizes, chunk.start_byte)
         box = list(zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True))
-        if not _are_counts(numbers) or any(offset + size > whole for offset, size, whole in box):
+        counts = _are_counts(chunk.offsets) and _are_counts(chunk.sizes) and _are_counts([chunk.start_byte])
+        if not counts or any(offset + size > whole for offset, size, whole in box):
             return f"{chunk} is not a box of a tensor of shape {tensor.shape}"
         if chunk.file not in files:
             return f"lies in {chunk.file!r}, which is not listed"
@@ -176,7 +176,7 @@ def _tensor_problem(tensor: TensorRecord, files: dict[str, int]) -> str | None:
 
 
 def _are_counts(numbers: Any) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
+    return type(numbers) is list and all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _overlap(chunks: list[Chunk]) -> bool:

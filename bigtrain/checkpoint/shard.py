@@ -101,12 +101,12 @@ class ShardReader:
         """
         if chunk.file not in self._maps:
             self._maps[chunk.file] = self._map(self._directory / chunk.file)
-        num_bytes = math.prod(chunk.sizes) * DTYPES[dtype].itemsize
-        raw = self._maps[chunk.file][chunk.start_byte : chunk.start_byte + num_bytes]
-        if raw.numel() < num_bytes:
-            raise CheckpointError(
-                f"{self._directory / chunk.file}: damaged: ends before byte {chunk.start_byte + num_bytes}"
-            )
+        mapped = self._maps[chunk.file]
+        end = chunk.start_byte + math.prod(chunk.sizes) * DTYPES[dtype].itemsize
+        if end > mapped.numel():
+            path = self._directory / chunk.file
+            raise CheckpointError(f"{path}: damaged: {mapped.numel()} bytes, expected at least {end}")
+        raw = mapped[chunk.start_byte : end]
         if chunk.start_byte % DTYPES[dtype].itemsize:
             raw = raw.clone()
         return raw.view(DTYPES[dtype]).view(chunk.sizes)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from bigtrain.checkpoint.manifest import (
     verify_file,
     write_hashed,
 )
+from bigtrain.config import Verify
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.schema import from_dict
 
@@ -65,16 +67,23 @@ def checkpoint_path(run_directory: Path, step: int) -> Path:
 
 def find_checkpoints(run_directory: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first; what a kill left behind has other names."""
-    return sorted(filter(_is_complete, checkpoints_directory(run_directory).glob("step-*")), key=step_of)
+    return sorted(filter(is_complete, checkpoints_directory(run_directory).glob("step-*")), key=step_of)
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Return whether a directory has the name of a complete checkpoint."""
     return re.fullmatch(r"step-\d{8,}", path.name) is not None
 
 
 def find_damaged(run_directory: Path) -> list[Path]:
     """Return the checkpoints of a run that were set aside."""
     return sorted(checkpoints_directory(run_directory).glob("step-*.damaged-*"))
+
+
+def find_leftovers(run_directory: Path) -> list[Path]:
+    """Return what killed saves and killed deletions left behind."""
+    found = checkpoints_directory(run_directory).glob("step-*")
+    return sorted(path for path in found if ".tmp-" in path.name or path.name.endswith(".deleting"))
 
 
 def step_of(path: Path) -> int:
@@ -98,9 +107,35 @@ def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
         state = from_dict(RunState, json.loads(text))
     except (ValueError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{path / RUN_STATE_FILE}: damaged: {error}") from error
-    if _is_complete(path) and state.step != step_of(path):
+    if is_complete(path) and state.step != step_of(path):
         raise CheckpointError(f"{path} holds step {state.step}, expected step {step_of(path)}: it was renamed")
     return state
+
+
+def find_problems(
+    path: Path, verify: Verify, *, share: slice = slice(None), progress: Callable[[str], None] = lambda file: None
+) -> list[str]:
+    """Compare the files of a checkpoint with its manifest; the small ones, manifest and run state, always.
+
+    Args:
+        path: directory of the checkpoint.
+        verify: what is compared.
+        share: which of the files.
+        progress: called with the path of each file that is about to be read.
+
+    Returns:
+        What is wrong, each naming a file with what was expected and found.
+    """
+    problems = []
+    try:
+        manifest = read_manifest(path)
+        read_run_state(path, manifest)
+        for file in manifest.files[share] if verify is not Verify.off else []:
+            progress(f"{path / file.name}")
+            problems += [verify_file(path, file, content=verify is Verify.full)]
+    except CheckpointError as error:
+        problems.append(str(error))
+    return [problem for problem in problems if problem]
 
 
 def commit(
@@ -175,10 +210,9 @@ def prune(run_directory: Path, keep: str) -> None:
 
 
 def remove_leftovers(run_directory: Path) -> None:
-    """Delete what killed saves and killed deletions left behind; nobody is saving into the run."""
-    for path in checkpoints_directory(run_directory).glob("step-*"):
-        if ".tmp-" in path.name or path.name.endswith(".deleting"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete them; nobody is saving into the run."""
+    for path in find_leftovers(run_directory):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _kept_by(rule: list[str], found: list[Path]) -> list[Path]:

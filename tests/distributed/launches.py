@@ -123,7 +123,7 @@ def launch(command: list[str], cwd: Path, timeout_seconds: float = TIMEOUT_SECON
         return running.result(timeout_seconds)
 
 
-def fork(script: str, *args: str, cwd: Path, world_size: int = 1, timeout_seconds: float = 60) -> Result:
+def fork(script: str, *args: str, cwd: Path, world_size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS) -> Result:
     """Run a launcher on ranks that need no imports; return rank 0's end."""
     variables = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
     return run_ranks(_run_script, world_size, script, args, cwd, timeout_seconds=timeout_seconds, environ=variables)[0]

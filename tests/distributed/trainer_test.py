@@ -1,17 +1,20 @@
 """Training as a user sees it: commands, exit codes, files, interruptions."""
 
+import functools
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+from bigtrain.checkpoint.store import find_checkpoints, step_of
 from bigtrain.config import TrainConfig
 from bigtrain.local_ranks import run_ranks
 from bigtrain.optim.schedule import lr_at
@@ -127,20 +130,25 @@ def test_a_stopped_run_continues_bitwise_under_torchrun(tmp_path: Path):
     assert trajectory(tmp_path / "runs/parts")[0] != trajectory(tmp_path / "runs/other")[0]
 
 
-def interrupt(command: list[str], cwd: Path, number: int, *, steps: int, repeat: bool = False) -> tuple[Result, int]:
-    """Send a signal to a launch after ``steps`` steps; return how it ended and how many steps the run has then.
+def interrupt(
+    command: list[str], cwd: Path, number: int, condition: Callable[[], bool], *, repeat: bool = False
+) -> tuple[Result, int]:
+    """Send a signal to a launch when ``condition`` holds; return how it ended and how many steps the run has then.
 
     With ``repeat`` it is sent until the run is saved, as launchers repeat what the terminal has sent already.
     """
-    before = num_steps(cwd / RUN)
     with Launch(command, cwd) as running:
-        running.wait_until(lambda: num_steps(cwd / RUN) >= before + steps)
+        running.wait_until(condition)
         running.process.send_signal(number)
         while repeat and "continues" not in running.output() and running.process.poll() is None:
             running.process.send_signal(number)
             time.sleep(0.02)
         result = running.result()
     return result, num_steps(cwd / RUN)
+
+
+def newest_checkpoint(run: Path) -> int:
+    return max((step_of(path) for path in find_checkpoints(run)), default=0)
 
 
 def assert_bitwise_uninterrupted(cwd: Path, world_size: int) -> None:
@@ -152,35 +160,35 @@ def assert_bitwise_uninterrupted(cwd: Path, world_size: int) -> None:
 
 
 def test_signals_save_and_a_kill_costs_only_steps(tmp_path: Path):
-    command = [sys.executable, TRAIN, *ENDLESS]
-    saved = tmp_path / RUN / "checkpoints"
+    command, run = [sys.executable, TRAIN, *ENDLESS], tmp_path / RUN
+    steps = 0
     for name in ("SIGINT", "SIGTERM"):
-        result, steps = interrupt(command, tmp_path, getattr(signal, name), steps=3, repeat=True)
+        three_more = functools.partial(lambda before: num_steps(run) >= before + 3, steps)
+        result, steps = interrupt(command, tmp_path, getattr(signal, name), three_more, repeat=True)
         assert (result.code, result.err) == (75, "")
         last_words = result.out.splitlines()[-1]
         assert f"stopped by {name} after step {steps}" in last_words
         assert "The same command continues" in last_words
-        assert (saved / f"step-{steps:08d}").is_dir()
-    result, killed_at = interrupt(command, tmp_path, signal.SIGKILL, steps=12)
+        assert newest_checkpoint(run) == steps
+    result, killed_at = interrupt(
+        command, tmp_path, signal.SIGKILL, lambda: steps < newest_checkpoint(run) < num_steps(run)
+    )
     assert result.code == -signal.SIGKILL
-    newest = int(max(path.name for path in saved.iterdir() if ".tmp" not in path.name).removeprefix("step-"))
-    assert steps < newest <= killed_at
+    newest = newest_checkpoint(run)
     result = fork("train.py", *ENDLESS, f"run.stop_after_steps={killed_at - newest + 2}", cwd=tmp_path)
     assert f"continuing after step {newest}" in result.out
-    assert num_steps(tmp_path / RUN) == killed_at + 2
-    assert [event["reason"] for event in events(tmp_path / RUN, "stop")] == [
-        "SIGINT",
-        "SIGTERM",
-        "run.stop_after_steps",
-    ]
+    assert num_steps(run) == killed_at + 2
+    assert [event["reason"] for event in events(run, "stop")] == ["SIGINT", "SIGTERM", "run.stop_after_steps"]
     assert_bitwise_uninterrupted(tmp_path, world_size=1)
 
 
 def test_signals_to_torchrun_save(tmp_path: Path):
+    run, steps = tmp_path / RUN, 0
     for name in ("SIGINT", "SIGTERM"):
-        result, steps = interrupt(torchrun(2, TRAIN, *ENDLESS), tmp_path, getattr(signal, name), steps=3)
+        three_more = functools.partial(lambda before: num_steps(run) >= before + 3, steps)
+        result, steps = interrupt(torchrun(2, TRAIN, *ENDLESS), tmp_path, getattr(signal, name), three_more)
         assert f"stopped by {name} after step {steps}" in result.out
-        assert (tmp_path / RUN / f"checkpoints/step-{steps:08d}").is_dir()
+        assert newest_checkpoint(run) == steps
         assert "[rank" not in result.err
     assert_bitwise_uninterrupted(tmp_path, world_size=2)
 
