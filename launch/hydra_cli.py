@@ -67,15 +67,29 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     sys.exit(code)
 
 
-def read_run(args: list[str], schema: type[RunT] = TrainConfig) -> RunT:
+def read_run(args: list[str]) -> TrainConfig:
     """Return the resolved and checked configuration of a training run.
-
-    Args:
-        args: of the command line.
-        schema: with what a launcher needs to know besides the run.
 
     Raises:
         ConfigError: listing every problem; no model is chosen; the values contradict each other.
+    """
+    config = compose_run(TrainConfig, args)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # The deepspeed launcher does not set LOCAL_WORLD_SIZE; on one node it is the world.
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    if problems := check(config, world_size=world_size, local_world_size=local_world_size):
+        raise ConfigError("\n".join(problems))
+    if rank() == 0:
+        for warning in ignored_settings(config):
+            print(f"warning: {warning}", file=sys.stderr)
+    return config
+
+
+def compose_run(schema: type[RunT], args: list[str]) -> RunT:
+    """Return the resolved configuration of a training run, with what a launcher's ``schema`` adds; not yet checked.
+
+    Raises:
+        ConfigError: listing every problem; no model is chosen.
     """
     config, choices = compose(schema, args, config_name="train")
     if "model" not in choices:
@@ -86,16 +100,7 @@ def read_run(args: list[str], schema: type[RunT] = TrainConfig) -> RunT:
         from bigtrain.models.hf import with_hf_shape
 
         config.model = with_hf_shape(config.model)
-    config = resolve(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # The deepspeed launcher does not set LOCAL_WORLD_SIZE; on one node it is the world.
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    if problems := check(config, world_size=world_size, local_world_size=local_world_size):
-        raise ConfigError("\n".join(problems))
-    if rank() == 0:
-        for warning in ignored_settings(config):
-            print(f"warning: {warning}", file=sys.stderr)
-    return config
+    return resolve(config)
 
 
 def read(schema: type[T], args: list[str]) -> T:

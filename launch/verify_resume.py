@@ -97,7 +97,8 @@ def _plan(config: VerifyResumeConfig) -> "Plan":
 
     from bigtrain.verify_resume import Plan
 
-    world_size = (torch.cuda.device_count() or 2) if config.world is None else config.world
+    num_gpus = torch.cuda.device_count()
+    world_size = (num_gpus or 2) if config.world is None else config.world
     plan = Plan(
         before=config.before,
         after=config.after,
@@ -105,8 +106,11 @@ def _plan(config: VerifyResumeConfig) -> "Plan":
         resume_world_size=world_size if config.resume_world is None else config.resume_world,
         resume_engine=config.resume_engine or config.engine.kind,
     )
-    if problems := list(dict.fromkeys([*_own_problems(config, plan), *_run_problems(config, plan)])):
-        raise ConfigError("\n".join(problems))
+    problems = [*_own_problems(config, plan), *_run_problems(config, plan)]
+    if 0 < num_gpus < max(plan.world_size, plan.resume_world_size):
+        problems.append(f"world and resume_world: this machine has {num_gpus} GPUs; one rank needs one")
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return plan
 
 
@@ -148,4 +152,4 @@ def help_page() -> str:
 
 
 if __name__ == "__main__":
-    hydra_cli.main(partial(hydra_cli.read_run, schema=VerifyResumeConfig), run, help_page)
+    hydra_cli.main(partial(hydra_cli.compose_run, VerifyResumeConfig), run, help_page)

@@ -209,7 +209,7 @@ def read(*args: str) -> Any:
     import hydra_cli
     import verify_resume
 
-    return hydra_cli.read_run(["+model=gpt_nano", *args], verify_resume.VerifyResumeConfig)
+    return hydra_cli.compose_run(verify_resume.VerifyResumeConfig, ["+model=gpt_nano", *args])
 
 
 def test_the_command_says_what_differs_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -243,6 +243,13 @@ def test_what_cannot_be_verified_is_refused_at_once(monkeypatch: pytest.MonkeyPa
     ):
         assert any(line.startswith(start) for line in said), start
     assert len(said) == 7
+
+
+def test_what_holds_for_the_worlds_asked_for_is_accepted():
+    import verify_resume
+
+    plan = verify_resume._plan(read("engine=hsdp", "engine.dp_shard=2", "world=2", "resume_engine=ddp"))
+    assert plan == Plan(before=6, after=6, world_size=2, resume_world_size=2, resume_engine=EngineKind.ddp)
 
 
 def test_misspelt_settings_are_named():

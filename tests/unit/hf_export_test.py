@@ -347,7 +347,7 @@ def test_a_stranger_opens_it(kind: str, name: str, tmp_path: Path):
     model = native(config)
     tokenizer, eos_id = give_tokenizer(tmp_path / "run", kind)
     exported(tmp_path, model, config)
-    command = [sys.executable, "-c", STRANGER, json.dumps(TEXTS)]
+    command = [sys.executable, "-I", "-c", STRANGER, json.dumps(TEXTS)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
