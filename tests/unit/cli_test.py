@@ -22,7 +22,7 @@ sys.path.append(str(LAUNCH))
 import generate  # noqa: E402
 import hydra_cli  # noqa: E402
 
-LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py"]
+LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py", "export.py", "verify_resume.py", "parity.py"]
 
 # A launcher like the real ones whose work is a line of Python.
 STUB = """
