@@ -45,6 +45,12 @@ class RankInfo:
         )
 
 
+def publish_rank(info: RankInfo) -> None:
+    """Put into the environment what libraries read there; launchers leave it out for a single process."""
+    for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
+        os.environ.setdefault(name, str(value))
+
+
 def pick_device(info: RankInfo) -> torch.device:
     """Return this rank's GPU, or the CPU where there is none, and make it current."""
     if not torch.cuda.is_available():

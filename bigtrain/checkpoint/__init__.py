@@ -8,5 +8,5 @@
 
 A directory of that name is complete: it is written beside under a name with ``.tmp-`` and renamed. Modules:
 ``manifest`` (what is where), ``shard`` (one rank's file), ``store`` (directories of a run), ``saver`` (writing, in
-the background), ``loader`` (verifying and reading), ``dcp`` (the same checkpoint for torch's own DCP).
+the background), ``loader`` (verifying and reading), ``reader`` (whole tensors), ``listing`` (for people).
 """

@@ -35,7 +35,9 @@ class Listed:
     """What is damaged; never looked for in what is unfinished."""
 
 
-def list_checkpoints(path: Path, verify: Verify, *, progress: Callable[[str], None] = lambda file: None) -> list[Listed]:
+def list_checkpoints(
+    path: Path, verify: Verify, *, progress: Callable[[str], None] = lambda file: None
+) -> list[Listed]:
     """Return what lies among the checkpoints of a run, or about one checkpoint.
 
     Args:

@@ -126,16 +126,19 @@ def find_problems(
     Returns:
         What is wrong, each naming a file with what was expected and found.
     """
-    problems = []
     try:
         manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    problems: list[str | None] = []
+    try:
         read_run_state(path, manifest)
-        for file in manifest.files[share] if verify is not Verify.off else []:
-            progress(f"{path / file.name}")
-            problems += [verify_file(path, file, content=verify is Verify.full)]
     except CheckpointError as error:
         problems.append(str(error))
-    return [problem for problem in problems if problem]
+    for file in manifest.files[share] if verify is not Verify.off else []:
+        progress(f"{path / file.name}")
+        problems.append(verify_file(path, file, content=verify is Verify.full))
+    return list(dict.fromkeys(problem for problem in problems if problem))
 
 
 def commit(

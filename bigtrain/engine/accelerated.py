@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
-from bigtrain.distributed import RankInfo, build_mesh
+from bigtrain.distributed import RankInfo, build_mesh, publish_rank
 from bigtrain.engine.base import Engine
 from bigtrain.engine.deepspeed_zero import (
     ZeroEngine,
@@ -45,6 +45,7 @@ def build_accelerated(
 def _build_ddp(
     build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
 ) -> Engine:
+    publish_rank(info)  # without it Accelerate wraps nothing in a world of one
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     expected = DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
     _assert_built(accelerator, expected, info.world_size)

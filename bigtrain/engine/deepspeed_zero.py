@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
-from bigtrain.distributed import RankInfo
+from bigtrain.distributed import RankInfo, publish_rank
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -216,8 +216,7 @@ def import_deepspeed(info: RankInfo, device: torch.device) -> Any:
     """Import DeepSpeed, quietly, for ``device``."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
-        os.environ.setdefault(name, str(value))
+    publish_rank(info)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed still calls names that torch has deprecated, once per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)\b")

@@ -1,6 +1,5 @@
 """Training as a user sees it: commands, exit codes, files, interruptions."""
 
-import functools
 import os
 import random
 import shutil
@@ -147,6 +146,10 @@ def interrupt(
     return result, num_steps(cwd / RUN)
 
 
+def has_steps(run: Path, number: int) -> Callable[[], bool]:
+    return lambda: num_steps(run) >= number
+
+
 def newest_checkpoint(run: Path) -> int:
     return max((step_of(path) for path in find_checkpoints(run)), default=0)
 
@@ -163,8 +166,7 @@ def test_signals_save_and_a_kill_costs_only_steps(tmp_path: Path):
     command, run = [sys.executable, TRAIN, *ENDLESS], tmp_path / RUN
     steps = 0
     for name in ("SIGINT", "SIGTERM"):
-        three_more = functools.partial(lambda before: num_steps(run) >= before + 3, steps)
-        result, steps = interrupt(command, tmp_path, getattr(signal, name), three_more, repeat=True)
+        result, steps = interrupt(command, tmp_path, getattr(signal, name), has_steps(run, steps + 3), repeat=True)
         assert (result.code, result.err) == (75, "")
         last_words = result.out.splitlines()[-1]
         assert f"stopped by {name} after step {steps}" in last_words
@@ -185,8 +187,8 @@ def test_signals_save_and_a_kill_costs_only_steps(tmp_path: Path):
 def test_signals_to_torchrun_save(tmp_path: Path):
     run, steps = tmp_path / RUN, 0
     for name in ("SIGINT", "SIGTERM"):
-        three_more = functools.partial(lambda before: num_steps(run) >= before + 3, steps)
-        result, steps = interrupt(torchrun(2, TRAIN, *ENDLESS), tmp_path, getattr(signal, name), three_more)
+        command = torchrun(2, TRAIN, *ENDLESS)
+        result, steps = interrupt(command, tmp_path, getattr(signal, name), has_steps(run, steps + 3))
         assert f"stopped by {name} after step {steps}" in result.out
         assert newest_checkpoint(run) == steps
         assert "[rank" not in result.err
@@ -402,7 +404,7 @@ hydra_cli.main(hydra_cli.read_run, train.run, train.help_page)
 def test_a_fault_of_one_rank_ends_all_and_is_shown(tmp_path: Path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(launch=str(LAUNCH)))
-    result = launch(torchrun(2, str(script), *SMALL, "checkpoint.every_steps=2"), tmp_path, 60)
+    result = launch(torchrun(2, str(script), *SMALL, "checkpoint.every_steps=2"), tmp_path)
     assert result.code == 1
     # torchrun's report names the earliest fault, but in whole seconds; rank 0's lost connection may share one.
     assert "ZeroDivisionError: a fault on rank 1" in result.err.partition("ChildFailedError")[2]
@@ -415,7 +417,7 @@ def test_missing_data_is_one_message_from_one_rank(tmp_path: Path):
     command = torchrun(
         2, TRAIN, *SMALL, "data=text", "data.path=nowhere", "data.tokenizer=bytes", "model.vocab_size=257"
     )
-    result = launch(command, tmp_path, 60)
+    result = launch(command, tmp_path)
     assert_one_message(result, "nowhere")
     assert not (tmp_path / "runs").exists()
 

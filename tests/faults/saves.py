@@ -64,8 +64,10 @@ def make_state(step: int | None, *, whole: bool = False, scale: int = 1) -> dict
     return entries
 
 
-def make_run_state(step: int, config: Mapping[str, Any] | None = None, loss: float | None = None) -> RunState:
-    return RunState(step, 16 * step, step, "synthetic", dict(config or {}), {"bigtrain": "0"}, 1, loss)
+def make_run_state(
+    step: int, config: Mapping[str, Any] | None = None, loss: float | None = None, world_size: int = 1
+) -> RunState:
+    return RunState(step, 16 * step, step, "synthetic", dict(config or {}), {"bigtrain": "0"}, world_size, loss)
 
 
 def save(
@@ -84,7 +86,7 @@ def save(
         for key, entry in make_state(step, scale=scale).items():
             for box, new in zip(entries[key].boxes, entry.boxes, strict=True):
                 box.view.copy_(new.view)
-        saver.save(make_run_state(step, config))
+        saver.save(make_run_state(step, config, world_size=dist.get_world_size()))
         saver.wait_until_staged()
         for entry in entries.values():
             for box in entry.boxes:
