@@ -112,7 +112,10 @@ def make_savers(module: nn.Module, directory: Path) -> dict[str, Begin]:
 
         def begin(path: Path) -> tuple[Wait, Wait]:
             saver.save(RunState(int(path.name), 0, 0, "", {}, {}, dist.get_world_size()))
-            return saver.wait_until_staged, saver.finish
+            if asynchronous:
+                return saver.wait_until_staged, saver.finish
+            saver.finish()
+            return nothing, nothing
 
         return begin
 

@@ -72,7 +72,9 @@ def run(config: CheckpointsConfig) -> int:
             print(f"{'':>10} {problem}")
     complete = [item for item in found if item.status == "complete"]
     if damaged := [item for item in complete if item.problems]:
-        raise CheckpointError(f"{len(damaged)} of {len(complete)} checkpoints damaged; a launch that comes to one sets it aside")
+        raise CheckpointError(
+            f"{len(damaged)} of {len(complete)} checkpoints damaged; a launch that comes to one sets it aside"
+        )
     return EXIT_FINISHED
 
 

@@ -44,6 +44,20 @@ def test_the_same_when_one_of_two_ranks_is_killed(rank: int, stride: int, tmp_pa
     assert saves.names(directory) == [f"step-{step:08d}" for step in (NEW, NEXT)]
 
 
+def save_again(directory: Path) -> str | None:
+    saves.join()
+    (report,) = saves.save(directory, OLD[-1])
+    return report.error
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path: Path):
+    run_ranks(saves.save_all, 1, tmp_path, OLD)
+    before = {path: path.stat() for path in tmp_path.rglob("*.*")}
+    assert "a checkpoint is never overwritten" in run_ranks(save_again, 1, tmp_path)[0]
+    assert {path: path.stat() for path in tmp_path.rglob("*.*")} == before
+    assert crashes.newest_whole(tmp_path) == OLD[-1]
+
+
 # What a kill does not show: a machine that loses power keeps only what was synchronised.
 
 
