@@ -46,7 +46,7 @@ def mount() -> Iterator[Mount]:
 
     yield mount_tmpfs
     for path in set(mounted):
-        subprocess.run(["umount", str(path)], check=True)
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def assert_older_stay(directory: Path) -> None:
