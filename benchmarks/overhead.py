@@ -14,14 +14,19 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -58,6 +63,7 @@ from bigtrain.schema import from_dict
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PRESETS = sorted(path.stem for path in (REPOSITORY / "configs/model").glob("*.yaml") if path.stem != "hf")
 TURN_STEPS = 10
 """Steps of each side before it is the other's turn; also ``train.log_every_steps``, at its default."""
 WARMUP_TURNS = 2
@@ -180,13 +186,10 @@ def bare_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 def bare_torch_step(config: TrainConfig, device: torch.device, model: nn.Module) -> BareStep:
     bf16, grad_clip = config.engine.precision is Precision.bf16, config.optimizer.grad_clip
-    autocast = contextlib.nullcontext
+    autocast: Callable[[], Any] = contextlib.nullcontext
     if config.engine.kind is EngineKind.ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if bf16:
-
-            def autocast() -> torch.autocast:
-                return torch.autocast(device.type, torch.bfloat16)
+        autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else autocast
     else:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         for block in model.blocks:
@@ -282,36 +285,16 @@ def make_config(args: argparse.Namespace, scratch: str) -> TrainConfig:
             ),
         )
     )
-    problems = check(config, world_size=args.ranks, local_world_size=args.ranks)
-    assert not problems, problems
+    if problems := check(config, world_size=args.ranks, local_world_size=args.ranks):
+        sys.exit("\n".join(problems))
     return config
 
 
 def report(args: argparse.Namespace, config: TrainConfig, results: list[tuple[Times, Times, str]]) -> str:
     """Return the table: rank 0's wall clock, the CPU time of all ranks together."""
     ours, bare, facts = results[0]
-    agree = abs(ours.loss - bare.loss) <= (1e-4 if config.engine.precision is Precision.fp32 else 1e-2) * abs(bare.loss)
-    assert agree, f"not the same work: loss {ours.loss} and {bare.loss}"
-    first_turn, first_step = WARMUP_TURNS, WARMUP_TURNS * TURN_STEPS
-    num_steps, num_turns = len(ours.steps) - first_step, len(ours.turns) - first_turn
-    pairs = [a / b for a, b in zip(ours.turns[first_turn:], bare.turns[first_turn:], strict=True)]
-    low, middle, high = statistics.quantiles(pairs, n=4)
-    cpu = [
-        [sum(turn) for turn in zip(*(result[side].cpu[first_turn:] for result in results), strict=True)]
-        for side in (0, 1)
-    ]
-    median, quiet = statistics.median, lambda values: statistics.quantiles(values, n=4)[0]
-    rows = [
-        (f"single step, median of {num_steps}", median, ours.steps[first_step:], bare.steps[first_step:]),
-        ("single step, 25th percentile", quiet, ours.steps[first_step:], bare.steps[first_step:]),
-        (
-            f"step with its share of logging, median of {num_turns} turns",
-            median,
-            ours.turns[first_turn:],
-            bare.turns[first_turn:],
-        ),
-        (f"CPU time per step, all ranks, median of {num_turns} turns", median, *cpu),
-    ]
+    tolerance = 1e-4 if config.engine.precision is Precision.fp32 else 1e-2
+    assert abs(ours.loss - bare.loss) <= tolerance * abs(bare.loss), f"other work: loss {ours.loss} and {bare.loss}"
     lines = [
         f"engine={args.engine} ranks={args.ranks} {config.engine.precision.name}, model {config.model.name}: {facts}",
         f"batch {args.batch} x {config.data.sequence_length} tokens per rank; turns of {TURN_STEPS} steps; {machine()}",
@@ -319,32 +302,48 @@ def report(args: argparse.Namespace, config: TrainConfig, results: list[tuple[Ti
         "",
         f"{'milliseconds':<60}{'bare':>10}{'bigtrain':>10}{'more':>9}{'ratio':>8}",
     ]
-    for name, summary, our_values, bare_values in rows:
+    for name, summary, our_values, bare_values in table(results):
         a, b = summary(our_values) * 1e3, summary(bare_values) * 1e3
         lines.append(f"{name:<60}{b:>10.3f}{a:>10.3f}{a - b:>+9.3f}{a / b:>8.4f}")
+    pairs = [a / b for a, b in zip(ours.turns[WARMUP_TURNS:], bare.turns[WARMUP_TURNS:], strict=True)]
+    low, middle, high = statistics.quantiles(pairs, n=4)
     lines.append(f"ratio of neighbouring turns: median {middle:.4f}, quartiles {low:.4f} to {high:.4f}")
     return "\n".join(lines)
 
 
+def table(results: list[tuple[Times, Times, str]]) -> list[tuple[str, Callable[[list[float]], float], Any, Any]]:
+    """Return (name, what is shown of the values, our values, bare values) in seconds."""
+    median, first_step = statistics.median, WARMUP_TURNS * TURN_STEPS
+    steps = [times.steps[first_step:] for times in results[0][:2]]
+    turns = [times.turns[WARMUP_TURNS:] for times in results[0][:2]]
+    cpu = [np.sum([result[side].cpu[WARMUP_TURNS:] for result in results], axis=0).tolist() for side in (0, 1)]
+    return [
+        (f"single step, median of {len(steps[0])}", median, *steps),
+        ("single step, 25th percentile", lambda values: statistics.quantiles(values, n=4)[0], *steps),
+        (f"step with its share of logging, median of {len(turns[0])} turns", median, *turns),
+        (f"CPU time per step, all ranks, median of {len(turns[0])} turns", median, *cpu),
+    ]
+
+
 def machine() -> str:
-    if torch.cuda.device_count():
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = f"{os.cpu_count()} x {(names or [platform.processor()])[0]}, load {os.getloadavg()[0]:.1f}"
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+    cpus = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    cpu = f"{os.cpu_count()} x {(cpus or [platform.machine()])[0]}, load {os.getloadavg()[0]:.1f}"
+    device = torch.cuda.get_device_name() if torch.cuda.device_count() else cpu
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed"))
+    return f"{device}; {packages}, Python {platform.python_version()}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["ddp", "fsdp", "zero2"], default="fsdp")
     parser.add_argument("--ranks", type=int, default=1, help="processes, started here (default 1)")
-    parser.add_argument("--model", default="gpt_nano", help="preset of configs/model (default gpt_nano)")
+    parser.add_argument("--model", default="gpt_nano", choices=PRESETS, metavar="PRESET", help="default gpt_nano")
     parser.add_argument("--batch", type=int, default=4, help="sequences per rank and step (default 4)")
     parser.add_argument("--steps", type=int, default=220, help=f"of each side, {WARMUP_TURNS * TURN_STEPS} to warm up")
     parser.add_argument("--no-op", action="store_true", help="a model of 16 numbers, to see the loop alone")
     args = parser.parse_args()
+    if min(args.ranks, args.batch) < 1:
+        parser.error("--ranks and --batch must be at least 1")
     if args.steps % TURN_STEPS or args.steps < (WARMUP_TURNS + 2) * TURN_STEPS:
         parser.error(f"--steps must be a multiple of {TURN_STEPS}, at least {(WARMUP_TURNS + 2) * TURN_STEPS}")
     # glibc may give memory back to the system after every step and fault it in again in the next, up to a fifth
