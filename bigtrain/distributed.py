@@ -135,9 +135,13 @@ def _decode(payload: torch.Tensor) -> Any:
 def on_rank0(function: Callable[[], Any]) -> Any:
     """Call ``function`` on rank 0 while the others wait; return its JSON-able value on every rank.
 
+    Without a process group this process is the only rank.
+
     Raises:
         BigtrainError: what it raised on rank 0, on every rank, so that none is left waiting.
     """
+    if not dist.is_initialized():
+        return function()
     outcome: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:
@@ -146,5 +150,7 @@ def on_rank0(function: Callable[[], Any]) -> Any:
             outcome = {"error": type(error).__name__, "message": str(error)}
     outcome = broadcast_json(outcome)
     if "error" in outcome:
-        raise getattr(errors, outcome["error"])(outcome["message"])
+        error = getattr(errors, outcome["error"])(outcome["message"])
+        error.said_by_rank_0 = dist.get_rank() > 0
+        raise error
     return outcome["value"]

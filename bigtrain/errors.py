@@ -14,6 +14,9 @@ EXIT_RESUMABLE = 75  # sysexits.h EX_TEMPFAIL: saved; the same command continues
 class BigtrainError(Exception):
     """Base of all errors that the user can mend."""
 
+    said_by_rank_0 = False
+    """Whether rank 0 raises the same error, so that this rank need not show it."""
+
 
 class ConfigError(BigtrainError):
     """The configuration is wrong; the message lists every problem found."""

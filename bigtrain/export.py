@@ -13,21 +13,19 @@ from typing import Any
 
 import torch
 
-from bigtrain import log
-from bigtrain.checkpoint.loader import verify_checkpoint
 from bigtrain.checkpoint.reader import TensorReader
 from bigtrain.checkpoint.shard import NAMES
-from bigtrain.checkpoint.store import find_checkpoints, read_run_state, sync_directory
-from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig, Verify
+from bigtrain.checkpoint.store import read_run_state, sync_directory
+from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.data.index import read_index
 from bigtrain.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.hf import read_hf_config
 from bigtrain.models.hf_export import HFTensor, hf_config, hf_tensors
 from bigtrain.models.init import initial_values
-from bigtrain.run_files import locate
+from bigtrain.run_files import find_whole
 from bigtrain.schema import from_dict
 
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -104,23 +102,6 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(checkpoint, sum(math.prod(part.shape) for part in parts), has_tokenizer=eos_id is not None)
-
-
-def find_whole(path: Path) -> tuple[Path, Path]:
-    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is; nothing is set aside.
-
-    Raises:
-        CheckpointError: none verifies.
-    """
-    run, newest = locate(path)
-    problems: list[str] = []
-    for checkpoint in [newest] if newest == path else reversed(find_checkpoints(run)):
-        if not (found := verify_checkpoint(checkpoint, Verify.full)):
-            if problems:
-                log.get_logger().warning("\n  ".join([f"damaged, so {checkpoint} is taken:", *problems]))
-            return run, checkpoint
-        problems += found
-    raise CheckpointError("\n  ".join([f"{path}: no whole checkpoint:", *problems]))
 
 
 # What is written

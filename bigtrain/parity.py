@@ -144,7 +144,7 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
     with train_loader(open_splits(config)["train"], config, engine, first_step=0) as loader:
         for batch in loader:
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
-            seed_step(config.train.seed, batch.step, engine.dp_rank)
+            seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
             loss, grad_norm = step_function(engine, batch, lr)
             pending.append({"loss": loss, "grad_norm": grad_norm})
             if batch.step + 1 == (num_steps or config.train.steps):

@@ -12,7 +12,7 @@ import yaml
 from bigtrain import log
 from bigtrain.checkpoint.loader import verify_checkpoint
 from bigtrain.checkpoint.store import RUN_STATE_FILE, find_checkpoints, find_damaged, read_run_state, set_aside
-from bigtrain.config import TrainConfig
+from bigtrain.config import TrainConfig, Verify
 from bigtrain.data.index import INDEX_FILE
 from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
@@ -54,6 +54,26 @@ def locate(path: Path) -> tuple[Path, Path]:
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint; name the directory of a run, such as runs/gpt_nano")
     return path, found[-1]
+
+
+def find_whole(path: Path) -> tuple[Path, Path]:
+    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is; nothing is set aside.
+
+    If there is a process group, all ranks call this.
+
+    Raises:
+        CheckpointError: none verifies.
+    """
+    run, newest = locate(path)
+    candidates = [newest] if newest == path else on_rank0(lambda: [str(found) for found in find_checkpoints(run)])
+    problems: list[str] = []
+    for checkpoint in map(Path, reversed(candidates)):
+        if not (found := verify_checkpoint(checkpoint, Verify.full)):
+            if problems:
+                log.get_logger().warning("\n  ".join([f"damaged, so {checkpoint} is taken:", *problems]))
+            return run, checkpoint
+        problems += found
+    raise CheckpointError("\n  ".join([f"{path}: no whole checkpoint:", *problems]))
 
 
 def read_config(directory: Path) -> TrainConfig:

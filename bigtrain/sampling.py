@@ -11,7 +11,7 @@ from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
-from bigtrain.run_files import locate, read_config
+from bigtrain.run_files import find_whole, read_config
 
 
 def sample_run(
@@ -38,11 +38,11 @@ def sample_run(
         seed: the same seed gives the same texts.
 
     Raises:
-        CheckpointError: no complete checkpoint.
+        CheckpointError: no whole checkpoint.
         DataError: the run was trained without a tokenizer.
         ConfigError: a prompt or a setting that the model cannot serve.
     """
-    run, checkpoint = locate(path)
+    run, checkpoint = find_whole(path)
     config = read_config(run)
     tokenizer = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -44,7 +44,7 @@ from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.redact import redact
 from bigtrain.resilience.signals import StopAgreement, StopSignal
-from bigtrain.run_files import find_resume, keep_tokenizer, locate, read_config, run_directory, write_config
+from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
 from bigtrain.schema import flatten, from_dict, to_dict
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
@@ -134,8 +134,8 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
         values = build_initial_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=_num_threads(info))
     first_step = state.step if state else 0
-    recorder = open_recorder(config, first_step)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
+    recorder = open_recorder(config, first_step)
     parts = Run(config, directory, engine, splits, recorder, saver, first_step)
     with recorder:
         recorder.event(
@@ -160,13 +160,14 @@ def train(run: Run) -> int:
         for batch in loader:
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
-            seed_step(config.train.seed, batch.step, engine.dp_rank)
+            seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
             loss, grad_norm = train_step(engine, batch, lr, before_update=saver.wait_until_staged)
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
 
             record_save(run, saver.poll())
-            must_stop = signal.name is not None or saver.num_failures >= config.checkpoint.max_failures
-            stopping = agreement.poll(must_stop) or step == last_launch_step
+            if saver.num_failures >= config.checkpoint.max_failures:
+                signal.request(f"checkpoint.max_failures={config.checkpoint.max_failures}")
+            stopping = agreement.poll(signal.reason is not None) or step == last_launch_step
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
@@ -185,7 +186,7 @@ def train(run: Run) -> int:
         agreement.settle()
         record_save(run, saver.finish())  # in here: a signal that a launcher repeats must not cut the last save short
     gc.enable()
-    return _end(run, step, finished, signal.name)
+    return _end(run, step, finished, signal.reason)
 
 
 def train_step(
@@ -306,9 +307,13 @@ def open_splits(config: TrainConfig) -> Mapping[str, Any]:
     return open_data(config.data, vocab_size=config.model.vocab_size)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Make the random numbers of a step (dropout) a function of (seed, step, rank), so that none need saving."""
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()))
+    value = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
+    # torch.manual_seed would, on a machine without a GPU, keep a formatted stack of every call for ever.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 def write_run_files(config: TrainConfig) -> None:
@@ -349,18 +354,19 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
         batches: global batches; by default as many as in the run's own validations.
 
     Raises:
-        CheckpointError: no complete checkpoint.
+        CheckpointError: no whole checkpoint.
         ConfigError: the run's batch does not divide over this world.
     """
     info = RankInfo.from_env()
     log.setup(info.rank)
     device = pick_device(info)
-    directory, checkpoint = locate(path)
+    directory, _ = locate(path)
     config = read_config(directory)
     config.validation.batches = batches or config.validation.batches
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     init_process_group(info, device)
+    _, checkpoint = find_whole(path)
     splits = open_splits(config)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     load_checkpoint(checkpoint, engine.state.entries)
@@ -396,7 +402,7 @@ def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _end(run: Run, step: int, finished: bool, signal_name: str | None) -> int:
+def _end(run: Run, step: int, finished: bool, stop_reason: str | None) -> int:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
         raise CheckpointError(
@@ -406,7 +412,7 @@ def _end(run: Run, step: int, finished: bool, signal_name: str | None) -> int:
     if finished:
         run.recorder.event("finished", step=step)
         return EXIT_FINISHED
-    reason = signal_name or "run.stop_after_steps"
+    reason = stop_reason or "run.stop_after_steps"
     run.recorder.event("stop", step=step, reason=reason)
     run.recorder.message(
         f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."

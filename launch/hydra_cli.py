@@ -57,11 +57,12 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     try:
         config = read(args)
     except BigtrainError as error:
-        _exit_with(error, same_on_all_ranks=True)
+        error.said_by_rank_0 = rank() > 0  # all ranks have the same command line
+        _exit_with(error)
     try:
         code = run(config)
     except BigtrainError as error:
-        _exit_with(error, same_on_all_ranks=False)
+        _exit_with(error)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     sys.exit(code)
@@ -200,7 +201,7 @@ def group_lines() -> str:
     return "\n".join(lines)
 
 
-def _exit_with(error: BigtrainError, *, same_on_all_ranks: bool) -> NoReturn:
+def _exit_with(error: BigtrainError) -> NoReturn:
     """Show ``error`` and end the process; rank 0 goes first.
 
     torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
@@ -211,7 +212,7 @@ def _exit_with(error: BigtrainError, *, same_on_all_ranks: bool) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         time.sleep(RANK_0_HEAD_START_SECONDS)
-        message = "" if same_on_all_ranks else textwrap.indent(message, f"[rank {rank()}] ")
+        message = "" if error.said_by_rank_0 else textwrap.indent(message, f"[rank {rank()}] ")
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)

@@ -48,6 +48,7 @@ class NativeEngine:
         self.grad_clip = grad_clip
         self.autocast = autocast
         self.accumulate_whole_gradients = accumulate_whole_gradients
+        self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
         self.shard_group = mesh.get_group("dp_shard") if isinstance(module, FSDPModule) else None
         # A sum of two is the same in any order, and only DDP has buckets.
         self._has_final_buckets = not isinstance(module, DistributedDataParallel) or self.dp_size <= 2
@@ -56,7 +57,8 @@ class NativeEngine:
 
     def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         if not self._has_final_buckets:
             self._settle_buckets(batch)
         with self._communicate(last):
@@ -68,7 +70,7 @@ class NativeEngine:
 
     def step(self, lr: float) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
-        gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        gradients = [_local(p.grad) for p in self._parameters if p.grad is not None]
         norm = self._global_norm(gradients)
         if self.grad_clip and gradients:
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
@@ -204,8 +206,8 @@ def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn
         "offload_policy": CPUOffloadPolicy(pin_memory=device_type == "cuda")
         if engine.offload is Offload.cpu
         else OffloadPolicy(),
-        "reshard_after_forward": engine.fsdp.reshard_after_forward,
     }
     for block in model.blocks:
-        fully_shard(block, **kwargs)
-    return fully_shard(model, **kwargs)
+        fully_shard(block, reshard_after_forward=engine.fsdp.reshard_after_forward, **kwargs)
+    # The backward pass begins with what the root itself holds (the head): to reshard it would be to gather it again.
+    return fully_shard(model, reshard_after_forward=False, **kwargs)

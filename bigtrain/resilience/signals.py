@@ -15,11 +15,12 @@ FORCE_AFTER_SECONDS = 2.0
 class StopSignal:
     """From entering on, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process.
 
-    Leaving puts the handlers back unless a signal has come.
+    Leaving puts the handlers back unless a stop is wanted.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.reason: str | None = None
+        """Why this rank wants to stop: the name of the signal, or what :meth:`request` was told."""
         self._first_time = 0.0
 
     def __enter__(self) -> "StopSignal":
@@ -29,15 +30,19 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After a signal the process only has to end, and what a launcher repeats must not disturb that.
-        if self.name is None:
+        # Once it is to stop the process only has to end, and what a launcher repeats must not disturb that.
+        if self.reason is None:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
+    def request(self, reason: str) -> None:
+        """Want to stop without a signal; the first reason stays."""
+        self.reason = self.reason or reason
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.name is None:
-            self.name, self._first_time = signal.Signals(number).name, now
+        if self.reason is None:
+            self.reason, self._first_time = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self._first_time > FORCE_AFTER_SECONDS:
             raise KeyboardInterrupt
 

@@ -111,7 +111,7 @@ def forgotten_momentum(config: TrainConfig) -> int:
 
 def other_dropout(config: TrainConfig) -> int:
     seed_step = trainer.seed_step
-    trainer.seed_step = lambda seed, step, rank: seed_step(seed + 1, step, rank)
+    trainer.seed_step = lambda seed, *position: seed_step(seed + 1, *position)
     return trainer.run(config)
 
 
@@ -170,7 +170,7 @@ def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
         with trainer.train_loader(trainer.open_splits(config)["train"], config, engine, first_step=first) as loader:
             for batch in itertools.islice(loader, last - first):
                 lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=8, config=config.scheduler)
-                trainer.seed_step(0, batch.step, engine.dp_rank)
+                trainer.seed_step(0, batch.step, engine.dp_rank, engine.device)
                 loss, grad_norm = trainer.train_step(engine, batch, lr)
                 pending.append({"loss": loss, "grad_norm": grad_norm})
         return [(record["loss"], record["grad_norm"]) for record in trainer.read_back(pending)]

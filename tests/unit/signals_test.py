@@ -29,9 +29,9 @@ def send(number: int) -> None:
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_a_flag(number: signal.Signals):
     with StopSignal() as stop:
-        assert stop.name is None
+        assert stop.reason is None
         send(number)
-        assert stop.name == number.name
+        assert stop.reason == number.name
 
 
 def test_handlers_are_put_back():
@@ -49,14 +49,14 @@ def test_a_repeated_signal_does_not_disturb_the_end():
         send(signal.SIGINT)
     send(signal.SIGINT)
     send(signal.SIGTERM)
-    assert stop.name == "SIGINT"
+    assert stop.reason == "SIGINT"
 
 
 def test_the_first_signal_gives_the_name():
     with StopSignal() as stop:
         send(signal.SIGTERM)
         send(signal.SIGINT)
-        assert stop.name == "SIGTERM"
+        assert stop.reason == "SIGTERM"
 
 
 def test_a_repeated_interrupt_forces_only_later(monkeypatch: pytest.MonkeyPatch):
@@ -68,7 +68,7 @@ def test_a_repeated_interrupt_forces_only_later(monkeypatch: pytest.MonkeyPatch)
         send(signal.SIGTERM)  # a launcher's end, not a person's insistence
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-        assert stop.name == "SIGINT"
+        assert stop.reason == "SIGINT"
 
 
 def poll_for_steps(wanting: dict[int, int], num_steps: int) -> list[bool]:
