@@ -215,7 +215,14 @@ def _exit_with(error: BigtrainError) -> NoReturn:
         message = "" if error.said_by_rank_0 else textwrap.indent(message, f"[rank {rank()}] ")
     if message:
         print(message, file=sys.stderr, flush=True)
-    sys.exit(EXIT_USER_ERROR)
+    leave(EXIT_USER_ERROR)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: a process group that is torn down while others use it aborts, with another code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _quiet_hydra() -> HydraConf:

@@ -108,20 +108,21 @@ def estimate(
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     bf16 = precision is Precision.bf16
     layout = _layout(config, sizes, world_size, local_world_size or world_size, bf16, device_type)
+    numerics = Numerics(
+        element_bytes=2 if bf16 else 4,
+        # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
+        residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
+        on_cpu=device_type == "cpu",
+    )
     activations = activation_bytes(
         shape,
         num_sequences=num_sequences,
         sequence_length=length,
         checkpointing=engine.activation_checkpointing,
         every=engine.activation_checkpointing_every,
-        numerics=Numerics(
-            element_bytes=2 if bf16 else 4,
-            # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
-            residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
-            on_cpu=device_type == "cpu",
-        ),
+        numerics=numerics,
     )
-    loss = loss_bytes(shape, num_tokens=num_sequences * length)
+    loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
     components = (
         layout.parameters,
         layout.gradients,

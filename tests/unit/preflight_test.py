@@ -64,7 +64,8 @@ def test_ddp_by_hand():
     assert device["parameters"] == device["gradients"] == 4 * num_parameters
     assert device["optimizer moments"] == 8 * num_parameters
     assert device["master weights"] == 0
-    assert device["loss buffers"] == 12 * num_tokens * 50257
+    # Logits and log-probabilities of 2^26 / V tokens at a time, and the gradients of projection and hidden states.
+    assert device["loss buffers"] == (2 * 1335 * 50257 + (50257 + num_tokens) * width) * 4
     # A block: 2 D as residual stream, 2 D out of the norms, 3 D of qkv, D out of attention, 8 D of the
     # feed-forward, and an fp32 number per head; then the final norm's input and output.
     assert device["activations"] == 4 * num_tokens * (12 * (16 * width + 12) + 2 * width)
@@ -269,7 +270,8 @@ def test_hugging_face_models_are_counted(tmp_path):
         run_config("hf", model={"name": str(tmp_path)}, length=64),
         run_config("llama3_1b", model=native | llama, length=64),
     )
-    assert guess(hf).device == guess(own).device
+    whole_logits = {"loss buffers": 12 * 4 * 64 * 500}  # these models hand out all logits at once
+    assert guess(hf).device == guess(own).device | whole_logits
     assert "most similar native model" in report(hf, 8).table()
 
 
