@@ -52,13 +52,14 @@ from bigtrain.config import (
     TrainingConfig,
 )
 from bigtrain.data.batch import Batch
-from bigtrain.distributed import RankInfo, init_process_group, pick_device, shut_down
+from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.deepspeed_zero import deepspeed_settings, import_deepspeed
 from bigtrain.engine.state import initialise
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_model
 from bigtrain.models.init import InitialValue, Normal, initial_values
+from bigtrain.rank_info import RankInfo
 from bigtrain.schema import from_dict
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 

@@ -16,6 +16,7 @@ from bigtrain.config import (
     EngineKind,
     ModelKind,
     Offload,
+    OptimizerKind,
     Positions,
     SchedulerKind,
     TrainConfig,
@@ -74,7 +75,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
     rules = [
         (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
-        (engine.kind in ZERO_KINDS, "engine.deepspeed", f"by engine={engine.kind.name}"),
+        (engine.kind in (*ZERO_KINDS, EngineKind.accelerate), "engine.deepspeed", f"by engine={engine.kind.name}"),
         (engine.kind is EngineKind.hsdp, "engine.dp_shard", f"by engine={engine.kind.name}"),
         (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
         (data.source not in (DataSource.stdlib, DataSource.synthetic), "data.path", f"by data={data.source.name}"),
@@ -84,6 +85,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
         (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
         (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
+        (config.optimizer.kind is OptimizerKind.adamw, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
         (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
     ]

@@ -86,6 +86,7 @@ class OptimizerKind(Enum):
     """The update rule."""
 
     adamw = "adamw"
+    sgd = "sgd"
 
 
 class SchedulerKind(Enum):
@@ -276,7 +277,7 @@ class OptimizerConfig:
     """The update rule."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """Update rule."""
+    """``adamw``, or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

@@ -30,5 +30,9 @@ class CheckpointError(BigtrainError):
     """A checkpoint is missing, damaged or belongs to a different run."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint may be whole, but cannot be read here and now: no reason to take another one."""
+
+
 class PreflightError(BigtrainError):
     """The run does not fit the machine."""

@@ -16,13 +16,14 @@ from torch import nn
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.data.loader import StepBatch
-from bigtrain.distributed import RankInfo, all_reduce_sum, init_process_group, pick_device
+from bigtrain.distributed import all_reduce_sum, init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL, EngineState, initialise
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
+from bigtrain.rank_info import RankInfo
 from bigtrain.trainer import open_splits, read_back, seed_step, train_loader, train_step
 
 StepFunction = Callable[[Engine, StepBatch, float], tuple[torch.Tensor, torch.Tensor]]

@@ -20,28 +20,21 @@ from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.checks import check
-from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
+from bigtrain.config import DataSource, EngineKind, Offload, Precision, Preflight, TrainConfig
 from bigtrain.data import open_splits as open_data
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.index import read_index
 from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare, prepared_directory
-from bigtrain.distributed import (
-    RankInfo,
-    all_reduce_sum,
-    broadcast_json,
-    init_process_group,
-    on_rank0,
-    pick_device,
-    shut_down,
-)
+from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.state import initialise
+from bigtrain.engine.state import MODEL, initialise
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError, PreflightError
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
+from bigtrain.rank_info import RankInfo
 from bigtrain.redact import redact
 from bigtrain.resilience.signals import StopAgreement, StopSignal
 from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
@@ -362,6 +355,9 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     device = pick_device(info)
     directory, _ = locate(path)
     config = read_config(directory)
+    # How the run was spread over ranks does not matter to its loss; here the least memory does.
+    engine_config = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
+    config = dataclasses.replace(config, engine=engine_config)
     config.validation.batches = batches or config.validation.batches
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
@@ -369,7 +365,8 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     _, checkpoint = find_whole(path)
     splits = open_splits(config)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    load_checkpoint(checkpoint, engine.state.entries)
+    weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
+    load_checkpoint(checkpoint, weights)
     engine.state.commit()
     loss = validate(engine, splits["validation"], config)
     shut_down()

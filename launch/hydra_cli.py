@@ -33,6 +33,7 @@ from yaml import YAMLError
 from bigtrain.checks import check, check_data, ignored_settings, resolve
 from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
+from bigtrain.rank_info import RankInfo
 from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
 
 T = TypeVar("T")
@@ -75,10 +76,8 @@ def read_run(args: list[str]) -> TrainConfig:
         ConfigError: listing every problem; no model is chosen; the values contradict each other.
     """
     config = compose_run(TrainConfig, args)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # The deepspeed launcher does not set LOCAL_WORLD_SIZE; on one node it is the world.
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    if problems := check(config, world_size=world_size, local_world_size=local_world_size):
+    info = RankInfo.from_env()
+    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     if rank() == 0:
         for warning in ignored_settings(config):
@@ -176,7 +175,7 @@ def group_options(group: str) -> list[str]:
 
 def rank() -> int:
     """Return this process's rank as the launcher set it; a plain process is rank 0."""
-    return int(os.environ.get("RANK", "0"))
+    return RankInfo.from_env().rank
 
 
 def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = "") -> str:

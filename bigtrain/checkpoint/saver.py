@@ -59,7 +59,10 @@ class Saver:
         self._run_directory = run_directory
         self._entries = entries
         self._config = config
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # A new thread would use GPU 0, whichever GPU this rank has: its stream would wait for the wrong one.
+        on_gpu = torch.cuda.is_available()
+        initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer, device)
         self._group = dist.new_group(backend="gloo")  # the thread's own: it must not meet the loop's collectives
         self._launch = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
         self._pending: Future[SaveReport] | None = None
@@ -153,6 +156,9 @@ class Saver:
         pieces = []
         for key, entry in self._entries.items():
             for box in entry.own_boxes():
+                if not self._config.asynchronous and box.view.device.type == "cpu":
+                    pieces.append(Piece(key, entry.shape, box.offsets, box.view))  # the loop waits for the disk
+                    continue
                 place = key, box.offsets
                 if place not in self._buffers:
                     pinned = box.view.device.type == "cuda"

@@ -26,7 +26,7 @@ from bigtrain.checkpoint.manifest import (
     write_hashed,
 )
 from bigtrain.config import Verify
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.schema import from_dict
 
 MIN_KEPT = 2
@@ -125,14 +125,21 @@ def find_problems(
 
     Returns:
         What is wrong, each naming a file with what was expected and found.
+
+    Raises:
+        UnreadableError: the file system cannot be read, or another version wrote the checkpoint.
     """
     try:
         manifest = read_manifest(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     problems: list[str | None] = []
     try:
         read_run_state(path, manifest)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         problems.append(str(error))
     for file in manifest.files[share] if verify is not Verify.off else []:

@@ -73,7 +73,8 @@ class NativeEngine:
         gradients = [_local(p.grad) for p in self._parameters if p.grad is not None]
         norm = self._global_norm(gradients)
         if self.grad_clip and gradients:
-            torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -174,7 +175,7 @@ def build_native(
         module = _data_parallel(model, device)
     else:
         module = _fully_shard(model, engine, mesh)
-        materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device)
+        materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
     groups = parameter_groups(
         ((name, p, p.ndim) for name, p in module.named_parameters()), weight_decay=optimizer.weight_decay
     )

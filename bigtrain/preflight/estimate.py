@@ -17,6 +17,7 @@ COMPONENTS = (
     "optimizer moments",
     "activations",
     "loss buffers",
+    "checkpoint copy",
     "engine buffers",
 )
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
@@ -30,7 +31,7 @@ class Estimate:
     device: dict[str, int]
     """Largest size of every component on the device."""
     host: dict[str, int]
-    """What ``engine.offload=cpu`` keeps in host memory."""
+    """What ``engine.offload=cpu`` keeps in host memory, and what saving does."""
     not_at_once: int
     """By how much the peak on the device is below the sum of its components."""
 
@@ -41,7 +42,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Peak of what is offloaded."""
+        """Peak in host memory, besides the device's if that is the host."""
         return sum(self.host.values())
 
 
@@ -130,6 +131,7 @@ def estimate(
         layout.moments,
         activations.saved + activations.recomputed,
         loss,
+        0,
         layout.gathered + max(layout.backward, layout.update),
     )
     # While activations shrink, gradients grow: the peak is at one of the ends, or in the update.
@@ -140,7 +142,10 @@ def estimate(
         layout.gradients + layout.update,
     )
     peak += layout.parameters + layout.masters + layout.moments
-    host = {name: layout.host.get(name, 0) for name in COMPONENTS}
+    # Saving copies the rank's share of the state to the host first, into memory that is kept.
+    is_copied = config.checkpoint.asynchronous or device_type != "cpu"
+    staged = {"checkpoint copy": 12 * -(-sizes.total // world_size) if is_copied else 0}
+    host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(dict(zip(COMPONENTS, components, strict=True)), host, not_at_once=sum(components) - peak)
 
 

@@ -13,9 +13,10 @@ from bigtrain.checkpoint.dcp import CheckpointReader
 from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
-from bigtrain.config import CheckpointConfig, Verify
+from bigtrain.config import CheckpointConfig, OptimizerKind, Verify
 from bigtrain.data import open_splits
 from bigtrain.distributed import all_reduce_sum
+from bigtrain.engine import deepspeed_zero, native
 from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.optim.schedule import lr_at
 from bigtrain.trainer import read_back, train_loader, train_step
@@ -118,6 +119,59 @@ def test_every_engine_opens_what_any_engine_saved(saved, worlds):
         assert hashes == expected_hashes, f"{source} -> {target}: state differs"
         # Sums over another number of ranks are rounded differently: a few units of 6e-8.
         assert losses == pytest.approx(expected_losses[: len(losses)], rel=1e-6), f"{source} -> {target}"
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023: an optimizer that no library of ours knows."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p -= group["lr"] * (0.9 * momentum + 0.1 * p.grad).sign()
+                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
+def optimizer_config(engine, kind):
+    """A run with another optimizer, given to every engine in this process."""
+    config = variant_config(engine, 2)
+    if kind == "lion":
+        config.optimizer.lr = 1e-4
+        for module in (native, deepspeed_zero):
+            module.build_optimizer = lambda groups, optimizer: Lion(groups, optimizer.lr)
+    else:
+        config.optimizer.kind = OptimizerKind[kind]
+    return config
+
+
+def save_with(kind, root):
+    config = optimizer_config("zero2", kind)
+    engine = start_engine(config)
+    run_steps(engine, config, 0, STEP)
+    saver = Saver(root, engine.state.entries, CheckpointConfig())
+    saver.save(RunState(STEP, 0, 0, "synthetic", {}, {}, 2))
+    assert saver.finish().error is None
+    return state_hashes(engine), run_steps(engine, config, STEP, LAST_STEP)
+
+
+def load_with(kind, root):
+    engine = start_engine(config := optimizer_config("fsdp", kind))
+    load_checkpoint(checkpoint_path(root, STEP), engine.state.entries)
+    return state_hashes(engine), run_steps(engine, config, STEP, LAST_STEP)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lion"])
+def test_other_optimizers_go_the_same_way(kind, tmp_path):
+    hashes, losses = run_ranks(save_with, 2, kind, tmp_path)[0]
+    loaded_hashes, loaded_losses = run_ranks(load_with, 1, kind, tmp_path)[0]
+    assert len([key for key in hashes if key.startswith("optim.")]) >= len(hashes) // 2
+    assert loaded_hashes == hashes
+    # The sign of Lion's update turns with a rounding where it is near 0.
+    assert loaded_losses == pytest.approx(losses, rel=1e-6 if kind == "sgd" else 1e-4)
 
 
 def load(config, path, change=None):

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from bigtrain.distributed import RankInfo, init_process_group, pick_device, shut_down
+from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.local_ranks import run_ranks
+from bigtrain.rank_info import RankInfo
 from bigtrain.resilience import signals
 from bigtrain.resilience.signals import SIGNALS, StopAgreement, StopSignal
 
