@@ -256,6 +256,8 @@ class EngineConfig:
     offload: Offload = Offload.none
     """``cpu`` keeps sharded optimizer state (and FSDP parameters) in host memory."""
     precision: Precision | None = None
+    shard_tokens: int = 67_108_864
+    """Prepared shards end with the document by which they hold so many tokens."""
     """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """``full`` recomputes blocks, ``selective`` keeps the matrix products and attention."""

@@ -1,10 +1,11 @@
-"""Prepared corpora, read through memory maps, and a synthetic stand-in that needs no files.
+"""Prepared corpora, and a synthetic stand-in that needs no files.
 
-Documents lie on end and are cut every T tokens: sample ``i`` holds the tokens
-``[i * T, i * T + T]``, T inputs and, shifted by one, T targets, so every token but the first is a
-target exactly once per epoch.
+A split is a row of shards, each holding whole documents; samples never cross a shard. With
+documents on end and cut every T tokens, shard ``k`` with ``n`` tokens holds ``max(n - 1, 0) // T``
+samples of T inputs and, shifted by one, T targets; global sample ids count through the shards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from bigtrain.data.index import CorpusIndex, SplitRecord, read_index, verify_file
+from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, read_index, verify_file
 from bigtrain.data.order import derive_key, mix64
 from bigtrain.errors import DataError
 
@@ -21,10 +22,26 @@ SplitName = Literal["train", "validation"]
 
 
 class Split(Protocol):
-    """Samples with an id each; what the loader needs to know of data."""
+    """Shards of tokens; what the loader needs to know of data."""
 
     name: str
     fingerprint: str
+    is_remote: bool
+    """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
+    shard_tokens: NDArray[np.int64]
+    """Number of tokens of each shard, int64 ``(num_shards,)``."""
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``."""
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """Return the tokens of a shard, uint16 or uint32 ``(n,)``; do not keep it for longer than it is needed."""
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """Return uint8 ``(n,)``, 1 where a token counts as a target, or None when all do."""
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch ``shards`` in the background, in this order; nothing to do for local ones."""
 
     def num_samples(self, sequence_length: int) -> int:
         """Return how many samples of ``sequence_length`` tokens there are."""
@@ -36,18 +53,45 @@ class Split(Protocol):
         """Return which targets count, bool ``(N, sequence_length)``, or None when all do."""
 
 
+class Files(Protocol):
+    """Where the files of a corpus are: a local directory or a cache of a remote one."""
+
+    is_remote: bool
+
+    def path(self, file: FileRecord) -> Path:
+        """Return a local file with this content, fetching it first if need be."""
+
+    def prefetch(self, files: Sequence[FileRecord]) -> None:
+        """Begin to fetch ``files`` in the background."""
+
+
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """A prepared corpus on disk."""
+class LocalFiles:
+    """Files of a prepared corpus in a directory."""
 
     directory: Path
-    """Directory that holds ``index.json``."""
+    is_remote = False
+
+    def path(self, file: FileRecord) -> Path:
+        """Return where the file is."""
+        return self.directory / file.name
+
+    def prefetch(self, files: Sequence[FileRecord]) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A prepared corpus."""
+
+    files: Files
+    """Where it lies."""
     index: CorpusIndex
     """What is in it."""
 
     @classmethod
     def open(cls, directory: str | Path, *, vocab_size: int) -> "Corpus":
-        """Open a prepared corpus for a model with ``vocab_size`` embeddings.
+        """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
 
         Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are
         not read (:func:`bigtrain.data.index.verify_hashes` does that).
@@ -57,39 +101,41 @@ class Corpus:
         """
         index = read_index(directory)
         verify_file(Path(directory), index.tokenizer.file)
-        if index.tokenizer.vocab_size > vocab_size:
-            raise DataError(
-                f"{directory}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
-                f"model.vocab_size={vocab_size}; set model.vocab_size={index.tokenizer.vocab_size} or more, or choose "
-                "a smaller tokenizer (data.tokenizer, data.tokenizer_vocab_size)"
-            )
-        return cls(Path(directory), index)
+        require_vocab(index, vocab_size, str(directory))
+        return cls(LocalFiles(Path(directory)), index)
 
     @property
     def fingerprint(self) -> str:
         """Identity of the tokens, wherever they lie: 16 hexadecimal digits."""
         return self.index.fingerprint
 
-    def split(self, name: SplitName) -> "TokenSplit":
-        """Map one split into memory."""
-        record: SplitRecord = getattr(self.index, name)
-        dtype = np.dtype(self.index.dtype).newbyteorder("<")
-        tokens = np.memmap(self.directory / record.tokens.name, dtype=dtype, mode="r")
-        return TokenSplit(name, tokens, self.fingerprint)
+    def split(self, name: SplitName) -> "FileSplit":
+        """Return one split; its files are opened when they are first read."""
+        return FileSplit(name, getattr(self.index, name), self.index.dtype, self.fingerprint, self.files)
 
 
-class TokenSplit:
-    """One split of a corpus: a long row of tokens."""
+def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
+    """Refuse a corpus whose tokenizer has more ids than the model has embeddings.
 
-    def __init__(self, name: str, tokens: NDArray[np.integer], fingerprint: str) -> None:
-        """Wrap ``tokens``, 1-D, unsigned, usually a memory map, of the corpus with this ``fingerprint``."""
-        self.name = name
-        self.fingerprint = fingerprint
-        self._tokens = tokens.view(np.ndarray)
+    Raises:
+        DataError: it has.
+    """
+    if index.tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{where}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={vocab_size}; set model.vocab_size={index.tokenizer.vocab_size} or more, or choose "
+            "a smaller tokenizer (data.tokenizer, data.tokenizer_vocab_size)"
+        )
+
+
+class _ShardedSamples:
+    """Samples cut from the shards of a split, every T tokens."""
+
+    shard_tokens: NDArray[np.int64]
 
     def num_samples(self, sequence_length: int) -> int:
-        """Return how many samples of ``sequence_length`` tokens fit; a rest is left over."""
-        return max(len(self._tokens) - 1, 0) // sequence_length
+        """Return how many samples of ``sequence_length`` tokens fit; the rest of each shard is left over."""
+        return int(self._first_ids(sequence_length)[-1])
 
     def gather(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
         """Return the tokens of samples.
@@ -101,12 +147,132 @@ class TokenSplit:
         Returns:
             int64 ``(N, T + 1)``.
         """
-        # Indexing rows of a strided view copies each window in one piece.
-        windows = sliding_window_view(self._tokens, sequence_length + 1)[::sequence_length]
-        return windows[sample_ids].astype(np.int64)
+        first_ids = self._first_ids(sequence_length)
+        shards = np.searchsorted(first_ids, sample_ids, side="right") - 1
+        if np.any(shards >= len(self.shard_tokens)) or np.any(sample_ids < 0):
+            raise IndexError(f"sample ids must lie in [0, {first_ids[-1]})")
+        windows = np.empty((len(sample_ids), sequence_length + 1), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            inside = shards == shard
+            # Indexing rows of a strided view copies each window in one piece.
+            rows = sliding_window_view(self.read(shard), sequence_length + 1)[::sequence_length]
+            windows[inside] = rows[sample_ids[inside] - first_ids[shard]]
+        return windows
 
     def counted_targets(self, sample_ids: NDArray[np.int64], sequence_length: int) -> None:
         """Return None: every target counts."""
+
+    def _first_ids(self, sequence_length: int) -> NDArray[np.int64]:
+        return np.cumsum([0, *(np.maximum(self.shard_tokens - 1, 0) // sequence_length)])
+
+
+class TokenSplit(_ShardedSamples):
+    """Shards in memory."""
+
+    is_remote = False
+
+    def __init__(
+        self,
+        name: str,
+        tokens: NDArray[np.unsignedinteger] | Sequence[NDArray[np.unsignedinteger]],
+        fingerprint: str,
+        *,
+        documents: Sequence[NDArray[np.int64]] | None = None,
+        counted: Sequence[NDArray[np.uint8] | None] | None = None,
+    ) -> None:
+        """Wrap the tokens of one shard or a sequence of shards; by default each is one document, all counted."""
+        self.name = name
+        self.fingerprint = fingerprint
+        self._shards = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+        self._documents = documents or [np.array([0, len(shard)]) for shard in self._shards]
+        self._counted = counted or [None] * len(self._shards)
+        self.shard_tokens = np.array([len(shard) for shard in self._shards], dtype=np.int64)
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """See :class:`Split`."""
+        return self._documents[shard]
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """See :class:`Split`."""
+        return self._shards[shard]
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """See :class:`Split`."""
+        return self._counted[shard]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Do nothing."""
+
+
+class FileSplit(_ShardedSamples):
+    """Shards in files, as memory maps."""
+
+    def __init__(self, name: str, record: SplitRecord, dtype: str, fingerprint: str, files: Files) -> None:
+        """Take the shards that ``record`` lists from ``files``; ``dtype`` is ``uint16`` or ``uint32``."""
+        self.name = name
+        self.fingerprint = fingerprint
+        self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
+        self._records = record.shards
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._files = files
+        self._open: dict[str, tuple[Path, NDArray]] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """See :class:`Split`."""
+        return self._files.is_remote
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """See :class:`Split`.
+
+        Raises:
+            DataError: the file cannot be fetched or is damaged.
+        """
+        record = self._records[shard]
+        path = self._files.path(record.documents)
+        try:
+            offsets = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        if offsets.shape != (record.num_documents + 1,) or offsets[-1] != record.num_tokens:
+            raise DataError(f"{path}: its documents are not those of the index")
+        return offsets
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """See :class:`Split`.
+
+        Raises:
+            DataError: the file cannot be fetched or is damaged.
+        """
+        return self._map(self._records[shard].tokens, self._dtype)
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """See :class:`Split`.
+
+        Raises:
+            DataError: the file cannot be fetched or is damaged.
+        """
+        file = self._records[shard].counted
+        return None if file is None else self._map(file, np.dtype(np.uint8))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See :class:`Split`."""
+        self._files.prefetch([file for shard in shards for file in self._records[shard].files])
+
+    def _map(self, file: FileRecord, dtype: np.dtype) -> NDArray:
+        if file.name in self._open:
+            return self._open[file.name][1]
+        if file.num_bytes == 0:  # cannot be mapped
+            return np.empty(0, dtype)
+        path = self._files.path(file)
+        try:
+            mapped = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        if self.is_remote:  # a map keeps the space of a file that has left the cache
+            self._open = {name: entry for name, entry in self._open.items() if entry[0].exists()}
+        self._open[file.name] = (path, mapped)
+        return mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +285,7 @@ class SyntheticSplit:
     """Tokens lie in ``[0, vocab_size)``."""
     is_ragged: bool
     """Count only the first targets of each sample, a different number in each (at least one)."""
+    is_remote = False
 
     @property
     def fingerprint(self) -> str:

@@ -94,6 +94,7 @@ def _locate(config: DataConfig) -> _Target:
         "source_fingerprint": fingerprint,
         "text_field": config.text_field if has_field else None,
         "validation_fraction": config.validation_fraction,
+        "shard_tokens": config.shard_tokens,
         "tokenizer": _tokenizer_facts(config),
     }
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -173,7 +174,10 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
     built = build_tokenizer(config, survey.bpe_sample)
     vocab_size = num_ids(built.tokenizer)
     built.tokenizer.save(str(work / TOKENIZER_FILE))
-    train, validation = (SplitWriter(work, name, vocab_size, built.eos_id) for name in ("train", "validation"))
+    train, validation = (
+        SplitWriter(work, name, vocab_size, built.eos_id, shard_tokens=config.shard_tokens)
+        for name in ("train", "validation")
+    )
     with _reporter("tokenising", survey.num_text_bytes, progress) as advance:
         _tokenise(config, built, survey.validation_bound, train, validation, advance)
     index = CorpusIndex(

@@ -22,8 +22,15 @@ from bigtrain.data.prepare import prepare, prepared_directory
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.writer import SplitWriter
 from bigtrain.errors import DataError
+from bigtrain.schema import to_dict
 
-FILES = ("train.bin", "train.documents.npy", "validation.bin", "validation.documents.npy", "tokenizer.json")
+FILES = (
+    "train-00000.bin",
+    "train-00000.documents.npy",
+    "validation-00000.bin",
+    "validation-00000.documents.npy",
+    "tokenizer.json",
+)
 
 
 @pytest.fixture
@@ -49,9 +56,16 @@ def small_config(tmp_path, pattern, **changes):
 
 
 def documents_of(directory, split):
-    tokens = np.fromfile(directory / f"{split}.bin", dtype=read_index(directory).dtype)
-    offsets = np.load(directory / f"{split}.documents.npy")
-    return [tokens[a:b].tolist() for a, b in pairwise(offsets)]
+    shards = Corpus.open(directory, vocab_size=1 << 20).split(split)
+    return [
+        shards.read(shard)[a:b].tolist()
+        for shard in range(len(shards.shard_tokens))
+        for a, b in pairwise(shards.documents(shard))
+    ]
+
+
+def first_shard(index):
+    return index["train"]["shards"][0]
 
 
 def prepare_in_process(config, *, before):
@@ -62,7 +76,7 @@ def prepare_in_process(config, *, before):
         from bigtrain.schema import from_dict
         from bigtrain.data.prepare import prepare
         {before}
-        print(prepare(from_dict(DataConfig, {dataclasses.asdict(config) | {"source": "text"}!r}), progress=False))
+        print(prepare(from_dict(DataConfig, {to_dict(config)!r}), progress=False))
     """
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
 
@@ -95,20 +109,41 @@ def test_documents_longer_than_a_piece_stay_one_document(tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "item_bytes"), [(1 << 16, 2), ((1 << 16) + 1, 4)])
 def test_large_vocabularies_use_wider_tokens(tmp_path, vocab_size, item_bytes):
-    writer = SplitWriter(tmp_path, "train", vocab_size, eos_id=vocab_size - 1)
+    writer = SplitWriter(tmp_path, "train", vocab_size, eos_id=vocab_size - 1, shard_tokens=100)
     writer.append([0, vocab_size - 2], num_text_bytes=5)
     writer.end_document()
     writer.finish()
-    assert (tmp_path / "train.bin").stat().st_size == 3 * item_bytes
-    tokens = np.fromfile(tmp_path / "train.bin", dtype=f"<u{item_bytes}")
+    assert (tmp_path / "train-00000.bin").stat().st_size == 3 * item_bytes
+    tokens = np.fromfile(tmp_path / "train-00000.bin", dtype=f"<u{item_bytes}")
     assert tokens.tolist() == [0, vocab_size - 2, vocab_size - 1]
+
+
+def test_shards_hold_the_same_documents_in_the_same_order(config):
+    one = prepare(config, progress=False)
+    several = prepare(dataclasses.replace(config, shard_tokens=1000), progress=False)
+    assert one != several
+    index = read_index(several)
+    assert len(index.train.shards) > 3
+    assert all(shard.num_tokens >= 1000 for shard in index.train.shards[:-1])
+    for split in ("train", "validation"):
+        assert documents_of(one, split) == documents_of(several, split)
+    train = Corpus.open(several, vocab_size=300).split("train")
+    ids = np.arange(train.num_samples(16))[::-1]
+    expected = [
+        train.read(shard)[start : start + 17].tolist()
+        for shard, num_tokens in enumerate(train.shard_tokens)
+        for start in range(0, num_tokens - 16, 16)
+    ]
+    assert train.gather(ids, 16).tolist() == expected[::-1]
 
 
 def test_entropies_are_those_of_the_tokens(config):
     directory = prepare(config, progress=False)
     index = read_index(directory)
     train, validation = (
-        np.bincount(np.fromfile(directory / f"{split}.bin", dtype=index.dtype), minlength=index.tokenizer.vocab_size)
+        np.bincount(
+            np.fromfile(directory / f"{split}-00000.bin", dtype=index.dtype), minlength=index.tokenizer.vocab_size
+        )
         for split in ("train", "validation")
     )
     share = train / train.sum()
@@ -235,12 +270,16 @@ def test_a_flipped_bit_is_found_and_named(config, name):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda index: index.update(format=99), "format 99, this version reads format 1"),
+        (lambda index: index.update(format=99), "format 99, this version reads format 2"),
+        (lambda index: index.update(format=1), "format 1, this version reads format 2; prepare the corpus again"),
         (lambda index: index.pop("tokenizer"), "tokenizer: missing"),
         (lambda index: index.update(dtype="float64"), "dtype 'float64', expected uint16 or uint32"),
-        (lambda index: index["train"].update(num_tokens=3), "3 tokens of uint16 are not"),
-        (lambda index: index["train"]["tokens"].update(name="../secret.bin"), "is not a plain file name"),
-        (lambda index: index["train"]["tokens"].update(name="/etc/passwd"), "is not a plain file name"),
+        (lambda index: index["train"].update(num_tokens=3), r"train\.num_tokens is not the sum over its shards"),
+        (lambda index: first_shard(index).update(num_tokens=3), "3 tokens of 2 bytes are not"),
+        (lambda index: first_shard(index)["tokens"].update(name="../secret.bin"), "is not a plain file name"),
+        (lambda index: first_shard(index)["tokens"].update(name="/etc/passwd"), "is not a plain file name"),
+        (lambda index: first_shard(index)["tokens"].update(name="..\\x"), "is not a plain file name"),
+        (lambda index: first_shard(index)["documents"].update(name="tokenizer.json"), "two files have one name"),
         (lambda index: index.update(identity="x"), "made from another source"),
     ],
 )
