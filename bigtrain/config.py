@@ -217,6 +217,8 @@ class DataConfig:
     """``bpe`` trains a byte-level BPE on the corpus, ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary size of the trained ``bpe``."""
+    shard_tokens: int = 67_108_864
+    """Prepared shards end with the document by which they hold so many tokens."""
     validation_fraction: float = 0.02
     """Share of the documents that is kept for validation."""
     sequence_length: int | None = None
@@ -256,8 +258,6 @@ class EngineConfig:
     offload: Offload = Offload.none
     """``cpu`` keeps sharded optimizer state (and FSDP parameters) in host memory."""
     precision: Precision | None = None
-    shard_tokens: int = 67_108_864
-    """Prepared shards end with the document by which they hold so many tokens."""
     """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """``full`` recomputes blocks, ``selective`` keeps the matrix products and attention."""
