@@ -25,6 +25,10 @@ from bigtrain.config import (
 
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
+WHAT_PATH_IS = {
+    DataSource.datasets: "dataset name or directory",
+    DataSource.prepared: "directory or URL of a prepared corpus",
+}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -61,7 +65,7 @@ def check_data(data: DataConfig) -> list[str]:
     for name, part in component_data(data).items():
         where = f"data.mixture.{name}" if data.mixture else "data"
         if part.source not in (DataSource.stdlib, DataSource.synthetic) and not part.path:
-            what = "dataset name or directory" if part.source is DataSource.datasets else "file, directory or glob"
+            what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
             problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
     if data.shuffle_window_shards is not None and data.shuffle_window_shards < 1:
@@ -70,6 +74,10 @@ def check_data(data: DataConfig) -> list[str]:
         problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
         problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
+    if data.shard_tokens < 1:
+        problems.append(f"data.shard_tokens={data.shard_tokens}: must be at least 1")
+    if data.cache_gib <= 0:
+        problems.append(f"data.cache_gib={data.cache_gib}: must be positive")
     if data.prefetch_steps < 1:
         problems.append(f"data.prefetch_steps={data.prefetch_steps}: must be at least 1")
     return problems

@@ -8,15 +8,16 @@ samples of T inputs and, shifted by one, T targets; global sample ids count thro
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, read_index, verify_file
+from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, check_size, read_index, verify_file
 from bigtrain.data.order import derive_key, mix64
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, ShardError
+from bigtrain.log import get_logger
 
 SplitName = Literal["train", "validation"]
 
@@ -56,25 +57,48 @@ class Split(Protocol):
 class Files(Protocol):
     """Where the files of a corpus are: a local directory or a cache of a remote one."""
 
-    is_remote: bool
+    max_bytes: int | None
+    """How much is at hand at a time; None: everything, nothing has to be fetched."""
 
-    def path(self, file: FileRecord) -> Path:
-        """Return a local file with this content, fetching it first if need be."""
+    def open(self, file: FileRecord) -> BinaryIO:
+        """Return a file, open for reading, with just the content of its record.
+
+        Raises:
+            ShardError: it is missing or damaged and stays so.
+            DataError: it cannot be read for another reason.
+        """
+
+    def holds(self, file: FileRecord) -> bool:
+        """Return whether the file is at hand."""
 
     def prefetch(self, files: Sequence[FileRecord]) -> None:
         """Begin to fetch ``files`` in the background."""
 
 
-@dataclass(frozen=True, slots=True)
 class LocalFiles:
     """Files of a prepared corpus in a directory."""
 
-    directory: Path
-    is_remote = False
+    max_bytes = None
 
-    def path(self, file: FileRecord) -> Path:
-        """Return where the file is."""
-        return self.directory / file.name
+    def __init__(self, directory: Path, *, verify: bool) -> None:
+        """Take the files from ``directory``; ``verify`` compares the hash of each when it is first opened."""
+        self.directory = directory
+        self._verify = verify
+
+    def open(self, file: FileRecord) -> BinaryIO:
+        """See :class:`Files`."""
+        path = self.directory / file.name
+        check_size(self.directory, file)
+        try:
+            if self._verify:
+                verify_file(self.directory, file)
+            return open(path, "rb")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+
+    def holds(self, file: FileRecord) -> bool:
+        """See :class:`Files`."""
+        return True
 
     def prefetch(self, files: Sequence[FileRecord]) -> None:
         """Do nothing."""
@@ -88,21 +112,24 @@ class Corpus:
     """Where it lies."""
     index: CorpusIndex
     """What is in it."""
+    skip_bad_shards: bool = False
+    """Go on without shards that are missing or damaged for good."""
 
     @classmethod
-    def open(cls, directory: str | Path, *, vocab_size: int) -> "Corpus":
+    def open(cls, directory: str | Path, *, vocab_size: int, skip_bad_shards: bool = False) -> "Corpus":
         """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
 
         Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are
-        not read (:func:`bigtrain.data.index.verify_hashes` does that).
+        not read (:func:`bigtrain.data.index.verify_hashes` does that). With ``skip_bad_shards``, each
+        shard is compared with its hash when it is first read.
 
         Raises:
             DataError: a file is missing or damaged, or the tokenizer has more ids than the model.
         """
-        index = read_index(directory)
+        index = read_index(directory, check_sizes=not skip_bad_shards)
         verify_file(Path(directory), index.tokenizer.file)
         require_vocab(index, vocab_size, str(directory))
-        return cls(LocalFiles(Path(directory)), index)
+        return cls(LocalFiles(Path(directory), verify=skip_bad_shards), index, skip_bad_shards)
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +138,7 @@ class Corpus:
 
     def split(self, name: SplitName) -> "FileSplit":
         """Return one split; its files are opened when they are first read."""
-        return FileSplit(name, getattr(self.index, name), self.index.dtype, self.fingerprint, self.files)
+        return FileSplit(name, getattr(self.index, name), self)
 
 
 def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
@@ -207,71 +234,93 @@ class TokenSplit(_ShardedSamples):
 class FileSplit(_ShardedSamples):
     """Shards in files, as memory maps."""
 
-    def __init__(self, name: str, record: SplitRecord, dtype: str, fingerprint: str, files: Files) -> None:
-        """Take the shards that ``record`` lists from ``files``; ``dtype`` is ``uint16`` or ``uint32``."""
+    def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
+        """Take the shards that ``record`` lists from the files of ``corpus``."""
         self.name = name
-        self.fingerprint = fingerprint
+        self.fingerprint = corpus.fingerprint
+        self.is_remote = corpus.files.max_bytes is not None
         self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
+        self.skipped: set[int] = set()
+        """Shards that could not be had so far and whose tokens do not count."""
         self._records = record.shards
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._files = files
-        self._open: dict[str, tuple[Path, NDArray]] = {}
+        self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
+        self._files = corpus.files
+        self._skips = corpus.skip_bad_shards
+        self._open: dict[str, tuple[FileRecord, NDArray]] = {}
 
     @property
-    def is_remote(self) -> bool:
-        """See :class:`Split`."""
-        return self._files.is_remote
+    def cache_shards(self) -> int | None:
+        """Return how many shards are at hand at a time; None when all are."""
+        if self._files.max_bytes is None:
+            return None
+        largest = max(sum(file.num_bytes for file in shard.files) for shard in self._records)
+        return self._files.max_bytes // max(largest, 1)
 
     def documents(self, shard: int) -> NDArray[np.int64]:
         """See :class:`Split`.
 
         Raises:
-            DataError: the file cannot be fetched or is damaged.
+            DataError: the file cannot be fetched or is damaged; it is never skipped, for samples may depend on it.
         """
         record = self._records[shard]
-        path = self._files.path(record.documents)
         try:
-            offsets = np.load(path, allow_pickle=False)
+            with self._files.open(record.documents) as file:
+                offsets = np.load(file, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+            raise DataError(f"{record.documents.name}: cannot be read: {error}") from error
         if offsets.shape != (record.num_documents + 1,) or offsets[-1] != record.num_tokens:
-            raise DataError(f"{path}: its documents are not those of the index")
+            raise DataError(f"{record.documents.name}: its documents are not those of the index")
         return offsets
 
     def read(self, shard: int) -> NDArray[np.unsignedinteger]:
         """See :class:`Split`.
 
         Raises:
-            DataError: the file cannot be fetched or is damaged.
+            ShardError: the shard is missing or damaged for good; unless such shards are skipped: then zeros.
+            DataError: it cannot be read or fetched for another reason.
         """
-        return self._map(self._records[shard].tokens, self._dtype)
+        tokens = self._map(shard, self._records[shard].tokens, self._dtype)
+        return self._nothing(shard, self._dtype) if tokens is None else tokens
 
     def counted(self, shard: int) -> NDArray[np.uint8] | None:
-        """See :class:`Split`.
+        """See :class:`Split`; none of a skipped shard.
 
         Raises:
-            DataError: the file cannot be fetched or is damaged.
+            DataError: what :meth:`read` raises.
         """
-        file = self._records[shard].counted
-        return None if file is None else self._map(file, np.dtype(np.uint8))
+        if self._skips:
+            self.read(shard)
+        file, counted = self._records[shard].counted, None
+        if file is not None:
+            counted = self._map(shard, file, np.dtype(np.uint8))
+        return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See :class:`Split`."""
         self._files.prefetch([file for shard in shards for file in self._records[shard].files])
 
-    def _map(self, file: FileRecord, dtype: np.dtype) -> NDArray:
+    def _nothing(self, shard: int, dtype: np.dtype) -> NDArray:
+        return np.broadcast_to(np.zeros((), dtype), self.shard_tokens[shard])
+
+    def _map(self, shard: int, file: FileRecord, dtype: np.dtype) -> NDArray | None:
+        """Return a file as a memory map, or None if its shard is skipped."""
+        if shard in self.skipped:
+            return None
         if file.name in self._open:
             return self._open[file.name][1]
-        if file.num_bytes == 0:  # cannot be mapped
-            return np.empty(0, dtype)
-        path = self._files.path(file)
         try:
-            mapped = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+            with self._files.open(file) as handle:
+                # An empty file cannot be mapped.
+                mapped = np.memmap(handle, dtype, mode="r").view(np.ndarray) if file.num_bytes else np.empty(0, dtype)
+        except ShardError as error:
+            if not self._skips:
+                raise ShardError(f"{error}; data.on_bad_shard=skip goes on without it") from error
+            get_logger().warning("%s; skipped: its %d tokens do not count", error, self.shard_tokens[shard])
+            self.skipped.add(shard)
+            return None
         if self.is_remote:  # a map keeps the space of a file that has left the cache
-            self._open = {name: entry for name, entry in self._open.items() if entry[0].exists()}
-        self._open[file.name] = (path, mapped)
+            self._open = {name: entry for name, entry in self._open.items() if self._files.holds(entry[0])}
+        self._open[file.name] = (file, mapped)
         return mapped
 
 

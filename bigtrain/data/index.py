@@ -3,13 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 
-from bigtrain.errors import ConfigError, DataError
+from bigtrain.errors import ConfigError, DataError, ShardError
 from bigtrain.schema import from_dict
 
 INDEX_FILE = "index.json"
@@ -143,7 +145,7 @@ def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusInde
         raise DataError(f"{path}: cannot be read: {error}") from error
     index = parse_index(text, str(directory))
     for file in index.files if check_sizes else ():
-        _check_size(Path(directory), file)
+        check_size(Path(directory), file)
     return index
 
 
@@ -176,27 +178,44 @@ def parse_index(text: bytes, where: str) -> CorpusIndex:
 
 
 def verify_hashes(directory: str | Path) -> None:
-    """Read every file of a corpus and compare its hash with the index.
+    """Read every file of a corpus, several at a time, and compare its hash with the index.
 
     Raises:
         DataError: names the first file that is missing, truncated or changed.
     """
-    for file in read_index(directory).files:
-        verify_file(Path(directory), file)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda file: verify_file(Path(directory), file), read_index(directory).files):
+            pass
 
 
 def verify_file(directory: Path, file: FileRecord) -> None:
     """Compare the hash of one file with its record.
 
     Raises:
-        DataError: the file is missing or changed.
+        ShardError: the file has changed.
+        DataError: it cannot be read.
     """
     found = hash_file(directory / file.name)
     if found != file.xxh3:
-        raise DataError(
+        raise ShardError(
             f"{directory / file.name}: the content is not what was prepared (XXH3 {found[:16]}..., index says "
             f"{file.xxh3[:16]}...); {_way_out(directory)}"
         )
+
+
+def check_size(directory: Path, file: FileRecord) -> None:
+    """Compare the size of one file with its record.
+
+    Raises:
+        ShardError: the file is missing or has another size.
+    """
+    path = directory / file.name
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise ShardError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
+    if num_bytes != file.num_bytes:
+        raise ShardError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
 
 
 def record_file(path: Path) -> FileRecord:
@@ -249,16 +268,6 @@ def _check_index(index: CorpusIndex, where: str) -> None:
         for what in ("num_tokens", "num_documents"):
             if sum(getattr(shard, what) for shard in split.shards) != getattr(split, what):
                 raise DataError(f"{path}: {name}.{what} is not the sum over its shards; {_way_out(where)}")
-
-
-def _check_size(directory: Path, file: FileRecord) -> None:
-    path = directory / file.name
-    try:
-        num_bytes = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
-    if num_bytes != file.num_bytes:
-        raise DataError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
 
 
 def _way_out(where: str | Path) -> str:

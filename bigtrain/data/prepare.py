@@ -21,8 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from bigtrain.config import DataConfig, DataSource
-from bigtrain.data.index import FORMAT, CorpusIndex, TokenizerRecord, read_index, record_file, write_index
+from bigtrain.config import DataConfig, DataSource, OnBadShard, Verify
+from bigtrain.data.corpus import Corpus, require_vocab
+from bigtrain.data.index import (
+    FORMAT,
+    CorpusIndex,
+    TokenizerRecord,
+    read_index,
+    record_file,
+    verify_hashes,
+    write_index,
+)
+from bigtrain.data.remote import (
+    RemoteDirectory,
+    ShardCache,
+    fetch_index,
+    index_directory,
+    is_url,
+    read_remote_index,
+)
 from bigtrain.data.sources import iterate_documents, source_fingerprint
 from bigtrain.data.survey import Survey, cut, document_hash, survey_documents
 from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, num_ids
@@ -41,7 +58,9 @@ def prepared_directory(config: DataConfig) -> Path:
     Raises:
         DataError: the source is missing.
     """
-    return _locate(config).directory
+    if config.source is not DataSource.prepared:
+        return _locate(config).directory
+    return index_directory(config.path, _cache(config)) if is_url(config.path) else Path(config.path)
 
 
 def prepare(config: DataConfig, *, progress: bool) -> Path:
@@ -58,9 +77,11 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
         DataError: the source is missing, damaged or too small, the tokenizer is unsuitable, the
             directory cannot be written, or a corpus of that name is damaged.
     """
+    if config.source is DataSource.prepared:
+        return fetch_index(config.path, _cache(config)) if is_url(config.path) else _check(Path(config.path), config)
     target = _locate(config)
     if target.directory.exists():
-        return _adopt(target)
+        return _adopt(target, config)
     work = target.directory.with_name(f".{target.directory.name}.{uuid.uuid4().hex[:8]}")
     try:
         work.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +93,26 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
         raise DataError(f"{target.directory}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _adopt(target)
+    return _adopt(target, config)
+
+
+def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
+    """Open what :func:`prepare` has prepared, on any rank, for a model with ``vocab_size`` embeddings.
+
+    Raises:
+        DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
+    """
+    skips = config.on_bad_shard is OnBadShard.skip
+    if not (config.source is DataSource.prepared and is_url(config.path)):
+        return Corpus.open(prepared_directory(config), vocab_size=vocab_size, skip_bad_shards=skips)
+    remote = RemoteDirectory(config.path)
+    index = read_remote_index(remote)
+    require_vocab(index, vocab_size, config.path)
+    corpus = Corpus(ShardCache(remote, _cache(config), int(config.cache_gib * 2**30)), index, skips)
+    for split in (corpus.split("train"), corpus.split("validation")):
+        if split.cache_shards < 2:
+            raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
+    return corpus
 
 
 # Where
@@ -121,10 +161,25 @@ def _slug(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", plain[-1]).strip("-")[:40]
 
 
-def _adopt(target: _Target) -> Path:
-    if read_index(target.directory).identity != target.identity:
+def _cache(config: DataConfig) -> Path:
+    return Path(config.cache_directory or Path(config.root, "cache"))
+
+
+def _adopt(target: _Target, config: DataConfig) -> Path:
+    if read_index(target.directory, check_sizes=False).identity != target.identity:
         raise DataError(f"{target.directory}: made from another source or with other settings; remove it")
-    return target.directory
+    return _check(target.directory, config)
+
+
+def _check(directory: Path, config: DataConfig) -> Path:
+    """Compare a local corpus with its index, so far as its shards are not looked at one by one in the run."""
+    if config.on_bad_shard is OnBadShard.skip:
+        read_index(directory, check_sizes=False)
+    elif config.verify is Verify.full:
+        verify_hashes(directory)
+    else:
+        read_index(directory, check_sizes=config.verify is not Verify.off)
+    return directory
 
 
 def _remove_leftovers(directory: Path) -> None:
