@@ -3,8 +3,8 @@
 1. ``sources``    documents (id, text) of a source, in an order fixed by names.
 2. ``survey``     first pass: sizes, train or validation by a hash of the document's id, BPE sample.
 3. ``tokenizer``  bpe, bytes or Hugging Face, always as one ``tokenizer.json``.
-4. ``prepare``    second pass: tokens on end, end-of-text after each document -> ``train.bin``,
-   (``writer``)   ``validation.bin``, document offsets, and ``index.json`` (``index``) with sizes and hashes.
+4. ``prepare``    second pass: tokens on end, end-of-text after each document, in shards of whole
+   (``writer``)   documents, and ``index.json`` (``index``) with sizes and hashes.
    ------------------------------------------------------------------ once; below: every run
 5. ``corpus``     shards of tokens with their documents, in memory maps. Or synthetic samples.
 6. ``packing``    shards cut into samples: sample id -> tokens, targets and, for a document mask, positions.
@@ -18,12 +18,15 @@ size and micro-batch. Ranks arrive as plain integers; nothing here knows of proc
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from bigtrain.config import DataConfig, DataSource, component_data
 from bigtrain.data.corpus import Split, SyntheticSplit
 from bigtrain.data.prepare import open_corpus
 from bigtrain.data.state import DataState
-from bigtrain.data.stream import SampleStream, build_stream
+
+if TYPE_CHECKING:
+    from bigtrain.data.stream import SampleStream
 
 SPLITS = ("train", "validation")
 
@@ -42,12 +45,14 @@ def open_splits(config: DataConfig, *, vocab_size: int) -> dict[str, Split]:
 
 def open_streams(
     data: DataConfig, *, vocab_size: int, seed: int, global_batch_size: int, previous: DataState | None = None
-) -> dict[str, SampleStream]:
+) -> dict[str, "SampleStream"]:
     """Open both splits of all components as streams of samples; arguments as for :func:`build_stream`.
 
     Raises:
         DataError: as :func:`open_splits`.
     """
+    from bigtrain.data.stream import build_stream  # torch: those who only prepare do not wait for it
+
     opened = {name: open_splits(part, vocab_size=vocab_size) for name, part in component_data(data).items()}
     streams = {}
     for which in SPLITS:
