@@ -134,6 +134,7 @@ class Mixture:
             alive = drawn < limits
             weights = [weight_at(share, start) if alive[i] else 0.0 for i, share in enumerate(shares)]
             if not any(weights):
+                self._segments.append(Segment(start, np.zeros_like(drawn), drawn))
                 return drawn, start
             segment = Segment(start, _integers(weights), drawn)
             self._segments.append(segment)
