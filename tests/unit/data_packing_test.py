@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,7 +37,7 @@ def gathered(split, packing, **kwargs):
 def runs(row_positions):
     """(begin, end) of the documents of a sample."""
     begins = [*np.flatnonzero(row_positions == 0).tolist(), len(row_positions)]
-    return list(zip(begins[:-1], begins[1:], strict=True))
+    return list(itertools.pairwise(begins))
 
 
 @given(split=corpora())
