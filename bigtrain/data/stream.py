@@ -105,7 +105,8 @@ class SampleStream:
         counts = self.mixture.counts(position) if remote else []
         for i in remote:
             order = self._list[i].order
-            shards = order.shards_ahead(counts[i], 2 * (order.window_shards or WINDOW_SHARDS)).tolist()
+            wanted, cached = 2 * (order.window_shards or WINDOW_SHARDS), _cache_shards(self._list[i].split)
+            shards = order.shards_ahead(counts[i], min(wanted, cached or wanted)).tolist()
             if shards != self._fetching[i]:
                 self._fetching[i] = shards
                 self._list[i].split.prefetch(shards)
@@ -196,6 +197,7 @@ def build_stream(
     for part, split in splits.items():
         packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
         window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
+        _require_room(split, window, data)
         order = Order(packed.shard_samples, seed, window)
         share = _share(data.mixture.get(part, ComponentConfig()), order.num_samples, global_batch_size)
         components[part] = Component(split, packed, order, share)
@@ -208,6 +210,25 @@ def build_stream(
         counts = {part: count for part, count in previous.counts.items() if part in same}
         origin = {"origin_samples": previous.samples, "origin_counts": counts}
     return SampleStream(name, fingerprint, components, **origin)
+
+
+def _cache_shards(split: Split) -> int | None:
+    """Return how many shards of a split are at hand at a time; None when all are."""
+    return getattr(split, "cache_shards", None)
+
+
+def _require_room(split: Split, window_shards: int | None, data: DataConfig) -> None:
+    """Refuse windows that do not fit into the cache: every shard would be fetched again and again.
+
+    Raises:
+        DataError: they do not; the window cannot follow the cache, because the order must not depend on the machine.
+    """
+    cached = _cache_shards(split)
+    if cached is not None and cached < min(window_shards or len(split.shard_tokens), len(split.shard_tokens)):
+        raise DataError(
+            f"data.cache_gib={data.cache_gib} holds {cached} shards of the {split.name} split, which is shuffled within "
+            f"{window_shards} at a time; use a larger data.cache_gib or data.shuffle_window_shards={max(cached, 1)}"
+        )
 
 
 def _share(component: ComponentConfig, num_samples: int, global_batch_size: int) -> Share:
