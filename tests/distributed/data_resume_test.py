@@ -94,11 +94,11 @@ def test_every_engine_computes_a_document_mask_alike(whole: Path, engine: str, e
 
 
 def test_what_a_step_trained_on_can_be_read(whole: Path):
-    result = fork("inspect_data.py", "directory=runs/whole", "step=7", "samples=8", cwd=whole)
+    result = fork("inspect_data.py", "directory=runs/killed", "step=7", "samples=8", cwd=whole)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0] == "step 7: samples 48 to 55 of the run"
     assert sum(" web " in line for line in lines) + sum(" code " in line for line in lines) >= 8
     opened = [line for line in lines if "(<|endoftext|>) w│e│b│ │" in line or "(<|endoftext|>) c│o│d│e│ │" in line]
     assert opened and all(line.startswith("   document ") for line in opened)
-    assert fork("inspect_data.py", "directory=runs/whole", "step=0", cwd=whole).code == 2
+    assert fork("inspect_data.py", "directory=runs/killed", "step=0", cwd=whole).code == 2
