@@ -44,6 +44,7 @@ class DataSource(Enum):
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
+    arrow = "arrow"
     datasets = "datasets"
     prepared = "prepared"
     synthetic = "synthetic"
@@ -54,6 +55,22 @@ class Packing(Enum):
 
     concat = "concat"
     best_fit = "best_fit"
+
+
+class Content(Enum):
+    """What a record of a source is."""
+
+    text = "text"
+    chat = "chat"
+    pairs = "pairs"
+
+
+class Duplicates(Enum):
+    """Which documents are left out because there is one like them before."""
+
+    keep = "keep"
+    exact = "exact"
+    near = "near"
 
 
 class OnBadShard(Enum):
@@ -245,19 +262,49 @@ class ComponentConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """Which documents are left out of a corpus; each is counted in its ``report.json``."""
+
+    min_characters: int = 0
+    """Shorter documents are left out."""
+    max_characters: int | None = None
+    """Longer documents are left out."""
+    max_repeated_line_share: float = 1.0
+    """Largest share of a document's characters in lines that it has had before."""
+    max_symbol_share: float = 1.0
+    """Largest share of a document's visible characters that are neither letters nor digits."""
+    duplicates: Duplicates = Duplicates.keep
+    """``exact`` leaves out documents that are equal to an earlier one, ``near`` also those that are similar (MinHash)."""
+    near_similarity: float = 0.8
+    """``near`` only: share of 5-word sequences in common (Jaccard) from which on documents count as similar."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Which tokens are trained on, and how they are cut."""
 
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: str | None = None
-    """File, directory or glob for ``text``, ``jsonl`` and ``parquet``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     subset: str | None = None
     """``datasets`` only: the dataset's configuration name."""
     split: str = "train"
     """``datasets`` only: the dataset's split."""
+    streaming: bool = False
+    """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
+    content: Content = Content.text
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
     text_field: str = "text"
-    """Field that holds the text in ``jsonl``, ``parquet`` and ``datasets``."""
+    """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
+    messages_field: str = "messages"
+    """Field with the messages of a ``chat``."""
+    prompt_field: str = "prompt"
+    """Field with the prompt of ``pairs``."""
+    answer_field: str = "answer"
+    """Field with the answer of ``pairs``."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """What is left out of a corpus."""
     root: str = "data"
     """Directory that holds prepared corpora."""
     tokenizer: str = "bpe"
@@ -266,6 +313,8 @@ class DataConfig:
     """Vocabulary size of the trained ``bpe``."""
     shard_tokens: int = 67_108_864
     """Prepared shards end with the document by which they hold so many tokens."""
+    prepare_processes: int | None = None
+    """Processes that prepare a corpus; by default one per core."""
     validation_fraction: float = 0.02
     """Share of the documents that is kept for validation."""
     cache_directory: str | None = None

@@ -7,18 +7,18 @@ lock is flock's and dies with the process: another process goes on where a kille
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from bigtrain.data.index import INDEX_FILE, CorpusIndex, FileRecord, hash_content, parse_index
+from bigtrain.data.locks import is_locked, locked
 from bigtrain.errors import DataError, ShardError
 from bigtrain.log import get_logger
 
@@ -247,7 +247,7 @@ class ShardCache:
     def _fetch(self, file: FileRecord, *, wait: bool) -> None:
         """Put ``file`` into the cache; without ``wait``, do nothing if another process or thread is at it."""
         partial = self.directory / f"{file.xxh3}.{file.num_bytes}.partial"
-        with _locked(partial, wait=wait) as handle:
+        with locked(partial, wait=wait) as handle:
             if handle is None:
                 return
             if self.holds(file):
@@ -283,12 +283,12 @@ class ShardCache:
 
     def _make_room(self) -> None:
         """Remove the files that were not used for longest until what is there and what is coming fits."""
-        with _locked(self.directory / "eviction.lock", wait=True):
+        with locked(self.directory / "eviction.lock", wait=True):
             num_bytes, removable = 0, []
             for path in self.directory.iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
-                    if path.suffix == ".partial" and _is_locked(path):
+                    if path.suffix == ".partial" and is_locked(path):
                         num_bytes += int(path.suffixes[-2][1:])  # what it will have
                     elif path.is_file():
                         num_bytes += stat.st_size
@@ -299,32 +299,6 @@ class ShardCache:
                 if path.name != "eviction.lock":
                     path.unlink(missing_ok=True)
                     num_bytes -= size
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[Any]:
-    """Hold a lock that ends with this process and give the locked file, or None if ``wait`` is false and it is taken."""
-    while True:
-        with open(path, "a+b") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield None
-                return
-            # Whoever had the lock before may have renamed or removed the file.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
-                    yield handle
-                    return
-
-
-def _is_locked(path: Path) -> bool:
-    with open(path, "rb") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _cache_error(directory: Path, error: OSError) -> DataError:
