@@ -26,6 +26,10 @@ class DataError(BigtrainError):
     """A source, a shard or a tokenizer is missing, damaged or unsuitable."""
 
 
+class ShardError(DataError):
+    """A shard is missing or damaged and will stay so."""
+
+
 class CheckpointError(BigtrainError):
     """A checkpoint is missing, damaged or belongs to a different run."""
 

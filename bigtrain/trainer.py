@@ -20,12 +20,23 @@ from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.checks import check
-from bigtrain.config import DataSource, EngineKind, Offload, Precision, Preflight, TrainConfig
-from bigtrain.data import open_splits as open_data
+from bigtrain.config import (
+    DataConfig,
+    DataSource,
+    EngineKind,
+    Offload,
+    Precision,
+    Preflight,
+    TrainConfig,
+    component_data,
+)
+from bigtrain.data import open_streams
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.index import read_index
 from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare, prepared_directory
+from bigtrain.data.state import Cursor, DataState
+from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
@@ -39,6 +50,7 @@ from bigtrain.redact import redact
 from bigtrain.resilience.signals import StopAgreement, StopSignal
 from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
 from bigtrain.schema import flatten, from_dict, to_dict
+from bigtrain.telemetry import names
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
@@ -53,11 +65,11 @@ class Run:
     config: TrainConfig
     directory: Path
     engine: Engine
-    splits: Mapping[str, Any]
+    streams: Mapping[str, SampleStream]
     recorder: Any
     saver: Saver
-    first_step: int
-    """Completed optimizer steps at the start of this launch."""
+    start: Cursor
+    """Where this launch begins."""
 
 
 def run(config: TrainConfig) -> int:
@@ -115,9 +127,9 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
             f"{directory} is finished at step {state.step}; a larger train.steps trains on, another run.name starts anew"
         )
         return EXIT_FINISHED
-    splits = open_splits(config)
-    if state:
-        _check_continuation(state, config, splits["train"].fingerprint)
+    streams = open_data(config, state.data if state else None)
+    start = check_continuation(state, config, streams["train"]) if state else Cursor()
+    streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: write_run_files(config))
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     if state:
@@ -126,13 +138,12 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
     else:
         values = build_initial_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=_num_threads(info))
-    first_step = state.step if state else 0
     saver = Saver(directory, engine.state.entries, config.checkpoint)
-    recorder = open_recorder(config, first_step)
-    parts = Run(config, directory, engine, splits, recorder, saver, first_step)
+    recorder = open_recorder(config, start.step)
+    parts = Run(config, directory, engine, streams, recorder, saver, start)
     with recorder:
         recorder.event(
-            "resume" if state else "start", step=first_step, world_size=info.world_size, checkpoint=str(resume or "")
+            "resume" if state else "start", step=start.step, world_size=info.world_size, checkpoint=str(resume or "")
         )
         return train(parts)
 
@@ -147,7 +158,7 @@ def train(run: Run) -> int:
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
     meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
     agreement, pending = StopAgreement(), []
-    loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step)
+    loader = train_loader(run.streams["train"], config, engine, start=run.start)
     gc.disable()
     with StopSignal() as signal, loader:
         for batch in loader:
@@ -155,7 +166,10 @@ def train(run: Run) -> int:
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
             loss, grad_norm = train_step(engine, batch, lr, before_update=saver.wait_until_staged)
-            pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
+            data = {names.DATA_WAIT_SECONDS: loader.wait_seconds, names.DATA_DIGEST: batch.after.digest}
+            pending.append(
+                {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step), **data}
+            )
 
             record_save(run, saver.poll())
             if saver.num_failures >= config.checkpoint.max_failures:
@@ -170,7 +184,7 @@ def train(run: Run) -> int:
                 validation_loss = record_validation(run, step)
                 meter.skip()
             if saving:
-                save(run, step, validation_loss)
+                save(run, batch, validation_loss)
                 meter.skip()
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
@@ -221,12 +235,11 @@ def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def validate(engine: Engine, split: Any, config: TrainConfig) -> float:
+def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> float:
     """Return the mean loss per target over the validation batches, the same for every world size."""
     total = torch.zeros(2, dtype=torch.float64)
     batches = validation_batches(
-        split,
-        sequence_length=config.data.sequence_length,
+        stream,
         batches=config.validation.batches,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -243,25 +256,26 @@ def validate(engine: Engine, split: Any, config: TrainConfig) -> float:
 
 def record_validation(run: Run, step: int) -> float:
     """Validate, record the result and return the loss."""
-    loss = validate(run.engine, run.splits["validation"], run.config)
+    loss = validate(run.engine, run.streams["validation"], run.config)
     run.recorder.event("validation", step=step, loss=loss, perplexity=perplexity(loss))
     return loss
 
 
-def save(run: Run, step: int, validation_loss: float | None) -> None:
-    """Begin to save a checkpoint of step ``step``."""
+def save(run: Run, batch: StepBatch, validation_loss: float | None) -> None:
+    """Begin to save a checkpoint of the step that ``batch`` was for."""
     record_save(run, run.saver.finish())
-    samples = step * run.config.train.global_batch_size
+    stream, cursor = run.streams["train"], batch.after
     run.saver.save(
         RunState(
-            step=step,
-            tokens=samples * run.config.data.sequence_length,
-            samples=samples,
-            data_fingerprint=run.splits["train"].fingerprint,
+            step=cursor.step,
+            tokens=cursor.samples * run.config.data.sequence_length,
+            samples=cursor.samples,
+            data_fingerprint=stream.fingerprint,
             config=redact(to_dict(run.config)),
             versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
             world_size=dist.get_world_size(),
             validation_loss=validation_loss,
+            data=stream.state(batch.before, cursor),
         )
     )
 
@@ -277,27 +291,38 @@ def record_save(run: Run, report: SaveReport | None) -> None:
         run.recorder.message(f"saving step {report.step} failed, older checkpoints stay: {report.error}")
 
 
-def train_loader(split: Any, config: TrainConfig, engine: Engine, *, first_step: int) -> TrainLoader:
-    """Return the loader of this rank's part of every step from ``first_step`` on."""
+def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, start: Cursor) -> TrainLoader:
+    """Return the loader of this rank's part of every step from ``start`` on."""
     return TrainLoader(
-        split,
-        sequence_length=config.data.sequence_length,
+        stream,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=engine.dp_rank,
         dp_size=engine.dp_size,
-        seed=config.train.seed,
-        first_step=first_step,
+        start=start,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=engine.device.type == "cuda",
     )
 
 
-def open_splits(config: TrainConfig) -> Mapping[str, Any]:
-    """Prepare the data on rank 0 if that has not been done, and open it on every rank."""
-    if config.data.source is not DataSource.synthetic:
-        on_rank0(lambda: str(prepare(config.data, progress=True)))
-    return open_data(config.data, vocab_size=config.model.vocab_size)
+def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
+    """Prepare the data on rank 0 if that has not been done, and open it on every rank.
+
+    Args:
+        config: of the run.
+        previous: of the checkpoint that is continued.
+    """
+    for part in component_data(config.data).values():
+        if part.source is not DataSource.synthetic:
+            on_rank0(lambda part=part: str(prepare(part, progress=True)))
+    train = config.train
+    return open_streams(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        previous=previous,
+    )
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
@@ -318,8 +343,8 @@ def write_run_files(config: TrainConfig) -> None:
     directory = run_directory(config)
     with _writing(directory):
         write_config(directory, config)
-        if config.data.source is not DataSource.synthetic:
-            keep_tokenizer(directory, prepared_directory(config.data))
+        if text := _first_text(config):
+            keep_tokenizer(directory, prepared_directory(text))
 
 
 def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
@@ -363,15 +388,15 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
         raise ConfigError("\n".join(problems))
     init_process_group(info, device)
     _, checkpoint = find_whole(path)
-    splits = open_splits(config)
+    streams = open_data(config)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
     load_checkpoint(checkpoint, weights)
     engine.state.commit()
-    loss = validate(engine, splits["validation"], config)
+    loss = validate(engine, streams["validation"], config)
     shut_down()
     result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
-    if config.data.source is not DataSource.synthetic:
+    if _first_text(config) and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
         result["unigram_entropy"] = index.validation.unigram_nats_per_token
     return result
@@ -392,7 +417,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 def _last_step_of_launch(run: Run) -> int | None:
     after = run.config.run.stop_after_steps
-    return None if after is None else run.first_step + after
+    return None if after is None else run.start.step + after
 
 
 def _is_due(step: int, every_steps: int) -> bool:
@@ -417,17 +442,35 @@ def _end(run: Run, step: int, finished: bool, stop_reason: str | None) -> int:
     return EXIT_RESUMABLE
 
 
-def _check_continuation(state: RunState, config: TrainConfig, fingerprint: str) -> None:
-    """Refuse to continue on other data; say aloud what else has changed."""
-    if state.data_fingerprint != fingerprint:
+def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream) -> Cursor:
+    """Return where to go on; refuse other data or another order; say aloud what else has changed.
+
+    Raises:
+        CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
+    """
+    advice = "choose another run.name, or go on with data.allow_change=true"
+    if not config.data.allow_change and state.data_fingerprint != stream.fingerprint:
         raise CheckpointError(
-            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {fingerprint}); "
-            "restore the data or choose another run.name"
+            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {stream.fingerprint}); "
+            f"restore the data, {advice}"
+        )
+    if not config.data.allow_change and state.data and not stream.continues(state.data):
+        raise CheckpointError(
+            f"step {state.step} would not have had the samples that the checkpoint has recorded: train.seed, "
+            "data.sequence_length, data.packing or data.shuffle_window_shards is not what it was; "
+            f"restore it, {advice}"
         )
     old, new = flatten(state.config), flatten(redact(to_dict(config)))
     for key in sorted(new):
         if old.get(key) != new[key] and not key.startswith("run."):
             log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
+    return Cursor(state.step, state.samples, state.data.digest) if state.data else Cursor(state.step, state.samples)
+
+
+def _first_text(config: TrainConfig) -> DataConfig | None:
+    """Return the section of the data, or of the first component, that has a tokenizer."""
+    texts = (part for part in component_data(config.data).values() if part.source is not DataSource.synthetic)
+    return next(texts, None)
 
 
 def _num_threads(info: RankInfo) -> int:

@@ -34,7 +34,16 @@ from bigtrain.checks import check, check_data, ignored_settings, resolve
 from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.rank_info import RankInfo
-from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
+from bigtrain.schema import (
+    from_dict,
+    generic_key,
+    key_docs,
+    key_types,
+    named_sections,
+    nearest,
+    nearest_key,
+    value_problems,
+)
 
 T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
@@ -142,7 +151,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     """
     if {"-m", "--multirun"} & set(args):
         raise ConfigError("--multirun is not offered: one command is one run; start a sweep's runs one by one")
-    args = [_quote_text(arg, schema) for arg in args]
+    args = [_nest(_quote_text(arg, schema), schema) for arg in args]
     composed: list[tuple[DictConfig, dict[str, str]]] = []
     store = ConfigStore.instance()
     store.store(group="hydra", name="config", node=_quiet_hydra())
@@ -183,7 +192,7 @@ def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = 
     docs = key_docs(schema)
     defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
     lines = []
-    for key in keys or docs:
+    for key in keys or (key for key in docs if "*" not in key):
         value = functools.reduce(lambda section, name: section[name], key.split("."), defaults)
         shown = "<needed>" if value == "???" else value if isinstance(value, str) else json.dumps(value)
         lines.append(f"  {f'{prefix}{key}={shown}':<38} {' '.join(docs[key].split()).replace('``', '')}")
@@ -264,7 +273,7 @@ def _quote_text(arg: str, schema: type) -> str:
     """
     key, equals, value = arg.partition("=")
     keys = key_types(schema)
-    hint = keys.get(key.lstrip("+"))
+    hint = keys.get(generic_key(schema, key.lstrip("+")))
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if not equals or hint not in (str, str | None) or quoted or (value == "null" and hint is not str):
         return arg
@@ -274,6 +283,22 @@ def _quote_text(arg: str, schema: type) -> str:
 
     value = re.sub(r"(\\*)\$\{(?=([\w.]+)\}|)", escape, value)
     return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
+
+
+def _nest(arg: str, schema: type) -> str:
+    """Write a setting of a section by name as Hydra merges it, whether the section is new or not.
+
+    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``
+    """
+    key, equals, value = arg.partition("=")
+    for named in named_sections(schema):
+        if equals and key.lstrip("+").startswith(f"{named}."):
+            for name in reversed(key.lstrip("+").removeprefix(f"{named}.").split(".")):
+                value = f"{{{name}:{value}}}"
+            return f"++{named}={value}"
+        if equals and key == named:
+            return f"++{arg}"
+    return arg
 
 
 def _parsed(args: list[str]) -> Iterator[Override]:

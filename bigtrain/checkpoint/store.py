@@ -26,6 +26,7 @@ from bigtrain.checkpoint.manifest import (
     write_hashed,
 )
 from bigtrain.config import Verify
+from bigtrain.data.state import DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.schema import from_dict
 
@@ -53,6 +54,8 @@ class RunState:
     """Ranks that wrote the checkpoint."""
     validation_loss: float | None = None
     """Loss of the validation at this step, if there was one."""
+    data: DataState | None = None
+    """Where the data stands, with the proof; None in checkpoints from before there was one."""
 
 
 def checkpoints_directory(run_directory: Path) -> Path:

@@ -14,12 +14,12 @@ from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig, OptimizerKind, Verify
-from bigtrain.data import open_splits
+from bigtrain.data.state import Cursor
 from bigtrain.distributed import all_reduce_sum
 from bigtrain.engine import deepspeed_zero, native
 from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.optim.schedule import lr_at
-from bigtrain.trainer import read_back, train_loader, train_step
+from bigtrain.trainer import open_data, read_back, train_loader, train_step
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
 
 STEP = 3
@@ -40,8 +40,8 @@ def variant_config(variant, world_size):
 
 def run_steps(engine, config, first, last):
     pending = []
-    splits = open_splits(config.data, vocab_size=config.model.vocab_size)
-    with train_loader(splits["train"], config, engine, first_step=first) as loader:
+    start = Cursor.at(first, config.train.global_batch_size)
+    with train_loader(open_data(config)["train"], config, engine, start=start) as loader:
         for batch in itertools.islice(loader, last - first):
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
             loss, norm = train_step(engine, batch, lr)

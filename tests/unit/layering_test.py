@@ -21,7 +21,7 @@ FLOORS = [
     ["checkpoint", "resilience", "telemetry"],
     ["run_files"],
     ["export", "sampling", "trainer"],
-    ["parity", "verify_resume"],
+    ["inspection", "parity", "verify_resume"],
 ]
 FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 
