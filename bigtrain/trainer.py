@@ -7,8 +7,9 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from bigtrain import __version__, log
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver, SaveReport
-from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
+from bigtrain.checkpoint.store import RunState, discard_after, find_checkpoints, read_run_state, step_of
 from bigtrain.checks import check
 from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
 from bigtrain.data import open_splits as open_data
@@ -26,6 +27,7 @@ from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.index import read_index
 from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare, prepared_directory
+from bigtrain.data.skips import extend
 from bigtrain.distributed import (
     RankInfo,
     all_reduce_sum,
@@ -38,12 +40,22 @@ from bigtrain.distributed import (
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
-from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError, PreflightError
+from bigtrain.errors import (
+    EXIT_FINISHED,
+    EXIT_RESUMABLE,
+    CheckpointError,
+    ConfigError,
+    NoRestartError,
+    PreflightError,
+)
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.redact import redact
-from bigtrain.resilience.signals import StopAgreement, StopSignal
+from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
+from bigtrain.resilience.heartbeat import Heartbeat
+from bigtrain.resilience.launch import Launch
+from bigtrain.resilience.signals import StopAgreement, StopLimits, StopSignal
 from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
 from bigtrain.schema import flatten, from_dict, to_dict
 from bigtrain.telemetry.meter import StepMeter
@@ -64,7 +76,23 @@ class Run:
     recorder: Any
     saver: Saver
     first_step: int
-    """Completed optimizer steps at the start of this launch."""
+    """Completed optimizer steps at the start of this launch, or after a roll-back."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """Ranges of positions in the data order that are left out."""
+    rollbacks: int = 0
+    """How often the run has gone back because of bad numbers."""
+    signal: StopSignal = field(default_factory=StopSignal)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    limits: StopLimits | None = None
+    """What besides signals ends this launch; on rank 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a launch ended."""
+
+    code: int
+    reason: str
 
 
 def run(config: TrainConfig) -> int:
@@ -114,69 +142,132 @@ def check_memory(config: TrainConfig, info: RankInfo, device: torch.device) -> N
 
 
 def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
-    directory = run_directory(config)
+    with Launch(run_directory(config), info.rank, config.supervision) as launch:
+        end = _train_run(config, info, device, launch)
+        launch.end(end.code, end.reason)
+        return end.code
+
+
+def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> End:
+    directory = launch.directory
+    if on_rank0(directory.is_dir):
+        claim(launch)
     resume = find_resume(config)
     state = read_run_state(resume) if resume else None
     if state and state.step >= config.train.steps:
         log.get_logger().info(
             f"{directory} is finished at step {state.step}; a larger train.steps trains on, another run.name starts anew"
         )
-        return EXIT_FINISHED
+        launch.heartbeat.step = state.step
+        return End(EXIT_FINISHED, "finished")
     splits = open_splits(config)
     if state:
         _check_continuation(state, config, splits["train"].fingerprint)
     on_rank0(lambda: write_run_files(config))
+    claim(launch)
+    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    if state:
-        load_checkpoint(resume, engine.state.entries)
-        engine.state.commit()
-    else:
+    parts = Run(
+        config=config,
+        directory=directory,
+        engine=engine,
+        splits=splits,
+        recorder=NullRecorder(),
+        saver=Saver(directory, engine.state.entries, config.checkpoint),
+        first_step=fill_state(config, engine, resume, info),
+        skipped=state.skipped if state else [],
+        rollbacks=state.rollbacks if state else 0,
+        heartbeat=launch.heartbeat,
+        limits=StopLimits(directory, config.run.max_minutes, started=launch.started) if info.rank == 0 else None,
+    )
+    facts = {"world_size": info.world_size, "attempt": launch.attempt, "after": launch.previous_failure()}
+    while True:
+        parts.recorder = open_recorder(config, parts.first_step)
+        with parts.recorder:
+            kind = "resume" if resume else "start"
+            parts.recorder.event(kind, step=parts.first_step, checkpoint=str(resume or ""), **facts)
+            end = train(parts)
+        if isinstance(end, End):
+            return end
+        resume = roll_back(parts, end, info)
+
+
+def claim(launch: Launch) -> None:
+    """Take the run for this launch; all ranks call this.
+
+    Raises:
+        ConfigError: another launch has it, or its directory cannot be written.
+        NoRestartError: it has failed too often without progress.
+    """
+
+    def take() -> int:
+        with _writing(launch.directory):
+            return launch.claim(max(map(step_of, find_checkpoints(launch.directory)), default=0))
+
+    launch.attempt = on_rank0(take)
+
+
+def fill_state(config: TrainConfig, engine: Engine, checkpoint: Path | None, info: RankInfo) -> int:
+    """Give the engine the state of a checkpoint, or initial values; return the number of completed steps."""
+    if checkpoint is None:
         values = build_initial_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=_num_threads(info))
-    first_step = state.step if state else 0
-    saver = Saver(directory, engine.state.entries, config.checkpoint)
-    recorder = open_recorder(config, first_step)
-    parts = Run(config, directory, engine, splits, recorder, saver, first_step)
-    with recorder:
-        recorder.event(
-            "resume" if state else "start", step=first_step, world_size=info.world_size, checkpoint=str(resume or "")
-        )
-        return train(parts)
+        return 0
+    load_checkpoint(checkpoint, engine.state.entries)
+    engine.state.commit()
+    return read_run_state(checkpoint).step
 
 
-def train(run: Run) -> int:
-    """Train until the run is finished or somebody wants it to stop; return the exit code.
+def train(run: Run) -> End | RollBack:
+    """Train until the run is finished, or somebody wants it to stop, or it has to go back.
 
     Raises:
         CheckpointError: saving has failed too often, or at the end.
     """
-    config, engine, recorder, saver = run.config, run.engine, run.recorder, run.saver
+    config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
     meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
-    agreement, pending = StopAgreement(), []
-    loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step)
+    agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
+    loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step, skipped=run.skipped)
+    heartbeat.step, verdict = run.first_step, None
+
+    def before_update() -> None:
+        heartbeat.enter("optimizer")
+        saver.wait_until_staged()
+
     gc.disable()
-    with StopSignal() as signal, loader:
-        for batch in loader:
+    with run.signal as signal, loader:
+        for batch in heartbeat.during("data", loader):
+            heartbeat.enter("forward_backward")
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
-            loss, grad_norm = train_step(engine, batch, lr, before_update=saver.wait_until_staged)
+            loss, grad_norm = train_step(engine, batch, lr, before_update=before_update)
+            heartbeat.enter("logging")
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
 
             record_save(run, saver.poll())
             if saver.num_failures >= config.checkpoint.max_failures:
-                signal.request(f"checkpoint.max_failures={config.checkpoint.max_failures}")
-            stopping = agreement.poll(signal.reason is not None) or step == last_launch_step
+                signal.request("checkpoint.max_failures")
+            if run.limits:
+                signal.request(run.limits.reached())
+            stopping = agreement.poll(signal.reason)
+            if step == last_launch_step:
+                stopping = stopping or "run.stop_after_steps"
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
-                recorder.metrics(read_back(pending))
+                records = read_back(pending)
+                recorder.metrics(records)
+                if verdict := record_bad_numbers(run, judge, records):
+                    break
             validation_loss = None
             if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
+                heartbeat.enter("validation")
                 validation_loss = record_validation(run, step)
                 meter.skip()
             if saving:
+                heartbeat.enter("checkpoint")
                 save(run, step, validation_loss)
                 meter.skip()
             if step % GC_EVERY_STEPS == 0:
@@ -184,9 +275,10 @@ def train(run: Run) -> int:
             if finished or stopping:
                 break
         agreement.settle()
+        heartbeat.enter("checkpoint")
         record_save(run, saver.finish())  # in here: a signal that a launcher repeats must not cut the last save short
     gc.enable()
-    return _end(run, step, finished, signal.reason)
+    return verdict or _end(run, step, finished, stopping)
 
 
 def train_step(
@@ -269,6 +361,8 @@ def save(run: Run, step: int, validation_loss: float | None) -> None:
             versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
             world_size=dist.get_world_size(),
             validation_loss=validation_loss,
+            skipped=run.skipped,
+            rollbacks=run.rollbacks,
         )
     )
 
@@ -277,6 +371,8 @@ def record_save(run: Run, report: SaveReport | None) -> None:
     """Record how a save has ended, if one has."""
     if report is None:
         return
+    if run.limits:
+        run.limits.save_seconds = max(run.limits.save_seconds, report.seconds)
     if report.error is None:
         run.recorder.event("checkpoint", step=report.step, path=str(report.path))
     else:
@@ -284,7 +380,43 @@ def record_save(run: Run, report: SaveReport | None) -> None:
         run.recorder.message(f"saving step {report.step} failed, older checkpoints stay: {report.error}")
 
 
-def train_loader(split: Any, config: TrainConfig, engine: Engine, *, first_step: int) -> TrainLoader:
+def record_bad_numbers(run: Run, judge: BadNumbers, records: list[dict[str, Any]]) -> RollBack | None:
+    """Record the bad ones of these steps; return how far the run has to go back, if it has to."""
+    found, verdict = judge.judge(records)
+    for bad in found:
+        run.recorder.event("bad_step", step=bad.step, why=bad.why)
+        run.recorder.message(f"step {bad.step} is bad: {bad.why}")
+    return verdict
+
+
+def roll_back(run: Run, verdict: RollBack, info: RankInfo) -> Path | None:
+    """Return to the newest checkpoint before the bad steps, to go on without their samples; return it.
+
+    Raises:
+        NoRestartError: the run has gone back too often, or there is no checkpoint to go back to.
+    """
+    first, last, config = verdict.first_step, verdict.last_step, run.config
+    bad = f"steps {first} to {last} of {run.directory} have bad numbers"
+    if run.rollbacks >= config.bad_numbers.max_rollbacks:
+        raise NoRestartError(
+            f"{bad}, and the run has gone back {run.rollbacks} times already (bad_numbers.max_rollbacks); it diverges: "
+            "lower optimizer.lr, or look at the data; events.jsonl has every bad step"
+        )
+    on_rank0(lambda: discard_after(run.directory, first - 1))
+    left = on_rank0(lambda: [str(path) for path in find_checkpoints(run.directory)])
+    checkpoint = Path(left[-1]) if left else None
+    batch = config.train.global_batch_size
+    run.skipped, run.rollbacks = extend(run.skipped, (first - 1) * batch, last * batch), run.rollbacks + 1
+    run.first_step = fill_state(config, run.engine, checkpoint, info)
+    log.get_logger().warning(
+        f"{bad}: going back to step {run.first_step}; their {(last - first + 1) * batch} samples are left out from now on"
+    )
+    return checkpoint
+
+
+def train_loader(
+    split: Any, config: TrainConfig, engine: Engine, *, first_step: int, skipped: Sequence[Sequence[int]] = ()
+) -> TrainLoader:
     """Return the loader of this rank's part of every step from ``first_step`` on."""
     return TrainLoader(
         split,
@@ -297,6 +429,7 @@ def train_loader(split: Any, config: TrainConfig, engine: Engine, *, first_step:
         first_step=first_step,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=engine.device.type == "cuda",
+        skipped=skipped,
     )
 
 
@@ -402,22 +535,23 @@ def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _end(run: Run, step: int, finished: bool, stop_reason: str | None) -> int:
+def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
         raise CheckpointError(
             f"step {step} could not be saved, {run.saver.num_failures} failures in a row; the same command continues "
             f"from {last[-1] if last else 'the beginning'} when the reason above is mended"
         )
+    if run.limits:
+        run.limits.honour()
     if finished:
         run.recorder.event("finished", step=step)
-        return EXIT_FINISHED
-    reason = stop_reason or "run.stop_after_steps"
+        return End(EXIT_FINISHED, "finished")
     run.recorder.event("stop", step=step, reason=reason)
     run.recorder.message(
         f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."
     )
-    return EXIT_RESUMABLE
+    return End(EXIT_RESUMABLE, str(reason))
 
 
 def _check_continuation(state: RunState, config: TrainConfig, fingerprint: str) -> None:

@@ -215,7 +215,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
         message = "" if error.said_by_rank_0 else textwrap.indent(message, f"[rank {rank()}] ")
     if message:
         print(message, file=sys.stderr, flush=True)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(error.exit_code)
 
 
 def _quiet_hydra() -> HydraConf:

@@ -53,6 +53,10 @@ class RunState:
     """Ranks that wrote the checkpoint."""
     validation_loss: float | None = None
     """Loss of the validation at this step, if there was one."""
+    skipped: list[list[int]] = dataclasses.field(default_factory=list)
+    """Ranges (first, end) of positions in the data order whose samples the run leaves out."""
+    rollbacks: int = 0
+    """How often the run has gone back because of bad numbers."""
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -209,6 +213,21 @@ def prune(run_directory: Path, keep: str) -> None:
         if path not in kept:
             # Deleting takes a while; what is half deleted must not look complete.
             os.rename(path, path.with_name(f"{path.name}.deleting"))
+    remove_leftovers(run_directory)
+
+
+def discard_after(run_directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps; nobody is saving into the run.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+    """
+    for path in find_checkpoints(run_directory):
+        if step_of(path) > step:
+            try:
+                os.rename(path, path.with_name(f"{path.name}.deleting"))
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be deleted: {error.strerror}") from error
     remove_leftovers(run_directory)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bigtrain.data.batch import IGNORE_INDEX, Batch, build_batch
 from bigtrain.data.corpus import Split
 from bigtrain.data.order import rank_slice, sample_ids
+from bigtrain.data.skips import pieces
 from bigtrain.errors import DataError
 
 
@@ -49,6 +50,7 @@ class TrainLoader:
         first_step: int,
         prefetch_steps: int,
         pin_memory: bool,
+        skipped: Sequence[Sequence[int]] = (),
     ) -> None:
         """Start to prepare ``prefetch_steps`` steps in the background.
 
@@ -63,6 +65,7 @@ class TrainLoader:
             first_step: Optimizer step to begin with.
             prefetch_steps: Steps kept ready, at least 1.
             pin_memory: Put the batches into page-locked memory.
+            skipped: Ranges of positions of the order that the run leaves out; see :mod:`bigtrain.data.skips`.
 
         Raises:
             DataError: the split is shorter than one sample.
@@ -74,6 +77,7 @@ class TrainLoader:
         self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
         self._seed = seed
         self._pin_memory = pin_memory
+        self._skipped = skipped
         # A new thread would use GPU 0, whichever GPU this rank has.
         initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin_memory else (None, ())
         self._executor = ThreadPoolExecutor(1, "data", initializer, device)
@@ -107,7 +111,8 @@ class TrainLoader:
 
     def _load(self, step: int) -> StepBatch:
         first = step * self._global_batch_size
-        ids = sample_ids(first, self._global_batch_size, self._num_samples, self._seed)
+        ranges = pieces(first, self._global_batch_size, self._skipped)
+        ids = np.concatenate([sample_ids(a, b - a, self._num_samples, self._seed) for a, b in ranges])
         # Piece by piece: arrays of a whole step would be fresh memory, with its page faults, every time.
         batches = [_load_batch(self._split, ids[part], self._sequence_length) for part in self._slices]
         # numpy, because every thread that calls torch gets its own set of OpenMP threads

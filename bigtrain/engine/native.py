@@ -23,7 +23,7 @@ from bigtrain.engine.state import (
     whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import Batch, loss_sum
+from bigtrain.objective import Batch, gradient_scale, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 
 
@@ -65,7 +65,7 @@ class NativeEngine:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = loss_sum(self.module, batch)
             # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
-            (loss * (self.dp_size / num_targets)).backward()
+            (loss * gradient_scale(loss, self.dp_size / num_targets)).backward()
         return loss.detach()
 
     def step(self, lr: float) -> torch.Tensor:
@@ -75,6 +75,8 @@ class NativeEngine:
         if self.grad_clip and gradients:
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         set_lr(self.optimizer, lr)
+        # The fused optimizer then changes nothing; it looks on the device, so that the host need not wait to decide.
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
