@@ -75,9 +75,7 @@ class NativeEngine:
         if self.grad_clip and gradients:
             torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         set_lr(self.optimizer, lr)
-        # The fused optimizer then changes nothing; it looks on the device, so that the host need not wait to decide.
-        self.optimizer.found_inf = (~norm.isfinite()).float()
-        self.optimizer.step()
+        update_unless_bad(self.optimizer, norm, ask_host=self.device.type == "cpu")
         self.optimizer.zero_grad()
         return norm
 
@@ -129,6 +127,23 @@ class NativeEngine:
                 yield
         else:
             yield
+
+
+def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, ask_host: bool) -> None:
+    """Let the optimizer update its weights, unless the gradient's norm is not finite.
+
+    Args:
+        optimizer: with a fused kernel.
+        norm: 0-d tensor.
+        ask_host: whether the host decides. On a GPU it would have to wait for the number; there the kernel
+            looks at it, as it does for gradient scalers.
+    """
+    if ask_host:
+        if norm.isfinite():
+            optimizer.step()
+        return
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

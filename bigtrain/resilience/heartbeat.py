@@ -19,6 +19,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 PHASES = ("starting", "data", "forward_backward", "optimizer", "logging", "validation", "checkpoint", "ending")
+"""In the order in which a step goes through them."""
 _FIELDS = ("pid", "rank", "phase", "step", "since_ns", "deadline_ns")
 _NUM_BYTES = 8 * len(_FIELDS)
 _WINDOW = 200  # durations of a phase that are remembered

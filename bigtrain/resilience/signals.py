@@ -26,7 +26,7 @@ FORCE_AFTER_SECONDS = 2.0
 class StopSignal:
     """From entering on, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process.
 
-    Leaving puts the handlers back unless a stop is wanted.
+    Leaving puts the handlers back, unless a stop is wanted or something has failed.
     """
 
     def __init__(self) -> None:
@@ -41,8 +41,8 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Once it is to stop the process only has to end, and what a launcher repeats must not disturb that.
-        if self.reason is None:
+        # Then the process only has to end, and what a launcher sends, or repeats, must not disturb that.
+        if self.reason is None and error is None:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 

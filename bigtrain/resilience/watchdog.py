@@ -22,7 +22,7 @@ from pathlib import Path
 from bigtrain.errors import EXIT_FAULT
 from bigtrain.resilience.attempt import read_exit
 from bigtrain.resilience.failures import Failure, describe, record_failures
-from bigtrain.resilience.heartbeat import Beat, read_beats
+from bigtrain.resilience.heartbeat import PHASES, Beat, read_beats
 
 STACK_SIGNAL = signal.SIGUSR2
 """Ranks answer with their stacks, in native code and without the interpreter."""
@@ -121,9 +121,9 @@ def _has_ended_by_decision(watch: Watch) -> bool:
     return found.get("attempt") == watch.attempt and found.get("code") != EXIT_FAULT
 
 
-def _progress(beat: Beat) -> tuple[int, int]:
+def _progress(beat: Beat) -> tuple[int, int, int]:
     """Order ranks by how far they have come: those that wait for another have come further than it."""
-    return beat.step, beat.since_ns
+    return beat.step, PHASES.index(beat.phase), beat.since_ns
 
 
 def _death(place: Path, beat: Beat) -> Failure:

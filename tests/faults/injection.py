@@ -59,6 +59,7 @@ def train(
     world_size: int = 2,
     environ: Mapping[str, str] | None = None,
     meanwhile: Callable[[list[Any]], None] | None = None,
+    log: str = "rank",
 ) -> Ended:
     """Run the training command on forked ranks; like torchrun, end all when one has failed.
 
@@ -70,6 +71,7 @@ def train(
         world_size: number of ranks.
         environ: additional environment variables.
         meanwhile: called in this process with the ranks' processes as soon as they run.
+        log: beginning of the names of the files with what the ranks say.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, __name__])
@@ -77,12 +79,12 @@ def train(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     watchdogs = heartbeats()
-    logs = [cwd / f"rank-{rank}.log" for rank in range(world_size)]
+    logs = [cwd / f"{log}-{rank}.log" for rank in range(world_size)]
     own = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
     processes = []
-    for rank, log in enumerate(logs):
+    for rank, path in enumerate(logs):
         variables = {**own, **(environ or {}), **_rank_environ(rank, world_size, port)}
-        work = (variables, cwd, log, [*SMALL, *args], [fault for fault in faults if fault.rank == rank], prepare)
+        work = (variables, cwd, path, [*SMALL, *args], [fault for fault in faults if fault.rank == rank], prepare)
         processes.append(context.Process(target=_rank_main, args=work, daemon=True))
         processes[-1].start()
     try:
@@ -97,7 +99,7 @@ def train(
     while heartbeats() - watchdogs:  # the watchdog has the last word, and takes them away when it ends
         assert time.monotonic() < deadline, "the watchdog does not end"
         time.sleep(0.02)
-    return Ended([process.exitcode for process in processes], [log.read_text() for log in logs])
+    return Ended([process.exitcode for process in processes], [path.read_text() for path in logs])
 
 
 def _wait(processes: list[Any]) -> None:
