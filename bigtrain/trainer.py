@@ -1,14 +1,12 @@
 """A run from its configuration to its end; the loop is in :func:`train` and reads top to bottom."""
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
 import math
-import os
 import platform
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from bigtrain import __version__, log
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver, SaveReport
-from bigtrain.checkpoint.store import RunState, discard_after, find_checkpoints, read_run_state, step_of
+from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.checks import check
 from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
 from bigtrain.data import open_splits as open_data
@@ -27,7 +25,6 @@ from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.index import read_index
 from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare, prepared_directory
-from bigtrain.data.skips import extend
 from bigtrain.distributed import (
     RankInfo,
     all_reduce_sum,
@@ -39,24 +36,33 @@ from bigtrain.distributed import (
 )
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.state import initialise
 from bigtrain.errors import (
     EXIT_FINISHED,
     EXIT_RESUMABLE,
     CheckpointError,
     ConfigError,
-    NoRestartError,
     PreflightError,
 )
-from bigtrain.models import build_initial_values, build_model
+from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
+from bigtrain.recovery import claim, fill_state, go_back
 from bigtrain.redact import redact
 from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
 from bigtrain.resilience.heartbeat import Heartbeat
 from bigtrain.resilience.launch import Launch
 from bigtrain.resilience.signals import StopAgreement, StopLimits, StopSignal
-from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
+from bigtrain.resilience.stragglers import Straggler, Stragglers
+from bigtrain.run_files import (
+    find_resume,
+    find_whole,
+    keep_tokenizer,
+    locate,
+    read_config,
+    run_directory,
+    write_config,
+    writing,
+)
 from bigtrain.schema import flatten, from_dict, to_dict
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
@@ -189,33 +195,9 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
             end = train(parts)
         if isinstance(end, End):
             return end
-        resume = roll_back(parts, end, info)
-
-
-def claim(launch: Launch) -> None:
-    """Take the run for this launch; all ranks call this.
-
-    Raises:
-        ConfigError: another launch has it, or its directory cannot be written.
-        NoRestartError: it has failed too often without progress.
-    """
-
-    def take() -> int:
-        with _writing(launch.directory):
-            return launch.claim(max(map(step_of, find_checkpoints(launch.directory)), default=0))
-
-    launch.attempt = on_rank0(take)
-
-
-def fill_state(config: TrainConfig, engine: Engine, checkpoint: Path | None, info: RankInfo) -> int:
-    """Give the engine the state of a checkpoint, or initial values; return the number of completed steps."""
-    if checkpoint is None:
-        values = build_initial_values(config.model, config.train.seed)
-        initialise(engine.state, values, num_threads=_num_threads(info))
-        return 0
-    load_checkpoint(checkpoint, engine.state.entries)
-    engine.state.commit()
-    return read_run_state(checkpoint).step
+        resume, parts.skipped = go_back(config, directory, end, skipped=parts.skipped, rollbacks=parts.rollbacks)
+        parts.rollbacks += 1
+        parts.first_step = fill_state(config, engine, resume, info)
 
 
 def train(run: Run) -> End | RollBack:
@@ -229,6 +211,7 @@ def train(run: Run) -> End | RollBack:
     meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
     loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step, skipped=run.skipped)
+    stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
     heartbeat.step, verdict = run.first_step, None
 
     def before_update() -> None:
@@ -259,6 +242,7 @@ def train(run: Run) -> End | RollBack:
             if saving or step % config.train.log_every_steps == 0:
                 records = read_back(pending)
                 recorder.metrics(records)
+                record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))
                 if verdict := record_bad_numbers(run, judge, records):
                     break
             validation_loss = None
@@ -389,29 +373,11 @@ def record_bad_numbers(run: Run, judge: BadNumbers, records: list[dict[str, Any]
     return verdict
 
 
-def roll_back(run: Run, verdict: RollBack, info: RankInfo) -> Path | None:
-    """Return to the newest checkpoint before the bad steps, to go on without their samples; return it.
-
-    Raises:
-        NoRestartError: the run has gone back too often, or there is no checkpoint to go back to.
-    """
-    first, last, config = verdict.first_step, verdict.last_step, run.config
-    bad = f"steps {first} to {last} of {run.directory} have bad numbers"
-    if run.rollbacks >= config.bad_numbers.max_rollbacks:
-        raise NoRestartError(
-            f"{bad}, and the run has gone back {run.rollbacks} times already (bad_numbers.max_rollbacks); it diverges: "
-            "lower optimizer.lr, or look at the data; events.jsonl has every bad step"
-        )
-    on_rank0(lambda: discard_after(run.directory, first - 1))
-    left = on_rank0(lambda: [str(path) for path in find_checkpoints(run.directory)])
-    checkpoint = Path(left[-1]) if left else None
-    batch = config.train.global_batch_size
-    run.skipped, run.rollbacks = extend(run.skipped, (first - 1) * batch, last * batch), run.rollbacks + 1
-    run.first_step = fill_state(config, run.engine, checkpoint, info)
-    log.get_logger().warning(
-        f"{bad}: going back to step {run.first_step}; their {(last - first + 1) * batch} samples are left out from now on"
-    )
-    return checkpoint
+def record_stragglers(run: Run, found: list[Straggler]) -> None:
+    """Name the ranks that keep the others waiting."""
+    for slow in found:
+        run.recorder.event("straggler", step=run.heartbeat.step, rank=slow.rank, why=slow.why)
+        run.recorder.message(f"rank {slow.rank} keeps the others waiting: it {slow.why}")
 
 
 def train_loader(
@@ -456,7 +422,7 @@ def write_run_files(config: TrainConfig) -> None:
         ConfigError: the directory cannot be written.
     """
     directory = run_directory(config)
-    with _writing(directory):
+    with writing(directory):
         write_config(directory, config)
         if config.data.source is not DataSource.synthetic:
             keep_tokenizer(directory, prepared_directory(config.data))
@@ -472,7 +438,7 @@ def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
 
     def open_files() -> None:
         nonlocal recorder
-        with _writing(run_directory(config)):
+        with writing(run_directory(config)):
             recorder = build_recorder(config, run_directory(config), 0, first_step)
 
     on_rank0(open_files)
@@ -518,14 +484,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
-
-
 def _last_step_of_launch(run: Run) -> int | None:
     after = run.config.run.stop_after_steps
     return None if after is None else run.first_step + after
@@ -565,7 +523,3 @@ def _check_continuation(state: RunState, config: TrainConfig, fingerprint: str) 
     for key in sorted(new):
         if old.get(key) != new[key] and not key.startswith("run."):
             log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
-
-
-def _num_threads(info: RankInfo) -> int:
-    return max(1, (os.cpu_count() or 1) // info.local_world_size)

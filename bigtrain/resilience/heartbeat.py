@@ -47,6 +47,7 @@ class Heartbeat:
         self._floor_ns, self._first_ns = int(hang_seconds * 1e9), int(first_hang_seconds * 1e9)
         self._durations: list[deque[int]] = [deque(maxlen=_WINDOW) for _ in PHASES]
         self._num_seen = [0] * len(PHASES)
+        self._total_ns = [0] * len(PHASES)
         self._limits_ns = [self._first_ns] * len(PHASES)
         self._limits_ns[_ENDING] = self._floor_ns
         self._phase, self._since_ns = 0, time.monotonic_ns()
@@ -64,6 +65,7 @@ class Heartbeat:
         now, old = time.monotonic_ns(), self._phase
         durations, seen = self._durations[old], self._num_seen[old] + 1
         durations.append(now - self._since_ns)
+        self._total_ns[old] += now - self._since_ns
         self._num_seen[old] = seen
         if (seen < _RECOMPUTE_EVERY or seen % _RECOMPUTE_EVERY == 0) and seen >= _MIN_SEEN:
             self._limits_ns[old] = max(self._floor_ns, 3 * _percentile99(durations))
@@ -87,9 +89,8 @@ class Heartbeat:
             yield item
 
     def seconds_in(self, phase: str) -> float:
-        """Return the mean duration of the last times in ``phase``."""
-        durations = self._durations[PHASES.index(phase)]
-        return sum(durations) / len(durations) / 1e9 if durations else 0.0
+        """Return how long this rank has been in ``phase``, all times together that have ended."""
+        return self._total_ns[PHASES.index(phase)] / 1e9
 
 
 @dataclass(frozen=True, slots=True)

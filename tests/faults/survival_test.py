@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints
-from bigtrain.resilience import watchdog
+from bigtrain.resilience import stragglers, watchdog
 from tests.distributed.launches import events, num_steps, trajectory
 from tests.faults.injection import RUN, Fault, state_hashes, train
 
@@ -111,6 +111,37 @@ def wait_for(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> No
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# Slow ranks
+
+
+def compare_at_every_step() -> None:
+    stragglers.CHECK_SECONDS = 0.0
+
+
+def test_a_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path):
+    slow = [Fault("slow", 1, step, "data") for step in range(1, 9)]
+    ended = train(tmp_path, "supervision.straggler_factor=3", faults=slow, prepare=compare_at_every_step)
+    assert ended.codes == [0, 0]
+    # A busy machine may slow down the processor of a rank too.
+    (event,) = (event for event in events(tmp_path / RUN, "straggler") if event["why"].startswith("waits"))
+    assert event["rank"] == 1
+    assert event["why"].startswith("waits 0.3")
+    assert f"rank 1 keeps the others waiting: it {event['why']}" in ended.said[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([(1, 0, 1), (1, 0, 1), (1.4, 0, 1)], []),
+        ([(1, 0, 1), (1, 0, 1), (1.6, 0, 1)], [(2, "computes 1.6 times slower than the median rank")]),
+        ([(1, 0.1, 1), (1, 0.2, 1), (1, 0.3, 1)], []),
+        ([(1, 0.0, 1), (1, 0.5, 1), (1, 0.0, 1)], [(1, "waits 0.5 s per step for data, the median rank 0 s")]),
+    ],
+)
+def test_slow_is_measured_against_the_median(ranks: list[tuple[float, ...]], expected: list[tuple[int, str]]):
+    assert [(slow.rank, slow.why) for slow in stragglers.slow_ranks(ranks, 1.5)] == expected
 
 
 # First cause

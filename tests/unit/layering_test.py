@@ -20,6 +20,7 @@ FLOORS = [
     ["engine", "preflight"],
     ["checkpoint", "resilience", "telemetry"],
     ["run_files"],
+    ["recovery"],
     ["export", "sampling", "trainer"],
     ["parity", "verify_resume"],
 ]
