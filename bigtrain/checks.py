@@ -57,6 +57,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_batch(config, world_size),
         *_check_engine(config, world_size, local_world_size),
         *_check_numbers(config),
+        *_check_survival(config),
     ]
 
 
@@ -147,6 +148,8 @@ def _check_run(config: TrainConfig) -> list[str]:
         )
     if config.run.stop_after_steps is not None and config.run.stop_after_steps < 1:
         problems.append(f"run.stop_after_steps={config.run.stop_after_steps}: must be at least 1")
+    if config.run.max_minutes is not None and not config.run.max_minutes > 0:
+        problems.append(f"run.max_minutes={config.run.max_minutes}: must be positive")
     return problems
 
 
@@ -286,5 +289,31 @@ def _check_numbers(config: TrainConfig) -> list[str]:
             config.checkpoint.max_failures >= 1,
             f"checkpoint.max_failures={config.checkpoint.max_failures}: must be at least 1",
         ),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _check_survival(config: TrainConfig) -> list[str]:
+    supervision, bad_numbers = config.supervision, config.bad_numbers
+    hang, first_hang = supervision.hang_seconds, supervision.first_hang_seconds
+    factor, zscore, window = supervision.straggler_factor, bad_numbers.spike_zscore, bad_numbers.spike_window_steps
+    rules = [
+        (hang >= 0, f"supervision.hang_seconds={hang}: must be 0 (no watchdog) or positive"),
+        (first_hang >= hang, f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}"),
+        (factor == 0 or factor > 1, f"supervision.straggler_factor={factor}: must be 0 (off) or more than 1"),
+        (
+            supervision.max_failed_attempts >= 1,
+            f"supervision.max_failed_attempts={supervision.max_failed_attempts}: must be at least 1",
+        ),
+        (
+            bad_numbers.max_bad_steps >= 0,
+            f"bad_numbers.max_bad_steps={bad_numbers.max_bad_steps}: must not be negative",
+        ),
+        (
+            bad_numbers.max_rollbacks >= 0,
+            f"bad_numbers.max_rollbacks={bad_numbers.max_rollbacks}: must not be negative",
+        ),
+        (zscore >= 0, f"bad_numbers.spike_zscore={zscore}: must be 0 (off) or positive"),
+        (window >= 8, f"bad_numbers.spike_window_steps={window}: must be at least 8"),
     ]
     return [message for holds, message in rules if not holds]

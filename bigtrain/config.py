@@ -164,6 +164,8 @@ class RunConfig:
     """Directory that holds the runs."""
     stop_after_steps: int | None = None
     """End this launch, saved and resumable, after so many optimizer steps."""
+    max_minutes: float | None = None
+    """End this launch, saved and resumable, so early that its last save is done after so many minutes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -476,6 +478,34 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SupervisionConfig:
+    """Hangs, slow ranks, and failures that come again."""
+
+    hang_seconds: float = 60.0
+    """A rank hangs when a phase of its step takes longer than this and than three times the phase's 99th percentile; 0 switches the watchdog off."""
+    first_hang_seconds: float = 1800.0
+    """The limit for a phase that has been seen fewer than three times: starting, compiling, the first saves."""
+    straggler_factor: float = 1.5
+    """A rank is named when it is so many times slower than the median of the ranks; 0 switches that off."""
+    max_failed_attempts: int = 3
+    """After so many launches in a row that failed without a new checkpoint, a launcher's restart is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadNumbersConfig:
+    """Steps whose numbers are not to be trained on."""
+
+    max_bad_steps: int = 3
+    """Bad steps among the last 100 that are put up with (non-finite ones change no weight); one more rolls back."""
+    max_rollbacks: int = 3
+    """How often a run returns to a checkpoint and leaves out the samples of its bad steps, before it stops for good."""
+    spike_zscore: float = 0.0
+    """A loss so many (robust) standard deviations above the median counts as bad too; 0 = off, 6 is usual."""
+    spike_window_steps: int = 128
+    """Steps of which the median and the deviation are taken; none counts as a spike before there are so many."""
+
+
+@dataclass(kw_only=True, slots=True)
 class LoggingConfig:
     """What besides the console and the files is written."""
 
@@ -509,6 +539,10 @@ class TrainConfig:
     """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """Supervision."""
+    bad_numbers: BadNumbersConfig = field(default_factory=BadNumbersConfig)
+    """Bad numbers."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Logging backends."""
     preflight: Preflight = Preflight.stop

@@ -105,23 +105,28 @@ def _decode(payload: torch.Tensor) -> Any:
     return json.loads(payload.numpy().tobytes())
 
 
-def on_rank0(function: Callable[[], Any]) -> Any:
+def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None = None) -> Any:
     """Call ``function`` on rank 0 while the others wait; return its JSON-able value on every rank.
 
     Without a process group this process is the only rank.
+
+    Args:
+        function: what is to be done once.
+        patience: how long the others wait; by default as long as for any communication.
 
     Raises:
         BigtrainError: what it raised on rank 0, on every rank, so that none is left waiting.
     """
     if not dist.is_initialized():
         return function()
+    group = dist.new_group(backend="gloo", timeout=patience) if patience else None
     outcome: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:
             outcome = {"value": function()}
         except BigtrainError as error:
             outcome = {"error": type(error).__name__, "message": str(error)}
-    outcome = broadcast_json(outcome)
+    outcome = broadcast_json(outcome, group=group)
     if "error" in outcome:
         error = getattr(errors, outcome["error"])(outcome["message"])
         error.said_by_rank_0 = dist.get_rank() > 0

@@ -14,8 +14,8 @@ from bigtrain.data.state import Cursor, DataState
 from bigtrain.data.stream import SampleStream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
+from bigtrain.run_data import open_data
 from bigtrain.run_files import read_config
-from bigtrain.trainer import open_data
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -25,7 +25,8 @@ from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.rank_info import RankInfo
-from bigtrain.trainer import open_data, read_back, seed_step, train_loader, train_step
+from bigtrain.run_data import open_data, train_loader
+from bigtrain.trainer import read_back, seed_step, train_step
 
 StepFunction = Callable[[Engine, StepBatch, float], tuple[torch.Tensor, torch.Tensor]]
 

@@ -223,7 +223,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
         message = "" if error.said_by_rank_0 else textwrap.indent(message, f"[rank {rank()}] ")
     if message:
         print(message, file=sys.stderr, flush=True)
-    leave(EXIT_USER_ERROR)
+    leave(error.exit_code)
 
 
 def leave(code: int) -> NoReturn:

@@ -8,6 +8,7 @@ Staging runs beside the next forward and backward passes, which leave the state 
 
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,8 @@ class SaveReport:
     path: Path
     error: str | None
     """What went wrong on which rank; None if the checkpoint is complete."""
+    seconds: float = 0.0
+    """How long it took, on this rank."""
 
 
 class Saver:
@@ -102,11 +105,13 @@ class Saver:
         return report
 
     def _save(self, run_state: RunState, ready: torch.cuda.Event | None) -> SaveReport:
+        begin = time.monotonic()
         final = checkpoint_path(self._run_directory, run_state.step)
         partial = final.with_name(f"{final.name}.tmp-{self._launch}")
         votes = gather_json(self._write(partial, ready), group=self._group)
         error = self._decide(votes, partial, final, run_state) if dist.get_rank() == 0 else None
-        return SaveReport(run_state.step, final, broadcast_json(error, group=self._group))
+        error = broadcast_json(error, group=self._group)
+        return SaveReport(run_state.step, final, error, time.monotonic() - begin)
 
     def _write(self, partial: Path, ready: torch.cuda.Event | None) -> dict[str, object]:
         """Write this rank's file and return its vote; whatever goes wrong is a vote, because the others wait for it."""

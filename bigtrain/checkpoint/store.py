@@ -26,7 +26,7 @@ from bigtrain.checkpoint.manifest import (
     write_hashed,
 )
 from bigtrain.config import Verify
-from bigtrain.data.state import DataState
+from bigtrain.data.state import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.schema import from_dict
 
@@ -56,6 +56,13 @@ class RunState:
     """Loss of the validation at this step, if there was one."""
     data: DataState | None = None
     """Where the data stands, with the proof; None in checkpoints from before there was one."""
+    rollbacks: int = 0
+    """How often the run has gone back because of bad numbers."""
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the data goes on."""
+        return Cursor(self.step, self.samples, self.data.digest if self.data else NO_SAMPLES)
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -219,6 +226,21 @@ def prune(run_directory: Path, keep: str) -> None:
         if path not in kept:
             # Deleting takes a while; what is half deleted must not look complete.
             os.rename(path, path.with_name(f"{path.name}.deleting"))
+    remove_leftovers(run_directory)
+
+
+def discard_after(run_directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps; nobody is saving into the run.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+    """
+    for path in find_checkpoints(run_directory):
+        if step_of(path) > step:
+            try:
+                os.rename(path, path.with_name(f"{path.name}.deleting"))
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be deleted: {error.strerror}") from error
     remove_leftovers(run_directory)
 
 

@@ -21,7 +21,7 @@ class Cursor:
     step: int = 0
     """Completed optimizer steps."""
     samples: int = 0
-    """Samples consumed over all ranks: the position of the next one."""
+    """Samples consumed over all ranks."""
     digest: str = NO_SAMPLES
     """Hash of all sample ids consumed."""
 
@@ -53,6 +53,8 @@ class DataState:
     """Position at which the mixture as it is now began."""
     origin_counts: dict[str, int] = field(default_factory=dict)
     """Samples of each component consumed before."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """Ranges (first, end) of positions in the order whose samples the run leaves out; they do not count as consumed."""
 
 
 def chain_digest(digest: str, sample_ids: NDArray[np.int64]) -> str:

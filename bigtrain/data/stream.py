@@ -3,7 +3,7 @@
 A sample of the stream has one number: the components' samples are numbered on end, in the order of their names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from bigtrain.data.corpus import Split
 from bigtrain.data.mixture import Mixture, Share
 from bigtrain.data.order import Order
 from bigtrain.data.packing import PackedSplit, build_packing
+from bigtrain.data.skips import extend, pieces
 from bigtrain.data.state import Cursor, DataState, chain_digest
 from bigtrain.errors import DataError
 
@@ -43,6 +44,7 @@ class SampleStream:
         *,
         origin_samples: int = 0,
         origin_counts: Mapping[str, int] | None = None,
+        skipped: Sequence[Sequence[int]] = (),
     ) -> None:
         """Put the components together.
 
@@ -52,10 +54,12 @@ class SampleStream:
             components: By name, in the order of their names.
             origin_samples: Position at which the mixture begins, above 0 when it was changed during a run.
             origin_counts: Samples of each component that were drawn before; by default none.
+            skipped: Ranges of positions that the run leaves out; see :mod:`bigtrain.data.skips`.
         """
         self.name = name
         self.fingerprint = fingerprint
         self.components = dict(components)
+        self.skipped = [list(positions) for positions in skipped]
         self._list = list(components.values())
         self._origin_samples = origin_samples
         self._origin_counts = {key: (origin_counts or {}).get(key, 0) for key in components}
@@ -72,11 +76,20 @@ class SampleStream:
         return int(self._ends[-1])
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the samples at the positions ``[first, first + count)`` of the run, int64 ``(count,)``.
+        """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``.
 
         Raises:
             DataError: the data ends before.
         """
+        parts = [self._ids_at(begin, end - begin) for begin, end in pieces(first, count, self.skipped)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def leave_out(self, first: int, end: int) -> None:
+        """From now on leave out the samples that the run counts as ``[first, end)``."""
+        self.skipped = extend(self.skipped, first, end)
+
+    def _ids_at(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions ``[first, first + count)`` of the order."""
         components, indices = self.mixture.locate(first, count)
         ids = np.empty(count, dtype=np.int64)
         for number in np.unique(components).tolist():
@@ -99,10 +112,10 @@ class SampleStream:
             samples.put(rows, part)
         return build_batch(samples)
 
-    def prefetch(self, position: int) -> None:
-        """Begin to fetch what is needed from ``position`` of the run on: this window of shards and the next."""
+    def prefetch(self, samples: int) -> None:
+        """Begin to fetch what is needed after the first ``samples`` of the run: this window of shards and the next."""
         remote = [i for i, component in enumerate(self._list) if component.split.is_remote]
-        counts = self.mixture.counts(position) if remote else []
+        counts = self.mixture.counts(self._position(samples)) if remote else []
         for i in remote:
             order = self._list[i].order
             wanted, cached = 2 * (order.window_shards or WINDOW_SHARDS), _cache_shards(self._list[i].split)
@@ -146,8 +159,11 @@ class SampleStream:
         """
         self.require_samples()
         available = self.mixture.num_positions
-        if available is not None and start.samples + (steps - start.step) * global_batch_size > available:
-            enough_for = start.step + max(available - start.samples, 0) // global_batch_size
+        if available is None:
+            return
+        left = available - self._position(start.samples)
+        if (steps - start.step) * global_batch_size > left:
+            enough_for = start.step + max(left, 0) // global_batch_size
             raise DataError(
                 f"train.steps={steps}: there is data for {enough_for} steps of {global_batch_size} samples, until every "
                 f"component of data.mixture has reached its max_epochs; use train.steps={enough_for} or a larger max_epochs"
@@ -161,11 +177,16 @@ class SampleStream:
             digest=after.digest,
             previous_samples=before.samples,
             previous_digest=before.digest,
-            counts=dict(zip(self.components, self.mixture.counts(after.samples), strict=True)),
+            counts=dict(zip(self.components, self.mixture.counts(self._position(after.samples)), strict=True)),
             fingerprints={name: component.split.fingerprint for name, component in self.components.items()},
             origin_samples=self._origin_samples,
             origin_counts=self._origin_counts,
+            skipped=self.skipped,
         )
+
+    def _position(self, samples: int) -> int:
+        """Return the position in the order of the sample that comes after so many."""
+        return pieces(samples, 1, self.skipped)[0][0]
 
     def continues(self, state: DataState) -> bool:
         """Return whether the last step before a checkpoint has the samples that the checkpoint records."""
@@ -202,13 +223,14 @@ def build_stream(
         share = _share(data.mixture.get(part, ComponentConfig()), order.num_samples, global_batch_size)
         components[part] = Component(split, packed, order, share)
     fingerprint = _fingerprint(splits, data)
-    origin: dict = {}
+    origin: dict = {"skipped": previous.skipped} if previous else {}
     if previous and previous.fingerprint == fingerprint:
-        origin = {"origin_samples": previous.origin_samples, "origin_counts": previous.origin_counts}
+        origin |= {"origin_samples": previous.origin_samples, "origin_counts": previous.origin_counts}
     elif previous:
         same = {part for part, split in splits.items() if previous.fingerprints.get(part) == split.fingerprint}
         counts = {part: count for part, count in previous.counts.items() if part in same}
-        origin = {"origin_samples": previous.samples, "origin_counts": counts}
+        origin_position = pieces(previous.samples, 1, previous.skipped)[0][0]
+        origin |= {"origin_samples": origin_position, "origin_counts": counts}
     return SampleStream(name, fingerprint, components, **origin)
 
 

@@ -28,7 +28,7 @@ from bigtrain.engine.state import (
     flat_boxes,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import Batch, loss_sum
+from bigtrain.objective import Batch, gradient_scale, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.rank_info import RankInfo
 
@@ -55,11 +55,11 @@ class ZeroEngine:
         loss = loss_sum(self.module, batch)
         # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
         # accumulation steps, which scale_wrt_gas=False switches off.
-        self.module.backward(loss * (self.dp_size / num_targets), scale_wrt_gas=False)
+        self.module.backward(loss * gradient_scale(loss, self.dp_size / num_targets), scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, lr: float) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips inside its own step."""
+        """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips, and leaves out bad steps, inside its own step."""
         set_lr(self.module.optimizer, lr)
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)

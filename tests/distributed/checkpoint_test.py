@@ -19,7 +19,8 @@ from bigtrain.distributed import all_reduce_sum
 from bigtrain.engine import deepspeed_zero, native
 from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.optim.schedule import lr_at
-from bigtrain.trainer import open_data, read_back, train_loader, train_step
+from bigtrain.run_data import open_data, train_loader
+from bigtrain.trainer import read_back, train_step
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
 
 STEP = 3

@@ -20,6 +20,8 @@ FLOORS = [
     ["engine", "preflight"],
     ["checkpoint", "resilience", "telemetry"],
     ["run_files"],
+    ["recovery", "run_data"],
+    ["validation"],
     ["export", "sampling", "trainer"],
     ["inspection", "parity", "verify_resume"],
 ]
