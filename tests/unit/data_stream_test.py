@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, We
 from bigtrain.data import open_streams
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
+from bigtrain.data.prepare import prepare
 from bigtrain.data.state import Cursor, chain_digest
 from bigtrain.data.stream import build_stream
+from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.schema import from_dict, to_dict
 
@@ -217,3 +220,23 @@ def test_what_is_wrong_with_a_mixture_is_said(component, problem):
     data = from_dict(DataConfig, {"source": "synthetic", "mixture": {"web": component}})
     assert from_dict(DataConfig, to_dict(data)) == data
     assert any(found.startswith(problem) or problem in found for found in check_data(data)), check_data(data)
+
+
+def test_components_share_one_tokenizer(tmp_path):
+    text = "".join(json.dumps({"text": f"document {i} has the words of number {i}"}) + "\n" for i in range(300))
+    (tmp_path / "text.jsonl").write_text(text)
+    common = {"root": str(tmp_path / "data"), "validation_fraction": 0.1, "prepare_processes": 1, "sequence_length": 16}
+    of_text = common | {"source": DataSource.jsonl, "path": str(tmp_path / "text.jsonl")}
+    first = prepare(DataConfig(**of_text, tokenizer_vocab_size=300), progress=False)
+    alike = prepare(DataConfig(**of_text, tokenizer=str(first), text_field="text"), progress=False)
+    other = prepare(DataConfig(**of_text, tokenizer="bytes"), progress=False)
+    assert load_tokenizer(alike).to_str() == load_tokenizer(first).to_str()
+
+    def opened(*directories):
+        mixture = {f"part{i}": ComponentConfig(path=str(path)) for i, path in enumerate(directories)}
+        data = DataConfig(**common, source=DataSource.prepared, mixture=mixture)
+        return open_streams(data, vocab_size=300, seed=0, global_batch_size=4)["train"]
+
+    assert opened(first, alike).num_samples > 0
+    with pytest.raises(DataError, match=r"different tokenizers \(part0: .*, part1: bytes\)"):
+        opened(first, other)
