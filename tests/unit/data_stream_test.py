@@ -192,6 +192,37 @@ def test_validation_takes_every_component():
     assert firsts == [1000 * (i // 10) + T * 10 * (i % 10) for i in range(20)]
 
 
+class RemoteSplit(TokenSplit):
+    """Has to be fetched into a cache of so many shards, and notes what it is asked to fetch."""
+
+    is_remote = True
+    cache_shards = 5
+
+    def prefetch(self, shards):
+        self.asked.append(list(shards))
+
+
+def test_shards_are_asked_for_before_they_are_needed():
+    data = DataConfig(sequence_length=T, shuffle_window_shards=2)
+    split = RemoteSplit("train", [np.arange(T * 6 + 1, dtype=np.uint32)] * 7, "f")
+    split.asked = []
+    stream = stream_of(data, {"data": split}, global_batch_size=6)
+    needed = []
+    for step in range(7):
+        stream.prefetch(step * 6)
+        needed.append(set((stream.ids(step * 6, 6) // 6).tolist()))
+    assert len(split.asked) == 4, "once per window"
+    for window, asked in enumerate(split.asked):
+        assert set.union(*needed[2 * window : 2 * window + 2]) == set(asked[:2])
+        assert len(asked) == min(4, 7 - 2 * window)
+
+
+def test_a_cache_that_cannot_hold_a_window_is_refused():
+    split = RemoteSplit("train", [np.arange(T * 6 + 1, dtype=np.uint32)] * 12, "f")
+    with pytest.raises(DataError, match=r"holds 5 shards .* within 8 at a time; .* or data\.shuffle_window_shards=5"):
+        stream_of(DataConfig(sequence_length=T), {"data": split})
+
+
 def test_synthetic_components_hold_different_samples():
     mixture = {"a": ComponentConfig(), "b": ComponentConfig()}
     data = DataConfig(source=DataSource.synthetic, sequence_length=16, mixture=mixture)
