@@ -24,7 +24,8 @@ from bigtrain.engine.state import MODEL, EngineState, initialise
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
-from bigtrain.trainer import open_data, read_back, seed_step, train_loader, train_step
+from bigtrain.run_data import open_data
+from bigtrain.trainer import read_back, seed_step, train_loader, train_step
 
 StepFunction = Callable[[Engine, StepBatch, float], tuple[torch.Tensor, torch.Tensor]]
 

@@ -20,13 +20,12 @@ from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.checks import check
-from bigtrain.config import DataConfig, DataSource, Precision, Preflight, TrainConfig, component_data
-from bigtrain.data import open_streams
+from bigtrain.config import Precision, Preflight, TrainConfig
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.index import read_index
 from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
-from bigtrain.data.prepare import prepare, prepared_directory
-from bigtrain.data.state import Cursor, DataState
+from bigtrain.data.prepare import prepared_directory
+from bigtrain.data.state import Cursor
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import (
     RankInfo,
@@ -46,8 +45,9 @@ from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.redact import redact
 from bigtrain.resilience.signals import StopAgreement, StopSignal
+from bigtrain.run_data import check_continuation, first_text, open_data
 from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
-from bigtrain.schema import flatten, from_dict, to_dict
+from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
@@ -303,26 +303,6 @@ def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, s
     )
 
 
-def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
-    """Prepare the data on rank 0 if that has not been done, and open it on every rank.
-
-    Args:
-        config: of the run.
-        previous: of the checkpoint that is continued.
-    """
-    for part in component_data(config.data).values():
-        if part.source is not DataSource.synthetic:
-            on_rank0(lambda part=part: str(prepare(part, progress=True)))
-    train = config.train
-    return open_streams(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        seed=train.seed,
-        global_batch_size=train.global_batch_size,
-        previous=previous,
-    )
-
-
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Make the random numbers of a step (dropout) a function of (seed, step, rank), so that none need saving."""
     value = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
@@ -341,7 +321,7 @@ def write_run_files(config: TrainConfig) -> None:
     directory = run_directory(config)
     with _writing(directory):
         write_config(directory, config)
-        if text := _first_text(config):
+        if text := first_text(config):
             keep_tokenizer(directory, prepared_directory(text))
 
 
@@ -390,7 +370,7 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     loss = validate(engine, streams["validation"], config)
     shut_down()
     result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
-    if _first_text(config) and not config.data.mixture:
+    if first_text(config) and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
         result["unigram_entropy"] = index.validation.unigram_nats_per_token
     return result
@@ -434,37 +414,6 @@ def _end(run: Run, step: int, finished: bool, stop_reason: str | None) -> int:
         f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."
     )
     return EXIT_RESUMABLE
-
-
-def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream) -> Cursor:
-    """Return where to go on; refuse other data or another order; say aloud what else has changed.
-
-    Raises:
-        CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
-    """
-    advice = "choose another run.name, or go on with data.allow_change=true"
-    if not config.data.allow_change and state.data_fingerprint != stream.fingerprint:
-        raise CheckpointError(
-            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {stream.fingerprint}); "
-            f"restore the data, {advice}"
-        )
-    if not config.data.allow_change and state.data and not stream.continues(state.data):
-        raise CheckpointError(
-            f"step {state.step} would not have had the samples that the checkpoint has recorded: train.seed, "
-            "data.sequence_length, data.packing or data.shuffle_window_shards is not what it was; "
-            f"restore it, {advice}"
-        )
-    old, new = flatten(state.config), flatten(redact(to_dict(config)))
-    for key in sorted(new):
-        if old.get(key) != new[key] and not key.startswith("run."):
-            log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
-    return Cursor(state.step, state.samples, state.data.digest) if state.data else Cursor(state.step, state.samples)
-
-
-def _first_text(config: TrainConfig) -> DataConfig | None:
-    """Return the section of the data, or of the first component, that has a tokenizer."""
-    texts = (part for part in component_data(config.data).values() if part.source is not DataSource.synthetic)
-    return next(texts, None)
 
 
 def _num_threads(info: RankInfo) -> int:

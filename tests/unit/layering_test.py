@@ -19,7 +19,7 @@ FLOORS = [
     ["data", "models", "objective", "optim"],
     ["engine", "preflight"],
     ["checkpoint", "resilience", "telemetry"],
-    ["run_files"],
+    ["run_data", "run_files"],
     ["export", "sampling", "trainer"],
     ["inspection", "parity", "verify_resume"],
 ]

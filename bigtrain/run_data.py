@@ -1,0 +1,66 @@
+"""The data of a run: prepared once, opened on every rank, and continued only where a checkpoint has left off."""
+
+from collections.abc import Mapping
+
+from bigtrain import log
+from bigtrain.checkpoint.store import RunState
+from bigtrain.config import DataConfig, DataSource, TrainConfig, component_data
+from bigtrain.data import open_streams
+from bigtrain.data.prepare import prepare
+from bigtrain.data.state import Cursor, DataState
+from bigtrain.data.stream import SampleStream
+from bigtrain.distributed import on_rank0
+from bigtrain.errors import CheckpointError
+from bigtrain.redact import redact
+from bigtrain.schema import flatten, to_dict
+
+
+def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
+    """Prepare the data on rank 0 if that has not been done, and open it on every rank.
+
+    Args:
+        config: of the run.
+        previous: of the checkpoint that is continued.
+    """
+    for part in component_data(config.data).values():
+        if part.source is not DataSource.synthetic:
+            on_rank0(lambda part=part: str(prepare(part, progress=True)))
+    train = config.train
+    return open_streams(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        previous=previous,
+    )
+
+
+def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream) -> Cursor:
+    """Return where to go on; refuse other data or another order; say aloud what else has changed.
+
+    Raises:
+        CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
+    """
+    advice = "choose another run.name, or go on with data.allow_change=true"
+    if not config.data.allow_change and state.data_fingerprint != stream.fingerprint:
+        raise CheckpointError(
+            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {stream.fingerprint}); "
+            f"restore the data, {advice}"
+        )
+    if not config.data.allow_change and state.data and not stream.continues(state.data):
+        raise CheckpointError(
+            f"step {state.step} would not have had the samples that the checkpoint has recorded: train.seed, "
+            "data.sequence_length, data.packing or data.shuffle_window_shards is not what it was; "
+            f"restore it, {advice}"
+        )
+    old, new = flatten(state.config), flatten(redact(to_dict(config)))
+    for key in sorted(new):
+        if old.get(key) != new[key] and not key.startswith("run."):
+            log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
+    return Cursor(state.step, state.samples, state.data.digest) if state.data else Cursor(state.step, state.samples)
+
+
+def first_text(config: TrainConfig) -> DataConfig | None:
+    """Return the section of the data, or of the first component, that has a tokenizer."""
+    texts = (part for part in component_data(config.data).values() if part.source is not DataSource.synthetic)
+    return next(texts, None)
