@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from bigtrain.config import (
     ActivationCheckpointing,
+    Content,
     DataConfig,
     DataSource,
     EngineKind,
@@ -26,6 +27,7 @@ from bigtrain.config import (
 
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
+OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
     DataSource.prepared: "directory or URL of a prepared corpus",
@@ -76,13 +78,37 @@ def check_data(data: DataConfig) -> list[str]:
         problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
         problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
-    if data.shard_tokens < 1:
-        problems.append(f"data.shard_tokens={data.shard_tokens}: must be at least 1")
-    if data.cache_gib <= 0:
-        problems.append(f"data.cache_gib={data.cache_gib}: must be positive")
+    problems += _check_preparation(data)
     if data.prefetch_steps < 1:
         problems.append(f"data.prefetch_steps={data.prefetch_steps}: must be at least 1")
     return problems
+
+
+def _check_preparation(data: DataConfig) -> list[str]:
+    filters = data.filters
+    rules = [
+        (data.shard_tokens >= 1, f"data.shard_tokens={data.shard_tokens}: must be at least 1"),
+        (data.cache_gib > 0, f"data.cache_gib={data.cache_gib}: must be positive"),
+        (
+            data.prepare_processes is None or data.prepare_processes >= 1,
+            f"data.prepare_processes={data.prepare_processes}: must be at least 1",
+        ),
+        (
+            filters.max_characters is None or filters.max_characters >= max(filters.min_characters, 1),
+            f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
+        ),
+        (
+            data.content is Content.text or data.source not in (DataSource.text, DataSource.stdlib),
+            f"data.content={data.content.name}: data={data.source.name} has no records; "
+            "use jsonl, parquet, arrow or datasets",
+        ),
+    ]
+    for name in ("max_repeated_line_share", "max_symbol_share"):
+        value = getattr(filters, name)
+        rules.append((0 <= value <= 1, f"data.filters.{name}={value}: must be between 0 and 1"))
+    similarity = filters.near_similarity
+    rules.append((0 < similarity <= 1, f"data.filters.near_similarity={similarity}: must be above 0, at most 1"))
+    return [message for holds, message in rules if not holds]
 
 
 def _check_mixture(data: DataConfig) -> list[str]:
@@ -103,7 +129,8 @@ def _check_mixture(data: DataConfig) -> list[str]:
             problems.append(f"{where}.max_epochs={component.max_epochs}: must be at least 1")
     if data.mixture and not any(component.weight > 0 for component in data.mixture.values()):
         problems.append("data.mixture: at least one component needs a positive weight from the beginning")
-    trained = [name for name, part in component_data(data).items() if part.source is not DataSource.synthetic]
+    without = (DataSource.synthetic, DataSource.prepared)
+    trained = [name for name, part in component_data(data).items() if part.source not in without]
     if data.mixture and data.tokenizer == "bpe" and trained:
         problems.append(
             "data.tokenizer=bpe would train one tokenizer for each component of data.mixture; "
@@ -115,6 +142,7 @@ def _check_mixture(data: DataConfig) -> list[str]:
 def ignored_settings(config: TrainConfig) -> list[str]:
     """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
     engine, data, defaults = config.engine, config.data, TrainConfig()
+    is_prepared = data.source is DataSource.prepared and not data.mixture
     no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
     rules = [
         (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
@@ -124,6 +152,11 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (data.source not in (DataSource.stdlib, DataSource.synthetic), "data.path", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.split", f"by data={data.source.name}"),
+        (data.source is DataSource.datasets or data.mixture, "data.streaming", f"by data={data.source.name}"),
+        *(
+            (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")
+            for key in OF_PREPARATION
+        ),
         (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
         (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
@@ -197,7 +230,8 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
             f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}; "
             f"use data.sequence_length<={model.max_positions} or a larger model.max_positions"
         )
-    trains_tokenizer = data.tokenizer == "bpe" and data.source is not DataSource.synthetic
+    without = (DataSource.synthetic, DataSource.prepared)
+    trains_tokenizer = data.tokenizer == "bpe" and data.source not in without
     if model.kind is ModelKind.native and trains_tokenizer and model.vocab_size < data.tokenizer_vocab_size:
         problems.append(
             f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="

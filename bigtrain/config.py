@@ -5,7 +5,7 @@ knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data
 its inverse (see ``schema.py``). ``checks.py`` fills in derived values and finds contradictions.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 
@@ -260,8 +260,18 @@ class ComponentConfig:
     """See ``data.subset``."""
     split: str | None = None
     """See ``data.split``."""
+    streaming: bool | None = None
+    """See ``data.streaming``."""
+    content: Content | None = None
+    """See ``data.content``."""
     text_field: str | None = None
     """See ``data.text_field``."""
+    messages_field: str | None = None
+    """See ``data.messages_field``."""
+    prompt_field: str | None = None
+    """See ``data.prompt_field``."""
+    answer_field: str | None = None
+    """See ``data.answer_field``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -311,7 +321,7 @@ class DataConfig:
     root: str = "data"
     """Directory that holds prepared corpora."""
     tokenizer: str = "bpe"
-    """``bpe`` trains a byte-level BPE on the corpus, ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path."""
+    """``bpe`` trains a byte-level BPE on the corpus, ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary size of the trained ``bpe``."""
     shard_tokens: int = 67_108_864
@@ -350,7 +360,7 @@ def component_data(data: DataConfig) -> dict[str, DataConfig]:
     """Return the ``data`` section of every component of a mixture by name; of a single data set, itself as ``data``."""
     if not data.mixture:
         return {"data": data}
-    own = ("source", "path", "subset", "split", "text_field")
+    own = {f.name for f in fields(ComponentConfig)} & {f.name for f in fields(DataConfig)}
     return {
         name: replace(data, mixture={}, **{key: value for key in own if (value := getattr(component, key)) is not None})
         for name, component in sorted(data.mixture.items())

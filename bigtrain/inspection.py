@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
-from bigtrain.config import DataSource, TrainConfig, component_data
+from bigtrain.config import TrainConfig
 from bigtrain.data.batch import IGNORE_INDEX, Batch
 from bigtrain.data.prepare import prepared_directory
 from bigtrain.data.state import Cursor, DataState
 from bigtrain.data.stream import SampleStream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
-from bigtrain.run_data import open_data
+from bigtrain.run_data import first_text, open_data
 from bigtrain.run_files import read_config
 
 if TYPE_CHECKING:
@@ -101,5 +101,5 @@ def _text(token: int, tokenizer: "Tokenizer | None") -> str:
 
 def _tokenizer(config: TrainConfig) -> "Tokenizer | None":
     """Return the tokenizer that the data was made with; None for synthetic samples, which are no text."""
-    texts = [part for part in component_data(config.data).values() if part.source is not DataSource.synthetic]
-    return load_tokenizer(prepared_directory(texts[0])) if texts else None
+    text = first_text(config)
+    return None if text is None else load_tokenizer(prepared_directory(text))

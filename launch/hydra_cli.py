@@ -122,12 +122,13 @@ def read(schema: type[T], args: list[str]) -> T:
 
 
 def read_data(args: list[str]) -> TrainConfig:
-    """Return the configuration of a run of which only ``data`` matters; no model is needed.
+    """Return the configuration of a run of which only ``data`` matters; a model may be chosen and then has a name.
 
     Raises:
         ConfigError: listing every problem.
     """
-    config, _ = compose(TrainConfig, args, config_name="train")
+    config, choices = compose(TrainConfig, args, config_name="train")
+    config.model.name = config.model.name or choices.get("model")
     config = resolve(config)
     if problems := check_data(config.data):
         raise ConfigError("\n".join(problems))

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 
 from bigtrain.config import DataConfig, DataSource, component_data
 from bigtrain.data.corpus import Split, SyntheticSplit
-from bigtrain.data.prepare import open_corpus
+from bigtrain.data.index import read_index
+from bigtrain.data.prepare import open_corpus, prepared_directory
 from bigtrain.data.state import DataState
+from bigtrain.errors import DataError
 
 if TYPE_CHECKING:
     from bigtrain.data.stream import SampleStream
@@ -54,6 +56,7 @@ def open_streams(
     from bigtrain.data.stream import build_stream  # torch: those who only prepare do not wait for it
 
     opened = {name: open_splits(part, vocab_size=vocab_size) for name, part in component_data(data).items()}
+    _require_one_tokenizer(data)
     streams = {}
     for which in SPLITS:
         splits = {name: _named(name, component[which], data) for name, component in opened.items()}
@@ -61,6 +64,24 @@ def open_streams(
             which, splits, data, seed=seed, global_batch_size=global_batch_size, previous=previous
         )
     return streams
+
+
+def _require_one_tokenizer(data: DataConfig) -> None:
+    """Refuse a mixture in which the same number is another token in another component.
+
+    Raises:
+        DataError: which have which tokenizer.
+    """
+    parts = component_data(data).items()
+    texts = {name: part for name, part in parts if part.source is not DataSource.synthetic}
+    if len(texts) < 2:
+        return
+    found = {name: read_index(prepared_directory(part), check_sizes=False).tokenizer for name, part in texts.items()}
+    if len({tokenizer.file.xxh3 for tokenizer in found.values()}) > 1:
+        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in found.items())
+        raise DataError(
+            f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
+        )
 
 
 def _named(component: str, split: Split, data: DataConfig) -> Split:

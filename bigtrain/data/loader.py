@@ -10,11 +10,14 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bigtrain.data.batch import IGNORE_INDEX, Batch
 from bigtrain.data.order import rank_slice
 from bigtrain.data.state import Cursor, chain_digest
 from bigtrain.data.stream import SampleStream
+
+_IDS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class TrainLoader:
         initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin_memory else (None, ())
         self._executor = ThreadPoolExecutor(1, "data", initializer, device)
         self._cursor = start
+        self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
         self._ready: deque[Future[StepBatch]] = deque()
         for _ in range(prefetch_steps):
             self._prepare_next()
@@ -114,7 +118,7 @@ class TrainLoader:
         return batch
 
     def _load(self, before: Cursor) -> StepBatch:
-        ids = self._stream.ids(before.samples, self._global_batch_size)
+        ids = self._ids(before.samples)
         self._stream.prefetch(before.samples)
         # Piece by piece: arrays of a whole step would be fresh memory, with its page faults, every time.
         batches = [self._stream.gather(ids[part]) for part in self._slices]
@@ -124,6 +128,15 @@ class TrainLoader:
             batches = [batch.pin_memory() for batch in batches]
         after = Cursor(before.step + 1, before.samples + len(ids), chain_digest(before.digest, ids))
         return StepBatch(before.step, batches, num_targets, before, after)
+
+    def _ids(self, first: int) -> NDArray[np.int64]:
+        """Return the samples of the step that begins at a position, from a block of steps: one by one costs more."""
+        count = self._global_batch_size
+        if not self._block_first <= first <= self._block_first + len(self._block) - count:
+            end, data_end = first + max(_IDS_AT_ONCE // count, 1) * count, self._stream.mixture.num_positions
+            end = end if data_end is None else max(min(end, data_end), first + count)
+            self._block_first, self._block = first, self._stream.ids(first, end - first)
+        return self._block[first - self._block_first :][:count]
 
 
 def validation_batches(

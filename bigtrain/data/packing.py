@@ -66,8 +66,8 @@ class _ShardedSamples:
     def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
         """See :class:`PackedSplit`."""
         shards, local = self._locate(sample_ids)
-        if len(shards) and shards[0] == shards[-1] and np.all(shards == shards[0]):
-            return self._gather_shard(int(shards[0]), local)
+        if len(self.shard_samples) == 1:
+            return self._gather_shard(0, local)
         samples = Samples.empty(len(sample_ids), self.sequence_length, self._document_mask)
         for shard in np.unique(shards).tolist():
             rows = np.flatnonzero(shards == shard)
@@ -75,6 +75,8 @@ class _ShardedSamples:
         return samples
 
     def _locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if len(self.shard_samples) == 1:
+            return np.zeros_like(sample_ids), sample_ids
         ends = np.cumsum(self.shard_samples)
         if len(sample_ids) and not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) < int(ends[-1]):
             raise IndexError(f"samples are numbered from 0 to {ends[-1] - 1}")
@@ -99,13 +101,11 @@ class ConcatSamples(_ShardedSamples):
         return np.searchsorted(self._documents(int(shard)), targets, side="right") - 1
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
-        length = self.sequence_length
-        # Indexing rows of a strided view copies each window in one piece.
-        windows = sliding_window_view(self._split.read(shard), length + 1)[::length][local]
+        windows = _windows(self._split.read(shard), self.sequence_length)[local]
         samples = Samples(windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64))
         counted = self._split.counted(shard)
         if counted is not None:
-            is_counted = sliding_window_view(counted, length + 1)[::length][local][:, 1:]
+            is_counted = _windows(counted, self.sequence_length)[local][:, 1:]
             samples.targets[is_counted == 0] = IGNORE_INDEX
         if self._document_mask:
             samples.positions = self._positions(shard, local)
@@ -213,6 +213,18 @@ class SyntheticSamples:
     def documents(self, sample_id: int) -> NDArray[np.int64]:
         """See :class:`PackedSplit`."""
         return np.zeros(self.sequence_length, dtype=np.int64)
+
+
+def _windows(row: NDArray, length: int) -> NDArray:
+    """Return the windows of ``length + 1`` that begin every ``length``, without a copy.
+
+    To index them copies each window in one piece. numpy's own function for such views takes as long as to gather a
+    batch, but also does what cannot be done here: a row that is not contiguous, as that of a skipped shard.
+    """
+    if not row.flags.c_contiguous:
+        return sliding_window_view(row, length + 1)[::length]
+    shape = max(len(row) - 1, 0) // length, length + 1
+    return np.ndarray(shape, row.dtype, row, strides=(length * row.itemsize, row.itemsize))
 
 
 def positions_from_begins(is_begin: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bigtrain.config import DataConfig
+from bigtrain.data.index import INDEX_FILE, read_index
 from bigtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer
     """Return the tokenizer that ``config.tokenizer`` names.
 
     Args:
-        config: ``tokenizer`` is ``bpe``, ``bytes``, or a Hugging Face name or local directory.
+        config: ``tokenizer`` is ``bpe``, ``bytes``, a prepared corpus or run that has one, or a Hugging Face name or
+            local directory.
         sample: Texts that a ``bpe`` is trained on; the others leave it alone.
 
     Raises:
@@ -40,6 +42,9 @@ def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer
         return _train_bpe(sample, config.tokenizer_vocab_size)
     if config.tokenizer == "bytes":
         return _bytes_tokenizer()
+    if Path(config.tokenizer, INDEX_FILE).is_file():
+        index = read_index(config.tokenizer, check_sizes=False)
+        return BuiltTokenizer(load_tokenizer(config.tokenizer), index.tokenizer.eos_id)
     return _hugging_face_tokenizer(config.tokenizer)
 
 

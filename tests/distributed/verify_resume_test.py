@@ -75,7 +75,8 @@ def test_another_engine_and_world_size_resume_within_rounding(tmp_path: Path):
 
 
 def other_seed(config: TrainConfig) -> int:
-    return trainer.run(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)))
+    data = dataclasses.replace(config.data, allow_change=True)  # without it the trainer itself refuses
+    return trainer.run(dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, seed=1)))
 
 
 def skipped_sample(config: TrainConfig) -> int:

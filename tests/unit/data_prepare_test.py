@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bigtrain.config import DataConfig, DataSource
+from bigtrain.checks import check_data
+from bigtrain.config import Content, DataConfig, DataSource, FilterConfig
 from bigtrain.data import open_splits, tokenise
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.index import read_index, verify_hashes
@@ -24,6 +27,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.schema import to_dict
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 FILES = (
     "train-00000.bin",
     "train-00000.documents.npy",
@@ -399,3 +403,40 @@ def test_a_place_that_cannot_be_written_is_an_error(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         prepare(dataclasses.replace(config, root=str(tmp_path / "file" / "data")), progress=False)
+
+
+def test_prepare_tells_what_there_is_and_whether_it_is_enough(config, tmp_path):
+    (tmp_path / "texts" / "00b.txt").write_bytes((tmp_path / "texts" / "00.txt").read_bytes())
+    settings = [f"data.path={config.path}", f"data.root={config.root}", "data.tokenizer=bytes"]
+    settings += ["data.filters.duplicates=exact", "+model=gpt_nano"]
+    done = subprocess.run(
+        [sys.executable, LAUNCH / "prepare.py", "data=text", *settings],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    train = re.search(r"train +(\d+) documents, .* ([\d,]+) tokens in 1 shard", done.stdout)
+    assert train and "left out    exact_duplicate: 1 documents, 0.0 MB, such as 00b.txt" in done.stdout
+    found = re.search(r"enough\? +([\d.]+) tokens per parameter of gpt_nano \(([\d,]+)\)", done.stdout)
+    num_tokens, num_parameters = (int(text.replace(",", "")) for text in (train[2], found[2]))
+    assert float(found[1]) == pytest.approx(num_tokens / num_parameters, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"shard_tokens": 0}, "data.shard_tokens=0: must be at least 1"),
+        ({"cache_gib": 0.0}, "data.cache_gib=0.0: must be positive"),
+        ({"prepare_processes": 0}, "data.prepare_processes=0: must be at least 1"),
+        ({"filters": FilterConfig(min_characters=9, max_characters=8)}, "data.filters.max_characters=8: must not be"),
+        ({"filters": FilterConfig(max_symbol_share=2.0)}, "data.filters.max_symbol_share=2.0: must be between"),
+        ({"filters": FilterConfig(near_similarity=0.0)}, "data.filters.near_similarity=0.0: must be above 0"),
+        ({"content": Content.chat}, "data.content=chat: data=stdlib has no records"),
+        ({"source": DataSource.prepared}, "data.path: missing; data=prepared needs data.path=<directory or URL"),
+    ],
+)
+def test_contradictions_are_found_before_anything_is_read(changes, problem):
+    (found,) = check_data(DataConfig(**changes))
+    assert found.startswith(problem)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, We
 from bigtrain.data import open_streams
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
+from bigtrain.data.prepare import prepare
 from bigtrain.data.state import Cursor, chain_digest
 from bigtrain.data.stream import build_stream
+from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.schema import from_dict, to_dict
 
@@ -189,6 +192,37 @@ def test_validation_takes_every_component():
     assert firsts == [1000 * (i // 10) + T * 10 * (i % 10) for i in range(20)]
 
 
+class RemoteSplit(TokenSplit):
+    """Has to be fetched into a cache of so many shards, and notes what it is asked to fetch."""
+
+    is_remote = True
+    cache_shards = 5
+
+    def prefetch(self, shards):
+        self.asked.append(list(shards))
+
+
+def test_shards_are_asked_for_before_they_are_needed():
+    data = DataConfig(sequence_length=T, shuffle_window_shards=2)
+    split = RemoteSplit("train", [np.arange(T * 6 + 1, dtype=np.uint32)] * 7, "f")
+    split.asked = []
+    stream = stream_of(data, {"data": split}, global_batch_size=6)
+    needed = []
+    for step in range(7):
+        stream.prefetch(step * 6)
+        needed.append(set((stream.ids(step * 6, 6) // 6).tolist()))
+    assert len(split.asked) == 4, "once per window"
+    for window, asked in enumerate(split.asked):
+        assert set.union(*needed[2 * window : 2 * window + 2]) == set(asked[:2])
+        assert len(asked) == min(4, 7 - 2 * window)
+
+
+def test_a_cache_that_cannot_hold_a_window_is_refused():
+    split = RemoteSplit("train", [np.arange(T * 6 + 1, dtype=np.uint32)] * 12, "f")
+    with pytest.raises(DataError, match=r"holds 5 shards .* within 8 at a time; .* or data\.shuffle_window_shards=5"):
+        stream_of(DataConfig(sequence_length=T), {"data": split})
+
+
 def test_synthetic_components_hold_different_samples():
     mixture = {"a": ComponentConfig(), "b": ComponentConfig()}
     data = DataConfig(source=DataSource.synthetic, sequence_length=16, mixture=mixture)
@@ -217,3 +251,23 @@ def test_what_is_wrong_with_a_mixture_is_said(component, problem):
     data = from_dict(DataConfig, {"source": "synthetic", "mixture": {"web": component}})
     assert from_dict(DataConfig, to_dict(data)) == data
     assert any(found.startswith(problem) or problem in found for found in check_data(data)), check_data(data)
+
+
+def test_components_share_one_tokenizer(tmp_path):
+    text = "".join(json.dumps({"text": f"document {i} has the words of number {i}"}) + "\n" for i in range(300))
+    (tmp_path / "text.jsonl").write_text(text)
+    common = {"root": str(tmp_path / "data"), "validation_fraction": 0.1, "prepare_processes": 1, "sequence_length": 16}
+    of_text = common | {"source": DataSource.jsonl, "path": str(tmp_path / "text.jsonl")}
+    first = prepare(DataConfig(**of_text, tokenizer_vocab_size=300), progress=False)
+    alike = prepare(DataConfig(**of_text, tokenizer=str(first), text_field="text"), progress=False)
+    other = prepare(DataConfig(**of_text, tokenizer="bytes"), progress=False)
+    assert load_tokenizer(alike).to_str() == load_tokenizer(first).to_str()
+
+    def opened(*directories):
+        mixture = {f"part{i}": ComponentConfig(path=str(path)) for i, path in enumerate(directories)}
+        data = DataConfig(**common, source=DataSource.prepared, mixture=mixture)
+        return open_streams(data, vocab_size=300, seed=0, global_batch_size=4)["train"]
+
+    assert opened(first, alike).num_samples > 0
+    with pytest.raises(DataError, match=r"different tokenizers \(part0: .*, part1: bytes\)"):
+        opened(first, other)
