@@ -49,7 +49,7 @@ class Heartbeat:
         self._num_seen = [0] * len(PHASES)
         self._total_ns = [0] * len(PHASES)
         self._limits_ns = [self._first_ns] * len(PHASES)
-        self._limits_ns[_ENDING] = self._floor_ns
+        self._limits_ns[_ENDING] = 5 * self._floor_ns
         self._phase, self._since_ns = 0, time.monotonic_ns()
         self._slots = _map(path)
         self._slots[0], self._slots[1] = os.getpid(), rank

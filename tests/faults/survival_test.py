@@ -125,10 +125,9 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path):
     ended = train(tmp_path, "supervision.straggler_factor=3", faults=slow, prepare=compare_at_every_step)
     assert ended.codes == [0, 0]
     # A busy machine may slow down the processor of a rank too.
-    (event,) = (event for event in events(tmp_path / RUN, "straggler") if event["why"].startswith("waits"))
-    assert event["rank"] == 1
-    assert event["why"].startswith("waits 0.3")
-    assert f"rank 1 keeps the others waiting: it {event['why']}" in ended.said[0]
+    found = [event for event in events(tmp_path / RUN, "straggler") if event["why"].startswith("waits")]
+    assert {event["rank"] for event in found} == {1}
+    assert f"rank 1 keeps the others waiting: it {found[0]['why']}" in ended.said[0]
 
 
 @pytest.mark.parametrize(

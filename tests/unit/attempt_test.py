@@ -1,0 +1,201 @@
+"""Launches of a run: one at a time, counted; heartbeats and their deadlines; names of process groups."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from bigtrain.distributed import RankInfo, agree_on_name
+from bigtrain.errors import ConfigError, NoRestartError
+from bigtrain.resilience.attempt import ATTEMPT_FILE, claim_run, read_exit, write_exit
+from bigtrain.resilience.failures import Failure, is_lost_connection, record_failures
+from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
+
+
+def claim(directory: Path, *, newest_step: int = 0) -> int:
+    """Take the run and let it go, as a launch that ends."""
+    number, file = claim_run(directory, newest_step=newest_step, max_failed_attempts=3)
+    os.close(file)
+    return number
+
+
+def test_the_lock_lives_as_long_as_its_file_is_open(tmp_path: Path):
+    _, file = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
+    write_exit(tmp_path, code=1, reason="still there", step=1, attempt=1)
+    with pytest.raises(ConfigError, match=f"in use by another launch \\(process {os.getpid()} on "):
+        claim(tmp_path)
+    assert read_exit(tmp_path)["reason"] == "still there", "a launch that is refused touches nothing"
+    os.close(file)
+    assert claim(tmp_path) == 2
+    assert read_exit(tmp_path) == {}
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(logging.getLogger("bigtrain"), "propagate", True)
+    assert claim(tmp_path) == 1
+    assert "has no locks (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "newest_step", "is_restart", "failures"),
+    [
+        (1, 5, True, 2),
+        (None, 5, True, 2),  # it ended without a word
+        (1, 6, True, 0),  # it made progress
+        (1, 5, False, 0),  # a person tries again
+        (75, 5, True, 0),
+        (2, 5, True, 1),  # neither a failure nor progress
+    ],
+)
+def test_only_restarts_after_failures_without_progress_count(
+    code: int | None,
+    newest_step: int,
+    is_restart: bool,
+    failures: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (tmp_path / ATTEMPT_FILE).write_text(json.dumps({"attempt": 7, "step": 5, "failures_without_progress": 1}))
+    if code is not None:
+        write_exit(tmp_path, code=code, reason="", step=5, attempt=7)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1" if is_restart else "0")
+    assert claim(tmp_path, newest_step=newest_step) == 8
+    assert json.loads((tmp_path / ATTEMPT_FILE).read_text())["failures_without_progress"] == failures
+
+
+def test_too_many_are_refused_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ATTEMPT_FILE).write_text(json.dumps({"attempt": 7, "step": 5, "failures_without_progress": 2}))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    for _ in range(2):
+        with pytest.raises(NoRestartError, match="3 launches in a row failed"):
+            claim(tmp_path, newest_step=5)
+        assert read_exit(tmp_path)["code"] == 3
+
+
+def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path):
+    (tmp_path / ATTEMPT_FILE).write_text('{"attempt": 7, "st')
+    assert claim(tmp_path) == 1
+
+
+# First cause
+
+
+def failure(kind: str, rank: int) -> Failure:
+    return Failure(kind=kind, rank=rank, phase="data", step=3, error=f"{kind} of {rank}")
+
+
+def test_a_lost_connection_is_a_cause_only_when_there_is_no_better(tmp_path: Path):
+    assert record_failures(tmp_path, 1, [failure("connection", 0)], [])["rank"] == 0
+    assert record_failures(tmp_path, 1, [failure("died", 2)], [])["rank"] == 2
+    beats = [Beat(1, rank, "optimizer", 3, 0, 0) for rank in range(4)]
+    summary = record_failures(tmp_path, 1, [failure("exception", 1)], beats)
+    assert summary["error"] == "exception of 1"
+    assert [(other["rank"], other.get("error")) for other in summary["others"]] == [
+        (0, "connection of 0"),
+        (2, "died of 2"),
+        (3, None),
+    ]
+    assert record_failures(tmp_path, 1, [failure("died", 1)], [])["error"] == "exception of 1", "the first word stays"
+    assert read_exit(tmp_path)["reason"] == summary["summary"]
+    assert record_failures(tmp_path, 2, [failure("died", 3)], [])["rank"] == 3, "another attempt"
+    assert json.loads((tmp_path / "failures/attempt-00001/failure.json").read_text())["rank"] == 1
+
+
+def test_secrets_do_not_reach_a_record(tmp_path: Path):
+    error = "cannot open https://user:hunter2@host/data"
+    record_failures(tmp_path, 1, [Failure(kind="exception", rank=0, phase="data", step=1, error=error)], [])
+    assert not [path for path in tmp_path.rglob("*.json") if "hunter2" in path.read_text()]
+
+
+def test_what_cannot_be_written_is_said_all_the_same(tmp_path: Path):
+    (tmp_path / "failures").write_text("a file")
+    assert record_failures(tmp_path, 1, [failure("died", 2)], [])["error"] == "died of 2"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:54170"),
+            True,
+        ),
+        (dist.DistBackendError("NCCL error in: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo/transport"), False),
+    ],
+)
+def test_lost_connections_are_told_from_faults(error: Exception, expected: bool):
+    assert is_lost_connection(error) == expected
+
+
+# Heartbeats
+
+
+def test_deadlines_follow_what_a_phase_usually_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = 0
+
+    def clock() -> int:
+        return now
+
+    monkeypatch.setattr(time, "monotonic_ns", clock)
+    heart = Heartbeat(tmp_path / "00003.beat", rank=3, hang_seconds=10, first_hang_seconds=100)
+
+    def allowed() -> float:
+        (beat,) = read_beats(tmp_path)
+        return (beat.deadline_ns - beat.since_ns) / 1e9
+
+    assert allowed() == 100
+    for seconds, expected in [(1, 100), (1, 100), (1, 100), (1, 10), (7, 10), (1, 21)]:
+        heart.enter("data", 5)
+        assert allowed() == expected
+        now += seconds * 10**9
+        heart.enter("optimizer")
+    (beat,) = read_beats(tmp_path)
+    assert (beat.pid, beat.rank, beat.phase, beat.step) == (os.getpid(), 3, "optimizer", 5)
+    assert heart.seconds_in("data") == 12
+
+
+def test_waiting_for_a_batch_belongs_to_its_step():
+    heart, steps = Heartbeat(), []
+    heart.step = 7
+    for item in heart.during("data", "ab"):
+        steps.append((item, heart.step, heart.phase))
+        heart.enter("optimizer")
+    assert steps == [("a", 8, "data"), ("b", 9, "data")]
+
+
+# Names of process groups
+
+
+def test_all_ranks_agree_on_a_name_that_dead_ones_did_not_have():
+    store = dist.HashStore()
+    names: list[str] = []
+    for _ in range(3):  # restarts, with all that the processes before them left in the store
+
+        def ask(rank: int) -> None:
+            time.sleep(0.02 * rank)
+            names.append(agree_on_name(store, RankInfo(rank, 3, rank, 3), timeout_seconds=10))
+
+        threads = [threading.Thread(target=ask, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(names[-3:])) == 1
+    assert len(set(names)) == 3
+
+
+def test_a_rank_that_does_not_come_is_named():
+    with pytest.raises(TimeoutError, match=r"no word from ranks \[1\]"):
+        agree_on_name(dist.HashStore(), RankInfo(0, 2, 0, 2), timeout_seconds=0.1)
