@@ -198,6 +198,10 @@ def _check_numbers(config: TrainConfig) -> list[str]:
         (train.seed >= 0, f"train.seed={train.seed}: must not be negative"),
         (train.steps >= 1, f"train.steps={train.steps}: must be at least 1"),
         (train.log_every_steps >= 1, f"train.log_every_steps={train.log_every_steps}: must be at least 1"),
+        (
+            config.logging.layer_norms_every_steps >= 0,
+            f"logging.layer_norms_every_steps={config.logging.layer_norms_every_steps}: must be 0 (never) or positive",
+        ),
         (optimizer.lr > 0, f"optimizer.lr={optimizer.lr}: must be positive"),
         (optimizer.eps > 0, f"optimizer.eps={optimizer.eps}: must be positive"),
         (

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from bigtrain.distributed import (
 )
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.state import initialise
+from bigtrain.engine.state import MODEL, initialise
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError, PreflightError
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
@@ -46,6 +47,9 @@ from bigtrain.redact import redact
 from bigtrain.resilience.signals import StopAgreement, StopSignal
 from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
 from bigtrain.schema import flatten, from_dict, to_dict
+from bigtrain.telemetry import names
+from bigtrain.telemetry.gauges import Gauges, perplexity
+from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
@@ -135,7 +139,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
         initialise(engine.state, values, num_threads=_num_threads(info))
     first_step = state.step if state else 0
     saver = Saver(directory, engine.state.entries, config.checkpoint)
-    recorder = open_recorder(config, first_step)
+    recorder = open_recorder(config, first_step, engine)
     parts = Run(config, directory, engine, splits, recorder, saver, first_step)
     with recorder:
         recorder.event(
@@ -152,16 +156,22 @@ def train(run: Run) -> int:
     """
     config, engine, recorder, saver = run.config, run.engine, run.recorder, run.saver
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
-    meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
+    meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
+    norms = LayerNorms(engine, config.optimizer, config.logging.layer_norms_every_steps)
     agreement, pending = StopAgreement(), []
     loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step)
     gc.disable()
     with StopSignal() as signal, loader:
         for batch in loader:
+            meter.mark(names.DATA_SECONDS)
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
-            loss, grad_norm = train_step(engine, batch, lr, before_update=saver.wait_until_staged)
+            loss, grad_norm = train_step(
+                engine, batch, lr, before_update=partial(_before_update, step, meter, norms, saver)
+            )
+            meter.mark(names.OPTIMIZER_SECONDS)
+            norms.after_update(step, lr)
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
 
             record_save(run, saver.poll())
@@ -171,7 +181,8 @@ def train(run: Run) -> int:
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
-                recorder.metrics(read_back(pending))
+                recorder.metrics(norms.merge(read_back(pending)), meter.phases())
+            meter.mark(names.LOGGING_SECONDS)
             validation_loss = None
             if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
                 validation_loss = record_validation(run, step)
@@ -329,7 +340,7 @@ def write_run_files(config: TrainConfig) -> None:
             keep_tokenizer(directory, prepared_directory(config.data))
 
 
-def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
+def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullRecorder:
     """Return this rank's recorder; all ranks call this.
 
     Raises:
@@ -340,10 +351,17 @@ def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
     def open_files() -> None:
         nonlocal recorder
         with _writing(run_directory(config)):
-            recorder = build_recorder(config, run_directory(config), 0, first_step)
+            recorder = build_recorder(config, run_directory(config), 0, first_step, partial(gauges, config, engine))
 
     on_rank0(open_files)
     return recorder
+
+
+def gauges(config: TrainConfig, engine: Engine) -> Gauges:
+    """Return what rank 0 reads at logging steps."""
+    weights = [entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)]
+    num_parameters = sum(math.prod(entry.shape) for entry in weights)
+    return Gauges(config, engine.device, dist.get_world_size(), num_parameters)
 
 
 def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
@@ -380,9 +398,11 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     return result
 
 
-def perplexity(loss: float) -> float:
-    """Return e to the loss; infinite where a float ends."""
-    return math.exp(loss) if loss < 709 else math.inf
+def _before_update(step: int, meter: StepMeter, norms: LayerNorms, saver: Saver) -> None:
+    meter.mark(names.FORWARD_BACKWARD_SECONDS)
+    norms.before_update(step)
+    saver.wait_until_staged()
+    meter.mark(names.CHECKPOINT_STALL_SECONDS)
 
 
 @contextlib.contextmanager

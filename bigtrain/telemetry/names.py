@@ -1,4 +1,8 @@
-"""Names of the metrics: the keys of ``metrics.jsonl`` and their sections on a dashboard."""
+"""Names of the metrics: the keys of ``metrics.jsonl`` and their sections on a dashboard.
+
+Every record has the plain names. The sectioned ones are in the records of logging steps (every
+``train.log_every_steps``) and describe the steps since the last one; ``docs/monitoring.md`` lists them.
+"""
 
 STEP = "step"  # optimizer steps done
 TOKENS = "tokens"  # tokens trained on so far, over all ranks
@@ -9,6 +13,37 @@ STEP_SECONDS = "step_seconds"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all ranks
 
 PERPLEXITY = "perplexity"
+TRAIN_PERPLEXITY = "train/perplexity"
+TIME = "time"  # of a logging step, ISO 8601, UTC
+
+# Mean seconds per step.
+DATA_SECONDS = "perf/data_seconds"  # waiting for the next batch
+FORWARD_BACKWARD_SECONDS = "perf/forward_backward_seconds"  # with the communication that overlaps it
+CHECKPOINT_STALL_SECONDS = "perf/checkpoint_stall_seconds"  # waiting for the copy of a checkpoint in memory
+OPTIMIZER_SECONDS = "perf/optimizer_seconds"
+LOGGING_SECONDS = "perf/logging_seconds"  # reading back, writing, showing, agreeing whether to stop
+PHASES = (DATA_SECONDS, FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, CHECKPOINT_STALL_SECONDS, LOGGING_SECONDS)
+
+TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
+TFLOPS_PER_DEVICE = "perf/causal_tflops_per_device"
+MFU_CAUSAL = "perf/mfu_causal"
+MFU_FULL_ATTENTION = "perf/mfu_full_attention"
+GOODPUT = "perf/goodput"  # share of this launch's time, from the start of its process, that trained: no start-up, validation, stall, logging
+DATA_WAIT_FRACTION = "data/wait_fraction"
+
+ALLOCATED_BYTES = "memory/allocated_bytes"
+RESERVED_BYTES = "memory/reserved_bytes"
+PEAK_BYTES = "memory/peak_allocated_bytes"
+HOST_RSS_BYTES = "memory/host_rss_bytes"
+
+UTILISATION_PERCENT = "system/gpu_utilisation_percent"
+POWER_WATTS = "system/gpu_power_watts"
+TEMPERATURE_CELSIUS = "system/gpu_temperature_celsius"
+
+# Followed by /<layer>
+LAYER_GRAD_NORM = "optim/grad_norm"
+LAYER_PARAM_NORM = "optim/param_norm"
+LAYER_UPDATE_RATIO = "optim/update_ratio"
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf"}
 _AXES = (STEP, TOKENS)

@@ -7,10 +7,11 @@ Starts, resumes, stops and faults did happen and stay.
 """
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.schema import to_dict
@@ -19,10 +20,14 @@ from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import JsonLines
 from bigtrain.telemetry.wandb_logger import WandbLogger
 
+if TYPE_CHECKING:  # it imports torch
+    from bigtrain.telemetry.gauges import Gauges
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LOG_FILE = "log/train.log"
 
+_LAUNCH_EVENTS = ("start", "resume")
 _REPEATED_EVENTS = ("validation", "checkpoint")
 _DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
 
@@ -38,8 +43,8 @@ class NullRecorder:
     ) -> None:
         self.close()
 
-    def metrics(self, records: list[dict[str, Any]]) -> None:
-        """Take the records of the steps since the last call, in order."""
+    def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
+        """Take the records of the steps since the last call, in order, and their mean phases."""
 
     def event(self, kind: str, **fields: Any) -> None:
         """Take something that happened."""
@@ -55,25 +60,36 @@ class Recorder(NullRecorder):
     """The recorder of rank 0. No method raises because a disk, a terminal or a server fails."""
 
     def __init__(
-        self, console: Console, metrics_file: JsonLines, events_file: JsonLines, wandb: WandbLogger | None
+        self,
+        console: Console,
+        metrics_file: JsonLines,
+        events_file: JsonLines,
+        wandb: WandbLogger | None,
+        gauges: "Gauges | None" = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
-        """Take the parts; ``console`` is entered already."""
+        """Take the parts; ``console`` is entered already, ``facts`` belong to the events that begin a launch."""
         self._console = console
         self._metrics = metrics_file
         self._events = events_file
         self._wandb = wandb
+        self._gauges = gauges
+        self._facts = facts or {}
         self._is_closed = False
 
-    def metrics(self, records: list[dict[str, Any]]) -> None:
+    def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
         """Write one line per step and show the last step, with the interval's mean step time and throughput.
 
         Call it before a checkpoint too: what was not written when a run is killed after its checkpoint is missing.
 
         Args:
             records: Per step ``step, tokens, loss, grad_norm, lr, step_seconds, tokens_per_second`` and more.
+            phases: Mean seconds per step of each phase, by their names; the last record gets them and the gauges.
         """
         if not records:
             return
+        if self._gauges:
+            records = [*records[:-1], records[-1] | self._gauges.read(records, phases or {})]
         for record in records:
             self._metrics.write(record)
         self._metrics.flush()
@@ -89,6 +105,8 @@ class Recorder(NullRecorder):
             fields: ``step`` and what else belongs to it, such as ``loss``, ``perplexity``, ``path``.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if kind in _LAUNCH_EVENTS:
+            fields |= self._facts
         self._events.write({"event": kind, **fields, "time": time})
         is_durable = kind in _DURABLE_EVENTS
         if is_durable:
@@ -113,7 +131,13 @@ class Recorder(NullRecorder):
         self._console.__exit__(None, None, None)
 
 
-def build_recorder(config: TrainConfig, run_directory: Path, rank: int, resume_step: int) -> Recorder | NullRecorder:
+def build_recorder(
+    config: TrainConfig,
+    run_directory: Path,
+    rank: int,
+    resume_step: int,
+    make_gauges: "Callable[[], Gauges] | None" = None,
+) -> Recorder | NullRecorder:
     """Return rank 0's recorder, or for other ranks one that does nothing.
 
     Args:
@@ -121,6 +145,7 @@ def build_recorder(config: TrainConfig, run_directory: Path, rank: int, resume_s
         run_directory: Directory of the run; made if needed.
         rank: Global rank.
         resume_step: Optimizer steps that the loaded checkpoint holds; 0 for a new run.
+        make_gauges: What is read at logging steps, if anything; called on rank 0 only.
 
     Raises:
         OSError: The run directory cannot be written.
@@ -128,7 +153,7 @@ def build_recorder(config: TrainConfig, run_directory: Path, rank: int, resume_s
     if rank != 0:
         return NullRecorder()
     metrics_file = JsonLines(run_directory / METRICS_FILE)
-    metrics_file.truncate_after(resume_step)
+    num_superseded = metrics_file.truncate_after(resume_step)
     events_file = JsonLines(run_directory / EVENTS_FILE)
     events_file.remove(
         lambda record: (
@@ -137,7 +162,19 @@ def build_recorder(config: TrainConfig, run_directory: Path, rank: int, resume_s
     )
     console = Console(config.train.steps, run_directory / LOG_FILE)
     console.__enter__()
-    return Recorder(console, metrics_file, events_file, _build_wandb(config, run_directory, resume_step))
+    gauges = make_gauges() if make_gauges else None
+    if gauges:
+        console.message(gauges.sentence())
+    facts = _facts(gauges, num_superseded)
+    return Recorder(console, metrics_file, events_file, _build_wandb(config, run_directory, resume_step), gauges, facts)
+
+
+def _facts(gauges: "Gauges | None", num_superseded: int) -> dict[str, Any]:
+    """Return what the event that begins a launch tells besides."""
+    facts: dict[str, Any] = {"superseded_steps": num_superseded}
+    if gauges:
+        facts |= {"launched_at": gauges.launched_at, **gauges.describe(), "environment": gauges.environment}
+    return facts
 
 
 def _build_wandb(config: TrainConfig, run_directory: Path, resume_step: int) -> WandbLogger | None:
