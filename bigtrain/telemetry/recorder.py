@@ -25,9 +25,10 @@ if TYPE_CHECKING:  # it imports torch
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"  # texts that were generated from checkpoints of the run
 LOG_FILE = "log/train.log"
 
-_LAUNCH_EVENTS = ("start", "resume")
+LAUNCH_EVENTS = ("start", "resume")
 _REPEATED_EVENTS = ("validation", "checkpoint")
 _DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
 
@@ -105,7 +106,7 @@ class Recorder(NullRecorder):
             fields: ``step`` and what else belongs to it, such as ``loss``, ``perplexity``, ``path``.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        if kind in _LAUNCH_EVENTS:
+        if kind in LAUNCH_EVENTS:
             fields |= self._facts
         self._events.write({"event": kind, **fields, "time": time})
         is_durable = kind in _DURABLE_EVENTS

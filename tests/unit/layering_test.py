@@ -34,6 +34,7 @@ ONLY_IN = {
     "hydra": "launch.",
     "omegaconf": "launch.",
     "wandb": "bigtrain.telemetry.wandb_logger",
+    "matplotlib": "bigtrain.telemetry.figures",
     "deepspeed": "bigtrain.engine.deepspeed_zero",
 }
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
