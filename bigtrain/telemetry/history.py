@@ -123,7 +123,7 @@ class Totals:
     """Share of ``held_seconds`` that went into steps which are still part of the run."""
     num_launches: int
     state: str
-    """``finished``, ``stopped``, ``running`` or ``ended``: who does not write any more has ended."""
+    """``finished``, ``stopped``, ``running`` or ``ended``: see :func:`run_state`."""
 
 
 def totals(history: History, now: float) -> Totals:
@@ -173,17 +173,26 @@ def _held_seconds(history: History) -> float | None:
     return held
 
 
-_SILENT_FACTOR = 20
+_SILENT_INTERVALS = 20
 _SILENT_SECONDS = 120.0
+
+
+def run_state(last_event: str | None, written_at: float, interval_seconds: float, now: float) -> str:
+    """Return ``finished``, ``stopped``, ``running`` or ``ended``.
+
+    Args:
+        last_event: What happened last.
+        written_at: Unix time at which the run wrote last; who is silent for long has ended.
+        interval_seconds: Time between two writings.
+        now: Unix time.
+    """
+    if last_event in ("finished", "stop"):
+        return {"finished": "finished", "stop": "stopped"}[last_event]
+    return "running" if now - written_at < max(_SILENT_SECONDS, _SILENT_INTERVALS * interval_seconds) else "ended"
 
 
 def _state(history: History, now: float) -> str:
     last = history.events[-1].get("event") if history.events else None
-    if last == "finished":
-        return "finished"
-    if last == "stop":
-        return "stopped"
     times = [t for item in (*history.records[-1000:], *history.events[-10:]) if (t := unix_time(item)) is not None]
     interval = history.records[-1].get(names.STEP_SECONDS, 1.0) * history.config.get("train.log_every_steps", 10)
-    silent = now - max(times, default=-math.inf)
-    return "running" if silent < max(_SILENT_SECONDS, _SILENT_FACTOR * interval) else "ended"
+    return run_state(last, max(times, default=0.0), interval, now)

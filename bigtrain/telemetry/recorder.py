@@ -108,7 +108,9 @@ class Recorder(NullRecorder):
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         if kind in LAUNCH_EVENTS:
             fields |= self._facts
-        self._events.write({"event": kind, **fields, "time": time})
+        event = {"event": kind, **fields, "time": time}
+        self._events.write(event)
+        self._console.event(event)
         is_durable = kind in _DURABLE_EVENTS
         if is_durable:
             self._metrics.flush(durable=True)

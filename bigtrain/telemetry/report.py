@@ -10,8 +10,8 @@ from typing import Any
 
 from bigtrain.redact import redact
 from bigtrain.telemetry import figures, names
-from bigtrain.telemetry.console import format_count, format_duration
 from bigtrain.telemetry.history import QUIET_EVENTS, History, differences, totals
+from bigtrain.telemetry.text import format_count, format_duration
 
 _MAX_EVENTS = 60
 _MAX_SAMPLES = 12
