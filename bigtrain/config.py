@@ -357,6 +357,8 @@ class LoggingConfig:
     """Weights & Biases project."""
     wandb_entity: str | None = None
     """Weights & Biases user or team."""
+    tensorboard: bool = False
+    """Write ``tensorboard/`` in the run directory."""
     layer_norms_every_steps: int = 100
     """Steps between norms of gradients, weights and updates per layer; 0 = never."""
 

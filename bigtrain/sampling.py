@@ -14,8 +14,7 @@ from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
 from bigtrain.run_files import find_whole, read_config
-from bigtrain.telemetry.files import JsonLines
-from bigtrain.telemetry.recorder import SAMPLES_FILE
+from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
 
 
 def sample_run(

@@ -25,7 +25,6 @@ _STYLE = {
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
-_ALARMS = ("fault", "hang", "spike", "rollback", "checkpoint_failed", "out_of_memory")
 
 
 def loss_figure(histories: list[History], axis: str) -> Any:
@@ -242,7 +241,7 @@ def _mark_events(axes: Any, history: History, axis: str, colour: str) -> None:
     place = _place(history, axis)
     for event in history.disturbances():
         if isinstance(event.get(names.STEP), int):
-            alarm = event["event"] in _ALARMS
+            alarm = event["event"] in names.ALARMS
             x = place(event[names.STEP])
             line = axes.axvline(x, color=_ALARM if alarm else colour, linestyle=":", linewidth=1.0)
             line.set_gid(f"event-{event['event']}-{event[names.STEP]}")

@@ -3,9 +3,8 @@
 import time
 from pathlib import Path
 
-from bigtrain.telemetry.files import Tail
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, Tail
 from bigtrain.telemetry.history import read_flat_config, run_state
-from bigtrain.telemetry.recorder import EVENTS_FILE, METRICS_FILE
 from bigtrain.telemetry.view import RunView
 
 

@@ -13,8 +13,7 @@ import yaml
 from bigtrain.errors import BigtrainError, DataError
 from bigtrain.schema import flatten
 from bigtrain.telemetry import names
-from bigtrain.telemetry.files import read_jsonl
-from bigtrain.telemetry.recorder import EVENTS_FILE, LAUNCH_EVENTS, METRICS_FILE, SAMPLES_FILE
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, read_jsonl
 
 CONFIG_FILE = "config.yaml"
 QUIET_EVENTS = ("start", "validation", "checkpoint", "finished")
@@ -52,7 +51,7 @@ class History:
 
     def launches(self) -> list[dict[str, Any]]:
         """Return the events that began a launch."""
-        return [event for event in self.events if event.get("event") in LAUNCH_EVENTS]
+        return [event for event in self.events if event.get("event") in names.LAUNCH_EVENTS]
 
 
 def read_history(directory: Path) -> History:

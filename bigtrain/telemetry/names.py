@@ -45,6 +45,12 @@ LAYER_GRAD_NORM = "optim/grad_norm"
 LAYER_PARAM_NORM = "optim/param_norm"
 LAYER_UPDATE_RATIO = "optim/update_ratio"
 
+SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
+
+# Events
+LAUNCH_EVENTS = ("start", "resume")
+ALARMS = ("fault", "hang", "spike", "rollback", "checkpoint_failed", "out_of_memory")
+
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf"}
 _AXES = (STEP, TOKENS)
 

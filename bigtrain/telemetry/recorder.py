@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.schema import to_dict
-from bigtrain.telemetry import names, wandb_logger
+from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
+from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
-from bigtrain.telemetry.files import JsonLines
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
 from bigtrain.telemetry.wandb_logger import WandbLogger
 
 if TYPE_CHECKING:  # it imports torch
     from bigtrain.telemetry.gauges import Gauges
 
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
-SAMPLES_FILE = "samples.jsonl"  # texts that were generated from checkpoints of the run
 LOG_FILE = "log/train.log"
 
-LAUNCH_EVENTS = ("start", "resume")
 _REPEATED_EVENTS = ("validation", "checkpoint")
 _DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
 
@@ -65,7 +62,7 @@ class Recorder(NullRecorder):
         console: Console,
         metrics_file: JsonLines,
         events_file: JsonLines,
-        wandb: WandbLogger | None,
+        dashboards: list[Companion],
         gauges: "Gauges | None" = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
@@ -73,7 +70,7 @@ class Recorder(NullRecorder):
         self._console = console
         self._metrics = metrics_file
         self._events = events_file
-        self._wandb = wandb
+        self._dashboards = dashboards
         self._gauges = gauges
         self._facts = facts or {}
         self._is_closed = False
@@ -106,7 +103,7 @@ class Recorder(NullRecorder):
             fields: ``step`` and what else belongs to it, such as ``loss``, ``perplexity``, ``path``.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        if kind in LAUNCH_EVENTS:
+        if kind in names.LAUNCH_EVENTS:
             fields |= self._facts
         event = {"event": kind, **fields, "time": time}
         self._events.write(event)
@@ -129,8 +126,8 @@ class Recorder(NullRecorder):
         self._is_closed = True
         self._metrics.close()
         self._events.close()
-        if self._wandb:
-            self._wandb.close()
+        for dashboard in self._dashboards:
+            dashboard.close()
         self._console.__exit__(None, None, None)
 
 
@@ -169,7 +166,7 @@ def build_recorder(
     if gauges:
         console.message(gauges.sentence())
     facts = _facts(gauges, num_superseded)
-    return Recorder(console, metrics_file, events_file, _build_wandb(config, run_directory, resume_step), gauges, facts)
+    return Recorder(console, metrics_file, events_file, _dashboards(config, run_directory, resume_step), gauges, facts)
 
 
 def _facts(gauges: "Gauges | None", num_superseded: int) -> dict[str, Any]:
@@ -180,19 +177,19 @@ def _facts(gauges: "Gauges | None", num_superseded: int) -> dict[str, Any]:
     return facts
 
 
-def _build_wandb(config: TrainConfig, run_directory: Path, resume_step: int) -> WandbLogger | None:
-    if config.logging.wandb is WandbMode.disabled:
-        return None
-    if resume_step == 0:
-        wandb_logger.forget(run_directory)
-    return WandbLogger(
-        run_directory,
-        str(config.run.name),
-        to_dict(config),
-        config.logging.wandb,
-        config.logging.wandb_project,
-        config.logging.wandb_entity,
-    )
+def _dashboards(config: TrainConfig, run_directory: Path, resume_step: int) -> list[Companion]:
+    dashboards: list[Companion] = []
+    if config.logging.wandb is not WandbMode.disabled:
+        if resume_step == 0:
+            wandb_logger.forget(run_directory)
+        settings = config.logging
+        name, project, entity = str(config.run.name), settings.wandb_project, settings.wandb_entity
+        dashboards.append(WandbLogger(run_directory, name, to_dict(config), settings.wandb, project, entity))
+    if config.logging.tensorboard:
+        if resume_step == 0:
+            tensorboard_logger.forget(run_directory)
+        dashboards.append(tensorboard_logger.start_tensorboard(run_directory))
+    return dashboards
 
 
 def _sentence(kind: str, fields: dict[str, Any]) -> str | None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import pytest
 from bigtrain.config import WandbMode
 from bigtrain.telemetry.files import JsonLines
 from bigtrain.telemetry.wandb_logger import WandbLogger, forget, has_api_key
+from tests.wandb_files import read_history
 
 CANARY = "hf_CANARYCANARYCANARYCANARY"
 
@@ -51,35 +51,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
-
-
-def read_history(run: Path) -> list[dict[str, str]]:
-    """Return what all offline files of a run log, from wandb's log format: LevelDB records of protobuf messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    rows = []
-    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for message in read_leveldb_log(path.read_bytes()):
-            record = Record.FromString(message)
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
-    return rows
-
-
-def read_leveldb_log(data: bytes) -> list[bytes]:
-    block_bytes, header_bytes, full, last = 32768, 7, 1, 4
-    messages, parts, position = [], b"", header_bytes  # the file begins with a header of the same size
-    while position + header_bytes <= len(data):
-        if block_bytes - position % block_bytes < header_bytes:
-            position += block_bytes - position % block_bytes
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + header_bytes])
-        parts += data[position + header_bytes : position + header_bytes + length]
-        position += header_bytes + length
-        if kind in (full, last):
-            messages.append(parts)
-            parts = b""
-    return messages
 
 
 def test_without_a_key_it_is_written_offline_once_per_step_and_without_secrets(tmp_path: Path) -> None:
