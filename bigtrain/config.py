@@ -364,6 +364,16 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """A look inside some steps, into ``profile/`` of the run."""
+
+    steps: list[int] = field(default_factory=list)
+    """``[first, last]``: optimizer steps that torch's profiler traces on rank 0; empty = none."""
+    memory: bool = False
+    """Record GPU allocations with their stacks and save them after those steps, or when memory runs out."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Everything that defines a run."""
 
@@ -387,5 +397,7 @@ class TrainConfig:
     """Checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Logging backends."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiling on demand."""
     preflight: Preflight = Preflight.stop
     """``warn`` goes on although the memory estimate says that the run does not fit."""

@@ -51,6 +51,8 @@ from bigtrain.telemetry import names
 from bigtrain.telemetry.gauges import Gauges, perplexity
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
+from bigtrain.telemetry.out_of_memory import explained
+from bigtrain.telemetry.profiling import Profiler
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
 GC_EVERY_STEPS = 1000
@@ -90,7 +92,8 @@ def run(config: TrainConfig) -> int:
     # Rank 0's configuration is the configuration of the run.
     config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
     # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
-    code = broadcast_json(_run(config, info, device))
+    with explained(config, run_directory(config), info, device):
+        code = broadcast_json(_run(config, info, device))
     # Only here: after a failure, a collective could wait for ever for ranks that are gone.
     shut_down()
     return code
@@ -161,7 +164,7 @@ def train(run: Run) -> int:
     agreement, pending = StopAgreement(), []
     loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step)
     gc.disable()
-    with StopSignal() as signal, loader:
+    with StopSignal() as signal, loader, _profiler(run) as profiler:
         for batch in loader:
             meter.mark(names.DATA_SECONDS)
             step = batch.step + 1
@@ -192,6 +195,7 @@ def train(run: Run) -> int:
                 meter.skip()
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
+            profiler.step_done(step)
             if finished or stopping:
                 break
         agreement.settle()
@@ -396,6 +400,11 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
         index = read_index(directory, check_sizes=False)
         result["unigram_entropy"] = index.validation.unigram_nats_per_token
     return result
+
+
+def _profiler(run: Run) -> Profiler:
+    settings, record = run.config.profile, run.recorder.event
+    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.first_step, say=record)
 
 
 def _before_update(step: int, meter: StepMeter, norms: LayerNorms, saver: Saver) -> None:

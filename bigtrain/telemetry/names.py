@@ -49,7 +49,7 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 
 # Events
 LAUNCH_EVENTS = ("start", "resume")
-ALARMS = ("fault", "hang", "spike", "rollback", "checkpoint_failed", "out_of_memory")
+ALARMS = ("fault", "hang", "spike", "rollback", "checkpoint_failed")
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf"}
 _AXES = (STEP, TOKENS)

@@ -201,6 +201,8 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
             return f"validation after step {step}: loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.4g}"
         case "checkpoint":
             return f"saved {fields.get('path')}"
+        case "profile":
+            return f"profile of the steps up to {step}: {fields.get('path')}"
         case "finished":
             return f"finished after step {step}"
     return None

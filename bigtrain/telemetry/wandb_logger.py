@@ -41,7 +41,7 @@ _INIT_SECONDS = 60  # then the server counts as away
 _MARGIN_SECONDS = 30
 _FINISH_SECONDS = 600  # of uploading after the end of the training
 _MAX_SAMPLES = 200
-_ALERTS = {"fault": "ERROR", "hang": "ERROR", "out_of_memory": "ERROR", "finished": "INFO"}
+_ALERTS = {"fault": "ERROR", "hang": "ERROR", "finished": "INFO"}
 
 
 class WandbLogger(Companion):

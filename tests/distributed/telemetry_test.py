@@ -26,6 +26,7 @@ COMMAND = [
     "logging.layer_norms_every_steps=20",
     f"data.path=s3://user:{CANARY}@bucket",
     "engine=ddp",
+    "profile.steps=[11,12]",
 ]
 SAMPLE = {"step": 25, "prompt": "Once", "text": " upon a time"}
 
@@ -80,6 +81,12 @@ def test_the_start_tells_the_environment_without_secrets(run: Path):
         assert len(launch["environment"]["commit"]) >= 40
     assert [launch["superseded_steps"] > 0 for launch in launches] == [False, True, True]
     assert CANARY not in (run / "events.jsonl").read_text() + (run / "config.yaml").read_text()
+
+
+def test_the_profile_that_was_asked_for_is_there_once(run: Path):
+    (event,) = events(run, "profile")
+    assert (event["step"], event["path"]) == (12, "runs/gpt_nano/profile/steps-11-12.trace.json.gz")
+    assert sorted(path.name for path in (run / "profile").iterdir()) == ["steps-11-12.trace.json.gz", "steps-11-12.txt"]
 
 
 def test_wandb_holds_each_step_once_in_order_with_the_expected_keys(run: Path):
