@@ -166,7 +166,7 @@ def train(run: Run) -> int:
     gc.disable()
     with StopSignal() as signal, loader, _profiler(run) as profiler:
         for batch in loader:
-            meter.mark(names.DATA_SECONDS)
+            meter.data_ready(batch.micro_batches)
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)

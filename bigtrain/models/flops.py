@@ -68,6 +68,14 @@ class TokenFlops:
     """With the pairs that the causal mask leaves."""
     full_attention: float
     """With all pairs, as most published tables count."""
+    products: float
+    """Of the products with weights alone: ``6 * W``."""
+    pair: float
+    """Of one pair in all heads and layers: ``12 * Q``."""
+
+    def documents(self, pairs_per_token: float) -> float:
+        """Return the operations where a mask keeps documents apart and leaves so many pairs per token."""
+        return self.products + self.pair * pairs_per_token
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> TokenFlops:
@@ -77,7 +85,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> TokenFlops:
         return training_flops(model, num_tokens=sequence_length, num_pairs=num_pairs) / sequence_length
 
     return TokenFlops(
-        causal=per_token(causal_pairs(sequence_length)), full_attention=per_token(full_attention_pairs(sequence_length))
+        causal=per_token(causal_pairs(sequence_length)),
+        full_attention=per_token(full_attention_pairs(sequence_length)),
+        products=per_token(0),
+        pair=12 * model.num_layers * model.num_heads * model.head_dim,
     )
 
 

@@ -124,12 +124,15 @@ def wait_for_predecessor(log_path: Path) -> Any:
 
 
 def follow_until_end(follower: "Follower", training_pid: int) -> None:
-    """Log what is new until the training process ends, and then the rest."""
+    """Log what is new until the training process ends, and then the rest; tell of one that was killed."""
     has_ended = False
     while not has_ended:
         has_ended = bool(select.select([sys.stdin], [], [], _POLL_SECONDS)[0])
         has_ended = has_ended or os.getppid() != training_pid
         follower.log_new()
+    # A child that the training process forked may hold its end of the pipe: nothing is waited for.
+    if not select.select([sys.stdin], [], [], 0)[0] or sys.stdin.readline() == "":
+        follower.tell_of_death()
 
 
 class Sink(Protocol):
@@ -175,6 +178,10 @@ class Follower:
         if len(self._samples) > self._cursor["num_samples"]:
             self._move_cursor("num_samples", len(self._samples))
             self._sink.samples(self._samples)
+
+    def tell_of_death(self) -> None:
+        """Pass on that the training process is gone without a word; its files do not say so."""
+        self._sink.event({"event": "fault", "error": "the training process was killed or has died"})
 
     def _log_after_cursor(self, section: str, records: list[dict[str, Any]]) -> None:
         fresh = [record for record in records if record[names.STEP] > self._cursor[section]]

@@ -77,7 +77,7 @@ class Gauges:
             names.TRAIN_PERPLEXITY: perplexity(records[-1][names.LOSS]),
             **phases,
             names.TOKENS_PER_SECOND_PER_DEVICE: rate,
-            **utilisation(self.flops, self.peak, rate),
+            **utilisation(self.flops, self.peak, rate, phases.get(names.PAIRS_PER_TOKEN)),
             names.GOODPUT: min(self._useful_seconds / max(time.time() - self.launched_at, 1e-9), 1.0),
             names.DATA_WAIT_FRACTION: phases.get(names.DATA_SECONDS, 0.0) / max(step_seconds, 1e-9),
             **self._memory(),
@@ -123,13 +123,24 @@ def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) ->
     return flops_per_token(shape, sequence_length)
 
 
-def utilisation(flops: TokenFlops | None, peak: Peak | None, tokens_per_second: float) -> dict[str, float]:
-    """Return the rate of operations and MFU of a device that trains so many tokens; what is not known is left out."""
+def utilisation(
+    flops: TokenFlops | None, peak: Peak | None, tokens_per_second: float, pairs_per_token: float | None = None
+) -> dict[str, float]:
+    """Return the rate of operations and MFU of a device that trains so many tokens; what is not known is left out.
+
+    Args:
+        flops: of the model.
+        peak: of the device.
+        tokens_per_second: of one device.
+        pairs_per_token: that a document mask leaves, if there is one.
+    """
     if flops is None:
         return {}
     rates = {names.TFLOPS_PER_DEVICE: flops.causal * tokens_per_second / 1e12}
     if peak is None:
         return rates
+    if pairs_per_token is not None:
+        rates[names.MFU_DOCUMENTS] = flops.documents(pairs_per_token) * tokens_per_second / peak.flops_per_second
     return rates | {
         names.MFU_CAUSAL: flops.causal * tokens_per_second / peak.flops_per_second,
         names.MFU_FULL_ATTENTION: flops.full_attention * tokens_per_second / peak.flops_per_second,

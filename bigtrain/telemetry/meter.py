@@ -1,7 +1,8 @@
 """Times optimizer steps and their phases."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class StepMeter:
         self._tokens_per_step = tokens_per_step
         self._clock = clock
         self._begin = self._mark = clock()
-        self._num_steps = 0
+        self._num_steps = self._num_pairs = self._num_masked_tokens = 0
         self._seconds = dict.fromkeys((*HOST_PHASES, *DEVICE_PHASES), 0.0)
         on_cuda = device is not None and device.type == "cuda"
         self._events = {phase: torch.cuda.Event(enable_timing=True) for phase in self._seconds} if on_cuda else {}
@@ -54,6 +55,15 @@ class StepMeter:
         self._mark = now
         if self._events:
             self._events[phase].record()
+
+    def data_ready(self, micro_batches: Sequence[Any]) -> None:
+        """End the wait for the batch of a step, and count what its document mask leaves to attend to, if it has one."""
+        for batch in micro_batches:
+            positions = getattr(batch, "positions", None)  # counted from 0 at each document
+            if positions is not None:
+                self._num_pairs += int(positions.sum()) + positions.numel()
+                self._num_masked_tokens += positions.numel()
+        self.mark(names.DATA_SECONDS)
 
     def step_done(self, step: int) -> dict[str, float]:
         """End the step after which ``step`` steps of the run are done, and begin the next one.
@@ -72,13 +82,18 @@ class StepMeter:
         }
 
     def phases(self) -> dict[str, float]:
-        """Return the mean seconds per step of every phase since the last call; the device must have finished."""
+        """Return the mean seconds per step of every phase since the last call; the device must have finished.
+
+        Under a document mask also the pairs per token that it left.
+        """
         means = {phase: seconds / max(self._num_steps, 1) for phase, seconds in self._seconds.items()}
         if self._events and self._num_steps:
             data, forward_backward = self._events[names.DATA_SECONDS], self._events[names.FORWARD_BACKWARD_SECONDS]
             staged, optimizer = self._events[names.CHECKPOINT_STALL_SECONDS], self._events[names.OPTIMIZER_SECONDS]
             means[names.FORWARD_BACKWARD_SECONDS] = data.elapsed_time(forward_backward) / 1000
             means[names.OPTIMIZER_SECONDS] = staged.elapsed_time(optimizer) / 1000
-        self._num_steps = 0
+        if self._num_masked_tokens:
+            means[names.PAIRS_PER_TOKEN] = self._num_pairs / self._num_masked_tokens
+        self._num_steps = self._num_pairs = self._num_masked_tokens = 0
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return means

@@ -28,7 +28,9 @@ TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
 TFLOPS_PER_DEVICE = "perf/causal_tflops_per_device"
 MFU_CAUSAL = "perf/mfu_causal"
 MFU_FULL_ATTENTION = "perf/mfu_full_attention"
+MFU_DOCUMENTS = "perf/mfu_documents"  # where a mask keeps documents apart: with the pairs that it leaves
 GOODPUT = "perf/goodput"  # share of this launch's time, from the start of its process, that trained: no start-up, validation, stall, logging
+PAIRS_PER_TOKEN = "data/attention_pairs_per_token"  # that a document mask leaves, in rank 0's samples
 DATA_WAIT_FRACTION = "data/wait_fraction"
 
 ALLOCATED_BYTES = "memory/allocated_bytes"
@@ -49,7 +51,7 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 
 # Events
 LAUNCH_EVENTS = ("start", "resume")
-ALARMS = ("fault", "hang", "spike", "rollback", "checkpoint_failed")
+ALARMS = ("fault", "hang", "spike", "bad_step", "rollback", "straggler", "checkpoint_failed")
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf"}
 _AXES = (STEP, TOKENS)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # it imports torch
 
 LOG_FILE = "log/train.log"
 
+_MAX_ERROR_CHARACTERS = 2000
 _REPEATED_EVENTS = ("validation", "checkpoint")
 _DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
 
@@ -118,6 +119,13 @@ class Recorder(NullRecorder):
     def message(self, text: str) -> None:
         """Show ``text`` above the progress display and keep it in the log file."""
         self._console.message(text)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self.event("fault", error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS])
+        self.close()
 
     def close(self) -> None:
         """Write what is left to the disk, let wandb finish for a few seconds, and close; a second call does nothing."""

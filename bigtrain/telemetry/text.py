@@ -54,7 +54,7 @@ def format_bytes(number: float) -> str:
 def describe_machine(record: dict[str, Any]) -> str:
     """Return how the machine is used, as far as ``record`` tells."""
     shown = (
-        (names.MFU_CAUSAL, lambda value: f"mfu {value:.1%}"),
+        (names.MFU_DOCUMENTS if names.MFU_DOCUMENTS in record else names.MFU_CAUSAL, lambda value: f"mfu {value:.1%}"),
         (names.PEAK_BYTES, lambda value: f"device memory {format_bytes(value)}"),
         (names.HOST_RSS_BYTES, lambda value: f"host memory {format_bytes(value)}"),
         (names.UTILISATION_PERCENT, lambda value: f"gpu {value:.0f}%"),
@@ -70,7 +70,12 @@ def describe_event(event: dict[str, Any]) -> str:
     """Return what happened, in one line: when, what, at which step, and the first words about it."""
     kind, step = event.get("event"), event.get(names.STEP)
     about = next(
-        (str(event[key]) for key in ("reason", "error", "path", "checkpoint", "message") if event.get(key)), ""
+        (
+            str(event[key])
+            for key in ("reason", "error", "why", "after", "path", "checkpoint", "message")
+            if event.get(key)
+        ),
+        "",
     )
     if isinstance(event.get(names.LOSS), float):
         about = f"loss {event[names.LOSS]:.4f}"

@@ -117,7 +117,8 @@ def test_wandb_continues_one_run_and_is_told_what_happened(run: Path):
         "optim/*",
     }
     alerts = read_records(run, "alert")
-    assert [(alert.title, alert.level) for alert in alerts] == [("gpt_nano: finished", "INFO")]
+    told = [(alert.title.removeprefix("gpt_nano: "), alert.level) for alert in alerts]
+    assert told == [("fault", "ERROR"), ("fault", "ERROR"), ("finished", "INFO")]
     settings: dict[str, Any] = {}
     for config in (*(record.config for record in read_records(run, "run")), *read_records(run, "config")):
         settings |= {item.key or item.nested_key[0]: item.value_json for item in config.update}

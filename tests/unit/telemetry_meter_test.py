@@ -1,8 +1,14 @@
 """Step times come from the clock alone."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from bigtrain.models.flops import TokenFlops, document_pairs
+from bigtrain.telemetry.gauges import utilisation
 from bigtrain.telemetry.meter import StepMeter
+from bigtrain.telemetry.peak import Peak
 
 
 class Clock:
@@ -37,3 +43,33 @@ def test_a_clock_that_stands_still_gives_finite_numbers() -> None:
     record = StepMeter(1000, lambda: 0.0).step_done(1)
     assert record["tokens_per_second"] < float("inf")
     assert record["step_seconds"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_phases_are_means_over_the_steps_since_they_were_read() -> None:
+    clock = Clock()
+    meter = StepMeter(1000, clock)
+    for seconds in (1.0, 3.0):
+        clock.now += seconds
+        meter.data_ready([])
+        clock.now += 0.5
+        meter.mark("perf/forward_backward_seconds")
+        meter.step_done(1)
+    phases = meter.phases()
+    assert (phases["perf/data_seconds"], phases["perf/forward_backward_seconds"]) == (2.0, 0.5)
+    assert "data/attention_pairs_per_token" not in phases
+    assert set(meter.phases().values()) == {0.0}
+
+
+def test_what_a_document_mask_leaves_is_counted() -> None:
+    batch = SimpleNamespace(positions=torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]]))
+    meter = StepMeter(8, Clock())
+    meter.data_ready([batch])
+    meter.step_done(1)
+    pairs = document_pairs([4]) + document_pairs([2, 2])
+    assert meter.phases()["data/attention_pairs_per_token"] == pairs / 8
+    flops, peak = TokenFlops(causal=9.0, full_attention=12.0, products=6.0, pair=2.0), Peak(100.0, "")
+    assert utilisation(flops, peak, 10.0, pairs / 8)["perf/mfu_documents"] == pytest.approx((6 + 2 * 2) / 10)
+    assert "perf/mfu_documents" not in utilisation(flops, peak, 10.0)
+    assert (
+        utilisation(flops, None, 10.0).keys() == {"perf/causal_tflops_per_device"} and utilisation(None, peak, 1) == {}
+    )
