@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from bigtrain.config import WandbMode
+from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.redact import redact
+from bigtrain.schema import to_dict
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import (
     REQUEST_VARIABLE,
@@ -90,6 +91,41 @@ def forget(run_directory: Path) -> None:
     """Let the next companion begin a new wandb run, because the training begins anew."""
     for name in (ID_FILE, CURSOR_FILE):
         (run_directory / name).unlink(missing_ok=True)
+
+
+def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: WandbMode, step: int) -> str:
+    """Make an exported model an artifact of the wandb run of a training run; return what came of it, for people.
+
+    Args:
+        run_directory: Directory of the training run.
+        exported: Directory of the exported model.
+        config: Configuration of the training run.
+        mode: As for :class:`WandbLogger`.
+        step: Optimizer step of the checkpoint that was exported.
+    """
+    import wandb
+
+    mode = _resolve_mode(mode, os.environ)
+    if mode is WandbMode.online and not has_api_key(os.environ):  # wandb would ask for one
+        mode = WandbMode.offline
+    request = {
+        "directory": str(run_directory.absolute()),
+        "name": str(config.run.name),
+        "config": redact(to_dict(config)),
+        "project": config.logging.wandb_project,
+        "entity": config.logging.wandb_entity,
+        "training_pid": os.getpid(),
+    }
+    (run_directory / "wandb").mkdir(exist_ok=True)
+    try:
+        run = _open_run(wandb, request, mode)
+    except wandb.Error as error:
+        return f"not made: {error}"
+    with run:
+        artifact = wandb.Artifact(f"{config.run.name}-export", type="model", metadata={names.STEP: step})
+        artifact.add_dir(str(exported))
+        run.log_artifact(artifact)
+        return run.url if mode is WandbMode.online else f"offline; upload with: wandb sync {Path(run.dir).parent}"
 
 
 def _companion() -> int:

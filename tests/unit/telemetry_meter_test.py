@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigtrain.models.flops import TokenFlops, document_pairs
-from bigtrain.telemetry.gauges import utilisation
+from bigtrain.checks import resolve
+from bigtrain.config import TrainConfig
+from bigtrain.models.flops import TokenFlops, document_pairs, flops_per_token
+from bigtrain.models.sizes import model_sizes
+from bigtrain.telemetry.gauges import find_flops, utilisation
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.peak import Peak
 
@@ -58,6 +61,13 @@ def test_phases_are_means_over_the_steps_since_they_were_read() -> None:
     assert (phases["perf/data_seconds"], phases["perf/forward_backward_seconds"]) == (2.0, 0.5)
     assert "data/attention_pairs_per_token" not in phases
     assert set(meter.phases().values()) == {0.0}
+
+
+def test_a_model_whose_shape_does_not_give_its_parameters_has_no_mfu() -> None:
+    model = resolve(TrainConfig()).model
+    num_parameters = model_sizes(model).total
+    assert find_flops(model, 64, num_parameters) == flops_per_token(model, 64)
+    assert find_flops(model, 64, 2 * num_parameters) is None
 
 
 def test_what_a_document_mask_leaves_is_counted() -> None:

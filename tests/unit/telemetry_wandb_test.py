@@ -14,7 +14,7 @@ import pytest
 from bigtrain.config import WandbMode
 from bigtrain.telemetry.files import JsonLines
 from bigtrain.telemetry.wandb_logger import WandbLogger, forget, has_api_key
-from tests.wandb_files import read_history
+from tests.wandb_files import read_history, read_records
 
 CANARY = "hf_CANARYCANARYCANARYCANARY"
 
@@ -178,6 +178,26 @@ def test_a_server_that_is_away_means_offline(tmp_path: Path, monkeypatch: pytest
     assert len(said) == 2 and said[0].startswith("wandb: cannot log online (")
     assert said[1].startswith("wandb: logging offline; upload with: wandb sync ")
     assert [int(row["step"]) for row in read_history(run)] == [1, 2, 3, 4, 5]
+
+
+def test_an_export_becomes_an_artifact_of_the_run(tmp_path: Path) -> None:
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+    run.mkdir()
+    (run / "wandb_id").write_text("abcd1234\n")
+    script = (
+        "import sys; from pathlib import Path; from bigtrain.config import *; "
+        "from bigtrain.telemetry.wandb_logger import log_export; config = TrainConfig(); config.run.name = 'first'; "
+        "print(log_export(Path(sys.argv[1]), Path(sys.argv[2]), config, WandbMode.offline, 7))"
+    )
+    command = [sys.executable, "-c", script, run, exported]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1].startswith("offline; upload with: wandb sync ")
+    (artifact,) = read_records(run, "artifact")
+    assert (artifact.name, artifact.type) == ("first-export", "model")
+    assert [entry.path for entry in artifact.manifest.contents] == ["config.json"]
+    assert [record.run_id for record in read_records(run, "run")] == ["abcd1234"]
 
 
 def test_a_key_is_found_where_wandb_login_leaves_it(tmp_path: Path) -> None:
