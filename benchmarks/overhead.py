@@ -102,8 +102,8 @@ class Turns(NullRecorder):
         self.pause = 0.0
         self.start = _clocks()
 
-    def metrics(self, records: list[dict[str, Any]]) -> None:
-        self.recorder.metrics(records)
+    def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
+        self.recorder.metrics(records, phases)
         dist.barrier()
         middle = _clocks()
         steps = [record["step_seconds"] for record in records]
@@ -242,7 +242,8 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     with trainer.train_loader(streams["train"], config, engine, start=Cursor()) as loader:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
-    turns = Turns(build_recorder(config, directory, info.rank, 0), bare_step, batches)
+    gauges = partial(trainer.gauges, config, engine)
+    turns = Turns(build_recorder(config, directory, info.rank, 0, gauges), bare_step, batches)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     run = trainer.Run(
         config=config, directory=directory, engine=engine, streams=streams, recorder=turns, saver=saver, start=Cursor()

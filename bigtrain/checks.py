@@ -282,6 +282,15 @@ def _check_numbers(config: TrainConfig) -> list[str]:
         (train.seed >= 0, f"train.seed={train.seed}: must not be negative"),
         (train.steps >= 1, f"train.steps={train.steps}: must be at least 1"),
         (train.log_every_steps >= 1, f"train.log_every_steps={train.log_every_steps}: must be at least 1"),
+        (
+            config.logging.layer_norms_every_steps >= 0,
+            f"logging.layer_norms_every_steps={config.logging.layer_norms_every_steps}: must be 0 (never) or positive",
+        ),
+        (
+            not config.profile.steps
+            or (len(config.profile.steps) == 2 and 1 <= config.profile.steps[0] <= config.profile.steps[1]),
+            f"profile.steps={config.profile.steps}: must be [first, last], as [20, 25]; steps count from 1",
+        ),
         (optimizer.lr > 0, f"optimizer.lr={optimizer.lr}: must be positive"),
         (optimizer.eps > 0, f"optimizer.eps={optimizer.eps}: must be positive"),
         (

@@ -525,6 +525,20 @@ class LoggingConfig:
     """Weights & Biases project."""
     wandb_entity: str | None = None
     """Weights & Biases user or team."""
+    tensorboard: bool = False
+    """Write ``tensorboard/`` in the run directory."""
+    layer_norms_every_steps: int = 100
+    """Steps between norms of gradients, weights and updates per layer; 0 = never."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """A look inside some steps, into ``profile/`` of the run."""
+
+    steps: list[int] = field(default_factory=list)
+    """``[first, last]``: optimizer steps that torch's profiler traces on rank 0; empty = none."""
+    memory: bool = False
+    """Record GPU allocations with their stacks and save them after those steps, or when memory runs out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -555,5 +569,7 @@ class TrainConfig:
     """Bad numbers."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Logging backends."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiling on demand."""
     preflight: Preflight = Preflight.stop
     """``warn`` goes on although the memory estimate says that the run does not fit."""

@@ -5,13 +5,16 @@ from pathlib import Path
 import torch
 
 from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.store import step_of
 from bigtrain.data.index import read_index
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
+from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
 from bigtrain.run_files import find_whole, read_config
+from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
 
 
 def sample_run(
@@ -25,7 +28,7 @@ def sample_run(
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """Return continuations of ``prompt`` by the model of a run.
+    """Return continuations of ``prompt`` by the model of a run, and keep them in its ``samples.jsonl``.
 
     Args:
         path: directory of the run, or of one of its checkpoints.
@@ -67,4 +70,17 @@ def sample_run(
             eos_id=eos_id,
         )
         texts.append(tokenizer.decode(new_ids))
+    _keep(run, step_of(checkpoint), prompt, texts)
     return texts
+
+
+def _keep(run: Path, step: int, prompt: str, texts: list[str]) -> None:
+    """Leave the texts in the run, for its report and dashboard; a run that cannot be written goes without."""
+    try:
+        samples = JsonLines(run / SAMPLES_FILE)
+    except OSError as error:
+        get_logger().warning(f"the texts are not kept: {error}")
+        return
+    for text in texts:
+        samples.write({"step": step, "prompt": prompt, "text": text})
+    samples.close()

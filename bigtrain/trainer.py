@@ -3,10 +3,12 @@
 import dataclasses
 import gc
 import hashlib
+import math
 import platform
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
+from bigtrain.engine.state import MODEL
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
@@ -40,9 +43,13 @@ from bigtrain.run_data import check_continuation, first_text, open_data, train_l
 from bigtrain.run_files import find_resume, keep_tokenizer, run_directory, write_config, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
+from bigtrain.telemetry.gauges import Gauges, perplexity
+from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
+from bigtrain.telemetry.out_of_memory import explained
+from bigtrain.telemetry.profiling import Profiler
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
-from bigtrain.validation import perplexity, validate
+from bigtrain.validation import validate
 
 GC_EVERY_STEPS = 1000
 """Python's garbage collector runs on all ranks at the same step, instead of at a different one on each."""
@@ -95,7 +102,8 @@ def run(config: TrainConfig) -> int:
     # Rank 0's configuration is the configuration of the run.
     config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
     # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
-    code = broadcast_json(_run(config, info, device))
+    with explained(config, run_directory(config), info, device):
+        code = broadcast_json(_run(config, info, device))
     # Only here: after a failure, a collective could wait for ever for ranks that are gone.
     shut_down()
     return code
@@ -165,7 +173,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     )
     facts = {"world_size": info.world_size, "attempt": launch.attempt, "after": launch.previous_failure()}
     while True:
-        parts.recorder = open_recorder(config, parts.start.step)
+        parts.recorder = open_recorder(config, parts.start.step, engine)
         with parts.recorder:
             kind = "resume" if resume else "start"
             parts.recorder.event(kind, step=parts.start.step, checkpoint=str(resume or ""), **facts)
@@ -185,26 +193,34 @@ def train(run: Run) -> End | RollBack:
     """
     config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
-    meter = StepMeter(tokens_per_step=config.train.global_batch_size * config.data.sequence_length)
+    meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
+    norms = LayerNorms(engine, config.optimizer, config.logging.layer_norms_every_steps)
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
     loader = train_loader(run.streams["train"], config, engine, start=run.start)
     stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
     heartbeat.step, verdict = run.start.step, None
 
     def before_update() -> None:
+        meter.mark(names.FORWARD_BACKWARD_SECONDS)
+        norms.before_update(step)
         heartbeat.enter("optimizer")
         saver.wait_until_staged()
+        meter.mark(names.CHECKPOINT_STALL_SECONDS)
 
     gc.disable()
-    with run.signal as signal, loader:
+    with run.signal as signal, loader, _profiler(run) as profiler:
         for batch in heartbeat.during("data", loader):
+            meter.data_ready(batch.micro_batches)
             heartbeat.enter("forward_backward")
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
             loss, grad_norm = train_step(engine, batch, lr, before_update=before_update)
+            meter.mark(names.OPTIMIZER_SECONDS)
+            norms.after_update(step, lr)
             heartbeat.enter("logging")
-            pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
+            pace = meter.step_done(tokens=batch.after.samples * config.data.sequence_length)
+            pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **pace})
             pending[-1] |= {names.DATA_WAIT_SECONDS: loader.wait_seconds, names.DATA_DIGEST: batch.after.digest}
 
             record_save(run, saver.poll())
@@ -218,11 +234,12 @@ def train(run: Run) -> End | RollBack:
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
-                records = read_back(pending)
-                recorder.metrics(records)
+                records = norms.merge(read_back(pending))
+                recorder.metrics(records, meter.phases())
                 record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))
                 if verdict := record_bad_numbers(run, judge, records):
                     break
+            meter.mark(names.LOGGING_SECONDS)
             validation_loss = None
             if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
                 heartbeat.enter("validation")
@@ -232,6 +249,7 @@ def train(run: Run) -> End | RollBack:
                 heartbeat.enter("checkpoint")
                 save(run, batch, validation_loss)
                 meter.skip()
+            profiler.step_done(step)
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
             if finished or stopping:
@@ -360,7 +378,7 @@ def write_run_files(config: TrainConfig) -> None:
             keep_tokenizer(directory, prepared_directory(text))
 
 
-def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
+def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullRecorder:
     """Return this rank's recorder; all ranks call this.
 
     Raises:
@@ -371,10 +389,22 @@ def open_recorder(config: TrainConfig, first_step: int) -> NullRecorder:
     def open_files() -> None:
         nonlocal recorder
         with writing(run_directory(config)):
-            recorder = build_recorder(config, run_directory(config), 0, first_step)
+            recorder = build_recorder(config, run_directory(config), 0, first_step, partial(gauges, config, engine))
 
     on_rank0(open_files)
     return recorder
+
+
+def gauges(config: TrainConfig, engine: Engine) -> Gauges:
+    """Return what rank 0 reads at logging steps."""
+    weights = [entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)]
+    num_parameters = sum(math.prod(entry.shape) for entry in weights)
+    return Gauges(config, engine.device, dist.get_world_size(), num_parameters)
+
+
+def _profiler(run: Run) -> Profiler:
+    settings, record = run.config.profile, run.recorder.event
+    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record)
 
 
 def _last_step_of_launch(run: Run) -> int | None:

@@ -1,7 +1,6 @@
 """The loss of a run on the documents that it never trains on, while it trains and afterwards."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from bigtrain.models import build_model
 from bigtrain.rank_info import RankInfo
 from bigtrain.run_data import first_text, open_data
 from bigtrain.run_files import find_whole, locate, read_config
+from bigtrain.telemetry.gauges import perplexity
 
 
 def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> float:
@@ -81,8 +81,3 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
         index = read_index(directory, check_sizes=False)
         result["unigram_entropy"] = index.validation.unigram_nats_per_token
     return result
-
-
-def perplexity(loss: float) -> float:
-    """Return e to the loss; infinite where a float ends."""
-    return math.exp(loss) if loss < 709 else math.inf

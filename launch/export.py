@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hydra_cli
 
-from bigtrain.config import Precision
+from bigtrain.config import Precision, WandbMode
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 
@@ -22,6 +22,8 @@ class ExportConfig:
     """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
     max_shard_gb: float = 4.0
     """Largest file of weights in gigabytes (10^9 bytes), unless a single tensor is larger."""
+    wandb: WandbMode = WandbMode.disabled
+    """Make the export an artifact of the run on Weights & Biases: ``auto``, ``online`` or ``offline``."""
 
 
 HELP = """\
@@ -44,6 +46,7 @@ def run(config: ExportConfig) -> int:
     if config.max_shard_gb <= 0:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb}: must be positive")
     from bigtrain import log
+    from bigtrain.checkpoint.store import step_of
     from bigtrain.export import export
 
     log.setup(hydra_cli.rank())
@@ -55,6 +58,13 @@ def run(config: ExportConfig) -> int:
     print(f"weights     {exported.num_parameters:,} numbers in {config.dtype.name}")
     print(f"tokenizer   {'the one of the run' if exported.has_tokenizer else 'none: the data were synthetic'}")
     print(f"written     {out}")
+    if config.wandb is not WandbMode.disabled:
+        from bigtrain.run_files import locate, read_config
+        from bigtrain.telemetry.wandb_logger import log_export
+
+        directory, _ = locate(Path(config.checkpoint))
+        told = log_export(directory, out, read_config(directory), config.wandb, step_of(exported.checkpoint))
+        print(f"artifact    {told}")
     return EXIT_FINISHED
 
 

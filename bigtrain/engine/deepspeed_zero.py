@@ -77,15 +77,13 @@ class Zero12State:
     def __init__(self, module: nn.Module) -> None:
         self._zero = module.optimizer
         create_optimizer_state(self._zero.optimizer)
-        names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
+        self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
-                shape = tuple(parameter.shape)
-                _add_entries(
-                    self.entries, names[parameter], shape, start, flat, self._zero.optimizer.state[flat], begin, end
-                )
+                name, shape = self._names[parameter], tuple(parameter.shape)
+                _add_entries(self.entries, name, shape, start, flat, self._zero.optimizer.state[flat], begin, end)
 
     def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         """Yield (parameter, first element held, begin, end) with begin and end in this rank's partition.
@@ -104,13 +102,25 @@ class Zero12State:
         """Refresh the parameters that the model computes with from the masters."""
         self._zero.update_lp_params()
 
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`bigtrain.engine.state.EngineState`."""
+        for group, flat in enumerate(self._zero.single_partition_of_fp32_groups):
+            if self._zero.cpu_offload:
+                for parameter, _, begin, end in self._slices(group, flat.numel()):
+                    yield self._names[parameter], flat.grad[begin:end]
+                continue
+            # The partition in order, with padding between, as DeepSpeed's own norm reads it.
+            parts = [part for part in self._zero.averaged_gradients[group] if not getattr(part, "_zero_padding", False)]
+            parameters = self._zero.params_in_partition[group]
+            yield from ((self._names[p], part) for p, part in zip(parameters, parts, strict=False))
+
 
 class Zero3State:
     """Stage 3: every parameter is cut into equal flat parts, padded at the end."""
 
     def __init__(self, module: nn.Module) -> None:
         self._zero = module.optimizer
-        names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
+        self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         for i, (parameters, flat) in enumerate(
             zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True)
@@ -126,7 +136,7 @@ class Zero3State:
                 start = dist.get_rank(parameter.ds_process_group) * part_numel
                 end = offset + max(0, min(part_numel, parameter.ds_numel - start))
                 shape, state = tuple(parameter.ds_shape), self._zero.optimizer.state[flat]
-                _add_entries(self.entries, names[parameter], shape, start, flat, state, offset, end)
+                _add_entries(self.entries, self._names[parameter], shape, start, flat, state, offset, end)
                 offset += part_numel
 
     def commit(self) -> None:
@@ -135,6 +145,14 @@ class Zero3State:
         for i in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(i)
         self._zero.checkpoint_event_epilogue()
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`bigtrain.engine.state.EngineState`."""
+        parts = self._zero.get_fp32_grad_partitions()
+        for i, parameters in enumerate(self._zero.fp16_groups):
+            for j, parameter in enumerate(parameters):
+                start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
+                yield self._names[parameter], parts[i][j][: max(0, parameter.ds_numel - start)]
 
 
 def _add_entries(

@@ -156,14 +156,18 @@ class NativeState:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
         self.entries: dict[str, Entry] = {}
-        for name, parameter in module.named_parameters():
-            name = canonical_name(name)
+        self._parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+        for name, parameter in self._parameters.items():
             self.entries[MODEL + name] = _entry(parameter, mesh)
             for key, value in optimizer.state[parameter].items():
                 self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh)
 
     def commit(self) -> None:
         """Nothing to refresh: the boxes are views of the parameters themselves."""
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`bigtrain.engine.state.EngineState`."""
+        return ((name, _local(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
 
 
 def _entry(tensor: torch.Tensor, mesh: DeviceMesh) -> Entry:

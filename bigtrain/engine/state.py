@@ -60,6 +60,14 @@ class EngineState(Protocol):
         """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""
         ...
 
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and this rank's part of the gradient of every parameter that has one here.
+
+        Only between the last micro-batch of a step and the update. Ranks with the same boxes of ``model.<name>``
+        have the same part; together the parts are the whole gradient, in no particular shape.
+        """
+        ...
+
 
 def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1) -> Entry:
     """Return the entry of a tensor that this rank holds whole."""

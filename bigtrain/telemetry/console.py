@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from bigtrain.log import get_logger
 from bigtrain.telemetry import names
+from bigtrain.telemetry.text import describe, format_duration
+from bigtrain.telemetry.view import RunView
 
 _REDRAW_SECONDS = 0.1  # fastest rate at which the terminal is drawn
 
@@ -53,7 +55,7 @@ class Console:
         """Open the log file and begin to draw."""
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log: TextIO | None = self._log_path.open("a", encoding="utf-8", errors="replace", buffering=1)
-        self._display = _LiveDisplay(self._clock) if self._is_terminal else _PlainDisplay()
+        self._display = _LiveDisplay(self._total_steps, self._clock) if self._is_terminal else _PlainDisplay()
         self._handlers = get_logger().handlers
         get_logger().handlers = [_ToConsole(self)]
         return self
@@ -81,7 +83,12 @@ class Console:
         left = f"{format_duration(seconds_left)} left"
         with self._lock:
             self._to_file(f"{progress}  {numbers}  {left}")
-            self._display.metrics(progress, step / self._total_steps, numbers, left)
+            self._display.metrics(record, seconds_left, f"{progress}  {numbers}  {left}")
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take what happened, for the display; messages say it in words."""
+        with self._lock:
+            self._display.event(event)
 
     def message(self, text: str) -> None:
         """Show ``text``, which may have several lines."""
@@ -103,8 +110,11 @@ class Console:
 class _PlainDisplay:
     """Prints lines to standard output until nobody listens any more."""
 
-    def metrics(self, progress: str, fraction: float, numbers: str, left: str) -> None:
-        self.message(f"{progress}  {numbers}  {left}")
+    def metrics(self, record: dict[str, Any], seconds_left: float, line: str) -> None:
+        self.message(line)
+
+    def event(self, event: dict[str, Any]) -> None:
+        pass
 
     def message(self, text: str) -> None:
         encoding = sys.stdout.encoding or "utf-8"
@@ -115,16 +125,17 @@ class _PlainDisplay:
 
 
 class _LiveDisplay:
-    """Draws a progress bar and a line of numbers below the messages.
+    """Draws the run below the messages.
 
     It draws when it is told something and has no thread of its own, which would take the interpreter
     from the training loop between two logging intervals.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         from rich.console import Console as RichConsole
         from rich.live import Live
 
+        self._view = RunView(total_steps)
         self._clock = clock
         self._console = RichConsole(force_terminal=True, highlight=False, markup=False, emoji=False)
         self._console.on_broken_pipe = _forget_output  # instead of raising SystemExit
@@ -133,11 +144,15 @@ class _LiveDisplay:
         self._is_gone = False
         self._try(self._live.start)
 
-    def metrics(self, progress: str, fraction: float, numbers: str, left: str) -> None:
-        self._live.update(_picture(progress, fraction, numbers, left))
+    def metrics(self, record: dict[str, Any], seconds_left: float, line: str) -> None:
+        self._view.add(record)
+        self._live.update(self._view.render(seconds_left=seconds_left))
         if self._clock() - self._drawn_at >= _REDRAW_SECONDS:
             self._drawn_at = self._clock()
             self._try(self._live.refresh)
+
+    def event(self, event: dict[str, Any]) -> None:
+        self._view.add_event(event)
 
     def message(self, text: str) -> None:
         self._try(lambda: self._console.print(text, soft_wrap=True))
@@ -148,20 +163,6 @@ class _LiveDisplay:
     def _try(self, draw: Callable[[], None]) -> None:
         if not self._is_gone:
             self._is_gone = not _write_or_forget(draw)
-
-
-def _picture(progress: str, fraction: float, numbers: str, left: str) -> Any:
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    bar = Table.grid(padding=(0, 1), expand=True)
-    bar.add_column(no_wrap=True)
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    bar.add_row(progress, ProgressBar(total=1.0, completed=min(fraction, 1.0)), f"{fraction:.0%}  {left}")
-    return Group(bar, Text(numbers, no_wrap=True, overflow="ellipsis"))
 
 
 class _ToConsole(logging.Handler):
@@ -193,41 +194,6 @@ class _TimeLeft:
         first_time, first_step = self._first
         pace = (now - first_time) / (step - first_step) if step > first_step else step_seconds
         return max(self._total_steps - step, 0) * pace
-
-
-def describe(record: dict[str, Any]) -> str:
-    """Return the numbers of a step in words that fit a line of 80 columns."""
-    return "  ".join(
-        (
-            f"loss {record[names.LOSS]:.4f}",
-            f"grad norm {record[names.GRAD_NORM]:.3g}",
-            f"lr {record[names.LR]:.2e}",
-            f"{format_count(record[names.TOKENS])} tokens",
-            f"{format_count(record[names.TOKENS_PER_SECOND])} tok/s",
-        )
-    )
-
-
-def format_count(number: float) -> str:
-    """Return ``number`` with three digits and a unit: 1234567 -> ``1.23M``."""
-    if not math.isfinite(number):
-        return str(number)
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 999.5:
-            decimals = 0 if not unit or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
-            return f"{number:.{decimals}f}{unit}"
-        number /= 1000
-    return f"{number:.0f}P"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as ``h:mm:ss``, with days in front if there are any."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hour}:{minute:02}:{second:02}"
 
 
 def _can_draw(stream: TextIO) -> bool:

@@ -10,6 +10,10 @@ from typing import Any
 
 from bigtrain.log import get_logger
 
+METRICS_FILE = "metrics.jsonl"  # one object per optimizer step
+EVENTS_FILE = "events.jsonl"  # everything else that happened
+SAMPLES_FILE = "samples.jsonl"  # texts that were generated from checkpoints of the run
+
 _MAX_PENDING_LINES = 100_000  # kept in memory while the disk refuses them
 _REPAIR_CHUNK_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 23

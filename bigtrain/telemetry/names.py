@@ -1,4 +1,8 @@
-"""Names of the metrics: the keys of ``metrics.jsonl`` and their sections on a dashboard."""
+"""Names of the metrics: the keys of ``metrics.jsonl`` and their sections on a dashboard.
+
+Every record has the plain names. The sectioned ones are in the records of logging steps (every
+``train.log_every_steps``) and describe the steps since the last one; ``docs/monitoring.md`` lists them.
+"""
 
 STEP = "step"  # optimizer steps done
 TOKENS = "tokens"  # tokens trained on so far, over all ranks
@@ -11,6 +15,45 @@ DATA_WAIT_SECONDS = "data_wait_seconds"  # part of step_seconds in which rank 0 
 DATA_DIGEST = "data_digest"  # hash of all sample ids up to this step, over all ranks
 
 PERPLEXITY = "perplexity"
+TRAIN_PERPLEXITY = "train/perplexity"
+TIME = "time"  # of a logging step, ISO 8601, UTC
+
+# Mean seconds per step.
+DATA_SECONDS = "perf/data_seconds"  # waiting for the next batch
+FORWARD_BACKWARD_SECONDS = "perf/forward_backward_seconds"  # with the communication that overlaps it
+CHECKPOINT_STALL_SECONDS = "perf/checkpoint_stall_seconds"  # waiting for the copy of a checkpoint in memory
+OPTIMIZER_SECONDS = "perf/optimizer_seconds"
+LOGGING_SECONDS = "perf/logging_seconds"  # reading back, writing, showing, agreeing whether to stop
+PHASES = (DATA_SECONDS, FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, CHECKPOINT_STALL_SECONDS, LOGGING_SECONDS)
+
+TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
+TFLOPS_PER_DEVICE = "perf/causal_tflops_per_device"
+MFU_CAUSAL = "perf/mfu_causal"
+MFU_FULL_ATTENTION = "perf/mfu_full_attention"
+MFU_DOCUMENTS = "perf/mfu_documents"  # where a mask keeps documents apart: with the pairs that it leaves
+GOODPUT = "perf/goodput"  # share of this launch's time, from the start of its process, that trained: no start-up, validation, stall, logging
+PAIRS_PER_TOKEN = "data/attention_pairs_per_token"  # that a document mask leaves, in rank 0's samples
+DATA_WAIT_FRACTION = "data/wait_fraction"
+
+ALLOCATED_BYTES = "memory/allocated_bytes"
+RESERVED_BYTES = "memory/reserved_bytes"
+PEAK_BYTES = "memory/peak_allocated_bytes"
+HOST_RSS_BYTES = "memory/host_rss_bytes"
+
+UTILISATION_PERCENT = "system/gpu_utilisation_percent"
+POWER_WATTS = "system/gpu_power_watts"
+TEMPERATURE_CELSIUS = "system/gpu_temperature_celsius"
+
+# Followed by /<layer>
+LAYER_GRAD_NORM = "optim/grad_norm"
+LAYER_PARAM_NORM = "optim/param_norm"
+LAYER_UPDATE_RATIO = "optim/update_ratio"
+
+SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
+
+# Events
+LAUNCH_EVENTS = ("start", "resume")
+ALARMS = ("fault", "hang", "spike", "bad_step", "rollback", "straggler", "checkpoint_failed")
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}
 _AXES = (STEP, TOKENS)

@@ -1,27 +1,17 @@
-"""Weights & Biases as a reader of the run's files, in a process of its own.
+"""Weights & Biases as a reader of the run's files, in a companion process (see ``companion.py``).
 
-wandb in the training process would take its interpreter, replace ``sys.exit`` and ``sys.excepthook``,
-record the command line with whatever secrets are in it, and hold up the exit for seconds to minutes
-when its server is away. Here the training process starts a companion, and that is all it ever does:
-the companion follows ``metrics.jsonl`` and ``events.jsonl``, so it can be as slow as it likes, and nothing
-is lost when it is. It ends when the training process ends, however that happens, after it has logged
-what is in the files.
+In the training process wandb would replace ``sys.exit`` and ``sys.excepthook``, record the command line with whatever
+secrets are in it, and hold up the exit for seconds to minutes when its server is away.
 
-``<run>/wandb_id`` holds the id of the run and ``<run>/wandb_cursor.json`` how far it is logged: a resumed
-run continues both, and steps that it repeats are not logged again.
-
-The companion is ``python -m bigtrain.telemetry.wandb_logger``. An environment variable holds what it is to do, as
-JSON; a line on standard input, or its end, says that the training has ended.
+``<run>/wandb_id`` holds the id of the run, which a resumed run continues. The companion is
+``python -m bigtrain.telemetry.wandb_logger``.
 """
 
 import json
 import os
 import secrets
-import select
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -29,25 +19,33 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from bigtrain.config import WandbMode
-from bigtrain.log import get_logger
+from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.redact import redact
+from bigtrain.schema import to_dict
 from bigtrain.telemetry import names
-from bigtrain.telemetry.files import Tail
+from bigtrain.telemetry.companion import (
+    REQUEST_VARIABLE,
+    Companion,
+    Follower,
+    follow_until_end,
+    read_request,
+    wait_for_predecessor,
+)
+from bigtrain.telemetry.text import describe_event
 
 ID_FILE = "wandb_id"
 CURSOR_FILE = "wandb_cursor.json"
 LOG_FILE = "log/wandb.log"
 
-_REQUEST_VARIABLE = "BIGTRAIN_WANDB_REQUEST"
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.wandb_logger")
-_POLL_SECONDS = 0.5
 _INIT_SECONDS = 60  # then the server counts as away
 _MARGIN_SECONDS = 30
 _FINISH_SECONDS = 600  # of uploading after the end of the training
+_MAX_SAMPLES = 200
+_ALERTS = {"fault": "ERROR", "hang": "ERROR", "finished": "INFO"}
 
 
-class WandbLogger:
+class WandbLogger(Companion):
     """Starts and ends the companion; no call waits for it, and no failure of it is more than a message."""
 
     def __init__(
@@ -74,7 +72,6 @@ class WandbLogger:
             say: Receives the companion's messages, from another thread; by default the project's log.
         """
         self._run_directory = run_directory
-        self._say = say or get_logger().info
         request = {
             "directory": str(run_directory.absolute()),
             "name": run_name,
@@ -84,52 +81,10 @@ class WandbLogger:
             "entity": entity,
             "training_pid": os.getpid(),
         }
-        self._process: subprocess.Popen[str] | None = None
-        try:
-            self._process = _start(command, request, run_directory / LOG_FILE)
-        except OSError as error:
-            self._say(f"wandb: cannot start it ({error}); the run goes on without")
-            return
-        self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
-        self._listener.start()
+        super().__init__("wandb", command, request, run_directory / LOG_FILE, say)
 
-    def _listen(self, process: "subprocess.Popen[str]") -> None:
-        for line in process.stdout:
-            self._say(f"wandb: {line.rstrip()}")
-        if process.wait() != 0:
-            self._say(f"wandb: stopped; the run goes on without; see {self._run_directory / LOG_FILE}")
-
-    def close(self, timeout_seconds: float = 5.0) -> None:
-        """Tell the companion that the training has ended and wait so long at most; then it goes on alone."""
-        if self._process is None:
-            return
-        try:
-            self._process.stdin.write("end\n")
-            self._process.stdin.close()
-        except OSError:  # it ended before
-            pass
-        try:
-            self._process.wait(timeout_seconds)
-            self._listener.join(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            self._say(
-                f"wandb: still busy in the background (process {self._process.pid}); if this machine ends before, "
-                f"upload with: wandb sync {self._run_directory / 'wandb'}/*run-*"
-            )
-
-
-def _start(command: Sequence[str], request: dict[str, Any], log_path: Path) -> "subprocess.Popen[str]":
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("a") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, _REQUEST_VARIABLE: json.dumps(request)},
-            start_new_session=True,  # Ctrl-C at the terminal is for the training process only
-        )
+    def _advice(self) -> str:
+        return f"; if this machine ends before, upload with: wandb sync {self._run_directory / 'wandb'}/*run-*"
 
 
 def forget(run_directory: Path) -> None:
@@ -138,18 +93,46 @@ def forget(run_directory: Path) -> None:
         (run_directory / name).unlink(missing_ok=True)
 
 
+def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: WandbMode, step: int) -> str:
+    """Make an exported model an artifact of the wandb run of a training run; return what came of it, for people.
+
+    Args:
+        run_directory: Directory of the training run.
+        exported: Directory of the exported model.
+        config: Configuration of the training run.
+        mode: As for :class:`WandbLogger`.
+        step: Optimizer step of the checkpoint that was exported.
+    """
+    import wandb
+
+    mode = _resolve_mode(mode, os.environ)
+    if mode is WandbMode.online and not has_api_key(os.environ):  # wandb would ask for one
+        mode = WandbMode.offline
+    request = {
+        "directory": str(run_directory.absolute()),
+        "name": str(config.run.name),
+        "config": redact(to_dict(config)),
+        "project": config.logging.wandb_project,
+        "entity": config.logging.wandb_entity,
+        "training_pid": os.getpid(),
+    }
+    (run_directory / "wandb").mkdir(exist_ok=True)
+    try:
+        run = _open_run(wandb, request, mode)
+    except wandb.Error as error:
+        return f"not made: {error}"
+    with run:
+        artifact = wandb.Artifact(f"{config.run.name}-export", type="model", metadata={names.STEP: step})
+        artifact.add_dir(str(exported))
+        run.log_artifact(artifact)
+        return run.url if mode is WandbMode.online else f"offline; upload with: wandb sync {Path(run.dir).parent}"
+
+
 def _companion() -> int:
     """Follow the files of a run until the training process ends."""
     environ = dict(os.environ)  # before wandb adds to it
-    request = json.loads(environ[_REQUEST_VARIABLE])
-    messages, sys.stdout = sys.stdout, sys.stderr
-
-    def say(text: str) -> None:
-        try:
-            print(text, file=messages, flush=True)
-        except OSError:  # the training process is gone
-            print(text, file=sys.stderr)
-
+    request, say = read_request(environ)
+    lock = wait_for_predecessor(Path(request["directory"]) / LOG_FILE)
     try:
         import wandb
     except ImportError as error:
@@ -160,15 +143,38 @@ def _companion() -> int:
     if run is None:
         return 0
     signal.alarm(0)
-    follower = _Follower(Path(request["directory"]), run.log)
-    has_ended = False
-    while not has_ended:
-        has_ended = bool(select.select([sys.stdin], [], [], _POLL_SECONDS)[0])
-        has_ended = has_ended or os.getppid() != request["training_pid"]
-        follower.log_new()
+    follow_until_end(Follower(Path(request["directory"]), _WandbSink(wandb, run), CURSOR_FILE), request["training_pid"])
     signal.alarm(_FINISH_SECONDS)  # nobody waits for an upload without end; wandb's own files stay
     run.finish()
+    lock.close()
     return 0
+
+
+class _WandbSink:
+    """See :class:`bigtrain.telemetry.companion.Sink`."""
+
+    def __init__(self, wandb: ModuleType, run: Any) -> None:
+        self._wandb = wandb
+        self._run = run
+
+    def log(self, row: dict[str, float]) -> None:
+        self._run.log(row)
+
+    def event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind in names.LAUNCH_EVENTS:
+            # The environment of the newest launch, and what MFU is computed from.
+            facts = {key: value for key, value in event.items() if key not in ("event", names.STEP, names.TIME)}
+            self._run.config.update({"launch": redact(facts)}, allow_val_change=True)
+            kind = "fault" if event.get("after") else kind  # a launch that tells why the one before it failed
+        if level := _ALERTS.get(kind) or ("WARN" if kind in names.ALARMS else None):
+            text = redact(describe_event(event))
+            self._run.alert(f"{self._run.name}: {kind}", text, level=self._wandb.AlertLevel[level], wait_duration=0)
+
+    def samples(self, samples: list[dict[str, Any]]) -> None:
+        columns = [names.STEP, "prompt", "text"]
+        rows = [[sample.get(column) for column in columns] for sample in samples[-_MAX_SAMPLES:]]
+        self._run.log({"samples": self._wandb.Table(columns=columns, data=rows)})
 
 
 def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]) -> Any:
@@ -190,7 +196,7 @@ def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], s
         say(f"cannot log online ({reason[0]}); offline instead")
         # In this process wandb would find the run in use, and may hang in its tear-down.
         offline = json.dumps({**request, "mode": WandbMode.offline.name})
-        os.execve(_COMMAND[0], _COMMAND, {**environ, _REQUEST_VARIABLE: offline})
+        os.execve(_COMMAND[0], _COMMAND, {**environ, REQUEST_VARIABLE: offline})
     if mode is WandbMode.online:
         say(f"logging to {run.url}")
     else:
@@ -221,8 +227,9 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode) -> An
     )
     for axis in (names.STEP, names.TOKENS):
         run.define_metric(axis)
-    for section in ("train", "val", "perf"):
+    for section in names.SECTIONS:
         run.define_metric(f"{section}/*", step_metric=names.STEP)
+    run.define_metric("val/loss", step_metric=names.STEP, summary="min")
     return run
 
 
@@ -231,48 +238,6 @@ def _run_id(directory: Path) -> str:
     if not path.exists():
         path.write_text(f"{secrets.token_hex(4)}\n")
     return path.read_text().strip()
-
-
-class _Follower:
-    """Logs what is new in the files of a run, each step once."""
-
-    def __init__(self, directory: Path, log: Callable[[dict[str, Any]], None]) -> None:
-        self._metrics = Tail(directory / "metrics.jsonl")
-        self._events = Tail(directory / "events.jsonl")
-        self._cursor_path = directory / CURSOR_FILE
-        self._log = log
-        self._cursor = {"train": 0, "val": 0}
-        if self._cursor_path.exists():
-            self._cursor = json.loads(self._cursor_path.read_text())
-
-    def log_new(self) -> None:
-        while records := self._metrics.read():
-            self._log_after_cursor("train", records)
-        while records := self._events.read():
-            self._log_after_cursor("val", [record for record in records if record["event"] == "validation"])
-
-    def _log_after_cursor(self, section: str, records: list[dict[str, Any]]) -> None:
-        fresh = [record for record in records if record[names.STEP] > self._cursor[section]]
-        if not fresh:
-            return
-        # The cursor moves first: after a crash in between, a step is missing on the dashboard rather than doubled.
-        self._cursor[section] = max(record[names.STEP] for record in fresh)
-        self._save_cursor()
-        for record in fresh:
-            self._log({names.dashboard_name(key, section): value for key, value in _numbers(record).items()})
-
-    def _save_cursor(self) -> None:
-        temporary = self._cursor_path.with_name(CURSOR_FILE + ".tmp")
-        with temporary.open("w") as file:
-            json.dump(self._cursor, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._cursor_path)
-
-
-def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    non_finite = {key: float(text) for key, text in record.get("non_finite", {}).items()}
-    return {key: value for key, value in {**record, **non_finite}.items() if isinstance(value, (int, float))}
 
 
 def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:

@@ -29,13 +29,25 @@ FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 
 # Slow, large or optional: imported by the function that needs them, or at the top of a module which
 # itself is imported that way.
-LAZY = ["accelerate", "datasets", "deepspeed", "matplotlib", "pyarrow", "tokenizers", "transformers", "wandb"]
+LAZY = [
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "matplotlib",
+    "pyarrow",
+    "tensorboardX",
+    "tokenizers",
+    "transformers",
+    "wandb",
+]
 WITHOUT_TORCH = ["bigtrain.errors", "bigtrain.schema", "bigtrain.config", "bigtrain.checks", "bigtrain.redact"]
 WITHOUT_TORCH_OF_THEIR_OWN = ["bigtrain.preflight", "bigtrain.models.sizes"]
 ONLY_IN = {
     "hydra": "launch.",
     "omegaconf": "launch.",
     "wandb": "bigtrain.telemetry.wandb_logger",
+    "matplotlib": "bigtrain.telemetry.figures",
+    "tensorboardX": "bigtrain.telemetry.tensorboard_logger",
     "deepspeed": "bigtrain.engine.deepspeed_zero",
 }
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

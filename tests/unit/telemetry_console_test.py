@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from bigtrain import log
-from bigtrain.telemetry.console import Console, format_count, format_duration
+from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.text import describe, format_count, format_duration
 
 SCRIPT = textwrap.dedent(
     """
@@ -145,8 +146,6 @@ def test_a_terminal_gets_a_bar_that_does_not_flood(tmp_path: Path) -> None:
 
 def test_nothing_is_wider_than_80_columns() -> None:
     widest = record(123_456, loss=10.1234, grad_norm=1.23e-05, tokens=1e15)
-    from bigtrain.telemetry.console import describe
-
     assert len(describe(widest)) <= 80
 
 

@@ -72,6 +72,18 @@ def test_events_carry_their_time_and_people_see_what_they_wait_for(
     ]
 
 
+def test_an_exception_is_a_fault_in_the_stream(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), open_recorder(tmp_path) as recorder:
+        recorder.metrics(records(1, 2))
+        raise ValueError("bad luck")
+    assert (
+        read_jsonl(tmp_path / "events.jsonl")[-1].items() >= {"event": "fault", "error": "ValueError: bad luck"}.items()
+    )
+    with open_recorder(tmp_path, resume_step=2):
+        pass
+    assert read_jsonl(tmp_path / "events.jsonl")[-1]["event"] == "fault", "an orderly end is none"
+
+
 def test_the_console_shows_the_last_step_and_the_mean_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_recorder(tmp_path) as recorder:
         recorder.metrics([*records(1, 1, seconds=0.01), *records(2, 2, seconds=0.19)])  # a device that ran ahead

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import pytest
 from bigtrain.config import WandbMode
 from bigtrain.telemetry.files import JsonLines
 from bigtrain.telemetry.wandb_logger import WandbLogger, forget, has_api_key
+from tests.wandb_files import read_history, read_records
 
 CANARY = "hf_CANARYCANARYCANARYCANARY"
 
@@ -51,35 +51,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
-
-
-def read_history(run: Path) -> list[dict[str, str]]:
-    """Return what all offline files of a run log, from wandb's log format: LevelDB records of protobuf messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    rows = []
-    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for message in read_leveldb_log(path.read_bytes()):
-            record = Record.FromString(message)
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
-    return rows
-
-
-def read_leveldb_log(data: bytes) -> list[bytes]:
-    block_bytes, header_bytes, full, last = 32768, 7, 1, 4
-    messages, parts, position = [], b"", header_bytes  # the file begins with a header of the same size
-    while position + header_bytes <= len(data):
-        if block_bytes - position % block_bytes < header_bytes:
-            position += block_bytes - position % block_bytes
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + header_bytes])
-        parts += data[position + header_bytes : position + header_bytes + length]
-        position += header_bytes + length
-        if kind in (full, last):
-            messages.append(parts)
-            parts = b""
-    return messages
 
 
 def test_without_a_key_it_is_written_offline_once_per_step_and_without_secrets(tmp_path: Path) -> None:
@@ -207,6 +178,26 @@ def test_a_server_that_is_away_means_offline(tmp_path: Path, monkeypatch: pytest
     assert len(said) == 2 and said[0].startswith("wandb: cannot log online (")
     assert said[1].startswith("wandb: logging offline; upload with: wandb sync ")
     assert [int(row["step"]) for row in read_history(run)] == [1, 2, 3, 4, 5]
+
+
+def test_an_export_becomes_an_artifact_of_the_run(tmp_path: Path) -> None:
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+    run.mkdir()
+    (run / "wandb_id").write_text("abcd1234\n")
+    script = (
+        "import sys; from pathlib import Path; from bigtrain.config import *; "
+        "from bigtrain.telemetry.wandb_logger import log_export; config = TrainConfig(); config.run.name = 'first'; "
+        "print(log_export(Path(sys.argv[1]), Path(sys.argv[2]), config, WandbMode.offline, 7))"
+    )
+    command = [sys.executable, "-c", script, run, exported]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1].startswith("offline; upload with: wandb sync ")
+    (artifact,) = read_records(run, "artifact")
+    assert (artifact.name, artifact.type) == ("first-export", "model")
+    assert [entry.path for entry in artifact.manifest.contents] == ["config.json"]
+    assert [record.run_id for record in read_records(run, "run")] == ["abcd1234"]
 
 
 def test_a_key_is_found_where_wandb_login_leaves_it(tmp_path: Path) -> None:

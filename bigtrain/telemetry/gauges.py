@@ -1,0 +1,152 @@
+"""What rank 0 reads off its instruments at a logging step: throughput, utilisation, memory, the GPU's own sensors."""
+
+import math
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import psutil
+import torch
+
+from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
+from bigtrain.log import get_logger
+from bigtrain.models.flops import TokenFlops, flops_per_token, hf_shape
+from bigtrain.models.sizes import model_sizes
+from bigtrain.telemetry import names
+from bigtrain.telemetry.environment import describe_environment
+from bigtrain.telemetry.peak import Peak, find_peak
+
+_SENSOR_SECONDS = 5.0  # a sensor may take a millisecond to answer
+_SAME_MODEL = 0.01
+
+
+class Gauges:
+    """Computes the sectioned metrics of a logging step; nothing here waits for a device."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, world_size: int, num_parameters: int) -> None:
+        """Find the model's operations and the device's peak.
+
+        Args:
+            config: Resolved, with a precision.
+            device: Of rank 0; all ranks are taken to have its like.
+            world_size: Number of ranks.
+            num_parameters: Of the model that was built, to check the shape that operations are counted from.
+        """
+        self._device = device
+        self._world_size = world_size
+        self._process = psutil.Process()
+        self.launched_at = self._process.create_time()
+        """Unix time at which this process began."""
+        self.environment = describe_environment(device)
+        self._useful_seconds = 0.0
+        self._read_sensors_at = -math.inf
+        self.flops = find_flops(config.model, config.data.sequence_length, num_parameters)
+        self.peak = find_peak(device, config.engine.precision or Precision.fp32) if self.flops else None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what MFU is computed from, for the record of the run's start."""
+        described: dict[str, Any] = {}
+        if self.flops:
+            described["causal_flops_per_token"] = self.flops.causal
+            described["full_attention_flops_per_token"] = self.flops.full_attention
+        if self.peak:
+            described |= {"peak_flops_per_second": self.peak.flops_per_second, "peak_source": self.peak.source}
+        return described
+
+    def sentence(self) -> str:
+        """Return the same for people."""
+        if self.flops is None:
+            return "no MFU: the operations of this model cannot be counted from its shape"
+        counted = (
+            f"6 W + 12 Q P / T = {self.flops.causal:.4g} operations per token with causal attention, "
+            f"{self.flops.full_attention:.4g} with full"
+        )
+        if self.peak is None:
+            return f"no MFU: the peak of this device is not known; {counted}"
+        return f"MFU: {counted}; of {self.peak.flops_per_second / 1e12:.4g} TFLOP/s ({self.peak.source})"
+
+    def read(self, records: list[dict[str, Any]], phases: dict[str, float]) -> dict[str, Any]:
+        """Return the sectioned metrics of the interval whose steps are ``records`` and whose phases ``phases``."""
+        seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
+        tokens = math.fsum(record[names.STEP_SECONDS] * record[names.TOKENS_PER_SECOND] for record in records)
+        stalled = phases.get(names.CHECKPOINT_STALL_SECONDS, 0.0) + phases.get(names.LOGGING_SECONDS, 0.0)
+        self._useful_seconds += seconds - stalled * len(records)
+        step_seconds, rate = seconds / len(records), tokens / max(seconds, 1e-9) / self._world_size
+        return {
+            names.TIME: datetime.now(UTC).isoformat(timespec="milliseconds"),
+            names.TRAIN_PERPLEXITY: perplexity(records[-1][names.LOSS]),
+            **phases,
+            names.TOKENS_PER_SECOND_PER_DEVICE: rate,
+            **utilisation(self.flops, self.peak, rate, phases.get(names.PAIRS_PER_TOKEN)),
+            names.GOODPUT: min(self._useful_seconds / max(time.time() - self.launched_at, 1e-9), 1.0),
+            names.DATA_WAIT_FRACTION: phases.get(names.DATA_SECONDS, 0.0) / max(step_seconds, 1e-9),
+            **self._memory(),
+            **self._sensors(),
+        }
+
+    def _memory(self) -> dict[str, float]:
+        memory = {names.HOST_RSS_BYTES: self._process.memory_info().rss}
+        if self._device.type == "cuda":
+            stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+            memory[names.ALLOCATED_BYTES] = stats["allocated_bytes"]["all"]["current"]
+            memory[names.RESERVED_BYTES] = stats["reserved_bytes"]["all"]["current"]
+            memory[names.PEAK_BYTES] = stats["allocated_bytes"]["all"]["peak"]
+        return memory
+
+    def _sensors(self) -> dict[str, float]:
+        """Return what the GPU's driver tells, now and then; nothing where it cannot be asked."""
+        now = time.monotonic()
+        if self._device.type != "cuda" or now - self._read_sensors_at < _SENSOR_SECONDS:
+            return {}
+        self._read_sensors_at = now
+        try:
+            return {
+                names.UTILISATION_PERCENT: torch.cuda.utilization(self._device),
+                names.POWER_WATTS: torch.cuda.power_draw(self._device) / 1000,
+                names.TEMPERATURE_CELSIUS: torch.cuda.temperature(self._device),
+            }
+        except Exception as error:  # no driver library, no permission, a sensor that a device lacks
+            self._read_sensors_at = math.inf
+            get_logger().info(f"the GPU's sensors cannot be read: {error}")
+            return {}
+
+
+def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) -> TokenFlops | None:
+    """Return the operations per token, or None for a model whose shape does not give its number of parameters."""
+    shape = model
+    if model.kind is ModelKind.hf:
+        from bigtrain.models.hf import read_hf_config
+
+        shape = hf_shape(read_hf_config(model.name).get_text_config())
+    if abs(model_sizes(shape).total / max(num_parameters, 1) - 1) > _SAME_MODEL:
+        return None
+    return flops_per_token(shape, sequence_length)
+
+
+def utilisation(
+    flops: TokenFlops | None, peak: Peak | None, tokens_per_second: float, pairs_per_token: float | None = None
+) -> dict[str, float]:
+    """Return the rate of operations and MFU of a device that trains so many tokens; what is not known is left out.
+
+    Args:
+        flops: of the model.
+        peak: of the device.
+        tokens_per_second: of one device.
+        pairs_per_token: that a document mask leaves, if there is one.
+    """
+    if flops is None:
+        return {}
+    rates = {names.TFLOPS_PER_DEVICE: flops.causal * tokens_per_second / 1e12}
+    if peak is None:
+        return rates
+    if pairs_per_token is not None:
+        rates[names.MFU_DOCUMENTS] = flops.documents(pairs_per_token) * tokens_per_second / peak.flops_per_second
+    return rates | {
+        names.MFU_CAUSAL: flops.causal * tokens_per_second / peak.flops_per_second,
+        names.MFU_FULL_ATTENTION: flops.full_attention * tokens_per_second / peak.flops_per_second,
+    }
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss; infinite where a float ends."""
+    return math.inf if loss >= 709 else math.exp(loss)

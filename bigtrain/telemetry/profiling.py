@@ -1,0 +1,107 @@
+"""A look inside some steps, on demand: torch's profiler and the allocator's memory, into the run's ``profile/``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bigtrain.config import ProfileConfig
+
+DIRECTORY = "profile"
+_TABLE_ROWS = 40
+_MEMORY_ENTRIES = 1_000_000
+
+
+class Profiler:
+    """Traces the steps ``first`` to ``last`` of ``profile.steps`` on rank 0; a context manager."""
+
+    def __init__(
+        self, config: ProfileConfig, run_directory: Path, *, rank: int, first_step: int, say: Callable[..., None]
+    ) -> None:
+        """Describe what is traced.
+
+        Args:
+            config: Which steps, and whether memory is recorded.
+            run_directory: Directory of the run.
+            rank: Of this process; others than 0 do nothing.
+            first_step: Completed optimizer steps at the start of this launch.
+            say: Takes the event, with its fields, when files are written.
+        """
+        wanted = config.steps if rank == 0 else []
+        self._first, self._last = wanted or (0, 0)
+        self._memory = config.memory and rank == 0 and torch.cuda.is_available()
+        self._directory = run_directory / DIRECTORY
+        self._done_steps = first_step
+        self._say = say
+        self._profile: profile | None = None
+
+    def __enter__(self) -> Self:
+        """Begin, if the first step of the launch is to be traced."""
+        if self._memory:
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_ENTRIES)
+        self.step_done(self._done_steps)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write what was traced, if the launch ends before the last step to be traced."""
+        if self._profile and error is None:
+            self._write(self._done_steps)
+        if self._memory:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def step_done(self, step: int) -> None:
+        """Begin or end at the border between ``step`` and the next one."""
+        self._done_steps = step
+        if self._profile and step == self._last:
+            self._write(step)
+        elif self._last and step + 1 == self._first:
+            on_cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profile = profile(
+                activities=[ProfilerActivity.CPU, *on_cuda], record_shapes=True, profile_memory=self._memory
+            )
+            self._profile.start()
+
+    def _write(self, last: int) -> None:
+        traced, self._profile = self._profile, None
+        traced.stop()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        name = self._directory / f"steps-{self._first}-{last}"
+        traced.export_chrome_trace(f"{name}.trace.json.gz")
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        Path(f"{name}.txt").write_text(traced.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS))
+        if self._memory:
+            save_memory_snapshot(self._directory, f"steps-{self._first}-{last}")
+        self._say("profile", step=last, path=f"{name}.trace.json.gz")
+
+
+def save_memory_snapshot(directory: Path, name: str) -> Path | None:
+    """Write what the GPU's allocator holds, for https://pytorch.org/memory_viz; None without a GPU.
+
+    With ``profile.memory`` every block has the stack that allocated it, otherwise sizes and order only.
+    """
+    if not torch.cuda.is_available():
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.memory.pickle"
+    torch.cuda.memory._dump_snapshot(str(path))
+    return path
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation has failed, on a GPU or on the host."""
+    is_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def memory_facts(device: torch.device) -> dict[str, Any]:
+    """Return what this rank's device holds, in bytes, when an allocation has failed."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    held, peak = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
+    return {"total": total, "free": free, "reserved by this process": held, "peak in use": peak}

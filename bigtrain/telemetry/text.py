@@ -1,0 +1,83 @@
+"""Numbers and events in words."""
+
+import math
+from typing import Any
+
+from bigtrain.telemetry import names
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Return the numbers of a step in words that fit a line of 80 columns."""
+    return "  ".join(
+        (
+            f"loss {_loss(record):.4f}",
+            f"grad norm {record[names.GRAD_NORM]:.3g}",
+            f"lr {record[names.LR]:.2e}",
+            f"{format_count(record[names.TOKENS])} tokens",
+            f"{format_count(record[names.TOKENS_PER_SECOND])} tok/s",
+        )
+    )
+
+
+def _loss(record: dict[str, Any]) -> float:
+    loss = record.get(names.LOSS)
+    return math.nan if loss is None else loss  # a file has no word for what is not a number
+
+
+def format_count(number: float) -> str:
+    """Return ``number`` with three digits and a unit: 1234567 -> ``1.23M``."""
+    if not math.isfinite(number):
+        return str(number)
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5:
+            decimals = 0 if not unit or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+            return f"{number:.{decimals}f}{unit}"
+        number /= 1000
+    return f"{number:.0f}P"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as ``h:mm:ss``, with days in front if there are any."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour}:{minute:02}:{second:02}"
+
+
+def format_bytes(number: float) -> str:
+    """Return ``number`` of bytes in GiB, below one in MiB."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def describe_machine(record: dict[str, Any]) -> str:
+    """Return how the machine is used, as far as ``record`` tells."""
+    shown = (
+        (names.MFU_DOCUMENTS if names.MFU_DOCUMENTS in record else names.MFU_CAUSAL, lambda value: f"mfu {value:.1%}"),
+        (names.PEAK_BYTES, lambda value: f"device memory {format_bytes(value)}"),
+        (names.HOST_RSS_BYTES, lambda value: f"host memory {format_bytes(value)}"),
+        (names.UTILISATION_PERCENT, lambda value: f"gpu {value:.0f}%"),
+        (names.POWER_WATTS, lambda value: f"{value:.0f} W"),
+        (names.TEMPERATURE_CELSIUS, lambda value: f"{value:.0f} °C"),
+        (names.DATA_WAIT_FRACTION, lambda value: f"data wait {value:.1%}"),
+        (names.GOODPUT, lambda value: f"goodput {value:.1%}"),
+    )
+    return "  ".join(text(record[key]) for key, text in shown if record.get(key) is not None)
+
+
+def describe_event(event: dict[str, Any]) -> str:
+    """Return what happened, in one line: when, what, at which step, and the first words about it."""
+    kind, step = event.get("event"), event.get(names.STEP)
+    about = next(
+        (
+            str(event[key])
+            for key in ("reason", "error", "why", "after", "path", "checkpoint", "message")
+            if event.get(key)
+        ),
+        "",
+    )
+    if isinstance(event.get(names.LOSS), float):
+        about = f"loss {event[names.LOSS]:.4f}"
+    when = str(event.get(names.TIME, ""))[11:19]
+    return "  ".join(part for part in (when, str(kind), f"step {step}" if step is not None else "", about) if part)

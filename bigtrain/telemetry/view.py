@@ -1,0 +1,120 @@
+"""A run on a terminal: progress, numbers, the loss as a line of blocks, memory, and what happened last."""
+
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bigtrain.telemetry import names
+from bigtrain.telemetry.text import describe, describe_event, describe_machine, format_duration
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = ".:-=+*%#"
+_SPARKLINE_COLUMNS = 48
+_MAX_POINTS = 4096
+_MAX_EVENTS = 500
+_PACE_STEPS = 50
+_SHOWN_EVENTS = 4
+
+
+class RunView:
+    """Keeps what a screen shows of a run, fed with the records and events of its files, in order.
+
+    A resumed run writes steps anew: a step that is not the next one takes the place of those from it on.
+    """
+
+    def __init__(self, total_steps: int | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            total_steps: Optimizer steps of the whole run, if that is known.
+        """
+        self.total_steps = total_steps
+        self.last: dict[str, Any] = {}
+        self._machine: dict[str, Any] = {}
+        self._losses: list[tuple[int, float]] = []
+        self._paces: list[float] = []
+        self._events: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take the record of a step."""
+        step, loss = record[names.STEP], record.get(names.LOSS)
+        while self._losses and self._losses[-1][0] >= step:
+            self._losses.pop()
+        if loss is not None and math.isfinite(loss):
+            self._losses.append((step, loss))
+        if len(self._losses) > _MAX_POINTS:
+            self._losses = [*self._losses[:-1:2], self._losses[-1]]
+        self._paces = [*self._paces[-_PACE_STEPS + 1 :], record.get(names.STEP_SECONDS, math.nan)]
+        self._machine = {**self._machine, **{key: value for key, value in record.items() if "/" in key}}
+        self.last = record
+
+    def add_event(self, event: dict[str, Any]) -> None:
+        """Take an event; the same one again changes nothing."""
+        self._events[event.get("event"), event.get(names.STEP), event.get(names.TIME)] = event
+        if len(self._events) > _MAX_EVENTS:
+            del self._events[next(iter(self._events))]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, in order."""
+        return list(self._events.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean of the last steps."""
+        return statistics.fmean(self._paces) if self._paces else math.nan
+
+    def seconds_left(self) -> float:
+        """Return how long the rest takes at the pace of the last steps."""
+        if not self.total_steps or not self.last:
+            return math.nan
+        return max(self.total_steps - self.last[names.STEP], 0) * self.step_seconds
+
+    def render(self, *, seconds_left: float | None = None, show_events: bool = False) -> Any:
+        """Return what ``rich`` draws.
+
+        Args:
+            seconds_left: to the end; by default by the pace of the last steps.
+            show_events: also what happened last.
+        """
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        if not self.last:
+            return Text("no step yet")
+        step, total = self.last[names.STEP], self.total_steps or self.last[names.STEP]
+        left = format_duration(self.seconds_left() if seconds_left is None else seconds_left)
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        fraction = min(step / total, 1.0)
+        bar.add_row(f"step {step}/{total}", ProgressBar(total=1.0, completed=fraction), f"{fraction:.0%}  {left} left")
+        lines = [describe(self.last), self._curve(), describe_machine(self._machine)]
+        if show_events:
+            lines += [describe_event(event) for event in self.events[-_SHOWN_EVENTS:]]
+        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line))
+
+    def _curve(self) -> str:
+        losses = [loss for _, loss in self._losses]
+        if len(losses) < 2:
+            return ""
+        validations = [event for event in self.events if event.get("event") == "validation"]
+        last = f"  validation {validations[-1]['loss']:.4f}" if validations and validations[-1].get("loss") else ""
+        return f"{sparkline(losses)}{last}"
+
+
+def sparkline(values: Sequence[float], columns: int = _SPARKLINE_COLUMNS) -> str:
+    """Return finite ``values`` as a line of blocks, each the mean of a piece; the first, high ones may be cut off."""
+    columns = min(columns, len(values))
+    bounds = [len(values) * i // columns for i in range(columns + 1)]
+    means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(bounds)]
+    low, high = min(means), max(means[len(means) // 10 :])
+    blocks = _BLOCKS if "utf" in (sys.stdout.encoding or "").lower() else _ASCII_BLOCKS
+    scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
+    return "".join(blocks[min(round((mean - low) * scale), len(blocks) - 1)] for mean in means)

@@ -1,0 +1,81 @@
+"""Profiles on demand, and what is said when memory runs out."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.checks import check, resolve
+from bigtrain.config import DataConfig, DataSource, ModelConfig, ProfileConfig, TrainConfig
+from bigtrain.distributed import RankInfo
+from bigtrain.errors import PreflightError
+from bigtrain.telemetry.out_of_memory import explained
+from bigtrain.telemetry.profiling import Profiler
+
+ALONE = RankInfo(0, 1, 0, 1)
+
+
+def train(
+    run: Path, steps: list[int], *, first_step: int = 0, last_step: int = 8, rank: int = 0
+) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = []
+
+    def say(kind: str, **fields: Any) -> None:
+        said.append({"event": kind, **fields})
+
+    with Profiler(ProfileConfig(steps=steps), run, rank=rank, first_step=first_step, say=say) as profiler:
+        for step in range(first_step + 1, last_step + 1):
+            with torch.profiler.record_function(f"my step {step}"):
+                torch.ones(8, 8) @ torch.ones(8, 8)
+            profiler.step_done(step)
+    return said
+
+
+def traced_steps(path: str) -> list[str]:
+    events = json.loads(gzip.decompress(Path(path).read_bytes()))["traceEvents"]
+    assert any(event["name"] == "aten::mm" for event in events)
+    return sorted({event["name"] for event in events if event["name"].startswith("my step")})
+
+
+def test_exactly_the_wanted_steps_are_traced(tmp_path: Path):
+    (event,) = train(tmp_path, [3, 4])
+    assert (event["event"], event["step"]) == ("profile", 4)
+    assert traced_steps(event["path"]) == ["my step 3", "my step 4"]
+    assert "aten::mm" in (tmp_path / "profile/steps-3-4.txt").read_text()
+
+
+def test_a_launch_may_begin_and_end_within(tmp_path: Path):
+    (event,) = train(tmp_path, [6, 20], first_step=5)
+    assert event["step"] == 8 and traced_steps(event["path"]) == ["my step 6", "my step 7", "my step 8"]
+
+
+@pytest.mark.parametrize("options", [{"steps": []}, {"steps": [3, 4], "rank": 1}, {"steps": [3, 4], "first_step": 5}])
+def test_otherwise_nothing_is_written(tmp_path: Path, options: dict[str, Any]):
+    assert train(tmp_path, **options) == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("steps", [[3], [4, 3], [0, 3], [1, 2, 3]])
+def test_steps_that_make_no_sense_are_told(steps: list[int]):
+    config = TrainConfig(profile=ProfileConfig(steps=steps))
+    config.data.source = DataSource.synthetic
+    (problem,) = check(resolve(config), world_size=1, local_world_size=1)
+    assert problem.startswith("profile.steps=")
+
+
+def test_memory_that_runs_out_is_a_message_with_what_to_change(tmp_path: Path):
+    shape = ModelConfig(num_layers=12, hidden_dim=1024, num_heads=16, max_positions=1024)
+    config = TrainConfig(model=shape, data=DataConfig(source=DataSource.synthetic))
+    with pytest.raises(PreflightError) as caught, explained(resolve(config), tmp_path, ALONE, torch.device("cpu")):
+        torch.empty(2**50)
+    message = str(caught.value)
+    assert message.startswith("memory has run out: ") and "These settings would fit:" in message
+    assert "train.micro_batch_size=" in message and isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("no memory")])
+def test_other_errors_stay_what_they_are(tmp_path: Path, error: Exception):
+    with pytest.raises(type(error), match=str(error)), explained(TrainConfig(), tmp_path, ALONE, torch.device("cpu")):
+        raise error

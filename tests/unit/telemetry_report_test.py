@@ -1,0 +1,188 @@
+"""The report: one page from the files of runs alone, read by a real browser."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bigtrain.config import TrainConfig
+from bigtrain.schema import to_dict
+from bigtrain.telemetry.history import differences, read_history, totals
+from bigtrain.telemetry.report import render
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "report.py"
+SECRET = "hf_" + "SECRET" * 4
+
+
+def make_run(directory: Path, *, num_steps: int = 400, lr: float = 3e-4) -> Path:
+    """Write what a run of two launches leaves: killed after step 200, begun again from there."""
+    directory.mkdir(parents=True)
+    config = TrainConfig()
+    config.optimizer.lr, config.train.steps, config.run.name = lr, num_steps, directory.name
+    (directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    lines = [json.dumps(record(step)) for step in range(1, num_steps + 1)]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 101, "lo')  # torn
+    environment = {"commit": "abc", "device": "NVIDIA H200", "packages": {"torch": "2.13"}}
+    launch = {"world_size": 8, "environment": environment, "peak_source": "data sheet"}
+    events = [
+        {"event": "start", "step": 0, "launched_at": at(0), "time": clock(5), **launch},
+        {"event": "validation", "step": 200, "loss": 3.2, "time": clock(45)},
+        {"event": "resume", "step": 200, "launched_at": at(100), "time": clock(105), "superseded_steps": 7, **launch},
+        {"event": "fault", "step": 300, "reason": f"<b>token={SECRET}</b>", "time": clock(125)},
+        {"event": "validation", "step": 400, "loss": 3.1, "time": clock(145)},
+        {"event": "finished", "step": 400, "time": clock(145)},
+    ]
+    (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (directory / "samples.jsonl").write_text(json.dumps({"step": 400, "prompt": "<p>", "text": "a & b"}) + "\n")
+    (directory / "index.json").write_text(json.dumps({"validation": {"unigram_nats_per_token": 3.25}}))
+    return directory
+
+
+def at(seconds: float) -> float:
+    return 1_700_000_000 + seconds
+
+
+def clock(seconds: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(at(seconds), UTC).isoformat()
+
+
+def record(step: int) -> dict[str, Any]:
+    found = {"step": step, "tokens": step * 1000, "loss": None if step == 7 else 3 + 5 / step, "grad_norm": 1.0}
+    found |= {"lr": 1e-3, "step_seconds": 0.2, "tokens_per_second": 5000.0}
+    if step % 10 == 0:
+        seconds = 5 + step * 0.2 if step <= 200 else 105 + (step - 200) * 0.2
+        found |= {"time": clock(seconds), "perf/mfu_causal": 0.4, "memory/host_rss_bytes": 2**30}
+        phases = {"data": 0.01, "forward_backward": 0.15, "optimizer": 0.03, "checkpoint_stall": 0.0, "logging": 0.01}
+        found |= {f"perf/{name}_seconds": value for name, value in phases.items()}
+        found |= {f"optim/grad_norm/blocks.{i}": 0.1 * (i + 1) for i in range(3)}
+    return found
+
+
+def report(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page about two runs."""
+    cwd = tmp_path_factory.mktemp("report")
+    make_run(cwd / "runs/first")
+    make_run(cwd / "runs/second", lr=1e-3)
+    result = report("runs/first", "runs/second", cwd=cwd)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "report.html\n", "")
+    return cwd / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a screen."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+    if path is None:
+        pytest.skip("there is no Chromium on this machine (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+def test_the_page_opens_in_a_browser_without_network_or_complaints(page: Path, browser: Any, tmp_path: Path):
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    tab, said, asked = context.new_page(), [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(page.as_uri())
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    for name in ("loss-first", "loss-second", "validation-first", "perf/mfu_causal-second", "optim/grad_norm/blocks.2"):
+        boxes = [element.bounding_box() for element in tab.query_selector_all(f'[id$="curve-{name}"]')]
+        assert boxes and all(box["width"] > 100 for box in boxes), name
+    assert len(tab.query_selector_all('[id*="event-resume-200"]')) >= 2
+    assert tab.query_selector_all('[id*="event-nothing"]') == []  # the selectors do find nothing where nothing is
+    text = tab.inner_text("body")
+    for words in (
+        "first",
+        "3.25",
+        "finished after step 400 of 400",
+        "optimizer.lr",
+        "0.0003",
+        "0.001",
+        "<p>a & b",
+        "superseded_steps 7",
+    ):
+        assert words in text, words
+    assert SECRET not in text and "<b>token=***" in text
+    tab.set_viewport_size({"width": 390, "height": 800})  # a phone: nothing has to be moved sideways
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.screenshot(path=tmp_path / "phone.png")
+    context.close()
+
+
+def test_the_page_is_one_small_file_that_points_nowhere(page: Path):
+    text = page.read_text()
+    assert page.stat().st_size < 2_000_000
+    assert "<script" not in text and "src=" not in text
+    assert [link for link in text.split('href="')[1:] if not link.startswith(("#", "data:"))] == []
+
+
+def test_a_long_run_makes_no_larger_page(tmp_path: Path):
+    runs = [make_run(tmp_path / "runs" / str(n), num_steps=n) for n in (1_000, 10_000)]
+    sizes = [len(render([read_history(run)]).encode()) for run in runs]
+    assert max(sizes) < 2_000_000 and sizes[1] < 2 * sizes[0]
+
+
+def test_a_picture_of_the_loss_alone(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    assert report(run, "out=loss.svg", cwd=tmp_path).returncode == 0
+    assert "unigram model 3.25" in (tmp_path / "loss.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "no metrics.jsonl"),
+        (["empty"], "no metrics.jsonl"),
+        ([], "which run?"),
+        (["run", "out=x.doc"], ".html"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], message: str):
+    make_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    result = report(*arguments, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_totals_count_lost_time(tmp_path: Path):
+    history = read_history(make_run(tmp_path / "run"))
+    total = totals(history, now=at(1e6))
+    assert (total.state, total.step, total.num_launches, total.validation_loss) == ("finished", 400, 2, 3.1)
+    # 45 s of the first launch (from its process's start to its last word) and 45 s of the second; 80 s in steps
+    assert total.held_seconds == pytest.approx(90) and total.goodput == pytest.approx(80 / 90)
+
+
+@pytest.mark.parametrize(
+    ("last", "seconds_later", "state"), [("stop", 9, "stopped"), (None, 9, "running"), (None, 1e5, "ended")]
+)
+def test_who_does_not_write_any_more_has_ended(tmp_path: Path, last: str | None, seconds_later: float, state: str):
+    run = make_run(tmp_path / "run")
+    lines = (run / "events.jsonl").read_text().splitlines()[:-1]
+    (run / "events.jsonl").write_text("\n".join(lines + ([json.dumps({"event": last})] if last else [])) + "\n")
+    assert totals(read_history(run), now=at(145 + seconds_later)).state == state
+
+
+def test_differences_leave_out_names(tmp_path: Path):
+    histories = [read_history(make_run(tmp_path / name, lr=lr)) for name, lr in (("a", 1.0), ("b", 2.0))]
+    assert differences(histories) == [("optimizer.lr", [1.0, 2.0])]
