@@ -86,13 +86,13 @@ def read_run(args: list[str]) -> TrainConfig:
     return config
 
 
-def compose_run(schema: type[RunT], args: list[str]) -> RunT:
+def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "train") -> RunT:
     """Return the resolved configuration of a training run, with what a launcher's ``schema`` adds; not yet checked.
 
     Raises:
         ConfigError: listing every problem; no model is chosen.
     """
-    config, choices = compose(schema, args, config_name="train")
+    config, choices = compose(schema, args, config_name=config_name)
     if "model" not in choices:
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
     if config.model.kind is ModelKind.native:
@@ -163,7 +163,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     except BigtrainError:
         raise
     except Exception as error:  # nothing but Hydra and OmegaConf ran
-        problems = _problems(args, schema, _groups() if config_name else {})
+        problems = _problems(args, schema, _groups(config_name) if config_name else {})
         raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
     # Hydra lets `+train.stpes=1` into its structured config; this does not.
     return from_dict(schema, values), choices
@@ -280,13 +280,15 @@ def _parsed(args: list[str]) -> Iterator[Override]:
                 yield override
 
 
-def _groups() -> dict[str, str | None]:
-    """Return every config group, with its option in the defaults list of ``configs/train.yaml`` or None."""
-    groups: dict[str, str | None] = {path.name: None for path in sorted(CONFIGS.iterdir()) if path.is_dir()}
-    for entry in OmegaConf.load(CONFIGS / "train.yaml").defaults:
-        if isinstance(entry, DictConfig):
+def _groups(config_name: str = "train") -> dict[str, str | None]:
+    """Return the config groups of ``configs/<config_name>.yaml``, with the option in its defaults list or None."""
+    groups: dict[str, str | None] = {"experiment": None, "model": None}
+    for entry in OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml"))["defaults"]:
+        if isinstance(entry, dict):
             groups.update(entry)
-    return groups
+        elif entry == "train":
+            groups |= _groups()
+    return dict(sorted(groups.items()))
 
 
 def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> list[str]:
