@@ -16,8 +16,10 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import hydra
@@ -33,6 +35,7 @@ from yaml import YAMLError
 from bigtrain.checks import check, check_data, ignored_settings, resolve
 from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
+from bigtrain.redact import redact
 from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
 
 T = TypeVar("T")
@@ -50,6 +53,7 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
         run: does the work and returns the exit code; None counts as 0.
         help_page: text of ``--help``.
     """
+    sys.excepthook = _show_fault
     args = [arg for arg in sys.argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]
     if {"-h", "--help"} & set(args):
         print(help_page())
@@ -207,7 +211,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
     is wrong, and only a rank that nobody has ended by then speaks for itself.
     """
-    message = str(error)
+    message = redact(str(error))
     if rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -216,6 +220,11 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
+
+
+def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show a traceback as Python does, without the secrets that its messages may hold."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _quiet_hydra() -> HydraConf:

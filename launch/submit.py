@@ -48,7 +48,7 @@ class ClusterConfig:
     save_before_end_seconds: int = 300
     """So long before the time limit the run saves and is queued again."""
     interface: str | None = None
-    """Network interface of rendezvous and gradients, such as ``ib0``; by default NCCL and gloo choose."""
+    """The only network interface that rendezvous and ranks listen on, such as ``ib0``; see docs/cluster.md."""
     container_image: str | None = None
     """Image in which the ranks run, with the pyxis plugin."""
     container_mounts: list[str] = field(default_factory=list)

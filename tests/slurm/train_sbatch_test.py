@@ -1,11 +1,14 @@
 """``slurm/train.sbatch`` on a real Slurm of several nodes: it trains, and goes on after whatever ends an attempt."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints
@@ -59,10 +62,20 @@ class Job:
         logs = [f"--- {path}\n{path.read_text()[-3000:]}" for path in self.directory.rglob("log/*/*.log")]
         return "\n".join([str(self.state()), self.log(), *logs])
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that happens while the job lives."""
+
+        def holds() -> bool:
+            assert self.state()["JobState"] not in ("FAILED", "COMPLETED"), self.trouble()
+            return condition()
+
+        wait_until(holds, self.trouble, TIMEOUT_SECONDS)
+
     def wait_for_steps(self, count: int) -> None:
-        wait_until(lambda: num_steps(self.run) >= count, self.trouble, TIMEOUT_SECONDS)
+        self.wait_until(lambda: num_steps(self.run) >= count)
 
     def wait_for(self, *states: str) -> dict[str, str]:
+        """Wait for the end of the job and return how it ended."""
         wait_until(lambda: self.state()["JobState"] in states, self.trouble, TIMEOUT_SECONDS)
         return self.state()
 
@@ -82,7 +95,7 @@ def test_two_nodes_train_and_a_signal_saves_and_queues_again_and_scancel_does_no
     job = Job(cluster, tmp_path, "--nodes=2", args=TRAINING)
     job.wait_for_steps(10)
     cluster.call("scancel", "--batch", "--signal=USR1", job.number)
-    wait_until(lambda: "queueing again" in job.log(), job.trouble, TIMEOUT_SECONDS)
+    job.wait_until(lambda: "queueing again" in job.log())
     (stop,) = events(job.run, "stop")
     job.wait_for_steps(max(stop["step"] + 10, len(reference)))
     cluster.call("scancel", job.number)
@@ -103,12 +116,14 @@ def test_two_nodes_train_and_a_signal_saves_and_queues_again_and_scancel_does_no
 def test_a_node_that_dies_is_replaced(
     cluster: Cluster, tmp_path: Path, reference: list[tuple[int, float, float, float]]
 ):
-    job = Job(cluster, tmp_path, "--nodes=2", args=TRAINING)
-    wait_until(lambda: bool(find_checkpoints(job.run)), job.trouble, TIMEOUT_SECONDS)
+    # The nodes share the loopback interface, so it can be the one that everything is bound to.
+    job = Job(cluster, tmp_path, "--nodes=2", args=TRAINING, BIGTRAIN_INTERFACE="lo")
+    job.wait_until(lambda: bool(find_checkpoints(job.run)))
+    assert listening_addresses(job) == {"127.0.0.1"}
     _, dead = cluster.call("scontrol", "show", "hostnames", job.state()["NodeList"]).split()
     cluster.kill_node(dead)
     cluster.call("scontrol", "update", f"nodename={dead}", "state=down", "reason=power")  # or Slurm notices by itself
-    wait_until(lambda: bool(events(job.run, "resume")), job.trouble, TIMEOUT_SECONDS)
+    job.wait_until(lambda: bool(events(job.run, "resume")))
     job.wait_for_steps(max(events(job.run, "resume")[0]["step"] + 10, len(reference)))
     nodes = cluster.call("scontrol", "show", "hostnames", job.state()["NodeList"]).split()
     cluster.call("scancel", job.number)
@@ -131,7 +146,7 @@ def test_the_time_limit_and_preemption_queue_again(cluster: Cluster, tmp_path: P
     assert cluster.call("sbatch", "--parsable", *urgent).isdigit()
     for job, reason in ((preempted, "SIGTERM"), (limited, "SIGUSR1")):
         job.wait_for_steps(1)
-        wait_until(lambda job=job: bool(events(job.run, "resume")), job.trouble, TIMEOUT_SECONDS)
+        job.wait_until(lambda job=job: bool(events(job.run, "resume")))
         cluster.call("scancel", job.number)
         assert job.wait_for("CANCELLED")["Restarts"] == "1", job.trouble()
         stop = events(job.run, "stop")[0]
@@ -184,12 +199,44 @@ def test_every_gpu_gets_a_rank_and_every_argument_arrives(cluster: Cluster, tmp_
     assert any(argument == "--master-addr=gpunode" for argument in arguments)
 
 
+def test_submit_sends_the_job_that_it_shows(cluster: Cluster, tmp_path: Path):
+    comment = 'it\'s $HOME "quoted" # not a comment; `x`'
+    command = [sys.executable, str(LAUNCH / "submit.py"), *TRAINING, "cluster=slurm_cpu", "cluster.num_nodes=2"]
+    options = ["--comment=" + comment, "--begin=now+1"]
+    bin_directory = stand_in(tmp_path, 'printf "%s\n" "$@" >$run/arguments')
+    path = f"{bin_directory}:{Path(sys.executable).parent}:{cluster.environ['PATH']}"
+    variables = environment(PATH=path, PYTHONPATH=str(REPOSITORY), SLURM_CONF=cluster.environ["SLURM_CONF"])
+    settings = f"cluster.sbatch_options={json.dumps(options)}"
+    done = subprocess.run(
+        [*command, settings], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done
+    number = done.stdout.split()[1].rstrip(":")
+    assert cluster.call("squeue", "--noheader", "--states=all", f"--job={number}", "--format=%k") == comment
+    assert f"scancel --batch --signal=USR1 {number}" in done.stdout
+    wait_until(lambda: cluster.job(number)["JobState"] in ("COMPLETED", "FAILED"), lambda: str(cluster.job(number)), 60)
+    state = cluster.job(number)
+    assert (state["JobState"], state["NumNodes"], state["JobName"]) == ("COMPLETED", "2", "gpt_nano")
+    assert (tmp_path / "runs/gpt_nano/arguments").read_text().splitlines()[-len(TRAINING) :] == TRAINING
+
+
 def test_a_mistake_is_named_once_before_anything_starts(cluster: Cluster, tmp_path: Path):
     job = Job(cluster, tmp_path, "--nodes=2", args=[*TRAINING, "train.stpes=1", "train.global_batch_size=7"])
     state = job.wait_for("FAILED", "COMPLETED")
     assert state["ExitCode"] == "2:0"
     assert job.log().count("train.stpes: unknown key; did you mean 'train.steps'?") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def listening_addresses(job: Job) -> set[str]:
+    """Return the addresses that the agents and ranks of ``job`` listen on."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(job.directory) and "python" in process.name():
+                connections = process.net_connections(kind="tcp")
+                found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def test_without_slurm_the_tests_say_what_is_missing(monkeypatch: pytest.MonkeyPatch):
