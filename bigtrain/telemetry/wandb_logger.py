@@ -140,6 +140,7 @@ def forget(run_directory: Path) -> None:
 
 def _companion() -> int:
     """Follow the files of a run until the training process ends."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to all processes of a job; it is for the ranks
     environ = dict(os.environ)  # before wandb adds to it
     request = json.loads(environ[_REQUEST_VARIABLE])
     messages, sys.stdout = sys.stdout, sys.stderr
