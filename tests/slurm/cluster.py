@@ -22,7 +22,8 @@ DIES_WITH_US = ("setpriv", "--pdeathsig=KILL", "--")
 # Process 1 of a node. It mounts what makes the node look like a machine, and reaps what jobs leave behind.
 NODE = """
 mount --make-rprivate / && mount -t proc proc /proc && hostname "$1" &&
-  mount --bind "$2/hosts" /etc/hosts && mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf || exit
+  mount --bind "$2/hosts" /etc/hosts && mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf &&
+  mount -t tmpfs tmpfs /dev/shm || exit
 slurmd -D -N "$1" & wait $!
 """
 # No accounting, no control groups, and reactions within seconds. cred_expire is also the wait before a requeued job runs.
