@@ -15,12 +15,12 @@ from bigtrain.checkpoint.store import find_checkpoints
 from tests.distributed.launches import LAUNCH, SMALL, environment, events, fork, num_steps, trajectory
 from tests.slurm.cluster import GPUS, Cluster, wait_until, why_not
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"), pytest.mark.timeout(400)]
 
 REPOSITORY = LAUNCH.parent
 # Without an end: every test ends its run when it has seen enough.
 TRAINING = [*SMALL, "engine=ddp", "train.steps=1000000", "checkpoint.every_steps=25"]
-TIMEOUT_SECONDS = 100.0
+TIMEOUT_SECONDS = 150.0
 
 
 @pytest.fixture(scope="module")
