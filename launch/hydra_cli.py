@@ -16,8 +16,10 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import hydra
@@ -34,6 +36,7 @@ from bigtrain.checks import check, check_data, ignored_settings, resolve
 from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.rank_info import RankInfo
+from bigtrain.redact import redact
 from bigtrain.schema import (
     from_dict,
     generic_key,
@@ -60,6 +63,7 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
         run: does the work and returns the exit code; None counts as 0.
         help_page: text of ``--help``.
     """
+    sys.excepthook = _show_fault
     args = [arg for arg in sys.argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]
     if {"-h", "--help"} & set(args):
         print(help_page())
@@ -94,13 +98,13 @@ def read_run(args: list[str]) -> TrainConfig:
     return config
 
 
-def compose_run(schema: type[RunT], args: list[str]) -> RunT:
+def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "train") -> RunT:
     """Return the resolved configuration of a training run, with what a launcher's ``schema`` adds; not yet checked.
 
     Raises:
         ConfigError: listing every problem; no model is chosen.
     """
-    config, choices = compose(schema, args, config_name="train")
+    config, choices = compose(schema, args, config_name=config_name)
     if "model" not in choices:
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
     if config.model.kind is ModelKind.native:
@@ -172,7 +176,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     except BigtrainError:
         raise
     except Exception as error:  # nothing but Hydra and OmegaConf ran
-        problems = _problems(args, schema, _groups() if config_name else {})
+        problems = _problems(args, schema, _groups(config_name) if config_name else {})
         raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
     # Hydra lets `+train.stpes=1` into its structured config; this does not.
     return from_dict(schema, values), choices
@@ -216,7 +220,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
     is wrong, and only a rank that nobody has ended by then speaks for itself.
     """
-    message = str(error)
+    message = redact(str(error))
     if rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -232,6 +236,11 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show a traceback as Python does, without the secrets that its messages may hold."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _quiet_hydra() -> HydraConf:
@@ -312,13 +321,15 @@ def _parsed(args: list[str]) -> Iterator[Override]:
                 yield override
 
 
-def _groups() -> dict[str, str | None]:
-    """Return every config group, with its option in the defaults list of ``configs/train.yaml`` or None."""
-    groups: dict[str, str | None] = {path.name: None for path in sorted(CONFIGS.iterdir()) if path.is_dir()}
-    for entry in OmegaConf.load(CONFIGS / "train.yaml").defaults:
-        if isinstance(entry, DictConfig):
+def _groups(config_name: str = "train") -> dict[str, str | None]:
+    """Return the config groups of ``configs/<config_name>.yaml``, with the option in its defaults list or None."""
+    groups: dict[str, str | None] = {"experiment": None, "model": None}
+    for entry in OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml"))["defaults"]:
+        if isinstance(entry, dict):
             groups.update(entry)
-    return groups
+        elif entry == "train":
+            groups |= _groups()
+    return dict(sorted(groups.items()))
 
 
 def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> list[str]:

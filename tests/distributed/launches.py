@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,9 +123,17 @@ def launch(command: list[str], cwd: Path, timeout_seconds: float = TIMEOUT_SECON
         return running.result(timeout_seconds)
 
 
-def fork(script: str, *args: str, cwd: Path, world_size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS) -> Result:
+def fork(
+    script: str,
+    *args: str,
+    cwd: Path,
+    world_size: int = 1,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    env: Mapping[str, str] | None = None,
+) -> Result:
     """Run a launcher on ranks that need no imports; return rank 0's end."""
-    variables = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    names = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+    variables = {name: environment()[name] for name in names} | dict(env or {})
     return run_ranks(_run_script, world_size, script, args, cwd, timeout_seconds=timeout_seconds, environ=variables)[0]
 
 

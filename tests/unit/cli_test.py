@@ -23,6 +23,7 @@ import generate  # noqa: E402
 import hydra_cli  # noqa: E402
 
 LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py", "export.py", "verify_resume.py", "parity.py"]
+LAUNCHERS += ["submit.py", "where.py"]
 
 # A launcher like the real ones whose work is a line of Python.
 STUB = """

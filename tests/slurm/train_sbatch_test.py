@@ -1,0 +1,244 @@
+"""``slurm/train.sbatch`` on a real Slurm of several nodes: it trains, and goes on after whatever ends an attempt."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigtrain.checkpoint.store import find_checkpoints
+from tests.distributed.launches import LAUNCH, SMALL, environment, events, fork, num_steps, trajectory
+from tests.slurm.cluster import GPUS, Cluster, wait_until, why_not
+
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"), pytest.mark.timeout(400)]
+
+REPOSITORY = LAUNCH.parent
+# Without an end: every test ends its run when it has seen enough.
+TRAINING = [*SMALL, "engine=ddp", "train.steps=1000000", "checkpoint.every_steps=25"]
+TIMEOUT_SECONDS = 150.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(num_nodes=4) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float, float]]:
+    """The beginning of the run when nothing happens to it."""
+    directory = tmp_path_factory.mktemp("reference")
+    assert fork("train.py", *TRAINING, "run.stop_after_steps=60", cwd=directory, world_size=2).code == 75
+    return trajectory(directory / "runs/gpt_nano")
+
+
+class Job:
+    """A job of ``train.sbatch`` with its working directory."""
+
+    def __init__(self, cluster: Cluster, directory: Path, *options: str, args: list[str], **environ: str) -> None:
+        bin_directories = f"{environ.pop('bin', '')}:{Path(sys.executable).parent}:{cluster.environ['PATH']}"
+        variables = environment(**environ, BIGTRAIN_HOME=str(REPOSITORY), PYTHONPATH=str(REPOSITORY))
+        self.cluster, self.directory, self.run = cluster, directory, directory / "runs/gpt_nano"
+        said = cluster.call(
+            *("sbatch", "--parsable", f"--chdir={directory}", *options, str(REPOSITORY / "slurm/train.sbatch"), *args),
+            **(variables | {"PATH": bin_directories, "SLURM_CONF": cluster.environ["SLURM_CONF"]}),
+        )
+        assert said.isdigit(), said
+        self.number = said
+
+    def log(self) -> str:
+        path = self.directory / f"slurm-{self.number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def state(self) -> dict[str, str]:
+        return self.cluster.job(self.number)
+
+    def trouble(self) -> str:
+        logs = [f"--- {path}\n{path.read_text()[-3000:]}" for path in self.directory.rglob("log/*/*.log")]
+        return "\n".join([str(self.state()), self.log(), *logs])
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that happens while the job lives."""
+
+        def holds() -> bool:
+            assert self.state()["JobState"] not in ("FAILED", "COMPLETED"), self.trouble()
+            return condition()
+
+        wait_until(holds, self.trouble, TIMEOUT_SECONDS)
+
+    def wait_for_steps(self, count: int) -> None:
+        self.wait_until(lambda: num_steps(self.run) >= count)
+
+    def wait_for(self, *states: str) -> dict[str, str]:
+        """Wait for the end of the job and return how it ended."""
+        wait_until(lambda: self.state()["JobState"] in states, self.trouble, TIMEOUT_SECONDS)
+        return self.state()
+
+
+def stand_in(directory: Path, script: str) -> str:
+    """Put a ``torchrun`` of our own into a directory and return the directory."""
+    (directory / "bin").mkdir()
+    path = directory / "bin/torchrun"
+    path.write_text(f"#!/usr/bin/env bash\nrun={directory}/runs/gpt_nano\n{script}\n")
+    path.chmod(0o755)
+    return str(path.parent)
+
+
+def test_two_nodes_train_and_a_signal_saves_and_queues_again_and_scancel_does_not(
+    cluster: Cluster, tmp_path: Path, reference: list[tuple[int, float, float, float]]
+):
+    job = Job(cluster, tmp_path, "--nodes=2", args=TRAINING)
+    job.wait_for_steps(10)
+    cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_until(lambda: "queueing again" in job.log())
+    (stop,) = events(job.run, "stop")
+    job.wait_for_steps(max(stop["step"] + 10, len(reference)))
+    cluster.call("scancel", job.number)
+    assert job.wait_for("CANCELLED")["Restarts"] == "1", job.trouble()
+    wait_until(lambda: job.log().count("stopped and saved") == 2, job.trouble, TIMEOUT_SECONDS)
+
+    (start,), (resume,), stops = events(job.run, "start"), events(job.run, "resume"), events(job.run, "stop")
+    assert start["world_size"] == resume["world_size"] == 2
+    assert resume["step"] == stop["step"]
+    assert stop["reason"] == "SIGUSR1"
+    assert len(stops) == 2
+    assert job.log().count("] attempt on 2 x 1 ranks") == 2
+    assert trajectory(job.run)[: len(reference)] == reference
+    assert [path.name for path in job.run.parent.iterdir()] == ["gpt_nano"]
+    assert len(list((job.run / "log" / f"job-{job.number}").glob("node*.log"))) >= 2
+
+
+def test_a_node_that_dies_is_replaced(
+    cluster: Cluster, tmp_path: Path, reference: list[tuple[int, float, float, float]]
+):
+    # The nodes share the loopback interface, so it can be the one that everything is bound to.
+    job = Job(cluster, tmp_path, "--nodes=2", args=TRAINING, BIGTRAIN_INTERFACE="lo")
+    job.wait_until(lambda: bool(find_checkpoints(job.run)))
+    assert listening_addresses(job) == {"127.0.0.1"}
+    _, dead = cluster.call("scontrol", "show", "hostnames", job.state()["NodeList"]).split()
+    cluster.kill_node(dead)
+    cluster.call("scontrol", "update", f"nodename={dead}", "state=down", "reason=power")  # or Slurm notices by itself
+    job.wait_until(lambda: bool(events(job.run, "resume")))
+    job.wait_for_steps(max(events(job.run, "resume")[0]["step"] + 10, len(reference)))
+    nodes = cluster.call("scontrol", "show", "hostnames", job.state()["NodeList"]).split()
+    cluster.call("scancel", job.number)
+    cluster.start_node(dead)
+    assert job.wait_for("CANCELLED")["Restarts"] == "1", job.trouble()
+    assert len(nodes) == 2
+    assert dead not in nodes
+    assert trajectory(job.run)[: len(reference)] == reference
+
+
+def test_the_time_limit_and_preemption_queue_again(cluster: Cluster, tmp_path: Path):
+    # Side by side, because Slurm looks at time limits every half minute only.
+    for name in ("limited", "preempted"):
+        (tmp_path / name).mkdir()
+    limits = ["--nodes=1", "--nodelist=node2", "--time=1", "--signal=B:USR1@20"]
+    limited = Job(cluster, tmp_path / "limited", *limits, args=TRAINING)
+    preempted = Job(cluster, tmp_path / "preempted", "--nodes=1", "--nodelist=node1", args=TRAINING)
+    preempted.wait_for_steps(10)
+    urgent = ["--partition=high", "--nodelist=node1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    assert cluster.call("sbatch", "--parsable", *urgent).isdigit()
+    for job, reason in ((preempted, "SIGTERM"), (limited, "SIGUSR1")):
+        job.wait_for_steps(1)
+        job.wait_until(lambda job=job: bool(events(job.run, "resume")))
+        cluster.call("scancel", job.number)
+        assert job.wait_for("CANCELLED")["Restarts"] == "1", job.trouble()
+        stop = events(job.run, "stop")[0]
+        assert stop["reason"] == reason
+        assert events(job.run, "resume")[0]["step"] == stop["step"]
+
+
+def test_three_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path):
+    # Two attempts fail after a checkpoint; those after them fail without one.
+    script = (
+        'n=$(ls "$run/log/" | grep -c try); touch "$run/log/try$n"; ((n < 2)) && mkdir -p "$run/checkpoints/step-0$n"'
+    )
+    job = Job(cluster, tmp_path, "--nodes=1", args=TRAINING, bin=stand_in(tmp_path, f"{script}\nexit 1"))
+    state = job.wait_for("FAILED", "COMPLETED")
+    assert (state["ExitCode"], state["Restarts"]) == ("3:0", "1"), job.trouble()
+    assert len(list(job.run.glob("log/try*"))) == 5
+    assert "failed 3 times without a newer checkpoint than step-01" in job.log()
+
+
+def test_the_end_that_a_run_records_decides(cluster: Cluster, tmp_path: Path):
+    # (code, reason, torchrun's code) and what becomes of the job
+    ends = {
+        "hopeless": ((3, "no progress", 1), "3:0"),
+        "mistake": ((2, "no such corpus", 1), "2:0"),
+        "wanted": ((75, "run.stop_after_steps", 0), "75:0"),
+        "finished": ((0, "finished", 0), "0:0"),
+    }
+    jobs = {}
+    for name, ((code, reason, torchrun_code), _) in ends.items():
+        (tmp_path / name).mkdir()
+        record = json.dumps({"code": code, "reason": reason, "step": 1, "attempt": 1}, indent=2)
+        script = f"echo '{record}' >$run/exit.json; exit {torchrun_code}"
+        bin_directory = stand_in(tmp_path / name, script)
+        jobs[name] = Job(cluster, tmp_path / name, "--nodes=1", args=TRAINING, bin=bin_directory)
+    for name, (_, expected) in ends.items():
+        state = jobs[name].wait_for("FAILED", "COMPLETED")
+        assert (state["ExitCode"], state["Restarts"]) == (expected, "0"), jobs[name].trouble()
+
+
+def test_every_gpu_gets_a_rank_and_every_argument_arrives(cluster: Cluster, tmp_path: Path):
+    text = 'it\'s a $HOME "corpus"; `x`'
+    bin_directory = stand_in(tmp_path, 'printf "%s\\n" "$@" >$run/arguments')
+    job = Job(
+        cluster, tmp_path, "--nodes=1", "--partition=gpu", args=[*TRAINING, f"data.path={text}"], bin=bin_directory
+    )
+    job.wait_for("COMPLETED", "FAILED")
+    arguments = (job.run / "arguments").read_text().splitlines()
+    assert f"--nproc-per-node={len(GPUS)}" in arguments
+    assert f"data.path={text}" in arguments
+    assert any(argument == "--master-addr=gpunode" for argument in arguments)
+
+
+def test_submit_sends_the_job_that_it_shows(cluster: Cluster, tmp_path: Path):
+    comment = 'it\'s $HOME "quoted" # not a comment; `x`'
+    command = [sys.executable, str(LAUNCH / "submit.py"), *TRAINING, "cluster=slurm_cpu", "cluster.num_nodes=2"]
+    options = ["--comment=" + comment, "--begin=now+1"]
+    bin_directory = stand_in(tmp_path, 'printf "%s\n" "$@" >$run/arguments')
+    path = f"{bin_directory}:{Path(sys.executable).parent}:{cluster.environ['PATH']}"
+    variables = environment(PATH=path, PYTHONPATH=str(REPOSITORY), SLURM_CONF=cluster.environ["SLURM_CONF"])
+    settings = f"cluster.sbatch_options={json.dumps(options)}"
+    done = subprocess.run(
+        [*command, settings], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done
+    number = done.stdout.split()[1].rstrip(":")
+    assert cluster.call("squeue", "--noheader", "--states=all", f"--job={number}", "--format=%k") == comment
+    assert f"scancel --batch --signal=USR1 {number}" in done.stdout
+    wait_until(lambda: cluster.job(number)["JobState"] in ("COMPLETED", "FAILED"), lambda: str(cluster.job(number)), 60)
+    state = cluster.job(number)
+    assert (state["JobState"], state["NumNodes"], state["JobName"]) == ("COMPLETED", "2", "gpt_nano")
+    assert (tmp_path / "runs/gpt_nano/arguments").read_text().splitlines()[-len(TRAINING) :] == TRAINING
+
+
+def test_a_mistake_is_named_once_before_anything_starts(cluster: Cluster, tmp_path: Path):
+    job = Job(cluster, tmp_path, "--nodes=2", args=[*TRAINING, "train.stpes=1", "train.global_batch_size=7"])
+    state = job.wait_for("FAILED", "COMPLETED")
+    assert state["ExitCode"] == "2:0"
+    assert job.log().count("train.stpes: unknown key; did you mean 'train.steps'?") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def listening_addresses(job: Job) -> set[str]:
+    """Return the addresses that the agents and ranks of ``job`` listen on."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(job.directory) and "python" in process.name():
+                connections = process.net_connections(kind="tcp")
+                found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def test_without_slurm_the_tests_say_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None)
+    assert "slurm-wlm" in why_not()
