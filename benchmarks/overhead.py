@@ -52,13 +52,15 @@ from bigtrain.config import (
     TrainingConfig,
 )
 from bigtrain.data.batch import Batch
-from bigtrain.distributed import RankInfo, init_process_group, pick_device, shut_down
+from bigtrain.data.state import Cursor
+from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.deepspeed_zero import deepspeed_settings, import_deepspeed
 from bigtrain.engine.state import initialise
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_model
 from bigtrain.models.init import InitialValue, Normal, initial_values
+from bigtrain.rank_info import RankInfo
 from bigtrain.schema import from_dict
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
@@ -236,15 +238,15 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     engine = build_engine(config, lambda: make_model(config), info=info, device=device)
     initialise(engine.state, values, num_threads=1)
     bare_step = bare_loop(config, info, device, values)
-    splits = trainer.open_splits(config)
-    with trainer.train_loader(splits["train"], config, engine, first_step=0) as loader:
+    streams = trainer.open_data(config)
+    with trainer.train_loader(streams["train"], config, engine, start=Cursor()) as loader:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
     gauges = partial(trainer.gauges, config, engine)
     turns = Turns(build_recorder(config, directory, info.rank, 0, gauges), bare_step, batches)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     run = trainer.Run(
-        config=config, directory=directory, engine=engine, splits=splits, recorder=turns, saver=saver, first_step=0
+        config=config, directory=directory, engine=engine, streams=streams, recorder=turns, saver=saver, start=Cursor()
     )
     with silence(), turns:
         trainer.train(run)

@@ -5,6 +5,7 @@ contradiction is reported within a second and before any process group exists.
 """
 
 import dataclasses
+import math
 import re
 from operator import attrgetter
 from pathlib import PurePosixPath
@@ -16,13 +17,19 @@ from bigtrain.config import (
     EngineKind,
     ModelKind,
     Offload,
+    OptimizerKind,
     Positions,
     SchedulerKind,
     TrainConfig,
+    component_data,
 )
 
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
+WHAT_PATH_IS = {
+    DataSource.datasets: "dataset name or directory",
+    DataSource.prepared: "directory or URL of a prepared corpus",
+}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -50,21 +57,58 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_batch(config, world_size),
         *_check_engine(config, world_size, local_world_size),
         *_check_numbers(config),
+        *_check_survival(config),
     ]
 
 
 def check_data(data: DataConfig) -> list[str]:
     """Return every problem of the ``data`` section by itself."""
-    problems = []
-    if data.source not in (DataSource.stdlib, DataSource.synthetic) and not data.path:
-        what = "dataset name or directory" if data.source is DataSource.datasets else "file, directory or glob"
-        problems.append(f"data.path: missing; data={data.source.name} needs data.path=<{what}>")
+    problems = _check_mixture(data)
+    for name, part in component_data(data).items():
+        where = f"data.mixture.{name}" if data.mixture else "data"
+        if part.source not in (DataSource.stdlib, DataSource.synthetic) and not part.path:
+            what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
+            chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
+            problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
+    if data.shuffle_window_shards is not None and data.shuffle_window_shards < 1:
+        problems.append(f"data.shuffle_window_shards={data.shuffle_window_shards}: must be at least 1")
     if not 0 < data.validation_fraction < 1:
         problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
         problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
+    if data.shard_tokens < 1:
+        problems.append(f"data.shard_tokens={data.shard_tokens}: must be at least 1")
+    if data.cache_gib <= 0:
+        problems.append(f"data.cache_gib={data.cache_gib}: must be positive")
     if data.prefetch_steps < 1:
         problems.append(f"data.prefetch_steps={data.prefetch_steps}: must be at least 1")
+    return problems
+
+
+def _check_mixture(data: DataConfig) -> list[str]:
+    problems = []
+    for name, component in data.mixture.items():
+        where = f"data.mixture.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            problems.append(f"{where}: a name has letters, digits, '_' and '-' only")
+        weights = {f"{where}.weight": component.weight}
+        weights |= {f"{where}.later_weights: step {c.step}: weight": c.weight for c in component.later_weights}
+        for key, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                problems.append(f"{key}={weight}: must be 0 or positive")
+        steps = [change.step for change in component.later_weights]
+        if steps != sorted(set(steps)) or (steps and steps[0] < 1):
+            problems.append(f"{where}.later_weights: steps {steps} must be positive and ascending")
+        if component.max_epochs is not None and component.max_epochs < 1:
+            problems.append(f"{where}.max_epochs={component.max_epochs}: must be at least 1")
+    if data.mixture and not any(component.weight > 0 for component in data.mixture.values()):
+        problems.append("data.mixture: at least one component needs a positive weight from the beginning")
+    trained = [name for name, part in component_data(data).items() if part.source is not DataSource.synthetic]
+    if data.mixture and data.tokenizer == "bpe" and trained:
+        problems.append(
+            "data.tokenizer=bpe would train one tokenizer for each component of data.mixture; "
+            "use data.tokenizer=bytes or a Hugging Face tokenizer by name or directory"
+        )
     return problems
 
 
@@ -74,16 +118,18 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
     rules = [
         (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
-        (engine.kind in ZERO_KINDS, "engine.deepspeed", f"by engine={engine.kind.name}"),
+        (engine.kind in (*ZERO_KINDS, EngineKind.accelerate), "engine.deepspeed", f"by engine={engine.kind.name}"),
         (engine.kind is EngineKind.hsdp, "engine.dp_shard", f"by engine={engine.kind.name}"),
         (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
         (data.source not in (DataSource.stdlib, DataSource.synthetic), "data.path", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.split", f"by data={data.source.name}"),
         (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
+        (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
         (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
         (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
+        (config.optimizer.kind is OptimizerKind.adamw, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
         (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
     ]
@@ -102,6 +148,8 @@ def _check_run(config: TrainConfig) -> list[str]:
         )
     if config.run.stop_after_steps is not None and config.run.stop_after_steps < 1:
         problems.append(f"run.stop_after_steps={config.run.stop_after_steps}: must be at least 1")
+    if config.run.max_minutes is not None and not config.run.max_minutes > 0:
+        problems.append(f"run.max_minutes={config.run.max_minutes}: must be positive")
     return problems
 
 
@@ -140,6 +188,8 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
     """Check what the model and the data have to agree about."""
     data, model = config.data, config.model
     problems = []
+    if data.document_mask and model.kind is ModelKind.hf:
+        problems.append("data.document_mask=true is not offered by +model=hf; choose a native model or leave it out")
     if data.sequence_length < 1:
         problems.append(f"data.sequence_length={data.sequence_length}: must be at least 1")
     if model.kind is ModelKind.native and data.sequence_length > model.max_positions:
@@ -248,5 +298,31 @@ def _check_numbers(config: TrainConfig) -> list[str]:
             config.checkpoint.max_failures >= 1,
             f"checkpoint.max_failures={config.checkpoint.max_failures}: must be at least 1",
         ),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _check_survival(config: TrainConfig) -> list[str]:
+    supervision, bad_numbers = config.supervision, config.bad_numbers
+    hang, first_hang = supervision.hang_seconds, supervision.first_hang_seconds
+    factor, zscore, window = supervision.straggler_factor, bad_numbers.spike_zscore, bad_numbers.spike_window_steps
+    rules = [
+        (hang >= 0, f"supervision.hang_seconds={hang}: must be 0 (no watchdog) or positive"),
+        (first_hang >= hang, f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}"),
+        (factor == 0 or factor > 1, f"supervision.straggler_factor={factor}: must be 0 (off) or more than 1"),
+        (
+            supervision.max_failed_attempts >= 1,
+            f"supervision.max_failed_attempts={supervision.max_failed_attempts}: must be at least 1",
+        ),
+        (
+            bad_numbers.max_bad_steps >= 0,
+            f"bad_numbers.max_bad_steps={bad_numbers.max_bad_steps}: must not be negative",
+        ),
+        (
+            bad_numbers.max_rollbacks >= 0,
+            f"bad_numbers.max_rollbacks={bad_numbers.max_rollbacks}: must not be negative",
+        ),
+        (zscore >= 0, f"bad_numbers.spike_zscore={zscore}: must be 0 (off) or positive"),
+        (window >= 8, f"bad_numbers.spike_window_steps={window}: must be at least 8"),
     ]
     return [message for holds, message in rules if not holds]

@@ -5,7 +5,7 @@ knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data
 its inverse (see ``schema.py``). ``checks.py`` fills in derived values and finds contradictions.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 
@@ -44,8 +44,40 @@ class DataSource(Enum):
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
+    arrow = "arrow"
     datasets = "datasets"
+    prepared = "prepared"
     synthetic = "synthetic"
+
+
+class Packing(Enum):
+    """How documents become samples of one length."""
+
+    concat = "concat"
+    best_fit = "best_fit"
+
+
+class Content(Enum):
+    """What a record of a source is."""
+
+    text = "text"
+    chat = "chat"
+    pairs = "pairs"
+
+
+class Duplicates(Enum):
+    """Which documents are left out because there is one like them before."""
+
+    keep = "keep"
+    exact = "exact"
+    near = "near"
+
+
+class OnBadShard(Enum):
+    """What happens when a shard is missing or damaged and stays so."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 class EngineKind(Enum):
@@ -86,6 +118,7 @@ class OptimizerKind(Enum):
     """The update rule."""
 
     adamw = "adamw"
+    sgd = "sgd"
 
 
 class SchedulerKind(Enum):
@@ -131,6 +164,8 @@ class RunConfig:
     """Directory that holds the runs."""
     stop_after_steps: int | None = None
     """End this launch, saved and resumable, after so many optimizer steps."""
+    max_minutes: float | None = None
+    """End this launch, saved and resumable, so early that its last save is done after so many minutes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -198,33 +233,128 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WeightChangeConfig:
+    """A weight that holds from some step on."""
+
+    step: int
+    """Optimizer step, from 0, that is the first with this weight."""
+    weight: float
+    """Weight from there on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ComponentConfig:
+    """One of the data sets of a mixture; what it leaves open is as in the ``data`` section."""
+
+    weight: float = 1.0
+    """Share of the samples, in proportion to the weights of the other components."""
+    later_weights: list[WeightChangeConfig] = field(default_factory=list)
+    """Changes of the weight, in the order of their steps."""
+    max_epochs: int | None = None
+    """Passes over the component after which it is left out; by default any number."""
+    source: DataSource | None = None
+    """See ``data.source``."""
+    path: str | None = None
+    """See ``data.path``."""
+    subset: str | None = None
+    """See ``data.subset``."""
+    split: str | None = None
+    """See ``data.split``."""
+    text_field: str | None = None
+    """See ``data.text_field``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """Which documents are left out of a corpus; each is counted in its ``report.json``."""
+
+    min_characters: int = 0
+    """Shorter documents are left out."""
+    max_characters: int | None = None
+    """Longer documents are left out."""
+    max_repeated_line_share: float = 1.0
+    """Largest share of a document's characters in lines that it has had before."""
+    max_symbol_share: float = 1.0
+    """Largest share of a document's visible characters that are neither letters nor digits."""
+    duplicates: Duplicates = Duplicates.keep
+    """``exact`` leaves out documents that are equal to an earlier one, ``near`` also those that are similar (MinHash)."""
+    near_similarity: float = 0.8
+    """``near`` only: share of 5-word sequences in common (Jaccard) from which on documents count as similar."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Which tokens are trained on, and how they are cut."""
 
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: str | None = None
-    """File, directory or glob for ``text``, ``jsonl`` and ``parquet``; dataset name or directory for ``datasets``."""
+    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     subset: str | None = None
     """``datasets`` only: the dataset's configuration name."""
     split: str = "train"
     """``datasets`` only: the dataset's split."""
+    streaming: bool = False
+    """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
+    content: Content = Content.text
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
     text_field: str = "text"
-    """Field that holds the text in ``jsonl``, ``parquet`` and ``datasets``."""
+    """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
+    messages_field: str = "messages"
+    """Field with the messages of a ``chat``."""
+    prompt_field: str = "prompt"
+    """Field with the prompt of ``pairs``."""
+    answer_field: str = "answer"
+    """Field with the answer of ``pairs``."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """What is left out of a corpus."""
     root: str = "data"
     """Directory that holds prepared corpora."""
     tokenizer: str = "bpe"
     """``bpe`` trains a byte-level BPE on the corpus, ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary size of the trained ``bpe``."""
+    shard_tokens: int = 67_108_864
+    """Prepared shards end with the document by which they hold so many tokens."""
+    prepare_processes: int | None = None
+    """Processes that prepare a corpus; by default one per core."""
     validation_fraction: float = 0.02
     """Share of the documents that is kept for validation."""
+    cache_directory: str | None = None
+    """Where shards from a URL are kept, best on a disk of the node; by default ``<root>/cache``."""
+    cache_gib: float = 100.0
+    """Size of that cache; what was not used for longest makes room."""
+    verify: Verify = Verify.full
+    """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
+    on_bad_shard: OnBadShard = OnBadShard.stop
+    """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: int | None = None
     """Tokens per sample; by default the model's ``max_positions``."""
+    packing: Packing = Packing.concat
+    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
+    document_mask: bool = False
+    """Attention stays within documents and positions count from the beginning of each."""
+    shuffle_window_shards: int | None = None
+    """Shuffle within so many shards at a time; by default 8 for data that has to be fetched and everything for local data."""
+    mixture: dict[str, ComponentConfig] = field(default_factory=dict)
+    """Several data sets by name, each with its weight."""
+    allow_change: bool = False
+    """Continue a checkpoint although its data or mixture was another; components with the same name and data go on where they were."""
     prefetch_steps: int = 4
     """Optimizer steps of batches prepared ahead in the background."""
     synthetic_ragged: bool = False
     """``synthetic`` only: mask a random tail of each sample, so that ranks hold different numbers of targets."""
+
+
+def component_data(data: DataConfig) -> dict[str, DataConfig]:
+    """Return the ``data`` section of every component of a mixture by name; of a single data set, itself as ``data``."""
+    if not data.mixture:
+        return {"data": data}
+    own = ("source", "path", "subset", "split", "text_field")
+    return {
+        name: replace(data, mixture={}, **{key: value for key in own if (value := getattr(component, key)) is not None})
+        for name, component in sorted(data.mixture.items())
+    }
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,7 +406,7 @@ class OptimizerConfig:
     """The update rule."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """Update rule."""
+    """``adamw``, or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -348,6 +478,34 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SupervisionConfig:
+    """Hangs, slow ranks, and failures that come again."""
+
+    hang_seconds: float = 60.0
+    """A rank hangs when a phase of its step takes longer than this and than three times the phase's 99th percentile; 0 switches the watchdog off."""
+    first_hang_seconds: float = 1800.0
+    """The limit for a phase that has been seen fewer than three times: starting, compiling, the first saves."""
+    straggler_factor: float = 1.5
+    """A rank is named when it is so many times slower than the median of the ranks; 0 switches that off."""
+    max_failed_attempts: int = 3
+    """After so many launches in a row that failed without a new checkpoint, a launcher's restart is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadNumbersConfig:
+    """Steps whose numbers are not to be trained on."""
+
+    max_bad_steps: int = 3
+    """Bad steps among the last 100 that are put up with (non-finite ones change no weight); one more rolls back."""
+    max_rollbacks: int = 3
+    """How often a run returns to a checkpoint and leaves out the samples of its bad steps, before it stops for good."""
+    spike_zscore: float = 0.0
+    """A loss so many (robust) standard deviations above the median counts as bad too; 0 = off, 6 is usual."""
+    spike_window_steps: int = 128
+    """Steps of which the median and the deviation are taken; none counts as a spike before there are so many."""
+
+
+@dataclass(kw_only=True, slots=True)
 class LoggingConfig:
     """What besides the console and the files is written."""
 
@@ -395,6 +553,10 @@ class TrainConfig:
     """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """Supervision."""
+    bad_numbers: BadNumbersConfig = field(default_factory=BadNumbersConfig)
+    """Bad numbers."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Logging backends."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)

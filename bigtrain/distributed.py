@@ -1,14 +1,9 @@
-"""Who this process is, and how it talks to the others.
-
-This is the only place that reads the launchers' environment variables, starts and ends the process
-group, and builds the device mesh.
-"""
+"""How this process talks to the others: the only place that starts and ends the process group and builds the mesh."""
 
 import datetime
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,45 +11,23 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigtrain import errors
-from bigtrain.errors import BigtrainError
-
-
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """Position of this process in the world."""
-
-    rank: int
-    """0 ... world_size - 1 over all nodes."""
-    world_size: int
-    """Number of processes."""
-    local_rank: int
-    """0 ... local_world_size - 1 on this node."""
-    local_world_size: int
-    """Number of processes on this node."""
-
-    @staticmethod
-    def from_env() -> "RankInfo":
-        """Read what torchrun, ``accelerate launch`` or ``deepspeed`` set; a plain process is rank 0 of 1."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        return RankInfo(
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            # The deepspeed launcher does not set it; on one node it is the world.
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
-        )
-
-
-def publish_rank(info: RankInfo) -> None:
-    """Put into the environment what libraries read there; launchers leave it out for a single process."""
-    for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.world_size), ("LOCAL_RANK", info.local_rank)):
-        os.environ.setdefault(name, str(value))
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.rank_info import RankInfo
 
 
 def pick_device(info: RankInfo) -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none, and make it current."""
+    """Return this rank's GPU, or the CPU where there is none, and make it current.
+
+    Raises:
+        ConfigError: there are more ranks on this node than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if info.local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{info.local_world_size} ranks on this node, but {torch.cuda.device_count()} GPUs; start as many "
+            "(--nproc-per-node), or CUDA_VISIBLE_DEVICES= for the CPU"
+        )
     device = torch.device("cuda", info.local_rank)
     torch.cuda.set_device(device)
     return device
@@ -132,23 +105,28 @@ def _decode(payload: torch.Tensor) -> Any:
     return json.loads(payload.numpy().tobytes())
 
 
-def on_rank0(function: Callable[[], Any]) -> Any:
+def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None = None) -> Any:
     """Call ``function`` on rank 0 while the others wait; return its JSON-able value on every rank.
 
     Without a process group this process is the only rank.
+
+    Args:
+        function: what is to be done once.
+        patience: how long the others wait; by default as long as for any communication.
 
     Raises:
         BigtrainError: what it raised on rank 0, on every rank, so that none is left waiting.
     """
     if not dist.is_initialized():
         return function()
+    group = dist.new_group(backend="gloo", timeout=patience) if patience else None
     outcome: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:
             outcome = {"value": function()}
         except BigtrainError as error:
             outcome = {"error": type(error).__name__, "message": str(error)}
-    outcome = broadcast_json(outcome)
+    outcome = broadcast_json(outcome, group=group)
     if "error" in outcome:
         error = getattr(errors, outcome["error"])(outcome["message"])
         error.said_by_rank_0 = dist.get_rank() > 0

@@ -8,12 +8,15 @@ of the machine and keeps its traceback.
 EXIT_FINISHED = 0
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
+EXIT_NO_RESTART = 3  # a restart would end in the same way: a person has to look first
 EXIT_RESUMABLE = 75  # sysexits.h EX_TEMPFAIL: saved; the same command continues the run
 
 
 class BigtrainError(Exception):
     """Base of all errors that the user can mend."""
 
+    exit_code = EXIT_USER_ERROR
+    """How the process ends."""
     said_by_rank_0 = False
     """Whether rank 0 raises the same error, so that this rank need not show it."""
 
@@ -26,9 +29,23 @@ class DataError(BigtrainError):
     """A source, a shard or a tokenizer is missing, damaged or unsuitable."""
 
 
+class ShardError(DataError):
+    """A shard is missing or damaged and will stay so."""
+
+
 class CheckpointError(BigtrainError):
     """A checkpoint is missing, damaged or belongs to a different run."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint may be whole, but cannot be read here and now: no reason to take another one."""
+
+
 class PreflightError(BigtrainError):
     """The run does not fit the machine."""
+
+
+class NoRestartError(BigtrainError):
+    """The run fails again and again, or diverges again and again; restarting it by machine would be for nothing."""
+
+    exit_code = EXIT_NO_RESTART

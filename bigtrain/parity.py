@@ -16,14 +16,17 @@ from torch import nn
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.data.loader import StepBatch
-from bigtrain.distributed import RankInfo, all_reduce_sum, init_process_group, pick_device
+from bigtrain.data.state import Cursor
+from bigtrain.distributed import all_reduce_sum, init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL, EngineState, initialise
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
-from bigtrain.trainer import open_splits, read_back, seed_step, train_loader, train_step
+from bigtrain.rank_info import RankInfo
+from bigtrain.run_data import open_data, train_loader
+from bigtrain.trainer import read_back, seed_step, train_step
 
 StepFunction = Callable[[Engine, StepBatch, float], tuple[torch.Tensor, torch.Tensor]]
 
@@ -141,7 +144,7 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
     values = build_initial_values(config.model, config.train.seed)
     initialise(engine.state, values, num_threads=1)
     pending = []
-    with train_loader(open_splits(config)["train"], config, engine, first_step=0) as loader:
+    with train_loader(open_data(config)["train"], config, engine, start=Cursor()) as loader:
         for batch in loader:
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)

@@ -3,8 +3,10 @@
 ``config.yaml`` is the resolved configuration of the newest launch, without secrets.
 """
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -16,7 +18,7 @@ from bigtrain.config import TrainConfig, Verify
 from bigtrain.data.index import INDEX_FILE
 from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.redact import redact
 from bigtrain.schema import from_dict, to_dict
 
@@ -26,6 +28,15 @@ CONFIG_FILE = "config.yaml"
 def run_directory(config: TrainConfig) -> Path:
     """Return the directory of a run."""
     return Path(config.run.root) / str(config.run.name)
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn what the system refuses into a ConfigError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
 
 
 def write_config(directory: Path, config: TrainConfig) -> None:

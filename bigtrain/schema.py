@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -24,6 +25,8 @@ def to_dict(config: Any) -> Any:
         return config.name
     if isinstance(config, list):
         return [to_dict(item) for item in config]
+    if isinstance(config, dict):
+        return {key: to_dict(item) for key, item in config.items()}
     return config
 
 
@@ -57,14 +60,30 @@ def value_problems(schema: type, key: str, value: Any) -> list[str]:
 
 
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every dotted key of ``schema``, sections included: ``train``, ``train.steps``, ..."""
+    """Return the type of every dotted key of ``schema``, sections included: ``train``, ``train.steps``, ...
+
+    A section by name, as those of ``dict[str, Section]``, has ``*`` for the name.
+    """
     types_by_key = {}
     for name, hint in typing.get_type_hints(schema).items():
         types_by_key[prefix + name] = hint
-        section = _without_none(hint)
-        if dataclasses.is_dataclass(section):
-            types_by_key |= key_types(section, f"{prefix}{name}.")
+        star, section = _section(hint)
+        if section:
+            types_by_key |= key_types(section, f"{prefix}{name}.{star}")
     return types_by_key
+
+
+def named_sections(schema: type) -> list[str]:
+    """Return the dotted keys of ``schema`` that hold sections by name: those of type ``dict[str, Section]``."""
+    return [key for key, hint in key_types(schema).items() if typing.get_origin(hint) is dict]
+
+
+def generic_key(schema: type, key: str) -> str:
+    """Return ``key`` with ``*`` for the name of a section by name: ``data.mixture.web.path`` -> ``data.mixture.*.path``."""
+    for named in named_sections(schema):
+        if key.startswith(f"{named}."):
+            return re.sub(rf"^{re.escape(named)}\.[^.]+", f"{named}.*", key)
+    return key
 
 
 def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
@@ -75,8 +94,9 @@ def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[prefix + statement.target.id] = following.value.value
     for name, hint in typing.get_type_hints(schema).items():
-        if dataclasses.is_dataclass(_without_none(hint)):
-            docs |= key_docs(_without_none(hint), f"{prefix}{name}.")
+        star, section = _section(hint)
+        if section:
+            docs |= key_docs(section, f"{prefix}{name}.{star}")
     return docs
 
 
@@ -107,6 +127,15 @@ def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint
+
+
+def _section(hint: Any) -> tuple[str, type | None]:
+    """Return the dataclass that a field's type holds, if any, after ``"*."`` if it holds several by name."""
+    hint = _without_none(hint)
+    if dataclasses.is_dataclass(hint):
+        return "", hint
+    values = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
+    return "*.", next(filter(dataclasses.is_dataclass, values), None)
 
 
 class _Builder:
@@ -141,6 +170,10 @@ class _Builder:
             if not isinstance(value, list):
                 return self._problem(f"{path}: expected a list, got {value!r}")
             return [self.convert(typing.get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+        if typing.get_origin(hint) is dict:
+            if not isinstance(value, dict):
+                return self._problem(f"{path}: expected names with values, got {value!r}")
+            return {key: self.convert(typing.get_args(hint)[1], item, f"{path}.{key}") for key, item in value.items()}
         if issubclass(hint, Enum) and not isinstance(value, hint):
             if not isinstance(value, str) or value not in hint.__members__:
                 return self._problem(f"{path}: unknown value {value!r}; {nearest(str(value), list(hint.__members__))}")

@@ -1,14 +1,13 @@
 """A run from its configuration to its end; the loop is in :func:`train` and reads top to bottom."""
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
 import math
-import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,43 +16,40 @@ import torch
 import torch.distributed as dist
 
 from bigtrain import __version__, log
-from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
-from bigtrain.checks import check
-from bigtrain.config import DataSource, Precision, Preflight, TrainConfig
-from bigtrain.data import open_splits as open_data
-from bigtrain.data.batch import IGNORE_INDEX
-from bigtrain.data.index import read_index
-from bigtrain.data.loader import StepBatch, TrainLoader, validation_batches
-from bigtrain.data.prepare import prepare, prepared_directory
-from bigtrain.distributed import (
-    RankInfo,
-    all_reduce_sum,
-    broadcast_json,
-    init_process_group,
-    on_rank0,
-    pick_device,
-    shut_down,
-)
+from bigtrain.config import Precision, Preflight, TrainConfig
+from bigtrain.data.loader import StepBatch
+from bigtrain.data.prepare import prepared_directory
+from bigtrain.data.state import Cursor
+from bigtrain.data.stream import SampleStream
+from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.state import MODEL, initialise
-from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError, PreflightError
-from bigtrain.models import build_initial_values, build_model
+from bigtrain.engine.state import MODEL
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError
+from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
+from bigtrain.rank_info import RankInfo
+from bigtrain.recovery import claim, fill_state, go_back
 from bigtrain.redact import redact
-from bigtrain.resilience.signals import StopAgreement, StopSignal
-from bigtrain.run_files import find_resume, find_whole, keep_tokenizer, locate, read_config, run_directory, write_config
-from bigtrain.schema import flatten, from_dict, to_dict
+from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
+from bigtrain.resilience.heartbeat import Heartbeat
+from bigtrain.resilience.launch import Launch
+from bigtrain.resilience.signals import StopAgreement, StopLimits, StopSignal
+from bigtrain.resilience.stragglers import Straggler, Stragglers
+from bigtrain.run_data import check_continuation, first_text, open_data, train_loader
+from bigtrain.run_files import find_resume, keep_tokenizer, run_directory, write_config, writing
+from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
-from bigtrain.telemetry.gauges import Gauges, perplexity
+from bigtrain.telemetry.gauges import Gauges
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
+from bigtrain.validation import perplexity, validate
 
 GC_EVERY_STEPS = 1000
 """Python's garbage collector runs on all ranks at the same step, instead of at a different one on each."""
@@ -66,11 +62,25 @@ class Run:
     config: TrainConfig
     directory: Path
     engine: Engine
-    splits: Mapping[str, Any]
+    streams: Mapping[str, SampleStream]
     recorder: Any
     saver: Saver
-    first_step: int
-    """Completed optimizer steps at the start of this launch."""
+    start: Cursor
+    """Where this launch begins, or what follows after going back."""
+    rollbacks: int = 0
+    """How often the run has gone back because of bad numbers."""
+    signal: StopSignal = field(default_factory=StopSignal)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    limits: StopLimits | None = None
+    """What besides signals ends this launch; on rank 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a launch ended."""
+
+    code: int
+    reason: str
 
 
 def run(config: TrainConfig) -> int:
@@ -121,77 +131,122 @@ def check_memory(config: TrainConfig, info: RankInfo, device: torch.device) -> N
 
 
 def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
-    directory = run_directory(config)
+    with Launch(run_directory(config), info.rank, config.supervision) as launch:
+        end = _train_run(config, info, device, launch)
+        launch.end(end.code, end.reason)
+        return end.code
+
+
+def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> End:
+    directory = launch.directory
+    if on_rank0(directory.is_dir):
+        claim(launch)
     resume = find_resume(config)
     state = read_run_state(resume) if resume else None
     if state and state.step >= config.train.steps:
         log.get_logger().info(
             f"{directory} is finished at step {state.step}; a larger train.steps trains on, another run.name starts anew"
         )
-        return EXIT_FINISHED
-    splits = open_splits(config)
+        launch.heartbeat.step = state.step
+        return End(EXIT_FINISHED, "finished")
+    streams = open_data(config, state.data if state else None)
     if state:
-        _check_continuation(state, config, splits["train"].fingerprint)
+        check_continuation(state, config, streams["train"])
+    start = state.cursor if state else Cursor()
+    streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: write_run_files(config))
+    claim(launch)
+    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    if state:
-        load_checkpoint(resume, engine.state.entries)
-        engine.state.commit()
-    else:
-        values = build_initial_values(config.model, config.train.seed)
-        initialise(engine.state, values, num_threads=_num_threads(info))
-    first_step = state.step if state else 0
-    saver = Saver(directory, engine.state.entries, config.checkpoint)
-    recorder = open_recorder(config, first_step, engine)
-    parts = Run(config, directory, engine, splits, recorder, saver, first_step)
-    with recorder:
-        recorder.event(
-            "resume" if state else "start", step=first_step, world_size=info.world_size, checkpoint=str(resume or "")
-        )
-        return train(parts)
+    fill_state(config, engine, resume, info)
+    parts = Run(
+        config=config,
+        directory=directory,
+        engine=engine,
+        streams=streams,
+        recorder=NullRecorder(),
+        saver=Saver(directory, engine.state.entries, config.checkpoint),
+        start=start,
+        rollbacks=state.rollbacks if state else 0,
+        heartbeat=launch.heartbeat,
+        limits=StopLimits(directory, config.run.max_minutes, started=launch.started) if info.rank == 0 else None,
+    )
+    facts = {"world_size": info.world_size, "attempt": launch.attempt, "after": launch.previous_failure()}
+    while True:
+        parts.recorder = open_recorder(config, parts.start.step, engine)
+        with parts.recorder:
+            kind = "resume" if resume else "start"
+            parts.recorder.event(kind, step=parts.start.step, checkpoint=str(resume or ""), **facts)
+            end = train(parts)
+        if isinstance(end, End):
+            return end
+        resume = go_back(config, directory, end, streams["train"], start=parts.start, rollbacks=parts.rollbacks)
+        parts.rollbacks += 1
+        parts.start = fill_state(config, engine, resume, info)
 
 
-def train(run: Run) -> int:
-    """Train until the run is finished or somebody wants it to stop; return the exit code.
+def train(run: Run) -> End | RollBack:
+    """Train until the run is finished, or somebody wants it to stop, or it has to go back.
 
     Raises:
         CheckpointError: saving has failed too often, or at the end.
     """
-    config, engine, recorder, saver = run.config, run.engine, run.recorder, run.saver
+    config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
     meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
     norms = LayerNorms(engine, config.optimizer, config.logging.layer_norms_every_steps)
-    agreement, pending = StopAgreement(), []
-    loader = train_loader(run.splits["train"], config, engine, first_step=run.first_step)
+    agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
+    loader = train_loader(run.streams["train"], config, engine, start=run.start)
+    stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
+    heartbeat.step, verdict = run.start.step, None
+
+    def before_update() -> None:
+        heartbeat.enter("optimizer")
+        meter.mark(names.FORWARD_BACKWARD_SECONDS)
+        norms.before_update(heartbeat.step)
+        saver.wait_until_staged()
+        meter.mark(names.CHECKPOINT_STALL_SECONDS)
+
     gc.disable()
-    with StopSignal() as signal, loader, _profiler(run) as profiler:
-        for batch in loader:
+    with run.signal as signal, loader, _profiler(run) as profiler:
+        for batch in heartbeat.during("data", loader):
+            heartbeat.enter("forward_backward")
             meter.data_ready(batch.micro_batches)
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
-            loss, grad_norm = train_step(
-                engine, batch, lr, before_update=partial(_before_update, step, meter, norms, saver)
-            )
+            loss, grad_norm = train_step(engine, batch, lr, before_update=before_update)
+            heartbeat.enter("logging")
             meter.mark(names.OPTIMIZER_SECONDS)
             norms.after_update(step, lr)
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **meter.step_done(step)})
+            pending[-1] |= {names.DATA_WAIT_SECONDS: loader.wait_seconds, names.DATA_DIGEST: batch.after.digest}
 
             record_save(run, saver.poll())
             if saver.num_failures >= config.checkpoint.max_failures:
-                signal.request(f"checkpoint.max_failures={config.checkpoint.max_failures}")
-            stopping = agreement.poll(signal.reason is not None) or step == last_launch_step
+                signal.request("checkpoint.max_failures")
+            if run.limits:
+                signal.request(run.limits.reached())
+            stopping = agreement.poll(signal.reason)
+            if step == last_launch_step:
+                stopping = stopping or "run.stop_after_steps"
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
-                recorder.metrics(norms.merge(read_back(pending)), meter.phases())
+                records = norms.merge(read_back(pending))
+                recorder.metrics(records, meter.phases())
+                record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))
+                if verdict := record_bad_numbers(run, judge, records):
+                    break
             meter.mark(names.LOGGING_SECONDS)
             validation_loss = None
             if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
+                heartbeat.enter("validation")
                 validation_loss = record_validation(run, step)
                 meter.skip()
             if saving:
-                save(run, step, validation_loss)
+                heartbeat.enter("checkpoint")
+                save(run, batch, validation_loss)
                 meter.skip()
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
@@ -199,9 +254,10 @@ def train(run: Run) -> int:
             if finished or stopping:
                 break
         agreement.settle()
+        heartbeat.enter("checkpoint")
         record_save(run, saver.finish())  # in here: a signal that a launcher repeats must not cut the last save short
     gc.enable()
-    return _end(run, step, finished, signal.reason)
+    return verdict or _end(run, step, finished, stopping)
 
 
 def train_step(
@@ -243,47 +299,29 @@ def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def validate(engine: Engine, split: Any, config: TrainConfig) -> float:
-    """Return the mean loss per target over the validation batches, the same for every world size."""
-    total = torch.zeros(2, dtype=torch.float64)
-    batches = validation_batches(
-        split,
-        sequence_length=config.data.sequence_length,
-        batches=config.validation.batches,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
-    )
-    for batch in batches:
-        loss = engine.evaluate(batch.to(engine.device))
-        num_targets = int((batch.targets != IGNORE_INDEX).sum())
-        total += torch.tensor([loss.item(), num_targets], dtype=torch.float64)
-    loss_sum, num_targets = all_reduce_sum(total).tolist()
-    return loss_sum / num_targets
-
-
 def record_validation(run: Run, step: int) -> float:
     """Validate, record the result and return the loss."""
-    loss = validate(run.engine, run.splits["validation"], run.config)
+    loss = validate(run.engine, run.streams["validation"], run.config)
     run.recorder.event("validation", step=step, loss=loss, perplexity=perplexity(loss))
     return loss
 
 
-def save(run: Run, step: int, validation_loss: float | None) -> None:
-    """Begin to save a checkpoint of step ``step``."""
+def save(run: Run, batch: StepBatch, validation_loss: float | None) -> None:
+    """Begin to save a checkpoint of the step that ``batch`` was for."""
     record_save(run, run.saver.finish())
-    samples = step * run.config.train.global_batch_size
+    stream, cursor = run.streams["train"], batch.after
     run.saver.save(
         RunState(
-            step=step,
-            tokens=samples * run.config.data.sequence_length,
-            samples=samples,
-            data_fingerprint=run.splits["train"].fingerprint,
+            step=cursor.step,
+            tokens=cursor.samples * run.config.data.sequence_length,
+            samples=cursor.samples,
+            data_fingerprint=stream.fingerprint,
             config=redact(to_dict(run.config)),
             versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
             world_size=dist.get_world_size(),
             validation_loss=validation_loss,
+            data=stream.state(batch.before, cursor),
+            rollbacks=run.rollbacks,
         )
     )
 
@@ -292,6 +330,8 @@ def record_save(run: Run, report: SaveReport | None) -> None:
     """Record how a save has ended, if one has."""
     if report is None:
         return
+    if run.limits:
+        run.limits.save_seconds = max(run.limits.save_seconds, report.seconds)
     if report.error is None:
         run.recorder.event("checkpoint", step=report.step, path=str(report.path))
     else:
@@ -299,27 +339,20 @@ def record_save(run: Run, report: SaveReport | None) -> None:
         run.recorder.message(f"saving step {report.step} failed, older checkpoints stay: {report.error}")
 
 
-def train_loader(split: Any, config: TrainConfig, engine: Engine, *, first_step: int) -> TrainLoader:
-    """Return the loader of this rank's part of every step from ``first_step`` on."""
-    return TrainLoader(
-        split,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
-        seed=config.train.seed,
-        first_step=first_step,
-        prefetch_steps=config.data.prefetch_steps,
-        pin_memory=engine.device.type == "cuda",
-    )
+def record_bad_numbers(run: Run, judge: BadNumbers, records: list[dict[str, Any]]) -> RollBack | None:
+    """Record the bad ones of these steps; return how far the run has to go back, if it has to."""
+    found, verdict = judge.judge(records)
+    for bad in found:
+        run.recorder.event("bad_step", step=bad.step, why=bad.why)
+        run.recorder.message(f"step {bad.step} is bad: {bad.why}")
+    return verdict
 
 
-def open_splits(config: TrainConfig) -> Mapping[str, Any]:
-    """Prepare the data on rank 0 if that has not been done, and open it on every rank."""
-    if config.data.source is not DataSource.synthetic:
-        on_rank0(lambda: str(prepare(config.data, progress=True)))
-    return open_data(config.data, vocab_size=config.model.vocab_size)
+def record_stragglers(run: Run, found: list[Straggler]) -> None:
+    """Name the ranks that keep the others waiting."""
+    for slow in found:
+        run.recorder.event("straggler", step=run.heartbeat.step, rank=slow.rank, why=slow.why)
+        run.recorder.message(f"rank {slow.rank} keeps the others waiting: it {slow.why}")
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
@@ -338,10 +371,10 @@ def write_run_files(config: TrainConfig) -> None:
         ConfigError: the directory cannot be written.
     """
     directory = run_directory(config)
-    with _writing(directory):
+    with writing(directory):
         write_config(directory, config)
-        if config.data.source is not DataSource.synthetic:
-            keep_tokenizer(directory, prepared_directory(config.data))
+        if text := first_text(config):
+            keep_tokenizer(directory, prepared_directory(text))
 
 
 def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullRecorder:
@@ -354,7 +387,7 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullR
 
     def open_files() -> None:
         nonlocal recorder
-        with _writing(run_directory(config)):
+        with writing(run_directory(config)):
             recorder = build_recorder(config, run_directory(config), 0, first_step, partial(gauges, config, engine))
 
     on_rank0(open_files)
@@ -368,99 +401,34 @@ def gauges(config: TrainConfig, engine: Engine) -> Gauges:
     return Gauges(config, engine.device, dist.get_world_size(), num_parameters)
 
 
-def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
-    """Return loss and perplexity of a run's checkpoint on its validation split, on all ranks of this world.
-
-    Args:
-        path: directory of the run, or of one of its checkpoints.
-        batches: global batches; by default as many as in the run's own validations.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        ConfigError: the run's batch does not divide over this world.
-    """
-    info = RankInfo.from_env()
-    log.setup(info.rank)
-    device = pick_device(info)
-    directory, _ = locate(path)
-    config = read_config(directory)
-    config.validation.batches = batches or config.validation.batches
-    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
-        raise ConfigError("\n".join(problems))
-    init_process_group(info, device)
-    _, checkpoint = find_whole(path)
-    splits = open_splits(config)
-    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    load_checkpoint(checkpoint, engine.state.entries)
-    engine.state.commit()
-    loss = validate(engine, splits["validation"], config)
-    shut_down()
-    result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
-    if config.data.source is not DataSource.synthetic:
-        index = read_index(directory, check_sizes=False)
-        result["unigram_entropy"] = index.validation.unigram_nats_per_token
-    return result
-
-
 def _profiler(run: Run) -> Profiler:
     settings, record = run.config.profile, run.recorder.event
-    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.first_step, say=record)
-
-
-def _before_update(step: int, meter: StepMeter, norms: LayerNorms, saver: Saver) -> None:
-    meter.mark(names.FORWARD_BACKWARD_SECONDS)
-    norms.before_update(step)
-    saver.wait_until_staged()
-    meter.mark(names.CHECKPOINT_STALL_SECONDS)
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
+    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record)
 
 
 def _last_step_of_launch(run: Run) -> int | None:
     after = run.config.run.stop_after_steps
-    return None if after is None else run.first_step + after
+    return None if after is None else run.start.step + after
 
 
 def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _end(run: Run, step: int, finished: bool, stop_reason: str | None) -> int:
+def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
         raise CheckpointError(
             f"step {step} could not be saved, {run.saver.num_failures} failures in a row; the same command continues "
             f"from {last[-1] if last else 'the beginning'} when the reason above is mended"
         )
+    if run.limits:
+        run.limits.honour()
     if finished:
         run.recorder.event("finished", step=step)
-        return EXIT_FINISHED
-    reason = stop_reason or "run.stop_after_steps"
+        return End(EXIT_FINISHED, "finished")
     run.recorder.event("stop", step=step, reason=reason)
     run.recorder.message(
         f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."
     )
-    return EXIT_RESUMABLE
-
-
-def _check_continuation(state: RunState, config: TrainConfig, fingerprint: str) -> None:
-    """Refuse to continue on other data; say aloud what else has changed."""
-    if state.data_fingerprint != fingerprint:
-        raise CheckpointError(
-            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {fingerprint}); "
-            "restore the data or choose another run.name"
-        )
-    old, new = flatten(state.config), flatten(redact(to_dict(config)))
-    for key in sorted(new):
-        if old.get(key) != new[key] and not key.startswith("run."):
-            log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
-
-
-def _num_threads(info: RankInfo) -> int:
-    return max(1, (os.cpu_count() or 1) // info.local_world_size)
+    return End(EXIT_RESUMABLE, str(reason))

@@ -33,7 +33,17 @@ from yaml import YAMLError
 from bigtrain.checks import check, check_data, ignored_settings, resolve
 from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
-from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
+from bigtrain.rank_info import RankInfo
+from bigtrain.schema import (
+    from_dict,
+    generic_key,
+    key_docs,
+    key_types,
+    named_sections,
+    nearest,
+    nearest_key,
+    value_problems,
+)
 
 T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
@@ -75,10 +85,8 @@ def read_run(args: list[str]) -> TrainConfig:
         ConfigError: listing every problem; no model is chosen; the values contradict each other.
     """
     config = compose_run(TrainConfig, args)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # The deepspeed launcher does not set LOCAL_WORLD_SIZE; on one node it is the world.
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    if problems := check(config, world_size=world_size, local_world_size=local_world_size):
+    info = RankInfo.from_env()
+    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     if rank() == 0:
         for warning in ignored_settings(config):
@@ -143,7 +151,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     """
     if {"-m", "--multirun"} & set(args):
         raise ConfigError("--multirun is not offered: one command is one run; start a sweep's runs one by one")
-    args = [_quote_text(arg, schema) for arg in args]
+    args = [_nest(_quote_text(arg, schema), schema) for arg in args]
     composed: list[tuple[DictConfig, dict[str, str]]] = []
     store = ConfigStore.instance()
     store.store(group="hydra", name="config", node=_quiet_hydra())
@@ -176,7 +184,7 @@ def group_options(group: str) -> list[str]:
 
 def rank() -> int:
     """Return this process's rank as the launcher set it; a plain process is rank 0."""
-    return int(os.environ.get("RANK", "0"))
+    return RankInfo.from_env().rank
 
 
 def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = "") -> str:
@@ -184,7 +192,7 @@ def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = 
     docs = key_docs(schema)
     defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
     lines = []
-    for key in keys or docs:
+    for key in keys or (key for key in docs if "*" not in key):
         value = functools.reduce(lambda section, name: section[name], key.split("."), defaults)
         shown = "<needed>" if value == "???" else value if isinstance(value, str) else json.dumps(value)
         lines.append(f"  {f'{prefix}{key}={shown}':<38} {' '.join(docs[key].split()).replace('``', '')}")
@@ -215,7 +223,14 @@ def _exit_with(error: BigtrainError) -> NoReturn:
         message = "" if error.said_by_rank_0 else textwrap.indent(message, f"[rank {rank()}] ")
     if message:
         print(message, file=sys.stderr, flush=True)
-    sys.exit(EXIT_USER_ERROR)
+    leave(error.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: a process group that is torn down while others use it aborts, with another code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _quiet_hydra() -> HydraConf:
@@ -258,7 +273,7 @@ def _quote_text(arg: str, schema: type) -> str:
     """
     key, equals, value = arg.partition("=")
     keys = key_types(schema)
-    hint = keys.get(key.lstrip("+"))
+    hint = keys.get(generic_key(schema, key.lstrip("+")))
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if not equals or hint not in (str, str | None) or quoted or (value == "null" and hint is not str):
         return arg
@@ -268,6 +283,22 @@ def _quote_text(arg: str, schema: type) -> str:
 
     value = re.sub(r"(\\*)\$\{(?=([\w.]+)\}|)", escape, value)
     return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
+
+
+def _nest(arg: str, schema: type) -> str:
+    """Write a setting of a section by name as Hydra merges it, whether the section is new or not.
+
+    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``
+    """
+    key, equals, value = arg.partition("=")
+    for named in named_sections(schema):
+        if equals and key.lstrip("+").startswith(f"{named}."):
+            for name in reversed(key.lstrip("+").removeprefix(f"{named}.").split(".")):
+                value = f"{{{name}:{value}}}"
+            return f"++{named}={value}"
+        if equals and key == named:
+            return f"++{arg}"
+    return arg
 
 
 def _parsed(args: list[str]) -> Iterator[Override]:

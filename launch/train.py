@@ -5,7 +5,7 @@ import os
 import hydra_cli
 
 from bigtrain.config import TrainConfig
-from bigtrain.errors import EXIT_FINISHED, BigtrainError
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, BigtrainError
 
 HELP = """\
 Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
@@ -27,8 +27,9 @@ Settings used most, with their defaults:
 All settings as composed:  python launch/train.py +model=gpt_nano --cfg job
 What each one means:       bigtrain/config.py and configs/train.yaml
 
-Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault.
-Under torchrun and accelerate launch a run that was stopped and saved ends with 0 too; they turn 2 into 1.
+Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault,
+3 failed again and again: no use in restarting it. Under torchrun and accelerate launch a run that was stopped and
+saved ends with 0 too, and they turn all others into 1; the file exit.json in the run's directory has the code.
 """
 
 MOST_USED = [
@@ -51,6 +52,7 @@ def run(config: TrainConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from bigtrain import trainer
+    from bigtrain.resilience.failures import is_lost_connection
 
     faults = get_error_handler()
     faults.initialize()
@@ -59,6 +61,8 @@ def run(config: TrainConfig) -> int:
     except BigtrainError:  # the user's to mend: one message, not a traceback per rank in torchrun's report
         raise
     except Exception as error:
+        if is_lost_connection(error):  # what this rank could say would only hide what the other one says
+            return EXIT_FAULT
         faults.record_exception(error)
         raise
     # torchrun and accelerate report a worker's 75 as a failure, and torchrun's --max-restarts would undo the stop.

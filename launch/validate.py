@@ -34,7 +34,7 @@ def run(config: ValidateConfig) -> int:
     """Validate and print the result."""
     if config.batches is not None and config.batches < 1:
         raise ConfigError(f"batches={config.batches}: must be at least 1")
-    from bigtrain.trainer import validate_run
+    from bigtrain.validation import validate_run
 
     result = validate_run(Path(config.checkpoint), batches=config.batches)
     if hydra_cli.rank() == 0:

@@ -16,7 +16,7 @@ from bigtrain.checkpoint.store import (
     read_run_state,
 )
 from bigtrain.config import Verify
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, UnreadableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,10 @@ def list_checkpoints(
 
 
 def _look_at(path: Path, status: str, verify: Verify, progress: Callable[[str], None]) -> Listed:
-    problems = [] if status == "unfinished" else find_problems(path, verify, progress=progress)
+    try:
+        problems = [] if status == "unfinished" else find_problems(path, verify, progress=progress)
+    except UnreadableError as error:
+        problems = [str(error)]
     try:
         run_state = read_run_state(path)
     except CheckpointError:

@@ -12,7 +12,7 @@ from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
 from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Box, Entry
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, UnreadableError
 
 
 def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
@@ -22,11 +22,23 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
 
     Returns:
         What is wrong, the same list on every rank; empty if the checkpoint is whole.
+
+    Raises:
+        UnreadableError: some rank cannot read it; on every rank.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = find_problems(path, verify, share=slice(rank, None, world_size))
-    everybody = broadcast_json(gather_json(own)) if dist.is_initialized() else [own]
-    return list(dict.fromkeys(problem for problems in everybody for problem in problems))
+    if not dist.is_initialized():
+        return find_problems(path, verify)
+    found: tuple[list[str], str | None] = [], None
+    try:
+        found = find_problems(path, verify, share=slice(dist.get_rank(), None, dist.get_world_size())), None
+    except UnreadableError as error:
+        found = [], str(error)
+    everybody = broadcast_json(gather_json(found))
+    if unreadable := next((reason for _, reason in everybody if reason), None):
+        error = UnreadableError(unreadable)
+        error.said_by_rank_0 = dist.get_rank() > 0
+        raise error
+    return list(dict.fromkeys(problem for problems, _ in everybody for problem in problems))
 
 
 def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:

@@ -5,6 +5,7 @@ per rank. It does not find tampering: nothing in a checkpoint is executed, so a 
 numbers but no code.
 """
 
+import errno
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.schema import from_dict
 
 MANIFEST_FILE = "manifest.json"
@@ -26,6 +27,8 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8":
 """Size of an element of each type, under safetensors' names."""
 PIECE_BYTES = 1 << 22
 """Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
+SIGNS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+"""What a lost file or a bad disk says; other errors (no permission, a stale mount) say nothing about the content."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,13 +93,15 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and check the manifest of a checkpoint; the files themselves are not looked at.
 
     Raises:
-        CheckpointError: missing, damaged, of another version, naming files outside of its directory, or
+        CheckpointError: missing, damaged, naming files outside of its directory, or
             not describing whole tensors inside its files.
+        UnreadableError: of another version, or the file system cannot be read.
     """
     path = directory / MANIFEST_FILE
     try:
         found, _, body = path.read_bytes().partition(b"\n")
     except OSError as error:
+        _require_damage(error, path)
         raise CheckpointError(
             f"{path}: no manifest, so this is not a complete checkpoint ({error.strerror})"
         ) from error
@@ -106,7 +111,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         values = json.loads(body)
         if values["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {values['format']}, this version reads format {FORMAT}")
+            raise UnreadableError(f"{path}: format {values['format']}, this version reads format {FORMAT}")
         files = [from_dict(FileRecord, file) for file in values["files"]]
         tensors = [decode_tensor(tensor) for tensor in values["tensors"]]
         manifest = Manifest(**{**values, "files": files, "tensors": tensors})
@@ -206,12 +211,16 @@ def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | 
 
     Returns:
         What is wrong, naming the file with what was expected and found; None if nothing is.
+
+    Raises:
+        UnreadableError: the file system cannot be read, which says nothing about the file.
     """
     path = directory / record.name
     try:
         num_bytes = path.stat().st_size
         found = hash_file(path) if content and num_bytes == record.num_bytes else record.xxh3
     except OSError as error:
+        _require_damage(error, path)
         return f"{path}: {error.strerror}, expected {record.num_bytes} bytes"
     return _difference(path, record, num_bytes, found)
 
@@ -226,6 +235,7 @@ def read_verified(directory: Path, record: FileRecord) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
+        _require_damage(error, path)
         raise CheckpointError(f"{path}: {error.strerror}, expected {record.num_bytes} bytes") from error
     if problem := _difference(path, record, len(data), xxhash.xxh3_128_hexdigest(data)):
         raise CheckpointError(problem)
@@ -256,6 +266,11 @@ def write_hashed(descriptor: int, data: memoryview, digest: "xxhash.xxh3_128") -
         digest.update(piece)
         while piece:
             piece = piece[os.write(descriptor, piece) :]
+
+
+def _require_damage(error: OSError, path: Path) -> None:
+    if error.errno not in SIGNS_OF_DAMAGE:
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}; nothing is known to be damaged") from error
 
 
 def _printable(raw: bytes) -> str:

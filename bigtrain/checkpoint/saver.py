@@ -8,6 +8,7 @@ Staging runs beside the next forward and backward passes, which leave the state 
 
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,8 @@ class SaveReport:
     path: Path
     error: str | None
     """What went wrong on which rank; None if the checkpoint is complete."""
+    seconds: float = 0.0
+    """How long it took, on this rank."""
 
 
 class Saver:
@@ -59,7 +62,10 @@ class Saver:
         self._run_directory = run_directory
         self._entries = entries
         self._config = config
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # A new thread would use GPU 0, whichever GPU this rank has: its stream would wait for the wrong one.
+        on_gpu = torch.cuda.is_available()
+        initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer, device)
         self._group = dist.new_group(backend="gloo")  # the thread's own: it must not meet the loop's collectives
         self._launch = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
         self._pending: Future[SaveReport] | None = None
@@ -99,11 +105,13 @@ class Saver:
         return report
 
     def _save(self, run_state: RunState, ready: torch.cuda.Event | None) -> SaveReport:
+        begin = time.monotonic()
         final = checkpoint_path(self._run_directory, run_state.step)
         partial = final.with_name(f"{final.name}.tmp-{self._launch}")
         votes = gather_json(self._write(partial, ready), group=self._group)
         error = self._decide(votes, partial, final, run_state) if dist.get_rank() == 0 else None
-        return SaveReport(run_state.step, final, broadcast_json(error, group=self._group))
+        error = broadcast_json(error, group=self._group)
+        return SaveReport(run_state.step, final, error, time.monotonic() - begin)
 
     def _write(self, partial: Path, ready: torch.cuda.Event | None) -> dict[str, object]:
         """Write this rank's file and return its vote; whatever goes wrong is a vote, because the others wait for it."""
@@ -153,6 +161,9 @@ class Saver:
         pieces = []
         for key, entry in self._entries.items():
             for box in entry.own_boxes():
+                if not self._config.asynchronous and box.view.device.type == "cpu":
+                    pieces.append(Piece(key, entry.shape, box.offsets, box.view))  # the loop waits for the disk
+                    continue
                 place = key, box.offsets
                 if place not in self._buffers:
                     pinned = box.view.device.type == "cuda"

@@ -26,7 +26,8 @@ from bigtrain.checkpoint.manifest import (
     write_hashed,
 )
 from bigtrain.config import Verify
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.data.state import NO_SAMPLES, Cursor, DataState
+from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.schema import from_dict
 
 MIN_KEPT = 2
@@ -53,6 +54,15 @@ class RunState:
     """Ranks that wrote the checkpoint."""
     validation_loss: float | None = None
     """Loss of the validation at this step, if there was one."""
+    data: DataState | None = None
+    """Where the data stands, with the proof; None in checkpoints from before there was one."""
+    rollbacks: int = 0
+    """How often the run has gone back because of bad numbers."""
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the data goes on."""
+        return Cursor(self.step, self.samples, self.data.digest if self.data else NO_SAMPLES)
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -125,14 +135,21 @@ def find_problems(
 
     Returns:
         What is wrong, each naming a file with what was expected and found.
+
+    Raises:
+        UnreadableError: the file system cannot be read, or another version wrote the checkpoint.
     """
     try:
         manifest = read_manifest(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     problems: list[str | None] = []
     try:
         read_run_state(path, manifest)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         problems.append(str(error))
     for file in manifest.files[share] if verify is not Verify.off else []:
@@ -209,6 +226,21 @@ def prune(run_directory: Path, keep: str) -> None:
         if path not in kept:
             # Deleting takes a while; what is half deleted must not look complete.
             os.rename(path, path.with_name(f"{path.name}.deleting"))
+    remove_leftovers(run_directory)
+
+
+def discard_after(run_directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps; nobody is saving into the run.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+    """
+    for path in find_checkpoints(run_directory):
+        if step_of(path) > step:
+            try:
+                os.rename(path, path.with_name(f"{path.name}.deleting"))
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be deleted: {error.strerror}") from error
     remove_leftovers(run_directory)
 
 

@@ -3,20 +3,30 @@
 1. ``sources``    documents (id, text) of a source, in an order fixed by names.
 2. ``survey``     first pass: sizes, train or validation by a hash of the document's id, BPE sample.
 3. ``tokenizer``  bpe, bytes or Hugging Face, always as one ``tokenizer.json``.
-4. ``prepare``    second pass: tokens on end, end-of-text after each document -> ``train.bin``,
-   (``writer``)   ``validation.bin``, document offsets, and ``index.json`` (``index``) with sizes and hashes.
+4. ``prepare``    second pass: tokens on end, end-of-text after each document, in shards of whole
+   (``writer``)   documents, and ``index.json`` (``index``) with sizes and hashes.
    ------------------------------------------------------------------ once; below: every run
-5. ``corpus``     memory maps cut every T tokens: sample id -> T + 1 tokens. Or synthetic samples.
-6. ``order``      (seed, optimizer step) -> sample ids of the global batch -> this rank's part.
-7. ``loader``     ids -> micro-batches (``batch``: tokens, targets), in a background thread.
+5. ``corpus``     shards of tokens with their documents, in memory maps. Or synthetic samples.
+6. ``packing``    shards cut into samples: sample id -> tokens, targets and, for a document mask, positions.
+7. ``order``      position -> sample id of one data set; global batch -> this rank's part.
+8. ``mixture``    position in the run -> which data set, and which of its samples.
+9. ``stream``     6 to 8 put together: position in the run -> sample ids -> ``batch``.
+10. ``loader``    steps, prepared ahead in a background thread; ``state`` is what a checkpoint keeps of it.
 
-No state but the number of the step: order is a pure function, the same for every world size and
-micro-batch. Ranks arrive as plain integers; nothing here knows of process groups.
+No state but a cursor (steps, samples, their hash): order is a pure function, the same for every world
+size and micro-batch. Ranks arrive as plain integers; nothing here knows of process groups.
 """
 
-from bigtrain.config import DataConfig, DataSource
-from bigtrain.data.corpus import Corpus, Split, SyntheticSplit
-from bigtrain.data.prepare import prepared_directory
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from bigtrain.config import DataConfig, DataSource, component_data
+from bigtrain.data.corpus import Split, SyntheticSplit
+from bigtrain.data.prepare import open_corpus
+from bigtrain.data.state import DataState
+
+if TYPE_CHECKING:
+    from bigtrain.data.stream import SampleStream
 
 SPLITS = ("train", "validation")
 
@@ -29,5 +39,32 @@ def open_splits(config: DataConfig, *, vocab_size: int) -> dict[str, Split]:
     """
     if config.source is DataSource.synthetic:
         return {name: SyntheticSplit(name, vocab_size, config.synthetic_ragged) for name in SPLITS}
-    corpus = Corpus.open(prepared_directory(config), vocab_size=vocab_size)
+    corpus = open_corpus(config, vocab_size=vocab_size)
     return {name: corpus.split(name) for name in SPLITS}
+
+
+def open_streams(
+    data: DataConfig, *, vocab_size: int, seed: int, global_batch_size: int, previous: DataState | None = None
+) -> dict[str, "SampleStream"]:
+    """Open both splits of all components as streams of samples; arguments as for :func:`build_stream`.
+
+    Raises:
+        DataError: as :func:`open_splits`.
+    """
+    from bigtrain.data.stream import build_stream  # torch: those who only prepare do not wait for it
+
+    opened = {name: open_splits(part, vocab_size=vocab_size) for name, part in component_data(data).items()}
+    streams = {}
+    for which in SPLITS:
+        splits = {name: _named(name, component[which], data) for name, component in opened.items()}
+        streams[which] = build_stream(
+            which, splits, data, seed=seed, global_batch_size=global_batch_size, previous=previous
+        )
+    return streams
+
+
+def _named(component: str, split: Split, data: DataConfig) -> Split:
+    """Return a split of a mixture; synthetic ones of different components hold different samples."""
+    if data.mixture and isinstance(split, SyntheticSplit):
+        return replace(split, name=f"{component}/{split.name}")
+    return split

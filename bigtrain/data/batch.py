@@ -10,6 +10,31 @@ IGNORE_INDEX = -100
 """Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
 
 
+@dataclass(slots=True)
+class Samples:
+    """N samples of T tokens as arrays."""
+
+    tokens: NDArray[np.int64]
+    """``(N, T)``."""
+    targets: NDArray[np.int64]
+    """``(N, T)``: the token after each, or ``IGNORE_INDEX``."""
+    positions: NDArray[np.int64] | None = None
+    """``(N, T)``, counted from 0 at each document, when attention stays within documents."""
+
+    @classmethod
+    def empty(cls, num_samples: int, sequence_length: int, has_positions: bool) -> "Samples":
+        """Return samples that are still to be filled."""
+        shape = (num_samples, sequence_length)
+        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        return cls(tokens, targets, np.empty(shape, dtype=np.int64) if has_positions else None)
+
+    def put(self, rows: NDArray[np.int64], samples: "Samples") -> None:
+        """Take ``samples`` as the rows with these numbers."""
+        self.tokens[rows], self.targets[rows] = samples.tokens, samples.targets
+        if self.positions is not None:
+            self.positions[rows] = samples.positions
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """B samples of T tokens."""
@@ -18,23 +43,22 @@ class Batch:
     """int64 ``(B, T)``."""
     targets: torch.Tensor
     """int64 ``(B, T)``: the token after each, or ``IGNORE_INDEX`` where it is not counted."""
+    positions: torch.Tensor | None = None
+    """int64 ``(B, T)``, counted from 0 at each document, when attention stays within documents; else None."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``; from pinned memory the copy does not block."""
-        return Batch(self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self._tensors()))
 
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked host memory."""
-        return Batch(self.tokens.pin_memory(), self.targets.pin_memory())
+        return Batch(*(t if t is None else t.pin_memory() for t in self._tensors()))
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.tokens, self.targets, self.positions
 
 
-def build_batch(windows: NDArray[np.int64], is_counted: NDArray[np.bool_] | None) -> Batch:
-    """Cut windows of T + 1 tokens into tokens and targets.
-
-    Args:
-        windows: int64 ``(B, T + 1)``.
-        is_counted: bool ``(B, T)``, which targets count; None means all of them.
-    """
-    targets = windows[:, 1:]
-    targets = targets.copy() if is_counted is None else np.where(is_counted, targets, IGNORE_INDEX)
-    return Batch(torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(targets))
+def build_batch(samples: Samples) -> Batch:
+    """Return samples as tensors that share their memory."""
+    arrays = samples.tokens, samples.targets, samples.positions
+    return Batch(*(array if array is None else torch.from_numpy(array) for array in arrays))

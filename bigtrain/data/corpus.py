@@ -1,30 +1,48 @@
-"""Prepared corpora, read through memory maps, and a synthetic stand-in that needs no files.
+"""Prepared corpora, and a synthetic stand-in that needs no files.
 
-Documents lie on end and are cut every T tokens: sample ``i`` holds the tokens
-``[i * T, i * T + T]``, T inputs and, shifted by one, T targets, so every token but the first is a
-target exactly once per epoch.
+A split is a row of shards, each holding whole documents; samples never cross a shard. With
+documents on end and cut every T tokens, shard ``k`` with ``n`` tokens holds ``max(n - 1, 0) // T``
+samples of T inputs and, shifted by one, T targets; global sample ids count through the shards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from bigtrain.data.index import CorpusIndex, SplitRecord, read_index, verify_file
+from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, check_size, read_index, verify_file
 from bigtrain.data.order import derive_key, mix64
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, ShardError
+from bigtrain.log import get_logger
 
 SplitName = Literal["train", "validation"]
 
 
 class Split(Protocol):
-    """Samples with an id each; what the loader needs to know of data."""
+    """Shards of tokens; what the loader needs to know of data."""
 
     name: str
     fingerprint: str
+    is_remote: bool
+    """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
+    shard_tokens: NDArray[np.int64]
+    """Number of tokens of each shard, int64 ``(num_shards,)``."""
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``."""
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """Return the tokens of a shard, uint16 or uint32 ``(n,)``; do not keep it for longer than it is needed."""
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """Return uint8 ``(n,)``, 1 where a token counts as a target, or None when all do."""
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch ``shards`` in the background, in this order; nothing to do for local ones."""
 
     def num_samples(self, sequence_length: int) -> int:
         """Return how many samples of ``sequence_length`` tokens there are."""
@@ -36,60 +54,115 @@ class Split(Protocol):
         """Return which targets count, bool ``(N, sequence_length)``, or None when all do."""
 
 
+class Files(Protocol):
+    """Where the files of a corpus are: a local directory or a cache of a remote one."""
+
+    max_bytes: int | None
+    """How much is at hand at a time; None: everything, nothing has to be fetched."""
+
+    def open(self, file: FileRecord) -> BinaryIO:
+        """Return a file, open for reading, with just the content of its record.
+
+        Raises:
+            ShardError: it is missing or damaged and stays so.
+            DataError: it cannot be read for another reason.
+        """
+
+    def holds(self, file: FileRecord) -> bool:
+        """Return whether the file is at hand."""
+
+    def prefetch(self, files: Sequence[FileRecord]) -> None:
+        """Begin to fetch ``files`` in the background."""
+
+
+class LocalFiles:
+    """Files of a prepared corpus in a directory."""
+
+    max_bytes = None
+
+    def __init__(self, directory: Path, *, verify: bool) -> None:
+        """Take the files from ``directory``; ``verify`` compares the hash of each when it is first opened."""
+        self.directory = directory
+        self._verify = verify
+
+    def open(self, file: FileRecord) -> BinaryIO:
+        """See :class:`Files`."""
+        path = self.directory / file.name
+        check_size(self.directory, file)
+        try:
+            if self._verify:
+                verify_file(self.directory, file)
+            return open(path, "rb")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+
+    def holds(self, file: FileRecord) -> bool:
+        """See :class:`Files`."""
+        return True
+
+    def prefetch(self, files: Sequence[FileRecord]) -> None:
+        """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A prepared corpus on disk."""
+    """A prepared corpus."""
 
-    directory: Path
-    """Directory that holds ``index.json``."""
+    files: Files
+    """Where it lies."""
     index: CorpusIndex
     """What is in it."""
+    skip_bad_shards: bool = False
+    """Go on without shards that are missing or damaged for good."""
 
     @classmethod
-    def open(cls, directory: str | Path, *, vocab_size: int) -> "Corpus":
-        """Open a prepared corpus for a model with ``vocab_size`` embeddings.
+    def open(cls, directory: str | Path, *, vocab_size: int, skip_bad_shards: bool = False) -> "Corpus":
+        """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
 
         Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are
-        not read (:func:`bigtrain.data.index.verify_hashes` does that).
+        not read (:func:`bigtrain.data.index.verify_hashes` does that). With ``skip_bad_shards``, each
+        shard is compared with its hash when it is first read.
 
         Raises:
             DataError: a file is missing or damaged, or the tokenizer has more ids than the model.
         """
-        index = read_index(directory)
+        index = read_index(directory, check_sizes=not skip_bad_shards)
         verify_file(Path(directory), index.tokenizer.file)
-        if index.tokenizer.vocab_size > vocab_size:
-            raise DataError(
-                f"{directory}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
-                f"model.vocab_size={vocab_size}; set model.vocab_size={index.tokenizer.vocab_size} or more, or choose "
-                "a smaller tokenizer (data.tokenizer, data.tokenizer_vocab_size)"
-            )
-        return cls(Path(directory), index)
+        require_vocab(index, vocab_size, str(directory))
+        return cls(LocalFiles(Path(directory), verify=skip_bad_shards), index, skip_bad_shards)
 
     @property
     def fingerprint(self) -> str:
         """Identity of the tokens, wherever they lie: 16 hexadecimal digits."""
         return self.index.fingerprint
 
-    def split(self, name: SplitName) -> "TokenSplit":
-        """Map one split into memory."""
-        record: SplitRecord = getattr(self.index, name)
-        dtype = np.dtype(self.index.dtype).newbyteorder("<")
-        tokens = np.memmap(self.directory / record.tokens.name, dtype=dtype, mode="r")
-        return TokenSplit(name, tokens, self.fingerprint)
+    def split(self, name: SplitName) -> "FileSplit":
+        """Return one split; its files are opened when they are first read."""
+        return FileSplit(name, getattr(self.index, name), self)
 
 
-class TokenSplit:
-    """One split of a corpus: a long row of tokens."""
+def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
+    """Refuse a corpus whose tokenizer has more ids than the model has embeddings.
 
-    def __init__(self, name: str, tokens: NDArray[np.integer], fingerprint: str) -> None:
-        """Wrap ``tokens``, 1-D, unsigned, usually a memory map, of the corpus with this ``fingerprint``."""
-        self.name = name
-        self.fingerprint = fingerprint
-        self._tokens = tokens.view(np.ndarray)
+    Raises:
+        DataError: it has.
+    """
+    if index.tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{where}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={vocab_size}; set model.vocab_size={index.tokenizer.vocab_size} or more, or choose "
+            "a smaller tokenizer (data.tokenizer, data.tokenizer_vocab_size)"
+        )
+
+
+class _ShardedSamples:
+    """Samples cut from the shards of a split, every T tokens."""
+
+    shard_tokens: NDArray[np.int64]
 
     def num_samples(self, sequence_length: int) -> int:
-        """Return how many samples of ``sequence_length`` tokens fit; a rest is left over."""
-        return max(len(self._tokens) - 1, 0) // sequence_length
+        """Return how many samples of ``sequence_length`` tokens fit; the rest of each shard is left over."""
+        return int(self._first_ids(sequence_length)[-1])
 
     def gather(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
         """Return the tokens of samples.
@@ -101,12 +174,154 @@ class TokenSplit:
         Returns:
             int64 ``(N, T + 1)``.
         """
-        # Indexing rows of a strided view copies each window in one piece.
-        windows = sliding_window_view(self._tokens, sequence_length + 1)[::sequence_length]
-        return windows[sample_ids].astype(np.int64)
+        first_ids = self._first_ids(sequence_length)
+        shards = np.searchsorted(first_ids, sample_ids, side="right") - 1
+        if np.any(shards >= len(self.shard_tokens)) or np.any(sample_ids < 0):
+            raise IndexError(f"sample ids must lie in [0, {first_ids[-1]})")
+        windows = np.empty((len(sample_ids), sequence_length + 1), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            inside = shards == shard
+            # Indexing rows of a strided view copies each window in one piece.
+            rows = sliding_window_view(self.read(shard), sequence_length + 1)[::sequence_length]
+            windows[inside] = rows[sample_ids[inside] - first_ids[shard]]
+        return windows
 
     def counted_targets(self, sample_ids: NDArray[np.int64], sequence_length: int) -> None:
         """Return None: every target counts."""
+
+    def _first_ids(self, sequence_length: int) -> NDArray[np.int64]:
+        return np.cumsum([0, *(np.maximum(self.shard_tokens - 1, 0) // sequence_length)])
+
+
+class TokenSplit(_ShardedSamples):
+    """Shards in memory."""
+
+    is_remote = False
+
+    def __init__(
+        self,
+        name: str,
+        tokens: NDArray[np.unsignedinteger] | Sequence[NDArray[np.unsignedinteger]],
+        fingerprint: str,
+        *,
+        documents: Sequence[NDArray[np.int64]] | None = None,
+        counted: Sequence[NDArray[np.uint8] | None] | None = None,
+    ) -> None:
+        """Wrap the tokens of one shard or a sequence of shards; by default each is one document, all counted."""
+        self.name = name
+        self.fingerprint = fingerprint
+        self._shards = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+        self._documents = documents or [np.array([0, len(shard)]) for shard in self._shards]
+        self._counted = counted or [None] * len(self._shards)
+        self.shard_tokens = np.array([len(shard) for shard in self._shards], dtype=np.int64)
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """See :class:`Split`."""
+        return self._documents[shard]
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """See :class:`Split`."""
+        return self._shards[shard]
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """See :class:`Split`."""
+        return self._counted[shard]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Do nothing."""
+
+
+class FileSplit(_ShardedSamples):
+    """Shards in files, as memory maps."""
+
+    def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
+        """Take the shards that ``record`` lists from the files of ``corpus``."""
+        self.name = name
+        self.fingerprint = corpus.fingerprint
+        self.is_remote = corpus.files.max_bytes is not None
+        self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
+        self.skipped: set[int] = set()
+        """Shards that could not be had so far and whose tokens do not count."""
+        self._records = record.shards
+        self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
+        self._files = corpus.files
+        self._skips = corpus.skip_bad_shards
+        self._open: dict[str, tuple[FileRecord, NDArray]] = {}
+
+    @property
+    def cache_shards(self) -> int | None:
+        """Return how many shards are at hand at a time; None when all are."""
+        if self._files.max_bytes is None:
+            return None
+        largest = max(sum(file.num_bytes for file in shard.files) for shard in self._records)
+        return self._files.max_bytes // max(largest, 1)
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """See :class:`Split`.
+
+        Raises:
+            DataError: the file cannot be fetched or is damaged; it is never skipped, for samples may depend on it.
+        """
+        record = self._records[shard]
+        try:
+            with self._files.open(record.documents) as file:
+                offsets = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{record.documents.name}: cannot be read: {error}") from error
+        if offsets.shape != (record.num_documents + 1,) or offsets[-1] != record.num_tokens:
+            raise DataError(f"{record.documents.name}: its documents are not those of the index")
+        return offsets
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """See :class:`Split`.
+
+        Raises:
+            ShardError: the shard is missing or damaged for good; unless such shards are skipped: then zeros.
+            DataError: it cannot be read or fetched for another reason.
+        """
+        tokens = self._map(shard, self._records[shard].tokens, self._dtype)
+        return self._nothing(shard, self._dtype) if tokens is None else tokens
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """See :class:`Split`; none of a skipped shard.
+
+        Raises:
+            DataError: what :meth:`read` raises.
+        """
+        if self._skips:
+            self.read(shard)
+        file, counted = self._records[shard].counted, None
+        if file is not None:
+            counted = self._map(shard, file, np.dtype(np.uint8))
+        return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See :class:`Split`."""
+        self._files.prefetch([file for shard in shards for file in self._records[shard].files])
+
+    def _nothing(self, shard: int, dtype: np.dtype) -> NDArray:
+        return np.broadcast_to(np.zeros((), dtype), self.shard_tokens[shard])
+
+    def _map(self, shard: int, file: FileRecord, dtype: np.dtype) -> NDArray | None:
+        """Return a file as a memory map, or None if its shard is skipped."""
+        if shard in self.skipped:
+            return None
+        if file.name in self._open:
+            return self._open[file.name][1]
+        try:
+            with self._files.open(file) as handle:
+                # An empty file cannot be mapped.
+                mapped = np.memmap(handle, dtype, mode="r").view(np.ndarray) if file.num_bytes else np.empty(0, dtype)
+        except ShardError as error:
+            if not self._skips:
+                raise ShardError(f"{error}; data.on_bad_shard=skip goes on without it") from error
+            get_logger().warning("%s; skipped: its %d tokens do not count", error, self.shard_tokens[shard])
+            self.skipped.add(shard)
+            return None
+        if self.is_remote:  # a map keeps the space of a file that has left the cache
+            self._open = {name: entry for name, entry in self._open.items() if self._files.holds(entry[0])}
+        self._open[file.name] = (file, mapped)
+        return mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +334,7 @@ class SyntheticSplit:
     """Tokens lie in ``[0, vocab_size)``."""
     is_ragged: bool
     """Count only the first targets of each sample, a different number in each (at least one)."""
+    is_remote = False
 
     @property
     def fingerprint(self) -> str:

@@ -3,14 +3,20 @@
 import dataclasses
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from bigtrain.errors import ConfigError, DataError
+import xxhash
+
+from bigtrain.errors import ConfigError, DataError, ShardError
 from bigtrain.schema import from_dict
 
 INDEX_FILE = "index.json"
-FORMAT = 1
+FORMAT = 2
+_HASH_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,18 +27,37 @@ class FileRecord:
     """Plain file name inside the corpus directory."""
     num_bytes: int
     """Size."""
-    sha256: str
-    """Hash of the content."""
+    xxh3: str
+    """XXH3 (128 bits) of the content in hexadecimal."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardRecord:
+    """Whole documents in three files that can be mapped into memory or read by ranges."""
+
+    tokens: FileRecord
+    """Token ids of all documents on end, an end-of-text token after each; little endian ``CorpusIndex.dtype``."""
+    documents: FileRecord
+    """npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end."""
+    counted: FileRecord | None = None
+    """uint8 per token, 1 where the loss counts it as a target; none when all are counted."""
+    num_tokens: int
+    """Number of tokens, end-of-text tokens included."""
+    num_documents: int
+    """Number of documents."""
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file of the shard."""
+        return [self.tokens, self.documents, *([self.counted] if self.counted else [])]
 
 
 @dataclass(kw_only=True, slots=True)
 class SplitRecord:
     """One split of a corpus."""
 
-    tokens: FileRecord
-    """Token ids of all documents on end, an end-of-text token after each; little endian ``CorpusIndex.dtype``."""
-    documents: FileRecord
-    """npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end."""
+    shards: list[ShardRecord]
+    """Its shards in order."""
     num_tokens: int
     """Number of tokens, end-of-text tokens included."""
     num_documents: int
@@ -86,13 +111,13 @@ class CorpusIndex:
     @property
     def files(self) -> list[FileRecord]:
         """Every file of the corpus except the index."""
-        splits = (self.train, self.validation)
-        return [self.tokenizer.file, *(file for split in splits for file in (split.tokens, split.documents))]
+        shards = [*self.train.shards, *self.validation.shards]
+        return [self.tokenizer.file, *(file for shard in shards for file in shard.files)]
 
     @property
     def fingerprint(self) -> str:
         """Identity of the tokens, wherever and whenever they were prepared: 16 hexadecimal digits."""
-        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()[:16]
+        return hashlib.sha256("".join(file.xxh3 for file in self.files).encode()).hexdigest()[:16]
 
 
 def write_index(directory: Path, index: CorpusIndex) -> None:
@@ -113,91 +138,137 @@ def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusInde
     """
     path = Path(directory, INDEX_FILE)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{directory}: no prepared corpus here; make it with python launch/prepare.py") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; {_way_out(directory)}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    index = parse_index(text, str(directory))
+    for file in index.files if check_sizes else ():
+        check_size(Path(directory), file)
+    return index
+
+
+def parse_index(text: bytes, where: str) -> CorpusIndex:
+    """Return the content of an ``index.json``, which may come from anywhere.
+
+    Args:
+        text: the file.
+        where: directory or URL that it lies in, for messages.
+
+    Raises:
+        DataError: it is damaged, of another format, contradicts itself or points out of its directory.
+    """
+    path = f"{where}/{INDEX_FILE}"
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read: {error}; {_way_out(where)}") from error
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
-        raise DataError(f"{path}: format {found!r}, this version reads format {FORMAT}; {_way_out(directory)}")
+        raise DataError(
+            f"{path}: format {found!r}, this version reads format {FORMAT}; prepare the corpus again (launch/prepare.py)"
+        )
     try:
         index = from_dict(CorpusIndex, values)
     except ConfigError as error:
-        raise DataError(f"{path}: damaged: {error}; {_way_out(directory)}") from error
-    _check_index(index, path)
-    for file in index.files if check_sizes else ():
-        _check_size(Path(directory), file)
+        raise DataError(f"{path}: damaged: {error}; {_way_out(where)}") from error
+    _check_index(index, where)
     return index
 
 
 def verify_hashes(directory: str | Path) -> None:
-    """Read every file of a corpus and compare its hash with the index.
+    """Read every file of a corpus, several at a time, and compare its hash with the index.
 
     Raises:
         DataError: names the first file that is missing, truncated or changed.
     """
-    for file in read_index(directory).files:
-        verify_file(Path(directory), file)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda file: verify_file(Path(directory), file), read_index(directory).files):
+            pass
 
 
 def verify_file(directory: Path, file: FileRecord) -> None:
     """Compare the hash of one file with its record.
 
     Raises:
-        DataError: the file is missing or changed.
+        ShardError: the file has changed.
+        DataError: it cannot be read.
     """
     found = hash_file(directory / file.name)
-    if found != file.sha256:
-        raise DataError(
-            f"{directory / file.name}: the content is not what was prepared (SHA-256 {found[:16]}..., index says "
-            f"{file.sha256[:16]}...); {_way_out(directory)}"
+    if found != file.xxh3:
+        raise ShardError(
+            f"{directory / file.name}: the content is not what was prepared (XXH3 {found[:16]}..., index says "
+            f"{file.xxh3[:16]}...); {_way_out(directory)}"
         )
+
+
+def check_size(directory: Path, file: FileRecord) -> None:
+    """Compare the size of one file with its record.
+
+    Raises:
+        ShardError: the file is missing or has another size.
+    """
+    path = directory / file.name
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise ShardError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
+    if num_bytes != file.num_bytes:
+        raise ShardError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
 
 
 def record_file(path: Path) -> FileRecord:
     """Return the record of a finished file."""
-    return FileRecord(name=path.name, num_bytes=path.stat().st_size, sha256=hash_file(path))
+    return FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=hash_file(path))
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal.
+    """Return the XXH3 of a file in hexadecimal.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb", buffering=0) as file:
+            return hash_content(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _check_index(index: CorpusIndex, path: Path) -> None:
+def hash_content(file: BinaryIO) -> str:
+    """Return the XXH3 of an open file from its beginning on, in hexadecimal."""
+    file.seek(0)
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_HASH_CHUNK_BYTES))
+    while num_bytes := file.readinto(buffer):
+        digest.update(buffer[:num_bytes])
+    return digest.hexdigest()
+
+
+def _check_index(index: CorpusIndex, where: str) -> None:
+    path = f"{where}/{INDEX_FILE}"
     if index.dtype not in ("uint16", "uint32"):
-        raise DataError(f"{path}: dtype {index.dtype!r}, expected uint16 or uint32; {_way_out(path.parent)}")
+        raise DataError(f"{path}: dtype {index.dtype!r}, expected uint16 or uint32; {_way_out(where)}")
     for file in index.files:
         # An index that came from elsewhere must not point out of its own directory.
-        if file.name in ("", ".", "..") or Path(file.name).name != file.name:
+        if file.name in ("", ".", "..", INDEX_FILE) or "\\" in file.name or Path(file.name).name != file.name:
             raise DataError(f"{path}: {file.name!r} is not a plain file name")
+    if len({file.name for file in index.files}) != len(index.files):
+        raise DataError(f"{path}: two files have one name; {_way_out(where)}")
     item_bytes = {"uint16": 2, "uint32": 4}[index.dtype]
-    for split in (index.train, index.validation):
-        if split.num_tokens * item_bytes != split.tokens.num_bytes:
-            raise DataError(
-                f"{path}: {split.num_tokens} tokens of {index.dtype} are not {split.tokens.num_bytes} bytes of "
-                f"{split.tokens.name}; {_way_out(path.parent)}"
-            )
+    for name, split in (("train", index.train), ("validation", index.validation)):
+        for shard in split.shards:
+            sizes = [(shard.tokens, item_bytes)] + ([(shard.counted, 1)] if shard.counted else [])
+            for file, token_bytes in sizes:
+                if shard.num_tokens * token_bytes != file.num_bytes:
+                    raise DataError(
+                        f"{path}: {shard.num_tokens} tokens of {token_bytes} bytes are not {file.num_bytes} bytes of "
+                        f"{file.name}; {_way_out(where)}"
+                    )
+        for what in ("num_tokens", "num_documents"):
+            if sum(getattr(shard, what) for shard in split.shards) != getattr(split, what):
+                raise DataError(f"{path}: {name}.{what} is not the sum over its shards; {_way_out(where)}")
 
 
-def _check_size(directory: Path, file: FileRecord) -> None:
-    path = directory / file.name
-    try:
-        num_bytes = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
-    if num_bytes != file.num_bytes:
-        raise DataError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
-
-
-def _way_out(directory: str | Path) -> str:
-    return f"remove {directory} and prepare the corpus again"
+def _way_out(where: str | Path) -> str:
+    return f"remove {where} and prepare the corpus again"

@@ -1,6 +1,7 @@
 """Batches of optimizer steps, prepared ahead in a background thread, and batches for validation."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,12 +10,11 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from bigtrain.data.batch import IGNORE_INDEX, Batch, build_batch
-from bigtrain.data.corpus import Split
-from bigtrain.data.order import rank_slice, sample_ids
-from bigtrain.errors import DataError
+from bigtrain.data.batch import IGNORE_INDEX, Batch
+from bigtrain.data.order import rank_slice
+from bigtrain.data.state import Cursor, chain_digest
+from bigtrain.data.stream import SampleStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,57 +27,58 @@ class StepBatch:
     """Micro-batches in the order of accumulation."""
     num_targets: int
     """Counted targets of this rank, all micro-batches together."""
+    before: Cursor
+    """Where the data stands before the step."""
+    after: Cursor
+    """Where it stands after the step."""
 
 
 class TrainLoader:
-    """Iterator over the optimizer steps ``first_step, first_step + 1, ...`` without end.
+    """Iterator over optimizer steps, without end.
 
-    The only state is the step: a loader that starts at ``first_step`` continues exactly where one
-    that was stopped before it would have gone on, whatever the world size of either.
+    The only state is the cursor: a loader that starts at the ``after`` of a step continues exactly where one
+    that was stopped there would have gone on, whatever the world size of either.
     """
+
+    wait_seconds = 0.0
+    """How long the last step was waited for."""
 
     def __init__(
         self,
-        split: Split,
+        stream: SampleStream,
         *,
-        sequence_length: int,
         global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        seed: int,
-        first_step: int,
+        start: Cursor,
         prefetch_steps: int,
         pin_memory: bool,
     ) -> None:
         """Start to prepare ``prefetch_steps`` steps in the background.
 
         Args:
-            split: Where the samples are.
-            sequence_length: Tokens per sample.
+            stream: Where the samples are.
             global_batch_size: Samples per optimizer step over all ranks.
             micro_batch_size: Samples per micro-batch of this rank.
             dp_rank: Position of this rank among those that split the data.
             dp_size: Number of such ranks.
-            seed: Seed of the order.
-            first_step: Optimizer step to begin with.
+            start: Where to begin.
             prefetch_steps: Steps kept ready, at least 1.
             pin_memory: Put the batches into page-locked memory.
 
         Raises:
             DataError: the split is shorter than one sample.
         """
-        self._split = split
-        self._sequence_length = sequence_length
-        self._num_samples = _require_samples(split, sequence_length)
+        stream.require_samples()
+        self._stream = stream
         self._global_batch_size = global_batch_size
         self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
-        self._seed = seed
         self._pin_memory = pin_memory
         # A new thread would use GPU 0, whichever GPU this rank has.
         initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin_memory else (None, ())
         self._executor = ThreadPoolExecutor(1, "data", initializer, device)
-        self._next_step = first_step
+        self._cursor = start
         self._ready: deque[Future[StepBatch]] = deque()
         for _ in range(prefetch_steps):
             self._prepare_next()
@@ -87,7 +88,9 @@ class TrainLoader:
 
     def __next__(self) -> StepBatch:
         """Return the next step; an error of the background thread is raised here, in its turn."""
+        begin = time.perf_counter()
         batch = self._ready.popleft().result()
+        self.wait_seconds = time.perf_counter() - begin
         self._prepare_next()
         return batch
 
@@ -102,25 +105,30 @@ class TrainLoader:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _prepare_next(self) -> None:
-        self._ready.append(self._executor.submit(self._load, self._next_step))
-        self._next_step += 1
+        self._ready.append(self._executor.submit(self._load_next))
 
-    def _load(self, step: int) -> StepBatch:
-        first = step * self._global_batch_size
-        ids = sample_ids(first, self._global_batch_size, self._num_samples, self._seed)
+    def _load_next(self) -> StepBatch:
+        """Load one step after the other: there is one thread."""
+        batch = self._load(self._cursor)
+        self._cursor = batch.after
+        return batch
+
+    def _load(self, before: Cursor) -> StepBatch:
+        ids = self._stream.ids(before.samples, self._global_batch_size)
+        self._stream.prefetch(before.samples)
         # Piece by piece: arrays of a whole step would be fresh memory, with its page faults, every time.
-        batches = [_load_batch(self._split, ids[part], self._sequence_length) for part in self._slices]
+        batches = [self._stream.gather(ids[part]) for part in self._slices]
         # numpy, because every thread that calls torch gets its own set of OpenMP threads
         num_targets = sum(int(np.count_nonzero(batch.targets.numpy() != IGNORE_INDEX)) for batch in batches)
         if self._pin_memory:
             batches = [batch.pin_memory() for batch in batches]
-        return StepBatch(step, batches, num_targets)
+        after = Cursor(before.step + 1, before.samples + len(ids), chain_digest(before.digest, ids))
+        return StepBatch(before.step, batches, num_targets, before, after)
 
 
 def validation_batches(
-    split: Split,
+    stream: SampleStream,
     *,
-    sequence_length: int,
     batches: int,
     global_batch_size: int,
     micro_batch_size: int,
@@ -137,7 +145,8 @@ def validation_batches(
     Raises:
         DataError: the split is shorter than one sample.
     """
-    num_samples = _require_samples(split, sequence_length)
+    stream.require_samples()
+    num_samples = stream.num_samples
     num_chosen = min(batches * global_batch_size, num_samples)
     slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
     for global_batch in range(math.ceil(num_chosen / global_batch_size)):
@@ -145,7 +154,7 @@ def validation_batches(
             places = np.arange(part.start, part.stop) + global_batch * global_batch_size
             is_chosen = places < num_chosen
             ids = np.where(is_chosen, places * num_samples // num_chosen, 0)
-            batch = _load_batch(split, ids, sequence_length)
+            batch = stream.gather(ids)
             batch.targets[torch.from_numpy(~is_chosen)] = IGNORE_INDEX
             yield batch
 
@@ -153,17 +162,3 @@ def validation_batches(
 def _rank_slices(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[slice]:
     num_micro_batches = global_batch_size // (dp_size * micro_batch_size)
     return [rank_slice(global_batch_size, micro_batch_size, dp_rank, dp_size, i) for i in range(num_micro_batches)]
-
-
-def _require_samples(split: Split, sequence_length: int) -> int:
-    num_samples = split.num_samples(sequence_length)
-    if num_samples < 1:
-        raise DataError(
-            f"the {split.name} split is shorter than one sample of {sequence_length} + 1 tokens; "
-            "use more text, a larger share (data.validation_fraction) or a smaller data.sequence_length"
-        )
-    return num_samples
-
-
-def _load_batch(split: Split, ids: NDArray[np.int64], sequence_length: int) -> Batch:
-    return build_batch(split.gather(ids, sequence_length), split.counted_targets(ids, sequence_length))

@@ -3,9 +3,17 @@
 Position ``p`` counts samples from the beginning of the run over all ranks. Optimizer step ``s``
 takes the positions ``[s * global_batch_size, (s + 1) * global_batch_size)``; epoch
 ``p // num_samples`` visits every sample once, in an order drawn from the seed and the epoch.
-Nothing depends on the world size, the micro-batch or where a run was resumed, no permutation is
-ever stored, and seeking costs the same everywhere.
+Nothing depends on the world size, the micro-batch or where a run was resumed, no permutation of
+samples is ever stored, and seeking costs the same everywhere.
+
+Local data is shuffled as a whole. Where every shard has to be fetched first, the shards are shuffled
+and then the samples within windows of some shards: whoever reads along needs one window at a time,
+and each shard once per epoch.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +75,80 @@ def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int
     return values.astype(np.int64)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """The order in which the samples of one data set are drawn, epoch after epoch, without end."""
+
+    shard_samples: NDArray[np.int64]
+    """Samples in each shard, ``(num_shards,)``; ids count through the shards one after the other."""
+    seed: int
+    """Seed of the order."""
+    window_shards: int | None = None
+    """Shuffle within so many shards at a time; None shuffles everything at once."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in one epoch."""
+        return int(self.shard_samples.sum())
+
+    def ids(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions ``[first, first + count)``, counted over all epochs.
+
+        Args:
+            first: First position.
+            count: Number of positions.
+
+        Returns:
+            int64 ids in ``[0, num_samples)``, shape ``(count,)``; every epoch has each of them once.
+        """
+        if self.window_shards is None:
+            return sample_ids(first, count, self.num_samples, self.seed)
+        return _by_epoch(first, count, self.num_samples, self._windowed)
+
+    def shards_ahead(self, first: int, num_shards: int) -> NDArray[np.int64]:
+        """Return the shards, at most ``num_shards``, that are needed from the position ``first`` on in this epoch.
+
+        Needed in this order, up to windows; without windows every shard is needed at all times.
+        """
+        if self.window_shards is None:
+            return np.arange(min(num_shards, len(self.shard_samples)))
+        epoch, offset = divmod(first, self.num_samples)
+        shards, ends, _ = _shard_order(self, epoch)
+        window = int(np.searchsorted(ends, offset, side="right")) // self.window_shards
+        return shards[window * self.window_shards :][:num_shards]
+
+    def _windowed(self, offsets: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Shuffle the shards, then the samples within each run of ``window_shards`` shards."""
+        _, ends, shifts = _shard_order(self, epoch)
+        last = np.arange(self.window_shards, len(ends) + self.window_shards, self.window_shards)
+        window_ends = ends[np.minimum(last, len(ends)) - 1]
+        windows = np.searchsorted(window_ends, offsets, side="right")
+        shuffled = np.empty_like(offsets)
+        for window in np.unique(windows).tolist():
+            inside = windows == window
+            begin = int(window_ends[window - 1]) if window else 0
+            size = int(window_ends[window]) - begin
+            shuffled[inside] = begin + permute(offsets[inside] - begin, size, derive_key(self.seed, epoch, window))
+        return shuffled + shifts[np.searchsorted(ends, shuffled, side="right")]
+
+
+@lru_cache(maxsize=16)
+def _shard_order(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the shards in the order of an epoch.
+
+    With it: how many samples there are up to the end of each, and the difference between a sample's id and its place
+    when the samples of the shards are laid out in that order.
+    """
+    num_shards = len(order.shard_samples)
+    shards = permute(np.arange(num_shards), num_shards, derive_key(order.seed, epoch, -1))
+    samples = order.shard_samples[shards]
+    ends = np.cumsum(samples)
+    first_ids = np.cumsum(order.shard_samples) - order.shard_samples
+    return shards, ends, first_ids[shards] - (ends - samples)
+
+
 def sample_ids(first: int, count: int, num_samples: int, seed: int) -> NDArray[np.int64]:
-    """Return the samples at the positions ``[first, first + count)`` of the run.
+    """Return the samples at the positions ``[first, first + count)`` of a global shuffle, epoch after epoch.
 
     Args:
         first: First position, counted over all epochs.
@@ -79,12 +159,20 @@ def sample_ids(first: int, count: int, num_samples: int, seed: int) -> NDArray[n
     Returns:
         int64 ids in ``[0, num_samples)``, shape ``(count,)``.
     """
+    return _by_epoch(
+        first, count, num_samples, lambda offsets, epoch: permute(offsets, num_samples, derive_key(seed, epoch))
+    )
+
+
+def _by_epoch(
+    first: int, count: int, num_samples: int, order_epoch: Callable[[NDArray[np.int64], int], NDArray[np.int64]]
+) -> NDArray[np.int64]:
     positions = np.arange(first, first + count, dtype=np.int64)
     epochs, offsets = np.divmod(positions, num_samples)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
         inside = epochs == epoch
-        ids[inside] = permute(offsets[inside], num_samples, derive_key(seed, epoch))
+        ids[inside] = order_epoch(offsets[inside], epoch)
     return ids
 
 

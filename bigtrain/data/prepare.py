@@ -1,38 +1,72 @@
-"""From a source to a prepared corpus: survey, tokenizer, tokens, index, rename.
+"""From a source to a prepared corpus: survey, tokenizer, tokens, shards, index, rename.
 
 The directory's name follows from the settings and the source, so preparing again finds what is
 there. Everything is written into a hidden directory beside it, which becomes visible by one
-rename when it is complete: a kill leaves nothing that could be mistaken for a corpus, and of two
-processes that prepare the same one the later adopts the result of the earlier.
+rename when it is complete: a kill leaves nothing that could be mistaken for a corpus. What was
+finished before a kill is used by the next preparation. A lock that ends with its process keeps two
+from preparing the same at once; the later adopts the result of the earlier.
 """
 
+import dataclasses
 import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bigtrain.config import DataConfig, DataSource
-from bigtrain.data.index import FORMAT, CorpusIndex, TokenizerRecord, read_index, record_file, write_index
-from bigtrain.data.sources import iterate_documents, source_fingerprint
-from bigtrain.data.survey import Survey, cut, document_hash, survey_documents
+import numpy as np
+
+from bigtrain.config import DataConfig, DataSource, OnBadShard, Verify
+from bigtrain.data.corpus import Corpus, require_vocab
+from bigtrain.data.encoder import agrees, fast_encoder, slow_encoder
+from bigtrain.data.index import (
+    FORMAT,
+    CorpusIndex,
+    ShardRecord,
+    SplitRecord,
+    TokenizerRecord,
+    read_index,
+    record_file,
+    verify_hashes,
+    write_index,
+)
+from bigtrain.data.locks import locked
+from bigtrain.data.progress import reporter
+from bigtrain.data.records import document_fields
+from bigtrain.data.remote import (
+    RemoteDirectory,
+    ShardCache,
+    fetch_index,
+    index_directory,
+    is_url,
+    read_remote_index,
+)
+from bigtrain.data.sources import Part, source_fingerprint, source_parts
+from bigtrain.data.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
+from bigtrain.data.tokenise import (
+    PARTS_DIRECTORY,
+    SPLITS,
+    Coding,
+    cross_entropy_nats,
+    part_directory,
+    plan_shards,
+    token_dtype,
+    tokenise_part,
+    write_shard,
+)
 from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, num_ids
-from bigtrain.data.writer import SplitWriter, cross_entropy_nats, token_dtype
+from bigtrain.data.workers import run_tasks
 from bigtrain.errors import DataError
 from bigtrain.log import get_logger
+from bigtrain.schema import to_dict
 
-_BATCH_CHARACTERS = 1 << 22
-_LEFTOVER_SECONDS = 24 * 3600
-_REPORT_SECONDS = 10.0
+REPORT_FILE = "report.json"
+_COMPARED_CHARACTERS = 1 << 18
 
 
 def prepared_directory(config: DataConfig) -> Path:
@@ -41,14 +75,16 @@ def prepared_directory(config: DataConfig) -> Path:
     Raises:
         DataError: the source is missing.
     """
-    return _locate(config).directory
+    if config.source is not DataSource.prepared:
+        return _locate(config).directory
+    return index_directory(config.path, _cache(config)) if is_url(config.path) else Path(config.path)
 
 
 def prepare(config: DataConfig, *, progress: bool) -> Path:
     """Tokenise the configured source into ``<data.root>/<name>``; when it is there already, only check it.
 
     Args:
-        config: Source, tokenizer and validation fraction; any source but ``synthetic``.
+        config: Source, tokenizer, filters and validation fraction; any source but ``synthetic``.
         progress: Show a bar when standard error is a terminal; otherwise the log gets a line now and then.
 
     Returns:
@@ -58,21 +94,43 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
         DataError: the source is missing, damaged or too small, the tokenizer is unsuitable, the
             directory cannot be written, or a corpus of that name is damaged.
     """
+    if config.source is DataSource.prepared:
+        return fetch_index(config.path, _cache(config)) if is_url(config.path) else _check(Path(config.path), config)
     target = _locate(config)
     if target.directory.exists():
-        return _adopt(target)
-    work = target.directory.with_name(f".{target.directory.name}.{uuid.uuid4().hex[:8]}")
+        return _adopt(target, config)
+    work = target.directory.with_name(f".{target.directory.name}.partial")
+    lock = work.with_suffix(".lock")
     try:
         work.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target.directory)
-        work.mkdir()
-        write_index(work, _fill(work, config, target, progress))
-        _publish(work, target.directory)
+        with locked(lock, wait=True):
+            if not target.directory.exists():
+                work.mkdir(exist_ok=True)
+                write_index(work, _fill(work, config, target, progress))
+                _publish(work, target.directory)
+            lock.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{target.directory}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return _adopt(target)
+    return _adopt(target, config)
+
+
+def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
+    """Open what :func:`prepare` has prepared, on any rank, for a model with ``vocab_size`` embeddings.
+
+    Raises:
+        DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
+    """
+    skips = config.on_bad_shard is OnBadShard.skip
+    if not (config.source is DataSource.prepared and is_url(config.path)):
+        return Corpus.open(prepared_directory(config), vocab_size=vocab_size, skip_bad_shards=skips)
+    remote = RemoteDirectory(config.path)
+    index = read_remote_index(remote)
+    require_vocab(index, vocab_size, config.path)
+    corpus = Corpus(ShardCache(remote, _cache(config), int(config.cache_gib * 2**30)), index, skips)
+    for split in (corpus.split("train"), corpus.split("validation")):
+        if split.cache_shards < 2:
+            raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
+    return corpus
 
 
 # Where
@@ -87,13 +145,16 @@ class _Target(NamedTuple):
 def _locate(config: DataConfig) -> _Target:
     """Derive the directory from everything that decides its content."""
     fingerprint = source_fingerprint(config)
-    has_field = config.source in (DataSource.jsonl, DataSource.parquet, DataSource.datasets)
+    has_fields = config.source not in (DataSource.stdlib, DataSource.text)
     facts = {
         "format": FORMAT,
         "source": config.source.name,
         "source_fingerprint": fingerprint,
-        "text_field": config.text_field if has_field else None,
+        "content": [config.content.name, document_fields(config)] if has_fields else None,
+        "streaming": config.streaming and config.source is DataSource.datasets,
+        "filters": to_dict(config.filters),
         "validation_fraction": config.validation_fraction,
+        "shard_tokens": config.shard_tokens,
         "tokenizer": _tokenizer_facts(config),
     }
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -120,18 +181,25 @@ def _slug(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", plain[-1]).strip("-")[:40]
 
 
-def _adopt(target: _Target) -> Path:
-    if read_index(target.directory).identity != target.identity:
+def _cache(config: DataConfig) -> Path:
+    return Path(config.cache_directory or Path(config.root, "cache"))
+
+
+def _adopt(target: _Target, config: DataConfig) -> Path:
+    if read_index(target.directory, check_sizes=False).identity != target.identity:
         raise DataError(f"{target.directory}: made from another source or with other settings; remove it")
-    return target.directory
+    return _check(target.directory, config)
 
 
-def _remove_leftovers(directory: Path) -> None:
-    """Remove what killed preparations left; one that still runs has written something within a day."""
-    for leftover in directory.parent.glob(f".{glob.escape(directory.name)}.*"):
-        newest = max((file.stat().st_mtime for file in leftover.iterdir()), default=leftover.stat().st_mtime)
-        if time.time() - newest > _LEFTOVER_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+def _check(directory: Path, config: DataConfig) -> Path:
+    """Compare a local corpus with its index, so far as its shards are not looked at one by one in the run."""
+    if config.on_bad_shard is OnBadShard.skip:
+        read_index(directory, check_sizes=False)
+    elif config.verify is Verify.full:
+        verify_hashes(directory)
+    else:
+        read_index(directory, check_sizes=config.verify is not Verify.off)
+    return directory
 
 
 def _publish(work: Path, directory: Path) -> None:
@@ -158,25 +226,31 @@ def _fsync(path: Path) -> None:
 # What
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    document_id: str
-    text: str
-    is_last: bool
-
-
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
-    """Write tokenizer and tokens into ``work`` and return their index."""
-    with _reporter("reading", None, progress) as advance:
-        survey = survey_documents(config, advance)
+    """Write tokenizer, tokens and report into ``work`` and return their index."""
+    parts = source_parts(config)
+    num_processes = min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
+    with reporter("reading", None, progress) as advance:
+        tasks = ((config, part) for part in parts)
+        survey = combine(config, run_tasks(survey_part, tasks, num_processes), advance)
     _report_survey(survey)
-    built = build_tokenizer(config, survey.bpe_sample)
+    built = build_tokenizer(config, _read_sample(config, parts, survey, num_processes))
+    _begin_parts(work, built, parts)
+    with reporter("tokenising", survey.num_text_bytes, progress) as advance:
+        coding = Coding(_is_fast_exact(config, built, parts, survey), built.eos_id, survey.validation_bound)
+        tasks = (
+            (config, part, i, kept, coding, work) for i, (part, kept) in enumerate(zip(parts, survey.kept, strict=True))
+        )
+        for text_bytes in run_tasks(tokenise_part, tasks, num_processes):
+            advance(text_bytes)
     vocab_size = num_ids(built.tokenizer)
-    built.tokenizer.save(str(work / TOKENIZER_FILE))
-    train, validation = (SplitWriter(work, name, vocab_size, built.eos_id) for name in ("train", "validation"))
-    with _reporter("tokenising", survey.num_text_bytes, progress) as advance:
-        _tokenise(config, built, survey.validation_bound, train, validation, advance)
-    index = CorpusIndex(
+    train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, num_processes)
+    validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, num_processes)
+    train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
+    validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
+    shutil.rmtree(work / PARTS_DIRECTORY)
+    _write_report(work, survey, train, validation)
+    return CorpusIndex(
         format=FORMAT,
         identity=target.identity,
         source=config.source.name if config.source is DataSource.stdlib else f"{config.source.name} {config.path}",
@@ -190,52 +264,87 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
             vocab_size=vocab_size,
             eos_id=built.eos_id,
         ),
-        train=train.record(cross_entropy_nats(train.counts, train.counts)),
-        validation=validation.record(cross_entropy_nats(validation.counts, train.counts + 1)),
+        train=train,
+        validation=validation,
     )
-    if index.train.num_documents + index.validation.num_documents != survey.num_documents:
-        raise DataError(f"data={index.source}: the source changed while it was being prepared; try again")
-    return index
 
 
-def _tokenise(
-    config: DataConfig,
-    built: BuiltTokenizer,
-    validation_bound: int,
-    train: SplitWriter,
-    validation: SplitWriter,
-    advance: Callable[[int], None],
-) -> None:
-    """Encode all documents, each batch on all cores (threads of the tokenizers library)."""
-    for batch in _batches(config):
-        encodings = built.tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            writer = validation if document_hash(piece.document_id) < validation_bound else train
-            num_bytes = len(piece.text.encode())
-            writer.append(encoding.ids, num_bytes)
-            if piece.is_last:
-                writer.end_document()
-            advance(num_bytes)
-    train.finish()
-    validation.finish()
+def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, num_processes: int) -> list[str]:
+    """Return the texts that a BPE is trained on."""
+    wanted: dict[int, list[Piece]] = {}
+    for piece in survey.bpe_sample:
+        wanted.setdefault(piece.part, []).append(piece)
+    tasks = ((config, parts[number], survey.kept[number], pieces) for number, pieces in wanted.items())
+    return list(chain.from_iterable(run_tasks(sample_texts, tasks, min(num_processes, len(wanted)))))
 
 
-def _batches(config: DataConfig) -> Iterator[list[_Piece]]:
-    """Yield the documents that are not empty, in pieces, about 4 M characters at a time."""
-    batch: list[_Piece] = []
-    num_characters = 0
-    for document in iterate_documents(config):
-        pieces = list(cut(document.text)) if document.text else []
-        for number, text in enumerate(pieces, start=1):
-            batch.append(_Piece(document.id, text, is_last=number == len(pieces)))
-            num_characters += len(text)
-            if num_characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, num_characters = [], 0
-    yield batch
+def _begin_parts(work: Path, built: BuiltTokenizer, parts: list[Part]) -> None:
+    """Write the tokenizer; an earlier preparation's tokens stay if they are of the same parts and tokenizer."""
+    text = built.tokenizer.to_str(pretty=True)
+    (work / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    basis = work / PARTS_DIRECTORY / hashlib.sha256(f"{parts} {text}".encode()).hexdigest()
+    if not basis.exists():
+        shutil.rmtree(work / PARTS_DIRECTORY, ignore_errors=True)
+        basis.parent.mkdir()
+        basis.touch()
 
 
-# What people see
+def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, parts: list[Part], survey: Survey) -> bool:
+    """Return whether the fast encoder gives the right ids, as tried on the beginning and the end of this very corpus."""
+    fast, slow = fast_encoder(built.tokenizer), slow_encoder(built.tokenizer)
+    if fast is None:
+        return False
+
+    def beginning(number: int) -> Iterator[str]:
+        num_characters = 0
+        for document in kept_documents(config, parts[number], survey.kept[number]):
+            yield document.text[: _COMPARED_CHARACTERS - num_characters]
+            num_characters += len(document.text)
+            if num_characters >= _COMPARED_CHARACTERS:
+                return
+
+    if agrees(fast, slow, chain(beginning(0), beginning(len(parts) - 1))):
+        return True
+    get_logger().warning("data.tokenizer=%s: tiktoken gives other ids, so the slower library is used", config.tokenizer)
+    return False
+
+
+def _join_split(
+    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, num_processes: int
+) -> tuple[SplitRecord, np.ndarray]:
+    """Put the shards of a split together; return its record, without entropy, and how often each token occurs."""
+    directories = [part_directory(work, number) for number in range(num_parts)]
+    lengths = [np.load(directory / f"{split}.lengths.npy") for directory in directories]
+    text_bytes = sum(int(np.load(directory / "text_bytes.npy")[SPLITS.index(split)]) for directory in directories)
+    has_counted = any((directory / f"{split}.counted").exists() for directory in directories)
+    plans = plan_shards(split, lengths, config.shard_tokens)
+    tasks = ((work, plan, vocab_size, has_counted) for plan in plans)
+    counts, shards = np.zeros(vocab_size, dtype=np.int64), list[ShardRecord]()
+    for shard, shard_counts in run_tasks(write_shard, tasks, min(num_processes, len(plans))):
+        shards.append(shard)
+        counts += shard_counts
+    record = SplitRecord(
+        shards=shards,
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_documents=sum(shard.num_documents for shard in shards),
+        num_text_bytes=text_bytes,
+        unigram_nats_per_token=0.0,
+    )
+    return record, counts
+
+
+def _write_report(work: Path, survey: Survey, train: SplitRecord, validation: SplitRecord) -> None:
+    report: dict[str, Any] = {
+        "documents": survey.num_documents,
+        "text_bytes": survey.num_text_bytes,
+        "unique_share": survey.unique_share,
+        "train_tokens": train.num_tokens,
+        "validation_tokens": validation.num_tokens,
+        "empty_documents": survey.num_empty_documents,
+        "repaired_documents": survey.num_repaired_documents,
+        "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
+    }
+    (work / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _report_survey(survey: Survey) -> None:
@@ -244,35 +353,5 @@ def _report_survey(survey: Survey) -> None:
         remarks.append(f"{survey.num_empty_documents} empty documents left out")
     if survey.num_repaired_documents:
         remarks.append(f"invalid UTF-8 in {survey.num_repaired_documents} documents replaced by U+FFFD")
+    remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]
     get_logger().info("; ".join(remarks))
-
-
-@contextmanager
-def _reporter(title: str, total_bytes: int | None, progress: bool) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told each number of bytes done and shows how far the work is."""
-    if progress and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=total_bytes)
-            yield lambda num_bytes: bar.advance(task, num_bytes)
-    else:
-        yield _Ticker(title, total_bytes).advance
-
-
-class _Ticker:
-    """Progress as a line of the log every ten seconds."""
-
-    def __init__(self, title: str, total_bytes: int | None) -> None:
-        self._title = title
-        self._total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
-        self._done_bytes = 0
-        self._due = time.monotonic() + _REPORT_SECONDS
-
-    def advance(self, num_bytes: int) -> None:
-        self._done_bytes += num_bytes
-        if time.monotonic() >= self._due:
-            get_logger().info("%s: %.0f%s MB", self._title, self._done_bytes / 1e6, self._total)
-            self._due = time.monotonic() + _REPORT_SECONDS

@@ -1,13 +1,19 @@
-"""A first pass over the documents: how much there is, which are for validation, what a BPE is trained on."""
+"""A first pass over the documents: how much there is, what is left out, which are for validation, a BPE's sample."""
 
 import hashlib
 import heapq
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from bigtrain.config import DataConfig
-from bigtrain.data.sources import iterate_documents
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import DataConfig, Duplicates
+from bigtrain.data.quality import Dropped, content_hash, exact_duplicates, minhash, near_duplicates, rejection
+from bigtrain.data.records import Document
+from bigtrain.data.sources import Part, read_part
 from bigtrain.errors import DataError
 
 _BPE_SAMPLE_CHARACTERS = 10_000_000
@@ -15,57 +21,227 @@ _PIECE_CHARACTERS = 1 << 16
 _QUIET_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
+class Piece(NamedTuple):
+    """A piece of a document that the BPE is trained on."""
+
+    part: int
+    """Part of the source."""
+    document: int
+    """Number among the candidates of the part."""
+    number: int
+    """Number among the pieces of the document."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PartSurvey:
+    """What one part of the source holds; arrays have one entry for each candidate: not empty, past the filters."""
+
+    positions: NDArray[np.uint64]
+    """:func:`document_hash` of each."""
+    sizes: NDArray[np.int64]
+    """Size of each as UTF-8."""
+    hashes: NDArray[np.uint64]
+    """Hash of each text, ``(N, 2)``."""
+    signatures: list[Any]
+    """MinHash of each, if near duplicates are looked for."""
+    num_empty: int
+    """Documents without text."""
+    num_repaired: int
+    """Documents with text that was not valid UTF-8."""
+    dropped: dict[str, Dropped]
+    """What the filters have left out."""
+    ids: list[str]
+    """Id of each, if duplicates are looked for."""
+    pieces: list[list[tuple[int, int]]]
+    """Hash and characters of each piece of each, if a BPE is trained."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Survey:
     """What the first pass found."""
 
     num_documents: int = 0
-    """Documents that are not empty."""
+    """Documents that are kept."""
     num_text_bytes: int = 0
     """Their size as UTF-8."""
+    unique_share: float = 1.0
+    """Share, in bytes, of the documents past the filters that are not equal to an earlier one."""
     num_empty_documents: int = 0
     """Documents without text, which are left out."""
     num_repaired_documents: int = 0
     """Documents with text that was not valid UTF-8."""
     validation_bound: int = 0
     """A document is for validation if its :func:`document_hash` is below this."""
-    bpe_sample: list[str] = field(default_factory=list)
+    bpe_sample: list[Piece] = field(default_factory=list)
     """Up to 10 M characters of training text, spread over the corpus; only for ``bpe``."""
+    kept: list[NDArray[np.bool_]] = field(default_factory=list)
+    """Of each part: which of its candidates are kept."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """What was left out, by reason."""
 
 
-def survey_documents(config: DataConfig, advance: Callable[[int], None]) -> Survey:
-    """Read all documents once.
-
-    Args:
-        config: Source, tokenizer and validation fraction.
-        advance: Told the bytes of text of each document.
+def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
+    """Yield the documents of a part that are kept; ``kept`` is what :attr:`Survey.kept` has for this part.
 
     Raises:
-        DataError: fewer than two documents, or what the source raises.
+        DataError: what the source raises, or it has changed since the survey.
     """
-    survey, sampler = Survey(), _Sampler(_BPE_SAMPLE_CHARACTERS if config.tokenizer == "bpe" else 0)
-    lowest, highest = 1 << 64, -1
-    for document in iterate_documents(config):
-        survey.num_repaired_documents += document.is_repaired
+    number = 0
+    for document in read_part(config, part):
+        if document.text and not rejection(document.text, config.filters):
+            if number < len(kept) and kept[number]:
+                yield document
+            number += 1
+    if number != len(kept):
+        raise DataError(f"data={config.source.name}: the source changed while it was being prepared; try again")
+
+
+def survey_part(config: DataConfig, part: Part) -> PartSurvey:
+    """Read one part of the source.
+
+    Raises:
+        DataError: what the source raises.
+    """
+    num_empty = num_repaired = 0
+    positions, sizes, hashes, signatures, ids, pieces = [], [], [], [], [], []
+    dropped: dict[str, Dropped] = {}
+    duplicates = config.filters.duplicates
+    for document in read_part(config, part):
+        num_repaired += document.is_repaired
+        num_empty += not document.text
         if not document.text:
-            survey.num_empty_documents += 1
             continue
-        num_bytes = len(document.text.encode())
-        survey.num_documents += 1
-        survey.num_text_bytes += num_bytes
-        position = document_hash(document.id)
-        lowest, highest = min(lowest, position), max(highest, position)
-        sampler.add(document.id, document.text, position)
-        advance(num_bytes)
+        text_bytes = len(document.text.encode())
+        if reason := rejection(document.text, config.filters):
+            dropped.setdefault(reason, Dropped()).add(document.id, text_bytes)
+            continue
+        if config.tokenizer == "bpe":
+            texts = enumerate(cut(document.text))
+            pieces.append([(document_hash(f"{document.id} {number}"), len(text)) for number, text in texts])
+        positions.append(document_hash(document.id))
+        sizes.append(text_bytes)
+        hashes.append(content_hash(document.text))
+        if duplicates is not Duplicates.keep:
+            ids.append(document.id)
+        if duplicates is Duplicates.near:
+            signatures.append(minhash(document.text))
+    return PartSurvey(
+        positions=np.array(positions, dtype=np.uint64),
+        sizes=np.array(sizes, dtype=np.int64),
+        hashes=np.array(hashes, dtype=np.uint64).reshape(-1, 2),
+        signatures=signatures,
+        num_empty=num_empty,
+        num_repaired=num_repaired,
+        dropped=dropped,
+        ids=ids,
+        pieces=pieces,
+    )
+
+
+def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[int], None]) -> Survey:
+    """Put together what the parts hold, in their order.
+
+    Args:
+        config: Filters, tokenizer and validation fraction.
+        found: What :func:`survey_part` returned for each part.
+        advance: Told the bytes of text of each part.
+
+    Raises:
+        DataError: fewer than two documents are kept.
+    """
+    survey, parts = Survey(), []
+    for part in found:
+        survey.num_empty_documents += part.num_empty
+        survey.num_repaired_documents += part.num_repaired
+        for reason, dropped in part.dropped.items():
+            survey.dropped.setdefault(reason, Dropped()).merge(dropped)
+        parts.append(part)
+        advance(int(part.sizes.sum()))
+    sizes = _join([part.sizes for part in parts], np.int64)
+    positions = _join([part.positions for part in parts], np.uint64)
+    hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part.hashes for part in parts)])
+    is_exact = exact_duplicates(hashes)
+    is_dropped = _duplicates(config, parts, is_exact, sizes, survey.dropped)
+    survey.unique_share = float(sizes[~is_exact].sum() / max(sizes.sum(), 1))
+    survey.num_documents = int((~is_dropped).sum())
+    survey.num_text_bytes = int(sizes[~is_dropped].sum())
+    survey.kept = np.split(~is_dropped, np.cumsum([len(part.sizes) for part in parts])[:-1])
     if survey.num_documents < 2:
-        raise DataError(
-            f"data={config.source.name} data.path={config.path}: {survey.num_documents} document(s) with text, but "
-            "training and validation need at least one each; cut the text into several files or jsonl lines"
-        )
+        raise DataError(_too_few(config, survey))
+    kept = positions[~is_dropped]
     # In a small corpus chance may leave a split empty: the lowest goes to validation, the highest to training.
-    survey.validation_bound = min(max(int(config.validation_fraction * 2**64), lowest + 1), highest)
-    survey.bpe_sample = sampler.texts(survey.validation_bound)
+    bound = max(int(config.validation_fraction * 2**64), int(kept.min()) + 1)
+    survey.validation_bound = min(bound, int(kept.max()))
+    survey.bpe_sample = _choose_sample(parts, survey)
     return survey
+
+
+def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted: list[Piece]) -> list[str]:
+    """Return pieces of the documents of one part; ``wanted`` are all of this part."""
+    numbers = iter(np.flatnonzero(kept).tolist())
+    texts: dict[tuple[int, int], str] = {}
+    for number, document in zip(numbers, kept_documents(config, part, kept), strict=True):
+        chosen = {piece.number for piece in wanted if piece.document == number}
+        if chosen:
+            texts |= {(number, i): text for i, text in enumerate(cut(document.text)) if i in chosen}
+    return [texts[piece.document, piece.number] for piece in wanted]
+
+
+def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
+    """Return the pieces with the lowest hashes, about so many as fit, without those of validation documents."""
+    heap: list[tuple[int, Piece, int]] = []  # the highest hash on top: (-hash, piece, characters)
+    num_characters = 0
+    for part_number, part in enumerate(parts):
+        for document, pieces in enumerate(part.pieces):
+            if not survey.kept[part_number][document]:
+                continue
+            for number, (piece_hash, length) in enumerate(pieces):
+                heapq.heappush(heap, (-piece_hash, Piece(part_number, document, number), length))
+                num_characters += length
+            while num_characters > _BPE_SAMPLE_CHARACTERS and len(heap) > 1:
+                num_characters -= heapq.heappop(heap)[2]
+    return [
+        piece
+        for _, piece, _ in sorted(heap, reverse=True)
+        if int(parts[piece.part].positions[piece.document]) >= survey.validation_bound
+    ]
+
+
+def _too_few(config: DataConfig, survey: Survey) -> str:
+    reasons = ", ".join(f"{reason} {dropped.documents}" for reason, dropped in survey.dropped.items())
+    left_out = f" (left out by data.filters: {reasons})" if reasons else ""
+    return (
+        f"data={config.source.name} data.path={config.path}: {survey.num_documents} document(s) with text{left_out}, but "
+        "training and validation need at least one each; cut the text into several files or jsonl lines"
+    )
+
+
+def _duplicates(
+    config: DataConfig,
+    parts: list[PartSurvey],
+    is_exact: NDArray[np.bool_],
+    sizes: NDArray[np.int64],
+    dropped: dict[str, Dropped],
+) -> NDArray[np.bool_]:
+    """Return which candidates are left out as duplicates, and count them in ``dropped``."""
+    policy = config.filters.duplicates
+    if policy is Duplicates.keep:
+        return np.zeros(len(sizes), dtype=np.bool_)
+    ids = [document_id for part in parts for document_id in part.ids]
+    is_dropped = is_exact.copy()
+    if policy is Duplicates.near:
+        signatures = [signature for part in parts for signature in part.signatures]
+        unique = np.flatnonzero(~is_exact)
+        flags = near_duplicates((signatures[i] for i in unique), config.filters.near_similarity)
+        is_dropped[unique] = np.fromiter(flags, dtype=np.bool_, count=len(unique))
+    for i in np.flatnonzero(is_dropped):
+        reason = "exact_duplicate" if is_exact[i] else "near_duplicate"
+        dropped.setdefault(reason, Dropped()).add(ids[i], int(sizes[i]))
+    return is_dropped
+
+
+def _join(arrays: list[NDArray], dtype: type) -> NDArray:
+    return np.concatenate([np.empty(0, dtype), *arrays])
 
 
 def document_hash(document_id: str) -> int:
@@ -76,9 +252,8 @@ def document_hash(document_id: str) -> int:
 def cut(text: str) -> Iterator[str]:
     """Cut a long text into pieces of 64 k to 128 k characters that are tokenised one by one.
 
-    This bounds the memory and lets one long document use all cores. A cut falls after a line end
-    between two visible characters where there is one: there, byte-level tokenizers start a new
-    word anyway, and the ids are those of the whole.
+    This bounds the memory. A cut falls after a line end between two visible characters where there is
+    one: there, byte-level tokenizers start a new word anyway, and the ids are those of the whole.
     """
     start = 0
     while len(text) - start > 2 * _PIECE_CHARACTERS:
@@ -87,25 +262,3 @@ def cut(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-class _Sampler:
-    """Keeps the pieces of text with the lowest hashes, so many as fit."""
-
-    def __init__(self, max_characters: int) -> None:
-        self._max_characters = max_characters
-        self._num_characters = 0
-        self._heap: list[tuple[int, int, str]] = []  # highest piece hash on top: (-piece hash, document hash, piece)
-
-    def add(self, document_id: str, text: str, position: int) -> None:
-        if not self._max_characters:
-            return
-        for number, piece in enumerate(cut(text)):
-            heapq.heappush(self._heap, (-document_hash(f"{document_id} {number}"), position, piece))
-            self._num_characters += len(piece)
-        while self._num_characters > self._max_characters and len(self._heap) > 1:
-            self._num_characters -= len(heapq.heappop(self._heap)[2])
-
-    def texts(self, validation_bound: int) -> list[str]:
-        """Return the pieces of training documents."""
-        return [piece for _, position, piece in sorted(self._heap, reverse=True) if position >= validation_bound]

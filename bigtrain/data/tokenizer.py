@@ -107,13 +107,13 @@ def _bytes_tokenizer() -> BuiltTokenizer:
     """Return the tokenizer whose ids 0 to 255 are the bytes; end-of-text has id 256."""
     from tokenizers import models
 
-    vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = _byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return BuiltTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 
-def _byte_symbols() -> Iterator[str]:
+def byte_symbols() -> Iterator[str]:
     """Yield the character by which the library writes each byte: itself where printable, else one above 255."""
     from tokenizers import pre_tokenizers
 

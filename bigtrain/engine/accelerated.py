@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
-from bigtrain.distributed import RankInfo, build_mesh, publish_rank
+from bigtrain.distributed import build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.deepspeed_zero import (
     ZeroEngine,
@@ -27,6 +27,7 @@ from bigtrain.engine.native import NativeEngine
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.errors import ConfigError
 from bigtrain.optim.build import build_optimizer, parameter_groups
+from bigtrain.rank_info import RankInfo
 
 
 def build_accelerated(
@@ -45,7 +46,7 @@ def build_accelerated(
 def _build_ddp(
     build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
 ) -> Engine:
-    publish_rank(info)  # without it Accelerate wraps nothing in a world of one
+    info.publish()  # without it Accelerate wraps nothing in a world of one
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     expected = DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
     _assert_built(accelerator, expected, info.world_size)

@@ -39,6 +39,8 @@ class Engine(Protocol):
     def step(self, lr: float) -> torch.Tensor:
         """Clip the gradient, update the weights, forget the gradient.
 
+        A gradient that is not finite changes neither weights nor optimizer state, on any rank.
+
         Returns:
             The global gradient norm before clipping (0-d tensor; not synchronised with the host).
         """

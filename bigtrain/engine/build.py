@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from bigtrain.config import EngineKind, TrainConfig
-from bigtrain.distributed import RankInfo, build_mesh
+from bigtrain.distributed import build_mesh
 from bigtrain.engine.base import Engine
+from bigtrain.rank_info import RankInfo
 
 
 def dp_shard_size(config: TrainConfig, info: RankInfo) -> int:

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
-from bigtrain.distributed import RankInfo, publish_rank
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -29,8 +28,9 @@ from bigtrain.engine.state import (
     flat_boxes,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import Batch, loss_sum
+from bigtrain.objective import Batch, gradient_scale, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
+from bigtrain.rank_info import RankInfo
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 
@@ -42,7 +42,11 @@ class ZeroEngine:
         self.module = module  # a deepspeed.DeepSpeedEngine
         self.device = device
         self.dp_rank, self.dp_size = dist.get_rank(), dist.get_world_size()
-        self.state = Zero3State(module) if module.zero_optimization_stage() == 3 else Zero12State(module)
+        if module.zero_optimization_stage() == 3:
+            hide_gathering(module)
+            self.state: Zero3State | Zero12State = Zero3State(module)
+        else:
+            self.state = Zero12State(module)
 
     def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
@@ -51,11 +55,11 @@ class ZeroEngine:
         loss = loss_sum(self.module, batch)
         # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
         # accumulation steps, which scale_wrt_gas=False switches off.
-        self.module.backward(loss * (self.dp_size / num_targets), scale_wrt_gas=False)
+        self.module.backward(loss * gradient_scale(loss, self.dp_size / num_targets), scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, lr: float) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips inside its own step."""
+        """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips, and leaves out bad steps, inside its own step."""
         set_lr(self.module.optimizer, lr)
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
@@ -180,8 +184,6 @@ def build_deepspeed(
     settings = deepspeed_settings(config, world_size=info.world_size, device=device)
     model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
     module, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    if config.engine.kind is EngineKind.zero3:
-        hide_gathering(module)
     return ZeroEngine(module, device=device)
 
 
@@ -234,7 +236,7 @@ def import_deepspeed(info: RankInfo, device: torch.device) -> Any:
     """Import DeepSpeed, quietly, for ``device``."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    publish_rank(info)
+    info.publish()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed still calls names that torch has deprecated, once per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)\b")

@@ -23,7 +23,7 @@ from bigtrain.engine.state import (
     whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import Batch, loss_sum
+from bigtrain.objective import Batch, gradient_scale, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 
 
@@ -65,7 +65,7 @@ class NativeEngine:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = loss_sum(self.module, batch)
             # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
-            (loss * (self.dp_size / num_targets)).backward()
+            (loss * gradient_scale(loss, self.dp_size / num_targets)).backward()
         return loss.detach()
 
     def step(self, lr: float) -> torch.Tensor:
@@ -73,9 +73,10 @@ class NativeEngine:
         gradients = [_local(p.grad) for p in self._parameters if p.grad is not None]
         norm = self._global_norm(gradients)
         if self.grad_clip and gradients:
-            torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        update_unless_bad(self.optimizer, norm, ask_host=self.device.type == "cpu")
         self.optimizer.zero_grad()
         return norm
 
@@ -129,6 +130,23 @@ class NativeEngine:
             yield
 
 
+def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, ask_host: bool) -> None:
+    """Let the optimizer update its weights, unless the gradient's norm is not finite.
+
+    Args:
+        optimizer: with a fused kernel.
+        norm: 0-d tensor.
+        ask_host: whether the host decides. On a GPU it would have to wait for the number; there the kernel
+            looks at it, as it does for gradient scalers.
+    """
+    if ask_host:
+        if norm.isfinite():
+            optimizer.step()
+        return
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -178,7 +196,7 @@ def build_native(
         module = _data_parallel(model, device)
     else:
         module = _fully_shard(model, engine, mesh)
-        materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device)
+        materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
     groups = parameter_groups(
         ((name, p, p.ndim) for name, p in module.named_parameters()), weight_decay=optimizer.weight_decay
     )

@@ -46,8 +46,14 @@ def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Chec
     return CheckpointPolicy.MUST_SAVE if op in expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give parameters on the meta device (garbage) memory; move what is real; keep shared parameters shared."""
+def materialise(module: nn.Module, device: torch.device, *, buffers: torch.device | None = None) -> None:
+    """Give parameters on the meta device (garbage) memory; move what is real; keep shared parameters shared.
+
+    Args:
+        module: what was built on the meta device.
+        device: of the parameters.
+        buffers: device of the buffers, which no engine offloads; by default that of the parameters.
+    """
     first_name: dict[nn.Parameter, str] = {}
     aliases = {
         name: first_name[parameter]
@@ -58,3 +64,6 @@ def materialise(module: nn.Module, device: torch.device) -> None:
     for alias, name in aliases.items():
         owner, _, attribute = alias.rpartition(".")
         setattr(module.get_submodule(owner), attribute, module.get_parameter(name))
+    for owner in module.modules() if buffers else ():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(buffers))

@@ -9,6 +9,9 @@ from typing import Any
 
 from bigtrain.config import Activation, ActivationCheckpointing, ModelConfig, ModelKind, Norm, Positions
 
+CHUNK_LOGITS = 1 << 26
+"""Logits of the training loss that exist at a time, 256 MiB in fp32: enough for efficient matrix products."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
@@ -130,12 +133,23 @@ def activation_bytes(
     return ActivationBytes(saved=num_tokens * per_token, recomputed=num_tokens * (whole - kept))
 
 
-def loss_bytes(model: ModelConfig, *, num_tokens: int) -> int:
-    """Return the peak of the cross-entropy: fp32 log-probabilities and two gradients of their shape.
+def chunk_tokens(vocab_size: int) -> int:
+    """Return for how many tokens the training loss computes the logits at a time."""
+    return max(CHUNK_LOGITS // vocab_size, 1)
 
-    The forward pass stays below: logits in the compute type, in fp32 and as log-probabilities.
+
+def loss_bytes(model: ModelConfig, *, num_tokens: int, numerics: Numerics) -> int:
+    """Return the peak of the cross-entropy.
+
+    Our own (``models/loss.py``) holds a chunk's logits in the compute type, in fp32 and as log-probabilities, beside
+    the gradients of the hidden states and, in fp32, of the projection. Other models hand out all logits: fp32
+    log-probabilities and two gradients of their shape.
     """
-    return 12 * num_tokens * model.vocab_size
+    if model.kind is ModelKind.hf:
+        return 12 * num_tokens * model.vocab_size
+    element = numerics.element_bytes
+    logits = (8 if element == 4 else 8 + element) * min(num_tokens, chunk_tokens(model.vocab_size)) * model.vocab_size
+    return logits + (4 * model.vocab_size + element * num_tokens) * model.hidden_dim
 
 
 def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: Numerics) -> int:

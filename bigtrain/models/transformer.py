@@ -11,6 +11,7 @@ heads, K head width, V vocabulary. ``X`` stands for heads of any kind.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models.cache import KVCache, LayerCache
+from bigtrain.models.document_mask import attend, build_document_mask
 from bigtrain.models.loss import sum_cross_entropy
 
 
@@ -75,14 +77,20 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_dim, width + 2 * self.num_kv_heads * self.head_dim, bias=config.bias)
         self.out = Linear(width, config.hidden_dim, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor, rope_TK: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor | None = None, cache: LayerCache | None = None, mask: Any = None
+    ) -> Tensor:
         """Return the attention output ``(B, T, D)``; with a cache the new tokens follow the stored ones."""
         qkv_BTXK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         qk_BTXK, v_BTGK = qkv_BTXK.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
-        if rope_TK is not None:
-            qk_BTXK = rotate(qk_BTXK, rope_TK)
+        if rope is not None:
+            qk_BTXK = rotate(qk_BTXK, rope)
         q_BTHK, k_BTGK = qk_BTXK.split([self.num_heads, self.num_kv_heads], dim=2)
         q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
+        dropout, gqa = self.dropout if self.training else 0.0, self.num_kv_heads != self.num_heads
+        if mask is not None:
+            y_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout=dropout, gqa=gqa)
+            return self._output(y_BHTK)
         num_cached, mask_TS = 0, None
         if cache is not None:
             num_cached, mask_TS = cache.length, _mask_after_cached(q_BHTK, cache.length)
@@ -92,10 +100,13 @@ class Attention(nn.Module):
             k_BGSK,
             v_BGSK,
             attn_mask=mask_TS,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=num_cached == 0,
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            enable_gqa=gqa,
         )
+        return self._output(y_BHTK)
+
+    def _output(self, y_BHTK: Tensor) -> Tensor:
         y_BTD = self.out(y_BHTK.transpose(1, 2).flatten(2))
         return F.dropout(y_BTD, self.dropout, self.training)
 
@@ -129,9 +140,11 @@ class Block(nn.Module):
         self.feed_forward_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, rope_TK: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """Return the residual stream ``(B, T, D)`` after this block."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TK, cache)
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor | None = None, cache: LayerCache | None = None, mask: Any = None
+    ) -> Tensor:
+        """Return the residual stream ``(B, T, D)`` after this block; ``rope`` is ``(T, K)`` or ``(B, T, K)``."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache, mask)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
@@ -150,12 +163,21 @@ class Transformer(nn.Module):
         self.final_norm = build_norm(config)
         self.output = None if config.tie_embeddings else Vocabulary(config.vocab_size, config.hidden_dim)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Return logits, or the summed loss of ``targets_BT``.
 
         Args:
             tokens_BT: int64 token ids.
             targets_BT: int64 ids of the tokens to predict at each position, -100 where none counts.
+            positions_BT: int64 positions that begin at 0 with every document; attention then stays within documents.
+                By default a row is one document.
             cache: of the tokens that came before; the new ones are added to it. For generation.
 
         Returns:
@@ -164,16 +186,21 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
         assert end <= self.max_positions, f"{end} tokens are more than max_positions={self.max_positions}"
-        positions_T = torch.arange(start, end, device=tokens_BT.device)
+        assert positions_BT is None or cache is None, "generation continues one document"
+        mask = None
+        if positions_BT is not None:
+            flex = positions_BT.is_cuda and not self.config.dropout
+            mask = build_document_mask(positions_BT, flex=flex)
+        positions = torch.arange(start, end, device=tokens_BT.device) if positions_BT is None else positions_BT
         x_BTD = self.embed_tokens(tokens_BT)
-        rope_TK = None
+        rope = None
         if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(positions_T)
+            x_BTD = x_BTD + self.embed_positions(positions)
         else:
-            rope_TK = rope_table(self.config, positions_T)
+            rope = rope_table(self.config, positions)
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope_TK, None if cache is None else cache.layers[i])
+            x_BTD = block(x_BTD, rope, None if cache is None else cache.layers[i], mask)
         output = self.embed_tokens if self.output is None else self.output
         return output(self.final_norm(x_BTD), targets_BT)
 
@@ -208,15 +235,15 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def rope_table(config: ModelConfig, positions_T: Tensor) -> Tensor:
-    """Return cosines and sines of the rotary angles, side by side, fp32 ``(T, K)``."""
-    angles = positions_T[:, None].float() * rope_frequencies(config, positions_T.device)
+def rope_table(config: ModelConfig, positions: Tensor) -> Tensor:
+    """Return cosines and sines of the rotary angles of positions ``(..., T)``, side by side, fp32 ``(..., T, K)``."""
+    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x_BTXK: Tensor, rope_TK: Tensor) -> Tensor:
+def rotate(x_BTXK: Tensor, rope: Tensor) -> Tensor:
     """Rotate the channel pairs ``(i, i + K / 2)`` of every head, in fp32, by :func:`rope_table`'s angles."""
-    cos, sin = rope_TK[:, None, :].chunk(2, dim=-1)
+    cos, sin = rope.unsqueeze(-2).chunk(2, dim=-1)
     first, second = x_BTXK.float().chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x_BTXK.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigtrain.config import OptimizerConfig
+from bigtrain.config import OptimizerConfig, OptimizerKind
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter, int]], *, weight_decay: float) -> list[dict[str, Any]]:
@@ -25,8 +25,10 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter, int]], *, weight_d
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer over ``groups``; the fused kernel exists on CPU and GPU."""
+    """Return the optimizer over ``groups``; AdamW's fused kernel exists on CPU and GPU."""
     beta1, beta2 = config.betas
+    if config.kind is OptimizerKind.sgd:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=beta1, nesterov=beta1 > 0, foreach=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
 
 

@@ -1,8 +1,9 @@
 """Whether a run fits the machine, said before anything is allocated. torch is imported only to ask a GPU."""
 
 import dataclasses
+import os
 
-from bigtrain.config import Precision, TrainConfig
+from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.preflight.estimate import Estimate, estimate, measure_model
 from bigtrain.preflight.machine import Machine, available_bytes
 from bigtrain.preflight.report import Report
@@ -28,5 +29,13 @@ def preflight(
     available_host = available_bytes("cpu", local_world_size)
     available = available_host if device_type == "cpu" else available_bytes(device_type, local_world_size)
     machine = Machine(world_size, local_world_size, device_type, available, available_host)
-    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    engine = dataclasses.replace(config.engine, precision=precision, kind=_kind_of_layout(config.engine.kind))
+    config = dataclasses.replace(config, engine=engine)
     return Report(config, machine, measure_model(config.model))
+
+
+def _kind_of_layout(kind: EngineKind) -> EngineKind:
+    """Return the engine whose memory layout ``accelerate`` will have: what ``accelerate launch`` was told."""
+    if kind is EngineKind.accelerate and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        return EngineKind.__members__.get(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", kind)
+    return kind

@@ -17,6 +17,7 @@ COMPONENTS = (
     "optimizer moments",
     "activations",
     "loss buffers",
+    "checkpoint copy",
     "engine buffers",
 )
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
@@ -30,7 +31,7 @@ class Estimate:
     device: dict[str, int]
     """Largest size of every component on the device."""
     host: dict[str, int]
-    """What ``engine.offload=cpu`` keeps in host memory."""
+    """What ``engine.offload=cpu`` keeps in host memory, and what saving does."""
     not_at_once: int
     """By how much the peak on the device is below the sum of its components."""
 
@@ -41,7 +42,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Peak of what is offloaded."""
+        """Peak in host memory, besides the device's if that is the host."""
         return sum(self.host.values())
 
 
@@ -108,20 +109,21 @@ def estimate(
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     bf16 = precision is Precision.bf16
     layout = _layout(config, sizes, world_size, local_world_size or world_size, bf16, device_type)
+    numerics = Numerics(
+        element_bytes=2 if bf16 else 4,
+        # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
+        residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
+        on_cpu=device_type == "cpu",
+    )
     activations = activation_bytes(
         shape,
         num_sequences=num_sequences,
         sequence_length=length,
         checkpointing=engine.activation_checkpointing,
         every=engine.activation_checkpointing_every,
-        numerics=Numerics(
-            element_bytes=2 if bf16 else 4,
-            # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
-            residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
-            on_cpu=device_type == "cpu",
-        ),
+        numerics=numerics,
     )
-    loss = loss_bytes(shape, num_tokens=num_sequences * length)
+    loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
     components = (
         layout.parameters,
         layout.gradients,
@@ -129,6 +131,7 @@ def estimate(
         layout.moments,
         activations.saved + activations.recomputed,
         loss,
+        0,
         layout.gathered + max(layout.backward, layout.update),
     )
     # While activations shrink, gradients grow: the peak is at one of the ends, or in the update.
@@ -139,7 +142,10 @@ def estimate(
         layout.gradients + layout.update,
     )
     peak += layout.parameters + layout.masters + layout.moments
-    host = {name: layout.host.get(name, 0) for name in COMPONENTS}
+    # Saving copies the rank's share of the state to the host first, into memory that is kept.
+    is_copied = config.checkpoint.asynchronous or device_type != "cpu"
+    staged = {"checkpoint copy": 12 * -(-sizes.total // world_size) if is_copied else 0}
+    host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(dict(zip(COMPONENTS, components, strict=True)), host, not_at_once=sum(components) - peak)
 
 

@@ -235,6 +235,7 @@ def _axes(config: TrainConfig, device_type: str) -> list[list[Setting]]:
             if train.micro_batch_size % size == 0
         ],
         undone,
+        [("checkpoint.asynchronous", False)] if config.checkpoint.asynchronous and device_type == "cpu" else [],
         [("engine.kind", kind) for kind in kinds if kind is not engine.kind],
         [("engine.offload", Offload.cpu)] if engine.offload is Offload.none and device_type != "cpu" else [],
         [("data.sequence_length", n) for n in lengths],

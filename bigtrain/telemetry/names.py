@@ -11,6 +11,8 @@ GRAD_NORM = "grad_norm"  # global norm before clipping
 LR = "lr"
 STEP_SECONDS = "step_seconds"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all ranks
+DATA_WAIT_SECONDS = "data_wait_seconds"  # part of step_seconds in which rank 0 waited for the batch
+DATA_DIGEST = "data_digest"  # hash of all sample ids up to this step, over all ranks
 
 PERPLEXITY = "perplexity"
 TRAIN_PERPLEXITY = "train/perplexity"
@@ -53,7 +55,7 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 LAUNCH_EVENTS = ("start", "resume")
 ALARMS = ("fault", "hang", "spike", "bad_step", "rollback", "straggler", "checkpoint_failed")
 
-_SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf"}
+_SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}
 _AXES = (STEP, TOKENS)
 
 

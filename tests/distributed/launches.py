@@ -137,6 +137,7 @@ def _run_script(script: str, args: tuple[str, ...], cwd: Path) -> Result:
     import hydra_cli
 
     hydra_cli.RANK_0_HEAD_START_SECONDS = 0.5
+    hydra_cli.leave = sys.exit  # this process has to tell how it went
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)

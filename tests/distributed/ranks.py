@@ -17,11 +17,12 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.distributed import RankInfo, init_process_group, pick_device
+from bigtrain.distributed import init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
 from bigtrain.models import build_initial_values, build_model
+from bigtrain.rank_info import RankInfo
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 

@@ -15,6 +15,7 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig, EngineKind, TrainConfig
 from bigtrain.data.loader import TrainLoader
+from bigtrain.data.state import Cursor
 from bigtrain.engine.base import Engine
 from bigtrain.errors import BigtrainError
 from bigtrain.local_ranks import run_ranks
@@ -80,9 +81,9 @@ def other_seed(config: TrainConfig) -> int:
 def skipped_sample(config: TrainConfig) -> int:
     gather = TrainLoader._load
 
-    def load(self: TrainLoader, step: int) -> Any:
-        batch = gather(self, step)
-        other = gather(self, step + 1) if step == 4 else batch
+    def load(self: TrainLoader, before: Cursor) -> Any:
+        batch = gather(self, before)
+        other = gather(self, batch.after) if batch.step == 4 else batch
         batch.micro_batches[0] = other.micro_batches[0]
         return batch
 
@@ -92,7 +93,7 @@ def skipped_sample(config: TrainConfig) -> int:
 
 def skipped_step(config: TrainConfig) -> int:
     build = trainer.train_loader
-    trainer.train_loader = lambda *args, first_step: build(*args, first_step=first_step + 1)
+    trainer.train_loader = lambda *args, start: build(*args, start=Cursor.at(start.step + 1, 8))
     return trainer.run(config)
 
 
@@ -167,7 +168,8 @@ def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
 
     def train(engine: Engine, first: int, last: int) -> list[tuple[float, float]]:
         pending = []
-        with trainer.train_loader(trainer.open_splits(config)["train"], config, engine, first_step=first) as loader:
+        start = Cursor.at(first, config.train.global_batch_size)
+        with trainer.train_loader(trainer.open_data(config)["train"], config, engine, start=start) as loader:
             for batch in itertools.islice(loader, last - first):
                 lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=8, config=config.scheduler)
                 trainer.seed_step(0, batch.step, engine.dp_rank, engine.device)

@@ -1,5 +1,6 @@
 """Damage of any kind to any file of a checkpoint is found and named, and the run falls back to the one before."""
 
+import errno
 import os
 import random
 import shutil
@@ -8,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from bigtrain.checkpoint import manifest
 from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE
 from bigtrain.checkpoint.store import checkpoint_path, checkpoints_directory, find_checkpoints, read_run_state
@@ -261,6 +264,32 @@ def test_a_checkpoint_that_is_damaged_again_is_set_aside_beside_the_first(run: P
         "step-00000003.damaged-0",
         "step-00000003.damaged-1",
     ]
+
+
+def resume_from_a_stale_mount(run: Path) -> list[str]:
+    """Return what is said when one rank's file system answers with ``errno.ESTALE``, and whether a retry works."""
+    saves.join()
+    hash_file = manifest.hash_file
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    said = []
+    for read in (stale if dist.get_rank() == 1 else hash_file, hash_file):
+        manifest.hash_file = read
+        try:
+            said.append(str(find_resume(resume_config(run))))
+        except CheckpointError as error:
+            said.append(f"refused: {error}")
+    return said
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(run: Path, tmp_path: Path):
+    directory = saves.copy_run(run, tmp_path / RUN)
+    for refused, resumed in run_ranks(resume_from_a_stale_mount, 2, directory):
+        assert refused.startswith("refused: ") and "nothing is known to be damaged" in refused
+        assert resumed == str(newest(directory))
+    assert find_checkpoints(directory) == [checkpoint_path(directory, step) for step in STEPS]
 
 
 # As a user sees it

@@ -138,7 +138,7 @@ def test_every_group_file_composes(choice: str):
     group, _, name = choice.partition("=")
     config = compose(choice if choice in PLAIN_CHOICES else f"+{choice}")
     kind = {"data": config.data.source, "engine": config.engine.kind, "scheduler": config.scheduler.kind}.get(group)
-    assert kind is None or kind.name == name
+    assert kind is None or name == "mixture" or kind.name == name
 
 
 @pytest.mark.parametrize("choice", PLAIN_CHOICES)

@@ -13,6 +13,8 @@ from bigtrain.data import open_splits
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
+from bigtrain.data.state import Cursor
+from bigtrain.data.stream import build_stream
 from bigtrain.errors import DataError
 
 T = 4
@@ -30,16 +32,19 @@ def counting_split(num_tokens):
     return TokenSplit("train", np.arange(num_tokens, dtype=np.uint32), "f")
 
 
+def stream_of(split, global_batch_size=4, **data):
+    config = DataConfig(sequence_length=T, **data)
+    return build_stream(split.name, {"data": split}, config, seed=3, global_batch_size=global_batch_size)
+
+
 def loader(split, *, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1, first_step=0, prefetch_steps=2):
     return TrainLoader(
-        split,
-        sequence_length=T,
+        stream_of(split, global_batch_size),
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        seed=3,
-        first_step=first_step,
+        start=Cursor.at(first_step, global_batch_size),
         prefetch_steps=prefetch_steps,
         pin_memory=False,
     )
@@ -53,18 +58,6 @@ def first_steps(split, num_steps, **settings):
 def rows(step_batches):
     """Per step: the tokens of all micro-batches as lists."""
     return [[row for batch in step.micro_batches for row in batch.tokens.tolist()] for step in step_batches]
-
-
-@given(num_tokens=st.integers(T + 1, 200))
-def test_samples_cover_every_token_once_and_targets_are_the_next(num_tokens):
-    split = counting_split(num_tokens)
-    num_samples = split.num_samples(T)
-    windows = split.gather(np.arange(num_samples), T)
-    assert windows.dtype == np.int64 and windows.shape == (num_samples, T + 1)
-    assert windows[:, 1:].ravel().tolist() == list(range(1, num_samples * T + 1))
-    assert num_tokens - (num_samples * T + 1) < T, "only a rest shorter than a sample is left over"
-    with pytest.raises(IndexError):
-        split.gather(np.array([num_samples]), T)
 
 
 def test_a_step_has_tokens_and_shifted_targets():
@@ -120,11 +113,11 @@ class FailingSplit(TokenSplit):
 
     num_calls = 0
 
-    def gather(self, sample_ids, sequence_length):
+    def read(self, shard):
         self.num_calls += 1
         if self.num_calls == 3:
             raise DataError("shard gone")
-        return super().gather(sample_ids, sequence_length)
+        return super().read(shard)
 
 
 def test_an_error_in_the_background_is_raised_at_its_step():
@@ -137,9 +130,9 @@ def test_an_error_in_the_background_is_raised_at_its_step():
 class SlowSplit(TokenSplit):
     """Takes 50 ms per batch."""
 
-    def gather(self, sample_ids, sequence_length):
+    def read(self, shard):
         time.sleep(0.05)
-        return super().gather(sample_ids, sequence_length)
+        return super().read(shard)
 
 
 def test_batches_are_prepared_while_the_consumer_works():
@@ -173,8 +166,7 @@ def test_a_split_shorter_than_a_sample_is_an_error():
 def validate(split, batches, topology, dp_rank):
     global_batch_size, micro_batch_size, dp_size = topology
     return validation_batches(
-        split,
-        sequence_length=T,
+        stream_of(split, global_batch_size),
         batches=batches,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -236,14 +228,12 @@ def test_ragged_targets_differ_per_sample_and_are_counted():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_batches():
     with TrainLoader(
-        counting_split(100),
-        sequence_length=T,
+        stream_of(counting_split(100)),
         global_batch_size=4,
         micro_batch_size=2,
         dp_rank=0,
         dp_size=1,
-        seed=0,
-        first_step=0,
+        start=Cursor(),
         prefetch_steps=2,
         pin_memory=True,
     ) as batches:

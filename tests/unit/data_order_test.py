@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.order import derive_key, permute, rank_slice, sample_ids
+from bigtrain.data.order import Order, derive_key, permute, rank_slice, sample_ids
 
 seeds = st.integers(-(2**70), 2**70)
 
@@ -100,3 +100,66 @@ def test_order_does_not_change_between_versions():
     """Runs are resumed by later versions: these values may never change."""
     assert sample_ids(0, 8, 10, seed=0).tolist() == [9, 2, 1, 0, 4, 6, 8, 3]
     assert sample_ids(10**12, 3, 10**10, seed=7).tolist() == [2659411465, 474217615, 2575655829]
+
+
+# Windows of shards
+
+
+@st.composite
+def windowed_orders(draw):
+    """Shards of any size, some empty, and a window."""
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+    return Order(np.array(sizes), draw(st.integers(0, 99)), draw(st.integers(1, 14)))
+
+
+@given(order=windowed_orders(), epoch=st.integers(0, 10**6))
+def test_a_windowed_epoch_has_each_sample_once_and_each_shard_in_one_window(order, epoch):
+    num_samples = order.num_samples
+    ids = order.ids(epoch * num_samples, num_samples)
+    assert sorted(ids.tolist()) == list(range(num_samples))
+    shards = np.searchsorted(np.cumsum(order.shard_samples), ids, side="right")
+    begin = 0
+    for _ in range(0, len(order.shard_samples), order.window_shards):
+        # What is left of the epoch says which shards come next; the first of them are this window's.
+        if begin == num_samples:
+            break
+        window = order.shards_ahead(epoch * num_samples + begin, len(order.shard_samples))[: order.window_shards]
+        size = int(order.shard_samples[window].sum())
+        assert set(shards[begin : begin + size].tolist()) == {s for s in window.tolist() if order.shard_samples[s]}
+        begin += size
+    assert begin == num_samples
+
+
+@given(order=windowed_orders(), first=st.integers(0, 300), cuts=st.lists(st.integers(0, 40), max_size=5))
+def test_a_windowed_order_read_in_parts_is_the_same(order, first, cuts):
+    starts = np.cumsum([first, *cuts])
+    parts = [order.ids(int(start), count).tolist() for start, count in zip(starts, cuts, strict=False)]
+    assert order.ids(first, sum(cuts)).tolist() == [i for part in parts for i in part]
+
+
+def test_windows_differ_from_epoch_to_epoch_and_mix_their_shards():
+    order = Order(np.full(40, 500), seed=1, window_shards=8)
+    first, second = order.ids(0, 40_000).reshape(2, 20_000)
+    assert (first != second).mean() > 0.99
+    assert set((first[:200] // 500).tolist()) == set((first[:4000] // 500).tolist()), "200 samples are from 8 shards"
+
+
+def test_without_windows_shards_make_no_difference():
+    parts = Order(np.array([3, 0, 7]), seed=5)
+    assert parts.ids(4, 30).tolist() == sample_ids(4, 30, 10, seed=5).tolist()
+    assert Order(np.array([10]), seed=0).ids(0, 8).tolist() == [9, 2, 1, 0, 4, 6, 8, 3]
+
+
+@settings(deadline=None, max_examples=10)
+@given(first=st.integers(0, 2**60))
+def test_a_windowed_order_of_ten_billion_samples_is_ready_at_once(first):
+    sizes = np.full(200_000, 50_000)
+    started = time.monotonic()
+    ids = Order(sizes, seed=0, window_shards=8).ids(first, 512)
+    assert time.monotonic() - started < 1
+    assert ids.min() >= 0 and ids.max() < 10**10
+
+
+def test_windowed_order_does_not_change_between_versions():
+    order = Order(np.array([4, 1, 5]), seed=0, window_shards=2)
+    assert order.ids(0, 20).tolist() == [2, 3, 0, 4, 1, 8, 6, 5, 9, 7, 3, 4, 2, 1, 0, 6, 8, 5, 9, 7]

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +14,23 @@ import numpy as np
 import pytest
 
 from bigtrain.config import DataConfig, DataSource
-from bigtrain.data import open_splits
+from bigtrain.data import open_splits, tokenise
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.index import read_index, verify_hashes
 from bigtrain.data.prepare import prepare, prepared_directory
+from bigtrain.data.sources import source_parts
+from bigtrain.data.tokenise import token_dtype
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.data.writer import SplitWriter
 from bigtrain.errors import DataError
+from bigtrain.schema import to_dict
 
-FILES = ("train.bin", "train.documents.npy", "validation.bin", "validation.documents.npy", "tokenizer.json")
+FILES = (
+    "train-00000.bin",
+    "train-00000.documents.npy",
+    "validation-00000.bin",
+    "validation-00000.documents.npy",
+    "tokenizer.json",
+)
 
 
 @pytest.fixture
@@ -49,9 +56,20 @@ def small_config(tmp_path, pattern, **changes):
 
 
 def documents_of(directory, split):
-    tokens = np.fromfile(directory / f"{split}.bin", dtype=read_index(directory).dtype)
-    offsets = np.load(directory / f"{split}.documents.npy")
-    return [tokens[a:b].tolist() for a, b in pairwise(offsets)]
+    shards = Corpus.open(directory, vocab_size=1 << 20).split(split)
+    return [
+        shards.read(shard)[a:b].tolist()
+        for shard in range(len(shards.shard_tokens))
+        for a, b in pairwise(shards.documents(shard))
+    ]
+
+
+def first_shard(index):
+    return index["train"]["shards"][0]
+
+
+def splits(index):
+    return index.train, index.validation
 
 
 def prepare_in_process(config, *, before):
@@ -62,7 +80,7 @@ def prepare_in_process(config, *, before):
         from bigtrain.schema import from_dict
         from bigtrain.data.prepare import prepare
         {before}
-        print(prepare(from_dict(DataConfig, {dataclasses.asdict(config) | {"source": "text"}!r}), progress=False))
+        print(prepare(from_dict(DataConfig, {to_dict(config)!r}), progress=False))
     """
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
 
@@ -94,21 +112,36 @@ def test_documents_longer_than_a_piece_stay_one_document(tmp_path):
 
 
 @pytest.mark.parametrize(("vocab_size", "item_bytes"), [(1 << 16, 2), ((1 << 16) + 1, 4)])
-def test_large_vocabularies_use_wider_tokens(tmp_path, vocab_size, item_bytes):
-    writer = SplitWriter(tmp_path, "train", vocab_size, eos_id=vocab_size - 1)
-    writer.append([0, vocab_size - 2], num_text_bytes=5)
-    writer.end_document()
-    writer.finish()
-    assert (tmp_path / "train.bin").stat().st_size == 3 * item_bytes
-    tokens = np.fromfile(tmp_path / "train.bin", dtype=f"<u{item_bytes}")
-    assert tokens.tolist() == [0, vocab_size - 2, vocab_size - 1]
+def test_large_vocabularies_use_wider_tokens(vocab_size, item_bytes):
+    assert token_dtype(vocab_size).itemsize == item_bytes
+
+
+def test_shards_hold_the_same_documents_in_the_same_order(config):
+    one = prepare(config, progress=False)
+    several = prepare(dataclasses.replace(config, shard_tokens=1000), progress=False)
+    assert one != several
+    index = read_index(several)
+    assert len(index.train.shards) > 3
+    assert all(shard.num_tokens >= 1000 for shard in index.train.shards[:-1])
+    for split in ("train", "validation"):
+        assert documents_of(one, split) == documents_of(several, split)
+    train = Corpus.open(several, vocab_size=300).split("train")
+    ids = np.arange(train.num_samples(16))[::-1]
+    expected = [
+        train.read(shard)[start : start + 17].tolist()
+        for shard, num_tokens in enumerate(train.shard_tokens)
+        for start in range(0, num_tokens - 16, 16)
+    ]
+    assert train.gather(ids, 16).tolist() == expected[::-1]
 
 
 def test_entropies_are_those_of_the_tokens(config):
     directory = prepare(config, progress=False)
     index = read_index(directory)
     train, validation = (
-        np.bincount(np.fromfile(directory / f"{split}.bin", dtype=index.dtype), minlength=index.tokenizer.vocab_size)
+        np.bincount(
+            np.fromfile(directory / f"{split}-00000.bin", dtype=index.dtype), minlength=index.tokenizer.vocab_size
+        )
         for split in ("train", "validation")
     )
     share = train / train.sum()
@@ -134,7 +167,7 @@ def test_a_document_stays_in_its_split_when_others_are_added(config, tmp_path):
 def test_preparing_again_finds_it_and_touches_nothing(config):
     directory = prepare(config, progress=False)
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-    assert set(before) == {*FILES, "index.json"}
+    assert set(before) == {*FILES, "index.json", "report.json"}
     started = time.monotonic()
     assert prepare(config, progress=True) == directory == prepared_directory(config)
     assert time.monotonic() - started < 1
@@ -189,23 +222,105 @@ def test_a_kill_leaves_nothing_that_looks_like_a_corpus(config):
     process.send_signal(signal.SIGKILL)
     process.wait()
     target = prepared_directory(config)
-    (leftover,) = target.parent.iterdir()
-    assert leftover.name.startswith(f".{target.name}.") and (leftover / "index.json").exists()
-
+    leftovers = sorted(path.name for path in target.parent.iterdir())
+    assert leftovers == [f".{target.name}.lock", f".{target.name}.partial"]
     verify_hashes(prepare(config, progress=False))
-    assert leftover.exists(), "it might still be alive"
-    shutil.rmtree(target)
-    for path in leftover.iterdir():
-        os.utime(path, (0, 0))
-    prepare(config, progress=False)
-    assert not leftover.exists()
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_a_failure_leaves_nothing(config, tmp_path):
+def stop_after(monkeypatch, name, num_calls):
+    """Let a function of the second pass raise what nobody catches at its call number ``num_calls``; count the calls."""
+    function, calls = getattr(tokenise, name), []
+
+    def counted(*args):
+        if len(calls) == num_calls:
+            raise KeyboardInterrupt
+        calls.append(name)
+        return function(*args)
+
+    monkeypatch.setattr(tokenise, name, counted)
+    return calls
+
+
+def test_what_was_finished_before_a_kill_is_used(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 4000)
+    config.shard_tokens, config.prepare_processes = 1000, 1
+    whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other")), progress=False)
+    num_parts, num_shards = len(source_parts(config)), sum(len(split.shards) for split in splits(read_index(whole)))
+    assert num_parts > 5 and num_shards > 5
+    for name, total in (("_write_part", num_parts), ("_read_ranges", num_shards)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, name, 3)
+            prepare(config, progress=False)
+        if name == "_write_part":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                calls = stop_after(patch, name, total - 3)  # all the others, and then the shards
+                stop_after(patch, "_read_ranges", 0)
+                prepare(config, progress=False)
+            assert len(calls) == total - 3
+    with monkeypatch.context() as patch:
+        calls = stop_after(patch, "_read_ranges", None)
+        assert read_index(prepare(config, progress=False)) == read_index(whole)
+    assert len(calls) == num_shards - 3
+
+
+def test_tokens_of_other_parts_or_another_tokenizer_are_not_used(config, tmp_path, monkeypatch):
+    whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other")), progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bigtrain.data.sources._PART_BYTES", 4000)
+        config.prepare_processes = 1
+        stop_after(patch, "_write_part", 3)
+        prepare(config, progress=False)
+    assert read_index(prepare(config, progress=False)) == read_index(whole)
+
+
+def test_killed_for_good_it_goes_on(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 4000)
+    whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other"), shard_tokens=1000), progress=False)
+    config.shard_tokens, config.prepare_processes = 1000, 2
+    before = "from bigtrain.data import sources, tokenise, prepare as module; sources._PART_BYTES = 4000; "
+    before += "module._join_split = lambda *a: print('ready', flush=True) or __import__('time').sleep(60)"
+    process = prepare_in_process(config, before=before)
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    calls = stop_after(monkeypatch, "_write_part", 0)
+    config.prepare_processes = 1
+    assert read_index(prepare(config, progress=False)) == read_index(whole) and not calls
+
+
+def test_workers_end_with_a_killed_main_process(tmp_path):
+    code = """
+        import multiprocessing, time
+        from bigtrain.data.workers import run_tasks
+        tasks = run_tasks(time.sleep, ((seconds,) for seconds in (0, 0, 60, 60, 60, 60)), 2)
+        next(tasks)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        next(tasks), next(tasks)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_failure_says_what_and_the_next_try_succeeds(config, tmp_path):
     (tmp_path / "texts" / "zz.txt").write_bytes(b"\0")
     with pytest.raises(DataError, match=r"zz\.txt: has zero bytes"):
         prepare(config, progress=False)
-    assert list((tmp_path / "data").iterdir()) == []
+    (tmp_path / "texts" / "zz.txt").unlink()
+    verify_hashes(prepare(config, progress=False))
+
+
+def test_the_number_of_processes_changes_nothing(config, tmp_path, monkeypatch):
+    expected = read_index(prepare(config, progress=False))
+    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 4000)  # several parts
+    config = dataclasses.replace(config, root=str(tmp_path / "other"), prepare_processes=2)
+    assert read_index(prepare(config, progress=False)) == expected
 
 
 @pytest.mark.parametrize("name", [*FILES, "index.json"])
@@ -235,12 +350,16 @@ def test_a_flipped_bit_is_found_and_named(config, name):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda index: index.update(format=99), "format 99, this version reads format 1"),
+        (lambda index: index.update(format=99), "format 99, this version reads format 2"),
+        (lambda index: index.update(format=1), "format 1, this version reads format 2; prepare the corpus again"),
         (lambda index: index.pop("tokenizer"), "tokenizer: missing"),
         (lambda index: index.update(dtype="float64"), "dtype 'float64', expected uint16 or uint32"),
-        (lambda index: index["train"].update(num_tokens=3), "3 tokens of uint16 are not"),
-        (lambda index: index["train"]["tokens"].update(name="../secret.bin"), "is not a plain file name"),
-        (lambda index: index["train"]["tokens"].update(name="/etc/passwd"), "is not a plain file name"),
+        (lambda index: index["train"].update(num_tokens=3), r"train\.num_tokens is not the sum over its shards"),
+        (lambda index: first_shard(index).update(num_tokens=3), "3 tokens of 2 bytes are not"),
+        (lambda index: first_shard(index)["tokens"].update(name="../secret.bin"), "is not a plain file name"),
+        (lambda index: first_shard(index)["tokens"].update(name="/etc/passwd"), "is not a plain file name"),
+        (lambda index: first_shard(index)["tokens"].update(name="..\\x"), "is not a plain file name"),
+        (lambda index: first_shard(index)["documents"].update(name="tokenizer.json"), "two files have one name"),
         (lambda index: index.update(identity="x"), "made from another source"),
     ],
 )

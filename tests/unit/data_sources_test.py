@@ -6,8 +6,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bigtrain.config import DataConfig, DataSource
-from bigtrain.data.sources import Document, iterate_documents, source_fingerprint
+from bigtrain.config import Content, DataConfig, DataSource
+from bigtrain.data.records import Document
+from bigtrain.data.sources import iterate_documents, read_part, source_fingerprint, source_parts
 from bigtrain.errors import DataError
 
 
@@ -24,6 +25,10 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def zstd(content):
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
 
 
 def test_stdlib_is_the_python_source_of_this_machine():
@@ -65,23 +70,24 @@ def test_invalid_utf8_is_replaced_and_marked(tmp_path):
     assert read("text", tmp_path) == [Document("a.txt", "good \ufffd\ufffd bad \ufffd", True)]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_jsonl_ids_are_lines(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_jsonl_ids_are_places(tmp_path, suffix):
     lines = ['{"text": "one"}', "", '{"text": "naïve", "x": 1}', '{"text": null}', '{"text": "\\ud83d\\ude42 \\ud800"}']
     raw = "\n".join(lines).encode()
-    write(tmp_path / f"a{suffix}", gzip.compress(raw) if suffix.endswith("gz") else raw)
+    pack = {"jsonl": bytes, "gz": gzip.compress, "zst": zstd}[suffix.rpartition(".")[2]]
+    write(tmp_path / f"a{suffix}", pack(raw))
     write(tmp_path / "notes.md", "not read from a directory")
     assert read("jsonl", tmp_path) == [
-        Document(f"a{suffix}:1", "one", False),
-        Document(f"a{suffix}:3", "naïve", False),
-        Document(f"a{suffix}:4", "", False),
-        Document(f"a{suffix}:5", "🙂 \ufffd", True),
+        Document(f"a{suffix}@0", "one", False),
+        Document(f"a{suffix}@17", "naïve", False),
+        Document(f"a{suffix}@44", "", False),
+        Document(f"a{suffix}@59", "🙂 \ufffd", True),
     ]
 
 
 def test_jsonl_with_invalid_utf8_keeps_its_valid_part(tmp_path):
     write(tmp_path / "a.jsonl", b'{"text": "x\xffy"}\n')
-    assert read("jsonl", tmp_path) == [Document("a.jsonl:1", "x\ufffdy", True)]
+    assert read("jsonl", tmp_path) == [Document("a.jsonl@0", "x\ufffdy", True)]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +115,9 @@ def test_parquet_ids_are_rows_and_null_is_empty(tmp_path, kind):
     documents = read("parquet", tmp_path, text_field="body")
     assert [document.id for document in documents] == [f"a.parquet:{i}" for i in range(3000)]
     assert documents[:3] == [
-        ("a.parquet:0", "text 0", False),
-        ("a.parquet:1", "", False),
-        ("a.parquet:2", "text 2", False),
+        Document("a.parquet:0", "text 0", False),
+        Document("a.parquet:1", "", False),
+        Document("a.parquet:2", "text 2", False),
     ]
     with pytest.raises(DataError, match=r"no column 'text'; set data.text_field to one of \['body', 'id'\]"):
         read("parquet", tmp_path)
@@ -124,6 +130,10 @@ def test_damaged_files_are_named(tmp_path):
     cases = {
         "cut.jsonl.gz": ("jsonl", whole[: len(whole) // 2]),
         "not.jsonl.gz": ("jsonl", b"plain text"),
+        "not.jsonl.zst": ("jsonl", b"plain text"),
+        "cut.jsonl.zst": ("jsonl", zstd(bytes(range(256)) * 4000)[:200]),
+        "bad.arrow": ("arrow", b"ARROW1 no"),
+        "empty.arrow": ("arrow", b""),
         "empty.parquet": ("parquet", b""),
         "bad.parquet": ("parquet", b"PAR1 no"),
         "binary.txt": ("text", b"ab\0cd"),
@@ -138,7 +148,7 @@ def test_missing_sources_are_named(tmp_path):
         read("text", tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no such file or directory, and no file matches"):
         read("text", tmp_path / "*.txt")
-    with pytest.raises(DataError, match=r"no file \*\.jsonl or \*\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"no file \*\.jsonl or \*\.jsonl\.gz or \*\.jsonl\.zst"):
         read("jsonl", tmp_path)
 
 
@@ -171,6 +181,9 @@ def test_saved_datasets(saved_dataset):
     assert documents[2499] == Document("2499", "row 2499", False) and len(documents) == 2500
     assert read("datasets", saved_dataset / "single") == documents
     assert [document.text for document in read("datasets", saved_dataset / "dict", split="test")] == ["row 7", "row 5"]
+    streamed = read("datasets", saved_dataset / "dict", streaming=True)
+    assert [document.text for document in streamed] == [document.text for document in documents]
+    assert len({document.id for document in streamed}) == 2500
     assert fingerprint("datasets", saved_dataset / "dict") != fingerprint("datasets", saved_dataset / "single")
     with pytest.raises(DataError, match=r"no split 'other'; set data.split to one of \['test', 'train'\]"):
         read("datasets", saved_dataset / "dict", split="other")
@@ -184,3 +197,101 @@ def test_datasets_by_name(saved_dataset, tmp_path, monkeypatch):
     assert texts == ["line 0", "line 1", "line 2"]
     with pytest.raises(DataError, match=r"cannot load this dataset \(data.subset=None, data.split=train\)"):
         read("datasets", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_files(saved_dataset, tmp_path, kind):
+    table = pyarrow.table({"text": [f"row {i}" for i in range(2500)], "n": range(2500)})
+    new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with new(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+    documents = read("arrow", tmp_path)
+    assert documents[2499] == Document("a.arrow:2499", "row 2499", False) and len(documents) == 2500
+    with pytest.raises(DataError, match=r"a\.arrow: no column 'body'; set data.text_field to one of"):
+        read("arrow", tmp_path, text_field="body")
+
+
+def numbered_jsonl(path, num_lines):
+    return write(
+        path,
+        "".join(json.dumps({"text": f"line {i} " + "é" * (i % 90)}) + "\n" * (1 + i % 2) for i in range(num_lines)),
+    )
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1000, 1 << 20])
+def test_parts_hold_every_document_once_and_in_order(tmp_path, monkeypatch, part_bytes):
+    numbered_jsonl(tmp_path / "b.jsonl", 300)
+    numbered_jsonl(tmp_path / "a.jsonl", 3)
+    table = pyarrow.table({"text": [f"row {i}" for i in range(500)]})
+    parquet.write_table(table, tmp_path / "p.parquet", row_group_size=70)
+    for i in range(9):
+        write(tmp_path / "texts" / f"{i}.txt", "some text" * i)
+    for source, path in (("jsonl", tmp_path), ("parquet", tmp_path), ("text", tmp_path / "texts")):
+        whole = read(source, path)
+        with monkeypatch.context() as patch:
+            patch.setattr("bigtrain.data.sources._PART_BYTES", part_bytes)
+            config = DataConfig(source=DataSource[source], path=str(path))
+            parts = source_parts(config)
+            assert (len(parts) > 1) == (part_bytes < 1 << 20) or source == "text"
+            assert [document for part in parts for document in read_part(config, part)] == whole
+
+
+def test_lines_are_named_by_number_in_any_part(tmp_path, monkeypatch):
+    path = numbered_jsonl(tmp_path / "a.jsonl", 50)
+    with open(path, "a") as file:
+        file.write("{broken\n")
+    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 100)
+    with pytest.raises(DataError, match=r"a\.jsonl:76: not valid JSON"):
+        read("jsonl", path)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "3+3?"},
+    {"role": "assistant", "content": "6"},
+]
+
+
+def counted_text(document):
+    return [document.text[start:stop] for start, stop in document.answers]
+
+
+def test_of_a_chat_the_answers_count(tmp_path):
+    write(tmp_path / "a.jsonl", json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": CHAT[:2]}))
+    whole, without_answer = read("jsonl", tmp_path, content=Content.chat)
+    assert whole.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n")
+    assert counted_text(whole) == ["4<|im_end|>\n", "6<|im_end|>\n"]
+    assert without_answer.text == "", "nothing to learn from: it is dropped and counted as empty"
+    parquet.write_table(pyarrow.table({"messages": [CHAT]}), tmp_path / "a.parquet")
+    (row,) = read("parquet", tmp_path, content=Content.chat)
+    assert (row.text, row.answers) == (whole.text, whole.answers)
+
+
+def test_of_a_pair_the_answer_counts(tmp_path):
+    rows = [{"q": "2+2=", "a": "4"}, {"q": "2+2=", "a": None}, {"q": "\ud800 ", "a": "x\udc00"}]
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    fields = {"content": Content.pairs, "prompt_field": "q", "answer_field": "a"}
+    first, empty, odd = read("jsonl", tmp_path, **fields)
+    assert (first.text, counted_text(first)) == ("2+2=4", ["4"]) and empty.text == ""
+    assert (odd.text, counted_text(odd), odd.is_repaired) == ("\ufffd x\ufffd", ["x\ufffd"], True)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: no field 'prompt'; set data\.prompt_field to one of \['a', 'q'\]"
+    ):
+        read("jsonl", tmp_path, content=Content.pairs)
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ("hello", "field 'messages' is str, not a list of messages"),
+        (["hello"], "message 0: expected an object with role and content"),
+        ([{"role": "robot", "content": "x"}], "message 0: role 'robot' is none of system, user, assistant, tool"),
+        ([{"role": "user", "content": 3}], r"field 'messages\[0\]\.content' is int, not text"),
+    ],
+)
+def test_bad_chats_are_named(tmp_path, messages, problem):
+    write(tmp_path / "a.jsonl", json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: .*{problem}"):
+        read("jsonl", tmp_path, content=Content.chat)

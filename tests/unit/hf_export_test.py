@@ -19,7 +19,7 @@ from bigtrain.checkpoint.shard import Piece, write_shard
 from bigtrain.checkpoint.store import RunState, checkpoint_path, commit
 from bigtrain.checks import check, resolve
 from bigtrain.config import DataConfig, ModelConfig, ModelKind, Precision, TrainConfig
-from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, TokenizerRecord, write_index
+from bigtrain.data.index import FORMAT, CorpusIndex, FileRecord, SplitRecord, TokenizerRecord, write_index
 from bigtrain.data.tokenizer import END_OF_TEXT, build_tokenizer
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import CheckpointError, ConfigError
@@ -301,15 +301,16 @@ def give_tokenizer(run: Path, kind: str):
     built = build_tokenizer(DataConfig(tokenizer=kind, tokenizer_vocab_size=300), sample)
     run.mkdir(parents=True)
     built.tokenizer.save(str(run / "tokenizer.json"))
-    file = FileRecord(name="x", num_bytes=0, sha256="")
-    tokens = SplitRecord(
-        tokens=file, documents=file, num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0
-    )
+    file = FileRecord(name="x", num_bytes=0, xxh3="")
+    tokens = SplitRecord(shards=[], num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0)
     record = TokenizerRecord(name=kind, file=file, vocab_size=300, eos_id=built.eos_id)
     facts = dict.fromkeys(("identity", "source", "source_fingerprint"), "")
     counts = {"num_empty_documents": 0, "num_repaired_documents": 0}
     write_index(
-        run, CorpusIndex(format=1, **facts, **counts, dtype="uint16", tokenizer=record, train=tokens, validation=tokens)
+        run,
+        CorpusIndex(
+            format=FORMAT, **facts, **counts, dtype="uint16", tokenizer=record, train=tokens, validation=tokens
+        ),
     )
     return built
 

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 # From the bottom up; a unit imports only from rows below its own.
 FLOORS = [
-    ["errors", "redact"],
+    ["errors", "rank_info", "redact"],
     ["schema"],
     ["config"],
     ["checks"],
@@ -20,8 +20,10 @@ FLOORS = [
     ["engine", "preflight"],
     ["checkpoint", "resilience", "telemetry"],
     ["run_files"],
+    ["recovery", "run_data"],
+    ["validation"],
     ["export", "sampling", "trainer"],
-    ["parity", "verify_resume"],
+    ["inspection", "parity", "verify_resume"],
 ]
 FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 

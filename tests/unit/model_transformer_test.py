@@ -247,7 +247,7 @@ def test_objective_hands_tokens_and_targets_to_the_model():
     config = gpt()
 
     class Batch:
-        tokens, targets = tokens_BT(config), tokens_BT(config, seed=1)
+        tokens, targets, positions = tokens_BT(config), tokens_BT(config, seed=1), None
 
     model = ready(config)
     assert loss_sum(model, Batch) == model(Batch.tokens, Batch.targets)

@@ -14,9 +14,10 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.checks import resolve
 from bigtrain.config import CheckpointConfig, DataConfig, DataSource, ModelConfig, RunConfig, TrainConfig
-from bigtrain.distributed import RankInfo, init_process_group, shut_down
+from bigtrain.distributed import init_process_group, shut_down
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.errors import CheckpointError
+from bigtrain.rank_info import RankInfo
 from bigtrain.run_files import (
     find_resume,
     keep_tokenizer,

@@ -4,13 +4,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from bigtrain.distributed import RankInfo, init_process_group, pick_device, shut_down
+from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.local_ranks import run_ranks
+from bigtrain.rank_info import RankInfo
 from bigtrain.resilience import signals
-from bigtrain.resilience.signals import SIGNALS, StopAgreement, StopSignal
+from bigtrain.resilience.signals import SIGNALS, STOP_FILE, StopAgreement, StopLimits, StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +38,17 @@ def test_a_signal_sets_a_flag(number: signal.Signals):
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with pytest.raises(ZeroDivisionError), StopSignal():
+    with StopSignal():
         assert [signal.getsignal(number) for number in SIGNALS] != before
-        raise ZeroDivisionError
     assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGINT)
+
+
+def test_a_launcher_that_ends_the_ranks_does_not_cut_short_what_a_failed_one_says():
+    with pytest.raises(ZeroDivisionError), StopSignal():
+        raise ZeroDivisionError
+    send(signal.SIGTERM)
 
 
 def test_a_repeated_signal_does_not_disturb_the_end():
@@ -71,13 +78,14 @@ def test_a_repeated_interrupt_forces_only_later(monkeypatch: pytest.MonkeyPatch)
         assert stop.reason == "SIGINT"
 
 
-def poll_for_steps(wanting: dict[int, int], num_steps: int) -> list[bool]:
-    """Return what each poll answered on this rank; ``wanting`` says which rank wants to stop at which poll."""
+def poll_for_steps(wanting: dict[int, tuple[int, str]], num_steps: int) -> list[str | None]:
+    """Return what each poll answered on this rank; ``wanting`` says at which poll and why a rank wants to stop."""
     info = RankInfo.from_env()
     init_process_group(info, pick_device(info), timeout_seconds=30)
     agreement, answers = StopAgreement(), []
     for step in range(num_steps):
-        answers.append(agreement.poll(wanting.get(info.rank) == step))
+        at, reason = wanting.get(info.rank, (None, None))
+        answers.append(agreement.poll(reason if at == step else None))
     answers.append(agreement.settle())
     assert not agreement.settle()  # nothing is left to wait for
     shut_down()
@@ -86,13 +94,43 @@ def poll_for_steps(wanting: dict[int, int], num_steps: int) -> list[bool]:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_ranks_hear_of_a_stop_at_the_next_step(rank: int):
-    answers = run_ranks(poll_for_steps, 3, {rank: 2}, 5)
-    assert answers == [[False, False, False, True, False, False]] * 3
+    answers = run_ranks(poll_for_steps, 3, {rank: (2, "SIGTERM")}, 5)
+    assert answers == [[None, None, None, "SIGTERM", None, None]] * 3
+
+
+def test_of_several_reasons_all_ranks_take_the_same():
+    answers = run_ranks(poll_for_steps, 2, {0: (1, "stop file"), 1: (1, "SIGUSR1")}, 3)
+    assert answers == [[None, None, "stop file", None]] * 2
 
 
 def test_a_wish_at_the_last_poll_is_heard_when_settling():
-    assert run_ranks(poll_for_steps, 2, {1: 3}, 4) == [[False, False, False, False, True]] * 2
+    assert run_ranks(poll_for_steps, 2, {1: (3, "SIGINT")}, 4) == [[None, None, None, None, "SIGINT"]] * 2
 
 
 def test_a_single_process_stops_at_once():
-    assert run_ranks(poll_for_steps, 1, {0: 1}, 3) == [[False, True, False, False]]
+    assert run_ranks(poll_for_steps, 1, {0: (1, "SIGINT")}, 3) == [[None, "SIGINT", None, None]]
+
+
+def test_a_stop_file_is_seen_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(StopLimits, "CHECK_SECONDS", 0.0)
+    limits = StopLimits(tmp_path, None, started=time.monotonic())
+    assert limits.reached() is None
+    (tmp_path / STOP_FILE).touch()
+    assert limits.reached() == "stop file"
+    limits.honour()
+    assert limits.reached() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_file_costs_a_look_now_and_then(tmp_path: Path):
+    limits = StopLimits(tmp_path, None, started=time.monotonic())
+    assert limits.reached() is None
+    (tmp_path / STOP_FILE).touch()
+    assert limits.reached() is None
+
+
+def test_the_time_limit_leaves_time_for_the_last_save(tmp_path: Path):
+    limits = StopLimits(tmp_path, 1.0, started=time.monotonic() - 50)
+    assert limits.reached() is None
+    limits.save_seconds = 11.0
+    assert limits.reached() == "run.max_minutes"

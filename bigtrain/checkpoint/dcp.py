@@ -1,0 +1,106 @@
+"""Our checkpoints for programs that use ``torch.distributed.checkpoint`` (DCP) and nothing of ours.
+
+    from bigtrain.checkpoint.dcp import CheckpointReader
+    state = {"model": model.state_dict()}
+    torch.distributed.checkpoint.load(state, storage_reader=CheckpointReader("runs/x/checkpoints/step-00001000"))
+
+Keys are those of torch's ``get_state_dict``: ``model.<name>`` and ``optim.state.<name>.<key>``. Any sharding of the
+wanted state works, because DCP asks for boxes and boxes are what is stored.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.futures import Future
+
+from bigtrain.checkpoint.manifest import Chunk, TensorRecord, read_manifest
+from bigtrain.checkpoint.shard import DTYPES, ShardReader
+from bigtrain.checkpoint.store import find_problems
+from bigtrain.config import Verify
+from bigtrain.errors import CheckpointError
+
+
+class CheckpointReader(StorageReader):
+    """Hands the tensors of one checkpoint to ``torch.distributed.checkpoint.load``; no pickle is read."""
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: Verify = Verify.full) -> None:
+        """Take the directory of a checkpoint; ``verify`` says what the coordinator compares with the manifest."""
+        self._verify = verify
+        self.reset(path)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Turn to another checkpoint."""
+        if checkpoint_id is not None:
+            self._path = Path(checkpoint_id)
+        self._tensors: dict[str, TensorRecord] = {}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Describe what is stored; see the base class.
+
+        Raises:
+            CheckpointError: the manifest is missing or damaged.
+        """
+        self._read_manifest()
+        return Metadata({record.key: _describe(record) for record in self._tensors.values()})
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Verify the files, on one rank; see the base class.
+
+        Raises:
+            CheckpointError: names what is damaged.
+        """
+        self._read_manifest()
+        if is_coordinator and (problems := find_problems(self._path, self._verify)):
+            raise CheckpointError("\n  ".join([f"{self._path} is damaged:", *problems]))
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Take the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Take the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy every wanted part of a stored box to where the planner wants it."""
+        shards = ShardReader(self._path)
+        with torch.no_grad():
+            for item in plan.items:
+                record = self._tensors[item.storage_index.fqn]
+                stored = shards.read(record.dtype, _chunk_at(record, item.storage_index.offset))
+                for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    stored = stored.narrow(dim, offset, length)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(stored)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether this can be the directory of a checkpoint."""
+        return Path(checkpoint_id).is_dir()
+
+    def _read_manifest(self) -> None:
+        if not self._tensors:
+            self._tensors = {record.key: record for record in read_manifest(self._path).tensors}
+
+
+def _describe(record: TensorRecord) -> TensorStorageMetadata:
+    chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks]
+    return TensorStorageMetadata(TensorProperties(DTYPES[record.dtype]), torch.Size(record.shape), chunks)
+
+
+def _chunk_at(record: TensorRecord, offset: Sequence[int] | None) -> Chunk:
+    return next(chunk for chunk in record.chunks if chunk.offsets == list(offset or []))

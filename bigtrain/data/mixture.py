@@ -1,0 +1,181 @@
+"""Which data set the sample at a position of the run is from: exact proportions, in closed form.
+
+Every position belongs to one component, and the samples of a component are drawn in the component's own order,
+one after the other, whatever the others do. Between two changes of the weights (a segment), components are
+told apart by a chain of balanced sequences in integer arithmetic. With the components in descending order of their
+integer weights w_1 >= w_2 >= ..., R_j = w_j+1 + w_j+2 + ... and r_0 = p positions since the segment began::
+
+    c_j = floor((r_j-1 * w_j + R_j-1 // 2) / R_j-1)        r_j = r_j-1 - c_j
+
+c_j is how many of the p positions belong to component j. Each step of the chain is a Sturmian (Beatty) sequence:
+over any window its share is off by less than 1. Errors of a remainder go down the chain in proportion, so over
+*any* window inside a segment component j is off from its exact share by less than 1 + w_j * sum_i<j 1 / R_i
+<= 1 + H_j-1 samples (H: harmonic numbers): less than 1 with two components, than 4 with eleven.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.errors import DataError
+
+_MAX_TOTAL_WEIGHT = 1 << 31
+_FOREVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much of a mixture one component is, over time."""
+
+    weights: tuple[tuple[int, float], ...]
+    """(position, weight from there on), ascending, from position 0."""
+    limit: int | None = None
+    """Samples that may be drawn of it over the whole run; None = any number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of positions with constant weights."""
+
+    start: int
+    """First position."""
+    weights: NDArray[np.int64]
+    """Integer weight of each component."""
+    counts: NDArray[np.int64]
+    """Samples of each component that were drawn before ``start``."""
+
+    def counts_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many samples of each component were drawn before the positions.
+
+        Args:
+            positions: int64 ``(N,)``, not before ``start``.
+
+        Returns:
+            int64 ``(num_components, N)``.
+        """
+        counts = np.tile(self.counts[:, None], (1, len(positions)))
+        rest, rest_weight = positions - self.start, int(self.weights.sum())
+        for component in np.argsort(-self.weights, kind="stable"):
+            weight = int(self.weights[component])
+            if weight == 0:
+                break
+            # floor((rest * weight + half) / rest_weight) without a product that could overflow
+            periods, rests = np.divmod(rest, rest_weight)
+            drawn = periods * weight + (rests * weight + rest_weight // 2) // rest_weight
+            counts[component] += drawn
+            rest, rest_weight = rest - drawn, rest_weight - weight
+        return counts
+
+
+class Mixture:
+    """The components of all positions of a run."""
+
+    def __init__(self, shares: list[Share], *, origin: int = 0, counts: list[int] | None = None) -> None:
+        """Lay out the segments.
+
+        Args:
+            shares: Of the components, at least one.
+            origin: Position at which the mixture begins, above 0 when it was changed during a run.
+            counts: Samples of each component that were drawn before ``origin``; by default none.
+
+        Raises:
+            DataError: weights need more than 9 digits.
+        """
+        self.num_components = len(shares)
+        self.num_positions: int | None = None
+        """Positions there are samples for; None = without end."""
+        drawn = np.array(counts or [0] * len(shares), dtype=np.int64)
+        changes = sorted({max(start, origin) for share in shares for start, _ in share.weights} | {origin})
+        self._segments: list[Segment] = []
+        for start, end in zip(changes, [*changes[1:], _FOREVER], strict=True):
+            drawn, self.num_positions = self._lay_out(shares, start, end, drawn)
+            if self.num_positions is not None:
+                break
+        self._starts = np.array([segment.start for segment in self._segments], dtype=np.int64)
+
+    def counts(self, position: int) -> list[int]:
+        """Return how many samples of each component are drawn before ``position``."""
+        segment = self._segments[max(int(np.searchsorted(self._starts, position, side="right")) - 1, 0)]
+        return segment.counts_at(np.array([position]))[:, 0].tolist()
+
+    def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the components at the positions ``[first, first + count)``, and the index of each sample in its own.
+
+        Returns:
+            Two int64 arrays ``(count,)``. The indices of a component are consecutive.
+
+        Raises:
+            DataError: the components that are left have no more samples.
+        """
+        if self.num_positions is not None and first + count > self.num_positions:
+            raise DataError(f"the mixture has {self.num_positions} samples, not the {first + count} that are asked for")
+        positions = np.arange(first, first + count + 1, dtype=np.int64)
+        counts = np.empty((self.num_components, count + 1), dtype=np.int64)
+        segments = np.maximum(np.searchsorted(self._starts, positions, side="right") - 1, 0)
+        for number in np.unique(segments).tolist():
+            inside = segments == number
+            counts[:, inside] = self._segments[number].counts_at(positions[inside])
+        components = np.diff(counts).argmax(axis=0)
+        return components, counts[components, np.arange(count)]
+
+    def _lay_out(
+        self, shares: list[Share], start: int, end: int, drawn: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], int | None]:
+        """Add the segments from ``start`` to ``end``; a new one begins wherever a component is used up.
+
+        Returns:
+            The samples drawn of each component before ``end``, and where the data ends if it does before.
+        """
+        limits = np.array([_FOREVER if share.limit is None else share.limit for share in shares], dtype=np.int64)
+        while start < end:
+            alive = drawn < limits
+            weights = [weight_at(share, start) if alive[i] else 0.0 for i, share in enumerate(shares)]
+            if not any(weights):
+                self._segments.append(Segment(start, np.zeros_like(drawn), drawn))
+                return drawn, start
+            segment = Segment(start, _integers(weights), drawn)
+            self._segments.append(segment)
+            start = _first_exhausted(segment, limits, end)
+            drawn = segment.counts_at(np.array([start]))[:, 0]
+        return drawn, None
+
+
+def weight_at(share: Share, position: int) -> float:
+    """Return the weight of a component at a position."""
+    return [weight for start, weight in share.weights if start <= position][-1]
+
+
+def _integers(weights: list[float]) -> NDArray[np.int64]:
+    """Return the smallest integers in the proportions of decimal ``weights``.
+
+    Raises:
+        DataError: they are too large for exact arithmetic.
+    """
+    exact = [Fraction(repr(weight)) for weight in weights]
+    denominator = lcm(*(weight.denominator for weight in exact))
+    integers = [int(weight * denominator) for weight in exact]
+    divisor = gcd(*integers)
+    integers = [weight // divisor for weight in integers]
+    if sum(integers) > _MAX_TOTAL_WEIGHT:
+        raise DataError(f"data.mixture: weights {weights} have too many digits to be kept exactly; use up to 8 digits")
+    return np.array(integers, dtype=np.int64)
+
+
+def _first_exhausted(segment: Segment, limits: NDArray[np.int64], end: int) -> int:
+    """Return the first position up to ``end`` at which a component that is drawn from has reached its limit."""
+
+    def is_exhausted(position: int) -> bool:
+        counts = segment.counts_at(np.array([position]))[:, 0]
+        return bool(np.any((counts >= limits) & (segment.weights > 0)))
+
+    low, high = segment.start, end  # counts never fall: bisect
+    while low < high:
+        middle = (low + high) // 2
+        if is_exhausted(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low

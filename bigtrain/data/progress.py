@@ -1,0 +1,41 @@
+"""How far a long piece of work is, on a terminal or in the log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bigtrain.log import get_logger
+
+_REPORT_SECONDS = 10.0
+
+
+@contextmanager
+def reporter(title: str, total_bytes: int | None, progress: bool) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told each number of bytes done and shows how far the work is."""
+    if progress and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=total_bytes)
+            yield lambda num_bytes: bar.advance(task, num_bytes)
+    else:
+        yield _Ticker(title, total_bytes).advance
+
+
+class _Ticker:
+    """Progress as a line of the log every ten seconds."""
+
+    def __init__(self, title: str, total_bytes: int | None) -> None:
+        self._title = title
+        self._total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
+        self._done_bytes = 0
+        self._due = time.monotonic() + _REPORT_SECONDS
+
+    def advance(self, num_bytes: int) -> None:
+        self._done_bytes += num_bytes
+        if time.monotonic() >= self._due:
+            get_logger().info("%s: %.0f%s MB", self._title, self._done_bytes / 1e6, self._total)
+            self._due = time.monotonic() + _REPORT_SECONDS

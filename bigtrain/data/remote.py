@@ -1,0 +1,307 @@
+"""A corpus behind any fsspec URL: its files are fetched ahead of need into a cache on this node's disk.
+
+Cached files are named by the hash of their content, so that every process of the node, every run and
+every corpus with the same shard share one copy. A file gets its name only when it is complete and its
+hash is right; until then it is ``<hash>.<size>.partial``, locked by the process that writes it. The
+lock is flock's and dies with the process: another process goes on where a killed one has stopped.
+"""
+
+import contextlib
+import hashlib
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from bigtrain.data.index import INDEX_FILE, CorpusIndex, FileRecord, hash_content, parse_index
+from bigtrain.data.locks import is_locked, locked
+from bigtrain.errors import DataError, ShardError
+from bigtrain.log import get_logger
+
+T = TypeVar("T")
+
+RANGE_BYTES = 8 << 20
+"""Bytes per request."""
+REQUEST_SECONDS = 60.0
+"""A request that has not ended by then has failed."""
+NUM_ATTEMPTS = 8
+"""Tries of a request, and of a file whose content is damaged, before giving up."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
+"""Waits between tries double from the first to the longest; a random share of up to one half is taken off."""
+NUM_FETCHERS = 2
+"""Background threads per process."""
+
+
+def is_url(path: str) -> bool:
+    """Return whether ``path`` is a URL and not a local path."""
+    return "://" in path
+
+
+class RemoteDirectory:
+    """Reads files below a URL and waits out faults that pass."""
+
+    def __init__(self, url: str) -> None:
+        """Take any URL that fsspec knows; credentials and endpoints are those of its file systems.
+
+        Raises:
+            DataError: no such kind of URL, or the package for it is not installed.
+        """
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            self._file_system, self._root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"data.path={url}: cannot be opened: {error}") from error
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Return a file, or its bytes ``[start, end)``.
+
+        Raises:
+            ShardError: there is no such file.
+            DataError: it may not be read, or could not be after ``NUM_ATTEMPTS`` tries.
+        """
+        return self._ask(name, lambda: self._read_once(name, start, end))
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes, or None where the server does not tell.
+
+        Raises:
+            ShardError: there is no such file.
+            DataError: as :meth:`read`.
+        """
+        return self._ask(name, lambda: self._file_system.size(f"{self._root}/{name}"))
+
+    def _ask(self, name: str, function: Callable[[], T]) -> T:
+        where = f"{self.url}/{name}"
+        try:
+            return _patiently(function, where)
+        except FileNotFoundError as error:
+            raise ShardError(f"{where}: missing") from error
+        except PermissionError as error:
+            raise DataError(f"{where}: may not be read: {error}") from error
+
+    def _read_once(self, name: str, start: int | None, end: int | None) -> bytes:
+        import fsspec.asyn
+
+        path = f"{self._root}/{name}"
+        if getattr(self._file_system, "async_impl", False):
+            read = self._file_system._cat_file  # the public method has no time-out
+            content = fsspec.asyn.sync(
+                self._file_system.loop, read, path, start=start, end=end, timeout=REQUEST_SECONDS
+            )
+        else:
+            content = self._file_system.cat_file(path, start=start, end=end)
+        if end is not None and len(content) != end - (start or 0):
+            raise OSError(f"{len(content)} bytes came instead of {end - (start or 0)} from byte {start}")
+        return content
+
+
+def _patiently(function: Callable[[], T], where: str) -> T:
+    """Call ``function`` until it succeeds; a missing or forbidden file is final, every other fault may pass."""
+    for attempt in range(NUM_ATTEMPTS):
+        try:
+            return function()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # every library behind fsspec raises classes of its own
+            problem = f"{where}: {type(error).__name__}: {error}"
+            if attempt == NUM_ATTEMPTS - 1:
+                raise DataError(
+                    f"{problem}; given up after {NUM_ATTEMPTS} tries, the same command continues"
+                ) from error
+            wait_seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt) * random.uniform(0.5, 1)
+            get_logger().warning("%s; trying again in %.1f s", problem, wait_seconds)
+            time.sleep(wait_seconds)
+    raise AssertionError
+
+
+def read_remote_index(remote: RemoteDirectory) -> CorpusIndex:
+    """Return the index of a prepared corpus at a URL.
+
+    Raises:
+        DataError: there is none, it cannot be read, or it is damaged.
+    """
+    try:
+        text = remote.read(INDEX_FILE)
+    except ShardError as error:
+        raise DataError(
+            f"{remote.url}: no prepared corpus here (no {INDEX_FILE}); make one with launch/prepare.py and copy its "
+            "directory there"
+        ) from error
+    return parse_index(text, remote.url)
+
+
+def fetch_index(url: str, cache: Path) -> Path:
+    """Copy index and tokenizer of a corpus at ``url`` below ``cache`` and return their directory.
+
+    Raises:
+        DataError: what :func:`read_remote_index` raises; the tokenizer is missing or not that of the index.
+    """
+    import xxhash
+
+    remote, directory = RemoteDirectory(url), index_directory(url, cache)
+    index = read_remote_index(remote)
+    file = index.tokenizer.file
+    tokenizer = remote.read(file.name)
+    if xxhash.xxh3_128_hexdigest(tokenizer) != file.xxh3:
+        raise DataError(f"{remote.url}/{file.name}: not the tokenizer that the corpus was prepared with")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in ((INDEX_FILE, remote.read(INDEX_FILE)), (file.name, tokenizer)):
+            partial = directory / f"{name}.{os.getpid()}.partial"
+            partial.write_bytes(content)
+            partial.replace(directory / name)
+    except OSError as error:
+        raise _cache_error(cache, error) from error
+    return directory
+
+
+def index_directory(url: str, cache: Path) -> Path:
+    """Return where :func:`fetch_index` puts index and tokenizer of the corpus at ``url``."""
+    return cache / "indexes" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+class ShardCache:
+    """Files of a remote corpus on this node's disk, fetched when they are wanted and not there."""
+
+    def __init__(self, remote: RemoteDirectory, directory: Path, max_bytes: int) -> None:
+        """Keep up to ``max_bytes`` of files in ``directory``, which other processes may use at the same time.
+
+        Raises:
+            DataError: the directory cannot be made.
+        """
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._remote = remote
+        self._verified: set[str] = set()
+        self._wanted: queue.SimpleQueue[FileRecord] = queue.SimpleQueue()
+        self._waiting: set[str] = set()
+        self._fetchers: list[threading.Thread] = []
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cache_error(directory, error) from error
+
+    def open(self, file: FileRecord) -> BinaryIO:
+        """Return the file, open for reading; it stays readable when it leaves the cache.
+
+        Raises:
+            ShardError: it is missing, or damaged every time it is fetched.
+            DataError: it cannot be fetched or written.
+        """
+        try:
+            while (handle := self._cached(file)) is None:
+                self._fetch(file, wait=True)
+        except OSError as error:
+            raise _cache_error(self.directory, error) from error
+        return handle
+
+    def holds(self, file: FileRecord) -> bool:
+        """Return whether the file is in the cache."""
+        return self._target(file).exists()
+
+    def prefetch(self, files: Sequence[FileRecord]) -> None:
+        """Begin to fetch ``files`` in this order; what goes wrong is left to :meth:`open`."""
+        for file in files:
+            if file.xxh3 not in self._waiting and not self.holds(file):
+                self._waiting.add(file.xxh3)
+                self._wanted.put(file)
+        while len(self._fetchers) < NUM_FETCHERS:
+            # Daemons, so that the end of the process waits for no download; a killed one leaves nothing wrong.
+            self._fetchers.append(threading.Thread(target=self._fetch_wanted, name="fetch", daemon=True))
+            self._fetchers[-1].start()
+
+    def _fetch_wanted(self) -> None:
+        while True:
+            file = self._wanted.get()
+            with contextlib.suppress(DataError, OSError):
+                if not self.holds(file):
+                    self._fetch(file, wait=False)
+            self._waiting.discard(file.xxh3)
+
+    def _target(self, file: FileRecord) -> Path:
+        return self.directory / file.xxh3
+
+    def _cached(self, file: FileRecord) -> BinaryIO | None:
+        target = self._target(file)
+        try:
+            handle = open(target, "rb")  # noqa: SIM115  the caller closes it
+        except FileNotFoundError:
+            return None
+        with contextlib.suppress(FileNotFoundError):  # it may leave the cache at any time
+            os.utime(target)
+            # Once per process: disks and crashes damage files too.
+            if file.xxh3 not in self._verified and hash_content(handle) != file.xxh3:
+                get_logger().warning("%s is damaged and is fetched again", target)
+                target.unlink()
+                handle.close()
+                return None
+        self._verified.add(file.xxh3)
+        return handle
+
+    def _fetch(self, file: FileRecord, *, wait: bool) -> None:
+        """Put ``file`` into the cache; without ``wait``, do nothing if another process or thread is at it."""
+        partial = self.directory / f"{file.xxh3}.{file.num_bytes}.partial"
+        with locked(partial, wait=wait) as handle:
+            if handle is None:
+                return
+            if self.holds(file):
+                partial.unlink()
+                return
+            self._make_room()
+            try:
+                self._download(file, handle)
+            except ShardError:
+                partial.unlink()
+                raise
+            partial.rename(self._target(file))
+            self._verified.add(file.xxh3)
+
+    def _download(self, file: FileRecord, handle: BinaryIO) -> None:
+        """Complete the partial file ``handle``."""
+        where = f"{self._remote.url}/{file.name}"
+        # In the store itself; a body that is cut off on its way is another matter and tried again.
+        if (size := self._remote.size(file.name)) not in (file.num_bytes, None):
+            raise ShardError(f"{where}: damaged: {size} bytes, {INDEX_FILE} says {file.num_bytes}")
+        for attempt in range(NUM_ATTEMPTS):
+            position = handle.seek(0, os.SEEK_END)
+            while position < file.num_bytes:
+                end = min(position + RANGE_BYTES, file.num_bytes)
+                handle.write(self._remote.read(file.name, position, end))
+                handle.flush()  # what is there is not asked for again, even after a kill
+                position = end
+            if hash_content(handle) == file.xxh3:
+                return
+            handle.truncate(0)
+            get_logger().warning("%s: damaged on arrival, try %d of %d", where, attempt + 1, NUM_ATTEMPTS)
+        raise ShardError(f"{where}: damaged: its content is not what was prepared, {NUM_ATTEMPTS} times in a row")
+
+    def _make_room(self) -> None:
+        """Remove the files that were not used for longest until what is there and what is coming fits."""
+        with locked(self.directory / "eviction.lock", wait=True):
+            num_bytes, removable = 0, []
+            for path in self.directory.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.stat()
+                    if path.suffix == ".partial" and is_locked(path):
+                        num_bytes += int(path.suffixes[-2][1:])  # what it will have
+                    elif path.is_file():
+                        num_bytes += stat.st_size
+                        removable.append((stat.st_mtime_ns, stat.st_size, path))
+            for _, size, path in sorted(removable):
+                if num_bytes <= self.max_bytes:
+                    return
+                if path.name != "eviction.lock":
+                    path.unlink(missing_ok=True)
+                    num_bytes -= size
+
+
+def _cache_error(directory: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{directory}: cannot be used as a cache: {error}; choose another data.cache_directory or a smaller data.cache_gib"
+    )

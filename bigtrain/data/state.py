@@ -1,0 +1,69 @@
+"""What the data side of a run continues from: a few numbers, the same on every rank.
+
+Every step's samples are hashed together with the hash of the step before, so one hash speaks for all samples that a
+run has consumed, in their order: two runs with the same hash after a step have trained on the same.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_SAMPLES = "0" * 16
+"""Hash of a run that has consumed nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place between two steps."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    samples: int = 0
+    """Samples consumed over all ranks."""
+    digest: str = NO_SAMPLES
+    """Hash of all sample ids consumed."""
+
+    @classmethod
+    def at(cls, step: int, global_batch_size: int) -> "Cursor":
+        """Return the place after ``step`` steps of one size, without what came before."""
+        return cls(step, step * global_batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataState:
+    """The data part of a checkpoint."""
+
+    fingerprint: str
+    """What the samples are numbers of, and in which proportions they are drawn."""
+    samples: int
+    """Samples consumed over all ranks."""
+    digest: str
+    """Hash of their ids."""
+    previous_samples: int
+    """Samples consumed before the last step."""
+    previous_digest: str
+    """Hash of them."""
+    counts: dict[str, int]
+    """Samples consumed of each component."""
+    fingerprints: dict[str, str]
+    """What the sample ids of each component are numbers of."""
+    origin_samples: int = 0
+    """Position at which the mixture as it is now began."""
+    origin_counts: dict[str, int] = field(default_factory=dict)
+    """Samples of each component consumed before."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """Ranges (first, end) of positions in the order whose samples the run leaves out; they do not count as consumed."""
+
+
+def chain_digest(digest: str, sample_ids: NDArray[np.int64]) -> str:
+    """Return the hash after a step: 16 hexadecimal digits.
+
+    Args:
+        digest: after the step before.
+        sample_ids: of the whole step, in their order, over all ranks.
+    """
+    return hashlib.blake2b(
+        bytes.fromhex(digest) + sample_ids.astype("<i8", copy=False).tobytes(), digest_size=8
+    ).hexdigest()

@@ -1,0 +1,273 @@
+"""The samples of a run: one data set or a mixture of several, in the run's order.
+
+A sample of the stream has one number: the components' samples are numbered on end, in the order of their names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import ComponentConfig, DataConfig
+from bigtrain.data.batch import Batch, Samples, build_batch
+from bigtrain.data.corpus import Split
+from bigtrain.data.mixture import Mixture, Share
+from bigtrain.data.order import Order
+from bigtrain.data.packing import PackedSplit, build_packing
+from bigtrain.data.skips import extend, pieces
+from bigtrain.data.state import Cursor, DataState, chain_digest
+from bigtrain.errors import DataError
+
+WINDOW_SHARDS = 8
+"""Shards that data which has to be fetched is shuffled within, unless configured otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One data set."""
+
+    split: Split
+    packed: PackedSplit
+    order: Order
+    share: Share
+
+
+class SampleStream:
+    """Position in the run -> sample id -> tokens."""
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        components: Mapping[str, Component],
+        *,
+        origin_samples: int = 0,
+        origin_counts: Mapping[str, int] | None = None,
+        skipped: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Put the components together.
+
+        Args:
+            name: Of the split, for messages.
+            fingerprint: What the sample ids are numbers of, and in which proportions they are drawn.
+            components: By name, in the order of their names.
+            origin_samples: Position at which the mixture begins, above 0 when it was changed during a run.
+            origin_counts: Samples of each component that were drawn before; by default none.
+            skipped: Ranges of positions that the run leaves out; see :mod:`bigtrain.data.skips`.
+        """
+        self.name = name
+        self.fingerprint = fingerprint
+        self.components = dict(components)
+        self.skipped = [list(positions) for positions in skipped]
+        self._list = list(components.values())
+        self._origin_samples = origin_samples
+        self._origin_counts = {key: (origin_counts or {}).get(key, 0) for key in components}
+        shares = [component.share for component in self._list]
+        self.mixture = Mixture(shares, origin=origin_samples, counts=list(self._origin_counts.values()))
+        sizes = np.array([component.order.num_samples for component in self._list], dtype=np.int64)
+        self._ends = np.cumsum(sizes)
+        self._begins = self._ends - sizes
+        self._fetching: list[list[int]] = [[] for _ in self._list]
+
+    @property
+    def num_samples(self) -> int:
+        """Different samples of all components."""
+        return int(self._ends[-1])
+
+    def ids(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``.
+
+        Raises:
+            DataError: the data ends before.
+        """
+        parts = [self._ids_at(begin, end - begin) for begin, end in pieces(first, count, self.skipped)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def leave_out(self, first: int, end: int) -> None:
+        """From now on leave out the samples that the run counts as ``[first, end)``."""
+        self.skipped = extend(self.skipped, first, end)
+
+    def _ids_at(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions ``[first, first + count)`` of the order."""
+        components, indices = self.mixture.locate(first, count)
+        ids = np.empty(count, dtype=np.int64)
+        for number in np.unique(components).tolist():
+            inside = components == number
+            # The indices of one component are consecutive.
+            chosen = self._list[number].order.ids(int(indices[inside][0]), int(inside.sum()))
+            ids[inside] = chosen + self._begins[number]
+        return ids
+
+    def gather(self, sample_ids: NDArray[np.int64]) -> Batch:
+        """Return the samples with these ids, int64 ``(N,)``."""
+        if len(self._list) == 1:
+            return build_batch(self._list[0].packed.gather(sample_ids))
+        numbers = np.searchsorted(self._ends, sample_ids, side="right")
+        samples: Samples | None = None
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == number)
+            part = self._list[number].packed.gather(sample_ids[rows] - self._begins[number])
+            samples = samples or Samples.empty(len(sample_ids), part.tokens.shape[1], part.positions is not None)
+            samples.put(rows, part)
+        return build_batch(samples)
+
+    def prefetch(self, samples: int) -> None:
+        """Begin to fetch what is needed after the first ``samples`` of the run: this window of shards and the next."""
+        remote = [i for i, component in enumerate(self._list) if component.split.is_remote]
+        counts = self.mixture.counts(self._position(samples)) if remote else []
+        for i in remote:
+            order = self._list[i].order
+            wanted, cached = 2 * (order.window_shards or WINDOW_SHARDS), _cache_shards(self._list[i].split)
+            shards = order.shards_ahead(counts[i], min(wanted, cached or wanted)).tolist()
+            if shards != self._fetching[i]:
+                self._fetching[i] = shards
+                self._list[i].split.prefetch(shards)
+
+    def origin_of(self, sample_id: int) -> tuple[str, NDArray[np.int64]]:
+        """Return the component of a sample, and the document of each of its places, -1 for padding."""
+        number = int(np.searchsorted(self._ends, sample_id, side="right"))
+        documents = self._list[number].packed.documents(int(sample_id - self._begins[number]))
+        return list(self.components)[number], documents
+
+    def require_samples(self) -> None:
+        """Refuse to train on a component, or to validate on data, without a single sample.
+
+        Raises:
+            DataError: which is too short, and what would help.
+        """
+        short = [name for name, component in self.components.items() if component.order.num_samples < 1]
+        if self.name != "train" and self.num_samples:
+            return
+        if short:
+            which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
+            raise DataError(
+                f"the {self.name} split{which} is shorter than one sample of {self._list[0].packed.sequence_length} "
+                "+ 1 tokens; use more text, a larger share (data.validation_fraction) or a smaller data.sequence_length"
+            )
+
+    def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
+        """Refuse a run that is longer than its data.
+
+        Args:
+            start: Where it begins.
+            steps: Optimizer steps at which it ends.
+            global_batch_size: Samples per step.
+
+        Raises:
+            DataError: for how many steps there is data.
+        """
+        self.require_samples()
+        available = self.mixture.num_positions
+        if available is None:
+            return
+        left = available - self._position(start.samples)
+        if (steps - start.step) * global_batch_size > left:
+            enough_for = start.step + max(left, 0) // global_batch_size
+            raise DataError(
+                f"train.steps={steps}: there is data for {enough_for} steps of {global_batch_size} samples, until every "
+                f"component of data.mixture has reached its max_epochs; use train.steps={enough_for} or a larger max_epochs"
+            )
+
+    def state(self, before: Cursor, after: Cursor) -> DataState:
+        """Return what a checkpoint needs in order to continue after the step between two cursors."""
+        return DataState(
+            fingerprint=self.fingerprint,
+            samples=after.samples,
+            digest=after.digest,
+            previous_samples=before.samples,
+            previous_digest=before.digest,
+            counts=dict(zip(self.components, self.mixture.counts(self._position(after.samples)), strict=True)),
+            fingerprints={name: component.split.fingerprint for name, component in self.components.items()},
+            origin_samples=self._origin_samples,
+            origin_counts=self._origin_counts,
+            skipped=self.skipped,
+        )
+
+    def _position(self, samples: int) -> int:
+        """Return the position in the order of the sample that comes after so many."""
+        return pieces(samples, 1, self.skipped)[0][0]
+
+    def continues(self, state: DataState) -> bool:
+        """Return whether the last step before a checkpoint has the samples that the checkpoint records."""
+        ids = self.ids(state.previous_samples, state.samples - state.previous_samples)
+        return chain_digest(state.previous_digest, ids) == state.digest
+
+
+def build_stream(
+    name: str,
+    splits: Mapping[str, Split],
+    data: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    previous: DataState | None = None,
+) -> SampleStream:
+    """Put the splits of all components together as ``data`` says.
+
+    Args:
+        name: Of the splits: ``train`` or ``validation``.
+        splits: By the names of the components.
+        data: The resolved section.
+        seed: Seed of the order, the same for all components: each is ordered as if it were alone.
+        global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
+        previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
+            where it ends.
+    """
+    components = {}
+    for part, split in splits.items():
+        packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
+        window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
+        _require_room(split, window, data)
+        order = Order(packed.shard_samples, seed, window)
+        share = _share(data.mixture.get(part, ComponentConfig()), order.num_samples, global_batch_size)
+        components[part] = Component(split, packed, order, share)
+    fingerprint = _fingerprint(splits, data)
+    origin: dict = {"skipped": previous.skipped} if previous else {}
+    if previous and previous.fingerprint == fingerprint:
+        origin |= {"origin_samples": previous.origin_samples, "origin_counts": previous.origin_counts}
+    elif previous:
+        same = {part for part, split in splits.items() if previous.fingerprints.get(part) == split.fingerprint}
+        counts = {part: count for part, count in previous.counts.items() if part in same}
+        origin_position = pieces(previous.samples, 1, previous.skipped)[0][0]
+        origin |= {"origin_samples": origin_position, "origin_counts": counts}
+    return SampleStream(name, fingerprint, components, **origin)
+
+
+def _cache_shards(split: Split) -> int | None:
+    """Return how many shards of a split are at hand at a time; None when all are."""
+    return getattr(split, "cache_shards", None)
+
+
+def _require_room(split: Split, window_shards: int | None, data: DataConfig) -> None:
+    """Refuse windows that do not fit into the cache: every shard would be fetched again and again.
+
+    Raises:
+        DataError: they do not; the window cannot follow the cache, because the order must not depend on the machine.
+    """
+    cached = _cache_shards(split)
+    if cached is not None and cached < min(window_shards or len(split.shard_tokens), len(split.shard_tokens)):
+        raise DataError(
+            f"data.cache_gib={data.cache_gib} holds {cached} shards of the {split.name} split, which is shuffled within "
+            f"{window_shards} at a time; use a larger data.cache_gib or data.shuffle_window_shards={max(cached, 1)}"
+        )
+
+
+def _share(component: ComponentConfig, num_samples: int, global_batch_size: int) -> Share:
+    changes = [(change.step * global_batch_size, change.weight) for change in component.later_weights]
+    limit = None if component.max_epochs is None else component.max_epochs * num_samples
+    return Share(((0, component.weight), *changes), limit)
+
+
+def _fingerprint(splits: Mapping[str, Split], data: DataConfig) -> str:
+    """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
+    if not data.mixture:
+        return next(iter(splits.values())).fingerprint
+    parts = []
+    for name, split in splits.items():
+        component = data.mixture[name]
+        facts = [f"{name}={split.fingerprint}", f"weight {component.weight}"]
+        facts += [f"from step {change.step} {change.weight}" for change in component.later_weights]
+        facts += [f"max_epochs {component.max_epochs}"] if component.max_epochs is not None else []
+        parts.append(" ".join(facts))
+    return "; ".join(parts)

@@ -1,0 +1,239 @@
+"""Second pass: the tokens of one part of the source, and shards put together from parts.
+
+A part's tokens go into a directory ``parts/<number>``, in pieces that bound the memory, and appear by one
+rename when they are complete. When all parts are there, the bounds of the shards are known and each
+shard is written, hashed and renamed by itself. So whatever is finished survives a kill.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import DataConfig
+from bigtrain.data.encoder import Encode, fast_encoder, slow_encoder
+from bigtrain.data.index import ShardRecord, record_file
+from bigtrain.data.records import Document
+from bigtrain.data.sources import Part
+from bigtrain.data.survey import cut, document_hash, kept_documents
+from bigtrain.data.tokenizer import load_tokenizer, num_ids
+from bigtrain.errors import DataError
+from bigtrain.schema import from_dict, to_dict
+
+PARTS_DIRECTORY = "parts"
+SPLITS = ("train", "validation")
+_PIECE_TOKENS = 1 << 24
+
+
+class Coding(NamedTuple):
+    """How documents become tokens."""
+
+    is_fast: bool
+    """Whether the fast encoder is used, which has been compared with the slow one."""
+    eos_id: int
+    """Token that ends a document."""
+    validation_bound: int
+    """Documents with a lower hash are for validation."""
+
+
+def tokenise_part(
+    config: DataConfig, part: Part, number: int, kept: NDArray[np.bool_], coding: Coding, work: Path
+) -> int:
+    """Write the tokens of the documents of one part that are kept, if that has not been done; return its text bytes.
+
+    Raises:
+        DataError: what the source raises.
+        OSError: the files cannot be written.
+    """
+    directory = part_directory(work, number)
+    if not directory.exists():
+        partial = directory.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_part(partial, config, kept_documents(config, part, kept), coding, _encoder(work, coding.is_fast))
+        partial.rename(directory)
+    return int(np.load(directory / "text_bytes.npy").sum())
+
+
+def part_directory(work: Path, number: int) -> Path:
+    """Return where the tokens of a part are."""
+    return work / PARTS_DIRECTORY / f"{number:06}"
+
+
+@lru_cache(maxsize=1)
+def _encoder(work: Path, is_fast: bool) -> Encode:
+    tokenizer = load_tokenizer(work)
+    return fast_encoder(tokenizer) if is_fast else slow_encoder(tokenizer)
+
+
+def _write_part(
+    directory: Path, config: DataConfig, documents: Iterator[Document], coding: Coding, encode: Encode
+) -> None:
+    dtype = token_dtype(num_ids(load_tokenizer(directory.parents[1])))
+    buffers = {split: _Buffer(directory, split, dtype) for split in SPLITS}
+    for document in documents:
+        split = "validation" if document_hash(document.id) < coding.validation_bound else "train"
+        buffers[split].add(document, encode, coding.eos_id)
+    for buffer in buffers.values():
+        buffer.finish()
+    np.save(directory / "text_bytes.npy", np.array([buffers[split].text_bytes for split in SPLITS], dtype=np.int64))
+
+
+class _Buffer:
+    """Documents of one split of a part: all tokens on end in one file, and their lengths in another."""
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype) -> None:
+        self.text_bytes = 0
+        self._directory = directory
+        self._split = split
+        self._dtype = dtype
+        self._tokens: list[NDArray] = []
+        self._counted: list[NDArray[np.uint8]] = []
+        self._lengths: list[int] = []
+        self._num_pending = 0
+
+    def add(self, document: Document, encode: Encode, eos_id: int) -> None:
+        first = len(self._tokens)
+        for text, counts in _segments(document):
+            for piece in cut(text):
+                self._tokens.append(encode(piece).astype(self._dtype))
+                if document.answers is not None:
+                    self._counted.append(np.full(len(self._tokens[-1]), counts, dtype=np.uint8))
+        self._tokens.append(np.array([eos_id], dtype=self._dtype))
+        if document.answers is not None:
+            self._counted.append(np.ones(1, dtype=np.uint8))  # an answer has to end
+        self._lengths.append(sum(map(len, self._tokens[first:])))
+        self.text_bytes += len(document.text.encode())
+        self._num_pending += self._lengths[-1]
+        if self._num_pending >= _PIECE_TOKENS:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        np.save(self._directory / f"{self._split}.lengths.npy", np.array(self._lengths, dtype=np.int64))
+
+    def _flush(self) -> None:
+        for name, arrays in (("bin", self._tokens), ("counted", self._counted)):
+            if arrays:
+                with open(self._directory / f"{self._split}.{name}", "ab") as file:
+                    np.concatenate(arrays).tofile(file)
+        self._tokens, self._counted, self._num_pending = [], [], 0
+
+
+def _segments(document: Document) -> Iterator[tuple[str, bool]]:
+    """Yield the text of a document in segments that count or do not; they are tokenised one by one."""
+    end = 0
+    for start, stop in [(0, len(document.text))] if document.answers is None else document.answers:
+        if end < start:
+            yield document.text[end:start], False
+        yield document.text[start:stop], True
+        end = stop
+    if end < len(document.text):
+        yield document.text[end:], False
+
+
+class ShardPlan(NamedTuple):
+    """One shard to be put together."""
+
+    name: str
+    """``train-00000`` and so on."""
+    lengths: NDArray[np.int64]
+    """Tokens of each of its documents."""
+    ranges: list[tuple[int, int, int]]
+    """(part, first token, end) in order."""
+
+
+def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int) -> list[ShardPlan]:
+    """Cut the documents of all parts into shards; each ends with the document by which it has ``shard_tokens``.
+
+    Args:
+        split: ``train`` or ``validation``.
+        lengths: Of each part: tokens of each of its documents.
+        shard_tokens: See ``data.shard_tokens``.
+    """
+    ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))
+    part_ends = np.cumsum([int(part.sum()) for part in lengths])
+    plans, first, begin = [], 0, 0
+    while first < len(ends):
+        last = min(int(np.searchsorted(ends, begin + shard_tokens)), len(ends) - 1)
+        end = int(ends[last])
+        ranges = []
+        for part in range(int(np.searchsorted(part_ends, begin, side="right")), len(part_ends)):
+            part_begin = int(part_ends[part - 1]) if part else 0
+            if part_begin >= end:
+                break
+            ranges.append((part, max(begin, part_begin) - part_begin, min(end, int(part_ends[part])) - part_begin))
+        document_lengths = np.diff(ends[first : last + 1], prepend=begin)
+        plans.append(ShardPlan(f"{split}-{len(plans):05}", document_lengths, ranges))
+        first, begin = last + 1, end
+    return plans
+
+
+def write_shard(work: Path, plan: ShardPlan, vocab_size: int, has_counted: bool) -> tuple[ShardRecord, NDArray]:
+    """Put a shard together, if that has not been done; return its record and how often each token occurs.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    done = work / PARTS_DIRECTORY / f"{plan.name}.json"
+    counts_path = done.with_suffix(".counts.npy")
+    if done.exists():
+        return from_dict(ShardRecord, json.loads(done.read_text())), np.load(counts_path)
+    split, dtype = plan.name.partition("-")[0], token_dtype(vocab_size)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    tokens_path, counted_path = work / f"{plan.name}.bin", work / f"{plan.name}.counted.bin"
+    with open(tokens_path, "wb") as file:
+        for tokens in _read_ranges(work, plan, f"{split}.bin", dtype):
+            counts += np.bincount(tokens, minlength=vocab_size)
+            tokens.tofile(file)
+    if has_counted:
+        with open(counted_path, "wb") as file:
+            for counted in _read_ranges(work, plan, f"{split}.counted", np.dtype(np.uint8)):
+                counted.tofile(file)
+    documents_path = work / f"{plan.name}.documents.npy"
+    np.save(documents_path, np.concatenate([[0], np.cumsum(plan.lengths)]).astype("<i8"))
+    record = ShardRecord(
+        tokens=record_file(tokens_path),
+        documents=record_file(documents_path),
+        counted=record_file(counted_path) if has_counted else None,
+        num_tokens=int(plan.lengths.sum()),
+        num_documents=len(plan.lengths),
+    )
+    np.save(counts_path, counts)
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(to_dict(record)))
+    partial.rename(done)
+    return record, counts
+
+
+def _read_ranges(work: Path, plan: ShardPlan, name: str, dtype: np.dtype) -> Iterator[NDArray]:
+    for part, start, stop in plan.ranges:
+        for begin in range(start, stop, _PIECE_TOKENS):
+            count = min(_PIECE_TOKENS, stop - begin)
+            path = part_directory(work, part) / name
+            found = np.fromfile(path, dtype=dtype, count=count, offset=begin * dtype.itemsize)
+            if len(found) != count:  # after a crash of the machine
+                raise DataError(f"{path}: shorter than it was written; remove {work} and prepare again")
+            yield found
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest of uint16 and uint32, little endian, that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def cross_entropy_nats(counts: NDArray[np.int64], weights: NDArray[np.integer | np.floating]) -> float:
+    """Return the cross-entropy in nats per token of tokens under frequencies proportional to ``weights``.
+
+    Args:
+        counts: How often each token occurs, ``(vocab_size,)``.
+        weights: ``(vocab_size,)``, positive wherever ``counts`` is.
+    """
+    occurs = counts > 0
+    log_probabilities = np.log(weights[occurs]) - np.log(weights.sum())
+    return float(-(counts[occurs] * log_probabilities).sum() / counts.sum())

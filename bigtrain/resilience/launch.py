@@ -1,0 +1,125 @@
+"""One launch of a run on this rank: its hold on the run, its heartbeat, and the word that it leaves at its end."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from bigtrain.config import SupervisionConfig
+from bigtrain.errors import BigtrainError
+from bigtrain.log import get_logger
+from bigtrain.resilience.attempt import FAILURE_FILE, claim_run, read_json, write_exit
+from bigtrain.resilience.failures import describe, failure_of, record_failures
+from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
+from bigtrain.resilience.watchdog import STACK_SIGNAL, Watch, stacks_path, start_watchdog
+
+
+class Launch:
+    """A context manager around a run; what goes wrong inside is recorded and raised on."""
+
+    def __init__(self, directory: Path, rank: int, config: SupervisionConfig) -> None:
+        """Begin; nothing is written before :meth:`claim`.
+
+        Args:
+            directory: of the run.
+            rank: global rank.
+            config: bounds of hangs and restarts.
+        """
+        self.directory = directory
+        self.rank = rank
+        self.config = config
+        self.attempt = 0
+        """Number of this launch of the run, from 1; 0 as long as it has not been claimed."""
+        self.started = time.monotonic()
+        self.heartbeat = Heartbeat()
+        self._claim: int | None = None
+        self._beats: Path | None = None
+        self._stacks: TextIO | None = None
+
+    def claim(self, newest_step: int) -> int:
+        """Take the run, on rank 0, and return :attr:`attempt` for the other ranks; a second call does nothing.
+
+        Raises:
+            ConfigError: another launch has the run.
+            NoRestartError: the run has failed too often without a new checkpoint.
+            OSError: the directory cannot be written.
+        """
+        if self.attempt == 0:
+            # After a fault the file stays open, and with it the lock, until the process ends.
+            self.attempt, self._claim = claim_run(
+                self.directory, newest_step=newest_step, max_failed_attempts=self.config.max_failed_attempts
+            )
+        return self.attempt
+
+    def supervise(self, launch_id: str, local_rank: int) -> None:
+        """Let the heartbeat be seen; the first rank of each node starts the watchdog.
+
+        Args:
+            launch_id: the same on all ranks, and no other launch's.
+            local_rank: rank on this node.
+        """
+        hang_seconds = self.config.hang_seconds
+        place = beats_directory(launch_id)
+        try:
+            place.mkdir(mode=0o700, exist_ok=True)
+            # Open from now on: the answer to the watchdog is written when nothing can be opened any more.
+            self._stacks = stacks_path(place, self.rank).open("w")
+            faulthandler.enable(self._stacks)
+            faulthandler.register(STACK_SIGNAL, self._stacks)
+            self.heartbeat = Heartbeat(
+                place / f"{self.rank:05d}.beat",
+                rank=self.rank,
+                hang_seconds=hang_seconds,
+                first_hang_seconds=self.config.first_hang_seconds,
+            )
+            self._beats = place
+            if local_rank == 0:
+                interval = min(0.5, hang_seconds / 8) if hang_seconds else 0.5
+                start_watchdog(Watch(str(place), str(self.directory), self.attempt, interval, hang_seconds > 0))
+        except OSError as error:
+            get_logger().warning(f"no watchdog on this node: {error}")
+
+    def previous_failure(self) -> str | None:
+        """Return the first cause of the failure of the launch before this one, if it has failed."""
+        found = read_json(self.directory / FAILURE_FILE)
+        return found.get("summary") if found.get("attempt") == self.attempt - 1 else None
+
+    def end(self, code: int, reason: str) -> None:
+        """Leave the word of how the launch ended, on rank 0."""
+        if self.rank == 0 and self.attempt:
+            write_exit(self.directory, code=code, reason=reason, step=self.heartbeat.step, attempt=self.attempt)
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, BigtrainError):
+            self.end(error.exit_code, str(error).splitlines()[0])
+        elif error is not None:
+            self._record(error)
+        self.heartbeat.enter("ending")
+        if self._claim is not None and (error is None or isinstance(error, BigtrainError)):
+            os.close(self._claim)
+
+    def _record(self, error: BaseException) -> None:
+        """Record a fault of ours or of the machine; no rank waits for another one any more."""
+        phase, step = self.heartbeat.phase, self.heartbeat.step
+        failure = failure_of(error, rank=self.rank, phase=phase, step=step)
+        if self.attempt == 0:
+            return
+        beats = read_beats(self._beats) if self._beats else []
+        summary = record_failures(self.directory, self.attempt, [failure], beats)
+        text = describe(str(self.directory), summary)
+        if failure.kind == "connection":
+            text = (
+                f"rank {self.rank} has lost its connection to other ranks in {phase} of step {step}; "
+                f"the first cause is in {self.directory / FAILURE_FILE}"
+            )
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

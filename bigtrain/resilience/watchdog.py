@@ -1,0 +1,201 @@
+"""The watchdog of a node: a small process beside the ranks that sees what they cannot see themselves.
+
+A thread of a rank stands still with it when the interpreter is stuck in native code or the process is
+stopped. This process reads the ranks' heartbeats and the system's list of processes, and imports nothing
+but the standard library. A rank that died without a word is recorded. When a rank stays in a phase beyond
+its deadline, the stacks of all ranks of the node are written and the ranks are killed, so that the
+launcher starts them anew from the newest checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bigtrain.errors import EXIT_FAULT
+from bigtrain.resilience.attempt import read_exit
+from bigtrain.resilience.failures import Failure, describe, record_failures
+from bigtrain.resilience.heartbeat import PHASES, Beat, read_beats
+
+STACK_SIGNAL = signal.SIGUSR2
+"""Ranks answer with their stacks, in native code and without the interpreter."""
+STACKS_SECONDS = 2.0
+_STOPPED, _DEAD = "Tt", "ZX"
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a watchdog has to know."""
+
+    beats: str
+    """Directory of the heartbeats of this node."""
+    run: str
+    """Directory of the run."""
+    attempt: int
+    interval_seconds: float
+    kills: bool
+    """Whether hung ranks are killed; deaths are recorded in any case."""
+
+
+def start_watchdog(watch: Watch) -> "subprocess.Popen[bytes]":
+    """Start the watchdog of this node; it ends by itself when the ranks have.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, json.dumps(asdict(watch))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # what a terminal sends is for the ranks
+    )
+
+
+def stacks_path(beats: Path, rank: int) -> Path:
+    """Return where a rank writes its stacks."""
+    return beats / f"{rank:05d}.stacks"
+
+
+def watch_node(watch: Watch) -> None:
+    """Watch until all ranks of this node have ended."""
+    place, reported = Path(watch.beats), set()
+    resumed_ns = 0
+    deaths = Deaths()
+    while True:
+        deaths.wait(watch.interval_seconds)
+        beats = read_beats(place)
+        deaths.expect([beat.pid for beat in beats])
+        state = {beat.rank: _process_state(beat.pid) for beat in beats}
+        living = [beat for beat in beats if state[beat.rank] not in _DEAD]
+        dead = [b for b in beats if b not in living and b.phase != "ending" and b.rank not in reported]
+        reported.update(beat.rank for beat in dead)
+        if dead and not _has_ended_by_decision(watch):
+            _report(watch, [_death(place, beat) for beat in dead], beats)
+        if not living:
+            break
+        now_ns = time.monotonic_ns()
+        if all(state[beat.rank] in _STOPPED for beat in living):
+            resumed_ns = now_ns  # somebody has suspended the whole job, which is no hang
+        late = [b for b in living if now_ns - max(b.since_ns, resumed_ns) > b.deadline_ns - b.since_ns]
+        if late and watch.kills:
+            suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
+            _end_hung(watch, suspect, living, stopped=state[suspect.rank] in _STOPPED)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+class Deaths:
+    """Waits for the end of processes, so that the first one is seen before the launcher has ended the others."""
+
+    def __init__(self) -> None:
+        self._files: dict[int, int] = {}
+
+    def expect(self, pids: list[int]) -> None:
+        """Wait for these too; where the system does not offer that, the interval has to do."""
+        for pid in pids:
+            if pid not in self._files and hasattr(os, "pidfd_open"):
+                with contextlib.suppress(OSError):
+                    self._files[pid] = os.pidfd_open(pid)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until one more has ended, but not longer than this."""
+        ready, _, _ = select.select([file for file in self._files.values() if file >= 0], [], [], seconds)
+        for pid, file in self._files.items():
+            if file in ready:
+                os.close(file)
+                self._files[pid] = -1
+
+
+def _has_ended_by_decision(watch: Watch) -> bool:
+    """Return whether the run has said that it ends; the launcher may then end ranks that still wait."""
+    found = read_exit(Path(watch.run))
+    return found.get("attempt") == watch.attempt and found.get("code") != EXIT_FAULT
+
+
+def _progress(beat: Beat) -> tuple[int, int, int]:
+    """Order ranks by how far they have come: those that wait for another have come further than it."""
+    return beat.step, PHASES.index(beat.phase), beat.since_ns
+
+
+def _death(place: Path, beat: Beat) -> Failure:
+    stacks = _read_stacks(place, beat.rank)
+    why = "crashed in native code" if "Fatal Python error" in stacks else "killed (by the out-of-memory killer?)"
+    error = f"the process ended without a word: {why}"
+    return Failure(kind="died", rank=beat.rank, phase=beat.phase, step=beat.step, error=error, detail=stacks)
+
+
+def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool) -> None:
+    place = Path(watch.beats)
+    seconds, limit = (time.monotonic_ns() - suspect.since_ns) / 1e9, (suspect.deadline_ns - suspect.since_ns) / 1e9
+    for beat in living:
+        _send(beat.pid, STACK_SIGNAL)
+        _send(beat.pid, signal.SIGCONT)  # a stopped process shows nothing
+    _wait_for_stacks([stacks_path(place, beat.rank) for beat in living])
+    how = "stopped (SIGSTOP)" if stopped else "hung"
+    error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s; all ranks of the node are ended"
+    stacks = "\n".join(f"rank {beat.rank}:\n{_read_stacks(place, beat.rank)}" for beat in living)
+    failure = Failure(
+        kind="hang", rank=suspect.rank, phase=suspect.phase, step=suspect.step, error=error, detail=stacks
+    )
+    for beat in living:
+        _send(beat.pid, signal.SIGKILL)
+    _report(watch, [failure], living)
+    while any(_process_state(beat.pid) not in _DEAD for beat in living):
+        time.sleep(0.05)
+    shutil.rmtree(place, ignore_errors=True)
+    sys.exit(0)
+
+
+def _report(watch: Watch, failures: list[Failure], beats: list[Beat]) -> None:
+    summary = record_failures(Path(watch.run), watch.attempt, failures, beats)
+    with contextlib.suppress(OSError):
+        print(describe(watch.run, summary), file=sys.stderr, flush=True)
+
+
+def _wait_for_stacks(paths: list[Path]) -> None:
+    """Wait until all ranks have written their stacks, which takes as long as they have threads, but not for ever."""
+    deadline, sizes = time.monotonic() + STACKS_SECONDS, [-1]
+    while time.monotonic() < deadline:
+        before, sizes = sizes, [path.stat().st_size for path in paths if path.exists()]
+        if sizes == before and all(sizes):
+            return
+        time.sleep(0.1)
+
+
+def _read_stacks(place: Path, rank: int) -> str:
+    with contextlib.suppress(OSError):
+        return stacks_path(place, rank).read_text(errors="replace")
+    return ""
+
+
+def _process_state(pid: int) -> str:
+    """Return the state letter of a process as the system calls it; ``X`` if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        pass
+    if Path("/proc").is_dir():
+        return "X"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "X"
+    return "R"
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+if __name__ == "__main__":
+    watch_node(Watch(**json.loads(sys.argv[1])))

@@ -1,0 +1,222 @@
+"""Runs with faults at a chosen (rank, step, phase), and without: the launcher, the ranks and the watchdog are real.
+
+The product knows nothing of faults: a rank wraps what announces its phases before it begins to train.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra  # noqa: F401  forked ranks need not import it
+import torch
+
+import bigtrain.trainer  # noqa: F401
+from bigtrain.checkpoint.manifest import read_manifest
+from bigtrain.checkpoint.store import find_checkpoints
+from bigtrain.local_ranks import PRELOAD, _rank_environ
+from bigtrain.resilience.heartbeat import Heartbeat
+from bigtrain.resilience.launch import Launch
+from tests.distributed.launches import LAUNCH, SMALL, environment
+
+TIMEOUT_SECONDS = 90.0
+GRACE_SECONDS = 5.0
+RUN = Path("runs/gpt_nano")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong on one rank when it enters a phase of a step."""
+
+    kind: str
+    """One of :data:`ACTIONS`."""
+    rank: int
+    step: int
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How the ranks of a launch ended and what they said."""
+
+    codes: list[int]
+    said: list[str]
+
+
+def train(
+    cwd: Path,
+    *args: str,
+    faults: Sequence[Fault] = (),
+    prepare: Callable[[], None] | None = None,
+    world_size: int = 2,
+    environ: Mapping[str, str] | None = None,
+    meanwhile: Callable[[list[Any]], None] | None = None,
+    log: str = "rank",
+) -> Ended:
+    """Run the training command on forked ranks; like torchrun, end all when one has failed.
+
+    Args:
+        cwd: working directory.
+        args: settings, after those of the small model.
+        faults: what goes wrong.
+        prepare: module-level function called in every rank before it begins.
+        world_size: number of ranks.
+        environ: additional environment variables.
+        meanwhile: called in this process with the ranks' processes as soon as they run.
+        log: beginning of the names of the files with what the ranks say.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, __name__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    watchdogs = heartbeats()
+    logs = [cwd / f"{log}-{rank}.log" for rank in range(world_size)]
+    own = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    processes = []
+    for rank, path in enumerate(logs):
+        variables = {**own, **(environ or {}), **_rank_environ(rank, world_size, port)}
+        work = (variables, cwd, path, [*SMALL, *args], [fault for fault in faults if fault.rank == rank], prepare)
+        processes.append(context.Process(target=_rank_main, args=work, daemon=True))
+        processes[-1].start()
+    try:
+        if meanwhile:
+            meanwhile(processes)
+        _wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while heartbeats() - watchdogs:  # the watchdog has the last word, and takes them away when it ends
+        assert time.monotonic() < deadline, "the watchdog does not end"
+        time.sleep(0.02)
+    return Ended([process.exitcode for process in processes], [path.read_text() for path in logs])
+
+
+def _wait(processes: list[Any]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            for process in processes:
+                if process.exitcode is None:
+                    process.terminate()
+        time.sleep(0.05)
+
+
+def _rank_main(
+    variables: dict[str, str],
+    cwd: Path,
+    log: Path,
+    args: list[str],
+    faults: list[Fault],
+    prepare: Callable[[], None] | None,
+) -> None:
+    os.environ.update(variables)
+    os.chdir(cwd)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(LAUNCH))
+    import hydra_cli
+
+    hydra_cli.RANK_0_HEAD_START_SECONDS = 0.5
+    if prepare:
+        prepare()
+    inject(faults)
+    sys.argv = ["train.py", *args]
+    runpy.run_path(str(LAUNCH / "train.py"), run_name="__main__")
+
+
+def inject(faults: Sequence[Fault]) -> None:
+    """Let this rank have these faults."""
+    enter, supervise = Heartbeat.enter, Launch.supervise
+
+    def act(step: int, phase: str) -> None:
+        for fault in faults:
+            if (fault.step, fault.phase) == (step, phase):
+                ACTIONS[fault.kind]()
+
+    def enter_and_act(self: Heartbeat, phase: str, step: int | None = None) -> None:
+        enter(self, phase, step)
+        act(self.step, phase)
+
+    def supervise_and_act(self: Launch, *args: Any) -> None:
+        supervise(self, *args)
+        act(0, "starting")
+
+    Heartbeat.enter, Launch.supervise = enter_and_act, supervise_and_act
+
+
+def _raise() -> None:
+    raise ZeroDivisionError("a fault of this rank only")
+
+
+def _hold_the_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(10_000)  # a call into native code that does not let other threads run
+
+
+def _spoil_next_loss() -> None:
+    """Make the next loss of this rank not-a-number, whichever engine computes it."""
+    from bigtrain.engine import deepspeed_zero, native
+
+    whole = native.loss_sum
+
+    def spoilt(model: Any, batch: Any) -> torch.Tensor:
+        native.loss_sum = deepspeed_zero.loss_sum = whole
+        return whole(model, batch) * torch.nan
+
+    native.loss_sum = deepspeed_zero.loss_sum = spoilt
+
+
+def _make_next_loss_infinite() -> None:
+    """Make the next loss of this rank infinite, with a gradient that is finite."""
+    from bigtrain.engine import native
+
+    whole = native.loss_sum
+
+    def spoilt(model: Any, batch: Any) -> torch.Tensor:
+        native.loss_sum = whole
+        return whole(model, batch) + torch.inf
+
+    native.loss_sum = spoilt
+
+
+def _turn_back_the_clock() -> None:
+    clock = time.time
+    time.time = lambda: clock() - 86_400.0
+
+
+ACTIONS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "gil": _hold_the_interpreter,
+    "raise": _raise,
+    "nan": _spoil_next_loss,
+    "inf": _make_next_loss_infinite,
+    "clock": _turn_back_the_clock,
+    "die_slowly": lambda: (time.sleep(1.5), os.kill(os.getpid(), signal.SIGKILL)),
+    "slow": lambda: time.sleep(0.3),
+}
+
+
+def state_hashes(run: Path) -> dict[str, str]:
+    """Return the hashes of the weights and the optimizer state in the newest checkpoint, by file."""
+    files = read_manifest(find_checkpoints(run)[-1]).files
+    return {file.name: file.xxh3 for file in files if file.name.endswith(".safetensors")}
+
+
+def heartbeats() -> set[Path]:
+    """Return the directories of heartbeats on this machine."""
+    return {*Path("/dev/shm").glob("bigtrain-*")}

@@ -1,0 +1,219 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtrain.checks import check_data
+from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, WeightChangeConfig
+from bigtrain.data import open_streams
+from bigtrain.data.corpus import TokenSplit
+from bigtrain.data.loader import TrainLoader, validation_batches
+from bigtrain.data.state import Cursor, chain_digest
+from bigtrain.data.stream import build_stream
+from bigtrain.errors import DataError
+from bigtrain.schema import from_dict, to_dict
+
+T = 4
+
+
+def split_of(name, shard_lengths, first_token):
+    """Shards of documents; all tokens of all splits differ."""
+    tokens, documents = [], []
+    for lengths in shard_lengths:
+        size = sum(lengths)
+        tokens.append(np.arange(first_token, first_token + size, dtype=np.uint32))
+        documents.append(np.cumsum([0, *lengths]))
+        first_token += size
+    return TokenSplit("train", tokens, name, documents=documents)
+
+
+@st.composite
+def mixed_data(draw):
+    """A data section with one to three components, and their splits."""
+    names = draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True).map(sorted))
+    shards = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=6), min_size=1, max_size=3)
+    splits, mixture = {}, {}
+    for number, name in enumerate(names):
+        lengths = draw(shards.filter(lambda shards: any(sum(lengths) > T for lengths in shards)))
+        splits[name] = split_of(name, lengths, 10_000 * number + 1)
+        changes = draw(st.lists(st.integers(1, 9), max_size=1))
+        later = [WeightChangeConfig(step=step, weight=draw(st.sampled_from([0.3, 1.0]))) for step in changes]
+        mixture[name] = ComponentConfig(weight=draw(st.sampled_from([0.1, 0.5, 1.0])), later_weights=later)
+    data = DataConfig(
+        sequence_length=T,
+        mixture=mixture,
+        packing=draw(st.sampled_from(Packing)),
+        document_mask=draw(st.booleans()),
+        shuffle_window_shards=draw(st.none() | st.integers(1, 3)),
+    )
+    return data, splits
+
+
+@st.composite
+def topologies(draw, global_batch_size):
+    """(micro-batch, ranks) that divide a global batch."""
+    dp_size = draw(st.sampled_from([n for n in (1, 2, 3, 4) if global_batch_size % n == 0]))
+    per_rank = global_batch_size // dp_size
+    return draw(st.sampled_from([n for n in range(1, per_rank + 1) if per_rank % n == 0])), dp_size
+
+
+def stream_of(data, splits, **kwargs):
+    return build_stream("train", splits, data, **{"seed": 1, "global_batch_size": 12} | kwargs)
+
+
+def steps_of(data, splits, topology, start, num_steps, prefetch_steps=1):
+    """Per step: all rows of the global batch in order, and the cursor after it."""
+    micro_batch_size, dp_size = topology
+    ranks = []
+    for rank in range(dp_size):
+        loader = TrainLoader(
+            stream_of(data, splits),
+            global_batch_size=12,
+            micro_batch_size=micro_batch_size,
+            dp_rank=rank,
+            dp_size=dp_size,
+            start=start,
+            prefetch_steps=prefetch_steps,
+            pin_memory=False,
+        )
+        with loader:
+            ranks.append([next(loader) for _ in range(num_steps)])
+    rows = [
+        [
+            row
+            for part in parts
+            for batch in part.micro_batches
+            for row in zip(*map(rows_of, tensors(batch)), strict=True)
+        ]
+        for parts in zip(*ranks, strict=True)
+    ]
+    cursors = [{part.after for part in parts} for parts in zip(*ranks, strict=True)]
+    assert all(len(same) == 1 for same in cursors), "the cursor is the same on every rank"
+    return rows, [cursor for (cursor,) in cursors]
+
+
+def tensors(batch):
+    return [batch.tokens, batch.targets, *([] if batch.positions is None else [batch.positions])]
+
+
+def rows_of(tensor):
+    return [tuple(row) for row in tensor.tolist()]
+
+
+@settings(deadline=None, max_examples=40)
+@given(drawn=mixed_data(), data=st.data())
+def test_killed_and_resumed_anywhere_every_step_is_the_same(drawn, data):
+    config, splits = drawn
+    rows, cursors = steps_of(config, splits, (12, 1), Cursor(), 8)
+    killed_after = data.draw(st.integers(0, 7))
+    start = cursors[killed_after - 1] if killed_after else Cursor()
+    topology, prefetch = data.draw(topologies(12)), data.draw(st.integers(1, 4))
+    resumed, resumed_cursors = steps_of(config, splits, topology, start, 8 - killed_after, prefetch)
+    assert resumed == rows[killed_after:] and resumed_cursors == cursors[killed_after:]
+
+
+@settings(deadline=None, max_examples=40)
+@given(drawn=mixed_data())
+def test_each_component_is_drawn_as_if_it_were_alone_and_once_per_epoch(drawn):
+    config, splits = drawn
+    stream = stream_of(config, splits)
+    ids = stream.ids(0, 400)
+    begin = 0
+    for name, component in stream.components.items():
+        size = component.order.num_samples
+        own = ids[(ids >= begin) & (ids < begin + size)] - begin
+        alone = stream_of(dataclasses.replace(config, mixture={}), {name: splits[name]})
+        assert own.tolist() == alone.ids(0, len(own)).tolist()
+        for epoch in range(len(own) // size):
+            assert sorted(own[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+        begin += size
+
+
+@settings(deadline=None, max_examples=20)
+@given(drawn=mixed_data(), data=st.data())
+def test_a_checkpoint_knows_whether_the_data_continues(drawn, data):
+    config, splits = drawn
+    stream = stream_of(config, splits)
+    before = Cursor(3, 36, "0123456789abcdef")
+    after = Cursor(4, 48, chain_digest(before.digest, stream.ids(36, 12)))
+    state = stream.state(before, after)
+    assert stream_of(config, splits, previous=state).continues(state)
+    assert sum(state.counts.values()) == 48
+    assert not stream.continues(dataclasses.replace(state, digest="0" * 16))
+    if stream.num_samples > 50:
+        assert not stream_of(config, splits, seed=2).continues(state)
+
+
+def two_components(**weights):
+    lengths = [[T * 100 + 1]]
+    splits = {name: split_of(name, lengths, 1000 * number) for number, name in enumerate(sorted(weights))}
+    mixture = {name: ComponentConfig(weight=weight) for name, weight in weights.items()}
+    return DataConfig(sequence_length=T, mixture=mixture), splits
+
+
+def test_another_mixture_begins_where_the_old_one_ended():
+    data, splits = two_components(a=0.75, b=0.25)
+    state = stream_of(data, splits).state(Cursor(3, 36), Cursor(4, 48))
+    assert state.counts == {"a": 36, "b": 12}
+    other, three = two_components(a=1.0, c=1.0)
+    three["a"] = splits["a"]
+    changed = stream_of(other, three, previous=state)
+    ids = changed.ids(48, 10)
+    alone = stream_of(dataclasses.replace(data, mixture={}), {"a": splits["a"]}).ids(36, 5)
+    assert ids[ids < 100].tolist() == alone.tolist(), "a goes on where it was"
+    # The change is part of the next checkpoint: whoever resumes from that one needs no change.
+    later = changed.state(Cursor(5, 60), Cursor(6, 72))
+    assert (later.origin_samples, later.origin_counts) == (48, {"a": 36, "c": 0})
+    assert stream_of(other, three, previous=later).ids(72, 12).tolist() == changed.ids(72, 12).tolist()
+
+
+def test_the_end_of_the_data_is_told_before_the_run_begins():
+    data, splits = two_components(a=1.0, b=1.0)
+    for component in data.mixture.values():
+        component.max_epochs = 2
+    stream = stream_of(data, splits)
+    stream.require_steps(Cursor(), 33, 12)
+    with pytest.raises(DataError, match=r"train\.steps=34: there is data for 33 steps of 12 samples.*train\.steps=33"):
+        stream.require_steps(Cursor(), 34, 12)
+    with pytest.raises(DataError, match=r"data\.mixture\.b is shorter than one sample"):
+        stream_of(data, splits | {"b": split_of("b", [[2]], 0)}).require_steps(Cursor(), 1, 12)
+
+
+def test_validation_takes_every_component():
+    data, splits = two_components(a=1.0, b=0.5)
+    stream = build_stream("validation", splits, data, seed=1, global_batch_size=10)
+    batches = validation_batches(stream, batches=2, global_batch_size=10, micro_batch_size=5, dp_rank=0, dp_size=1)
+    firsts = [token for batch in batches for token in batch.tokens[:, 0].tolist()]
+    assert firsts == [1000 * (i // 10) + T * 10 * (i % 10) for i in range(20)]
+
+
+def test_synthetic_components_hold_different_samples():
+    mixture = {"a": ComponentConfig(), "b": ComponentConfig()}
+    data = DataConfig(source=DataSource.synthetic, sequence_length=16, mixture=mixture)
+    stream = open_streams(data, vocab_size=97, seed=0, global_batch_size=4)["train"]
+    samples = stream.gather(np.array([5, stream.num_samples // 2 + 5]))
+    assert samples.tokens[0].tolist() != samples.tokens[1].tolist()
+    assert stream.origin_of(5)[0] == "a" and stream.origin_of(stream.num_samples - 1)[0] == "b"
+
+
+@pytest.mark.parametrize(
+    ("component", "problem"),
+    [
+        ({"weight": -1.0}, "data.mixture.web.weight=-1.0: must be 0 or positive"),
+        ({"weight": 0.0}, "data.mixture: at least one component needs a positive weight"),
+        ({"max_epochs": 0}, "data.mixture.web.max_epochs=0: must be at least 1"),
+        (
+            {"source": "text"},
+            "data.mixture.web.path: missing; data.mixture.web.source=text needs data.mixture.web.path=",
+        ),
+        ({"source": "stdlib"}, "data.tokenizer=bpe would train one tokenizer for each component"),
+        ({"later_weights": [{"step": 5, "weight": 1.0}, {"step": 5, "weight": 2.0}]}, "steps [5, 5] must be positive"),
+    ],
+)
+def test_what_is_wrong_with_a_mixture_is_said(component, problem):
+    component = {"source": "synthetic"} | component
+    data = from_dict(DataConfig, {"source": "synthetic", "mixture": {"web": component}})
+    assert from_dict(DataConfig, to_dict(data)) == data
+    assert any(found.startswith(problem) or problem in found for found in check_data(data)), check_data(data)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bigtrain.config import Activation, ModelConfig, Norm, Positions
+from bigtrain.models import build_model
+from bigtrain.models.document_mask import attend, build_document_mask
+
+LLAMA = {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu, "bias": False}
+CONFIGS = {"learned": {}, "rope, grouped": LLAMA | {"num_kv_heads": 2}}
+LENGTHS = [[5, 9, 2], [16], [1, 1, 14]]
+"""Lengths of the documents of each row."""
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    shape = {"vocab_size": 50, "num_layers": 2, "hidden_dim": 32, "num_heads": 4, "max_positions": 16}
+    return built(ModelConfig(**shape, **CONFIGS[request.param]))
+
+
+def built(config):
+    model = build_model(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def packed():
+    tokens, targets = torch.randint(50, (2, len(LENGTHS), 16), generator=torch.Generator().manual_seed(1))
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
+    return tokens, targets, positions
+
+
+def one_by_one(model, tokens):
+    """Logits of every document by itself."""
+    rows = [
+        torch.cat([model(part[None])[0] for part in row.split(lengths)])
+        for row, lengths in zip(tokens, LENGTHS, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def test_documents_in_a_row_are_as_if_each_were_alone(model):
+    tokens, _, positions = packed()
+    torch.testing.assert_close(model(tokens, None, positions), one_by_one(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_mask_they_are_not(model):
+    tokens, _, _ = packed()
+    different = (model(tokens) - one_by_one(model, tokens)).abs().amax(dim=-1) > 1e-3
+    assert different[0, 5:].all() and not different[0, :5].any() and not different[1].any()
+
+
+def test_one_document_is_what_it_is_without_a_mask(model):
+    tokens, targets, _ = packed()
+    positions = torch.arange(16).expand(3, 16)
+    torch.testing.assert_close(model(tokens, targets, positions), model(tokens, targets), rtol=1e-5, atol=1e-5)
+
+
+def gradients(model, *data):
+    model.zero_grad()
+    model(*data).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_activation_checkpointing_changes_nothing(model):
+    data = packed()
+    expected = gradients(model, *data)
+    for block in model.blocks:
+        inner = block.forward
+        block.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=False)
+    torch.testing.assert_close(gradients(model, *data), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_the_same():
+    _, _, positions = packed()
+    q, k, v = torch.randn(3, 3, 4, 16, 8, generator=torch.Generator().manual_seed(2))
+    exact = attend(q, k[:, :2], v[:, :2], build_document_mask(positions, flex=False), dropout=0.0, gqa=True)
+    flexible = attend(q, k[:, :2], v[:, :2], build_document_mask(positions, flex=True), dropout=0.0, gqa=True)
+    torch.testing.assert_close(flexible, exact, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,83 @@
+"""The chunked cross-entropy computes what the plain one computes, and forgets the logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bigtrain.models import loss as loss_module
+from bigtrain.models.loss import sum_cross_entropy, sum_cross_entropy_of_logits
+
+VOCAB_SIZE, WIDTH = 61, 12
+
+
+def example(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTD = torch.randn(3, 7, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(VOCAB_SIZE, WIDTH, generator=generator).to(dtype).requires_grad_()
+    targets_BT = torch.randint(VOCAB_SIZE, (3, 7), generator=generator)
+    targets_BT[0, :3] = -100
+    targets_BT[2] = -100
+    return hidden_BTD, weight_VD, targets_BT
+
+
+def plain(hidden_BTD, weight_VD, targets_BT):
+    return sum_cross_entropy_of_logits(F.linear(hidden_BTD, weight_VD), targets_BT)
+
+
+def loss_and_gradients(function, *, factor=1.0, dtype=torch.float32, autocast=False):
+    hidden, weight, targets = example(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = function(hidden, weight, targets)
+    (loss * factor).backward()
+    assert (hidden.grad.dtype, weight.grad.dtype) == (dtype, dtype)
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 21, 100])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-5), ({"factor": 0.25}, 1e-5), ({"dtype": torch.bfloat16}, 2e-2), ({"autocast": True}, 2e-2)],
+    ids=["fp32", "scaled", "bf16", "autocast"],
+)
+def test_loss_and_gradients_are_those_of_the_plain_way(monkeypatch, num_tokens, options, tolerance):
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda vocab_size: num_tokens)
+    chunked, expected = (loss_and_gradients(f, **options) for f in (sum_cross_entropy, plain))
+    for value, wanted in zip(chunked, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_backward_pass_is_refused_instead_of_wrong():
+    hidden, weight, targets = example()
+    loss = sum_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden, weight, targets = example()
+    sum_cross_entropy(hidden, weight.detach(), targets).backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        assert not sum_cross_entropy(hidden, weight, targets).requires_grad
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("function", "is_whole"), [(sum_cross_entropy, False), (plain, True)])
+def test_all_logits_never_exist_at_once(monkeypatch, function, is_whole):
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda vocab_size: 4)
+    hidden, weight, targets = example()
+    with LargestTensor() as largest:
+        function(hidden, weight, targets).backward()
+    assert (largest.num_elements >= targets.numel() * VOCAB_SIZE) == is_whole
