@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from bigtrain.config import TrainConfig
-from bigtrain.distributed import RankInfo
 from bigtrain.errors import PreflightError
 from bigtrain.preflight import preflight
+from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry.profiling import DIRECTORY, is_out_of_memory, memory_facts, save_memory_snapshot
 from bigtrain.telemetry.text import format_bytes
 

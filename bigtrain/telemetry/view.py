@@ -115,6 +115,7 @@ def sparkline(values: Sequence[float], columns: int = _SPARKLINE_COLUMNS) -> str
     bounds = [len(values) * i // columns for i in range(columns + 1)]
     means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(bounds)]
     low, high = min(means), max(means[len(means) // 10 :])
-    blocks = _BLOCKS if "utf" in (sys.stdout.encoding or "").lower() else _ASCII_BLOCKS
+    encoding = sys.stdout.encoding or getattr(sys.__stdout__, "encoding", None) or ""  # rich's stand-in has none
+    blocks = _BLOCKS if "utf" in encoding.lower() else _ASCII_BLOCKS
     scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
     return "".join(blocks[min(round((mean - low) * scale), len(blocks) - 1)] for mean in means)

@@ -167,8 +167,8 @@ class _WandbSink:
             # The environment of the newest launch, and what MFU is computed from.
             facts = {key: value for key, value in event.items() if key not in ("event", names.STEP, names.TIME)}
             self._run.config.update({"launch": redact(facts)}, allow_val_change=True)
-            kind = "fault" if event.get("after") else kind  # a launch that tells why the one before it failed
-        if level := _ALERTS.get(kind) or ("WARN" if kind in names.ALARMS else None):
+        is_warning = kind in names.ALARMS or event.get("after")  # a launch that tells why the one before it failed
+        if level := _ALERTS.get(kind) or ("WARN" if is_warning else None):
             text = redact(describe_event(event))
             self._run.alert(f"{self._run.name}: {kind}", text, level=self._wandb.AlertLevel[level], wait_duration=0)
 

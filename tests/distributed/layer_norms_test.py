@@ -7,6 +7,7 @@ import torch
 
 from bigtrain import trainer
 from bigtrain.config import TrainConfig
+from bigtrain.data.state import Cursor
 from bigtrain.local_ranks import run_ranks
 from bigtrain.parity import whole_parameters
 from bigtrain.telemetry.layer_norms import LayerNorms, layer_of
@@ -22,8 +23,8 @@ def train(config: TrainConfig, look: Any) -> None:
     torch.manual_seed(0)
     engine = start_engine(config)
     before, after = look(engine)
-    splits = trainer.open_splits(config)
-    with trainer.train_loader(splits["train"], config, engine, first_step=0) as loader:
+    stream = trainer.open_data(config)["train"]
+    with trainer.train_loader(stream, config, engine, start=Cursor()) as loader:
         for step in range(1, NUM_STEPS + 1):
             trainer.train_step(engine, next(loader), LR, before_update=lambda step=step: before(step))
             after(step)

@@ -7,9 +7,9 @@ import torch
 
 from bigtrain.checks import resolve
 from bigtrain.config import DataConfig, DataSource, Precision, TrainConfig
-from bigtrain.distributed import RankInfo
 from bigtrain.errors import PreflightError
 from bigtrain.models.sizes import model_sizes
+from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry import names
 from bigtrain.telemetry.gauges import Gauges
 from bigtrain.telemetry.meter import StepMeter

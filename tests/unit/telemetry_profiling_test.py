@@ -10,8 +10,8 @@ import torch
 
 from bigtrain.checks import check, resolve
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ProfileConfig, TrainConfig
-from bigtrain.distributed import RankInfo
 from bigtrain.errors import PreflightError
+from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler
 
