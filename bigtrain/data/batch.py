@@ -1,5 +1,6 @@
 """What a model receives: tokens in, targets to predict."""
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,36 @@ from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
+
+
+class ArrayPool:
+    """Memory for samples that is used again as soon as nobody holds it.
+
+    To fill fresh memory takes three times as long, for the system has to provide it page by page.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._arrays: list[NDArray[np.int64]] = []
+
+    def take(self, num_samples: int, sequence_length: int) -> NDArray[np.int64]:
+        """Return an array ``(num_samples, sequence_length)`` with any content."""
+        for array in self._arrays:
+            if array.shape[1] == sequence_length and len(array) >= num_samples and _is_free(array):
+                return array[:num_samples]
+        self._arrays = [array for array in self._arrays if not _is_free(array)]
+        self._arrays.append(np.empty((num_samples, sequence_length), dtype=np.int64))
+        return self._arrays[-1][:]
+
+    def samples(self, num_samples: int, sequence_length: int, has_positions: bool) -> "Samples":
+        """Return samples that are still to be filled."""
+        shape = (num_samples, sequence_length)
+        return Samples(self.take(*shape), self.take(*shape), self.take(*shape) if has_positions else None)
+
+
+def _is_free(array: NDArray[np.int64]) -> bool:
+    # The pool's list, the caller's variable, ours, and the call. A tensor or a view would be one more.
+    return sys.getrefcount(array) <= 4
 
 
 @dataclass(slots=True)
@@ -20,13 +51,6 @@ class Samples:
     """``(N, T)``: the token after each, or ``IGNORE_INDEX``."""
     positions: NDArray[np.int64] | None = None
     """``(N, T)``, counted from 0 at each document, when attention stays within documents."""
-
-    @classmethod
-    def empty(cls, num_samples: int, sequence_length: int, has_positions: bool) -> "Samples":
-        """Return samples that are still to be filled."""
-        shape = (num_samples, sequence_length)
-        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        return cls(tokens, targets, np.empty(shape, dtype=np.int64) if has_positions else None)
 
     def put(self, rows: NDArray[np.int64], samples: "Samples") -> None:
         """Take ``samples`` as the rows with these numbers."""
