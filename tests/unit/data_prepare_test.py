@@ -24,6 +24,7 @@ from bigtrain.data.prepare import prepare, prepared_directory
 from bigtrain.data.sources import source_parts
 from bigtrain.data.tokenise import token_dtype
 from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.workers import run_tasks
 from bigtrain.errors import DataError
 from bigtrain.schema import to_dict
 
@@ -310,6 +311,11 @@ def test_workers_end_with_a_killed_main_process(tmp_path):
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_worker_that_is_killed_is_an_error_with_a_way_out():
+    with pytest.raises(DataError, match=r"was killed, perhaps for want of memory; the same command goes on"):
+        list(run_tasks(os._exit, ((1,), (1,)), 2))
 
 
 def test_a_failure_says_what_and_the_next_try_succeeds(config, tmp_path):
