@@ -15,6 +15,7 @@ from bigtrain.config import (
     Content,
     DataConfig,
     DataSource,
+    Duplicates,
     EngineKind,
     ModelKind,
     Offload,
@@ -143,6 +144,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
     engine, data, defaults = config.engine, config.data, TrainConfig()
     is_prepared = data.source is DataSource.prepared and not data.mixture
+    is_remote = any("://" in (part.path or "") for part in component_data(data).values())
+    looks_for_near = data.filters.duplicates is Duplicates.near
     no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
     rules = [
         (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
@@ -157,6 +160,12 @@ def ignored_settings(config: TrainConfig) -> list[str]:
             (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")
             for key in OF_PREPARATION
         ),
+        (is_remote, "data.cache_directory", "unless data.path is a URL"),
+        (is_remote, "data.cache_gib", "unless data.path is a URL"),
+        (data.content is Content.chat, "data.messages_field", "unless data.content=chat"),
+        (data.content is Content.pairs, "data.prompt_field", "unless data.content=pairs"),
+        (data.content is Content.pairs, "data.answer_field", "unless data.content=pairs"),
+        (looks_for_near, "data.filters.near_similarity", "unless data.filters.duplicates=near"),
         (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
         (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),

@@ -21,6 +21,17 @@ PREPARATION = datetime.timedelta(days=7)
 """How long the other ranks wait while rank 0 prepares a corpus."""
 
 
+def prepare_data(data: DataConfig) -> None:
+    """Prepare whatever components have not been, in this process.
+
+    Raises:
+        DataError: as :func:`bigtrain.data.prepare.prepare`.
+    """
+    for part in component_data(data).values():
+        if part.source is not DataSource.synthetic:
+            prepare(part, progress=True)
+
+
 def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
     """Prepare the data on rank 0 if that has not been done, and open it on every rank.
 
@@ -28,9 +39,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         config: of the run.
         previous: of the checkpoint that is continued.
     """
-    for part in component_data(config.data).values():
-        if part.source is not DataSource.synthetic:
-            on_rank0(lambda part=part: str(prepare(part, progress=True)), patience=PREPARATION)
+    on_rank0(lambda: prepare_data(config.data), patience=PREPARATION)
     train = config.train
     return open_streams(
         config.data,

@@ -26,13 +26,13 @@ import torch
 from bigtrain import trainer
 from bigtrain.checkpoint.reader import TensorReader
 from bigtrain.checkpoint.store import RunState, checkpoint_path, find_checkpoints, read_run_state
-from bigtrain.config import DataSource, EngineKind, Precision, TrainConfig, WandbMode
+from bigtrain.config import EngineKind, Precision, TrainConfig, WandbMode
 from bigtrain.data.loader import StepBatch
-from bigtrain.data.prepare import prepare
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import BigtrainError
 from bigtrain.local_ranks import RankFailedError, run_ranks
+from bigtrain.run_data import prepare_data
 from bigtrain.run_files import run_directory
 from bigtrain.telemetry.files import read_jsonl
 from bigtrain.telemetry.recorder import METRICS_FILE
@@ -120,8 +120,7 @@ def verify_resume(
     Raises:
         BigtrainError: a launch has failed; the message holds the first cause.
     """
-    if config.data.source is not DataSource.synthetic:
-        prepare(config.data, progress=True)
+    prepare_data(config.data)
     root.mkdir(parents=True)
     whole, killed, resumed = _launches(config, plan, root)
     last = plan.before + plan.after

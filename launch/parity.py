@@ -11,7 +11,7 @@ import hydra_cli
 
 from bigtrain import log
 from bigtrain.checks import check
-from bigtrain.config import DataSource, EngineKind, Precision, TrainConfig
+from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
@@ -102,13 +102,11 @@ def _problems(config: ParityConfig) -> list[str]:
 def run(config: ParityConfig) -> int:
     """Compute and compare all cases; return the exit code."""
     from bigtrain.parity import TOLERANCES, Case, compare
+    from bigtrain.run_data import prepare_data
 
     _check_gpus(config)
     log.setup(hydra_cli.rank())
-    if config.data.source is not DataSource.synthetic:
-        from bigtrain.data.prepare import prepare
-
-        prepare(config.data, progress=True)  # here, where nobody waits for it in a collective
+    prepare_data(config.data)  # here, where nobody waits for it in a collective
     train = TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)})
     exact = dataclasses.replace(train, engine=dataclasses.replace(train.engine, precision=Precision.fp32))
     cases = [_case(Case, config, engine, world) for engine in config.engines for world in config.worlds]

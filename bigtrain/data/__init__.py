@@ -1,12 +1,14 @@
 """From text to batches, in stages; each is a module that knows only those above it.
 
-1. ``sources``    documents (id, text) of a source, in an order fixed by names.
-2. ``survey``     first pass: sizes, train or validation by a hash of the document's id, BPE sample.
+1. ``sources``    parts of a source and their documents (``records``), in an order fixed by names.
+2. ``survey``     first pass: sizes, filters and duplicates (``quality``), train or validation, BPE sample.
 3. ``tokenizer``  bpe, bytes or Hugging Face, always as one ``tokenizer.json``.
-4. ``prepare``    second pass: tokens on end, end-of-text after each document, in shards of whole
-   (``writer``)   documents, and ``index.json`` (``index``) with sizes and hashes.
+4. ``prepare``    second pass (``tokenise``, ``encoder``), on all cores (``workers``): tokens on end,
+                  end-of-text after each document, in shards of whole documents, and ``index.json``
+                  (``index``) with sizes and hashes.
    ------------------------------------------------------------------ once; below: every run
-5. ``corpus``     shards of tokens with their documents, in memory maps. Or synthetic samples.
+5. ``corpus``     shards of tokens with their documents, in memory maps, from a directory or, by way
+                  of a cache, from a URL (``remote``). Or synthetic samples.
 6. ``packing``    shards cut into samples: sample id -> tokens, targets and, for a document mask, positions.
 7. ``order``      position -> sample id of one data set; global batch -> this rank's part.
 8. ``mixture``    position in the run -> which data set, and which of its samples.

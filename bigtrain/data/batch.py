@@ -1,5 +1,6 @@
 """What a model receives: tokens in, targets to predict."""
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,39 @@ from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
+
+
+class ArrayPool:
+    """Memory for samples that is used again as soon as nobody holds it.
+
+    To fill fresh memory takes three times as long, for the system has to provide it page by page.
+    """
+
+    def __init__(self) -> None:
+        """Begin with an empty array, which shows how many references there are to one that nobody holds."""
+        self._arrays: list[NDArray[np.int64]] = [np.empty((0, 0), dtype=np.int64)]
+        self._idle = self._references(0)
+
+    def take(self, num_samples: int, sequence_length: int) -> NDArray[np.int64]:
+        """Return an array ``(num_samples, sequence_length)`` with any content."""
+        for i in range(len(self._arrays)):
+            if self._fits(i, num_samples, sequence_length) and self._references(i) == self._idle:
+                return self._arrays[i][:num_samples]
+        self._arrays = [self._arrays[i] for i in range(len(self._arrays)) if self._references(i) > self._idle]
+        self._arrays.append(np.empty((num_samples, sequence_length), dtype=np.int64))
+        return self._arrays[-1][:]
+
+    def _fits(self, i: int, num_samples: int, sequence_length: int) -> bool:
+        return self._arrays[i].shape[1] == sequence_length and len(self._arrays[i]) >= num_samples
+
+    def _references(self, i: int) -> int:
+        """Count what holds array ``i``; a tensor or a view is one more than what this class has."""
+        return sys.getrefcount(self._arrays[i])
+
+    def samples(self, num_samples: int, sequence_length: int, has_positions: bool) -> "Samples":
+        """Return samples that are still to be filled."""
+        shape = (num_samples, sequence_length)
+        return Samples(self.take(*shape), self.take(*shape), self.take(*shape) if has_positions else None)
 
 
 @dataclass(slots=True)
@@ -20,13 +54,6 @@ class Samples:
     """``(N, T)``: the token after each, or ``IGNORE_INDEX``."""
     positions: NDArray[np.int64] | None = None
     """``(N, T)``, counted from 0 at each document, when attention stays within documents."""
-
-    @classmethod
-    def empty(cls, num_samples: int, sequence_length: int, has_positions: bool) -> "Samples":
-        """Return samples that are still to be filled."""
-        shape = (num_samples, sequence_length)
-        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        return cls(tokens, targets, np.empty(shape, dtype=np.int64) if has_positions else None)
 
     def put(self, rows: NDArray[np.int64], samples: "Samples") -> None:
         """Take ``samples`` as the rows with these numbers."""

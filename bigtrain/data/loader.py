@@ -120,7 +120,6 @@ class TrainLoader:
     def _load(self, before: Cursor) -> StepBatch:
         ids = self._ids(before.samples)
         self._stream.prefetch(before.samples)
-        # Piece by piece: arrays of a whole step would be fresh memory, with its page faults, every time.
         batches = [self._stream.gather(ids[part]) for part in self._slices]
         # numpy, because every thread that calls torch gets its own set of OpenMP threads
         num_targets = sum(int(np.count_nonzero(batch.targets.numpy() != IGNORE_INDEX)) for batch in batches)

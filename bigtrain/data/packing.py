@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bigtrain.config import Packing
-from bigtrain.data.batch import IGNORE_INDEX, Samples
+from bigtrain.data.batch import IGNORE_INDEX, ArrayPool, Samples
 from bigtrain.data.corpus import Split, SyntheticSplit
 
 _SHARDS_KEPT = 64
@@ -62,13 +62,14 @@ class _ShardedSamples:
         self._documents = lru_cache(maxsize=_SHARDS_KEPT)(split.documents)
         self.sequence_length = sequence_length
         self._document_mask = document_mask
+        self._pool = ArrayPool()
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
         """See :class:`PackedSplit`."""
         shards, local = self._locate(sample_ids)
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
-        samples = Samples.empty(len(sample_ids), self.sequence_length, self._document_mask)
+        samples = self._pool.samples(len(sample_ids), self.sequence_length, self._document_mask)
         for shard in np.unique(shards).tolist():
             rows = np.flatnonzero(shards == shard)
             samples.put(rows, self._gather_shard(shard, local[rows]))
@@ -102,7 +103,8 @@ class ConcatSamples(_ShardedSamples):
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         windows = _windows(self._split.read(shard), self.sequence_length)[local]
-        samples = Samples(windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64))
+        samples = self._pool.samples(len(local), self.sequence_length, False)
+        samples.tokens[:], samples.targets[:] = windows[:, :-1], windows[:, 1:]
         counted = self._split.counted(shard)
         if counted is not None:
             is_counted = _windows(counted, self.sequence_length)[local][:, 1:]
@@ -167,7 +169,7 @@ class BestFitSamples(_ShardedSamples):
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         plan, tokens, counted = self._plan(shard), self._split.read(shard), self._split.counted(shard)
-        samples = Samples.empty(len(local), self.sequence_length, self._document_mask)
+        samples = self._pool.samples(len(local), self.sequence_length, False)
         samples.tokens[:] = 0
         samples.targets[:] = IGNORE_INDEX
         is_begin = np.zeros((len(local), self.sequence_length), dtype=np.bool_)

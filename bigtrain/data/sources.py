@@ -240,6 +240,11 @@ def _text_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Itera
 
 
 def _jsonl_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:
+    if file.path.stat().st_size == 0:
+        if not file.name.endswith(".jsonl"):
+            raise DataError(f"{file.path}: empty, not even the header of a compressed file; was it copied to the end?")
+        yield Document(file.name, "", False)  # so that it is counted
+        return
     with _open_lines(file.path) as lines:
         offset = _next_line(lines, part.start)
         while (part.stop is None or offset < part.stop) and (raw := lines.readline()):

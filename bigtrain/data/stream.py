@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import ComponentConfig, DataConfig
-from bigtrain.data.batch import Batch, Samples, build_batch
+from bigtrain.data.batch import ArrayPool, Batch, Samples, build_batch
 from bigtrain.data.corpus import Split
 from bigtrain.data.mixture import Mixture, Share
 from bigtrain.data.order import Order
@@ -68,6 +68,7 @@ class SampleStream:
         sizes = np.array([component.order.num_samples for component in self._list], dtype=np.int64)
         self._ends = np.cumsum(sizes)
         self._begins = self._ends - sizes
+        self._pool = ArrayPool()
         self._fetching: list[list[int]] = [[] for _ in self._list]
 
     @property
@@ -108,7 +109,7 @@ class SampleStream:
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             part = self._list[number].packed.gather(sample_ids[rows] - self._begins[number])
-            samples = samples or Samples.empty(len(sample_ids), part.tokens.shape[1], part.positions is not None)
+            samples = samples or self._pool.samples(len(sample_ids), part.tokens.shape[1], part.positions is not None)
             samples.put(rows, part)
         return build_batch(samples)
 

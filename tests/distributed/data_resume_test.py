@@ -21,6 +21,7 @@ MIXTURE = [
     "data.packing=best_fit",
     "data.document_mask=true",
     "data.validation_fraction=0.1",
+    "data.prepare_processes=1",
     "data.mixture.web.path=web.jsonl",
     "data.mixture.code.path=code.jsonl",
     "data.mixture.code.weight=0.4",

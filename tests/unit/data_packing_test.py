@@ -2,11 +2,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import Packing
-from bigtrain.data.batch import IGNORE_INDEX
+from bigtrain.data.batch import IGNORE_INDEX, ArrayPool
 from bigtrain.data.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.packing import build_packing, pack_best_fit
 
@@ -160,3 +161,28 @@ def test_without_a_document_mask_there_are_no_positions():
     synthetic = SyntheticSplit("train", 100, is_ragged=False)
     samples = build_packing(synthetic, T, Packing.concat, document_mask=True).gather(np.arange(3))
     assert samples.positions.tolist() == [list(range(T))] * 3
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    pool = ArrayPool()
+    first = pool.take(4, T)
+    address = first.ctypes.data
+    tensor = torch.from_numpy(first)
+    assert pool.take(4, T).ctypes.data != address
+    del first
+    view = tensor[1:]
+    del tensor
+    assert pool.take(4, T).ctypes.data != address, "a view of a tensor holds it"
+    del view
+    assert pool.take(3, T).ctypes.data == address
+    assert pool.take(4, T + 1).shape == (4, T + 1)
+
+
+@given(split=corpora(), packing=st.sampled_from(Packing))
+def test_what_was_gathered_stays(split, packing):
+    packed, whole = gathered(split, packing)
+    before = [array.copy() for array in (whole.tokens, whole.targets, whole.positions)]
+    for _ in range(3):
+        packed.gather(np.arange(len(whole.tokens))[::-1].copy())
+    for array, kept in zip((whole.tokens, whole.targets, whole.positions), before, strict=True):
+        assert np.array_equal(array, kept)

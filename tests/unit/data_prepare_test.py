@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigtrain.checks import check_data
-from bigtrain.config import Content, DataConfig, DataSource, FilterConfig
+from bigtrain.checks import check_data, ignored_settings
+from bigtrain.config import Content, DataConfig, DataSource, FilterConfig, TrainConfig
 from bigtrain.data import open_splits, tokenise
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.index import read_index, verify_hashes
@@ -24,6 +24,7 @@ from bigtrain.data.prepare import prepare, prepared_directory
 from bigtrain.data.sources import source_parts
 from bigtrain.data.tokenise import token_dtype
 from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.workers import run_tasks
 from bigtrain.errors import DataError
 from bigtrain.schema import to_dict
 
@@ -312,6 +313,11 @@ def test_workers_end_with_a_killed_main_process(tmp_path):
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
+def test_a_worker_that_is_killed_is_an_error_with_a_way_out():
+    with pytest.raises(DataError, match=r"was killed, perhaps for want of memory; the same command goes on"):
+        list(run_tasks(os._exit, ((1,), (1,)), 2))
+
+
 def test_a_failure_says_what_and_the_next_try_succeeds(config, tmp_path):
     (tmp_path / "texts" / "zz.txt").write_bytes(b"\0")
     with pytest.raises(DataError, match=r"zz\.txt: has zero bytes"):
@@ -440,3 +446,14 @@ def test_prepare_tells_what_there_is_and_whether_it_is_enough(config, tmp_path):
 def test_contradictions_are_found_before_anything_is_read(changes, problem):
     (found,) = check_data(DataConfig(**changes))
     assert found.startswith(problem)
+
+
+def test_settings_without_effect_are_named():
+    changed = {"cache_gib": 5.0, "messages_field": "m", "streaming": True, "filters": FilterConfig(near_similarity=0.5)}
+    warnings = "\n".join(ignored_settings(TrainConfig(data=DataConfig(**changed))))
+    for key in ("cache_gib", "messages_field", "streaming", "filters.near_similarity"):
+        assert f"data.{key} is ignored" in warnings
+    remote = DataConfig(source=DataSource.prepared, path="s3://bucket/corpus", cache_gib=5.0)
+    assert ignored_settings(TrainConfig(data=remote)) == []
+    (warning,) = ignored_settings(TrainConfig(data=dataclasses.replace(remote, tokenizer="gpt2")))
+    assert warning.startswith("data.tokenizer is ignored by data=prepared")

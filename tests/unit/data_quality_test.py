@@ -18,6 +18,7 @@ from bigtrain.data.quality import (
     repeated_line_share,
     symbol_share,
 )
+from bigtrain.data.sources import source_parts
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 
@@ -95,13 +96,16 @@ def test_very_short_documents_can_be_compared():
     assert list(near_duplicates(map(minhash, ["", "one", "two", "one"]), 0.8))[2:] == [False, True]
 
 
-def test_what_is_left_out_is_counted_by_reason(tmp_path):
+def test_what_is_left_out_is_counted_by_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 8000)  # several parts, for two processes
     kept = [prose(i) for i in range(20)]
     texts = [*kept, "short", kept[3], "-" * 500, "same line\n" * 50, kept[5].replace("word7 ", "other "), ""]
     filters = FilterConfig(
         min_characters=10, max_repeated_line_share=0.5, max_symbol_share=0.5, duplicates=Duplicates.near
     )
-    directory = prepare(config_of(tmp_path, [{"text": text} for text in texts], filters=filters), progress=False)
+    config = config_of(tmp_path, [{"text": text} for text in texts], filters=filters, prepare_processes=2)
+    assert len(source_parts(config)) > 2
+    directory = prepare(config, progress=False)
     report = json.loads((directory / "report.json").read_text())
     found = {reason: dropped["documents"] for reason, dropped in report["dropped"].items()}
     expected = {"min_characters": 1, "max_symbol_share": 1, "max_repeated_line_share": 1, "exact_duplicate": 1}

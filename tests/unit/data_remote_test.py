@@ -1,4 +1,6 @@
+import dataclasses
 import fcntl
+import functools
 import json
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,23 @@ def test_shards_from_a_url_are_those_of_the_directory(prepared, tmp_path):
     for shard, num_tokens in enumerate(split.shard_tokens):
         assert split.documents(shard)[-1] == num_tokens and split.counted(shard) is None
     assert split.num_samples(64) == sum((n - 1) // 64 for n in split.shard_tokens)
+
+
+def test_a_web_server_will_do(prepared, tmp_path):
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=prepared)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = DataConfig(
+            source=DataSource.prepared,
+            path=f"http://127.0.0.1:{server.server_port}/",
+            cache_directory=str(tmp_path / "cache"),
+        )
+        prepare(config, progress=False)
+        split = open_corpus(config, vocab_size=257).split("train")
+        assert tokens_of(split) == local_tokens(prepared)
+        with pytest.raises(DataError, match=r"/nowhere: no prepared corpus here"):
+            prepare(dataclasses.replace(config, path=f"{config.path}nowhere"), progress=False)
+        server.shutdown()
 
 
 def test_prepare_fetches_what_a_run_keeps(prepared, tmp_path):

@@ -135,12 +135,21 @@ def test_damaged_files_are_named(tmp_path):
         "bad.arrow": ("arrow", b"ARROW1 no"),
         "empty.arrow": ("arrow", b""),
         "empty.parquet": ("parquet", b""),
+        "empty.jsonl.gz": ("jsonl", b""),
+        "empty.jsonl.zst": ("jsonl", b""),
         "bad.parquet": ("parquet", b"PAR1 no"),
         "binary.txt": ("text", b"ab\0cd"),
     }
     for name, (source, content) in cases.items():
         with pytest.raises(DataError, match=name):
             read(source, write(tmp_path / name, content))
+
+
+def test_files_without_content_count_as_empty_documents(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, "" if name == "a.jsonl" else '{"text": "x"}')
+    assert read("jsonl", tmp_path) == [Document("a.jsonl", "", False), Document("b.jsonl@0", "x", False)]
+    assert read("text", write(tmp_path / "a.txt", "")) == [Document("a.txt", "", False)]
 
 
 def test_missing_sources_are_named(tmp_path):

@@ -30,15 +30,8 @@ FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 # Slow, large or optional: imported by the function that needs them, or at the top of a module which
 # itself is imported that way.
 LAZY = [
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "matplotlib",
-    "pyarrow",
-    "tensorboardX",
-    "tokenizers",
-    "transformers",
-    "wandb",
+    *("accelerate", "datasets", "deepspeed", "fsspec", "matplotlib", "pyarrow", "rensa", "s3fs", "tiktoken"),
+    *("tensorboardX", "tokenizers", "transformers", "wandb"),
 ]
 WITHOUT_TORCH = ["bigtrain.errors", "bigtrain.schema", "bigtrain.config", "bigtrain.checks", "bigtrain.redact"]
 WITHOUT_TORCH_OF_THEIR_OWN = ["bigtrain.preflight", "bigtrain.models.sizes"]
