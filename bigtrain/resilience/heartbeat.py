@@ -118,12 +118,16 @@ def read_beats(directory: Path) -> list[Beat]:
     return beats
 
 
-def beats_directory(launch_id: str) -> Path:
-    """Return where the ranks of a node put their heartbeats: in memory, where there is such a place."""
+def beats_directory(name: str) -> Path:
+    """Return where the ranks of a node put their heartbeats: in memory, where there is such a place.
+
+    Args:
+        name: of this launch and this node; nodes may share a machine.
+    """
     place = Path("/dev/shm")
     if not os.access(place, os.W_OK):
         place = Path(tempfile.gettempdir())
-    return place / f"bigtrain-{launch_id}"
+    return place / f"bigtrain-{name}"
 
 
 def _map(path: Path | None) -> memoryview:

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ class Launch:
         self._claim: int | None = None
         self._beats: Path | None = None
         self._stacks: TextIO | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
 
     def claim(self, newest_step: int) -> int:
         """Take the run, on rank 0, and return :attr:`attempt` for the other ranks; a second call does nothing.
@@ -63,7 +65,7 @@ class Launch:
             local_rank: rank on this node.
         """
         hang_seconds = self.config.hang_seconds
-        place = beats_directory(launch_id)
+        place = beats_directory(f"{launch_id}-{self.rank - local_rank}")
         try:
             place.mkdir(mode=0o700, exist_ok=True)
             # Open from now on: the answer to the watchdog is written when nothing can be opened any more.
@@ -79,7 +81,9 @@ class Launch:
             self._beats = place
             if local_rank == 0:
                 interval = min(0.5, hang_seconds / 8) if hang_seconds else 0.5
-                start_watchdog(Watch(str(place), str(self.directory), self.attempt, interval, hang_seconds > 0))
+                self._watchdog = start_watchdog(
+                    Watch(str(place), str(self.directory), self.attempt, interval, hang_seconds > 0)
+                )
         except OSError as error:
             get_logger().warning(f"no watchdog on this node: {error}")
 

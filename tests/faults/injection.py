@@ -3,6 +3,7 @@
 The product knows nothing of faults: a rank wraps what announces its phases before it begins to train.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import bigtrain.trainer  # noqa: F401
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.local_ranks import PRELOAD, _rank_environ
-from bigtrain.resilience.heartbeat import Heartbeat
+from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
 from bigtrain.resilience.launch import Launch
 from tests.distributed.launches import LAUNCH, SMALL, environment
 
@@ -78,7 +79,6 @@ def train(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    watchdogs = heartbeats()
     logs = [cwd / f"{log}-{rank}.log" for rank in range(world_size)]
     own = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
     processes = []
@@ -95,10 +95,10 @@ def train(
         for process in processes:
             process.kill()
             process.join()
-    deadline = time.monotonic() + GRACE_SECONDS
-    while heartbeats() - watchdogs:  # the watchdog has the last word, and takes them away when it ends
+    deadline = time.monotonic() + 4 * GRACE_SECONDS
+    while has_heartbeats({process.pid for process in processes}):  # the watchdog, which has the last word, removes them
         assert time.monotonic() < deadline, "the watchdog does not end"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return Ended([process.exitcode for process in processes], [path.read_text() for path in logs])
 
 
@@ -217,6 +217,12 @@ def state_hashes(run: Path) -> dict[str, str]:
     return {file.name: file.xxh3 for file in files if file.name.endswith(".safetensors")}
 
 
-def heartbeats() -> set[Path]:
-    """Return the directories of heartbeats on this machine."""
-    return {*Path("/dev/shm").glob("bigtrain-*")}
+def has_heartbeats(pids: set[int]) -> bool:
+    """Return whether the heartbeats of one of these processes are still there."""
+    return any(beat.pid in pids for place in Path("/dev/shm").glob("bigtrain-*") for beat in _beats(place))
+
+
+def _beats(place: Path) -> list[Beat]:
+    with contextlib.suppress(OSError):  # it may go away at any time
+        return read_beats(place)
+    return []
