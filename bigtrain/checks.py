@@ -23,6 +23,7 @@ from bigtrain.config import (
     Positions,
     SchedulerKind,
     TrainConfig,
+    WandbMode,
     component_data,
 )
 
@@ -173,6 +174,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
         (config.optimizer.kind is OptimizerKind.adamw, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
+        (config.logging.wandb is not WandbMode.disabled, "logging.wandb_project", "while logging.wandb=disabled"),
+        (config.logging.wandb is not WandbMode.disabled, "logging.wandb_entity", "while logging.wandb=disabled"),
         (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
     ]
     return [

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bigtrain.config import ProfileConfig
+from bigtrain.log import get_logger
 
 DIRECTORY = "profile"
 _TABLE_ROWS = 40
@@ -32,7 +33,8 @@ class Profiler:
         """
         wanted = config.steps if rank == 0 else []
         self._first, self._last = wanted or (0, 0)
-        self._memory = config.memory and rank == 0 and torch.cuda.is_available()
+        self._wants_memory = config.memory and rank == 0
+        self._memory = self._wants_memory and torch.cuda.is_available()
         self._directory = run_directory / DIRECTORY
         self._done_steps = first_step
         self._say = say
@@ -42,6 +44,8 @@ class Profiler:
         """Begin, if the first step of the launch is to be traced."""
         if self._memory:
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_ENTRIES)
+        elif self._wants_memory:
+            get_logger().warning("profile.memory is ignored without a GPU: it is the GPU's allocator that is recorded")
         self.step_done(self._done_steps)
         return self
 

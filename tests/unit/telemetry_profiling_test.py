@@ -57,6 +57,14 @@ def test_otherwise_nothing_is_written(tmp_path: Path, options: dict[str, Any]):
     assert train(tmp_path, **options) == [] and list(tmp_path.iterdir()) == []
 
 
+def test_memory_that_cannot_be_recorded_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    if torch.cuda.is_available():
+        pytest.skip("here it can be recorded")
+    with Profiler(ProfileConfig(memory=True), tmp_path, rank=0, first_step=0, say=print):
+        pass
+    assert "profile.memory is ignored without a GPU" in caplog.text
+
+
 @pytest.mark.parametrize("steps", [[3], [4, 3], [0, 3], [1, 2, 3]])
 def test_steps_that_make_no_sense_are_told(steps: list[int]):
     config = TrainConfig(profile=ProfileConfig(steps=steps))
