@@ -1,8 +1,6 @@
 """Prepared corpora, and a synthetic stand-in that needs no files.
 
-A split is a row of shards, each holding whole documents; samples never cross a shard. With
-documents on end and cut every T tokens, shard ``k`` with ``n`` tokens holds ``max(n - 1, 0) // T``
-samples of T inputs and, shifted by one, T targets; global sample ids count through the shards.
+A split is a row of shards, each holding whole documents; samples never cross a shard.
 """
 
 from collections.abc import Sequence
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, check_size, read_index, verify_file
@@ -43,15 +40,6 @@ class Split(Protocol):
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Begin to fetch ``shards`` in the background, in this order; nothing to do for local ones."""
-
-    def num_samples(self, sequence_length: int) -> int:
-        """Return how many samples of ``sequence_length`` tokens there are."""
-
-    def gather(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
-        """Return tokens, int64 ``(N, sequence_length + 1)``, of the samples ``(N,)``."""
-
-    def counted_targets(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.bool_] | None:
-        """Return which targets count, bool ``(N, sequence_length)``, or None when all do."""
 
 
 class Files(Protocol):
@@ -155,45 +143,7 @@ def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
         )
 
 
-class _ShardedSamples:
-    """Samples cut from the shards of a split, every T tokens."""
-
-    shard_tokens: NDArray[np.int64]
-
-    def num_samples(self, sequence_length: int) -> int:
-        """Return how many samples of ``sequence_length`` tokens fit; the rest of each shard is left over."""
-        return int(self._first_ids(sequence_length)[-1])
-
-    def gather(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
-        """Return the tokens of samples.
-
-        Args:
-            sample_ids: int64 ``(N,)`` in ``[0, num_samples)``.
-            sequence_length: T.
-
-        Returns:
-            int64 ``(N, T + 1)``.
-        """
-        first_ids = self._first_ids(sequence_length)
-        shards = np.searchsorted(first_ids, sample_ids, side="right") - 1
-        if np.any(shards >= len(self.shard_tokens)) or np.any(sample_ids < 0):
-            raise IndexError(f"sample ids must lie in [0, {first_ids[-1]})")
-        windows = np.empty((len(sample_ids), sequence_length + 1), dtype=np.int64)
-        for shard in np.unique(shards).tolist():
-            inside = shards == shard
-            # Indexing rows of a strided view copies each window in one piece.
-            rows = sliding_window_view(self.read(shard), sequence_length + 1)[::sequence_length]
-            windows[inside] = rows[sample_ids[inside] - first_ids[shard]]
-        return windows
-
-    def counted_targets(self, sample_ids: NDArray[np.int64], sequence_length: int) -> None:
-        """Return None: every target counts."""
-
-    def _first_ids(self, sequence_length: int) -> NDArray[np.int64]:
-        return np.cumsum([0, *(np.maximum(self.shard_tokens - 1, 0) // sequence_length)])
-
-
-class TokenSplit(_ShardedSamples):
+class TokenSplit:
     """Shards in memory."""
 
     is_remote = False
@@ -231,7 +181,7 @@ class TokenSplit(_ShardedSamples):
         """Do nothing."""
 
 
-class FileSplit(_ShardedSamples):
+class FileSplit:
     """Shards in files, as memory maps."""
 
     def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
@@ -315,8 +265,9 @@ class FileSplit(_ShardedSamples):
         except ShardError as error:
             if not self._skips:
                 raise ShardError(f"{error}; data.on_bad_shard=skip goes on without it") from error
-            get_logger().warning("%s; skipped: its %d tokens do not count", error, self.shard_tokens[shard])
             self.skipped.add(shard)
+            num_tokens, so_far = self.shard_tokens[shard], len(self.skipped)
+            get_logger().warning("%s; skipped: its %d tokens do not count (%d so far)", error, num_tokens, so_far)
             return None
         if self.is_remote:  # a map keeps the space of a file that has left the cache
             self._open = {name: entry for name, entry in self._open.items() if self._files.holds(entry[0])}

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 
 import numpy as np
@@ -78,24 +78,31 @@ class TrainLoader:
         self._global_batch_size = global_batch_size
         self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
         self._pin_memory = pin_memory
-        # A new thread would use GPU 0, whichever GPU this rank has.
-        initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin_memory else (None, ())
-        self._executor = ThreadPoolExecutor(1, "data", initializer, device)
         self._cursor = start
         self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
-        self._ready: deque[Future[StepBatch]] = deque()
+        self._is_closing = False
+        # Queues in C: futures of an executor take as long per step as to fill the batch.
+        self._wanted: SimpleQueue[None] = SimpleQueue()
+        self._ready: SimpleQueue[StepBatch | BaseException] = SimpleQueue()
+        # A new thread would use GPU 0, whichever GPU this rank has.
+        device = torch.cuda.current_device() if pin_memory else None
+        self._thread = Thread(target=self._work, args=(device,), name="data", daemon=True)
+        self._thread.start()
         for _ in range(prefetch_steps):
-            self._prepare_next()
+            self._wanted.put(None)
 
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> StepBatch:
-        """Return the next step; an error of the background thread is raised here, in its turn."""
+        """Return the next step; an error of the background thread is raised here, in its turn, and is the end."""
         begin = time.perf_counter()
-        batch = self._ready.popleft().result()
+        batch = self._ready.get()
         self.wait_seconds = time.perf_counter() - begin
-        self._prepare_next()
+        if isinstance(batch, BaseException):
+            self._ready.put(batch)  # whoever asks again must not wait for ever
+            raise batch
+        self._wanted.put(None)
         return batch
 
     def __enter__(self) -> "TrainLoader":
@@ -106,16 +113,26 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the background thread; at most the step in progress is waited for. May be called again."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._is_closing = True
+        self._wanted.put(None)
+        self._thread.join()
+        self._ready.put(RuntimeError("the loader is closed"))
 
-    def _prepare_next(self) -> None:
-        self._ready.append(self._executor.submit(self._load_next))
-
-    def _load_next(self) -> StepBatch:
-        """Load one step after the other: there is one thread."""
-        batch = self._load(self._cursor)
-        self._cursor = batch.after
-        return batch
+    def _work(self, device: int | None) -> None:
+        """Load one step after the other, as many as are wanted; after an error no more."""
+        if device is not None:
+            torch.cuda.set_device(device)
+        self._wanted.get()
+        while not self._is_closing:
+            try:
+                batch = self._load(self._cursor)
+            except BaseException as error:  # whatever it is, somebody waits for an answer
+                self._ready.put(error)
+                return
+            self._cursor = batch.after
+            self._ready.put(batch)
+            del batch  # its memory is used again when nobody holds it
+            self._wanted.get()
 
     def _load(self, before: Cursor) -> StepBatch:
         ids = self._ids(before.samples)

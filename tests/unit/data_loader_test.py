@@ -123,8 +123,9 @@ class FailingSplit(TokenSplit):
 def test_an_error_in_the_background_is_raised_at_its_step():
     with loader(FailingSplit("train", np.arange(100), "f"), micro_batch_size=4, prefetch_steps=4) as batches:
         assert [next(batches).step, next(batches).step] == [0, 1]
-        with pytest.raises(DataError, match="shard gone"):
-            next(batches)
+        for _ in range(2):  # asked again, it says so again
+            with pytest.raises(DataError, match="shard gone"):
+                next(batches)
 
 
 class SlowSplit(TokenSplit):

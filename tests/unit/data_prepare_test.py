@@ -130,14 +130,6 @@ def test_shards_hold_the_same_documents_in_the_same_order(config):
     assert all(shard.num_tokens >= 1000 for shard in index.train.shards[:-1])
     for split in ("train", "validation"):
         assert documents_of(one, split) == documents_of(several, split)
-    train = Corpus.open(several, vocab_size=300).split("train")
-    ids = np.arange(train.num_samples(16))[::-1]
-    expected = [
-        train.read(shard)[start : start + 17].tolist()
-        for shard, num_tokens in enumerate(train.shard_tokens)
-        for start in range(0, num_tokens - 16, 16)
-    ]
-    assert train.gather(ids, 16).tolist() == expected[::-1]
 
 
 def test_entropies_are_those_of_the_tokens(config):
