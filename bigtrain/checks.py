@@ -27,6 +27,7 @@ from bigtrain.config import (
     component_data,
 )
 
+DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
 OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
@@ -49,6 +50,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     data = dataclasses.replace(config.data, sequence_length=config.data.sequence_length or model.max_positions)
     name = config.run.name or re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(model.name or "run").name)
     return dataclasses.replace(config, model=model, data=data, run=dataclasses.replace(config.run, name=name))
+
+
+def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Return ``config`` with a micro-batch, unless it has one: the largest up to 4 that divides a rank's part."""
+    if config.train.micro_batch_size is not None:
+        return config
+    per_rank = max(config.train.global_batch_size // world_size, 1)
+    fitting = max(size for size in range(1, DEFAULT_MICRO_BATCH_SIZE + 1) if per_rank % size == 0)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=fitting))
 
 
 def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> list[str]:
@@ -253,7 +263,8 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
 
 
 def _check_batch(config: TrainConfig, world_size: int) -> list[str]:
-    global_batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
+    global_batch = config.train.global_batch_size
+    micro_batch = 1 if config.train.micro_batch_size is None else config.train.micro_batch_size
     if global_batch < 1 or micro_batch < 1:
         return [
             f"train.global_batch_size={global_batch}, train.micro_batch_size={micro_batch}: both must be at least 1"

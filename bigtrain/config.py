@@ -453,8 +453,8 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     global_batch_size: int = 32
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int = 4
-    """Sequences per rank and forward pass; accumulation follows from it."""
+    micro_batch_size: int | None = None
+    """Sequences per rank and forward pass, from which accumulation follows; by default as many as fit a rank's part of the step, up to 4."""
     log_every_steps: int = 10
     """Steps between two console lines."""
 

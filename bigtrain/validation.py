@@ -8,7 +8,7 @@ import torch
 from bigtrain import log
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.checks import check
+from bigtrain.checks import check, fit_micro_batch
 from bigtrain.config import EngineKind, Offload, TrainConfig
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.index import read_index
@@ -65,6 +65,8 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     engine_config = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     config = dataclasses.replace(config, engine=engine_config)
     config.validation.batches = batches or config.validation.batches
+    config.train.micro_batch_size = None
+    config = fit_micro_batch(config, info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     init_process_group(info, device)

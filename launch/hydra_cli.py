@@ -32,7 +32,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from bigtrain.checks import check, check_data, ignored_settings, resolve
+from bigtrain.checks import check, check_data, fit_micro_batch, ignored_settings, resolve
 from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.rank_info import RankInfo
@@ -88,8 +88,8 @@ def read_run(args: list[str]) -> TrainConfig:
     Raises:
         ConfigError: listing every problem; no model is chosen; the values contradict each other.
     """
-    config = compose_run(TrainConfig, args)
     info = RankInfo.from_env()
+    config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     if rank() == 0:

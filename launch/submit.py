@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import hydra_cli
 
-from bigtrain.checks import check, ignored_settings
+from bigtrain.checks import check, fit_micro_batch, ignored_settings
 from bigtrain.config import Precision, Preflight, TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, PreflightError
 from bigtrain.redact import redact
@@ -99,6 +99,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         raise ConfigError(f"no cluster is chosen; add one of: {choices}")
     config = hydra_cli.compose_run(SubmitConfig, args, config_name="submit")
     world_size, local_world_size = world(config.cluster)
+    config = fit_micro_batch(config, max(world_size, 1))
     problems = _cluster_problems(config.cluster)
     training_args = [arg for arg in args if keys[arg].partition(".")[0] not in ("cluster", "dry_run")]
     problems += [

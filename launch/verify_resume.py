@@ -1,6 +1,7 @@
 """Kill and resume a training, and compare: ``python launch/verify_resume.py +model=gpt_nano``; ``--help`` says more."""
 
 import dataclasses
+import math
 import os
 import shutil
 import uuid
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import hydra_cli
 
-from bigtrain.checks import check
+from bigtrain.checks import check, fit_micro_batch
 from bigtrain.config import EngineKind, TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 
@@ -66,6 +67,7 @@ def run(config: VerifyResumeConfig) -> int:
 
     log.setup(hydra_cli.rank())
     plan = _plan(config)
+    config = fit_micro_batch(config, math.lcm(plan.world_size, plan.resume_world_size))
     training = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
     root = Path(config.run.root) / f"verify_resume-{config.run.name}-{uuid.uuid4().hex[:8]}"
     verdict = verify_resume(training, plan, root, say=partial(print, flush=True))
