@@ -35,7 +35,7 @@ REACH_STEPS = 8
 """Faults come so many steps after the start of a process group at most."""
 PHASES = ("starting", "data", "forward_backward", "optimizer", "logging", "checkpoint")
 KINDS = {"kill": 12, "raise": 4, "stop": 2, "hang": 2}
-HANG_SECONDS = 5.0
+HANG_SECONDS, FIRST_HANG_SECONDS = 5.0, 30.0
 
 
 def main() -> None:
@@ -119,7 +119,9 @@ def work(root: Path, args: argparse.Namespace) -> None:
         engine=EngineConfig(kind=EngineKind[args.engine]),
         train=TrainingConfig(steps=args.steps, global_batch_size=8, micro_batch_size=2, log_every_steps=1),
         checkpoint=CheckpointConfig(every_steps=EVERY_STEPS),
-        supervision=SupervisionConfig(hang_seconds=HANG_SECONDS, first_hang_seconds=30.0, max_failed_attempts=1000),
+        supervision=SupervisionConfig(
+            hang_seconds=HANG_SECONDS, first_hang_seconds=FIRST_HANG_SECONDS, max_failed_attempts=1000
+        ),
     )
     enter, supervise, fill = Heartbeat.enter, Launch.supervise, trainer.fill_state
     fault = draw(args.seed, attempt, int(os.environ["WORLD_SIZE"])) if attempt < args.faults else None
@@ -127,7 +129,8 @@ def work(root: Path, args: argparse.Namespace) -> None:
 
     def strike(step: int, phase: str) -> None:
         if fault and fault["rank"] == rank and fault["phase"] == phase and step >= due(fault, state["first"]):
-            note("fault", **fault, step=step)
+            fault["rank"] = None  # once, also when the watchdog's signal ends a hang early
+            note("fault", **{**fault, "rank": rank}, step=step)
             STRIKES[fault["kind"]]()
 
     def watched_enter(self: Heartbeat, phase: str, step: int | None = None) -> None:
@@ -206,7 +209,9 @@ def report(args: argparse.Namespace, undisturbed: dict[str, Any], disturbed: dic
         if times:
             median = statistics.median(times)
             print(f"  after {kind:<40}{median:6.2f}  {max(times):6.2f}   {median / cold:.2f}")
-    print(f"  (a hang counts as one after {HANG_SECONDS:.0f} s; starts that failed again are in their fault's time)")
+    print(
+        f"  (a hang counts as one after {HANG_SECONDS:.0f} s, after {FIRST_HANG_SECONDS:.0f} s in the first steps; starts that failed again are in their fault's time)"
+    )
     shares = goodput(disturbed)
     whole = disturbed["end"] - disturbed["begin"]
     print(
