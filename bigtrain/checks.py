@@ -265,10 +265,9 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
 def _check_batch(config: TrainConfig, world_size: int) -> list[str]:
     global_batch = config.train.global_batch_size
     micro_batch = 1 if config.train.micro_batch_size is None else config.train.micro_batch_size
-    if global_batch < 1 or micro_batch < 1:
-        return [
-            f"train.global_batch_size={global_batch}, train.micro_batch_size={micro_batch}: both must be at least 1"
-        ]
+    sizes = {"train.global_batch_size": global_batch, "train.micro_batch_size": micro_batch}
+    if problems := [f"{key}={size}: must be at least 1" for key, size in sizes.items() if size < 1]:
+        return problems
     if global_batch % world_size:
         return [f"train.global_batch_size={global_batch} does not divide by the world size {world_size}"]
     per_rank = global_batch // world_size

@@ -188,7 +188,7 @@ def test_resolve_fills_in_what_follows_and_leaves_the_original_alone():
 WRONG: dict[str, dict[str, Any]] = {
     "train.global_batch_size=32 does not divide by the world size 3": dict(world_size=3),
     "train.global_batch_size=32 is 16 sequences per rank": dict(world_size=2, train__micro_batch_size=3),
-    "train.global_batch_size=0, train.micro_batch_size=None": dict(train__global_batch_size=0),
+    "train.global_batch_size=0: must be at least 1": dict(train__global_batch_size=0),
     "model.hidden_dim=130 does not divide by model.num_heads=4": dict(model__hidden_dim=130),
     "model.num_heads=4 does not divide by model.num_kv_heads=3": dict(model__num_kv_heads=3),
     "model.num_layers=0": dict(model__num_layers=0),
