@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from bigtrain.config import DataConfig
+from bigtrain.cursor import Cursor
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader
-from bigtrain.data.state import Cursor
 from bigtrain.data.stream import build_stream
 
 Batches = Iterator[Any]

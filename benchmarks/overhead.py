@@ -51,8 +51,8 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
+from bigtrain.cursor import Cursor
 from bigtrain.data.batch import Batch
-from bigtrain.data.state import Cursor
 from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.deepspeed_zero import deepspeed_settings, import_deepspeed

@@ -47,7 +47,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         model.num_kv_heads = model.num_kv_heads or model.num_heads
         model.head_dim = model.head_dim or model.hidden_dim // max(model.num_heads, 1)
         model.ffn_dim = model.ffn_dim or 4 * model.hidden_dim
-    data = dataclasses.replace(config.data, sequence_length=config.data.sequence_length or model.max_positions)
+    length = model.max_positions if config.data.sequence_length is None else config.data.sequence_length
+    data = dataclasses.replace(config.data, sequence_length=length)
+    # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
+    if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
+        data.tokenizer = origin
     name = config.run.name or re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(model.name or "run").name)
     return dataclasses.replace(config, model=model, data=data, run=dataclasses.replace(config.run, name=name))
 
@@ -188,11 +192,19 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (config.logging.wandb is not WandbMode.disabled, "logging.wandb_entity", "while logging.wandb=disabled"),
         (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
     ]
-    return [
+    ignored = [
         f"{key} is ignored {reason}"
         for is_used, key, reason in rules
         if not is_used and attrgetter(key)(config) != attrgetter(key)(defaults)
     ]
+    if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
+        ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
+    if (warmup := config.scheduler.warmup_steps) >= config.train.steps:
+        ignored.append(
+            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is not shorter than "
+            f"train.steps={config.train.steps}"
+        )
+    return ignored
 
 
 def _check_run(config: TrainConfig) -> list[str]:

@@ -321,7 +321,7 @@ class DataConfig:
     root: str = "data"
     """Directory that holds prepared corpora."""
     tokenizer: str = "bpe"
-    """``bpe`` trains a byte-level BPE on the corpus, ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
+    """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary size of the trained ``bpe``."""
     shard_tokens: int = 67_108_864

@@ -8,9 +8,9 @@ import numpy as np
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
 from bigtrain.config import TrainConfig
+from bigtrain.cursor import Cursor, DataState
 from bigtrain.data.batch import IGNORE_INDEX, Batch
 from bigtrain.data.prepare import prepared_directory
-from bigtrain.data.state import Cursor, DataState
 from bigtrain.data.stream import SampleStream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.cursor import Cursor
 from bigtrain.data.loader import StepBatch
-from bigtrain.data.state import Cursor
 from bigtrain.distributed import all_reduce_sum, init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine

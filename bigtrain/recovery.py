@@ -7,7 +7,7 @@ from bigtrain import log
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.store import discard_after, find_checkpoints, read_run_state, step_of
 from bigtrain.config import TrainConfig
-from bigtrain.data.state import Cursor
+from bigtrain.cursor import Cursor
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import on_rank0
 from bigtrain.engine.base import Engine

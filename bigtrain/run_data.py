@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from bigtrain import log
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import DataConfig, DataSource, TrainConfig, component_data
+from bigtrain.cursor import Cursor, DataState
 from bigtrain.data import open_streams
 from bigtrain.data.loader import TrainLoader
 from bigtrain.data.prepare import prepare
-from bigtrain.data.state import Cursor, DataState
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import on_rank0
 from bigtrain.engine.base import Engine

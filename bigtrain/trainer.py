@@ -19,9 +19,9 @@ from bigtrain import __version__, log
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.config import Precision, Preflight, TrainConfig
+from bigtrain.cursor import Cursor
 from bigtrain.data.loader import StepBatch
 from bigtrain.data.prepare import prepared_directory
-from bigtrain.data.state import Cursor
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine

@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from bigtrain.checks import check, check_data, fit_micro_batch, ignored_settings, resolve
-from bigtrain.config import ModelKind, TrainConfig
+from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.rank_info import RankInfo
 from bigtrain.redact import redact
@@ -112,8 +112,18 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
     elif config.model.name:
         from bigtrain.models.hf import with_hf_shape
 
-        config.model = with_hf_shape(config.model)
+        shaped = with_hf_shape(config.model)
+        if given := [key for key in key_types(type(shaped)) if _is_other_shape(config.model, shaped, key)]:
+            names = ", ".join(f"model.{key}" for key in given)
+            raise ConfigError(f"{names}: the config.json of model.name={config.model.name} decides; change it there")
+        config.model = shaped
     return resolve(config)
+
+
+def _is_other_shape(given: ModelConfig, shaped: ModelConfig, key: str) -> bool:
+    """Return whether somebody has set a part of the shape that a Hugging Face model brings along otherwise."""
+    value, default = getattr(given, key, None), getattr(ModelConfig(), key, None)
+    return value not in (default, getattr(shaped, key, None))
 
 
 def read(schema: type[T], args: list[str]) -> T:

@@ -26,7 +26,7 @@ from bigtrain.checkpoint.manifest import (
     write_hashed,
 )
 from bigtrain.config import Verify
-from bigtrain.data.state import NO_SAMPLES, Cursor, DataState
+from bigtrain.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.schema import from_dict
 

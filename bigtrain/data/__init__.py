@@ -23,10 +23,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bigtrain.config import DataConfig, DataSource, component_data
+from bigtrain.cursor import DataState
 from bigtrain.data.corpus import Split, SyntheticSplit
 from bigtrain.data.index import read_index
 from bigtrain.data.prepare import open_corpus, prepared_directory
-from bigtrain.data.state import DataState
 from bigtrain.errors import DataError
 
 if TYPE_CHECKING:

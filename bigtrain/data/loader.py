@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bigtrain.cursor import Cursor, chain_digest
 from bigtrain.data.batch import IGNORE_INDEX, Batch
 from bigtrain.data.order import rank_slice
-from bigtrain.data.state import Cursor, chain_digest
 from bigtrain.data.stream import SampleStream
 
 _IDS_AT_ONCE = 4096

@@ -127,6 +127,9 @@ def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
             yield from read(file, part, config)
 
 
+SMALLEST_PIECE_CHARACTERS = 1024
+
+
 def source_fingerprint(config: DataConfig) -> str:
     """Return a SHA-256 that changes when the source does, without reading the documents.
 
@@ -229,14 +232,24 @@ def _python_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Ite
     yield Document(file.name, text, is_repaired)
 
 
-def _text_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Iterator[Document]:
+def _text_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterator[Document]:
     raw = file.path.read_bytes()
     if b"\0" in raw:
         raise DataError(
             f"{file.path}: has zero bytes, so it is binary or UTF-16, not UTF-8 text; "
             f"choose the text files by a pattern such as data.path='{file.path.parent}/**/*.txt'"
         )
-    yield Document(file.name, *decode(raw))
+    text, is_repaired = decode(raw)
+    is_alone = config.path is not None and Path(config.path).is_file()
+    if not is_alone or len(text) < 2 * SMALLEST_PIECE_CHARACTERS:
+        yield Document(file.name, text, is_repaired)
+        return
+    # One file alone leaves no documents to choose from for validation: its hundredths are.
+    start, size = 0, max(len(text) // 100, SMALLEST_PIECE_CHARACTERS)
+    while start < len(text):
+        end = text.find("\n", start + size) + 1 or len(text)
+        yield Document(f"{file.name}#{start}", text[start:end], is_repaired and start == 0)
+        start = end
 
 
 def _jsonl_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import ComponentConfig, DataConfig
+from bigtrain.cursor import Cursor, DataState, chain_digest
 from bigtrain.data.batch import ArrayPool, Batch, Samples, build_batch
 from bigtrain.data.corpus import Split
 from bigtrain.data.mixture import Mixture, Share
 from bigtrain.data.order import Order
 from bigtrain.data.packing import PackedSplit, build_packing
 from bigtrain.data.skips import extend, pieces
-from bigtrain.data.state import Cursor, DataState, chain_digest
 from bigtrain.errors import DataError
 
 WINDOW_SHARDS = 8

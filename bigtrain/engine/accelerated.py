@@ -5,8 +5,10 @@ the wrapped objects are driven by the same code as our own DDP and ZeRO: Acceler
 schedules and checkpoints stay out of the run.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
@@ -26,6 +28,7 @@ from bigtrain.engine.deepspeed_zero import (
 from bigtrain.engine.native import NativeEngine
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.errors import ConfigError
+from bigtrain.log import get_logger
 from bigtrain.optim.build import build_optimizer, parameter_groups
 from bigtrain.rank_info import RankInfo
 
@@ -38,6 +41,9 @@ def build_accelerated(
     Raises:
         ConfigError: Accelerate is configured for something other than DDP or DeepSpeed ZeRO 1 to 3.
     """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError("accelerate is configured for FSDP, which bigtrain builds itself: use engine=fsdp or hsdp")
+    _name_ignored(config)
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return _build_zero(build_model, config, info=info, device=device)
     return _build_ddp(build_model, config, info=info, device=device)
@@ -84,17 +90,45 @@ def _build_zero(
     settings = deepspeed_settings(config, world_size=info.world_size, device=device)
     user_zero = plugin.deepspeed_config.get("zero_optimization", {})
     settings["zero_optimization"] |= {key: value for key, value in user_zero.items() if value not in ("auto", None)}
-    accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if device.type == "cpu" else "nccl")],
-        mixed_precision="no",
-    )
+    with _without_deepspeed_variables():
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if device.type == "cpu" else "nccl")],
+            mixed_precision="no",
+        )
     _assert_built(accelerator, DistributedType.DEEPSPEED, info.world_size)
     model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
     module, _ = accelerator.prepare(model, optimizer)
     if not isinstance(module, deepspeed.DeepSpeedEngine):
         raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DeepSpeedEngine")
     return ZeroEngine(module, device=device)
+
+
+def _name_ignored(config: TrainConfig) -> None:
+    """Warn of what accelerate was told and the run's own settings decide."""
+    precision, steps = os.environ.get("ACCELERATE_MIXED_PRECISION"), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    expected = "bf16" if config.engine.precision is Precision.bf16 else "no"
+    if precision not in (None, expected):
+        get_logger().warning(
+            f"accelerate's mixed_precision={precision} is ignored: engine.precision={config.engine.precision.name} decides"
+        )
+    if os.environ.get(steps, "1") not in ("1", "auto"):
+        get_logger().warning(
+            f"accelerate's gradient_accumulation_steps={os.environ[steps]} is ignored: it follows from "
+            "train.global_batch_size and train.micro_batch_size"
+        )
+
+
+@contextlib.contextmanager
+def _without_deepspeed_variables() -> Iterator[None]:
+    """Hide the user's settings, which ours contain by now: Accelerate refuses to be told twice."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_DEEPSPEED_")}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _assert_built(accelerator: Accelerator, kind: DistributedType, world_size: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from bigtrain import trainer
 from bigtrain.config import TrainConfig
-from bigtrain.data.state import Cursor
+from bigtrain.cursor import Cursor
 from bigtrain.local_ranks import run_ranks
 from bigtrain.parity import whole_parameters
 from bigtrain.telemetry.layer_norms import LayerNorms, layer_of

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from bigtrain import trainer
+from bigtrain import recovery, trainer
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig, EngineKind, TrainConfig
+from bigtrain.cursor import Cursor
 from bigtrain.data.loader import TrainLoader
-from bigtrain.data.state import Cursor
 from bigtrain.engine.base import Engine
 from bigtrain.errors import BigtrainError
 from bigtrain.local_ranks import run_ranks
@@ -99,7 +99,7 @@ def skipped_step(config: TrainConfig) -> int:
 
 
 def forgotten_momentum(config: TrainConfig) -> int:
-    load = trainer.load_checkpoint
+    load = recovery.load_checkpoint
 
     def load_and_forget(path: Path, entries: dict[str, Any]) -> None:
         load(path, entries)
@@ -107,7 +107,7 @@ def forgotten_momentum(config: TrainConfig) -> int:
             for box in entries[key].boxes:
                 box.view.zero_()
 
-    trainer.load_checkpoint = load_and_forget
+    recovery.load_checkpoint = load_and_forget
     return trainer.run(config)
 
 

@@ -232,7 +232,17 @@ def test_whatever_stands_anywhere_in_a_document_is_accepted_or_refused(name: str
                 refused += 1
     assert refused > 50
     # What a reader takes as it comes; format 1 and true are equal.
-    free = {"format", "tokens", "samples", "data_fingerprint", "config", "versions", "world_size", "validation_loss"}
+    free = {
+        "format",
+        "rollbacks",
+        "tokens",
+        "samples",
+        "data_fingerprint",
+        "config",
+        "versions",
+        "world_size",
+        "validation_loss",
+    }
     assert {place[0] for place in accepted} <= free
 
 

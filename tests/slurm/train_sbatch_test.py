@@ -41,7 +41,9 @@ class Job:
     """A job of ``train.sbatch`` with its working directory."""
 
     def __init__(self, cluster: Cluster, directory: Path, *options: str, args: list[str], **environ: str) -> None:
-        bin_directories = f"{environ.pop('bin', '')}:{Path(sys.executable).parent}:{cluster.environ['PATH']}"
+        bin_directories = f"{Path(sys.executable).parent}:{cluster.environ['PATH']}"
+        if stand_ins := environ.pop("bin", None):
+            environ["BIGTRAIN_VENV"] = str(Path(stand_ins).parent)
         variables = environment(**environ, BIGTRAIN_HOME=str(REPOSITORY), PYTHONPATH=str(REPOSITORY))
         self.cluster, self.directory, self.run = cluster, directory, directory / "runs/gpt_nano"
         said = cluster.call(
@@ -204,8 +206,9 @@ def test_submit_sends_the_job_that_it_shows(cluster: Cluster, tmp_path: Path):
     command = [sys.executable, str(LAUNCH / "submit.py"), *TRAINING, "cluster=slurm_cpu", "cluster.num_nodes=2"]
     options = ["--comment=" + comment, "--begin=now+1"]
     bin_directory = stand_in(tmp_path, 'printf "%s\n" "$@" >$run/arguments')
-    path = f"{bin_directory}:{Path(sys.executable).parent}:{cluster.environ['PATH']}"
+    path = f"{Path(sys.executable).parent}:{cluster.environ['PATH']}"
     variables = environment(PATH=path, PYTHONPATH=str(REPOSITORY), SLURM_CONF=cluster.environ["SLURM_CONF"])
+    variables["BIGTRAIN_VENV"] = str(Path(bin_directory).parent)
     settings = f"cluster.sbatch_options={json.dumps(options)}"
     done = subprocess.run(
         [*command, settings], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60, check=False

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import DataConfig, DataSource
+from bigtrain.cursor import Cursor
 from bigtrain.data import open_splits
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
-from bigtrain.data.state import Cursor
 from bigtrain.data.stream import build_stream
 from bigtrain.errors import DataError
 

@@ -304,3 +304,13 @@ def test_bad_chats_are_named(tmp_path, messages, problem):
     write(tmp_path / "a.jsonl", json.dumps({"messages": messages}))
     with pytest.raises(DataError, match=rf"a\.jsonl:1: .*{problem}"):
         read("jsonl", tmp_path, content=Content.chat)
+
+
+def test_one_text_alone_is_cut_into_documents_at_line_ends(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(2000))
+    write(tmp_path / "only.txt", text)
+    found = read("text", str(tmp_path / "only.txt"))
+    assert len(found) > 10 and len({document.id for document in found}) == len(found)
+    assert "".join(document.text for document in found) == text
+    assert all(document.text.endswith("\n") for document in found)
+    assert len(read("text", str(tmp_path))) == 1, "a directory's files are its documents"

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from bigtrain.checks import check_data
 from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, WeightChangeConfig
+from bigtrain.cursor import Cursor, chain_digest
 from bigtrain.data import open_streams
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare
-from bigtrain.data.state import Cursor, chain_digest
 from bigtrain.data.stream import build_stream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError

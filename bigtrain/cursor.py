@@ -6,9 +6,11 @@ run has consumed, in their order: two runs with the same hash after a step have 
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # whoever only lists checkpoints does without
+    import numpy as np
+    from numpy.typing import NDArray
 
 NO_SAMPLES = "0" * 16
 """Hash of a run that has consumed nothing."""
@@ -57,7 +59,7 @@ class DataState:
     """Ranges (first, end) of positions in the order whose samples the run leaves out; they do not count as consumed."""
 
 
-def chain_digest(digest: str, sample_ids: NDArray[np.int64]) -> str:
+def chain_digest(digest: str, sample_ids: "NDArray[np.int64]") -> str:
     """Return the hash after a step: 16 hexadecimal digits.
 
     Args:
