@@ -70,10 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
             logits_grad_CV = logits_grad_CV.mul_(counts_C1).to(dtype)
             hidden_grad_ND[part] = logits_grad_CV @ weight_VD
-            if dtype == torch.float32:
-                weight_grad_VD.addmm_(logits_grad_CV.T, hidden_CD.float())
-            else:
-                weight_grad_VD += logits_grad_CV.T @ hidden_CD
+            weight_grad_VD += logits_grad_CV.T @ hidden_CD
         if wants_gradients:
             ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
         return loss

@@ -142,14 +142,14 @@ def loss_bytes(model: ModelConfig, *, num_tokens: int, numerics: Numerics) -> in
     """Return the peak of the cross-entropy.
 
     Our own (``models/loss.py``) holds a chunk's logits in the compute type, in fp32 and as log-probabilities, beside
-    the gradients of the hidden states and, in fp32, of the projection. Other models hand out all logits: fp32
-    log-probabilities and two gradients of their shape.
+    the gradients of the hidden states and of the projection: a chunk's, and their sum in fp32. Other models hand out
+    all logits: fp32 log-probabilities and two gradients of their shape.
     """
     if model.kind is ModelKind.hf:
         return 12 * num_tokens * model.vocab_size
     element = numerics.element_bytes
     logits = (8 if element == 4 else 8 + element) * min(num_tokens, chunk_tokens(model.vocab_size)) * model.vocab_size
-    return logits + (4 * model.vocab_size + element * num_tokens) * model.hidden_dim
+    return logits + ((4 + element) * model.vocab_size + element * num_tokens) * model.hidden_dim
 
 
 def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: Numerics) -> int:

@@ -68,7 +68,7 @@ def test_ddp_by_hand():
     assert device["optimizer moments"] == 8 * num_parameters
     assert device["master weights"] == 0
     # Logits and log-probabilities of 2^26 / V tokens at a time, and the gradients of projection and hidden states.
-    assert device["loss buffers"] == (2 * 1335 * 50257 + (50257 + num_tokens) * width) * 4
+    assert device["loss buffers"] == (2 * 1335 * 50257 + (2 * 50257 + num_tokens) * width) * 4
     # A block: 2 D as residual stream, 2 D out of the norms, 3 D of qkv, D out of attention, 8 D of the
     # feed-forward, and an fp32 number per head; then the final norm's input and output.
     assert device["activations"] == 4 * num_tokens * (12 * (16 * width + 12) + 2 * width)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.checks import check, resolve
+from bigtrain.checks import check, fit_micro_batch, resolve
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ProfileConfig, TrainConfig
 from bigtrain.errors import PreflightError
 from bigtrain.rank_info import RankInfo
@@ -76,7 +76,10 @@ def test_steps_that_make_no_sense_are_told(steps: list[int]):
 def test_memory_that_runs_out_is_a_message_with_what_to_change(tmp_path: Path):
     shape = ModelConfig(num_layers=12, hidden_dim=1024, num_heads=16, max_positions=1024)
     config = TrainConfig(model=shape, data=DataConfig(source=DataSource.synthetic))
-    with pytest.raises(PreflightError) as caught, explained(resolve(config), tmp_path, ALONE, torch.device("cpu")):
+    with (
+        pytest.raises(PreflightError) as caught,
+        explained(fit_micro_batch(resolve(config), 1), tmp_path, ALONE, torch.device("cpu")),
+    ):
         torch.empty(2**50)
     message = str(caught.value)
     assert message.startswith("memory has run out: ") and "These settings would fit:" in message
