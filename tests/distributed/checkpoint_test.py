@@ -79,16 +79,6 @@ def save_under_all(world_size, root):
     return results
 
 
-def trains_on(source, target, world_size):
-    """Return whether a pair is trained on for long: every engine with every one on a rank, else each a few times.
-
-    The state is compared bit by bit for all pairs, so what follows from it depends on the target alone.
-    """
-    if not {source, target} <= set(ENGINES):
-        return False
-    return world_size == 1 or (ENGINES.index(source) + ENGINES.index(target)) % 3 == 0
-
-
 def load_under_all(world_size, root):
     """Load every checkpoint below ``root`` under every engine, one after the other into the same engine."""
     results = {}
@@ -101,8 +91,7 @@ def load_under_all(world_size, root):
             load_checkpoint(path, engine.state.entries)
             engine.state.commit()
             hashes = state_hashes(engine)
-            last = LAST_STEP if trains_on(source, variant, world_size) else STEP + 1
-            results[source, variant] = hashes, run_steps(engine, config, STEP, last)
+            results[source, variant] = hashes, run_steps(engine, config, STEP, LAST_STEP)
     return results
 
 
@@ -129,7 +118,7 @@ def test_every_engine_opens_what_any_engine_saved(saved, worlds):
         expected_hashes, expected_losses = before[source]
         assert hashes == expected_hashes, f"{source} -> {target}: state differs"
         # Sums over another number of ranks are rounded differently: a few units of 6e-8.
-        assert losses == pytest.approx(expected_losses[: len(losses)], rel=1e-6), f"{source} -> {target}"
+        assert losses == pytest.approx(expected_losses, rel=1e-6), f"{source} -> {target}"
 
 
 class Lion(torch.optim.Optimizer):
