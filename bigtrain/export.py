@@ -15,12 +15,13 @@ import torch
 
 from bigtrain.checkpoint.reader import TensorReader
 from bigtrain.checkpoint.shard import NAMES
-from bigtrain.checkpoint.store import read_run_state, sync_directory
+from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.data.index import read_index
 from bigtrain.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
+from bigtrain.files import sync
 from bigtrain.models import build_model
 from bigtrain.models.hf import read_hf_config
 from bigtrain.models.hf_export import HFTensor, hf_config, hf_tensors
@@ -94,9 +95,9 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         _write_weights(partial, parts, max_shard_bytes)
         if eos_id is not None:
             _write_tokenizer(run, partial, eos_id, max_positions=model.max_positions)
-        sync_directory(partial)
+        sync(partial)
         os.rename(partial, out)
-        sync_directory(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written: {error}") from error
     finally:

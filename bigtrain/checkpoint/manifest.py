@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
+from bigtrain.files import PIECE_BYTES, FileRecord, hash_content
 from bigtrain.schema import from_dict
 
 MANIFEST_FILE = "manifest.json"
@@ -25,22 +26,8 @@ RUN_STATE_FILE = "run_state.json"
 FORMAT = 1
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Size of an element of each type, under safetensors' names."""
-PIECE_BYTES = 1 << 22
-"""Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
 SIGNS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 """What a lost file or a bad disk says; other errors (no permission, a stale mount) say nothing about the content."""
-
-
-@dataclass(kw_only=True, slots=True)
-class FileRecord:
-    """One file of a checkpoint."""
-
-    name: str
-    """Plain file name."""
-    num_bytes: int
-    """Size."""
-    xxh3: str
-    """XXH3 128-bit hash of the content, hexadecimal."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -250,13 +237,8 @@ def _difference(path: Path, record: FileRecord, num_bytes: int, xxh3: str) -> st
 
 def hash_file(path: Path) -> str:
     """Return the XXH3 128-bit hash of a file's content."""
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(PIECE_BYTES)
-    view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
+        return hash_content(file)
 
 
 def write_hashed(descriptor: int, data: memoryview, digest: "xxhash.xxh3_128") -> None:

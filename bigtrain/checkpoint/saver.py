@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from bigtrain import log
-from bigtrain.checkpoint.manifest import FileRecord, decode_tensor
+from bigtrain.checkpoint.manifest import decode_tensor
 from bigtrain.checkpoint.shard import Piece, write_shard
 from bigtrain.checkpoint.store import (
     RunState,
@@ -35,6 +35,7 @@ from bigtrain.config import CheckpointConfig
 from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Entry
 from bigtrain.errors import CheckpointError
+from bigtrain.files import FileRecord
 from bigtrain.schema import to_dict
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import xxhash
 
-from bigtrain.checkpoint.manifest import Chunk, FileRecord, TensorRecord, write_hashed
+from bigtrain.checkpoint.manifest import Chunk, TensorRecord, write_hashed
 from bigtrain.errors import CheckpointError
+from bigtrain.files import FileRecord
 
 DTYPES = {
     "F64": torch.float64,

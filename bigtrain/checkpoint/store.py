@@ -16,7 +16,6 @@ import xxhash
 from bigtrain.checkpoint.manifest import (
     MANIFEST_FILE,
     RUN_STATE_FILE,
-    FileRecord,
     Manifest,
     TensorRecord,
     encode_manifest,
@@ -28,6 +27,7 @@ from bigtrain.checkpoint.manifest import (
 from bigtrain.config import Verify
 from bigtrain.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
+from bigtrain.files import FileRecord, sync
 from bigtrain.schema import from_dict
 
 MIN_KEPT = 2
@@ -175,11 +175,11 @@ def commit(
     state_file = _write_durably(partial / RUN_STATE_FILE, text)
     manifest = Manifest(files=[*files, state_file], tensors=_merge(tensors))
     _write_durably(partial / MANIFEST_FILE, encode_manifest(manifest))
-    sync_directory(partial)
+    sync(partial)
     if final.exists():
         raise FileExistsError(f"{final} exists; a checkpoint is never overwritten")
     os.rename(partial, final)
-    sync_directory(final.parent)
+    sync(final.parent)
 
 
 def _merge(tensors: list[TensorRecord]) -> list[TensorRecord]:
@@ -287,12 +287,3 @@ def _write_durably(path: Path, data: bytes) -> FileRecord:
     finally:
         os.close(descriptor)
     return FileRecord(name=path.name, num_bytes=len(data), xxh3=digest.hexdigest())
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,9 +11,10 @@ from typing import BinaryIO, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.index import CorpusIndex, FileRecord, SplitRecord, check_size, read_index, verify_file
+from bigtrain.data.index import CorpusIndex, SplitRecord, check_size, read_index, verify_file
 from bigtrain.data.order import derive_key, mix64
 from bigtrain.errors import DataError, ShardError
+from bigtrain.files import FileRecord
 from bigtrain.log import get_logger
 
 SplitName = Literal["train", "validation"]

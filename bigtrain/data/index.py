@@ -7,28 +7,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import xxhash
 
 from bigtrain.errors import ConfigError, DataError, ShardError
+from bigtrain.files import FileRecord, hash_content
 from bigtrain.schema import from_dict
 
 INDEX_FILE = "index.json"
 FORMAT = 2
-_HASH_CHUNK_BYTES = 1 << 20
-
-
-@dataclass(kw_only=True, slots=True)
-class FileRecord:
-    """One file of a corpus."""
-
-    name: str
-    """Plain file name inside the corpus directory."""
-    num_bytes: int
-    """Size."""
-    xxh3: str
-    """XXH3 (128 bits) of the content in hexadecimal."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -234,15 +219,6 @@ def hash_file(path: Path) -> str:
             return hash_content(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def hash_content(file: BinaryIO) -> str:
-    """Return the XXH3 of an open file from its beginning on, in hexadecimal."""
-    file.seek(0)
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_HASH_CHUNK_BYTES))
-    while num_bytes := file.readinto(buffer):
-        digest.update(buffer[:num_bytes])
-    return digest.hexdigest()
 
 
 def _check_index(index: CorpusIndex, where: str) -> None:

@@ -62,6 +62,7 @@ from bigtrain.data.tokenise import (
 from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, num_ids
 from bigtrain.data.workers import run_tasks
 from bigtrain.errors import DataError
+from bigtrain.files import sync
 from bigtrain.log import get_logger
 from bigtrain.schema import to_dict
 
@@ -205,22 +206,14 @@ def _check(directory: Path, config: DataConfig) -> Path:
 def _publish(work: Path, directory: Path) -> None:
     """Make the finished ``work`` appear as ``directory``, durably and at once."""
     for path in (*work.iterdir(), work):
-        _fsync(path)
+        sync(path)
     try:
         work.rename(directory)
     except OSError:
         if not directory.exists():
             raise
         get_logger().info("%s was prepared by another process at the same time; using that", directory)
-    _fsync(directory.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory.parent)
 
 
 # What

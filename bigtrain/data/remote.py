@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from bigtrain.data.index import INDEX_FILE, CorpusIndex, FileRecord, hash_content, parse_index
+from bigtrain.data.index import INDEX_FILE, CorpusIndex, parse_index
 from bigtrain.data.locks import is_locked, locked
 from bigtrain.errors import DataError, ShardError
+from bigtrain.files import FileRecord, hash_content
 from bigtrain.log import get_logger
 
 T = TypeVar("T")

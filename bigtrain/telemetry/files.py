@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bigtrain.files import sync
 from bigtrain.log import get_logger
 
 METRICS_FILE = "metrics.jsonl"  # one object per optimizer step
@@ -106,7 +107,7 @@ class JsonLines:
             return 0
         os.close(self._file)
         temporary.replace(self._path)
-        _sync_directory(self._path.parent)
+        sync(self._path.parent)
         self._open()
         return num_removed
 
@@ -208,11 +209,3 @@ def _repair(file: int, path: Path) -> int:
     get_logger().warning(f"{path}: removed a torn last line of {len(tail)} bytes")
     os.ftruncate(file, size - len(tail))
     return size - len(tail)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

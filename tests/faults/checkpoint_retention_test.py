@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE, FileRecord, Manifest, encode_manifest
+from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE, Manifest, encode_manifest
 from bigtrain.checkpoint.store import (
     checkpoint_path,
     checkpoints_directory,
@@ -21,6 +21,7 @@ from bigtrain.checkpoint.store import (
     prune,
     set_aside,
 )
+from bigtrain.files import FileRecord
 from tests.faults import saves
 
 Losses = dict[int, float | None]

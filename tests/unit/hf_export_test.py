@@ -19,11 +19,12 @@ from bigtrain.checkpoint.shard import Piece, write_shard
 from bigtrain.checkpoint.store import RunState, checkpoint_path, commit
 from bigtrain.checks import check, resolve
 from bigtrain.config import DataConfig, ModelConfig, ModelKind, Precision, TrainConfig
-from bigtrain.data.index import FORMAT, CorpusIndex, FileRecord, SplitRecord, TokenizerRecord, write_index
+from bigtrain.data.index import FORMAT, CorpusIndex, SplitRecord, TokenizerRecord, write_index
 from bigtrain.data.tokenizer import END_OF_TEXT, build_tokenizer
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.export import export
+from bigtrain.files import FileRecord
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.models.hf_export import hf_config, hf_tensors
 from bigtrain.models.hf_import import Stacked, Transposed
