@@ -29,6 +29,8 @@ class Split(Protocol):
     """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
     shard_tokens: NDArray[np.int64]
     """Number of tokens of each shard, int64 ``(num_shards,)``."""
+    counts_all: bool
+    """Whether every token counts as a target, and will whatever becomes of the shards."""
 
     def documents(self, shard: int) -> NDArray[np.int64]:
         """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``."""
@@ -165,6 +167,7 @@ class TokenSplit:
         self._documents = documents or [np.array([0, len(shard)]) for shard in self._shards]
         self._counted = counted or [None] * len(self._shards)
         self.shard_tokens = np.array([len(shard) for shard in self._shards], dtype=np.int64)
+        self.counts_all = all(shard is None for shard in self._counted)
 
     def documents(self, shard: int) -> NDArray[np.int64]:
         """See :class:`Split`."""
@@ -197,6 +200,7 @@ class FileSplit:
         self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
         self._files = corpus.files
         self._skips = corpus.skip_bad_shards
+        self.counts_all = not self._skips and all(shard.counted is None for shard in record.shards)
         self._open: dict[str, tuple[FileRecord, NDArray]] = {}
 
     @property

@@ -30,6 +30,8 @@ class StepBatch:
     """Micro-batches in the order of accumulation."""
     num_targets: int
     """Counted targets of this rank, all micro-batches together."""
+    global_num_targets: int | None
+    """Counted targets of all ranks, where that is known without asking them; the same on every rank."""
     before: Cursor
     """Where the data stands before the step."""
     after: Cursor
@@ -138,12 +140,19 @@ class TrainLoader:
         ids = self._ids(before.samples)
         self._stream.prefetch(before.samples)
         batches = [self._stream.gather(ids[part]) for part in self._slices]
-        # numpy, because every thread that calls torch gets its own set of OpenMP threads
-        num_targets = sum(int(np.count_nonzero(batch.targets.numpy() != IGNORE_INDEX)) for batch in batches)
+        num_targets, global_num_targets = self._count_targets(batches)
         if self._pin_memory:
             batches = [batch.pin_memory() for batch in batches]
         after = Cursor(before.step + 1, before.samples + len(ids), chain_digest(before.digest, ids))
-        return StepBatch(before.step, batches, num_targets, before, after)
+        return StepBatch(before.step, batches, num_targets, global_num_targets, before, after)
+
+    def _count_targets(self, batches: list[Batch]) -> tuple[int, int | None]:
+        """Return how many targets of this rank count, and of all ranks if that is known."""
+        if self._stream.is_full:
+            num_samples, length = sum(len(batch.targets) for batch in batches), batches[0].targets.shape[1]
+            return num_samples * length, self._global_batch_size * length
+        # numpy, because every thread that calls torch gets its own set of OpenMP threads
+        return sum(int(np.count_nonzero(batch.targets.numpy() != IGNORE_INDEX)) for batch in batches), None
 
     def _ids(self, first: int) -> NDArray[np.int64]:
         """Return the samples of the step that begins at a position, from a block of steps: one by one costs more."""

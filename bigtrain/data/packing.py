@@ -36,6 +36,8 @@ class PackedSplit(Protocol):
     """Tokens per sample."""
     shard_samples: NDArray[np.int64]
     """Samples in each shard, int64 ``(num_shards,)``."""
+    is_full: bool
+    """Whether every place of every sample is known to be a target that counts."""
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
         """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other."""
@@ -93,6 +95,7 @@ class ConcatSamples(_ShardedSamples):
 
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
         super().__init__(split, sequence_length, document_mask)
+        self.is_full = split.counts_all
         self.shard_samples = np.maximum(split.shard_tokens - 1, 0) // sequence_length
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
@@ -141,6 +144,8 @@ class _Plan:
 
 class BestFitSamples(_ShardedSamples):
     """Samples of whole documents."""
+
+    is_full = False
 
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
         super().__init__(split, sequence_length, document_mask)
@@ -201,6 +206,7 @@ class SyntheticSamples:
         self.sequence_length = sequence_length
         self._document_mask = document_mask
         self.shard_samples = np.array([split.num_samples(sequence_length)], dtype=np.int64)
+        self.is_full = not split.is_ragged
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
         """See :class:`PackedSplit`."""

@@ -61,6 +61,8 @@ class SampleStream:
         self.components = dict(components)
         self.skipped = [list(positions) for positions in skipped]
         self._list = list(components.values())
+        self.is_full = all(component.packed.is_full for component in self._list)
+        """Whether every place of every sample is known to be a target that counts."""
         self._origin_samples = origin_samples
         self._origin_counts = {key: (origin_counts or {}).get(key, 0) for key in components}
         shares = [component.share for component in self._list]

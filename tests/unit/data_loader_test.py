@@ -62,7 +62,7 @@ def rows(step_batches):
 
 def test_a_step_has_tokens_and_shifted_targets():
     (step,) = first_steps(counting_split(100), 1, global_batch_size=6, micro_batch_size=3)
-    assert step.step == 0 and step.num_targets == 6 * T and len(step.micro_batches) == 2
+    assert step.step == 0 and step.num_targets == step.global_num_targets == 6 * T and len(step.micro_batches) == 2
     for batch in step.micro_batches:
         assert batch.tokens.shape == batch.targets.shape == (3, T)
         assert batch.tokens.dtype == batch.targets.dtype == torch.int64
@@ -220,7 +220,7 @@ def test_ragged_targets_differ_per_sample_and_are_counted():
     (step,) = first_steps(split, 1, global_batch_size=64, micro_batch_size=8)
     counted = torch.cat([batch.targets != IGNORE_INDEX for batch in step.micro_batches])
     lengths = counted.sum(dim=1)
-    assert step.num_targets == int(lengths.sum())
+    assert step.num_targets == int(lengths.sum()) and step.global_num_targets is None
     assert set(lengths.tolist()) == {1, 2, 3, 4}
     assert torch.equal(counted, torch.arange(T) < lengths[:, None]), "only a tail is masked"
 

@@ -10,6 +10,7 @@ from bigtrain.checks import check_data
 from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, WeightChangeConfig
 from bigtrain.cursor import Cursor, chain_digest
 from bigtrain.data import open_streams
+from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare
@@ -92,9 +93,18 @@ def steps_of(data, splits, topology, start, num_steps, prefetch_steps=1):
         ]
         for parts in zip(*ranks, strict=True)
     ]
+    for parts in zip(*ranks, strict=True):
+        num_targets = sum((row != IGNORE_INDEX).sum().item() for part in parts for row in targets_of(part))
+        assert sum(part.num_targets for part in parts) == num_targets
+        assert {part.global_num_targets for part in parts} <= {None, num_targets}
+        assert (parts[0].global_num_targets is None) == (data.packing is Packing.best_fit)
     cursors = [{part.after for part in parts} for parts in zip(*ranks, strict=True)]
     assert all(len(same) == 1 for same in cursors), "the cursor is the same on every rank"
     return rows, [cursor for (cursor,) in cursors]
+
+
+def targets_of(step_batch):
+    return [batch.targets for batch in step_batch.micro_batches]
 
 
 def tensors(batch):
