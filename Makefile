@@ -20,8 +20,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 install: $(INSTALLED)
 
+# Two files at a time: many tests wait for processes to start.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh

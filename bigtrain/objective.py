@@ -28,7 +28,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch.tokens, batch.targets, batch.positions)
 
 
-def gradient_scale(loss: Tensor, scale: Tensor) -> Tensor:
+def gradient_scale(loss: Tensor, scale: Tensor | float) -> Tensor:
     """Return the factor of ``loss`` in the backward pass: ``scale``, or NaN if the loss is not finite.
 
     A loss can be infinite although its gradient is not. So made, its gradient is not finite either, and neither is

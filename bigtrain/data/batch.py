@@ -75,7 +75,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``; from pinned memory the copy does not block."""
+        if self.tokens.device == device:
+            return self
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self._tensors()))
+
+    def rows(self, begin: int, end: int) -> "Batch":
+        """Return the samples from ``begin`` to before ``end``; they share the memory."""
+        return Batch(*(t if t is None else t[begin:end] for t in self._tensors()))
 
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked host memory."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -16,8 +17,11 @@ from bigtrain.cursor import Cursor, chain_digest
 from bigtrain.data.batch import IGNORE_INDEX, Batch
 from bigtrain.data.order import rank_slice
 from bigtrain.data.stream import SampleStream
+from bigtrain.errors import DataError
 
 _IDS_AT_ONCE = 4096
+_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 65_536, 64
+"""Small steps are loaded several at a time: whenever this thread works, the one that trains waits for Python's lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +83,21 @@ class TrainLoader:
         self._stream = stream
         self._global_batch_size = global_batch_size
         self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
+        tokens_per_step = global_batch_size // dp_size * stream.sequence_length
+        self._steps_at_once = min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
         self._pin_memory = pin_memory
         self._cursor = start
         self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
         self._is_closing = False
+        self._at_hand: deque[StepBatch] = deque()
         # Queues in C: futures of an executor take as long per step as to fill the batch.
         self._wanted: SimpleQueue[None] = SimpleQueue()
-        self._ready: SimpleQueue[StepBatch | BaseException] = SimpleQueue()
+        self._ready: SimpleQueue[list[StepBatch] | BaseException] = SimpleQueue()
         # A new thread would use GPU 0, whichever GPU this rank has.
         device = torch.cuda.current_device() if pin_memory else None
         self._thread = Thread(target=self._work, args=(device,), name="data", daemon=True)
         self._thread.start()
-        for _ in range(prefetch_steps):
+        for _ in range(math.ceil(prefetch_steps / self._steps_at_once)):
             self._wanted.put(None)
 
     def __iter__(self) -> "TrainLoader":
@@ -98,14 +105,17 @@ class TrainLoader:
 
     def __next__(self) -> StepBatch:
         """Return the next step; an error of the background thread is raised here, in its turn, and is the end."""
-        begin = time.perf_counter()
-        batch = self._ready.get()
-        self.wait_seconds = time.perf_counter() - begin
-        if isinstance(batch, BaseException):
-            self._ready.put(batch)  # whoever asks again must not wait for ever
-            raise batch
-        self._wanted.put(None)
-        return batch
+        self.wait_seconds = 0.0
+        if not self._at_hand:
+            begin = time.perf_counter()
+            batches = self._ready.get()
+            self.wait_seconds = time.perf_counter() - begin
+            if isinstance(batches, BaseException):
+                self._ready.put(batches)  # whoever asks again must not wait for ever
+                raise batches
+            self._wanted.put(None)
+            self._at_hand.extend(batches)
+        return self._at_hand.popleft()
 
     def __enter__(self) -> "TrainLoader":
         return self
@@ -114,54 +124,74 @@ class TrainLoader:
         self.close()
 
     def close(self) -> None:
-        """End the background thread; at most the step in progress is waited for. May be called again."""
+        """End the background thread; at most the steps in progress are waited for. May be called again."""
         self._is_closing = True
+        self._at_hand.clear()
         self._wanted.put(None)
         self._thread.join()
         self._ready.put(RuntimeError("the loader is closed"))
 
     def _work(self, device: int | None) -> None:
-        """Load one step after the other, as many as are wanted; after an error no more."""
+        """Load some steps after the others, as many as are wanted; after an error no more."""
         if device is not None:
             torch.cuda.set_device(device)
         self._wanted.get()
         while not self._is_closing:
             try:
-                batch = self._load(self._cursor)
+                batches = self._load_some()
             except BaseException as error:  # whatever it is, somebody waits for an answer
                 self._ready.put(error)
                 return
-            self._cursor = batch.after
-            self._ready.put(batch)
-            del batch  # its memory is used again when nobody holds it
+            self._cursor = batches[-1].after
+            self._ready.put(batches)
+            del batches  # their memory is used again when nobody holds it
             self._wanted.get()
 
-    def _load(self, before: Cursor) -> StepBatch:
-        ids = self._ids(before.samples)
-        self._stream.prefetch(before.samples)
-        batches = [self._stream.gather(ids[part]) for part in self._slices]
-        num_targets, global_num_targets = self._count_targets(batches)
+    def _load_some(self) -> list[StepBatch]:
+        """Return the next steps; just the next one if the data ends, or is damaged, after it."""
+        try:
+            return self._load(self._cursor, self._steps_at_once)
+        except DataError:
+            if self._steps_at_once == 1:
+                raise
+            return self._load(self._cursor, 1)
+
+    def _load(self, cursor: Cursor, num_steps: int) -> list[StepBatch]:
+        ids = self._ids(cursor.samples, num_steps)
+        self._stream.prefetch(cursor.samples)
+        mine = slice(self._slices[0].start, self._slices[-1].stop)
+        samples = self._stream.gather(ids[:, mine].reshape(-1))
+        num_targets, global_num_targets = self._count_targets(samples, num_steps)
         if self._pin_memory:
-            batches = [batch.pin_memory() for batch in batches]
-        after = Cursor(before.step + 1, before.samples + len(ids), chain_digest(before.digest, ids))
-        return StepBatch(before.step, batches, num_targets, global_num_targets, before, after)
+            samples = samples.pin_memory()
+        batches = []
+        for number, step_ids in enumerate(ids):
+            first = number * (mine.stop - mine.start) - mine.start
+            micro_batches = [samples.rows(first + part.start, first + part.stop) for part in self._slices]
+            after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), chain_digest(cursor.digest, step_ids))
+            batches.append(
+                StepBatch(cursor.step, micro_batches, num_targets[number], global_num_targets, cursor, after)
+            )
+            cursor = after
+        return batches
 
-    def _count_targets(self, batches: list[Batch]) -> tuple[int, int | None]:
-        """Return how many targets of this rank count, and of all ranks if that is known."""
+    def _count_targets(self, samples: Batch, num_steps: int) -> tuple[list[int], int | None]:
+        """Return how many targets of this rank count in each step, and of all ranks if that is known."""
         if self._stream.is_full:
-            num_samples, length = sum(len(batch.targets) for batch in batches), batches[0].targets.shape[1]
-            return num_samples * length, self._global_batch_size * length
+            length = self._stream.sequence_length
+            return [samples.targets.numel() // num_steps] * num_steps, self._global_batch_size * length
         # numpy, because every thread that calls torch gets its own set of OpenMP threads
-        return sum(int(np.count_nonzero(batch.targets.numpy() != IGNORE_INDEX)) for batch in batches), None
+        is_counted = samples.targets.numpy() != IGNORE_INDEX
+        return np.count_nonzero(is_counted.reshape(num_steps, -1), axis=1).tolist(), None
 
-    def _ids(self, first: int) -> NDArray[np.int64]:
-        """Return the samples of the step that begins at a position, from a block of steps: one by one costs more."""
-        count = self._global_batch_size
+    def _ids(self, first: int, num_steps: int) -> NDArray[np.int64]:
+        """Return the samples of some steps, one row each, from a block of more: one by one costs more."""
+        count = num_steps * self._global_batch_size
         if not self._block_first <= first <= self._block_first + len(self._block) - count:
             end, data_end = first + max(_IDS_AT_ONCE // count, 1) * count, self._stream.mixture.num_positions
             end = end if data_end is None else max(min(end, data_end), first + count)
             self._block_first, self._block = first, self._stream.ids(first, end - first)
-        return self._block[first - self._block_first :][:count]
+        return self._block[first - self._block_first :][:count].reshape(num_steps, -1)
 
 
 def validation_batches(

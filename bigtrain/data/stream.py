@@ -78,6 +78,11 @@ class SampleStream:
         """Different samples of all components."""
         return int(self._ends[-1])
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sample."""
+        return self._list[0].packed.sequence_length
+
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
         """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``.
 
@@ -145,7 +150,7 @@ class SampleStream:
         if short:
             which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
             raise DataError(
-                f"the {self.name} split{which} is shorter than one sample of {self._list[0].packed.sequence_length} "
+                f"the {self.name} split{which} is shorter than one sample of {self.sequence_length} "
                 "+ 1 tokens; use more text, a larger share (data.validation_fraction) or a smaller data.sequence_length"
             )
 

@@ -23,12 +23,13 @@ class Engine(Protocol):
     state: EngineState
     """Master weights and optimizer state on this rank."""
 
-    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
+    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor | int, last: bool) -> torch.Tensor:
         """Run forward and backward of one micro-batch and accumulate its gradient.
 
         Args:
             batch: on ``device``.
-            num_targets: number of targets of the whole optimizer step over all ranks (0-d tensor on ``device``).
+            num_targets: number of targets of the whole optimizer step over all ranks; a 0-d tensor on ``device`` where
+                the host does not know it.
             last: whether this is the last micro-batch of the step; gradients are communicated with it.
 
         Returns:

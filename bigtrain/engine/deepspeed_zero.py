@@ -48,7 +48,7 @@ class ZeroEngine:
         else:
             self.state = Zero12State(module)
 
-    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
+    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor | int, last: bool) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.train()
         self.module.set_gradient_accumulation_boundary(last)

@@ -49,13 +49,15 @@ class NativeEngine:
         self.autocast = autocast
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
-        self.shard_group = mesh.get_group("dp_shard") if isinstance(module, FSDPModule) else None
+        is_sharded = isinstance(module, FSDPModule) and mesh["dp_shard"].size() > 1
+        self.shard_group = mesh.get_group("dp_shard") if is_sharded else None
+        self._communicates_as_last: bool | None = None
         # A sum of two is the same in any order, and only DDP has buckets.
         self._has_final_buckets = not isinstance(module, DistributedDataParallel) or self.dp_size <= 2
         create_optimizer_state(optimizer)
         self.state = NativeState(module, optimizer, mesh)
 
-    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor, last: bool) -> torch.Tensor:
+    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor | int, last: bool) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         if not self.module.training:
             self.module.train()
@@ -118,10 +120,12 @@ class NativeEngine:
     def _communicate(self, last: bool) -> Iterator[None]:
         """Communicate gradients in the backward pass of the last micro-batch only, unless that costs too much memory."""
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last or not self.accumulate_whole_gradients)
-            # Under hsdp the sum over replicas can always wait: what waits is sharded.
-            self.module.set_requires_all_reduce(last)
-            self.module.set_is_last_backward(last)
+            if last != self._communicates_as_last:  # each of these walks through all modules
+                self.module.set_requires_gradient_sync(last or not self.accumulate_whole_gradients)
+                # Under hsdp the sum over replicas can always wait: what waits is sharded.
+                self.module.set_requires_all_reduce(last)
+                self.module.set_is_last_backward(last)
+                self._communicates_as_last = last
             yield
         elif isinstance(self.module, DistributedDataParallel) and not last:
             with self.module.no_sync():

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def variant_config(variant, world_size):
     if engine == "hsdp":
         fields["dp_shard"] = min(world_size, 2)
     config = small_config()
-    config.train.steps = LAST_STEP
+    config.train.steps, config.train.micro_batch_size = LAST_STEP, 2
     return with_engine(config, engine, **fields)
 
 
@@ -52,13 +53,15 @@ def run_steps(engine, config, first, last):
 
 def state_hashes(engine):
     """Hash of every whole tensor of the state, whatever the layout."""
-    hashes = {}
-    for key, entry in engine.state.entries.items():
-        whole = torch.zeros(entry.shape, dtype=torch.float64)
+    entries = engine.state.entries
+    sizes = [math.prod(entry.shape) for entry in entries.values()]
+    values = torch.zeros(sum(sizes), dtype=torch.float64)
+    for entry, flat in zip(entries.values(), values.split(sizes), strict=True):
+        whole = flat.view(entry.shape)
         for box in entry.own_boxes():
             whole[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.view.shape, strict=True))] = box.view.double()
-        hashes[key] = hashlib.sha256(all_reduce_sum(whole).numpy().tobytes()).hexdigest()
-    return hashes
+    wholes = zip(entries, all_reduce_sum(values).split(sizes), strict=True)
+    return {key: hashlib.sha256(whole.numpy().tobytes()).hexdigest() for key, whole in wholes}
 
 
 def save_under_all(world_size, root):
@@ -82,12 +85,12 @@ def save_under_all(world_size, root):
 def load_under_all(world_size, root):
     """Load every checkpoint below ``root`` under every engine, one after the other into the same engine."""
     results = {}
+    paths = {source: checkpoint_path(root / source.replace(" ", "-"), STEP) for source in VARIANTS}
+    assert [verify_checkpoint(path, Verify.full) for path in paths.values()] == [[]] * len(paths)
     for variant in VARIANTS:
         config = variant_config(variant, world_size)
         engine = start_engine(config)
-        for source in VARIANTS:
-            path = checkpoint_path(root / source.replace(" ", "-"), STEP)
-            assert verify_checkpoint(path, Verify.full) == []
+        for source, path in paths.items():
             load_checkpoint(path, engine.state.entries)
             engine.state.commit()
             hashes = state_hashes(engine)

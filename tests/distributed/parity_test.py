@@ -126,11 +126,18 @@ def option_config(options):
     return config
 
 
-@pytest.mark.parametrize(("engine", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
-def test_options_of_the_engines_agree_too(engine, options, reference):
-    case = Case(EngineKind[engine], 2, 2, 2 if engine == "hsdp" else None)
-    difference = compare(compute(option_config(options), case), reference)
-    print(case, options, difference)
+@pytest.fixture(scope="module")
+def with_options():
+    """Trajectories of all options, computed in the same two processes."""
+    cases = [Case(EngineKind[engine], 2, 2, 2 if engine == "hsdp" else None) for engine, _ in OPTIONS]
+    configs = [configure(option_config(options), case) for case, (_, options) in zip(cases, OPTIONS, strict=True)]
+    return run_ranks(trace_all, 2, configs, timeout_seconds=280)[0]
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)), ids=["-".join((engine, *o)) for engine, o in OPTIONS])
+def test_options_of_the_engines_agree_too(number, with_options, reference):
+    difference = compare(with_options[number], reference)
+    print(OPTIONS[number], difference)
     assert max(difference.loss, difference.grad_norm) <= 1e-5
     assert difference.parameters <= 1e-4
 

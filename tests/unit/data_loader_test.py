@@ -108,21 +108,21 @@ def test_a_resumed_loader_continues_where_the_first_stopped():
     assert rows(first_steps(split, 4, first_step=6)) != rows(whole)[5:]
 
 
-class FailingSplit(TokenSplit):
-    """Fails at its third sample batch."""
-
-    num_calls = 0
+class DamagedSplit(TokenSplit):
+    """Has two shards, of which the second is gone."""
 
     def read(self, shard):
-        self.num_calls += 1
-        if self.num_calls == 3:
+        if shard == 1:
             raise DataError("shard gone")
         return super().read(shard)
 
 
 def test_an_error_in_the_background_is_raised_at_its_step():
-    with loader(FailingSplit("train", np.arange(100), "f"), micro_batch_size=4, prefetch_steps=4) as batches:
-        assert [next(batches).step, next(batches).step] == [0, 1]
+    split = DamagedSplit("train", [np.arange(24 * T + 1), np.arange(T + 1)], "f")  # sample 24 is in the second
+    (bad_step,) = np.flatnonzero(stream_of(split, 1).ids(0, 25) == 24).tolist()
+    assert bad_step > 0
+    with loader(split, global_batch_size=1, micro_batch_size=1, prefetch_steps=4) as batches:
+        assert [next(batches).step for _ in range(bad_step)] == list(range(bad_step))
         for _ in range(2):  # asked again, it says so again
             with pytest.raises(DataError, match="shard gone"):
                 next(batches)
