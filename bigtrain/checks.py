@@ -186,7 +186,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
         (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
         (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
-        (config.optimizer.kind is OptimizerKind.adamw, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
+        (config.optimizer.kind is not OptimizerKind.sgd, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
         (config.logging.wandb is not WandbMode.disabled, "logging.wandb_project", "while logging.wandb=disabled"),
         (config.logging.wandb is not WandbMode.disabled, "logging.wandb_entity", "while logging.wandb=disabled"),

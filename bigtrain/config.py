@@ -118,6 +118,7 @@ class OptimizerKind(Enum):
     """The update rule."""
 
     adamw = "adamw"
+    muon = "muon"
     sgd = "sgd"
 
 
@@ -416,7 +417,7 @@ class OptimizerConfig:
     """The update rule."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """``adamw``, or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
+    """``adamw``; ``muon`` for the matrices of the blocks, with AdamW for the rest; or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

@@ -63,12 +63,9 @@ def _build_ddp(
     module = accelerator.prepare_model(model)
     if not isinstance(module, DistributedDataParallel):
         raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DistributedDataParallel")
-    groups = parameter_groups(
-        ((name, p, p.ndim) for name, p in module.named_parameters()), weight_decay=config.optimizer.weight_decay
-    )
     return NativeEngine(
         module,
-        build_optimizer(groups, config.optimizer),
+        build_optimizer(parameter_groups(module.named_parameters(), config.optimizer), config.optimizer),
         mesh=build_mesh(device, world_size=info.world_size, dp_shard=1),
         device=device,
         grad_clip=config.optimizer.grad_clip,

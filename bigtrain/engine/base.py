@@ -14,6 +14,8 @@ class Engine(Protocol):
 
     module: nn.Module
     """The wrapped model: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine."""
+    optimizer: torch.optim.Optimizer
+    """What updates the weights that this rank holds."""
     device: torch.device
     """Where batches go."""
     dp_rank: int

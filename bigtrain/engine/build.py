@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bigtrain.config import EngineKind, TrainConfig
+from bigtrain.config import EngineKind, OptimizerKind, Precision, TrainConfig
 from bigtrain.distributed import build_mesh
 from bigtrain.engine.base import Engine
+from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.rank_info import RankInfo
 
 
@@ -31,6 +32,16 @@ def build_engine(
         info: this rank's position; the process group runs.
         device: this rank's device.
     """
+    engine = _build(config, build_model, info=info, device=device)
+    if config.optimizer.kind is OptimizerKind.muon:
+        dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
+        hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)
+    return engine
+
+
+def _build(
+    config: TrainConfig, build_model: Callable[[], nn.Module], *, info: RankInfo, device: torch.device
+) -> Engine:
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind
     if kind in (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp):

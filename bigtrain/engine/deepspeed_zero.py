@@ -23,6 +23,7 @@ from bigtrain.engine.state import (
     OPTIMIZER,
     Box,
     Entry,
+    Place,
     canonical_name,
     create_optimizer_state,
     flat_boxes,
@@ -40,6 +41,7 @@ class ZeroEngine:
 
     def __init__(self, module: nn.Module, *, device: torch.device) -> None:
         self.module = module  # a deepspeed.DeepSpeedEngine
+        self.optimizer: torch.optim.Optimizer = module.optimizer.optimizer
         self.device = device
         self.dp_rank, self.dp_size = dist.get_rank(), dist.get_world_size()
         if module.zero_optimization_stage() == 3:
@@ -79,11 +81,13 @@ class Zero12State:
         create_optimizer_state(self._zero.optimizer)
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
+        self.places: dict[str, Place] = {}
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
-                name, shape = self._names[parameter], tuple(parameter.shape)
-                _add_entries(self.entries, name, shape, start, flat, self._zero.optimizer.state[flat], begin, end)
+                name, place = self._names[parameter], Place(flat, begin, start, end - begin)
+                self.places[name] = place
+                self.entries |= _entries(name, tuple(parameter.shape), place, self._zero.optimizer.state[flat])
 
     def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         """Yield (parameter, first element held, begin, end) with begin and end in this rank's partition.
@@ -122,6 +126,7 @@ class Zero3State:
         self._zero = module.optimizer
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
+        self.places: dict[str, Place] = {}
         for i, (parameters, flat) in enumerate(
             zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True)
         ):
@@ -134,9 +139,9 @@ class Zero3State:
             for parameter in parameters:
                 part_numel = parameter.partition_numel()
                 start = dist.get_rank(parameter.ds_process_group) * part_numel
-                end = offset + max(0, min(part_numel, parameter.ds_numel - start))
-                shape, state = tuple(parameter.ds_shape), self._zero.optimizer.state[flat]
-                _add_entries(self.entries, self._names[parameter], shape, start, flat, state, offset, end)
+                name, numel = self._names[parameter], max(0, min(part_numel, parameter.ds_numel - start))
+                place = self.places[name] = Place(flat, offset, start, numel)
+                self.entries |= _entries(name, tuple(parameter.ds_shape), place, self._zero.optimizer.state[flat])
                 offset += part_numel
 
     def commit(self) -> None:
@@ -155,25 +160,18 @@ class Zero3State:
                 yield self._names[parameter], parts[i][j][: max(0, parameter.ds_numel - start)]
 
 
-def _add_entries(
-    entries: dict[str, Entry],
-    name: str,
-    shape: tuple[int, ...],
-    start: int,
-    flat: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    begin: int,
-    end: int,
-) -> None:
-    """Add the master weight and the optimizer state that lie at ``flat[begin:end]`` and belong to one parameter."""
-    master = flat.detach()
-    entries[MODEL + name] = Entry(shape, master.dtype, flat_boxes(shape, start, master[begin:end]))
+def _entries(
+    name: str, shape: tuple[int, ...], place: Place, state: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, Entry]]:
+    """Yield key and entry of the master weight and the optimizer state at the place of a parameter."""
+    flat, end = place.holder.detach(), place.begin + place.numel
+    yield MODEL + name, Entry(shape, flat.dtype, flat_boxes(shape, place.start, flat[place.begin : end]))
     for key, value in state.items():
         if value.shape == flat.shape:
-            entry = Entry(shape, value.dtype, flat_boxes(shape, start, value[begin:end]))
+            entry = Entry(shape, value.dtype, flat_boxes(shape, place.start, value[place.begin : end]))
         else:  # one number for the whole group, such as the step
             entry = Entry((), value.dtype, (Box((), value),), dist.get_rank(), dist.get_world_size())
-        entries[f"{OPTIMIZER}{name}.{key}"] = entry
+        yield f"{OPTIMIZER}{name}.{key}", entry
 
 
 def build_deepspeed(
@@ -206,11 +204,7 @@ def build_for_deepspeed(
     else:
         wrap_blocks(model, config.engine)
         materialise(model, device)
-    groups = parameter_groups(
-        ((name, p, len(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    return model, build_optimizer(groups, config.optimizer)
+    return model, build_optimizer(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)
 
 
 def hide_gathering(module: nn.Module) -> None:

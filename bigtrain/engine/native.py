@@ -18,8 +18,10 @@ from bigtrain.engine.state import (
     OPTIMIZER,
     Box,
     Entry,
+    Place,
     canonical_name,
     create_optimizer_state,
+    flat_start,
     whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
@@ -160,9 +162,12 @@ class NativeState:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
         self.entries: dict[str, Entry] = {}
+        self.places: dict[str, Place] = {}
         self._parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         for name, parameter in self._parameters.items():
-            self.entries[MODEL + name] = _entry(parameter, mesh)
+            entry = self.entries[MODEL + name] = _entry(parameter, mesh)
+            start = flat_start(entry.shape, entry.boxes[0].offsets) if entry.boxes else 0
+            self.places[name] = Place(parameter, 0, start, _local(parameter).numel())
             for key, value in optimizer.state[parameter].items():
                 self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh)
 
@@ -201,12 +206,9 @@ def build_native(
     else:
         module = _fully_shard(model, engine, mesh)
         materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
-    groups = parameter_groups(
-        ((name, p, p.ndim) for name, p in module.named_parameters()), weight_decay=optimizer.weight_decay
-    )
     return NativeEngine(
         module,
-        build_optimizer(groups, optimizer),
+        build_optimizer(parameter_groups(module.named_parameters(), optimizer), optimizer),
         mesh=mesh,
         device=device,
         grad_clip=optimizer.grad_clip,

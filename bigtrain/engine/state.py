@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -50,11 +50,26 @@ class Entry:
         return tuple(piece for box in self.boxes for piece in _share(box, self.replica, self.num_replicas))
 
 
+class Place(NamedTuple):
+    """Where the optimizer finds what this rank holds of a parameter, a range of its elements in row-major order."""
+
+    holder: torch.Tensor
+    """Parameter of the optimizer, which may hold others too."""
+    begin: int
+    """First element of the range in the holder's memory."""
+    start: int
+    """First element of the range in the whole parameter."""
+    numel: int
+    """Elements of the range; 0 if this rank holds nothing."""
+
+
 class EngineState(Protocol):
     """The state of a training run as one engine holds it on this rank."""
 
     entries: Mapping[str, Entry]
     """``model.<name>`` (fp32 master weights) and ``optim.state.<name>.<key>``, the same keys on every rank."""
+    places: Mapping[str, Place]
+    """By name of the parameter."""
 
     def commit(self) -> None:
         """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""

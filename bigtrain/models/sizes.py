@@ -23,6 +23,10 @@ class ModelSizes:
     """In one block."""
     num_layers: int
     """Number of blocks."""
+    matrices: int
+    """In the matrices of one block."""
+    largest: int
+    """In the largest of them."""
 
     @property
     def total(self) -> int:
@@ -35,16 +39,18 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
     hidden, bias = model.hidden_dim, int(model.bias)
     norm = hidden * (1 + int(model.bias and model.norm is Norm.layernorm))
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = _linear(hidden, query + 2 * key_value, bias) + _linear(query, hidden, bias)
     num_inner = 2 if model.activation is Activation.swiglu else 1
-    feed_forward = num_inner * _linear(hidden, model.ffn_dim, bias) + _linear(model.ffn_dim, hidden, bias)
+    matrices = hidden * (2 * query + 2 * key_value + (num_inner + 1) * model.ffn_dim)
+    biases = bias * (query + 2 * key_value + hidden + num_inner * model.ffn_dim + hidden)
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
     positions = model.max_positions * hidden if model.positions is Positions.learned else 0
-    return ModelSizes(embeddings + positions + norm, 2 * norm + attention + feed_forward, model.num_layers)
-
-
-def _linear(num_inputs: int, num_outputs: int, bias: int) -> int:
-    return num_inputs * num_outputs + bias * num_outputs
+    return ModelSizes(
+        root=embeddings + positions + norm,
+        block=2 * norm + matrices + biases,
+        num_layers=model.num_layers,
+        matrices=matrices,
+        largest=hidden * max(query, model.ffn_dim),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

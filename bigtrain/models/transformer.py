@@ -26,6 +26,9 @@ from bigtrain.models.loss import sum_cross_entropy
 class Linear(nn.Linear):
     """``nn.Linear`` without torch's own random initialisation."""
 
+    fused_rows: tuple[int, ...] = ()
+    """Rows of each matrix, where several are stacked for a single product."""
+
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
@@ -75,6 +78,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         width = self.num_heads * self.head_dim
         self.qkv = Linear(config.hidden_dim, width + 2 * self.num_kv_heads * self.head_dim, bias=config.bias)
+        self.qkv.fused_rows = (width, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim)
         self.out = Linear(width, config.hidden_dim, bias=config.bias)
 
     def forward(

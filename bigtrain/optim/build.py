@@ -7,20 +7,21 @@ import torch
 from torch import nn
 
 from bigtrain.config import OptimizerConfig, OptimizerKind
+from bigtrain.optim.muon import Muon, is_hidden_matrix
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter, int]], *, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into matrices, which decay, and vectors, which do not.
-
-    Args:
-        named: (name, parameter, number of dimensions of the whole parameter) triples; engines that
-            flatten or empty their parameters pass the dimensions of the original.
-        weight_decay: decay of the matrices.
-    """
-    decay, no_decay = [], []
-    for _, parameter, num_dims in named:
-        (decay if num_dims >= 2 else no_decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Split parameters into matrices, which decay, and vectors, which do not; Muon has its matrices apart."""
+    hidden, decay, no_decay = [], [], []
+    for name, parameter in named:
+        num_dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters
+        by_muon = config.kind is OptimizerKind.muon and is_hidden_matrix(name, num_dims)
+        (hidden if by_muon else decay if num_dims >= 2 else no_decay).append(parameter)
+    groups = [
+        {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
+        {"params": decay, "weight_decay": config.weight_decay, "muon": False},
+        {"params": no_decay, "weight_decay": 0.0, "muon": False},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -29,7 +30,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     beta1, beta2 = config.betas
     if config.kind is OptimizerKind.sgd:
         return torch.optim.SGD(groups, lr=config.lr, momentum=beta1, nesterov=beta1 > 0, foreach=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    rule = Muon if config.kind is OptimizerKind.muon else torch.optim.AdamW
+    return rule(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

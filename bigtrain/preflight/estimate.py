@@ -6,8 +6,17 @@ the engines' own copies. Every layout below was compared with the peak memory of
 
 from dataclasses import dataclass, field
 
-from bigtrain.checks import FSDP_KINDS
-from bigtrain.config import EngineKind, ModelConfig, ModelKind, Offload, Precision, TrainConfig
+from bigtrain.checks import FSDP_KINDS, ZERO_KINDS
+from bigtrain.config import (
+    EngineKind,
+    ModelConfig,
+    ModelKind,
+    Offload,
+    OptimizerConfig,
+    OptimizerKind,
+    Precision,
+    TrainConfig,
+)
 from bigtrain.models.sizes import ModelSizes, Numerics, activation_bytes, loss_bytes, model_sizes, native_shape
 
 COMPONENTS = (
@@ -82,7 +91,14 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig]:
     total = sum(p.numel() for p in built.parameters())
     num_layers = len(built.blocks)
     block = sum(p.numel() for p in built.blocks.parameters()) // num_layers
-    sizes = ModelSizes(root=total - block * num_layers, block=block, num_layers=num_layers)
+    matrices = [p.numel() for p in built.blocks.parameters() if p.ndim == 2]
+    sizes = ModelSizes(
+        root=total - block * num_layers,
+        block=block,
+        num_layers=num_layers,
+        matrices=sum(matrices) // num_layers,
+        largest=max(matrices, default=0),
+    )
     return sizes, native_shape(built.causal_lm.config.get_text_config())
 
 
@@ -144,7 +160,8 @@ def estimate(
     peak += layout.parameters + layout.masters + layout.moments
     # Saving copies the rank's share of the state to the host first, into memory that is kept.
     is_copied = config.checkpoint.asynchronous or device_type != "cpu"
-    staged = {"checkpoint copy": 12 * -(-sizes.total // world_size) if is_copied else 0}
+    saved = 4 * sizes.total + _moment_bytes(config.optimizer, sizes)
+    staged = {"checkpoint copy": -(-saved // world_size) if is_copied else 0}
     host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(dict(zip(COMPONENTS, components, strict=True)), host, not_at_once=sum(components) - peak)
 
@@ -152,19 +169,41 @@ def estimate(
 def _layout(
     config: TrainConfig, sizes: ModelSizes, world_size: int, local_world_size: int, bf16: bool, device_type: str
 ) -> _Layout:
-    kind = config.engine.kind
+    kind, num_shards = config.engine.kind, world_size
     accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
     if kind in FSDP_KINDS:
         num_shards = world_size if kind is EngineKind.fsdp else config.engine.dp_shard or local_world_size
-        return _fsdp_layout(config, sizes, num_shards, accumulates, bf16)
-    if kind is EngineKind.zero3:
-        return _zero3_layout(config, sizes, world_size, bf16)
-    if kind in (EngineKind.zero1, EngineKind.zero2):
-        return _zero12_layout(config, sizes, world_size, accumulates, bf16, device_type)
-    return _ddp_layout(sizes, accumulates, bf16)
+        layout = _fsdp_layout(config, sizes, num_shards, accumulates, bf16)
+    elif kind is EngineKind.zero3:
+        layout = _zero3_layout(config, sizes, world_size, bf16)
+    elif kind in (EngineKind.zero1, EngineKind.zero2):
+        layout = _zero12_layout(config, sizes, world_size, accumulates, bf16, device_type)
+    else:
+        layout = _ddp_layout(config, sizes, accumulates, bf16)
+    if config.optimizer.kind is OptimizerKind.muon:
+        is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
+        layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_shards, is_sharded)
+    return layout
 
 
-def _ddp_layout(sizes: ModelSizes, accumulates: bool, bf16: bool) -> _Layout:
+def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
+    """Return the size of the optimizer's whole state: two numbers per parameter, or one for SGD and Muon's matrices."""
+    if optimizer.kind is OptimizerKind.sgd:
+        return 4 * sizes.total if optimizer.betas[0] else 0
+    by_muon = sizes.num_layers * sizes.matrices if optimizer.kind is OptimizerKind.muon else 0
+    return 8 * sizes.total - 4 * by_muon
+
+
+def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
+    """Return the elements of the matrices under way in Muon's update: 6 of each while it is orthogonalised, 2 of a part."""
+    from bigtrain.optim.muon import IN_FLIGHT_ELEMENTS
+
+    owned = min(max(IN_FLIGHT_ELEMENTS, sizes.largest), -(-sizes.num_layers * sizes.matrices // num_owners))
+    parts = owned if is_sharded else owned * num_owners
+    return 6 * owned + (2 * parts if num_owners > 1 else 0)
+
+
+def _ddp_layout(config: TrainConfig, sizes: ModelSizes, accumulates: bool, bf16: bool) -> _Layout:
     """Everything whole, in fp32; gradients live in DDP's buckets.
 
     Those of micro-batches that are not communicated lie outside the buckets until the last one.
@@ -174,7 +213,7 @@ def _ddp_layout(sizes: ModelSizes, accumulates: bool, bf16: bool) -> _Layout:
         parameters=4 * sizes.total,
         gradients=gradients,
         early_gradients=gradients,
-        moments=8 * sizes.total,
+        moments=_moment_bytes(config.optimizer, sizes),
         gathered=_autocast_copies(sizes, bf16),
         backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half
     )
@@ -184,7 +223,8 @@ def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumu
     """Shards of fp32 parameters, gradients and moments; blocks are gathered in the compute type, two at a time."""
     shard = -(-sizes.total // num_shards)
     element = 2 if bf16 else 4
-    state = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer moments": 8 * shard}
+    moments = -(-_moment_bytes(config.optimizer, sizes) // num_shards)
+    state = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer moments": moments}
     host = state if config.engine.offload is Offload.cpu else {}
     here = dict.fromkeys(state, 0) if host else state
     accumulates_whole = accumulates and config.engine.fsdp.accumulate_whole_gradients
@@ -207,7 +247,8 @@ def _zero12_layout(
     """Whole fp32 parameters, and the rank's part of masters, moments and (stage 2) gradients."""
     part = -(-sizes.total // world_size)
     stage2 = config.engine.kind is EngineKind.zero2
-    state = {"gradients": 4 * part, "master weights": 4 * part, "optimizer moments": 8 * part}
+    moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
+    state = {"gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
     offload = config.engine.offload is Offload.cpu
     gradients = 4 * sizes.total if not stage2 else 0 if offload else 4 * part
     # A bucket, what is being reduced of it, and a second bucket where communication overlaps.
@@ -230,7 +271,8 @@ def _zero3_layout(config: TrainConfig, sizes: ModelSizes, world_size: int, bf16:
     """The rank's part of everything; gathered fp32 parameters stay as long as no more than a limit are live."""
     part = -(-sizes.total // world_size)
     offload = config.engine.offload is Offload.cpu
-    state = {"parameters": 4 * part, "gradients": 4 * part, "master weights": 4 * part, "optimizer moments": 8 * part}
+    moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
+    state = {"parameters": 4 * part, "gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
     live = min(sizes.total, max(ZERO3_LIVE_PARAMETERS, sizes.root + 2 * sizes.block)) if world_size > 1 else 0
     return _Layout(
         parameters=0 if offload else state["parameters"],

@@ -20,6 +20,7 @@ from bigtrain.config import (
     EngineConfig,
     EngineKind,
     ModelConfig,
+    OptimizerKind,
     Precision,
     TrainConfig,
     TrainingConfig,
@@ -95,6 +96,22 @@ def test_deepspeed_partitions_by_hand():
         assert device["gradients"] == gradients * num_parameters
         assert device["master weights"] == num_parameters
         assert device["optimizer moments"] == 2 * num_parameters
+
+
+def test_optimizers_by_hand():
+    num_parameters, matrices = 124_439_808, 12 * 12 * 768**2
+    moments = {"adamw": 8 * num_parameters, "sgd": 4 * num_parameters, "muon": 8 * num_parameters - 4 * matrices}
+    for kind, expected in moments.items():
+        for num_ranks, engine in ((1, "ddp"), (4, "fsdp"), (4, "zero2"), (4, "zero3")):
+            config = run_config(kind=engine)
+            config.optimizer.kind = OptimizerKind[kind]
+            found = guess(config, num_ranks)
+            assert found.device["optimizer moments"] == -(-expected // num_ranks)
+            assert found.host["checkpoint copy"] == -(-(4 * num_parameters + expected) // num_ranks)
+    config = run_config(batch=4)
+    config.optimizer.kind = OptimizerKind.muon
+    # Six times what one owner orthogonalises at a time, in fp32; nobody to send it to.
+    assert guess(config).device["engine buffers"] == 6 * 2**24 * 4
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])

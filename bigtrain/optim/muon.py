@@ -1,0 +1,216 @@
+"""Muon for the hidden matrices, AdamW for everything else, under any sharding.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the
+orthogonal matrix nearest to it: U V^T for a momentum U S V^T. That needs the whole matrix, of which a rank may hold a
+part. So every matrix has an owner among the ranks that share the state. A rank keeps the momentum of its part, sends
+its part of the update to the owner, which orthogonalises it, and gets its part of the result. Where every rank
+holds everything (DDP) the owners divide the work. A few matrices are under way at a time.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+EPS = 1e-7
+IN_FLIGHT_ELEMENTS = 1 << 24
+"""Elements of the matrices that one owner orthogonalises at a time, unless a single one has more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A hidden matrix, and where this rank's part of it is: a range of its elements in row-major order."""
+
+    rows: int
+    columns: int
+    holder: Tensor
+    """Parameter of the optimizer in whose memory the part is."""
+    begin: int
+    """Where the part begins in that memory."""
+    part_numels: tuple[int, ...]
+    """Number of elements that each rank of the group holds: consecutive ranges, or all of them on all ranks."""
+
+    def part(self, tensor: Tensor, rank: int) -> Tensor:
+        """Return the part that ``rank``, which is this one, holds in ``tensor``, the holder or one like it; flat."""
+        return _local(tensor).view(-1)[self.begin : self.begin + self.part_numels[rank]]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds all of it."""
+        return min(self.part_numels) == self.rows * self.columns
+
+    @property
+    def lr_factor(self) -> float:
+        """What gives the update the size of AdamW's, so that one learning rate serves both.
+
+        An orthogonal matrix has a root mean square of 1 / sqrt(max(rows, columns)), AdamW's update one of about 0.2
+        (Liu et al. 2025, arXiv 2502.16982, section 2.2; torch calls it ``match_rms_adamw``).
+        """
+        return 0.2 * math.sqrt(max(self.rows, self.columns))
+
+    @property
+    def cost(self) -> int:
+        """In proportion to the operations of :func:`newton_schulz`."""
+        return min(self.rows, self.columns) ** 2 * (2 * max(self.rows, self.columns) + min(self.rows, self.columns))
+
+
+def is_hidden_matrix(name: str, num_dims: int) -> bool:
+    """Return whether Muon is for this parameter: a matrix in a numbered block, hence no embedding and no head."""
+    return num_dims == 2 and re.search(r"\.\d+\..*weight$", name) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """Who orthogonalises matrices, and how."""
+
+    device: torch.device
+    """Where it is done, and between which devices matrices travel."""
+    dtype: torch.dtype
+    """In which it is done, and in which they travel."""
+    rank: int = 0
+    """Of this process, among those that share the state."""
+    num_ranks: int = 1
+    """Number of these, each of which is an owner."""
+    group: dist.ProcessGroup | None = None
+    """They; None = all there are."""
+
+
+class Muon(torch.optim.AdamW):
+    """Updates parameter groups with ``muon=True`` by Muon and the others by AdamW.
+
+    On one process this is ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``.
+    """
+
+    matrices: dict[Tensor, list[Matrix]]
+    """What lies in the memory of each parameter of a group with ``muon=True``; set by the engine."""
+    workshop: Workshop
+    """Set by the engine."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters; a step of all ranks together."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step(closure)
+        self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._step_muon(group)
+
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            self._look_ahead(_local(p.grad), _local(self.state[p]["momentum_buffer"]))
+        if not group["lr"]:  # as when an engine has the state created, before it knows of matrices
+            return
+        for p in parameters:
+            _local(p).mul_(1 - group["lr"] * group["weight_decay"] * self._keep(p.device))
+        matrices = [matrix for p in parameters for matrix in self.matrices[p]]
+        rank = self.workshop.rank
+        for some in rounds(matrices, self.workshop.num_ranks):
+            updates = orthogonalise_parts(some, [m.part(m.holder.grad, rank) for m in some], self.workshop)
+            for m, update in zip(some, updates, strict=True):
+                weight = m.part(m.holder, rank)
+                rate = group["lr"] * m.lr_factor * self._keep(weight.device)
+                weight.sub_(update.to(weight.device, weight.dtype).mul_(rate))
+
+    def _look_ahead(self, gradient: Tensor, momentum: Tensor) -> None:
+        """Add the gradient to the momentum, and turn it into Nesterov's: the momentum after another such gradient."""
+        keep = self._keep(gradient.device)
+        if isinstance(keep, Tensor):
+            gradient.masked_fill_(keep == 0, 0.0)
+        momentum.lerp_(gradient, (1 - MOMENTUM) * keep)
+        gradient.lerp_(momentum, MOMENTUM)
+
+    def _keep(self, device: torch.device) -> float | Tensor:
+        """Return 0 if the step is to change nothing, else 1; a tensor where the host does not know (``found_inf``)."""
+        bad = getattr(self, "found_inf", None)
+        return 1.0 if bad is None else (1.0 - bad).to(device)
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Return orthogonal matrices near ``matrices`` ``(N, rows, columns)``, rows <= columns; singular values 0.7 to 1.2.
+
+    Five steps of a quintic iteration with Jordan's coefficients, which are steep at 0 and do not converge to 1.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices / torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def rounds(matrices: list[Matrix], num_owners: int) -> Iterator[list[Matrix]]:
+    """Yield the matrices in rounds, those of about the same cost together; in a round number i is owned by i % owners."""
+    left = sorted(matrices, key=lambda m: m.cost, reverse=True)
+    while left:
+        each = max(1, IN_FLIGHT_ELEMENTS // (left[0].rows * left[0].columns))
+        yield left[: each * num_owners]
+        left = left[each * num_owners :]
+
+
+def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Workshop) -> list[Tensor]:
+    """Return this rank's parts of the orthogonalised matrices of a round; all ranks call this.
+
+    Args:
+        matrices: the round, the same on all ranks.
+        parts: this rank's part of each, flat.
+        at: who does it.
+    """
+    n = at.num_ranks
+    owned, wholes = matrices[at.rank :: n], parts[at.rank :: n]
+    if not matrices[0].is_whole:
+        travelling = [part.to(at.device, at.dtype) for part in parts]
+        numels = [[m.part_numels[r] for m in owned] for r in range(n)]
+        pieces = _swap([travelling[r::n] for r in range(n)], numels, at)
+        wholes = [torch.cat(of_ranks) for of_ranks in zip(*pieces, strict=True)]
+    results = _orthogonalise(owned, [whole.to(at.device, at.dtype) for whole in wholes])
+    if n == 1:
+        return results
+    answers = [[_cut(m, whole, r) for m, whole in zip(owned, results, strict=True)] for r in range(n)]
+    pieces = _swap(answers, [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)], at)
+    return [pieces[i % n][i // n] for i in range(len(matrices))]
+
+
+def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]:
+    """Return the flat results; those of one shape, lying or standing, are computed as one batch."""
+    results = []
+    pairs = zip(matrices, wholes, strict=True)
+    for _, batch in itertools.groupby(pairs, key=lambda pair: sorted((pair[0].rows, pair[0].columns))):
+        batch = [(m, whole.view(m.rows, m.columns)) for m, whole in batch]
+        lying = newton_schulz(torch.stack([x if m.rows <= m.columns else x.mT for m, x in batch]))
+        results += [(x if m.rows <= m.columns else x.mT).flatten() for (m, _), x in zip(batch, lying, strict=True)]
+    return results
+
+
+def _cut(matrix: Matrix, whole: Tensor, rank: int) -> Tensor:
+    """Return what ``rank`` holds of a flat matrix."""
+    return whole if matrix.is_whole else whole.split(matrix.part_numels)[rank]
+
+
+def _swap(outgoing: list[list[Tensor]], numels: list[list[int]], at: Workshop) -> list[list[Tensor]]:
+    """Send the flat tensors ``outgoing[r]`` to each rank r; return what each sent, whose sizes are ``numels[r]``."""
+    nothing = torch.empty(0, device=at.device, dtype=at.dtype)
+    sent = torch.cat([nothing, *(tensor for row in outgoing for tensor in row)])
+    sizes = [sum(tensor.numel() for tensor in row) for row in outgoing]
+    received = torch.empty(sum(map(sum, numels)), device=at.device, dtype=at.dtype)
+    dist.all_to_all_single(received, sent, [sum(row) for row in numels], sizes, group=at.group)
+    pieces = iter(received.split([numel for row in numels for numel in row]))
+    return [[next(pieces) for _ in row] for row in numels]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
