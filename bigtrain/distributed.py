@@ -169,6 +169,6 @@ def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None
     outcome = broadcast_json(outcome, group=group)
     if "error" in outcome:
         error = getattr(errors, outcome["error"])(outcome["message"])
-        error.said_by_rank_0 = dist.get_rank() > 0
+        error.shared = True
         raise error
     return outcome["value"]

@@ -17,8 +17,8 @@ class BigtrainError(Exception):
 
     exit_code = EXIT_USER_ERROR
     """How the process ends."""
-    said_by_rank_0 = False
-    """Whether rank 0 raises the same error, so that this rank need not show it."""
+    shared: bool | None = None
+    """Whether all ranks raise the same error, so that rank 0 shows it, or this one only; None if nobody knows."""
 
 
 class ConfigError(BigtrainError):
@@ -49,3 +49,9 @@ class NoRestartError(BigtrainError):
     """The run fails again and again, or diverges again and again; restarting it by machine would be for nothing."""
 
     exit_code = EXIT_NO_RESTART
+
+
+class StopError(BigtrainError):
+    """Somebody wants the launch to end before it has begun to train; the same command continues."""
+
+    exit_code = EXIT_RESUMABLE

@@ -32,7 +32,7 @@ def claim(launch: Launch) -> None:
         with writing(launch.directory):
             return launch.claim(max(map(step_of, find_checkpoints(launch.directory)), default=0))
 
-    launch.attempt = on_rank0(take)
+    launch.begin(on_rank0(take))
 
 
 def fill_state(config: TrainConfig, engine: Engine, checkpoint: Path | None, info: RankInfo) -> Cursor:

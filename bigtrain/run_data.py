@@ -3,7 +3,6 @@
 import datetime
 from collections.abc import Mapping
 
-from bigtrain import log
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import DataConfig, DataSource, TrainConfig, component_data
 from bigtrain.cursor import Cursor, DataState
@@ -64,8 +63,8 @@ def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, s
     )
 
 
-def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream) -> None:
-    """Refuse to continue on other data or in another order; say aloud what else has changed.
+def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream, world_size: int) -> list[str]:
+    """Refuse to continue on other data or in another order; return what else has changed, a line each.
 
     Raises:
         CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
@@ -82,10 +81,10 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
             "data.sequence_length, data.packing or data.shuffle_window_shards is not what it was; "
             f"restore it, {advice}"
         )
-    old, new = flatten(state.config), flatten(redact(to_dict(config)))
-    for key in sorted(new):
-        if old.get(key) != new[key] and not key.startswith("run."):
-            log.get_logger().warning(f"changed since the checkpoint: {key}: {old.get(key)} -> {new[key]}")
+    old = flatten(state.config) | {"world size": state.world_size}
+    new = flatten(redact(to_dict(config))) | {"world size": world_size}
+    changed = (key for key in sorted(new) if old.get(key) != new[key] and not key.startswith("run."))
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in changed]
 
 
 def first_text(config: TrainConfig) -> DataConfig | None:

@@ -20,7 +20,9 @@ from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.redact import redact
+from bigtrain.resilience.attempt import now
 from bigtrain.schema import from_dict, to_dict
+from bigtrain.telemetry.files import EVENTS_FILE, JsonLines
 
 CONFIG_FILE = "config.yaml"
 
@@ -120,7 +122,7 @@ def find_resume(config: TrainConfig) -> Path | None:
         path = Path(found[-1])
         if not (problems := verify_checkpoint(path, verify)):
             return _same_model(config, path)
-        aside = on_rank0(lambda path=path: str(set_aside(path)))
+        aside = on_rank0(lambda path=path, problems=problems: _set_aside(directory, path, problems))
         log.get_logger().warning("\n  ".join([f"damaged checkpoint, set aside as {aside}:", *problems]))
     if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory)]):
         raise CheckpointError(
@@ -136,6 +138,16 @@ def find_resume(config: TrainConfig) -> Path | None:
     if problems := verify_checkpoint(path, verify):
         raise CheckpointError("\n  ".join([f"checkpoint.resume={resume}: damaged:", *problems]))
     return _same_model(config, path)
+
+
+def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
+    """Rename a damaged checkpoint, note it among the events, and return its new name."""
+    with writing(directory):
+        aside = str(set_aside(path))
+        events = JsonLines(directory / EVENTS_FILE)
+        events.write({"event": "damaged_checkpoint", "path": aside, "problems": problems, "time": now()})
+        events.close()
+    return aside
 
 
 def _same_model(config: TrainConfig, path: Path) -> Path:

@@ -102,8 +102,7 @@ def run(config: TrainConfig) -> int:
     # Rank 0's configuration is the configuration of the run.
     config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
     # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
-    with explained(config, run_directory(config), info, device):
-        code = broadcast_json(_run(config, info, device))
+    code = broadcast_json(_run(config, info, device))
     # Only here: after a failure, a collective could wait for ever for ranks that are gone.
     shut_down()
     return code
@@ -131,7 +130,8 @@ def check_memory(config: TrainConfig, info: RankInfo, device: torch.device) -> N
 
 
 def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
-    with Launch(run_directory(config), info.rank, config.supervision) as launch:
+    directory = run_directory(config)
+    with Launch(directory, info.rank, config.supervision) as launch, explained(config, directory, info, device):
         end = _train_run(config, info, device, launch)
         launch.end(end.code, end.reason)
         return end.code
@@ -144,14 +144,11 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     resume = find_resume(config)
     state = read_run_state(resume) if resume else None
     if state and state.step >= config.train.steps:
-        log.get_logger().info(
-            f"{directory} is finished at step {state.step}; a larger train.steps trains on, another run.name starts anew"
-        )
+        log.get_logger().info(_nothing_to_do(directory, state.step, config.train.steps))
         launch.heartbeat.step = state.step
         return End(EXIT_FINISHED, "finished")
     streams = open_data(config, state.data if state else None)
-    if state:
-        check_continuation(state, config, streams["train"])
+    changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
     start = state.cursor if state else Cursor()
     streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: write_run_files(config))
@@ -168,10 +165,13 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         saver=Saver(directory, engine.state.entries, config.checkpoint),
         start=start,
         rollbacks=state.rollbacks if state else 0,
+        signal=launch.signal,
         heartbeat=launch.heartbeat,
         limits=StopLimits(directory, config.run.max_minutes, started=launch.started) if info.rank == 0 else None,
     )
     facts = {"world_size": info.world_size, "attempt": launch.attempt, "after": launch.previous_failure()}
+    facts |= {"changed": changes} if changes else {}
+    launch.signal.at_once = False
     while True:
         parts.recorder = open_recorder(config, parts.start.step, engine)
         with parts.recorder:
@@ -192,6 +192,7 @@ def train(run: Run) -> End | RollBack:
         CheckpointError: saving has failed too often, or at the end.
     """
     config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
+    signal = run.signal
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
     meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
     norms = LayerNorms(engine, config.optimizer, config.logging.layer_norms_every_steps)
@@ -209,7 +210,7 @@ def train(run: Run) -> End | RollBack:
 
     gc.disable()
     gc.freeze()  # what is there by now stays: to look through it again and again takes a tenth of a second each time
-    with run.signal as signal, loader, _profiler(run) as profiler:
+    with loader, _profiler(run) as profiler:
         for batch in heartbeat.during("data", loader):
             meter.data_ready(batch.micro_batches)
             heartbeat.enter("forward_backward")
@@ -257,7 +258,7 @@ def train(run: Run) -> End | RollBack:
                 break
         agreement.settle()
         heartbeat.enter("checkpoint")
-        record_save(run, saver.finish())  # in here: a signal that a launcher repeats must not cut the last save short
+        record_save(run, saver.finish())
     gc.unfreeze()
     gc.enable()
     return verdict or _end(run, step, finished, stopping)
@@ -404,6 +405,12 @@ def gauges(config: TrainConfig, engine: Engine) -> Gauges:
     weights = [entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)]
     num_parameters = sum(math.prod(entry.shape) for entry in weights)
     return Gauges(config, engine.device, dist.get_world_size(), num_parameters)
+
+
+def _nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:
+    if step > wanted_steps:
+        return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
+    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"
 
 
 def _profiler(run: Run) -> Profiler:

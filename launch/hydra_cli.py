@@ -71,7 +71,7 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     try:
         config = read(args)
     except BigtrainError as error:
-        error.said_by_rank_0 = rank() > 0  # all ranks have the same command line
+        error.shared = True  # all ranks have the same command line
         _exit_with(error)
     try:
         code = run(config)
@@ -165,7 +165,10 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
         ConfigError: listing what is misspelt, missing or of the wrong type.
     """
     if {"-m", "--multirun"} & set(args):
-        raise ConfigError("--multirun is not offered: one command is one run; start a sweep's runs one by one")
+        raise ConfigError(
+            "--multirun is not offered: one command is one run. A sweep is a loop of the shell, each run with a name of "
+            "its own:\n  for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
+        )
     args = [_nest(_quote_text(arg, schema), schema) for arg in args]
     composed: list[tuple[DictConfig, dict[str, str]]] = []
     store = ConfigStore.instance()
@@ -225,7 +228,7 @@ def group_lines() -> str:
 
 
 def _exit_with(error: BigtrainError) -> NoReturn:
-    """Show ``error`` and end the process; rank 0 goes first.
+    """Show ``error`` and end the process; rank 0 goes first, if it may have the same to say.
 
     torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
     is wrong, and only a rank that nobody has ended by then speaks for itself.
@@ -234,8 +237,9 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     if rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        time.sleep(RANK_0_HEAD_START_SECONDS)
-        message = "" if error.said_by_rank_0 else textwrap.indent(message, f"[rank {rank()}] ")
+        if error.shared is not False:
+            time.sleep(RANK_0_HEAD_START_SECONDS)
+        message = "" if error.shared else textwrap.indent(message, f"[rank {rank()}] ")
     if message:
         print(message, file=sys.stderr, flush=True)
     leave(error.exit_code)

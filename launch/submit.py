@@ -94,7 +94,8 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         ConfigError: listing every problem.
     """
     keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
-    if "cluster" not in keys.values() and not {"--cfg", "-c", "--info", "-i"} & set(args):
+    hydras = {"--cfg", "-c", "--info", "-i", "--multirun", "-m"}
+    if "cluster" not in keys.values() and not hydras & set(args):
         choices = " ".join(f"cluster={name}" for name in hydra_cli.group_options("cluster"))
         raise ConfigError(f"no cluster is chosen; add one of: {choices}")
     config = hydra_cli.compose_run(SubmitConfig, args, config_name="submit")

@@ -1,11 +1,14 @@
 """Train a Transformer: ``torchrun launch/train.py +model=gpt3_1b``; ``--help`` says more."""
 
+import json
 import os
+from pathlib import Path
 
 import hydra_cli
 
 from bigtrain.config import TrainConfig
-from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, BigtrainError
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_RESUMABLE, BigtrainError
+from bigtrain.redact import redact
 
 HELP = """\
 Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
@@ -58,15 +61,29 @@ def run(config: TrainConfig) -> int:
     faults.initialize()
     try:
         code = trainer.run(config)
-    except BigtrainError:  # the user's to mend: one message, not a traceback per rank in torchrun's report
+    except BigtrainError as error:  # the user's to mend: one message, not a traceback per rank in torchrun's report
+        error.exit_code = _code_for_launcher(error.exit_code)
         raise
     except Exception as error:
         if is_lost_connection(error):  # what this rank could say would only hide what the other one says
             return EXIT_FAULT
         faults.record_exception(error)
+        _redact_file(os.environ.get("TORCHELASTIC_ERROR_FILE"))
         raise
-    # torchrun and accelerate report a worker's 75 as a failure, and torchrun's --max-restarts would undo the stop.
-    return EXIT_FINISHED if os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} else code
+    return _code_for_launcher(code)
+
+
+def _code_for_launcher(code: int) -> int:
+    """Return 0 for 75: torchrun and accelerate would report a failure, and torchrun's --max-restarts undo the stop."""
+    is_launched = os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+    return EXIT_FINISHED if is_launched and code == EXIT_RESUMABLE else code
+
+
+def _redact_file(path: str | None) -> None:
+    """Take the secrets out of what torchrun is about to show."""
+    if path:
+        content = json.loads(Path(path).read_text())
+        Path(path).write_text(json.dumps(redact(content)))
 
 
 def help_page() -> str:

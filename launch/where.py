@@ -1,24 +1,32 @@
 """Say where a run lives: ``python launch/where.py +model=gpt_nano``; batch scripts ask before they start ranks."""
 
+import contextlib
+from pathlib import Path
+
 import hydra_cli
 
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FINISHED
+from bigtrain.resilience.attempt import wait_until_free
 
 HELP = """\
 Check the settings of a training run, for the world size in WORLD_SIZE and LOCAL_WORLD_SIZE, and print the directory
-that the run lives in. Nothing is started or written.
+that the run lives in. Nothing is started. A run that another launch has is refused; a batch system's restart waits for
+one that may be cut off, and takes the run from it when it gives no sign of life any more.
 
   python launch/where.py +model=gpt_nano
   WORLD_SIZE=32 LOCAL_WORLD_SIZE=8 python launch/where.py +model=gpt3_1b engine=hsdp run.name=first
 
-Takes the settings of launch/train.py. Exit codes: 0, or 2 with every problem of the settings.
+Takes the settings of launch/train.py. Exit codes: 0, or 2 with every problem of the settings, or the run is in use.
 """
 
 
 def run(config: TrainConfig) -> int:
-    """Print the directory."""
-    print(f"{config.run.root}/{config.run.name}")
+    """Print the directory, when the run is free."""
+    directory = Path(config.run.root) / str(config.run.name)
+    with contextlib.suppress(OSError):  # the run itself says what is wrong with its directory
+        wait_until_free(directory)
+    print(directory)
     return EXIT_FINISHED
 
 

@@ -36,7 +36,7 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
     everybody = broadcast_json(gather_json(found))
     if unreadable := next((reason for _, reason in everybody if reason), None):
         error = UnreadableError(unreadable)
-        error.said_by_rank_0 = dist.get_rank() > 0
+        error.shared = True
         raise error
     return list(dict.fromkeys(problem for problems, _ in everybody for problem in problems))
 

@@ -1,14 +1,12 @@
 """Launches of a run: one at a time, counted, and each leaves a record of how it ended.
 
-``attempt.json`` says which launch has the run; it is locked as long as that lives. ``exit.json`` says how
+``attempt.json`` says which launch has the run; that one holds it (:mod:`bigtrain.resilience.hold`). ``exit.json`` says how
 the newest launch ended, in words that survive launchers which turn every exit code into 1. Scripts
 that restart read it: ``{"code", "reason", "step", "attempt", "time"}`` with a code of
 :mod:`bigtrain.errors`; it is absent while a launch runs.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -16,18 +14,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, EXIT_RESUMABLE, EXIT_USER_ERROR, ConfigError, NoRestartError
+from bigtrain.errors import (
+    EXIT_FAULT,
+    EXIT_FINISHED,
+    EXIT_NO_RESTART,
+    EXIT_RESUMABLE,
+    EXIT_USER_ERROR,
+    NoRestartError,
+)
 from bigtrain.log import get_logger
+from bigtrain.resilience.hold import Hold, take_hold
 
 ATTEMPT_FILE = "attempt.json"
 EXIT_FILE = "exit.json"
 FAILURE_FILE = "failure.json"
 
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
-def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) -> tuple[int, int]:
+def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) -> tuple[int, Hold]:
     """Take the run for this launch; rank 0 calls it.
 
     Args:
@@ -36,18 +41,16 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) ->
         max_failed_attempts: so many launches in a row that failed without a new checkpoint are restarted.
 
     Returns:
-        The number of this launch, from 1, and the open file that keeps others out until it is closed or the
-        process ends.
+        The number of this launch, from 1, and its hold.
 
     Raises:
         ConfigError: another launch has the run.
         NoRestartError: a launcher has restarted this run, and it has failed too often without a new checkpoint.
         OSError: the directory cannot be written.
     """
-    file = os.open(directory / ATTEMPT_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    hold = take_hold(directory / ATTEMPT_FILE, patient=is_restart())
     try:
-        _lock(file, directory)
-        last = _read_json(file)
+        last = read_json(directory / ATTEMPT_FILE)
         number = int(last.get("attempt", 0)) + 1
         failures = _failures_in_a_row(directory, last, newest_step)
         if failures >= max_failed_attempts:
@@ -63,16 +66,34 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) ->
             "pid": os.getpid(),
             "time": now(),
         }
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(record).encode() + b"\n", 0)
+        os.ftruncate(hold.file, 0)
+        os.pwrite(hold.file, json.dumps(record).encode() + b"\n", 0)
     except BaseException:
-        os.close(file)
+        hold.release()
         raise
-    return number, file
+    hold.keep()
+    return number, hold
+
+
+def wait_until_free(directory: Path) -> None:
+    """Wait for a launch that may be cut off to let go of the run, as a restart does.
+
+    Raises:
+        ConfigError: another launch has the run and is alive.
+    """
+    if (directory / ATTEMPT_FILE).exists():
+        take_hold(directory / ATTEMPT_FILE, patient=is_restart()).release()
+
+
+def holds(directory: Path, attempt: int) -> bool:
+    """Return whether no later launch has the run."""
+    return read_json(directory / ATTEMPT_FILE).get("attempt", attempt) <= attempt
 
 
 def write_exit(directory: Path, *, code: int, reason: str, step: int, attempt: int) -> None:
     """Leave the record of how a launch ended, whole or not at all; a disk that refuses it costs a warning."""
+    if not holds(directory, attempt):
+        return
     values = {"code": code, "reason": reason, "step": step, "attempt": attempt, "time": now()}
     try:
         write_json(directory / EXIT_FILE, values)
@@ -83,6 +104,18 @@ def write_exit(directory: Path, *, code: int, reason: str, step: int, attempt: i
 def read_exit(directory: Path) -> dict[str, Any]:
     """Return the record of how the newest launch ended; empty while it runs, or if it ended without a word."""
     return read_json(directory / EXIT_FILE)
+
+
+def has_decided(directory: Path, attempt: int) -> bool:
+    """Return whether a launch has said that it ends, by itself; ranks that still wait are then ended, or lose their peers."""
+    found = read_exit(directory)
+    return found.get("attempt") == attempt and found.get("code") != EXIT_FAULT
+
+
+def has_failed(directory: Path, attempt: int) -> bool:
+    """Return whether some rank of a launch has said that the run fails."""
+    found = read_exit(directory)
+    return found.get("attempt") == attempt and found.get("code") not in (EXIT_FINISHED, EXIT_RESUMABLE)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -124,24 +157,6 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTERS)
 
 
-def _lock(file: int, directory: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = _read_json(file)
-        raise ConfigError(
-            f"{directory} is in use by another launch (process {owner.get('pid')} on {owner.get('host')}, since "
-            f"{owner.get('time')}); wait for its end, stop it, or choose another run.name"
-        ) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        get_logger().warning(
-            f"the file system of {directory} has no locks ({error.strerror}): a second launch of this run at the same "
-            "time would not be noticed and would damage it"
-        )
-
-
 def _failures_in_a_row(directory: Path, last: dict[str, Any], newest_step: int) -> int:
     """Return how many launches up to now failed one after the other without a new checkpoint."""
     if not last or not is_restart():
@@ -159,11 +174,3 @@ def _exhausted(directory: Path, failures: int, step: int) -> str:
         f"{step}. First cause of the last failure: {cause}. Launched by hand it tries again; "
         "supervision.max_failed_attempts is the limit."
     )
-
-
-def _read_json(file: int) -> dict[str, Any]:
-    try:
-        values = json.loads(os.pread(file, 1 << 16, 0))
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -17,7 +17,7 @@ from typing import Any
 
 from bigtrain.errors import EXIT_FAULT
 from bigtrain.redact import redact
-from bigtrain.resilience.attempt import FAILURE_FILE, now, read_json, write_exit, write_json
+from bigtrain.resilience.attempt import FAILURE_FILE, holds, now, read_json, write_exit, write_json
 from bigtrain.resilience.heartbeat import Beat
 
 _ORDER = ("exception", "hang", "died", "connection")
@@ -41,14 +41,16 @@ class Failure:
     """Traceback or stacks."""
     host: str = ""
     time: str = ""
+    code: int = EXIT_FAULT
+    """How the run ends if this is the first cause."""
 
 
 def failure_of(error: BaseException, *, rank: int, phase: str, step: int) -> Failure:
     """Return the record of an exception."""
     kind = "connection" if is_lost_connection(error) else "exception"
     text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-    detail = "".join(traceback.format_exception(error))
-    return Failure(kind=kind, rank=rank, phase=phase, step=step, error=text, detail=detail)
+    detail, code = "".join(traceback.format_exception(error)), getattr(error, "exit_code", EXIT_FAULT)
+    return Failure(kind=kind, rank=rank, phase=phase, step=step, error=text, detail=detail, code=code)
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -87,8 +89,9 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
         summary = _sum_up(found, attempt, states)
         with contextlib.suppress(OSError):
             write_json(place / FAILURE_FILE, summary)
-            write_json(directory / FAILURE_FILE, summary)
-        write_exit(directory, code=EXIT_FAULT, reason=summary["summary"], step=summary["step"], attempt=attempt)
+            if holds(directory, attempt):
+                write_json(directory / FAILURE_FILE, summary)
+        write_exit(directory, code=summary["code"], reason=summary["summary"], step=summary["step"], attempt=attempt)
     return summary
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import os
 import subprocess
 import sys
 import time
@@ -11,12 +10,20 @@ from types import TracebackType
 from typing import TextIO
 
 from bigtrain.config import SupervisionConfig
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError
 from bigtrain.log import get_logger
-from bigtrain.resilience.attempt import FAILURE_FILE, claim_run, read_json, write_exit
+from bigtrain.resilience.attempt import FAILURE_FILE, claim_run, has_decided, has_failed, read_json, write_exit
 from bigtrain.resilience.failures import describe, failure_of, record_failures
 from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
+from bigtrain.resilience.hold import Hold
+from bigtrain.resilience.signals import StopSignal
 from bigtrain.resilience.watchdog import STACK_SIGNAL, Watch, stacks_path, start_watchdog
+
+_ALONE = ("starting", "data", "forward_backward", "optimizer")
+"""Phases in which a rank may meet an error that no other rank has; in the others all ranks decide together."""
+
+_RECORD_SECONDS = 1.0
+"""So long it may take until a failure is recorded that a launcher has noticed."""
 
 
 class Launch:
@@ -37,7 +44,9 @@ class Launch:
         """Number of this launch of the run, from 1; 0 as long as it has not been claimed."""
         self.started = time.monotonic()
         self.heartbeat = Heartbeat()
-        self._claim: int | None = None
+        self.signal = StopSignal()
+        """Whether somebody wants this launch to stop; from :meth:`begin` on."""
+        self._hold: Hold | None = None
         self._beats: Path | None = None
         self._stacks: TextIO | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
@@ -51,11 +60,18 @@ class Launch:
             OSError: the directory cannot be written.
         """
         if self.attempt == 0:
-            # After a fault the file stays open, and with it the lock, until the process ends.
-            self.attempt, self._claim = claim_run(
+            number, self._hold = claim_run(
                 self.directory, newest_step=newest_step, max_failed_attempts=self.config.max_failed_attempts
             )
+            return number
         return self.attempt
+
+    def begin(self, attempt: int) -> None:
+        """Know, on every rank, that the run has been taken; from now on signals stop it in order."""
+        if self.attempt == 0:
+            self.attempt = attempt
+            self.signal.at_once = True
+            self.signal.__enter__()
 
     def supervise(self, launch_id: str, local_rank: int) -> None:
         """Let the heartbeat be seen; the first rank of each node starts the watchdog.
@@ -103,23 +119,46 @@ class Launch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, BigtrainError):
+        if self.attempt == 0:
+            return
+        self.signal.at_once = False
+        if isinstance(error, StopError):
+            self._stop(error)
+        elif isinstance(error, BigtrainError) and (error.shared or not self._may_be_alone()):
             self.end(error.exit_code, str(error).splitlines()[0])
         elif error is not None:
             self._record(error)
         self.heartbeat.enter("ending")
-        if self._claim is not None and (error is None or isinstance(error, BigtrainError)):
-            os.close(self._claim)
+        self.signal.__exit__(kind, error, trace)
+        # After a fault the run is held until the process ends: other ranks may still be there.
+        if self._hold is not None and (error is None or isinstance(error, BigtrainError)):
+            self._hold.release()
+
+    def _stop(self, error: StopError) -> None:
+        """Leave word of a stop, unless the signal is a launcher's answer to the failure of another rank."""
+        error.shared = True
+        time.sleep(_RECORD_SECONDS)
+        if has_failed(self.directory, self.attempt):
+            error.exit_code = EXIT_FAULT
+            error.args = (f"ended by {self.signal.reason}; the first cause is in {self.directory / FAILURE_FILE}",)
+        else:
+            self.end(error.exit_code, str(self.signal.reason))
+
+    def _may_be_alone(self) -> bool:
+        """Return whether this rank is where it may meet an error that no other has, rather than a mistake of the user's."""
+        return self._beats is not None and self.heartbeat.phase in _ALONE
 
     def _record(self, error: BaseException) -> None:
         """Record a fault of ours or of the machine; no rank waits for another one any more."""
         phase, step = self.heartbeat.phase, self.heartbeat.step
         failure = failure_of(error, rank=self.rank, phase=phase, step=step)
-        if self.attempt == 0:
+        if failure.kind == "connection" and has_decided(self.directory, self.attempt):
             return
         beats = read_beats(self._beats) if self._beats else []
         summary = record_failures(self.directory, self.attempt, [failure], beats)
         text = describe(str(self.directory), summary)
+        if isinstance(error, BigtrainError):
+            error.shared = False
         if failure.kind == "connection":
             text = (
                 f"rank {self.rank} has lost its connection to other ranks in {phase} of step {step}; "

@@ -9,6 +9,8 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from bigtrain.errors import StopError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REASONS = (
     "run.stop_after_steps",
@@ -32,6 +34,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.reason: str | None = None
         """Why this rank wants to stop: one of :data:`REASONS`."""
+        self.at_once = False
+        """Whether a signal raises a StopError too: there is nothing to save yet, and nobody who asks for the flag."""
         self._first_time = 0.0
 
     def __enter__(self) -> "StopSignal":
@@ -54,6 +58,8 @@ class StopSignal:
         now = time.monotonic()
         if self.reason is None:
             self.reason, self._first_time = signal.Signals(number).name, now
+            if self.at_once:
+                raise StopError(f"stopped by {self.reason} before the first step; the same command continues")
         elif number == signal.SIGINT and now - self._first_time > FORCE_AFTER_SECONDS:
             raise KeyboardInterrupt
 

@@ -19,14 +19,16 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bigtrain.errors import EXIT_FAULT
-from bigtrain.resilience.attempt import read_exit
+from bigtrain.resilience.attempt import has_decided, has_failed
 from bigtrain.resilience.failures import Failure, describe, record_failures
 from bigtrain.resilience.heartbeat import PHASES, Beat, read_beats
 
 STACK_SIGNAL = signal.SIGUSR2
 """Ranks answer with their stacks, in native code and without the interpreter."""
 STACKS_SECONDS = 2.0
+LOOK_SECONDS = 5.0
+PATIENT_LOOKS = 3
+"""So many looks may find that the run has failed before the ranks of this node, which may wait for ever, are ended."""
 _STOPPED, _DEAD = "Tt", "ZX"
 
 
@@ -69,7 +71,7 @@ def stacks_path(beats: Path, rank: int) -> Path:
 def watch_node(watch: Watch) -> None:
     """Watch until all ranks of this node have ended."""
     place, reported = Path(watch.beats), set()
-    resumed_ns = 0
+    resumed_ns = next_look_ns = num_looks = 0
     deaths = Deaths()
     while True:
         deaths.wait(watch.interval_seconds)
@@ -79,7 +81,7 @@ def watch_node(watch: Watch) -> None:
         living = [beat for beat in beats if state[beat.rank] not in _DEAD]
         dead = [b for b in beats if b not in living and b.phase != "ending" and b.rank not in reported]
         reported.update(beat.rank for beat in dead)
-        if dead and not _has_ended_by_decision(watch):
+        if dead and not has_decided(Path(watch.run), watch.attempt):
             _report(watch, [_death(place, beat) for beat in dead], beats)
         if not living:
             break
@@ -90,6 +92,12 @@ def watch_node(watch: Watch) -> None:
         if late and watch.kills:
             suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
             _end_hung(watch, suspect, living, stopped=state[suspect.rank] in _STOPPED)
+        if now_ns > next_look_ns and watch.kills:
+            next_look_ns = now_ns + int(LOOK_SECONDS * 1e9)
+            num_looks = num_looks + 1 if has_failed(Path(watch.run), watch.attempt) else 0
+            if num_looks > PATIENT_LOOKS:  # on another node, and nobody has told this one
+                reported.update(beat.rank for beat in living)
+                _kill(living)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -113,12 +121,6 @@ class Deaths:
             if file in ready:
                 os.close(file)
                 self._files[pid] = -1
-
-
-def _has_ended_by_decision(watch: Watch) -> bool:
-    """Return whether the run has said that it ends; the launcher may then end ranks that still wait."""
-    found = read_exit(Path(watch.run))
-    return found.get("attempt") == watch.attempt and found.get("code") != EXIT_FAULT
 
 
 def _progress(beat: Beat) -> tuple[int, int, int]:
@@ -146,13 +148,17 @@ def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool)
     failure = Failure(
         kind="hang", rank=suspect.rank, phase=suspect.phase, step=suspect.step, error=error, detail=stacks
     )
-    for beat in living:
-        _send(beat.pid, signal.SIGKILL)
+    _kill(living)
     _report(watch, [failure], living)
     while any(_process_state(beat.pid) not in _DEAD for beat in living):
         time.sleep(0.05)
     shutil.rmtree(place, ignore_errors=True)
     sys.exit(0)
+
+
+def _kill(living: list[Beat]) -> None:
+    for beat in living:
+        _send(beat.pid, signal.SIGKILL)
 
 
 def _report(watch: Watch, failures: list[Failure], beats: list[Beat]) -> None:

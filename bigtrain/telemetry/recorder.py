@@ -204,7 +204,8 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
     step = fields.get(names.STEP)
     match kind:
         case "resume":
-            return f"continuing after step {step} from {fields.get('checkpoint')}"
+            changes = [f"changed since the checkpoint: {change}" for change in fields.get("changed", [])]
+            return "\n".join([*changes, f"continuing after step {step} from {fields.get('checkpoint')}"])
         case "validation":
             return f"validation after step {step}: loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.4g}"
         case "checkpoint":

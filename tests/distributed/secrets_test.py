@@ -1,6 +1,7 @@
 """Canaries: no secret of the environment or the command line is in any file that a run writes, or in what it says."""
 
 import base64
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bigtrain import trainer
+from bigtrain.config import TrainConfig
 from tests.distributed.launches import LAUNCH, SMALL, TRAIN, Launch, Result, environment, fork, launch, num_steps
 
 PYTHONPATH = f"{LAUNCH}:{LAUNCH.parent}"
@@ -102,6 +105,23 @@ def test_a_fault_is_shown_without_secrets(tmp_path: Path):
     assert result.code == 1
     assert "RuntimeError: cannot reach https://***@host.example" in result.err
     assert said(result) == []
+
+
+def test_what_torchrun_shows_of_a_fault_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    import train
+
+    def fail(config: TrainConfig) -> int:
+        raise RuntimeError(f"cannot reach https://me:{PASSWORD}@host.example")
+
+    monkeypatch.setattr(trainer, "run", fail)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(RuntimeError):
+        train.run(TrainConfig())
+    shown = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert shown["message"] == "RuntimeError: cannot reach https://***@host.example"
+    assert "in fail" in shown["extraInfo"]["py_callstack"]
+    assert PASSWORD not in str(shown)
 
 
 def test_a_job_for_slurm_holds_no_secret(tmp_path: Path):

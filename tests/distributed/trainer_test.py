@@ -107,6 +107,7 @@ def test_the_same_command_says_that_a_finished_run_is_finished(finished: tuple[P
     assert (result.code, result.out) == (0, "")
     assert result.err.startswith(f"{RUN} is finished at step 8;")
     assert result.err.count("\n") == 1
+    assert train(cwd, "train.steps=5").err == f"{RUN} is at step 8 already, beyond train.steps=5: nothing is trained\n"
     assert contents(cwd) == before
 
 
@@ -229,7 +230,11 @@ def test_another_learning_rate_is_accepted_and_said(stopped: Path, tmp_path: Pat
     result = train(cwd, "optimizer.lr=5e-3")
     assert result.code == 0
     said = [line for line in (result.err + result.out).splitlines() if "changed" in line]
-    assert said == ["changed since the checkpoint: optimizer.lr: 0.01 -> 0.005"]
+    changes = ["optimizer.lr: 0.01 -> 0.005", "world size: 2 -> 1"]
+    assert said == [f"changed since the checkpoint: {change}" for change in changes]
+    assert events(cwd / RUN, "resume")[0]["changed"] == changes
+    log = (cwd / RUN / "log/train.log").read_text()
+    assert all(line in log for line in said)
     assert yaml.safe_load((cwd / RUN / "config.yaml").read_text())["optimizer"]["lr"] == 5e-3
     lrs = [record["lr"] for record in metrics(cwd / RUN)]
     assert lrs[4] < 0.7 * lrs[3]

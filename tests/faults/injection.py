@@ -192,6 +192,23 @@ def _make_next_loss_infinite() -> None:
     native.loss_sum = spoilt
 
 
+def _raise_next_loss() -> None:
+    """Make the next loss of this rank, and its gradient, a hundred times as large."""
+    from bigtrain.engine import native
+
+    whole = native.loss_sum
+
+    def spoilt(model: Any, batch: Any) -> torch.Tensor:
+        native.loss_sum = whole
+        return whole(model, batch) * 100
+
+    native.loss_sum = spoilt
+
+
+def _run_out_of_memory() -> None:
+    torch.empty(2**50)
+
+
 def _turn_back_the_clock() -> None:
     clock = time.time
     time.time = lambda: clock() - 86_400.0
@@ -205,6 +222,9 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "raise": _raise,
     "nan": _spoil_next_loss,
     "inf": _make_next_loss_infinite,
+    "spike": _raise_next_loss,
+    "memory": _run_out_of_memory,
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "clock": _turn_back_the_clock,
     "die_slowly": lambda: (time.sleep(1.5), os.kill(os.getpid(), signal.SIGKILL)),
     "slow": lambda: time.sleep(0.3),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.resilience import stragglers, watchdog
 from tests.distributed.launches import events, num_steps, trajectory
-from tests.faults.injection import RUN, Fault, state_hashes, train
+from tests.faults.injection import GRACE_SECONDS, RUN, Fault, state_hashes, train
 
 SETTINGS = ["model.dropout=0.1", "train.steps=12", "checkpoint.every_steps=2", "validation.every_steps=4"]
 
@@ -171,6 +172,20 @@ def test_a_crash_in_native_code_leaves_its_stack(tmp_path: Path):
     assert "Fatal Python error: Segmentation fault" in found["detail"]
 
 
+def test_a_rank_that_runs_out_of_memory_while_it_is_set_up_ends_all_with_the_advice(tmp_path: Path):
+    begin = time.monotonic()
+    ended = train(tmp_path, faults=[Fault("memory", 1, 0, "starting")])
+    assert time.monotonic() - begin < GRACE_SECONDS + 20, "nobody has waited for the long time-out"
+    assert ended.codes == [1, 2]
+    found = failure(tmp_path / RUN)
+    assert (found["kind"], found["rank"], found["phase"]) == ("exception", 1, "starting")
+    assert "memory has run out" in found["summary"]
+    assert (exit_record(tmp_path / RUN)["code"], exit_record(tmp_path / RUN)["reason"]) == (2, found["summary"])
+    message = ended.said[1].partition("[rank 1] memory has run out")[2]
+    assert message.splitlines()[-1].removeprefix("[rank 1] ") in found["detail"], "with what to change"
+    assert "Traceback" not in ended.said[0] + ended.said[1]
+
+
 # Bad numbers
 
 
@@ -205,22 +220,22 @@ ROLL_BACK = ["train.steps=12", "checkpoint.every_steps=2", "bad_numbers.max_bad_
 BAD = [Fault("nan", 1, 6, "data"), Fault("nan", 0, 7, "data")]
 
 
-def skip_from_the_beginning() -> None:
-    """Let the run leave out the samples of steps 6 and 7 from its first step on."""
+def skip_from_the_beginning(first: int, end: int) -> None:
+    """Let the run leave out these samples from its first step on."""
     from bigtrain import trainer
 
     open_data = trainer.open_data
 
     def open_without(*args: Any) -> Any:
         streams = open_data(*args)
-        streams["train"].leave_out(40, 56)
+        streams["train"].leave_out(first, end)
         return streams
 
     trainer.open_data = open_without
 
 
 def test_too_many_bad_steps_go_back_and_leave_out_their_samples(tmp_path: Path):
-    ended = train(tmp_path, *ROLL_BACK, faults=BAD, prepare=once)
+    ended = train(tmp_path, *ROLL_BACK, faults=BAD, prepare=partial(once, "nan"))
     assert ended.codes == [0, 0], ended
     run = tmp_path / RUN
     assert [event["step"] for event in events(run, "bad_step")] == [6, 7]
@@ -228,7 +243,8 @@ def test_too_many_bad_steps_go_back_and_leave_out_their_samples(tmp_path: Path):
     assert back["step"] == 4, "the newest checkpoint before the first bad step"
     assert "16 samples are left out" in ended.said[0]
     assert [step for step, *_ in trajectory(run)] == list(range(1, 13))
-    assert train(tmp_path, *ROLL_BACK, "run.name=skipped", prepare=skip_from_the_beginning).codes == [0, 0]
+    skip = partial(skip_from_the_beginning, 40, 56)
+    assert train(tmp_path, *ROLL_BACK, "run.name=skipped", prepare=skip).codes == [0, 0]
     assert_same(run, tmp_path / "runs/skipped")
     # What is left out belongs to the state: a resume does the same.
     shutil.rmtree(find_checkpoints(run)[-1])
@@ -236,18 +252,33 @@ def test_too_many_bad_steps_go_back_and_leave_out_their_samples(tmp_path: Path):
     assert_same(run, tmp_path / "runs/skipped")
 
 
-def once() -> None:
-    """Let each fault happen once, though its step comes again after going back."""
+def once(kind: str) -> None:
+    """Let each rank have one fault of this kind, though its step comes again after going back."""
     from tests.faults import injection
 
-    spoil, done = injection.ACTIONS["nan"], set()
+    spoil, done = injection.ACTIONS[kind], set()
 
     def spoil_once() -> None:
         if len(done) < 1:
             done.add(1)
             spoil()
 
-    injection.ACTIONS["nan"] = spoil_once
+    injection.ACTIONS[kind] = spoil_once
+
+
+def test_a_spike_goes_back_and_leaves_out_its_samples(tmp_path: Path):
+    spikes = ["bad_numbers.spike_zscore=6", "bad_numbers.spike_window_steps=8", "bad_numbers.max_bad_steps=0"]
+    settings = ["engine=ddp", "train.steps=12", "checkpoint.every_steps=2", *spikes]
+    ended = train(tmp_path, *settings, faults=[Fault("spike", 1, 9, "data")], prepare=partial(once, "spike"))
+    assert ended.codes == [0, 0], ended
+    run = tmp_path / RUN
+    (bad,) = events(run, "bad_step")
+    assert bad["step"] == 9
+    assert bad["why"].startswith("spike: loss ")
+    assert [event["step"] for event in events(run, "resume")] == [8]
+    skip = partial(skip_from_the_beginning, 64, 72)
+    assert train(tmp_path, *settings, "run.name=skipped", prepare=skip).codes == [0, 0]
+    assert_same(run, tmp_path / "runs/skipped")  # the spike's update is undone: unlike that of a NaN, it was made
 
 
 def test_a_run_that_diverges_again_and_again_stops_for_good(tmp_path: Path):
@@ -280,6 +311,25 @@ def test_a_stop_file_and_a_time_limit_stop_and_save(whole: Path, tmp_path: Path)
     assert train(tmp_path, *SETTINGS).codes == [0, 0]
     assert exit_record(run) == {**exit_record(run), "code": 0, "reason": "finished", "step": 12, "attempt": 3}
     assert_same(run, whole)
+
+
+def test_a_signal_before_the_first_step_is_a_stop(tmp_path: Path):
+    ended = train(tmp_path, faults=[Fault("terminate", rank, 0, "starting") for rank in (0, 1)])
+    assert ended.codes[0] == 75, ended
+    assert "stopped by SIGTERM before the first step; the same command continues" in ended.said[0]
+    assert ended.said[1] == ""
+    found = exit_record(tmp_path / RUN)
+    assert (found["code"], found["reason"], found["attempt"]) == (75, "SIGTERM", 1)
+    assert not (tmp_path / RUN / "failure.json").exists()
+
+
+def test_a_signal_that_answers_a_failure_is_no_stop(tmp_path: Path):
+    faults = [Fault("raise", 1, 0, "starting"), Fault("slow", 0, 0, "starting"), Fault("terminate", 0, 0, "starting")]
+    ended = train(tmp_path, faults=faults)
+    assert ended.codes == [1, 1], ended
+    assert exit_record(tmp_path / RUN)["code"] == 1
+    assert failure(tmp_path / RUN)["rank"] == 1
+    assert "ended by SIGTERM; the first cause is in runs/gpt_nano/failure.json" in ended.said[0]
 
 
 def test_a_second_launch_is_refused_and_a_clock_may_jump(whole: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ like a machine. That needs root, and Debian's packages slurm-wlm and munge; Debi
 of them run side by side. Nothing outlives the test process: the kernel ends the daemons with it.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare", "setpriv")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -135,9 +138,10 @@ class Cluster:
 
     def _start_controller(self) -> None:
         directory = self.directory
-        files = [f"--{kind}-file={directory}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
-        self._start("munged", "munged", "-F", f"--socket={directory}/munge.sock", *files)
-        wait_until((directory / "munge.sock").exists, self._trouble, 10)
+        if "munged" not in self._processes:
+            files = [f"--{kind}-file={directory}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
+            self._start("munged", "munged", "-F", f"--socket={directory}/munge.sock", *files)
+            wait_until((directory / "munge.sock").exists, self._trouble, 10)
         as_node = 'mount --make-rprivate / && mount --bind "$0" /etc/hosts && exec slurmctld -D'
         self._start("slurmctld", "unshare", "--mount", "sh", "-c", as_node, f"{directory}/hosts")
         wait_until(lambda: "UP" in self.call("scontrol", "ping"), self._trouble, 10)
@@ -158,6 +162,29 @@ class Cluster:
         process = self._processes.pop(name)
         process.kill()
         process.wait()
+
+    def freeze_node(self, name: str) -> None:
+        """Cut a node off: nothing on it moves, and nobody is told."""
+        for process in self._tree(name):
+            process.suspend()
+
+    def thaw_node(self, name: str) -> None:
+        """Let a node that was cut off go on where it was."""
+        for process in self._tree(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def _tree(self, name: str) -> list[psutil.Process]:
+        return psutil.Process(self._processes[name].pid).children(recursive=True)
+
+    def restart_controller(self, *settings: str) -> None:
+        """Start slurmctld anew, which keeps its jobs, with more settings."""
+        with (self.directory / "slurm.conf").open("a") as conf:
+            conf.write("\n".join([*settings, ""]))
+        controller = self._processes.pop("slurmctld")
+        controller.terminate()
+        controller.wait(30)
+        self._start_controller()
 
     def call(self, *command: str, **environ: str) -> str:
         """Run a command of Slurm's and return what it says."""

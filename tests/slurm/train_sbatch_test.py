@@ -14,6 +14,7 @@ import pytest
 from bigtrain.checkpoint.store import find_checkpoints
 from tests.distributed.launches import LAUNCH, SMALL, environment, events, fork, num_steps, trajectory
 from tests.slurm.cluster import GPUS, Cluster, wait_until, why_not
+from tests.wandb_files import read_history
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"), pytest.mark.timeout(400)]
 
@@ -94,7 +95,7 @@ def stand_in(directory: Path, script: str) -> str:
 def test_two_nodes_train_and_a_signal_saves_and_queues_again_and_scancel_does_not(
     cluster: Cluster, tmp_path: Path, reference: list[tuple[int, float, float, float]]
 ):
-    job = Job(cluster, tmp_path, "--nodes=2", args=TRAINING)
+    job = Job(cluster, tmp_path, "--nodes=2", args=[*TRAINING, "logging=wandb", "logging.wandb=offline"])
     job.wait_for_steps(10)
     cluster.call("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_until(lambda: "queueing again" in job.log())
@@ -113,6 +114,17 @@ def test_two_nodes_train_and_a_signal_saves_and_queues_again_and_scancel_does_no
     assert trajectory(job.run)[: len(reference)] == reference
     assert [path.name for path in job.run.parent.iterdir()] == ["gpt_nano"]
     assert len(list((job.run / "log" / f"job-{job.number}").glob("node*.log"))) >= 2
+    assert_one_wandb_run(job.run, num_launches=2)
+
+
+def assert_one_wandb_run(run: Path, num_launches: int) -> None:
+    """Check that all launches have gone on with one wandb run, which has every step once."""
+    files = list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == num_launches
+    assert {path.stem for path in files} == {f"run-{(run / 'wandb_id').read_text().strip()}"}
+    steps = [int(row["step"]) for row in read_history(run) if "train/loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= num_steps(run) - 20, "the last launch ends it without waiting long"
 
 
 def test_a_node_that_dies_is_replaced(
@@ -136,24 +148,57 @@ def test_a_node_that_dies_is_replaced(
     assert trajectory(job.run)[: len(reference)] == reference
 
 
-def test_the_time_limit_and_preemption_queue_again(cluster: Cluster, tmp_path: Path):
-    # Side by side, because Slurm looks at time limits every half minute only.
-    for name in ("limited", "preempted"):
+def test_the_time_limit_preemption_and_a_node_that_is_cut_off_queue_again(
+    cluster: Cluster, tmp_path: Path, reference: list[tuple[int, float, float, float]]
+):
+    # Side by side, because Slurm looks at time limits every half minute only, and silence takes as long.
+    for name in ("limited", "preempted", "cut"):
         (tmp_path / name).mkdir()
     limits = ["--nodes=1", "--nodelist=node2", "--time=1", "--signal=B:USR1@20"]
     limited = Job(cluster, tmp_path / "limited", *limits, args=TRAINING)
     preempted = Job(cluster, tmp_path / "preempted", "--nodes=1", "--nodelist=node1", args=TRAINING)
+    cut_off = Job(cluster, tmp_path / "cut", "--nodes=1", "--exclude=node1,node2", args=TRAINING)
     preempted.wait_for_steps(10)
+    preempt(cluster)
+    cut_off.wait_for_steps(30)
+    silent = cut_off.state()["NodeList"]
+    cluster.freeze_node(silent)
+    cluster.call("scontrol", "update", f"nodename={silent}", "state=down", "reason=cut")
+    preempted.wait_until(lambda: bool(events(preempted.run, "resume")))
+    cluster.restart_controller("SlurmctldParameters=preempt_send_user_signal")
+    preempt(cluster)
+    for job, reasons in ((preempted, ["SIGTERM", "SIGUSR1"]), (limited, ["SIGUSR1"])):
+        job.wait_for_steps(1)
+        job.wait_until(lambda job=job, reasons=reasons: len(events(job.run, "resume")) == len(reasons))
+        cluster.call("scancel", job.number)
+        assert job.wait_for("CANCELLED")["Restarts"] == str(len(reasons)), job.trouble()
+        stops = events(job.run, "stop")[: len(reasons)]
+        assert [stop["reason"] for stop in stops] == reasons
+        assert [event["step"] for event in events(job.run, "resume")] == [stop["step"] for stop in stops]
+    check_cut_off(cluster, cut_off, silent, reference)
+
+
+def preempt(cluster: Cluster) -> None:
+    """Let a job of a higher partition have node1 for a second."""
     urgent = ["--partition=high", "--nodelist=node1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     assert cluster.call("sbatch", "--parsable", *urgent).isdigit()
-    for job, reason in ((preempted, "SIGTERM"), (limited, "SIGUSR1")):
-        job.wait_for_steps(1)
-        job.wait_until(lambda job=job: bool(events(job.run, "resume")))
-        cluster.call("scancel", job.number)
-        assert job.wait_for("CANCELLED")["Restarts"] == "1", job.trouble()
-        stop = events(job.run, "stop")[0]
-        assert stop["reason"] == reason
-        assert events(job.run, "resume")[0]["step"] == stop["step"]
+
+
+def check_cut_off(cluster: Cluster, job: Job, silent: str, reference: list[tuple[int, float, float, float]]) -> None:
+    """Check that a job takes its run over from a node that is ``silent``, and that this one leaves it alone later."""
+    job.wait_until(lambda: "gives no sign of life any more: taken over" in job.log())
+    job.wait_until(lambda: bool(events(job.run, "resume")))
+    (resume,) = events(job.run, "resume")
+    frozen = processes_of(job)
+    cluster.thaw_node(silent)
+    wait_until(lambda: len(processes_of(job)) < len(frozen), job.trouble, 30)
+    job.wait_for_steps(max(resume["step"] + 10, len(reference)))
+    cluster.call("scancel", job.number)
+    assert job.wait_for("CANCELLED")["Restarts"] == "1", job.trouble()
+    cluster.call("scontrol", "update", f"nodename={silent}", "state=resume")
+    steps = trajectory(job.run)
+    assert steps[: len(reference)] == reference
+    assert [step for step, *_ in steps] == list(range(1, len(steps) + 1)), "nobody else has written"
 
 
 def test_three_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path):
@@ -231,14 +276,23 @@ def test_a_mistake_is_named_once_before_anything_starts(cluster: Cluster, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def listening_addresses(job: Job) -> set[str]:
-    """Return the addresses that the agents and ranks of ``job`` listen on."""
-    found = set()
+def processes_of(job: Job) -> list[psutil.Process]:
+    """Return the agents and ranks of ``job``."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.cwd() == str(job.directory) and "python" in process.name():
-                connections = process.net_connections(kind="tcp")
-                found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+                found.append(process)
+    return found
+
+
+def listening_addresses(job: Job) -> set[str]:
+    """Return the addresses that the agents and ranks of ``job`` listen on."""
+    found = set()
+    for process in processes_of(job):
+        with contextlib.suppress(psutil.Error):
+            connections = process.net_connections(kind="tcp")
+            found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     return found
 
 

@@ -5,8 +5,12 @@ import fcntl
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,25 +18,27 @@ import torch.distributed as dist
 
 from bigtrain.distributed import RankInfo, agree_on_name
 from bigtrain.errors import ConfigError, NoRestartError
-from bigtrain.resilience.attempt import ATTEMPT_FILE, claim_run, read_exit, write_exit
+from bigtrain.resilience import hold, watchdog
+from bigtrain.resilience.attempt import ATTEMPT_FILE, claim_run, read_exit, wait_until_free, write_exit
 from bigtrain.resilience.failures import Failure, is_lost_connection, record_failures
 from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
+from bigtrain.resilience.watchdog import Watch, watch_node
 
 
 def claim(directory: Path, *, newest_step: int = 0) -> int:
     """Take the run and let it go, as a launch that ends."""
-    number, file = claim_run(directory, newest_step=newest_step, max_failed_attempts=3)
-    os.close(file)
+    number, held = claim_run(directory, newest_step=newest_step, max_failed_attempts=3)
+    held.release()
     return number
 
 
-def test_the_lock_lives_as_long_as_its_file_is_open(tmp_path: Path):
-    _, file = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
+def test_a_run_is_held_until_it_is_released(tmp_path: Path):
+    _, held = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
     write_exit(tmp_path, code=1, reason="still there", step=1, attempt=1)
     with pytest.raises(ConfigError, match=f"in use by another launch \\(process {os.getpid()} on "):
         claim(tmp_path)
     assert read_exit(tmp_path)["reason"] == "still there", "a launch that is refused touches nothing"
-    os.close(file)
+    held.release()
     assert claim(tmp_path) == 2
     assert read_exit(tmp_path) == {}
 
@@ -86,6 +92,75 @@ def test_too_many_are_refused_for_good(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path):
     (tmp_path / ATTEMPT_FILE).write_text('{"attempt": 7, "st')
     assert claim(tmp_path) == 1
+
+
+# Who meets a launch that has the run
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let leases be short."""
+    times = {"BEAT_SECONDS": 0.1, "LEASE_SECONDS": 0.6, "PATIENCE_SECONDS": 1.5, "_LOOK_SECONDS": 0.1}
+    for name, seconds in times.items():
+        monkeypatch.setattr(hold, name, seconds)
+
+
+HOLDER = """
+import signal, sys
+from pathlib import Path
+from bigtrain.resilience import attempt, hold
+hold.BEAT_SECONDS = 0.1
+attempt.claim_run(Path(sys.argv[1]), newest_step=0, max_failed_attempts=3)
+print("has it", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the run."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "has it\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_restart_takes_over_from_a_launch_that_is_cut_off(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    holder.send_signal(signal.SIGSTOP)
+    number, taken = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
+    assert number == 2
+    holder.send_signal(signal.SIGCONT)
+    assert holder.wait(10) == 3, "it ends before it writes anything more"
+    assert "another one has taken the run over" in holder.stderr.read()
+    write_exit(tmp_path, code=1, reason="of the one that was cut off", step=1, attempt=1)
+    assert read_exit(tmp_path) == {}
+    assert record_failures(tmp_path, 1, [failure("died", 0)], [])["rank"] == 0
+    assert not (tmp_path / "failure.json").exists()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with pytest.raises(ConfigError, match="in use"):
+        claim(tmp_path)
+    taken.release()
+
+
+@pytest.mark.usefixtures("quick", "holder")
+def test_a_restart_is_refused_when_the_other_launch_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(ConfigError, match="in use by another launch"):
+        wait_until_free(tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_restart_waits_for_the_end_of_the_other_launch(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    threading.Timer(0.5, holder.kill).start()
+    assert claim(tmp_path) == 2
 
 
 # First cause
@@ -173,6 +248,20 @@ def test_waiting_for_a_batch_belongs_to_its_step():
         steps.append((item, heart.step, heart.phase))
         heart.enter("optimizer")
     assert steps == [("a", 8, "data"), ("b", 9, "data")]
+
+
+def test_ranks_that_wait_for_a_node_that_has_failed_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.05)
+    beats, run = tmp_path / "beats", tmp_path / "run"
+    beats.mkdir()
+    run.mkdir()
+    write_exit(run, code=1, reason="a rank on another node", step=0, attempt=1)
+    with subprocess.Popen(["sleep", "60"]) as waiting:
+        slots = Heartbeat(beats / "00000.beat")._slots
+        slots[0] = waiting.pid
+        watch_node(Watch(str(beats), str(run), attempt=1, interval_seconds=0.05, kills=True))
+        assert waiting.wait(10) == -9
+    assert not (run / "failure.json").exists()
 
 
 # Names of process groups

@@ -27,6 +27,7 @@ from bigtrain.run_files import (
     write_config,
 )
 from bigtrain.schema import to_dict
+from bigtrain.telemetry.files import read_jsonl
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,6 +191,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert str(newer) in caplog.text
     assert not newer.exists()
     assert find_resume(config) == older
+    (event,) = read_jsonl(run_directory(config) / "events.jsonl")
+    assert event["event"] == "damaged_checkpoint"
+    assert event["path"].startswith(f"{newer}")
+    assert any("safetensors" in problem for problem in event["problems"])
 
 
 def test_a_run_with_damaged_checkpoints_only_does_not_start_anew(config: TrainConfig):

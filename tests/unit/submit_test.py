@@ -100,6 +100,11 @@ def test_without_a_cluster_the_presets_are_listed():
         submit.read(["+model=gpt_nano"])
 
 
+def test_a_sweep_is_a_loop_of_the_shell():
+    with pytest.raises(ConfigError, match=r"--multirun is not offered.*\n.*for lr in .*run\.name=lr-\$lr"):
+        submit.read(["--multirun", "optimizer.lr=1e-4,3e-4"])
+
+
 def test_a_secret_on_the_command_line_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     found = problem("data.path=https://me:hunter22@host/x", "logging.wandb_project=0123456789abcdef0123")
