@@ -81,6 +81,7 @@ class TrainLoader:
         self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
         self._pin_memory = pin_memory
         self._cursor = start
+        self._steps_at_once = max(_IDS_AT_ONCE // global_batch_size, 1)
         self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
         self._is_closing = False
         # Queues in C: futures of an executor take as long per step as to fill the batch.
@@ -156,9 +157,9 @@ class TrainLoader:
 
     def _ids(self, first: int) -> NDArray[np.int64]:
         """Return the samples of the step that begins at a position, from a block of steps: one by one costs more."""
-        count = self._global_batch_size
+        count, num_steps = self._global_batch_size, 1 if self._stream.is_live else self._steps_at_once
         if not self._block_first <= first <= self._block_first + len(self._block) - count:
-            end, data_end = first + max(_IDS_AT_ONCE // count, 1) * count, self._stream.mixture.num_positions
+            end, data_end = first + num_steps * count, self._stream.mixture.num_positions
             end = end if data_end is None else max(min(end, data_end), first + count)
             self._block_first, self._block = first, self._stream.ids(first, end - first)
         return self._block[first - self._block_first :][:count]
