@@ -5,6 +5,7 @@ contradiction is reported within a second and before any process group exists.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 from operator import attrgetter
@@ -25,12 +26,14 @@ from bigtrain.config import (
     TrainConfig,
     WandbMode,
     component_data,
+    is_live,
 )
 
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
 OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
+OWN_TOKENIZERS = ("bpe", "bytes")
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
     DataSource.prepared: "directory or URL of a prepared corpus",
@@ -94,9 +97,46 @@ def check_data(data: DataConfig) -> list[str]:
         problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
         problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
+    problems += _check_tokenizer(data)
     problems += _check_preparation(data)
+    problems += _check_live(data)
     if data.prefetch_steps < 1:
         problems.append(f"data.prefetch_steps={data.prefetch_steps}: must be at least 1")
+    return problems
+
+
+def _check_tokenizer(data: DataConfig) -> list[str]:
+    """Find what is meant to be one of ours before a hub is asked for it."""
+    name = data.tokenizer
+    meant = difflib.get_close_matches(name.lower(), OWN_TOKENIZERS, n=1, cutoff=0.75)
+    if name in OWN_TOKENIZERS or not meant:
+        return []
+    return [f"data.tokenizer={name}: did you mean {meant[0]}? (a directory of that name is data.tokenizer=./{name})"]
+
+
+def _check_live(data: DataConfig) -> list[str]:
+    """Find what is asked of text that is tokenised while training and needs the whole text before."""
+    live = [name for name, part in component_data(data).items() if is_live(part)]
+    if not live:
+        return []
+    problems = []
+    if data.tokenizer == "bpe":
+        problems.append(
+            "data.on_the_fly=true: a bpe is trained on the whole text, which nobody has read; use data.tokenizer=bytes, a "
+            "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
+            "(python launch/prepare.py on a part of the text makes one)"
+        )
+    if data.filters.duplicates is not Duplicates.keep:
+        problems.append(
+            f"data.filters.duplicates={data.filters.duplicates.name}: duplicates are found by reading the whole text; "
+            "leave it out, or prepare the text before (data.on_the_fly=false)"
+        )
+    problems += [
+        f"data.mixture.{name}.max_epochs: not offered on the fly, where nobody knows how long an epoch is; leave it out, "
+        f"or prepare this component before (data.mixture.{name}.on_the_fly=false)"
+        for name in live
+        if data.mixture and data.mixture[name].max_epochs is not None
+    ]
     return problems
 
 
@@ -145,12 +185,13 @@ def _check_mixture(data: DataConfig) -> list[str]:
             problems.append(f"{where}.max_epochs={component.max_epochs}: must be at least 1")
     if data.mixture and not any(component.weight > 0 for component in data.mixture.values()):
         problems.append("data.mixture: at least one component needs a positive weight from the beginning")
-    without = (DataSource.synthetic, DataSource.prepared)
-    trained = [name for name, part in component_data(data).items() if part.source not in without]
-    if data.mixture and data.tokenizer == "bpe" and trained:
+    parts = component_data(data).values()
+    prepared = [part.path for part in parts if part.source is DataSource.prepared]
+    is_trained = any(part.source not in (DataSource.synthetic, DataSource.prepared) for part in parts)
+    if data.tokenizer == "bpe" and prepared and is_trained:
         problems.append(
-            "data.tokenizer=bpe would train one tokenizer for each component of data.mixture; "
-            "use data.tokenizer=bytes or a Hugging Face tokenizer by name or directory"
+            "data.tokenizer=bpe would train another tokenizer than the one that a component of data.mixture was prepared "
+            f"with; use that one: data.tokenizer={prepared[0]}"
         )
     return problems
 
@@ -159,7 +200,9 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
     engine, data, defaults = config.engine, config.data, TrainConfig()
     is_prepared = data.source is DataSource.prepared and not data.mixture
-    is_remote = any("://" in (part.path or "") for part in component_data(data).values())
+    parts = component_data(data).values()
+    any_live, all_live = any(map(is_live, parts)), all(map(is_live, parts))
+    is_remote = any("://" in (part.path or "") for part in parts)
     looks_for_near = data.filters.duplicates is Duplicates.near
     no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
     rules = [
@@ -175,8 +218,10 @@ def ignored_settings(config: TrainConfig) -> list[str]:
             (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")
             for key in OF_PREPARATION
         ),
-        (is_remote, "data.cache_directory", "unless data.path is a URL"),
-        (is_remote, "data.cache_gib", "unless data.path is a URL"),
+        (any_live, "data.on_the_fly", f"by data={data.source.name}"),
+        (not all_live, "data.shard_tokens", "by data.on_the_fly=true"),
+        (is_remote or any_live, "data.cache_directory", "unless data.path is a URL or data.on_the_fly=true"),
+        (is_remote or any_live, "data.cache_gib", "unless data.path is a URL or data.on_the_fly=true"),
         (data.content is Content.chat, "data.messages_field", "unless data.content=chat"),
         (data.content is Content.pairs, "data.prompt_field", "unless data.content=pairs"),
         (data.content is Content.pairs, "data.answer_field", "unless data.content=pairs"),

@@ -263,6 +263,8 @@ class ComponentConfig:
     """See ``data.split``."""
     streaming: bool | None = None
     """See ``data.streaming``."""
+    on_the_fly: bool | None = None
+    """See ``data.on_the_fly``."""
     content: Content | None = None
     """See ``data.content``."""
     text_field: str | None = None
@@ -307,6 +309,8 @@ class DataConfig:
     """``datasets`` only: the dataset's split."""
     streaming: bool = False
     """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
+    on_the_fly: bool = False
+    """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Content = Content.text
     """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
     text_field: str = "text"
@@ -328,11 +332,11 @@ class DataConfig:
     shard_tokens: int = 67_108_864
     """Prepared shards end with the document by which they hold so many tokens."""
     prepare_processes: int | None = None
-    """Processes that prepare a corpus; by default one per core."""
+    """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
     validation_fraction: float = 0.02
     """Share of the documents that is kept for validation."""
     cache_directory: str | None = None
-    """Where shards from a URL are kept, best on a disk of the node; by default ``<root>/cache``."""
+    """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
     cache_gib: float = 100.0
     """Size of that cache; what was not used for longest makes room."""
     verify: Verify = Verify.full
@@ -346,7 +350,7 @@ class DataConfig:
     document_mask: bool = False
     """Attention stays within documents and positions count from the beginning of each."""
     shuffle_window_shards: int | None = None
-    """Shuffle within so many shards at a time; by default 8 for data that has to be fetched and everything for local data."""
+    """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
     mixture: dict[str, ComponentConfig] = field(default_factory=dict)
     """Several data sets by name, each with its weight."""
     allow_change: bool = False
@@ -355,6 +359,11 @@ class DataConfig:
     """Optimizer steps of batches prepared ahead in the background."""
     synthetic_ragged: bool = False
     """``synthetic`` only: mask a random tail of each sample, so that ranks hold different numbers of targets."""
+
+
+def is_live(data: DataConfig) -> bool:
+    """Return whether a data set is tokenised while training."""
+    return data.on_the_fly and data.source not in (DataSource.prepared, DataSource.synthetic)
 
 
 def component_data(data: DataConfig) -> dict[str, DataConfig]:

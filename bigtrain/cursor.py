@@ -34,6 +34,18 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPlace:
+    """Where a data set that is tokenised while training stands."""
+
+    window: int
+    """The window of samples that holds the last one before the last step."""
+    first_sample: int
+    """Samples of the data set before that window."""
+    content: str
+    """Hash of the window's tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataState:
     """The data part of a checkpoint."""
 
@@ -57,6 +69,8 @@ class DataState:
     """Samples of each component consumed before."""
     skipped: list[list[int]] = field(default_factory=list)
     """Ranges (first, end) of positions in the order whose samples the run leaves out; they do not count as consumed."""
+    places: dict[str, WindowPlace] = field(default_factory=dict)
+    """Of each component that is tokenised while training."""
 
 
 def chain_digest(digest: str, sample_ids: "NDArray[np.int64]") -> str:

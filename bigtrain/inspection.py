@@ -10,11 +10,10 @@ from bigtrain.checkpoint.store import find_checkpoints, read_run_state
 from bigtrain.config import TrainConfig
 from bigtrain.cursor import Cursor, DataState
 from bigtrain.data.batch import IGNORE_INDEX, Batch
-from bigtrain.data.prepare import prepared_directory
 from bigtrain.data.stream import SampleStream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
-from bigtrain.run_data import first_text, open_data
+from bigtrain.run_data import open_data
 from bigtrain.run_files import read_config
 
 if TYPE_CHECKING:
@@ -62,7 +61,8 @@ def inspect_step(
     first = start.samples + (step - 1 - start.step) * batch_size
     if step < 1 or first < (previous.origin_samples if previous else 0):
         raise ConfigError(f"step={step}: must be at least 1, and after the last change of the mixture")
-    stream, tokenizer = open_data(config, previous)["train"], _tokenizer(config)
+    stream = open_data(config, previous)["train"]
+    tokenizer = load_tokenizer(stream.tokenizer_directory) if stream.tokenizer_directory else None
     ids = stream.ids(first, batch_size)
     yield f"step {step}: samples {first} to {first + batch_size - 1} of the run"
     for number, sample_id in enumerate(ids[:num_samples].tolist(), start=1):
@@ -97,9 +97,3 @@ def _text(token: int, tokenizer: "Tokenizer | None") -> str:
     if tokenizer is None:
         return str(token)
     return repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1]
-
-
-def _tokenizer(config: TrainConfig) -> "Tokenizer | None":
-    """Return the tokenizer that the data was made with; None for synthetic samples, which are no text."""
-    text = first_text(config)
-    return None if text is None else load_tokenizer(prepared_directory(text))

@@ -4,31 +4,30 @@ import datetime
 from collections.abc import Mapping
 
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import DataConfig, DataSource, TrainConfig, component_data
+from bigtrain.config import DataConfig, OnBadShard, TrainConfig
 from bigtrain.cursor import Cursor, DataState
 from bigtrain.data import open_streams
 from bigtrain.data.loader import TrainLoader
-from bigtrain.data.prepare import prepare
+from bigtrain.data.prepare import prepare_components
 from bigtrain.data.stream import SampleStream
-from bigtrain.distributed import on_rank0
+from bigtrain.distributed import gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError
 from bigtrain.redact import redact
 from bigtrain.schema import flatten, to_dict
+from bigtrain.telemetry import names
 
 PREPARATION = datetime.timedelta(days=7)
 """How long the other ranks wait while rank 0 prepares a corpus."""
 
 
-def prepare_data(data: DataConfig) -> None:
-    """Prepare whatever components have not been, in this process.
+def prepare_data(data: DataConfig) -> dict[str, str]:
+    """Prepare whatever components have not been, in this process; return the directory of each.
 
     Raises:
         DataError: as :func:`bigtrain.data.prepare.prepare`.
     """
-    for part in component_data(data).values():
-        if part.source is not DataSource.synthetic:
-            prepare(part, progress=True)
+    return {name: str(directory) for name, directory in prepare_components(data, progress=True)}
 
 
 def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
@@ -38,13 +37,15 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         config: of the run.
         previous: of the checkpoint that is continued.
     """
-    on_rank0(lambda: prepare_data(config.data), patience=PREPARATION)
-    train = config.train
+    directories = on_rank0(lambda: prepare_data(config.data), patience=PREPARATION)
+    train, validation = config.train, config.validation
     return open_streams(
         config.data,
+        directories,
         vocab_size=config.model.vocab_size,
         seed=train.seed,
         global_batch_size=train.global_batch_size,
+        validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
         previous=previous,
     )
 
@@ -69,25 +70,26 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
     Raises:
         CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
     """
-    advice = "choose another run.name, or go on with data.allow_change=true"
-    if not config.data.allow_change and state.data_fingerprint != stream.fingerprint:
-        raise CheckpointError(
-            f"the checkpoint was trained on other data ({state.data_fingerprint}, now {stream.fingerprint}); "
-            f"restore the data, {advice}"
-        )
-    if not config.data.allow_change and state.data and not stream.continues(state.data):
-        raise CheckpointError(
-            f"step {state.step} would not have had the samples that the checkpoint has recorded: train.seed, "
-            "data.sequence_length, data.packing or data.shuffle_window_shards is not what it was; "
-            f"restore it, {advice}"
-        )
     old = flatten(state.config) | {"world size": state.world_size}
     new = flatten(redact(to_dict(config))) | {"world size": world_size}
-    changed = (key for key in sorted(new) if old.get(key) != new[key] and not key.startswith("run."))
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in changed]
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if not key.startswith("run.")}
+    problem = None
+    if not config.data.allow_change and state.data_fingerprint != stream.fingerprint:
+        problem = f"the checkpoint was trained on other data ({state.data_fingerprint}, now {stream.fingerprint})"
+    elif not config.data.allow_change and state.data and not stream.continues(state.data):
+        problem = f"step {state.step} would not have had the samples that the checkpoint has recorded"
+    if problem:
+        of_data = [text for key, text in changed.items() if key.startswith("data.") or key == "train.seed"]
+        what = of_data or ["no setting has changed, so the text itself has: its files or, with data=stdlib, Python"]
+        advice = "restore that, choose another run.name, or go on with data.allow_change=true"
+        raise CheckpointError("\n  ".join([f"{problem}:", *what, advice]))
+    return list(changed.values())
 
 
-def first_text(config: TrainConfig) -> DataConfig | None:
-    """Return the section of the data, or of the first component, that has a tokenizer."""
-    texts = (part for part in component_data(config.data).values() if part.source is not DataSource.synthetic)
-    return next(texts, None)
+def count_skipped_shards(stream: SampleStream, config: TrainConfig) -> dict[str, int]:
+    """Return, as a metric, how many shards any rank has skipped, on rank 0; all ranks call this."""
+    if config.data.on_bad_shard is not OnBadShard.skip:
+        return {}
+    found = gather_json(stream.skipped_shards)
+    return {names.SKIPPED_SHARDS: len({tuple(shard) for shards in found for shard in shards})}

@@ -21,7 +21,6 @@ from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.config import Precision, Preflight, TrainConfig
 from bigtrain.cursor import Cursor
 from bigtrain.data.loader import StepBatch
-from bigtrain.data.prepare import prepared_directory
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
@@ -39,7 +38,7 @@ from bigtrain.resilience.heartbeat import Heartbeat
 from bigtrain.resilience.launch import Launch
 from bigtrain.resilience.signals import StopAgreement, StopLimits, StopSignal
 from bigtrain.resilience.stragglers import Straggler, Stragglers
-from bigtrain.run_data import check_continuation, first_text, open_data, train_loader
+from bigtrain.run_data import check_continuation, count_skipped_shards, open_data, train_loader
 from bigtrain.run_files import find_resume, keep_tokenizer, run_directory, write_config, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
@@ -151,7 +150,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
     start = state.cursor if state else Cursor()
     streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
-    on_rank0(lambda: write_run_files(config))
+    on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
     claim(launch)
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
@@ -237,6 +236,7 @@ def train(run: Run) -> End | RollBack:
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
                 records = norms.merge(read_back(pending))
+                records[-1] |= count_skipped_shards(run.streams["train"], config)
                 recorder.metrics(records, meter.phases())
                 record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))
                 if verdict := record_bad_numbers(run, judge, records):
@@ -370,7 +370,7 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
         torch.cuda.manual_seed(value)
 
 
-def write_run_files(config: TrainConfig) -> None:
+def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
     """Put into the run's directory what it needs to be continued and used.
 
     Raises:
@@ -379,8 +379,8 @@ def write_run_files(config: TrainConfig) -> None:
     directory = run_directory(config)
     with writing(directory):
         write_config(directory, config)
-        if text := first_text(config):
-            keep_tokenizer(directory, prepared_directory(text))
+        if tokenizer:
+            keep_tokenizer(directory, tokenizer)
 
 
 def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullRecorder:

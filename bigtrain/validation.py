@@ -21,7 +21,7 @@ from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.rank_info import RankInfo
-from bigtrain.run_data import first_text, open_data
+from bigtrain.run_data import open_data
 from bigtrain.run_files import find_whole, locate, read_config
 from bigtrain.telemetry.gauges import perplexity
 
@@ -64,7 +64,9 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     # How the run was spread over ranks does not matter to its loss; here the least memory does.
     engine_config = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     config = dataclasses.replace(config, engine=engine_config)
-    config.validation.batches = batches or config.validation.batches
+    config.validation = dataclasses.replace(
+        config.validation, batches=batches or config.validation.batches, every_steps=config.validation.every_steps or 1
+    )
     config.train.micro_batch_size = None
     config = fit_micro_batch(config, info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
@@ -79,7 +81,8 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     loss = validate(engine, streams["validation"], config)
     shut_down()
     result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
-    if first_text(config) and not config.data.mixture:
+    if streams["validation"].tokenizer_directory and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
-        result["unigram_entropy"] = index.validation.unigram_nats_per_token
+        if not index.live:
+            result["unigram_entropy"] = index.validation.unigram_nats_per_token
     return result

@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra_cli
 
 from bigtrain import log
-from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, TrainConfig, component_data
+from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, TrainConfig, component_data, is_live
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 HELP = """\
@@ -37,15 +37,16 @@ def run(config: TrainConfig) -> int:
     components = component_data(config.data)
     if all(data.source is DataSource.synthetic for data in components.values()):
         raise ConfigError("data=synthetic is made while training; there is nothing to prepare")
-    from bigtrain.data.prepare import prepare
+    if any(map(is_live, components.values())):
+        raise ConfigError("data.on_the_fly=true tokenises while training; there is nothing to prepare: leave it out")
+    from bigtrain.data.prepare import prepare_components
 
     log.setup(hydra_cli.rank())
     num_tokens = 0
-    for name, data in components.items():
-        if data.source is not DataSource.synthetic:
-            if config.data.mixture:
-                print(f"component   {name}")
-            num_tokens += describe(prepare(data, progress=True))
+    for name, directory in prepare_components(config.data, progress=True):
+        if config.data.mixture:
+            print(f"component   {name}")
+        num_tokens += describe(directory)
     if config.model.name and config.model.kind is ModelKind.native:
         print(f"enough?     {per_parameter(num_tokens, config.model)}")
     return EXIT_FINISHED

@@ -8,9 +8,11 @@
                   (``index``) with sizes and hashes.
    ------------------------------------------------------------------ once; below: every run
 5. ``corpus``     shards of tokens with their documents, in memory maps, from a directory or, by way
-                  of a cache, from a URL (``remote``). Or synthetic samples.
+                  of a ``cache``, from a URL (``remote``). Or synthetic samples. Or, without 2 and 4, parts of a
+                  source that are tokenised when they are needed (``live``).
 6. ``packing``    shards cut into samples: sample id -> tokens, targets and, for a document mask, positions.
-7. ``order``      position -> sample id of one data set; global batch -> this rank's part.
+7. ``order``      position -> sample id of one data set (``component``); global batch -> this rank's part. Of text
+                  that is tokenised while training: window by window (``windows``).
 8. ``mixture``    position in the run -> which data set, and which of its samples.
 9. ``stream``     6 to 8 put together: position in the run -> sample ids -> ``batch``.
 10. ``loader``    steps, prepared ahead in a background thread; ``state`` is what a checkpoint keeps of it.
@@ -19,14 +21,16 @@ No state but a cursor (steps, samples, their hash): order is a pure function, th
 size and micro-batch. Ranks arrive as plain integers; nothing here knows of process groups.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigtrain.config import DataConfig, DataSource, component_data
+from bigtrain.config import DataConfig, component_data
 from bigtrain.cursor import DataState
-from bigtrain.data.corpus import Split, SyntheticSplit
-from bigtrain.data.index import read_index
-from bigtrain.data.prepare import open_corpus, prepared_directory
+from bigtrain.data.corpus import Corpus, Split, SyntheticSplit
+from bigtrain.data.live import LiveParts, validation_split
+from bigtrain.data.prepare import open_corpus
+from bigtrain.data.workers import Helpers
 from bigtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,59 +39,74 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation")
 
 
-def open_splits(config: DataConfig, *, vocab_size: int) -> dict[str, Split]:
-    """Open both splits of what ``config`` names; a corpus must have been prepared before.
-
-    Raises:
-        DataError: not prepared, damaged, or the tokenizer has more than ``vocab_size`` ids.
-    """
-    if config.source is DataSource.synthetic:
-        return {name: SyntheticSplit(name, vocab_size, config.synthetic_ragged) for name in SPLITS}
-    corpus = open_corpus(config, vocab_size=vocab_size)
-    return {name: corpus.split(name) for name in SPLITS}
-
-
 def open_streams(
-    data: DataConfig, *, vocab_size: int, seed: int, global_batch_size: int, previous: DataState | None = None
+    data: DataConfig,
+    directories: Mapping[str, str | Path],
+    *,
+    vocab_size: int,
+    seed: int,
+    global_batch_size: int,
+    validation_samples: int = 0,
+    previous: DataState | None = None,
 ) -> dict[str, "SampleStream"]:
-    """Open both splits of all components as streams of samples; arguments as for :func:`build_stream`.
+    """Open both splits of all components as streams of samples.
+
+    Args:
+        data: The resolved section.
+        directories: Where :func:`bigtrain.data.prepare.prepare` has put each component that is not synthetic.
+        vocab_size: Rows of the model's embedding.
+        seed: See :func:`build_stream`, as for what follows.
+        global_batch_size: Samples per optimizer step.
+        validation_samples: So many are looked for in text that is tokenised while training.
+        previous: State of the checkpoint that is continued, if any.
 
     Raises:
-        DataError: as :func:`open_splits`.
+        DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others.
     """
     from bigtrain.data.stream import build_stream  # torch: those who only prepare do not wait for it
 
-    opened = {name: open_splits(part, vocab_size=vocab_size) for name, part in component_data(data).items()}
-    _require_one_tokenizer(data)
+    parts = component_data(data)
+    corpora = {
+        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory)
+        for name, directory in directories.items()
+    }
+    _require_one_tokenizer(corpora)
+    helpers = Helpers(data.prepare_processes)
+    live = {
+        name: LiveParts(Path(directories[name]), parts[name], corpus.index, helpers)
+        for name, corpus in corpora.items()
+        if corpus.index.live
+    }
+    num_tokens = validation_samples * (data.sequence_length + 1)
+
+    def split(name: str, which: str) -> Split | LiveParts:
+        if name in live and which == "validation":
+            return validation_split(live[name], num_tokens=num_tokens, sequence_length=data.sequence_length)
+        if name in corpora:
+            return live.get(name) or corpora[name].split(which)
+        # Those of different components hold different samples.
+        return SyntheticSplit(f"{name}/{which}" if data.mixture else which, vocab_size, parts[name].synthetic_ragged)
+
+    directory = next(map(Path, directories.values()), None)
     streams = {}
     for which in SPLITS:
-        splits = {name: _named(name, component[which], data) for name, component in opened.items()}
+        splits = {name: split(name, which) for name in parts}
         streams[which] = build_stream(
             which, splits, data, seed=seed, global_batch_size=global_batch_size, previous=previous
         )
+        streams[which].tokenizer_directory = directory
     return streams
 
 
-def _require_one_tokenizer(data: DataConfig) -> None:
+def _require_one_tokenizer(corpora: Mapping[str, Corpus]) -> None:
     """Refuse a mixture in which the same number is another token in another component.
 
     Raises:
         DataError: which have which tokenizer.
     """
-    parts = component_data(data).items()
-    texts = {name: part for name, part in parts if part.source is not DataSource.synthetic}
-    if len(texts) < 2:
-        return
-    found = {name: read_index(prepared_directory(part), check_sizes=False).tokenizer for name, part in texts.items()}
-    if len({tokenizer.file.xxh3 for tokenizer in found.values()}) > 1:
-        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in found.items())
+    tokenizers = {name: corpus.index.tokenizer for name, corpus in corpora.items()}
+    if len({tokenizer.file.xxh3 for tokenizer in tokenizers.values()}) > 1:
+        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in tokenizers.items())
         raise DataError(
             f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
         )
-
-
-def _named(component: str, split: Split, data: DataConfig) -> Split:
-    """Return a split of a mixture; synthetic ones of different components hold different samples."""
-    if data.mixture and isinstance(split, SyntheticSplit):
-        return replace(split, name=f"{component}/{split.name}")
-    return split

@@ -1,6 +1,7 @@
 """What a model receives: tokens in, targets to predict."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,28 @@ class Samples:
         self.tokens[rows], self.targets[rows] = samples.tokens, samples.targets
         if self.positions is not None:
             self.positions[rows] = samples.positions
+
+
+def gather_groups(
+    groups: NDArray[np.int64], gather: Callable[[int, NDArray[np.int64] | slice], Samples], pool: ArrayPool
+) -> Samples:
+    """Gather samples that come from several places.
+
+    Args:
+        groups: Where each sample comes from, at least one.
+        gather: Returns the samples of one group, given its number and the rows that they are for.
+        pool: Memory.
+    """
+    distinct = np.unique(groups).tolist()
+    if len(distinct) == 1:
+        return gather(distinct[0], slice(None))
+    samples = None
+    for group in distinct:
+        rows = np.flatnonzero(groups == group)
+        part = gather(group, rows)
+        samples = samples or pool.samples(len(groups), part.tokens.shape[1], part.positions is not None)
+        samples.put(rows, part)
+    return samples
 
 
 @dataclass(frozen=True, slots=True)

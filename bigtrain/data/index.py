@@ -69,6 +69,16 @@ class TokenizerRecord:
 
 
 @dataclass(kw_only=True, slots=True)
+class LiveRecord:
+    """A source that is tokenised while training; its splits have no shards."""
+
+    plan: FileRecord
+    """What was found out of the source."""
+    fingerprint: str
+    """Identity of its documents, their order and their tokens: 16 hexadecimal digits."""
+
+
+@dataclass(kw_only=True, slots=True)
 class CorpusIndex:
     """Content of ``index.json``."""
 
@@ -92,16 +102,21 @@ class CorpusIndex:
     """Documents to train on."""
     validation: SplitRecord
     """Documents that are never trained on."""
+    live: LiveRecord | None = None
+    """Where the tokens come from if they were not prepared."""
 
     @property
     def files(self) -> list[FileRecord]:
         """Every file of the corpus except the index."""
         shards = [*self.train.shards, *self.validation.shards]
-        return [self.tokenizer.file, *(file for shard in shards for file in shard.files)]
+        others = [self.tokenizer.file, *([self.live.plan] if self.live else [])]
+        return [*others, *(file for shard in shards for file in shard.files)]
 
     @property
     def fingerprint(self) -> str:
         """Identity of the tokens, wherever and whenever they were prepared: 16 hexadecimal digits."""
+        if self.live:
+            return self.live.fingerprint
         return hashlib.sha256("".join(file.xxh3 for file in self.files).encode()).hexdigest()[:16]
 
 

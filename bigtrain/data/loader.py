@@ -188,7 +188,8 @@ class TrainLoader:
         """Return the samples of some steps, one row each, from a block of more: one by one costs more."""
         count = num_steps * self._global_batch_size
         if not self._block_first <= first <= self._block_first + len(self._block) - count:
-            end, data_end = first + max(_IDS_AT_ONCE // count, 1) * count, self._stream.mixture.num_positions
+            num_blocks = 1 if self._stream.is_live else max(_IDS_AT_ONCE // count, 1)
+            end, data_end = first + num_blocks * count, self._stream.mixture.num_positions
             end = end if data_end is None else max(min(end, data_end), first + count)
             self._block_first, self._block = first, self._stream.ids(first, end - first)
         return self._block[first - self._block_first :][:count].reshape(num_steps, -1)

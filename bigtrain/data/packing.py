@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bigtrain.config import Packing
-from bigtrain.data.batch import IGNORE_INDEX, ArrayPool, Samples
+from bigtrain.data.batch import IGNORE_INDEX, ArrayPool, Samples, gather_groups
 from bigtrain.data.corpus import Split, SyntheticSplit
 
 _SHARDS_KEPT = 64
@@ -54,6 +54,14 @@ def build_packing(split: Split, sequence_length: int, packing: Packing, document
     return kind(split, sequence_length, document_mask)
 
 
+def too_short(split: str, sequence_length: int, component: str = "") -> str:
+    """Return what to say of a split without a single sample."""
+    return (
+        f"the {split} split{component} is shorter than one sample of {sequence_length} + 1 tokens; use more text, a "
+        "larger share (data.validation_fraction) or a smaller data.sequence_length"
+    )
+
+
 class _ShardedSamples:
     """What both kinds of packing have in common: ids are looked up shard by shard."""
 
@@ -71,11 +79,9 @@ class _ShardedSamples:
         shards, local = self._locate(sample_ids)
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
-        samples = self._pool.samples(len(sample_ids), self.sequence_length, self._document_mask)
-        for shard in np.unique(shards).tolist():
-            rows = np.flatnonzero(shards == shard)
-            samples.put(rows, self._gather_shard(shard, local[rows]))
-        return samples
+        if not len(sample_ids):
+            return self._pool.samples(0, self.sequence_length, self._document_mask)
+        return gather_groups(shards, lambda shard, rows: self._gather_shard(shard, local[rows]), self._pool)
 
     def _locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if len(self.shard_samples) == 1:

@@ -14,30 +14,34 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigtrain.config import DataConfig, DataSource, OnBadShard, Verify
+from bigtrain.config import DataConfig, DataSource, OnBadShard, Verify, component_data, is_live
 from bigtrain.data.corpus import Corpus, require_vocab
 from bigtrain.data.encoder import agrees, fast_encoder, slow_encoder
 from bigtrain.data.index import (
     FORMAT,
     CorpusIndex,
+    LiveRecord,
     ShardRecord,
     SplitRecord,
     TokenizerRecord,
+    parse_index,
     read_index,
     record_file,
     verify_hashes,
     write_index,
 )
+from bigtrain.data.live import PLAN_FILE, cache_directory, write_plan
 from bigtrain.data.locks import locked
 from bigtrain.data.progress import reporter
-from bigtrain.data.records import document_fields
+from bigtrain.data.records import Document, document_fields
 from bigtrain.data.remote import (
     RemoteDirectory,
     ShardCache,
@@ -46,7 +50,7 @@ from bigtrain.data.remote import (
     is_url,
     read_remote_index,
 )
-from bigtrain.data.sources import Part, source_fingerprint, source_parts
+from bigtrain.data.sources import Part, read_part, source_fingerprint, source_parts
 from bigtrain.data.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
 from bigtrain.data.tokenise import (
     PARTS_DIRECTORY,
@@ -78,11 +82,13 @@ def prepared_directory(config: DataConfig) -> Path:
     """
     if config.source is not DataSource.prepared:
         return _locate(config).directory
-    return index_directory(config.path, _cache(config)) if is_url(config.path) else Path(config.path)
+    return index_directory(config.path, cache_directory(config)) if is_url(config.path) else Path(config.path)
 
 
 def prepare(config: DataConfig, *, progress: bool) -> Path:
     """Tokenise the configured source into ``<data.root>/<name>``; when it is there already, only check it.
+
+    For a source that is tokenised while training only its tokenizer and its parts are written.
 
     Args:
         config: Source, tokenizer, filters and validation fraction; any source but ``synthetic``.
@@ -96,38 +102,53 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
             directory cannot be written, or a corpus of that name is damaged.
     """
     if config.source is DataSource.prepared:
-        return fetch_index(config.path, _cache(config)) if is_url(config.path) else _check(Path(config.path), config)
+        if is_url(config.path):
+            return fetch_index(config.path, cache_directory(config))
+        return _check(Path(config.path), config)
     target = _locate(config)
     if target.directory.exists():
         return _adopt(target, config)
-    work = target.directory.with_name(f".{target.directory.name}.partial")
-    lock = work.with_suffix(".lock")
-    try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock, wait=True):
-            if not target.directory.exists():
-                work.mkdir(exist_ok=True)
-                write_index(work, _fill(work, config, target, progress))
-                _publish(work, target.directory)
-            lock.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{target.directory}: cannot be written: {error}") from error
+    fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
+    _make(target.directory, lambda work: fill(work, config, target))
     return _adopt(target, config)
 
 
-def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
+def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[str, Path]]:
+    """Prepare all components of a mixture, or the one data set; yield name and directory of each.
+
+    A ``bpe`` is trained on all of them together, with as many characters of each.
+
+    Raises:
+        DataError: as :func:`prepare`.
+    """
+    texts = {name: part for name, part in component_data(data).items() if part.source is not DataSource.synthetic}
+    sources = [part for part in texts.values() if part.source is not DataSource.prepared]
+    if data.tokenizer == "bpe" and len(sources) > 1:
+        directory = str(_shared_bpe(sources, progress))
+        texts = {name: dataclasses.replace(part, tokenizer=directory) for name, part in texts.items()}
+    for name, part in texts.items():
+        yield name, prepare(part, progress=progress)
+
+
+def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | None = None) -> Corpus:
     """Open what :func:`prepare` has prepared, on any rank, for a model with ``vocab_size`` embeddings.
+
+    Args:
+        config: as for :func:`prepare`.
+        vocab_size: rows of the model's embedding.
+        directory: what :func:`prepare` has returned, if that is known.
 
     Raises:
         DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
     """
     skips = config.on_bad_shard is OnBadShard.skip
     if not (config.source is DataSource.prepared and is_url(config.path)):
-        return Corpus.open(prepared_directory(config), vocab_size=vocab_size, skip_bad_shards=skips)
+        return Corpus.open(directory or prepared_directory(config), vocab_size=vocab_size, skip_bad_shards=skips)
     remote = RemoteDirectory(config.path)
-    index = read_remote_index(remote)
+    # Not the copy that rank 0 has fetched, which may lie on the disk of another node.
+    index = parse_index(read_remote_index(remote), remote.url)
     require_vocab(index, vocab_size, config.path)
-    corpus = Corpus(ShardCache(remote, _cache(config), int(config.cache_gib * 2**30)), index, skips)
+    corpus = Corpus(ShardCache(remote, cache_directory(config), int(config.cache_gib * 2**30)), index, skips)
     for split in (corpus.split("train"), corpus.split("validation")):
         if split.cache_shards < 2:
             raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
@@ -157,12 +178,12 @@ def _locate(config: DataConfig) -> _Target:
         "validation_fraction": config.validation_fraction,
         "shard_tokens": config.shard_tokens,
         "tokenizer": _tokenizer_facts(config),
-    }
+    } | ({"on_the_fly": True} if is_live(config) else {})
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     vocab_size = str(config.tokenizer_vocab_size) if config.tokenizer == "bpe" else ""
-    parts = [config.source.name, _slug(config.tokenizer) + vocab_size, identity[:8]]
+    parts = [*["live"] * is_live(config), config.source.name, _slug(config.tokenizer) + vocab_size, identity[:8]]
     if config.source is not DataSource.stdlib:
-        parts.insert(1, _slug(config.path))
+        parts.insert(-2, _slug(config.path))
     return _Target(Path(config.root, "-".join(parts)), identity, fingerprint)
 
 
@@ -182,10 +203,6 @@ def _slug(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", plain[-1]).strip("-")[:40]
 
 
-def _cache(config: DataConfig) -> Path:
-    return Path(config.cache_directory or Path(config.root, "cache"))
-
-
 def _adopt(target: _Target, config: DataConfig) -> Path:
     if read_index(target.directory, check_sizes=False).identity != target.identity:
         raise DataError(f"{target.directory}: made from another source or with other settings; remove it")
@@ -201,6 +218,26 @@ def _check(directory: Path, config: DataConfig) -> Path:
     else:
         read_index(directory, check_sizes=config.verify is not Verify.off)
     return directory
+
+
+def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
+    """Make ``directory`` appear with what ``fill`` writes into another one, unless somebody else does.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    work = directory.with_name(f".{directory.name}.partial")
+    lock = work.with_suffix(".lock")
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, wait=True):
+            if not directory.exists():
+                work.mkdir(exist_ok=True)
+                write_index(work, fill(work))
+                _publish(work, directory)
+            lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written: {error}") from error
 
 
 def _publish(work: Path, directory: Path) -> None:
@@ -222,15 +259,13 @@ def _publish(work: Path, directory: Path) -> None:
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
     """Write tokenizer, tokens and report into ``work`` and return their index."""
     parts = source_parts(config)
-    num_processes = min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
-    with reporter("reading", None, progress) as advance:
-        tasks = ((config, part) for part in parts)
-        survey = combine(config, run_tasks(survey_part, tasks, num_processes), advance)
-    _report_survey(survey)
+    num_processes = _num_processes(config, parts)
+    survey = _survey(config, parts, progress)
     built = build_tokenizer(config, _read_sample(config, parts, survey, num_processes))
     _begin_parts(work, built, parts)
     with reporter("tokenising", survey.num_text_bytes, progress) as advance:
-        coding = Coding(_is_fast_exact(config, built, parts, survey), built.eos_id, survey.validation_bound)
+        ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
+        coding = Coding(_is_fast_exact(config, built, ends), built.eos_id, survey.validation_bound)
         tasks = (
             (config, part, i, kept, coding, work) for i, (part, kept) in enumerate(zip(parts, survey.kept, strict=True))
         )
@@ -243,23 +278,84 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
     validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
     shutil.rmtree(work / PARTS_DIRECTORY)
     _write_report(work, survey, train, validation)
+    index = _empty_index(work, config, target, built)
+    return dataclasses.replace(
+        index,
+        num_empty_documents=survey.num_empty_documents,
+        num_repaired_documents=survey.num_repaired_documents,
+        train=train,
+        validation=validation,
+    )
+
+
+def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
+    """Write the tokenizer and the plan of a source that is tokenised while training, and return their index."""
+    parts = source_parts(config)
+    if not parts:
+        raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
+    built = build_tokenizer(config, ())
+    (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
+    index = _empty_index(work, config, target, built)
+    is_fast = _is_fast_exact(config, built, [read_part(config, parts[i]) for i in (0, -1)])
+    fingerprint = write_plan(work, config, parts, index.tokenizer.file.xxh3, is_fast)
+    return dataclasses.replace(index, live=LiveRecord(plan=record_file(work / PLAN_FILE), fingerprint=fingerprint))
+
+
+def _empty_index(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
+    """Return the index of a corpus whose tokenizer has been written."""
+    vocab_size = num_ids(built.tokenizer)
+    nothing = SplitRecord(shards=[], num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0)
     return CorpusIndex(
         format=FORMAT,
         identity=target.identity,
         source=config.source.name if config.source is DataSource.stdlib else f"{config.source.name} {config.path}",
         source_fingerprint=target.source_fingerprint,
         dtype=token_dtype(vocab_size).name,
-        num_empty_documents=survey.num_empty_documents,
-        num_repaired_documents=survey.num_repaired_documents,
+        num_empty_documents=0,
+        num_repaired_documents=0,
         tokenizer=TokenizerRecord(
             name=config.tokenizer,
             file=record_file(work / TOKENIZER_FILE),
             vocab_size=vocab_size,
             eos_id=built.eos_id,
         ),
-        train=train,
-        validation=validation,
+        train=nothing,
+        validation=nothing,
     )
+
+
+def _num_processes(config: DataConfig, parts: list[Part]) -> int:
+    return min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
+
+
+def _survey(config: DataConfig, parts: list[Part], progress: bool) -> Survey:
+    """Read the source for the first time."""
+    with reporter("reading", None, progress) as advance:
+        tasks = ((config, part) for part in parts)
+        survey = combine(config, run_tasks(survey_part, tasks, _num_processes(config, parts)), advance)
+    _report_survey(survey)
+    return survey
+
+
+def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
+    """Train one BPE on several sources; return the directory that has it."""
+    targets = [_locate(config) for config in sources]
+    identity = hashlib.sha256(" ".join(target.identity for target in targets).encode()).hexdigest()
+    directory = Path(sources[0].root, f"tokenizer-bpe{sources[0].tokenizer_vocab_size}-{identity[:8]}")
+
+    def texts() -> Iterator[str]:
+        for config in sources:
+            parts = source_parts(config)
+            yield from _read_sample(config, parts, _survey(config, parts, progress), _num_processes(config, parts))
+
+    def fill(work: Path) -> CorpusIndex:
+        built = build_tokenizer(sources[0], list(texts()))
+        (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
+        return _empty_index(work, sources[0], targets[0], built)
+
+    if not directory.exists():
+        _make(directory, fill)
+    return directory
 
 
 def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, num_processes: int) -> list[str]:
@@ -282,21 +378,21 @@ def _begin_parts(work: Path, built: BuiltTokenizer, parts: list[Part]) -> None:
         basis.touch()
 
 
-def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, parts: list[Part], survey: Survey) -> bool:
-    """Return whether the fast encoder gives the right ids, as tried on the beginning and the end of this very corpus."""
+def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterator[Document]]) -> bool:
+    """Return whether the fast encoder gives the right ids, as tried on documents from both ends of this very corpus."""
     fast, slow = fast_encoder(built.tokenizer), slow_encoder(built.tokenizer)
     if fast is None:
         return False
 
-    def beginning(number: int) -> Iterator[str]:
+    def beginning(documents: Iterator[Document]) -> Iterator[str]:
         num_characters = 0
-        for document in kept_documents(config, parts[number], survey.kept[number]):
+        for document in documents:
             yield document.text[: _COMPARED_CHARACTERS - num_characters]
             num_characters += len(document.text)
             if num_characters >= _COMPARED_CHARACTERS:
                 return
 
-    if agrees(fast, slow, chain(beginning(0), beginning(len(parts) - 1))):
+    if agrees(fast, slow, chain.from_iterable(map(beginning, ends))):
         return True
     get_logger().warning("data.tokenizer=%s: tiktoken gives other ids, so the slower library is used", config.tokenizer)
     return False

@@ -1,24 +1,19 @@
 """A corpus behind any fsspec URL: its files are fetched ahead of need into a cache on this node's disk.
 
 Cached files are named by the hash of their content, so that every process of the node, every run and
-every corpus with the same shard share one copy. A file gets its name only when it is complete and its
-hash is right; until then it is ``<hash>.<size>.partial``, locked by the process that writes it. The
-lock is flock's and dies with the process: another process goes on where a killed one has stopped.
+every corpus with the same shard share one copy.
 """
 
-import contextlib
 import hashlib
 import os
-import queue
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from bigtrain.data.index import INDEX_FILE, CorpusIndex, parse_index
-from bigtrain.data.locks import is_locked, locked
+from bigtrain.data.cache import Ahead, NodeCache, explained
+from bigtrain.data.index import INDEX_FILE, parse_index
 from bigtrain.errors import DataError, ShardError
 from bigtrain.files import FileRecord, hash_content
 from bigtrain.log import get_logger
@@ -60,7 +55,7 @@ class RemoteDirectory:
             raise DataError(f"data.path={url}: cannot be opened: {error}") from error
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return a file, or its bytes ``[start, end)``.
+        """Return a file, or its bytes ``[start, end)``; from a server that knows no ranges, more than those.
 
         Raises:
             ShardError: there is no such file.
@@ -97,9 +92,11 @@ class RemoteDirectory:
             )
         else:
             content = self._file_system.cat_file(path, start=start, end=end)
-        if end is not None and len(content) != end - (start or 0):
-            raise OSError(f"{len(content)} bytes came instead of {end - (start or 0)} from byte {start}")
-        return content
+        if end is None or len(content) == end - start:
+            return content
+        if len(content) < end:
+            raise OSError(f"{len(content)} bytes came instead of {end - start} from byte {start}")
+        return content[start:]
 
 
 def _patiently(function: Callable[[], T], where: str) -> T:
@@ -110,6 +107,8 @@ def _patiently(function: Callable[[], T], where: str) -> T:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # every library behind fsspec raises classes of its own
+            if getattr(error, "status", None) in (401, 403):  # of an HTTP server
+                raise PermissionError(str(error)) from error
             problem = f"{where}: {type(error).__name__}: {error}"
             if attempt == NUM_ATTEMPTS - 1:
                 raise DataError(
@@ -121,44 +120,41 @@ def _patiently(function: Callable[[], T], where: str) -> T:
     raise AssertionError
 
 
-def read_remote_index(remote: RemoteDirectory) -> CorpusIndex:
-    """Return the index of a prepared corpus at a URL.
+def read_remote_index(remote: RemoteDirectory) -> bytes:
+    """Return the ``index.json`` of a prepared corpus at a URL, which is still to be parsed.
 
     Raises:
-        DataError: there is none, it cannot be read, or it is damaged.
+        DataError: there is none, or it cannot be read.
     """
     try:
-        text = remote.read(INDEX_FILE)
+        return remote.read(INDEX_FILE)
     except ShardError as error:
         raise DataError(
             f"{remote.url}: no prepared corpus here (no {INDEX_FILE}); make one with launch/prepare.py and copy its "
             "directory there"
         ) from error
-    return parse_index(text, remote.url)
 
 
 def fetch_index(url: str, cache: Path) -> Path:
     """Copy index and tokenizer of a corpus at ``url`` below ``cache`` and return their directory.
 
     Raises:
-        DataError: what :func:`read_remote_index` raises; the tokenizer is missing or not that of the index.
+        DataError: there is no index, it is damaged; the tokenizer is missing or not that of the index.
     """
     import xxhash
 
     remote, directory = RemoteDirectory(url), index_directory(url, cache)
-    index = read_remote_index(remote)
-    file = index.tokenizer.file
+    text = read_remote_index(remote)
+    file = parse_index(text, remote.url).tokenizer.file
     tokenizer = remote.read(file.name)
     if xxhash.xxh3_128_hexdigest(tokenizer) != file.xxh3:
         raise DataError(f"{remote.url}/{file.name}: not the tokenizer that the corpus was prepared with")
-    try:
+    with explained(cache):
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in ((INDEX_FILE, remote.read(INDEX_FILE)), (file.name, tokenizer)):
+        for name, content in ((INDEX_FILE, text), (file.name, tokenizer)):
             partial = directory / f"{name}.{os.getpid()}.partial"
             partial.write_bytes(content)
             partial.replace(directory / name)
-    except OSError as error:
-        raise _cache_error(cache, error) from error
     return directory
 
 
@@ -168,7 +164,7 @@ def index_directory(url: str, cache: Path) -> Path:
 
 
 class ShardCache:
-    """Files of a remote corpus on this node's disk, fetched when they are wanted and not there."""
+    """Files of a remote corpus in a cache on this node's disk, named by the hash of their content."""
 
     def __init__(self, remote: RemoteDirectory, directory: Path, max_bytes: int) -> None:
         """Keep up to ``max_bytes`` of files in ``directory``, which other processes may use at the same time.
@@ -176,17 +172,11 @@ class ShardCache:
         Raises:
             DataError: the directory cannot be made.
         """
-        self.directory = directory
         self.max_bytes = max_bytes
+        self._cache = NodeCache(directory, max_bytes)
         self._remote = remote
         self._verified: set[str] = set()
-        self._wanted: queue.SimpleQueue[FileRecord] = queue.SimpleQueue()
-        self._waiting: set[str] = set()
-        self._fetchers: list[threading.Thread] = []
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cache_error(directory, error) from error
+        self._ahead = Ahead(lambda file: self._fetch(file, wait=False), NUM_FETCHERS)
 
     def open(self, file: FileRecord) -> BinaryIO:
         """Return the file, open for reading; it stays readable when it leaves the cache.
@@ -195,73 +185,37 @@ class ShardCache:
             ShardError: it is missing, or damaged every time it is fetched.
             DataError: it cannot be fetched or written.
         """
-        try:
+        with explained(self._cache.directory):
             while (handle := self._cached(file)) is None:
                 self._fetch(file, wait=True)
-        except OSError as error:
-            raise _cache_error(self.directory, error) from error
         return handle
 
     def holds(self, file: FileRecord) -> bool:
         """Return whether the file is in the cache."""
-        return self._target(file).exists()
+        return self._cache.holds(file.xxh3)
 
     def prefetch(self, files: Sequence[FileRecord]) -> None:
         """Begin to fetch ``files`` in this order; what goes wrong is left to :meth:`open`."""
-        for file in files:
-            if file.xxh3 not in self._waiting and not self.holds(file):
-                self._waiting.add(file.xxh3)
-                self._wanted.put(file)
-        while len(self._fetchers) < NUM_FETCHERS:
-            # Daemons, so that the end of the process waits for no download; a killed one leaves nothing wrong.
-            self._fetchers.append(threading.Thread(target=self._fetch_wanted, name="fetch", daemon=True))
-            self._fetchers[-1].start()
-
-    def _fetch_wanted(self) -> None:
-        while True:
-            file = self._wanted.get()
-            with contextlib.suppress(DataError, OSError):
-                if not self.holds(file):
-                    self._fetch(file, wait=False)
-            self._waiting.discard(file.xxh3)
-
-    def _target(self, file: FileRecord) -> Path:
-        return self.directory / file.xxh3
+        self._ahead.want({file.xxh3: file for file in files if not self.holds(file)})
 
     def _cached(self, file: FileRecord) -> BinaryIO | None:
-        target = self._target(file)
-        try:
-            handle = open(target, "rb")  # noqa: SIM115  the caller closes it
-        except FileNotFoundError:
-            return None
-        with contextlib.suppress(FileNotFoundError):  # it may leave the cache at any time
-            os.utime(target)
-            # Once per process: disks and crashes damage files too.
-            if file.xxh3 not in self._verified and hash_content(handle) != file.xxh3:
-                get_logger().warning("%s is damaged and is fetched again", target)
-                target.unlink()
+        handle = self._cache.open(file.xxh3)
+        # Once per process: disks and crashes damage files too.
+        if handle and file.xxh3 not in self._verified:
+            if hash_content(handle) != file.xxh3:
+                get_logger().warning("%s is damaged and is fetched again", self._cache.path(file.xxh3))
+                self._cache.discard(file.xxh3)
                 handle.close()
                 return None
-        self._verified.add(file.xxh3)
+            self._verified.add(file.xxh3)
         return handle
 
     def _fetch(self, file: FileRecord, *, wait: bool) -> None:
         """Put ``file`` into the cache; without ``wait``, do nothing if another process or thread is at it."""
-        partial = self.directory / f"{file.xxh3}.{file.num_bytes}.partial"
-        with locked(partial, wait=wait) as handle:
-            if handle is None:
-                return
-            if self.holds(file):
-                partial.unlink()
-                return
-            self._make_room()
-            try:
+        with self._cache.making(file.xxh3, file.num_bytes, wait=wait) as handle:
+            if handle is not None:
                 self._download(file, handle)
-            except ShardError:
-                partial.unlink()
-                raise
-            partial.rename(self._target(file))
-            self._verified.add(file.xxh3)
+                self._verified.add(file.xxh3)
 
     def _download(self, file: FileRecord, handle: BinaryIO) -> None:
         """Complete the partial file ``handle``."""
@@ -273,36 +227,10 @@ class ShardCache:
             position = handle.seek(0, os.SEEK_END)
             while position < file.num_bytes:
                 end = min(position + RANGE_BYTES, file.num_bytes)
-                handle.write(self._remote.read(file.name, position, end))
+                position += handle.write(self._remote.read(file.name, position, end))
                 handle.flush()  # what is there is not asked for again, even after a kill
-                position = end
             if hash_content(handle) == file.xxh3:
                 return
             handle.truncate(0)
             get_logger().warning("%s: damaged on arrival, try %d of %d", where, attempt + 1, NUM_ATTEMPTS)
         raise ShardError(f"{where}: damaged: its content is not what was prepared, {NUM_ATTEMPTS} times in a row")
-
-    def _make_room(self) -> None:
-        """Remove the files that were not used for longest until what is there and what is coming fits."""
-        with locked(self.directory / "eviction.lock", wait=True):
-            num_bytes, removable = 0, []
-            for path in self.directory.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    if path.suffix == ".partial" and is_locked(path):
-                        num_bytes += int(path.suffixes[-2][1:])  # what it will have
-                    elif path.is_file():
-                        num_bytes += stat.st_size
-                        removable.append((stat.st_mtime_ns, stat.st_size, path))
-            for _, size, path in sorted(removable):
-                if num_bytes <= self.max_bytes:
-                    return
-                if path.name != "eviction.lock":
-                    path.unlink(missing_ok=True)
-                    num_bytes -= size
-
-
-def _cache_error(directory: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{directory}: cannot be used as a cache: {error}; choose another data.cache_directory or a smaller data.cache_gib"
-    )

@@ -130,12 +130,16 @@ def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
 SMALLEST_PIECE_CHARACTERS = 1024
 
 
-def source_fingerprint(config: DataConfig) -> str:
+def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
     """Return a SHA-256 that changes when the source does, without reading the documents.
 
     Local files enter with relative name, size and time of modification, the standard library with
     name, size and Python version. A dataset on the hub enters with its name only: it is prepared
     once and then stays as it is, also offline.
+
+    Args:
+        config: the source.
+        with_times: whether the times of modification enter, which a copy of the files may have changed.
 
     Raises:
         DataError: the source is missing.
@@ -145,7 +149,7 @@ def source_fingerprint(config: DataConfig) -> str:
     files = [(file.name, os.stat(file.path)) for file in _source_files(config)]
     if config.source is DataSource.stdlib:
         return _sha256_of([sys.version, [(name, stat.st_size) for name, stat in files]])
-    return _sha256_of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return _sha256_of([(name, stat.st_size, stat.st_mtime_ns * with_times) for name, stat in files])
 
 
 def _sha256_of(value: Any) -> str:

@@ -4,44 +4,38 @@ A sample of the stream has one number: the components' samples are numbered on e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import ComponentConfig, DataConfig
 from bigtrain.cursor import Cursor, DataState, chain_digest
-from bigtrain.data.batch import ArrayPool, Batch, Samples, build_batch
+from bigtrain.data.batch import ArrayPool, Batch, build_batch, gather_groups
+from bigtrain.data.component import Component, StoredSamples
 from bigtrain.data.corpus import Split
+from bigtrain.data.live import LiveParts
 from bigtrain.data.mixture import Mixture, Share
-from bigtrain.data.order import Order
-from bigtrain.data.packing import PackedSplit, build_packing
+from bigtrain.data.packing import too_short
 from bigtrain.data.skips import extend, pieces
+from bigtrain.data.windows import LiveSamples
 from bigtrain.errors import DataError
-
-WINDOW_SHARDS = 8
-"""Shards that data which has to be fetched is shuffled within, unless configured otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One data set."""
-
-    split: Split
-    packed: PackedSplit
-    order: Order
-    share: Share
 
 
 class SampleStream:
     """Position in the run -> sample id -> tokens."""
+
+    tokenizer_directory: Path | None = None
+    """Where the tokenizer of the text is, and the index that says how to use it; None when there is no text."""
 
     def __init__(
         self,
         name: str,
         fingerprint: str,
         components: Mapping[str, Component],
+        shares: Mapping[str, Share],
         *,
+        sequence_length: int,
         origin_samples: int = 0,
         origin_counts: Mapping[str, int] | None = None,
         skipped: Sequence[Sequence[int]] = (),
@@ -52,6 +46,8 @@ class SampleStream:
             name: Of the split, for messages.
             fingerprint: What the sample ids are numbers of, and in which proportions they are drawn.
             components: By name, in the order of their names.
+            shares: Of the components in the mixture.
+            sequence_length: Tokens per sample, for messages.
             origin_samples: Position at which the mixture begins, above 0 when it was changed during a run.
             origin_counts: Samples of each component that were drawn before; by default none.
             skipped: Ranges of positions that the run leaves out; see :mod:`bigtrain.data.skips`.
@@ -60,28 +56,36 @@ class SampleStream:
         self.fingerprint = fingerprint
         self.components = dict(components)
         self.skipped = [list(positions) for positions in skipped]
+        self.sequence_length = sequence_length
+        """Tokens per sample."""
         self._list = list(components.values())
-        self.is_full = all(component.packed.is_full for component in self._list)
+        self.is_full = all(component.is_full for component in self._list)
         """Whether every place of every sample is known to be a target that counts."""
         self._origin_samples = origin_samples
         self._origin_counts = {key: (origin_counts or {}).get(key, 0) for key in components}
-        shares = [component.share for component in self._list]
-        self.mixture = Mixture(shares, origin=origin_samples, counts=list(self._origin_counts.values()))
-        sizes = np.array([component.order.num_samples for component in self._list], dtype=np.int64)
+        in_order = [shares[key] for key in components]
+        self.mixture = Mixture(in_order, origin=origin_samples, counts=list(self._origin_counts.values()))
+        sizes = np.array([component.num_ids for component in self._list], dtype=np.int64)
         self._ends = np.cumsum(sizes)
         self._begins = self._ends - sizes
         self._pool = ArrayPool()
-        self._fetching: list[list[int]] = [[] for _ in self._list]
+        self._live = {name: part for name, part in components.items() if isinstance(part, LiveSamples)}
+        self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
 
     @property
     def num_samples(self) -> int:
-        """Different samples of all components."""
+        """Different samples of all components, which no sample id reaches; there may be fewer that are made on the fly."""
         return int(self._ends[-1])
 
     @property
-    def sequence_length(self) -> int:
-        """Tokens per sample."""
-        return self._list[0].packed.sequence_length
+    def is_live(self) -> bool:
+        """Whether samples are made on the fly, so that to know ids may mean to tokenise."""
+        return bool(self._live)
+
+    @property
+    def skipped_shards(self) -> list[tuple[int, int]]:
+        """Shards that this rank could not have, as (component, shard)."""
+        return [(i, shard) for i, part in self._stored for shard in sorted(getattr(part.split, "skipped", ()))]
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
         """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``.
@@ -103,39 +107,31 @@ class SampleStream:
         for number in np.unique(components).tolist():
             inside = components == number
             # The indices of one component are consecutive.
-            chosen = self._list[number].order.ids(int(indices[inside][0]), int(inside.sum()))
+            chosen = self._list[number].ids(int(indices[inside][0]), int(inside.sum()))
             ids[inside] = chosen + self._begins[number]
         return ids
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Batch:
         """Return the samples with these ids, int64 ``(N,)``."""
         if len(self._list) == 1:
-            return build_batch(self._list[0].packed.gather(sample_ids))
+            return build_batch(self._list[0].gather(sample_ids))
         numbers = np.searchsorted(self._ends, sample_ids, side="right")
-        samples: Samples | None = None
-        for number in np.unique(numbers).tolist():
-            rows = np.flatnonzero(numbers == number)
-            part = self._list[number].packed.gather(sample_ids[rows] - self._begins[number])
-            samples = samples or self._pool.samples(len(sample_ids), part.tokens.shape[1], part.positions is not None)
-            samples.put(rows, part)
+        samples = gather_groups(
+            numbers, lambda i, rows: self._list[i].gather(sample_ids[rows] - self._begins[i]), self._pool
+        )
         return build_batch(samples)
 
     def prefetch(self, samples: int) -> None:
-        """Begin to fetch what is needed after the first ``samples`` of the run: this window of shards and the next."""
-        remote = [i for i, component in enumerate(self._list) if component.split.is_remote]
+        """Begin to fetch what is needed after the first ``samples`` of the run."""
+        remote = [(i, part) for i, part in self._stored if part.split.is_remote]
         counts = self.mixture.counts(self._position(samples)) if remote else []
-        for i in remote:
-            order = self._list[i].order
-            wanted, cached = 2 * (order.window_shards or WINDOW_SHARDS), _cache_shards(self._list[i].split)
-            shards = order.shards_ahead(counts[i], min(wanted, cached or wanted)).tolist()
-            if shards != self._fetching[i]:
-                self._fetching[i] = shards
-                self._list[i].split.prefetch(shards)
+        for i, part in remote:
+            part.prefetch(counts[i])
 
     def origin_of(self, sample_id: int) -> tuple[str, NDArray[np.int64]]:
         """Return the component of a sample, and the document of each of its places, -1 for padding."""
         number = int(np.searchsorted(self._ends, sample_id, side="right"))
-        documents = self._list[number].packed.documents(int(sample_id - self._begins[number]))
+        documents = self._list[number].documents(int(sample_id - self._begins[number]))
         return list(self.components)[number], documents
 
     def require_samples(self) -> None:
@@ -144,15 +140,10 @@ class SampleStream:
         Raises:
             DataError: which is too short, and what would help.
         """
-        short = [name for name, component in self.components.items() if component.order.num_samples < 1]
-        if self.name != "train" and self.num_samples:
-            return
-        if short:
+        short = [name for name, component in self.components.items() if component.num_ids < 1]
+        if short and (self.name == "train" or not self.num_samples):
             which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
-            raise DataError(
-                f"the {self.name} split{which} is shorter than one sample of {self.sequence_length} "
-                "+ 1 tokens; use more text, a larger share (data.validation_fraction) or a smaller data.sequence_length"
-            )
+            raise DataError(too_short(self.name, self.sequence_length, which))
 
     def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
         """Refuse a run that is longer than its data.
@@ -179,6 +170,7 @@ class SampleStream:
 
     def state(self, before: Cursor, after: Cursor) -> DataState:
         """Return what a checkpoint needs in order to continue after the step between two cursors."""
+        before_step = dict(zip(self.components, self.mixture.counts(self._position(before.samples)), strict=True))
         return DataState(
             fingerprint=self.fingerprint,
             samples=after.samples,
@@ -186,10 +178,11 @@ class SampleStream:
             previous_samples=before.samples,
             previous_digest=before.digest,
             counts=dict(zip(self.components, self.mixture.counts(self._position(after.samples)), strict=True)),
-            fingerprints={name: component.split.fingerprint for name, component in self.components.items()},
+            fingerprints={name: component.fingerprint for name, component in self.components.items()},
             origin_samples=self._origin_samples,
             origin_counts=self._origin_counts,
             skipped=self.skipped,
+            places={name: part.place(before_step[name] - 1) for name, part in self._live.items() if before_step[name]},
         )
 
     def _position(self, samples: int) -> int:
@@ -198,13 +191,15 @@ class SampleStream:
 
     def continues(self, state: DataState) -> bool:
         """Return whether the last step before a checkpoint has the samples that the checkpoint records."""
+        if not all(part.is_at(state.places[name]) for name, part in self._live.items() if name in state.places):
+            return False
         ids = self.ids(state.previous_samples, state.samples - state.previous_samples)
         return chain_digest(state.previous_digest, ids) == state.digest
 
 
 def build_stream(
     name: str,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, Split | LiveParts],
     data: DataConfig,
     *,
     seed: int,
@@ -222,14 +217,16 @@ def build_stream(
         previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
             where it ends.
     """
-    components = {}
+    components: dict[str, Component] = {}
     for part, split in splits.items():
-        packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
-        window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
-        _require_room(split, window, data)
-        order = Order(packed.shard_samples, seed, window)
-        share = _share(data.mixture.get(part, ComponentConfig()), order.num_samples, global_batch_size)
-        components[part] = Component(split, packed, order, share)
+        if isinstance(split, LiveParts):
+            components[part] = _live_samples(part, split, data, seed, previous)
+        else:
+            components[part] = StoredSamples(split, data, seed)
+    shares = {
+        part: _share(data.mixture.get(part, ComponentConfig()), component.num_ids, global_batch_size)
+        for part, component in components.items()
+    }
     fingerprint = _fingerprint(splits, data)
     origin: dict = {"skipped": previous.skipped} if previous else {}
     if previous and previous.fingerprint == fingerprint:
@@ -239,26 +236,14 @@ def build_stream(
         counts = {part: count for part, count in previous.counts.items() if part in same}
         origin_position = pieces(previous.samples, 1, previous.skipped)[0][0]
         origin |= {"origin_samples": origin_position, "origin_counts": counts}
-    return SampleStream(name, fingerprint, components, **origin)
+    return SampleStream(name, fingerprint, components, shares, sequence_length=data.sequence_length, **origin)
 
 
-def _cache_shards(split: Split) -> int | None:
-    """Return how many shards of a split are at hand at a time; None when all are."""
-    return getattr(split, "cache_shards", None)
-
-
-def _require_room(split: Split, window_shards: int | None, data: DataConfig) -> None:
-    """Refuse windows that do not fit into the cache: every shard would be fetched again and again.
-
-    Raises:
-        DataError: they do not; the window cannot follow the cache, because the order must not depend on the machine.
-    """
-    cached = _cache_shards(split)
-    if cached is not None and cached < min(window_shards or len(split.shard_tokens), len(split.shard_tokens)):
-        raise DataError(
-            f"data.cache_gib={data.cache_gib} holds {cached} shards of the {split.name} split, which is shuffled within "
-            f"{window_shards} at a time; use a larger data.cache_gib or data.shuffle_window_shards={max(cached, 1)}"
-        )
+def _live_samples(name: str, parts: LiveParts, data: DataConfig, seed: int, previous: DataState | None) -> LiveSamples:
+    is_same = previous and previous.fingerprints.get(name) == parts.fingerprint
+    place = previous.places.get(name) if is_same else None
+    window_parts = data.shuffle_window_shards or parts.window_parts
+    return LiveSamples(parts, data, window_parts=window_parts, seed=seed, place=place)
 
 
 def _share(component: ComponentConfig, num_samples: int, global_batch_size: int) -> Share:
@@ -267,7 +252,7 @@ def _share(component: ComponentConfig, num_samples: int, global_batch_size: int)
     return Share(((0, component.weight), *changes), limit)
 
 
-def _fingerprint(splits: Mapping[str, Split], data: DataConfig) -> str:
+def _fingerprint(splits: Mapping[str, Split | LiveParts], data: DataConfig) -> str:
     """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
     if not data.mixture:
         return next(iter(splits.values())).fingerprint

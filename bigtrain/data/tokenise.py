@@ -55,7 +55,7 @@ def tokenise_part(
         partial = directory.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_part(partial, config, kept_documents(config, part, kept), coding, _encoder(work, coding.is_fast))
+        _write_part(partial, config, kept_documents(config, part, kept), coding, encoder(work, coding.is_fast))
         partial.rename(directory)
     return int(np.load(directory / "text_bytes.npy").sum())
 
@@ -65,8 +65,9 @@ def part_directory(work: Path, number: int) -> Path:
     return work / PARTS_DIRECTORY / f"{number:06}"
 
 
-@lru_cache(maxsize=1)
-def _encoder(work: Path, is_fast: bool) -> Encode:
+@lru_cache(maxsize=8)
+def encoder(work: Path, is_fast: bool) -> Encode:
+    """Return how the tokenizer in a directory encodes."""
     tokenizer = load_tokenizer(work)
     return fast_encoder(tokenizer) if is_fast else slow_encoder(tokenizer)
 
@@ -75,29 +76,36 @@ def _write_part(
     directory: Path, config: DataConfig, documents: Iterator[Document], coding: Coding, encode: Encode
 ) -> None:
     dtype = token_dtype(num_ids(load_tokenizer(directory.parents[1])))
-    buffers = {split: _Buffer(directory, split, dtype) for split in SPLITS}
+    buffers = {split: TokenBuffer(dtype) for split in SPLITS}
     for document in documents:
-        split = "validation" if document_hash(document.id) < coding.validation_bound else "train"
+        split = split_of(document, coding)
         buffers[split].add(document, encode, coding.eos_id)
-    for buffer in buffers.values():
-        buffer.finish()
+        if buffers[split].num_pending >= _PIECE_TOKENS:
+            _append(directory, split, buffers[split])
+    for split, buffer in buffers.items():
+        _append(directory, split, buffer)
+        np.save(directory / f"{split}.lengths.npy", np.array(buffer.lengths, dtype=np.int64))
     np.save(directory / "text_bytes.npy", np.array([buffers[split].text_bytes for split in SPLITS], dtype=np.int64))
 
 
-class _Buffer:
-    """Documents of one split of a part: all tokens on end in one file, and their lengths in another."""
+def split_of(document: Document, coding: Coding) -> str:
+    """Return the split of a document, which depends on nothing but its id and the share of the validation."""
+    return "validation" if document_hash(document.id) < coding.validation_bound else "train"
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype) -> None:
+
+class TokenBuffer:
+    """Documents of one split of a part: all tokens on end, and how many of them each document has."""
+
+    def __init__(self, dtype: np.dtype) -> None:
         self.text_bytes = 0
-        self._directory = directory
-        self._split = split
+        self.lengths: list[int] = []
+        self.num_pending = 0
         self._dtype = dtype
         self._tokens: list[NDArray] = []
         self._counted: list[NDArray[np.uint8]] = []
-        self._lengths: list[int] = []
-        self._num_pending = 0
 
     def add(self, document: Document, encode: Encode, eos_id: int) -> None:
+        """Tokenise a document and put it at the end."""
         first = len(self._tokens)
         for text, counts in _segments(document):
             for piece in cut(text):
@@ -107,22 +115,23 @@ class _Buffer:
         self._tokens.append(np.array([eos_id], dtype=self._dtype))
         if document.answers is not None:
             self._counted.append(np.ones(1, dtype=np.uint8))  # an answer has to end
-        self._lengths.append(sum(map(len, self._tokens[first:])))
+        self.lengths.append(sum(map(len, self._tokens[first:])))
         self.text_bytes += len(document.text.encode())
-        self._num_pending += self._lengths[-1]
-        if self._num_pending >= _PIECE_TOKENS:
-            self._flush()
+        self.num_pending += self.lengths[-1]
 
-    def finish(self) -> None:
-        self._flush()
-        np.save(self._directory / f"{self._split}.lengths.npy", np.array(self._lengths, dtype=np.int64))
+    def take(self) -> tuple[NDArray, NDArray[np.uint8] | None]:
+        """Return the tokens since the last time and, unless all count, which do."""
+        tokens = np.concatenate([np.empty(0, self._dtype), *self._tokens])
+        counted = np.concatenate(self._counted) if self._counted else None
+        self._tokens, self._counted, self.num_pending = [], [], 0
+        return tokens, counted
 
-    def _flush(self) -> None:
-        for name, arrays in (("bin", self._tokens), ("counted", self._counted)):
-            if arrays:
-                with open(self._directory / f"{self._split}.{name}", "ab") as file:
-                    np.concatenate(arrays).tofile(file)
-        self._tokens, self._counted, self._num_pending = [], [], 0
+
+def _append(directory: Path, split: str, buffer: TokenBuffer) -> None:
+    for name, array in zip(("bin", "counted"), buffer.take(), strict=True):
+        if array is not None and len(array):
+            with open(directory / f"{split}.{name}", "ab") as file:
+                array.tofile(file)
 
 
 def _segments(document: Document) -> Iterator[tuple[str, bool]]:

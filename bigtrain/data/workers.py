@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bigtrain.errors import DataError
+from bigtrain.log import get_logger
 
 Task = TypeVar("Task", bound=tuple)
 Result = TypeVar("Result")
@@ -49,9 +50,37 @@ def run_tasks(function: Callable[..., Result], tasks: Iterable[Task], num_proces
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+class Helpers:
+    """Processes that work for the threads of this one; they are started when they are first needed."""
+
+    def __init__(self, num_processes: int | None) -> None:
+        """Start up to ``num_processes``, by default 2."""
+        self.num_processes = num_processes or 2
+        self._lock = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+        self._here = multiprocessing.current_process().daemon
+
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Return ``function(*args)``, a module-level function and picklable arguments, computed in another process.
+
+        Where there can be none, and when one was killed, it is computed in this one: the run goes on.
+        """
+        with self._lock:
+            if self._pool is None and not self._here:
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(self.num_processes, context, initializer=_begin)
+        try:
+            return function(*args) if self._here else self._pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            get_logger().warning("a helper process was killed, perhaps for want of memory; its work is now done here")
+            self._here = True
+            return function(*args)
+
+
 def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process ends this one
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -92,7 +92,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _unigram_loss(directory: Path) -> float | None:
     """Return the number from the index that a run keeps beside its tokenizer."""
     try:
-        return json.loads((directory / "index.json").read_text())["validation"]["unigram_nats_per_token"]
+        return json.loads((directory / "index.json").read_text())["validation"]["unigram_nats_per_token"] or None
     except (OSError, ValueError, KeyError, TypeError, BigtrainError):
         return None
 

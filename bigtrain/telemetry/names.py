@@ -34,6 +34,7 @@ MFU_DOCUMENTS = "perf/mfu_documents"  # where a mask keeps documents apart: with
 GOODPUT = "perf/goodput"  # share of this launch's time, from the start of its process, that trained: no start-up, validation, stall, logging
 PAIRS_PER_TOKEN = "data/attention_pairs_per_token"  # that a document mask leaves, in rank 0's samples
 DATA_WAIT_FRACTION = "data/wait_fraction"
+SKIPPED_SHARDS = "data/skipped_shards"  # that any rank could not have so far; with data.on_bad_shard=skip only
 
 ALLOCATED_BYTES = "memory/allocated_bytes"
 RESERVED_BYTES = "memory/reserved_bytes"

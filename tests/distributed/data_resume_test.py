@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
+from bigtrain.config import DataConfig, DataSource
+from bigtrain.data.prepare import prepare
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
 
 STEPS = 40
@@ -69,6 +71,28 @@ def test_a_killed_run_goes_on_with_the_same_samples_at_another_world_size(whole:
     assert state.data.digest == digests(run)[-1] and sum(state.data.counts.values()) == state.samples == STEPS * 8
 
 
+def test_on_the_fly_a_killed_run_goes_on_with_the_same_samples(whole: Path):
+    texts = [f"live {i} " + "x" * (i * 7 % 40) for i in range(50)]
+    (whole / "live.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    live = ["data.mixture.web.path=live.jsonl", "data.mixture.web.on_the_fly=true"]
+    result = train(whole, *live, "run.name=live", world_size=2)
+    assert result.code == 0, result.err
+    run, kill_after = whole / "runs/live-killed", random.randrange(8, STEPS // 2)
+    with Launch([sys.executable, TRAIN, *MIXTURE, *live, "run.name=live-killed"], whole) as running:
+        running.wait_until(lambda: num_steps(run) >= kill_after)
+    assert num_steps(run) < STEPS
+    result = train(whole, *live, "run.name=live-killed", world_size=2)
+    assert result.code == 0, result.err
+    assert events(run, "resume")[0]["world_size"] == 2 and events(run, "resume")[0]["step"] >= 4
+    assert digests(run) == digests(whole / "runs/live"), f"killed after {kill_after}"
+    places = read_run_state(find_checkpoints(run)[-1]).data.places
+    assert set(places) == {"web"} and places["web"].window > 2, "otherwise this shows little"
+    # The same number of bytes, but not the same text: nothing but its content tells.
+    (whole / "live.jsonl").write_text((whole / "live.jsonl").read_text().replace("xx", "xy"))
+    result = train(whole, *live, "run.name=live-killed", f"train.steps={STEPS + 4}")
+    assert result.code == 2 and "so the text itself has" in result.err, result.err
+
+
 def test_other_data_goes_on_only_when_that_is_wanted(whole: Path):
     more = ["run.name=whole", f"train.steps={STEPS + 4}"]
     for change, said in (
@@ -77,6 +101,8 @@ def test_other_data_goes_on_only_when_that_is_wanted(whole: Path):
     ):
         result = train(whole, *more, *change)
         assert result.code == 2 and said in result.err and "data.allow_change=true" in result.err, result.err
+        key, value = change[0].split("=")
+        assert f"  {key}: " in result.err and f" -> {value}" in result.err, result.err
     result = train(whole, *more, "data.mixture.code.weight=0.5", "data.allow_change=true")
     assert result.code == 0, result.err
     state = read_run_state(find_checkpoints(whole / "runs/whole")[-1])
@@ -92,6 +118,27 @@ def test_every_engine_computes_a_document_mask_alike(whole: Path, engine: str, e
     ours, plain = metrics(whole / f"runs/{engine}"), metrics(whole / "runs/whole")[:4]
     assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in plain], rel=1e-5)
     assert [record["data_digest"] for record in ours] == [record["data_digest"] for record in plain]
+
+
+def test_skipped_shards_are_counted_over_all_ranks(whole: Path):
+    corpus = prepare(
+        DataConfig(
+            source=DataSource.jsonl,
+            path=str(whole / "web.jsonl"),
+            root=str(whole / "shards"),
+            tokenizer="bytes",
+            shard_tokens=900,
+            prepare_processes=1,
+        ),
+        progress=False,
+    )
+    (corpus / "train-00001.bin").unlink()
+    data = ["data=prepared", f"data.path={corpus}", "data.on_bad_shard=skip", "model.vocab_size=257", "train.steps=20"]
+    small = [setting for setting in SMALL if not setting.startswith(("data=", "model.vocab_size", "train.steps"))]
+    result = fork("train.py", *small, *data, "run.name=skips", cwd=whole, world_size=2)
+    assert result.code == 0, result.err
+    assert metrics(whole / "runs/skips")[-1]["data/skipped_shards"] == 1
+    assert "data/skipped_shards" not in metrics(whole / "runs/whole")[-1]
 
 
 def test_what_a_step_trained_on_can_be_read(whole: Path):

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.config import DataConfig, DataSource
+from bigtrain.config import DataConfig
 from bigtrain.cursor import Cursor
-from bigtrain.data import open_splits
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
@@ -216,7 +215,7 @@ def test_synthetic_samples_are_a_function_of_their_id():
 
 
 def test_ragged_targets_differ_per_sample_and_are_counted():
-    split = open_splits(DataConfig(source=DataSource.synthetic, synthetic_ragged=True), vocab_size=64)["train"]
+    split = SyntheticSplit("train", 64, is_ragged=True)
     (step,) = first_steps(split, 1, global_batch_size=64, micro_batch_size=8)
     counted = torch.cat([batch.targets != IGNORE_INDEX for batch in step.micro_batches])
     lengths = counted.sum(dim=1)

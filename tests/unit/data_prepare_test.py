@@ -17,10 +17,10 @@ import pytest
 
 from bigtrain.checks import check_data, ignored_settings
 from bigtrain.config import Content, DataConfig, DataSource, FilterConfig, TrainConfig
-from bigtrain.data import open_splits, tokenise
+from bigtrain.data import tokenise
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.index import read_index, verify_hashes
-from bigtrain.data.prepare import prepare, prepared_directory
+from bigtrain.data.prepare import open_corpus, prepare, prepared_directory
 from bigtrain.data.sources import source_parts
 from bigtrain.data.tokenise import token_dtype
 from bigtrain.data.tokenizer import load_tokenizer
@@ -189,7 +189,7 @@ def test_the_name_is_readable_and_follows_what_decides_the_content(config, tmp_p
     (tmp_path / "texts" / "39.txt").write_text("different")
     assert prepared_directory(config).name != prepared_directory(variants[1]).name
     with pytest.raises(DataError, match="no prepared corpus here"):
-        open_splits(config, vocab_size=300)
+        open_corpus(config, vocab_size=300)
 
 
 def test_the_same_source_gives_the_same_bytes_elsewhere(config, tmp_path):
@@ -200,7 +200,7 @@ def test_the_same_source_gives_the_same_bytes_elsewhere(config, tmp_path):
     assert first.index == second.index and first.fingerprint == second.fingerprint
     third = prepare(dataclasses.replace(config, validation_fraction=0.5), progress=False)
     assert Corpus.open(third, vocab_size=300).fingerprint != first.fingerprint
-    assert open_splits(config, vocab_size=300)["validation"].fingerprint == first.fingerprint
+    assert open_corpus(config, vocab_size=300).split("validation").fingerprint == first.fingerprint
 
 
 def test_two_at_once_end_with_one_good_corpus(config):

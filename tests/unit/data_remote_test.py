@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 
 from bigtrain.config import DataConfig, DataSource, OnBadShard
 from bigtrain.data import remote as remote_module
+from bigtrain.data.cache import NodeCache
 from bigtrain.data.index import INDEX_FILE, read_index
 from bigtrain.data.prepare import open_corpus, prepare, prepared_directory
 from bigtrain.data.remote import RemoteDirectory, ShardCache
@@ -101,9 +103,53 @@ def test_shards_from_a_url_are_those_of_the_directory(prepared, tmp_path):
         assert split.documents(shard)[-1] == num_tokens and split.counted(shard) is None
 
 
-def test_a_web_server_will_do(prepared, tmp_path):
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=prepared)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+class WholeFiles(SimpleHTTPRequestHandler):
+    """A web server that knows no ranges, fails every other time and keeps one directory to itself."""
+
+    num_requests, num_bytes = 0, 0
+
+    def do_GET(self):
+        kind = type(self)
+        kind.num_requests += 1
+        if "secret" in self.path:
+            self.send_error(403)
+        elif kind.num_requests % 2:
+            self.send_error(500)
+        else:
+            super().do_GET()
+
+    def copyfile(self, source, outputfile):
+        type(self).num_bytes += outputfile.write(source.read())
+
+    def log_message(self, *args):
+        pass
+
+
+class Ranges(WholeFiles):
+    """One that knows them."""
+
+    def copyfile(self, source, outputfile):
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-") if self.headers["Range"] else (0, -2)
+        source.seek(int(first))
+        type(self).num_bytes += outputfile.write(
+            source.read(int(last) + 1 - int(first) if self.headers["Range"] else -1)
+        )
+
+    def send_response(self, code, message=None):
+        super().send_response(206 if code == 200 and self.headers["Range"] else code, message)
+
+    def send_header(self, keyword, value):
+        if keyword == "Content-Length" and self.headers["Range"]:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            value = str(min(int(value), last + 1) - first)
+        super().send_header(keyword, value)
+
+
+@pytest.mark.parametrize("handler", [WholeFiles, Ranges])
+def test_a_web_server_will_do(prepared, tmp_path, monkeypatch, handler):
+    monkeypatch.setattr(remote_module, "RANGE_BYTES", 1500)
+    serve = functools.partial(handler, directory=prepared)
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         config = DataConfig(
             source=DataSource.prepared,
@@ -112,9 +158,12 @@ def test_a_web_server_will_do(prepared, tmp_path):
         )
         prepare(config, progress=False)
         split = open_corpus(config, vocab_size=257).split("train")
+        before = handler.num_bytes
         assert tokens_of(split) == local_tokens(prepared)
-        with pytest.raises(DataError, match=r"/nowhere: no prepared corpus here"):
-            prepare(dataclasses.replace(config, path=f"{config.path}nowhere"), progress=False)
+        assert handler.num_bytes - before == sum(shard.tokens.num_bytes for shard in read_index(prepared).train.shards)
+        for name, problem in (("nowhere", "no prepared corpus here"), ("secret", "may not be read: 403")):
+            with pytest.raises(DataError, match=rf"/{name}.*: {problem}"):
+                prepare(dataclasses.replace(config, path=f"{config.path}{name}"), progress=False)
         server.shutdown()
 
 
@@ -321,9 +370,23 @@ def test_urls_that_cannot_be_opened_are_explained(tmp_path):
     for url, problem in (
         (f"file://{tmp_path}/nowhere", r"no prepared corpus here \(no index\.json\)"),
         ("nonsense://bucket/corpus", "cannot be opened: Protocol not known: nonsense"),
+        *([] if find_spec("gcsfs") else [("gs://bucket/corpus", "cannot be opened: .* install gcsfs")]),
     ):
         with pytest.raises(DataError, match=problem):
             prepare(DataConfig(source=DataSource.prepared, path=url, root=str(tmp_path)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("s3://bucket/corpus", "S3FileSystem"),
+        ("hf://datasets/somebody/corpus", "HfFileSystem"),
+        ("https://somewhere.org/corpus", "HTTPFileSystem"),
+    ],
+)
+def test_each_kind_of_url_has_its_file_system(url, name):
+    remote = RemoteDirectory(url)
+    assert type(remote._file_system).__name__ == name and remote._root.endswith("corpus")
 
 
 def test_a_cache_that_cannot_be_written_is_explained(prepared, tmp_path):
@@ -345,14 +408,14 @@ def test_a_full_disk_is_explained_and_not_retried(prepared, tmp_path, monkeypatc
 
 def test_eviction_leaves_what_others_are_fetching(prepared, tmp_path):
     """A partial file in use counts with the size it will have; one of a killed process is removed."""
-    cache = ShardCache(RemoteDirectory(f"file://{prepared}"), tmp_path / "cache", 1000)
+    cache = NodeCache(tmp_path / "cache", 1000)
     used, dead = (tmp_path / "cache" / f"{name}.900.partial" for name in ("used", "dead"))
     dead.write_bytes(b"x" * 500)
     with open(used, "wb") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        cache._make_room()
+        cache.make_room()
         assert used.exists() and not dead.exists()
-    cache._make_room()
+    cache.make_room()
     assert used.exists(), "nothing is removed while all fits"
 
 
