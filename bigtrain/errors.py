@@ -33,6 +33,10 @@ class ShardError(DataError):
     """A shard is missing or damaged and will stay so."""
 
 
+class UnreachableError(DataError):
+    """A source does not answer now, and may later."""
+
+
 class CheckpointError(BigtrainError):
     """A checkpoint is missing, damaged or belongs to a different run."""
 

@@ -24,10 +24,11 @@ from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.index import CorpusIndex
 from bigtrain.data.quality import rejection
 from bigtrain.data.records import document_fields
+from bigtrain.data.remote import patiently
 from bigtrain.data.sources import Part, SourceFile, read_part, source_fingerprint
 from bigtrain.data.tokenise import SPLITS, Coding, TokenBuffer, encoder, split_of
 from bigtrain.data.workers import Helpers
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, UnreachableError
 from bigtrain.log import get_logger
 from bigtrain.schema import to_dict
 
@@ -215,7 +216,8 @@ def make_part(task: _Task) -> None:
     with explained(task.cache), cache.making(task.name, 0, wait=False) as handle:
         if handle is None:
             return
-        arrays = _tokenise(task)
+        where = f"data.path={task.config.path}"
+        arrays = patiently(lambda: _tokenise(task), where, may_pass=lambda error: isinstance(error, UnreachableError))
         handle.truncate(0)
         with open(handle.name, "r+b") as file:  # the locked one only appends
             np.savez(file, **arrays)

@@ -75,10 +75,12 @@ class RemoteDirectory:
     def _ask(self, name: str, function: Callable[[], T]) -> T:
         where = f"{self.url}/{name}"
         try:
-            return _patiently(function, where)
+            return patiently(function, where, may_pass=_may_pass)
         except FileNotFoundError as error:
             raise ShardError(f"{where}: missing") from error
-        except PermissionError as error:
+        except DataError:
+            raise
+        except Exception as error:  # what may not pass
             raise DataError(f"{where}: may not be read: {error}") from error
 
     def _read_once(self, name: str, start: int | None, end: int | None) -> bytes:
@@ -99,16 +101,28 @@ class RemoteDirectory:
         return content[start:]
 
 
-def _patiently(function: Callable[[], T], where: str) -> T:
-    """Call ``function`` until it succeeds; a missing or forbidden file is final, every other fault may pass."""
+def _may_pass(error: Exception) -> bool:
+    """Return whether a fault may pass: every one but a missing or forbidden file; each library has its own classes."""
+    return not isinstance(error, FileNotFoundError | PermissionError) and getattr(error, "status", 0) not in (401, 403)
+
+
+def patiently(function: Callable[[], T], where: str, *, may_pass: Callable[[Exception], bool]) -> T:
+    """Call ``function`` until it succeeds.
+
+    Args:
+        function: what is tried.
+        where: for messages.
+        may_pass: whether to try again after an error; every other is raised.
+
+    Raises:
+        DataError: it has failed ``NUM_ATTEMPTS`` times.
+    """
     for attempt in range(NUM_ATTEMPTS):
         try:
             return function()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # every library behind fsspec raises classes of its own
-            if getattr(error, "status", None) in (401, 403):  # of an HTTP server
-                raise PermissionError(str(error)) from error
+        except Exception as error:
+            if not may_pass(error):
+                raise
             problem = f"{where}: {type(error).__name__}: {error}"
             if attempt == NUM_ATTEMPTS - 1:
                 raise DataError(

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from bigtrain.config import Content, DataConfig, DataSource
 from bigtrain.data.records import Document, decode, document_fields, record_document
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, UnreachableError
 
 _NOT_STDLIB = frozenset({"__pycache__", "site-packages", "dist-packages"})
 _SUFFIXES = {
@@ -371,7 +371,7 @@ def _streamed_documents(config: DataConfig, shard: Any, part: Part, where: str) 
             except ValueError as error:
                 raise DataError(f"{where}: shard {part.start}, row {row}: {error}") from error
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{where}: cannot be read further: {error}; the same command continues") from error
+        raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
 
 
 def _load_dataset(config: DataConfig) -> Any:
@@ -384,7 +384,8 @@ def _load_dataset(config: DataConfig) -> Any:
             return datasets.load_dataset(config.path, config.subset, split=config.split, streaming=config.streaming)
         dataset = datasets.load_from_disk(config.path)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
+        may_pass = config.streaming and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (UnreachableError if may_pass else DataError)(
             f"{where}: cannot load this dataset (data.subset={config.subset}, data.split={config.split}): {error}"
         ) from error
     if isinstance(dataset, datasets.DatasetDict):

@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_with_the_same_samples_at_another_world_size(whole:
 
 
 def test_on_the_fly_a_killed_run_goes_on_with_the_same_samples(whole: Path):
-    texts = [f"live {i} " + "x" * (i * 7 % 40) for i in range(50)]
+    texts = [f"live {i} " + "x" * (i * 7 % 40) for i in range(20)]
     (whole / "live.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     live = ["data.mixture.web.path=live.jsonl", "data.mixture.web.on_the_fly=true"]
     result = train(whole, *live, "run.name=live", world_size=2)

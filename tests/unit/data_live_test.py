@@ -28,7 +28,7 @@ from bigtrain.config import (
     is_live,
 )
 from bigtrain.cursor import Cursor, chain_digest
-from bigtrain.data import live, sources
+from bigtrain.data import live, remote, sources
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.index import read_index
@@ -37,7 +37,7 @@ from bigtrain.data.loader import TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare
 from bigtrain.data.stream import build_stream
 from bigtrain.data.workers import Helpers
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, UnreachableError
 
 T = 16
 END = 256
@@ -403,6 +403,50 @@ def test_odd_documents_are_counted_and_none_is_lost(tmp_path, caplog):
     )
     assert (targets != IGNORE_INDEX).sum() == num_tokens
     assert "2 empty documents and 1 by data.filters left out, invalid UTF-8 in 1 replaced" in caplog.text
+
+
+def test_a_source_that_does_not_answer_is_waited_for(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.002)
+    config = config_in(place, cache_directory=str(tmp_path))
+    expected = stream_of(config_in(place)).ids(0, 60).tolist()
+    calls, read_part = [], live.read_part
+
+    def flaky(*args):
+        calls.append(args)
+        for number, document in enumerate(read_part(*args)):
+            if number == 1 and len(calls) % 3:
+                raise UnreachableError("half a shard")
+            yield document
+
+    monkeypatch.setattr(live, "read_part", flaky)
+    assert stream_of(config).ids(0, 60).tolist() == expected and len(calls) > 8
+    monkeypatch.setattr(remote, "NUM_ATTEMPTS", 2)
+    with pytest.raises(DataError, match="half a shard; given up after 2 tries"):
+        stream_of(config_in(place, cache_directory=str(tmp_path / "other"))).ids(0, 60)
+
+
+def test_a_streamed_dataset_is_read_shard_by_shard(tmp_path):
+    import datasets
+
+    texts = [f"document number {i}" for i in range(40)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"), num_shards=4)
+    config = config_in(tmp_path, source=DataSource.datasets, path=str(tmp_path / "saved"), packing=Packing.best_fit)
+    config.sequence_length, config.validation_fraction = 40, 1e-9
+    for streaming in (False, True):
+        config.streaming = streaming
+        stream = stream_of(config)
+        assert documents_in(stream, epoch_of(stream)) == Counter(texts)
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    write_texts(tmp_path / "text.jsonl")
+    config = config_in(tmp_path)
+    (path := prepare(config, progress=False) / live.PLAN_FILE).write_text("{}")
+    with pytest.raises(DataError, match=r"parts\.json: \d+ bytes, index\.json says"):
+        prepare(config, progress=False)
+    with pytest.raises(DataError, match=r"parts\.json: cannot be read"):
+        live.read_plan(path.parent)
 
 
 def test_text_shorter_than_a_sample_is_an_error(tmp_path):
