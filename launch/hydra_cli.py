@@ -166,8 +166,8 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     """
     if {"-m", "--multirun"} & set(args):
         raise ConfigError(
-            "--multirun is not offered: one command is one run. A sweep is a loop of the shell, each run with a name of "
-            "its own:\n  for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
+            "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
+            "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
         )
     args = [_nest(_quote_text(arg, schema), schema) for arg in args]
     composed: list[tuple[DictConfig, dict[str, str]]] = []

@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bigtrain.processes import start_beside
 from bigtrain.resilience.attempt import has_decided, has_failed
 from bigtrain.resilience.failures import Failure, describe, record_failures
 from bigtrain.resilience.heartbeat import PHASES, Beat, read_beats
@@ -54,12 +55,11 @@ def start_watchdog(watch: Watch) -> "subprocess.Popen[bytes]":
     """
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
+    return start_beside(
         [sys.executable, "-m", __name__, json.dumps(asdict(watch))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # what a terminal sends is for the ranks
     )
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain.log import get_logger
+from bigtrain.processes import start_beside
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, Tail
 
@@ -91,14 +92,13 @@ class Companion:
 def _start(command: Sequence[str], request: dict[str, Any], log_path: Path) -> "subprocess.Popen[str]":
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("a") as log:
-        return subprocess.Popen(
+        return start_beside(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             env={**os.environ, REQUEST_VARIABLE: json.dumps(request)},
-            start_new_session=True,  # Ctrl-C at the terminal is for the training process only
         )
 
 

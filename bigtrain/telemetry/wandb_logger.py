@@ -130,7 +130,6 @@ def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: W
 
 def _companion() -> int:
     """Follow the files of a run until the training process ends."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to all processes of a job; it is for the ranks
     environ = dict(os.environ)  # before wandb adds to it
     request, say = read_request(environ)
     lock = wait_for_predecessor(Path(request["directory"]) / LOG_FILE)

@@ -1,0 +1,27 @@
+"""Processes beside the ranks."""
+
+import signal
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+_FOR_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def start_beside(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """Start a process that ends by itself when the ranks have; signals that stop ranks never reach it.
+
+    A terminal sends them to a whole session, and Slurm to every process of a step, also to one that has just begun.
+
+    Args:
+        command: its command line.
+        options: of :class:`subprocess.Popen`.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_RANKS)  # the new process has the same mask, for good
+    try:
+        return subprocess.Popen(command, start_new_session=True, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
