@@ -60,18 +60,25 @@ main() {
 
 full() {
   local gpt2=(--model gpt2_124m --sequence-length 2048 --batch 16 --compile)
-  local gpt3=(--model gpt3_1b --sequence-length 2048 --batch 4 --compile)
-  bench roofline 60 roofline.py --model gpt3_1b --sequence-length 2048 --batch 4 --compile --steps 5
-  bench 'step, gpt2_124m' 140 step.py "${gpt2[@]}" --turns 5 --steps 15 --together 8 --sides bare nanogpt hf hf-gpt2 lightning
-  bench 'step, gpt3_1b' 120 step.py "${gpt3[@]}" --turns 4 --steps 8 --together 2 --sides bare nanogpt hf-gpt2
+  local gpt3=(--model gpt3_1b --sequence-length 2048 --compile) large=''
+  # Sides that wait keep weights and moments, 16 GB each.
+  "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.get_device_properties(0).total_memory < 120e9)' && large=yes
+  bench roofline 60 roofline.py "${gpt3[@]}" --batch 4 --steps 5
+  bench 'step, gpt2_124m' 150 step.py "${gpt2[@]}" --turns 5 --steps 15 --together 3 --sides bare nanogpt hf hf-gpt2 lightning
+  if [ "$large" ]; then
+    bench 'step, gpt3_1b' 140 step.py "${gpt3[@]}" --batch 8 --turns 4 --steps 6 --sides bare nanogpt hf-gpt2
+  else
+    bench 'step, gpt3_1b' 100 step.py "${gpt3[@]}" --batch 6 --turns 4 --steps 8 --sides nanogpt
+  fi
   bench 'loss memory' 40 loss_memory.py --turns 3 --steps 3 --width 768
   part overhead 40 "$PYTHON" benchmarks/overhead.py --engine ddp --no-op --steps 400
-  bench engines 90 engines.py "${gpt2[@]}" --turns 4 --steps 10 --together 8
+  bench engines 90 engines.py "${gpt2[@]}" --turns 4 --steps 10 --together 3
   if has torchao; then
-    bench 'step, gpt3_1b, fp8' 60 step.py "${gpt3[@]}" --precision fp8 --turns 3 --steps 8 --together 2 --sides bare
+    bench 'step, gpt3_1b, fp8' 80 step.py "${gpt3[@]}" --batch 6 --precision fp8 --turns 3 --steps 8 --sides bare
   else
     echo 'not installed: torchao; fp8 is left out'
   fi
+  [ "$large" ] || bench 'step, gpt3_1b, HF' 100 step.py "${gpt3[@]}" --batch 4 --turns 4 --steps 8 --sides hf-gpt2
   has pytest && part tests 90 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${tests[@]}"
   part checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --ranks 1 --rounds 2
 }

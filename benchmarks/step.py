@@ -75,7 +75,7 @@ def ours(config: TrainConfig, pacer: Pacer) -> float | None:
     device = pick_device(info)
     init_process_group(info, device, timeout_seconds=turns.PATIENCE_SECONDS)
     engine = build_engine(config, lambda: make_model(config), info=info, device=device)
-    initialise(engine.state, make_values(config), num_threads=1)
+    initialise(engine.state, make_values(config), num_threads=4)
     pace(engine, pacer)
     directory = Path(config.run.root) / str(config.run.name)
     run = trainer.Run(
@@ -174,9 +174,9 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.samples.tokens[index], "labels": self.samples.targets[index]}
 
-    def loader(self, config: TrainConfig) -> Any:
+    def loader(self, config: TrainConfig, **settings: Any) -> Any:
         size, on_gpu = config.train.micro_batch_size, torch.cuda.is_available()
-        return torch.utils.data.DataLoader(self, batch_size=size, shuffle=False, pin_memory=on_gpu)
+        return torch.utils.data.DataLoader(self, batch_size=size, pin_memory=on_gpu, **settings)
 
 
 class MeanLoss(nn.Module):
@@ -298,8 +298,10 @@ def lightning_trainer(config: TrainConfig, pacer: Pacer) -> float:
     import lightning
     from lightning.pytorch.loggers import CSVLogger
 
+    info, rows = RankInfo.from_env(), Rows(config)
+    # Its own would shuffle.
+    sampler = torch.utils.data.DistributedSampler(rows, info.world_size, info.rank, shuffle=False)
     forget_lone_rank()
-    rows = Rows(config)
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -325,12 +327,13 @@ def lightning_trainer(config: TrainConfig, pacer: Pacer) -> float:
         gradient_clip_val=config.optimizer.grad_clip,
         log_every_n_steps=LOG_EVERY_STEPS,
         logger=CSVLogger(config.run.root),
+        use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     pacer.begin()
-    fit.fit(module, rows.loader(config))
+    fit.fit(module, rows.loader(config, sampler=sampler))
     return module.last_loss.item()
 
 

@@ -195,7 +195,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     """Return the 25th percentile, the median and the 75th percentile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
 
