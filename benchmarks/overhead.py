@@ -13,8 +13,6 @@ that are on the device already. Equal losses at the end prove that both did the 
 import argparse
 import contextlib
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -22,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from turns import machine
 
 from bigtrain import trainer
 from bigtrain.checkpoint.saver import Saver
@@ -55,7 +53,7 @@ from bigtrain.cursor import Cursor
 from bigtrain.data.batch import Batch
 from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.deepspeed_zero import deepspeed_settings, import_deepspeed
+from bigtrain.engine.deepspeed_zero import STAGES, deepspeed_settings, import_deepspeed
 from bigtrain.engine.state import initialise
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_model
@@ -166,14 +164,22 @@ def bare_loop(config: TrainConfig, info: RankInfo, device: torch.device, values:
     """Return the step of a loop as one would write it for this one purpose."""
     with torch.device(device):
         model = make_model(config)
+    fill(model, values)
+    if config.engine.compile:
+        for block in model.blocks:
+            block.compile()
+    if config.engine.kind in STAGES:
+        return bare_deepspeed_step(config, info, device, model)
+    return bare_torch_step(config, device, model)
+
+
+def fill(model: nn.Module, values: dict[str, InitialValue]) -> None:
+    """Give a model its initial weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             buffer = torch.empty(parameter.numel())
             values[name].fill(0, buffer)
             parameter.copy_(buffer.view_as(parameter))
-    if config.engine.kind is EngineKind.zero2:
-        return bare_deepspeed_step(config, info, device, model)
-    return bare_torch_step(config, device, model)
 
 
 def bare_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -328,17 +334,9 @@ def table(results: list[tuple[Times, Times, str]]) -> list[tuple[str, Callable[[
     ]
 
 
-def machine() -> str:
-    cpus = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    cpu = f"{os.cpu_count()} x {(cpus or [platform.machine()])[0]}, load {os.getloadavg()[0]:.1f}"
-    device = torch.cuda.get_device_name() if torch.cuda.device_count() else cpu
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed"))
-    return f"{device}; {packages}, Python {platform.python_version()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=["ddp", "fsdp", "zero2"], default="fsdp")
+    parser.add_argument("--engine", choices=["ddp", "fsdp", *(kind.name for kind in STAGES)], default="fsdp")
     parser.add_argument("--ranks", type=int, default=1, help="processes, started here (default 1)")
     parser.add_argument("--model", default="gpt_nano", choices=PRESETS, metavar="PRESET", help="default gpt_nano")
     parser.add_argument("--batch", type=int, default=4, help="sequences per rank and step (default 4)")
