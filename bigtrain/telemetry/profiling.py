@@ -96,6 +96,26 @@ def save_memory_snapshot(directory: Path, name: str) -> Path | None:
     return path
 
 
+def save_hang(run_directory: Path, name: str) -> None:
+    """Write what a rank that hangs still knows: its last collectives, and what the GPU's allocator holds."""
+    directory = run_directory / DIRECTORY
+    directory.mkdir(parents=True, exist_ok=True)
+    for backend, record in last_collectives().items():
+        (directory / f"{name}.{backend}.json").write_bytes(record)
+    save_memory_snapshot(directory, name)
+
+
+def last_collectives() -> dict[str, bytes]:
+    """Return torch's flight recorders as JSON, by backend: number, sizes and state of the last collectives.
+
+    They record unless ``TORCH_FR_BUFFER_SIZE=0``. Their other form, a pickle, has Python stacks besides; those are in
+    the watchdog's record.
+    """
+    dumps = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
+    found = {backend: getattr(torch._C._distributed_c10d, dump, None) for backend, dump in dumps.items()}
+    return {backend: dump() for backend, dump in found.items() if dump}
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation has failed, on a GPU or on the host."""
     is_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
