@@ -44,6 +44,10 @@ UTILISATION_PERCENT = "system/gpu_utilisation_percent"
 POWER_WATTS = "system/gpu_power_watts"
 TEMPERATURE_CELSIUS = "system/gpu_temperature_celsius"
 
+# Followed by /<name>, that of a component of data.mixture; of a single data set it is "data".
+SOURCE_TOKENS = "data/tokens"
+SOURCE_EPOCHS = "data/epochs"  # passes over the component so far
+
 # Followed by /<layer>
 LAYER_GRAD_NORM = "optim/grad_norm"
 LAYER_PARAM_NORM = "optim/param_norm"

@@ -69,7 +69,7 @@ def render(histories: list[History]) -> str:
 
 def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, Any]]]]:
     """Yield (heading, (caption, figure or None) pairs)."""
-    line = figures.line_figure
+    line, family = figures.line_figure, figures.family_figure
     yield (
         "Loss",
         [
@@ -109,11 +109,12 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, A
             [
                 ("Where a step's time goes.", figures.breakdown_figure(history)),
                 ("Memory.", figures.memory_figure(history)),
-                ("Gradient norm per layer.", figures.layer_figure(history, names.LAYER_GRAD_NORM, "gradient norm")),
+                ("Gradient norm per layer.", family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True)),
                 (
                     "Size of an update relative to its weights, per layer.",
-                    figures.layer_figure(history, names.LAYER_UPDATE_RATIO, "update ratio"),
+                    family(history, names.LAYER_UPDATE_RATIO, "update ratio", log=True),
                 ),
+                ("Passes over each source of data.", family(history, names.SOURCE_EPOCHS, "epochs")),
             ],
         )
 
