@@ -26,6 +26,10 @@ OPTIMIZER_SECONDS = "perf/optimizer_seconds"
 LOGGING_SECONDS = "perf/logging_seconds"  # reading back, writing, showing, agreeing whether to stop
 PHASES = (DATA_SECONDS, FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, CHECKPOINT_STALL_SECONDS, LOGGING_SECONDS)
 
+# Of a profile's event: seconds per traced step in which collectives ran, and in which nothing else did.
+COMMUNICATION_SECONDS = "communication_seconds"
+EXPOSED_COMMUNICATION_SECONDS = "exposed_communication_seconds"
+
 TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
 TFLOPS_PER_DEVICE = "perf/causal_tflops_per_device"
 MFU_CAUSAL = "perf/mfu_causal"
