@@ -248,7 +248,7 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     with trainer.train_loader(streams["train"], config, engine, start=Cursor()) as loader:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
-    gauges = partial(trainer.gauges, config, engine)
+    gauges = partial(trainer.gauges, config, engine, streams["train"])
     turns = Turns(build_recorder(config, directory, info.rank, 0, gauges), bare_step, batches)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     run = trainer.Run(

@@ -46,7 +46,7 @@ from bigtrain.telemetry.gauges import Gauges, perplexity
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.out_of_memory import explained
-from bigtrain.telemetry.profiling import Profiler
+from bigtrain.telemetry.profiling import Profiler, save_hang
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 from bigtrain.validation import validate
 
@@ -152,7 +152,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
     claim(launch)
-    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank)
+    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory))
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     fill_state(config, engine, resume, info)
     parts = Run(
@@ -172,7 +172,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     facts |= {"changed": changes} if changes else {}
     launch.signal.at_once = False
     while True:
-        parts.recorder = open_recorder(config, parts.start.step, engine)
+        parts.recorder = open_recorder(config, parts.start.step, engine, streams["train"])
         with parts.recorder:
             kind = "resume" if resume else "start"
             parts.recorder.event(kind, step=parts.start.step, checkpoint=str(resume or ""), **facts)
@@ -194,7 +194,7 @@ def train(run: Run) -> End | RollBack:
     signal = run.signal
     steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
     meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
-    norms = LayerNorms(engine, config.optimizer, config.logging.layer_norms_every_steps)
+    norms = LayerNorms(engine, config.logging.layer_norms_every_steps)
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
     loader = train_loader(run.streams["train"], config, engine, start=run.start)
     stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
@@ -218,7 +218,7 @@ def train(run: Run) -> End | RollBack:
             seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
             loss, grad_norm = train_step(engine, batch, lr, before_update=before_update)
             meter.mark(names.OPTIMIZER_SECONDS)
-            norms.after_update(step, lr)
+            norms.after_update(step)
             heartbeat.enter("logging")
             pace = meter.step_done(tokens=batch.after.samples * config.data.sequence_length)
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **pace})
@@ -383,7 +383,7 @@ def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
             keep_tokenizer(directory, tokenizer)
 
 
-def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullRecorder:
+def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:
     """Return this rank's recorder; all ranks call this.
 
     Raises:
@@ -394,17 +394,18 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine) -> NullR
     def open_files() -> None:
         nonlocal recorder
         with writing(run_directory(config)):
-            recorder = build_recorder(config, run_directory(config), 0, first_step, partial(gauges, config, engine))
+            make_gauges = partial(gauges, config, engine, stream)
+            recorder = build_recorder(config, run_directory(config), 0, first_step, make_gauges)
 
     on_rank0(open_files)
     return recorder
 
 
-def gauges(config: TrainConfig, engine: Engine) -> Gauges:
+def gauges(config: TrainConfig, engine: Engine, stream: SampleStream) -> Gauges:
     """Return what rank 0 reads at logging steps."""
     weights = [entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)]
     num_parameters = sum(math.prod(entry.shape) for entry in weights)
-    return Gauges(config, engine.device, dist.get_world_size(), num_parameters)
+    return Gauges(config, engine.device, dist.get_world_size(), num_parameters, stream.progress)
 
 
 def _nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:

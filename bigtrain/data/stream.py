@@ -185,6 +185,15 @@ class SampleStream:
             places={name: part.place(before_step[name] - 1) for name, part in self._live.items() if before_step[name]},
         )
 
+    def progress(self, samples: int) -> dict[str, tuple[int, float]]:
+        """Return, of each component, how many tokens the first ``samples`` of the run drew and how many epochs they are."""
+        counts = self.mixture.counts(self._position(samples))
+        length = self._list[0].packed.sequence_length
+        return {
+            name: (count * length, count / max(component.order.num_samples, 1))
+            for (name, component), count in zip(self.components.items(), counts, strict=True)
+        }
+
     def _position(self, samples: int) -> int:
         """Return the position in the order of the sample that comes after so many."""
         return pieces(samples, 1, self.skipped)[0][0]

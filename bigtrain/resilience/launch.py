@@ -4,7 +4,9 @@ import contextlib
 import faulthandler
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -17,7 +19,7 @@ from bigtrain.resilience.failures import describe, failure_of, record_failures
 from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
 from bigtrain.resilience.hold import Hold
 from bigtrain.resilience.signals import StopSignal
-from bigtrain.resilience.watchdog import STACK_SIGNAL, Watch, stacks_path, start_watchdog
+from bigtrain.resilience.watchdog import STACK_SIGNAL, Watch, question_path, stacks_path, start_watchdog
 
 _ALONE = ("starting", "data", "forward_backward", "optimizer")
 """Phases in which a rank may meet an error that no other rank has; in the others all ranks decide together."""
@@ -73,12 +75,13 @@ class Launch:
             self.signal.at_once = True
             self.signal.__enter__()
 
-    def supervise(self, launch_id: str, local_rank: int) -> None:
+    def supervise(self, launch_id: str, local_rank: int, save: Callable[[str], None] | None = None) -> None:
         """Let the heartbeat be seen; the first rank of each node starts the watchdog.
 
         Args:
             launch_id: the same on all ranks, and no other launch's.
             local_rank: rank on this node.
+            save: what this process saves when it hangs, under a name, before it is ended; in a thread.
         """
         hang_seconds = self.config.hang_seconds
         place = beats_directory(f"{launch_id}-{self.rank - local_rank}")
@@ -95,6 +98,9 @@ class Launch:
                 first_hang_seconds=self.config.first_hang_seconds,
             )
             self._beats = place
+            if save:
+                os.mkfifo(question_path(place, self.rank))
+                threading.Thread(target=self._answer, args=(question_path(place, self.rank), save), daemon=True).start()
             if local_rank == 0:
                 interval = min(0.5, hang_seconds / 8) if hang_seconds else 0.5
                 self._watchdog = start_watchdog(
@@ -102,6 +108,13 @@ class Launch:
                 )
         except OSError as error:
             get_logger().warning(f"no watchdog on this node: {error}")
+
+    def _answer(self, question: Path, save: Callable[[str], None]) -> None:
+        """Wait, without the interpreter, for the watchdog to ask; save, and take the question away."""
+        with contextlib.suppress(OSError):
+            question.open("rb").close()
+            save(f"hang-step-{self.heartbeat.step}-rank-{self.rank}")
+            question.unlink()
 
     def previous_failure(self) -> str | None:
         """Return the first cause of the failure of the launch before this one, if it has failed."""

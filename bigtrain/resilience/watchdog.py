@@ -30,6 +30,8 @@ STACKS_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 PATIENT_LOOKS = 3
 """So many looks may find that the run has failed before the ranks of this node, which may wait for ever, are ended."""
+SAVE_SECONDS = 3.0
+"""How long a hung rank may take to save what it knows; one whose interpreter is stuck cannot."""
 _STOPPED, _DEAD = "Tt", "ZX"
 
 
@@ -66,6 +68,11 @@ def start_watchdog(watch: Watch) -> "subprocess.Popen[bytes]":
 def stacks_path(beats: Path, rank: int) -> Path:
     """Return where a rank writes its stacks."""
     return beats / f"{rank:05d}.stacks"
+
+
+def question_path(beats: Path, rank: int) -> Path:
+    """Return the pipe by which a rank is asked to save what it knows; it removes it when it has."""
+    return beats / f"{rank:05d}.question"
 
 
 def watch_node(watch: Watch) -> None:
@@ -138,6 +145,8 @@ def _death(place: Path, beat: Beat) -> Failure:
 def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool) -> None:
     place = Path(watch.beats)
     seconds, limit = (time.monotonic_ns() - suspect.since_ns) / 1e9, (suspect.deadline_ns - suspect.since_ns) / 1e9
+    awake = [beat for beat in living if _process_state(beat.pid) not in _STOPPED]
+    _wait_until_gone([path for beat in awake if _ask(path := question_path(place, beat.rank))])
     for beat in living:
         _send(beat.pid, STACK_SIGNAL)
         _send(beat.pid, signal.SIGCONT)  # a stopped process shows nothing
@@ -175,6 +184,20 @@ def _wait_for_stacks(paths: list[Path]) -> None:
         if sizes == before and all(sizes):
             return
         time.sleep(0.1)
+
+
+def _ask(question: Path) -> bool:
+    """Wake the thread of a rank that waits for the question; return whether there is one."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(question, os.O_WRONLY | os.O_NONBLOCK))
+        return True
+    return False
+
+
+def _wait_until_gone(paths: list[Path]) -> None:
+    deadline = time.monotonic() + SAVE_SECONDS
+    while any(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _read_stacks(place: Path, rank: int) -> str:

@@ -1,13 +1,16 @@
 """Rank 0's display: a progress display on a terminal, plain lines elsewhere, and always ``train.log``."""
 
+import contextlib
 import logging
 import math
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -17,7 +20,9 @@ from bigtrain.telemetry import names
 from bigtrain.telemetry.text import describe, format_duration
 from bigtrain.telemetry.view import RunView
 
-_REDRAW_SECONDS = 0.1  # fastest rate at which the terminal is drawn
+_REDRAW_SECONDS = 1.0  # between two pictures on the terminal: one takes the interpreter for milliseconds
+_MAX_WAITING = 1000  # lines that wait for a terminal
+_CLOSE_SECONDS = 1.0  # that the end of a run waits for a terminal
 
 
 class Console:
@@ -26,7 +31,9 @@ class Console:
     On a terminal a progress bar with the newest numbers stays at the bottom and messages scroll above
     it. Elsewhere each call prints a plain line. The same lines, with the time (UTC), are appended to the
     log file. While entered, the project's log messages come here too, so that they neither tear the
-    display nor miss the file. A terminal, pipe or disk that goes away never raises.
+    display nor miss the file. A terminal, pipe or disk that goes away never raises, and one that takes nothing (a lost
+    connection, a pager, Ctrl-S) stops nobody: a thread shows what waits in a queue, and what finds no place there
+    is only in the file.
     """
 
     def __init__(
@@ -49,13 +56,17 @@ class Console:
         self._is_terminal = _can_draw(sys.stdout) if is_terminal is None else is_terminal
         self._time_left = _TimeLeft(total_steps, clock)
         self._clock = clock
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of the log file
 
     def __enter__(self) -> "Console":
         """Open the log file and begin to draw."""
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log: TextIO | None = self._log_path.open("a", encoding="utf-8", errors="replace", buffering=1)
-        self._display = _LiveDisplay(self._total_steps, self._clock) if self._is_terminal else _PlainDisplay()
+        output = _Output(sys.stdout)
+        display = _LiveDisplay(self._total_steps, self._clock, output) if self._is_terminal else _PlainDisplay(output)
+        self._display, self._waiting = display, queue.Queue[Callable[[], None] | None](_MAX_WAITING)
+        self._thread = threading.Thread(target=self._show_waiting, daemon=True)
+        self._thread.start()
         self._handlers = get_logger().handlers
         get_logger().handlers = [_ToConsole(self)]
         return self
@@ -65,8 +76,10 @@ class Console:
     ) -> None:
         """Leave the last numbers on the terminal and close the log file."""
         get_logger().handlers = self._handlers
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
         with self._lock:
-            self._display.close()
             if self._log:
                 self._log.close()
                 self._log = None
@@ -78,37 +91,83 @@ class Console:
             record: As in ``metrics.jsonl``; see :mod:`bigtrain.telemetry.names`.
         """
         step = record[names.STEP]
-        seconds_left = self._time_left.after(step, record[names.STEP_SECONDS])
-        progress, numbers = f"step {step}/{self._total_steps}", describe(record)
-        left = f"{format_duration(seconds_left)} left"
-        with self._lock:
-            self._to_file(f"{progress}  {numbers}  {left}")
-            self._display.metrics(record, seconds_left, f"{progress}  {numbers}  {left}")
+        left = self._time_left.after(step, record[names.STEP_SECONDS])
+        line = f"step {step}/{self._total_steps}  {describe(record)}  {format_duration(left)} left"
+        self._to_file(line)
+        self._show(partial(self._display.metrics, record, left, line))
 
     def event(self, event: dict[str, Any]) -> None:
         """Take what happened, for the display; messages say it in words."""
-        with self._lock:
-            self._display.event(event)
+        self._show(partial(self._display.event, event))
 
     def message(self, text: str) -> None:
         """Show ``text``, which may have several lines."""
-        with self._lock:
-            for line in text.splitlines():
-                self._to_file(line)
-            self._display.message(text)
+        for line in text.splitlines():
+            self._to_file(line)
+        self._show(partial(self._display.message, text))
+
+    def _show(self, shown: Callable[[], None]) -> None:
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(shown)
+
+    def _show_waiting(self) -> None:
+        while shown := self._waiting.get():
+            shown()
+        self._display.close()
 
     def _to_file(self, line: str) -> None:
-        if self._log is None:
-            return
+        with self._lock:
+            if self._log is None:
+                return
+            try:
+                self._log.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n")
+                return
+            except OSError as error:
+                self._log, why = None, error
+        self.message(f"cannot write {self._log_path}: {why}; its lines are shown here only")
+
+
+class _Output:
+    """Standard output without Python's buffer, whose lock would end the interpreter if a write never returned."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
         try:
-            self._log.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n")
-        except OSError as error:
-            self._log = None
-            self._display.message(f"cannot write {self._log_path}: {error}; its lines are shown here only")
+            self._file: int | None = stream.fileno()
+        except (OSError, ValueError):  # a stand-in
+            self._file = None
+        self._is_gone = False
+
+    def write(self, text: str) -> int:
+        """Write, or forget if nobody listens any more."""
+        if not self._is_gone:
+            try:
+                self._write(text)
+            except OSError:
+                self._is_gone = True
+                _forget_output()
+        return len(text)
+
+    def _write(self, text: str) -> None:
+        if self._file is None:
+            self._stream.write(text)
+            return
+        rest = memoryview(text.encode(self.encoding, "replace"))
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
 
 class _PlainDisplay:
-    """Prints lines to standard output until nobody listens any more."""
+    """Prints lines."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
 
     def metrics(self, record: dict[str, Any], seconds_left: float, line: str) -> None:
         self.message(line)
@@ -117,52 +176,46 @@ class _PlainDisplay:
         pass
 
     def message(self, text: str) -> None:
-        encoding = sys.stdout.encoding or "utf-8"
-        _write_or_forget(lambda: print(text.encode(encoding, "replace").decode(encoding), flush=True))
+        self._output.write(f"{text}\n")
 
     def close(self) -> None:
         pass
 
 
 class _LiveDisplay:
-    """Draws the run below the messages.
+    """Draws the run below the messages, when it is told something and not more often than is cheap."""
 
-    It draws when it is told something and has no thread of its own, which would take the interpreter
-    from the training loop between two logging intervals.
-    """
-
-    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+    def __init__(self, total_steps: int, clock: Callable[[], float], output: _Output) -> None:
         from rich.console import Console as RichConsole
         from rich.live import Live
 
         self._view = RunView(total_steps)
         self._clock = clock
-        self._console = RichConsole(force_terminal=True, highlight=False, markup=False, emoji=False)
-        self._console.on_broken_pipe = _forget_output  # instead of raising SystemExit
+        self._console = RichConsole(file=output, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._drawn_at = -math.inf
-        self._is_gone = False
-        self._try(self._live.start)
+        self._seconds_left = math.nan
+        self._live.start()
 
     def metrics(self, record: dict[str, Any], seconds_left: float, line: str) -> None:
         self._view.add(record)
-        self._live.update(self._view.render(seconds_left=seconds_left))
+        self._seconds_left = seconds_left
         if self._clock() - self._drawn_at >= _REDRAW_SECONDS:
             self._drawn_at = self._clock()
-            self._try(self._live.refresh)
+            self._draw()
 
     def event(self, event: dict[str, Any]) -> None:
         self._view.add_event(event)
 
     def message(self, text: str) -> None:
-        self._try(lambda: self._console.print(text, soft_wrap=True))
+        self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        self._try(self._live.stop)
+        self._draw()
+        self._live.stop()
 
-    def _try(self, draw: Callable[[], None]) -> None:
-        if not self._is_gone:
-            self._is_gone = not _write_or_forget(draw)
+    def _draw(self) -> None:
+        self._live.update(self._view.render(seconds_left=self._seconds_left), refresh=True)
 
 
 class _ToConsole(logging.Handler):
@@ -198,16 +251,6 @@ class _TimeLeft:
 
 def _can_draw(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-
-
-def _write_or_forget(write: Callable[[], None]) -> bool:
-    """Write to standard output; if its reader is gone, send it to nowhere from now on and return False."""
-    try:
-        write()
-    except OSError:
-        _forget_output()
-        return False
-    return True
 
 
 def _forget_output() -> None:

@@ -125,20 +125,21 @@ def breakdown_figure(history: History) -> Any:
     return figure
 
 
-def layer_figure(history: History, prefix: str, label: str) -> Any:
-    """Return a norm of every layer over steps, from the first in cyan to the last in magenta, or None."""
+def family_figure(history: History, prefix: str, label: str, *, log: bool = False) -> Any:
+    """Return the metrics ``<prefix>/<name>`` over steps, from the first in cyan to the last in magenta, or None."""
     keys = list(dict.fromkeys(key for record in history.records for key in record if key.startswith(f"{prefix}/")))
-    if not keys:
+    if len(keys) < 2:
         return None
     from matplotlib import colormaps
 
     figure, axes = _figure(label, names.STEP)
     for i, key in enumerate(keys):
         records, values = history.series(key)
-        colour = colormaps["cool"](i / max(len(keys) - 1, 1))
-        name = key.removeprefix(f"{prefix}/") if i in (0, len(keys) - 1) else None
+        colour = colormaps["cool"](i / (len(keys) - 1))
+        name = key.removeprefix(f"{prefix}/") if len(keys) <= len(COLOURS) or i in (0, len(keys) - 1) else None
         _line(axes, [record[names.STEP] for record in records], values, colour, name, width=1.2, gid=f"curve-{key}")
-    axes.set_yscale("log")
+    if log:
+        axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=9)
     return figure
 

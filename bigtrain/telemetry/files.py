@@ -18,6 +18,7 @@ SAMPLES_FILE = "samples.jsonl"  # texts that were generated from checkpoints of 
 _MAX_PENDING_LINES = 100_000  # kept in memory while the disk refuses them
 _REPAIR_CHUNK_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 23
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 class JsonLines:
@@ -159,13 +160,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def encode(record: dict[str, Any]) -> bytes:
     """Return ``record`` as one line of JSON; anything that JSON lacks is written as its value or its text."""
-    non_finite: dict[str, str] = {}
-    plain = {str(key): _plain(value, str(key), non_finite) for key, value in record.items()}
-    if non_finite:
-        plain["non_finite"] = non_finite
-    return (
-        json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode(errors="replace") + b"\n"
-    )
+    try:
+        text = _ENCODER.encode(record)
+    except (TypeError, ValueError):  # what JSON lacks: rare enough for a walk through the record in Python
+        non_finite: dict[str, str] = {}
+        plain = {str(key): _plain(value, str(key), non_finite) for key, value in record.items()}
+        text = _ENCODER.encode(plain | {"non_finite": non_finite} if non_finite else plain)
+    return text.encode(errors="replace") + b"\n"
 
 
 def _plain(value: Any, name: str, non_finite: dict[str, str]) -> Any:

@@ -1,7 +1,9 @@
 """What rank 0 reads off its instruments at a logging step: throughput, utilisation, memory, the GPU's own sensors."""
 
 import math
+import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,14 +18,22 @@ from bigtrain.telemetry import names
 from bigtrain.telemetry.environment import describe_environment
 from bigtrain.telemetry.peak import Peak, find_peak
 
-_SENSOR_SECONDS = 5.0  # a sensor may take a millisecond to answer
+_SENSOR_SECONDS = 5.0  # between two questions to the GPU's driver
+_HOST_SECONDS = 1.0  # between two questions to the system
 _SAME_MODEL = 0.01
 
 
 class Gauges:
     """Computes the sectioned metrics of a logging step; nothing here waits for a device."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, world_size: int, num_parameters: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        world_size: int,
+        num_parameters: int,
+        progress: Callable[[int], dict[str, tuple[int, float]]] = lambda samples: {},
+    ) -> None:
         """Find the model's operations and the device's peak.
 
         Args:
@@ -31,6 +41,7 @@ class Gauges:
             device: Of rank 0; all ranks are taken to have its like.
             world_size: Number of ranks.
             num_parameters: Of the model that was built, to check the shape that operations are counted from.
+            progress: Tokens and epochs of each source of data, after so many samples of the run.
         """
         self._device = device
         self._world_size = world_size
@@ -39,7 +50,11 @@ class Gauges:
         """Unix time at which this process began."""
         self.environment = describe_environment(device)
         self._useful_seconds = 0.0
-        self._read_sensors_at = -math.inf
+        self._progress = progress
+        self._sequence_length = config.data.sequence_length
+        self._rss_bytes, self._rss_read_at = 0, -math.inf
+        self._sensors: dict[str, float] = {}
+        self._sensors_read_at = -math.inf
         self.flops = find_flops(config.model, config.data.sequence_length, num_parameters)
         self.peak = find_peak(device, config.engine.precision or Precision.fp32) if self.flops else None
 
@@ -80,12 +95,22 @@ class Gauges:
             **utilisation(self.flops, self.peak, rate, phases.get(names.PAIRS_PER_TOKEN)),
             names.GOODPUT: min(self._useful_seconds / max(time.time() - self.launched_at, 1e-9), 1.0),
             names.DATA_WAIT_FRACTION: phases.get(names.DATA_SECONDS, 0.0) / max(step_seconds, 1e-9),
+            **self._sources(records[-1][names.TOKENS]),
             **self._memory(),
-            **self._sensors(),
+            **self._take_sensors(),
         }
 
+    def _sources(self, tokens: int) -> dict[str, float]:
+        read: dict[str, float] = {}
+        for name, (source_tokens, epochs) in self._progress(tokens // self._sequence_length).items():
+            read[f"{names.SOURCE_TOKENS}/{name}"], read[f"{names.SOURCE_EPOCHS}/{name}"] = source_tokens, epochs
+        return read
+
     def _memory(self) -> dict[str, float]:
-        memory = {names.HOST_RSS_BYTES: self._process.memory_info().rss}
+        now = time.monotonic()
+        if now - self._rss_read_at >= _HOST_SECONDS:
+            self._rss_bytes, self._rss_read_at = self._process.memory_info().rss, now
+        memory: dict[str, float] = {names.HOST_RSS_BYTES: self._rss_bytes}
         if self._device.type == "cuda":
             stats = torch.cuda.memory_stats_as_nested_dict(self._device)
             memory[names.ALLOCATED_BYTES] = stats["allocated_bytes"]["all"]["current"]
@@ -93,22 +118,28 @@ class Gauges:
             memory[names.PEAK_BYTES] = stats["allocated_bytes"]["all"]["peak"]
         return memory
 
-    def _sensors(self) -> dict[str, float]:
-        """Return what the GPU's driver tells, now and then; nothing where it cannot be asked."""
+    def _take_sensors(self) -> dict[str, float]:
+        """Return what the GPU's driver has told since the last call, and ask it again now and then.
+
+        An answer takes milliseconds, so a thread waits for it.
+        """
         now = time.monotonic()
-        if self._device.type != "cuda" or now - self._read_sensors_at < _SENSOR_SECONDS:
-            return {}
-        self._read_sensors_at = now
+        if self._device.type == "cuda" and now - self._sensors_read_at >= _SENSOR_SECONDS:
+            self._sensors_read_at = now
+            threading.Thread(target=self._read_sensors, daemon=True).start()
+        told, self._sensors = self._sensors, {}
+        return told
+
+    def _read_sensors(self) -> None:
         try:
-            return {
+            self._sensors = {
                 names.UTILISATION_PERCENT: torch.cuda.utilization(self._device),
                 names.POWER_WATTS: torch.cuda.power_draw(self._device) / 1000,
                 names.TEMPERATURE_CELSIUS: torch.cuda.temperature(self._device),
             }
         except Exception as error:  # no driver library, no permission, a sensor that a device lacks
-            self._read_sensors_at = math.inf
+            self._sensors_read_at = math.inf
             get_logger().info(f"the GPU's sensors cannot be read: {error}")
-            return {}
 
 
 def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) -> TokenFlops | None:

@@ -42,7 +42,8 @@ class StepMeter:
         self._num_steps = self._num_pairs = self._num_masked_tokens = 0
         self._seconds = dict.fromkeys((*HOST_PHASES, *DEVICE_PHASES), 0.0)
         on_cuda = device is not None and device.type == "cuda"
-        self._events = {phase: torch.cuda.Event(enable_timing=True) for phase in self._seconds} if on_cuda else {}
+        timed = [phase for phase in self._seconds if on_cuda and phase != names.LOGGING_SECONDS]
+        self._events = {phase: torch.cuda.Event(enable_timing=True) for phase in timed}
 
     def skip(self) -> None:
         """Begin the next step now: the time since the last one ended belongs to none."""
@@ -53,7 +54,7 @@ class StepMeter:
         now = self._clock()
         self._seconds[phase] += now - self._mark
         self._mark = now
-        if self._events:
+        if phase in self._events:
             self._events[phase].record()
 
     def data_ready(self, micro_batches: Sequence[Any]) -> None:

@@ -26,6 +26,10 @@ OPTIMIZER_SECONDS = "perf/optimizer_seconds"
 LOGGING_SECONDS = "perf/logging_seconds"  # reading back, writing, showing, agreeing whether to stop
 PHASES = (DATA_SECONDS, FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, CHECKPOINT_STALL_SECONDS, LOGGING_SECONDS)
 
+# Of a profile's event: seconds per traced step in which collectives ran, and in which nothing else did.
+COMMUNICATION_SECONDS = "communication_seconds"
+EXPOSED_COMMUNICATION_SECONDS = "exposed_communication_seconds"
+
 TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
 TFLOPS_PER_DEVICE = "perf/causal_tflops_per_device"
 MFU_CAUSAL = "perf/mfu_causal"
@@ -44,6 +48,10 @@ HOST_RSS_BYTES = "memory/host_rss_bytes"
 UTILISATION_PERCENT = "system/gpu_utilisation_percent"
 POWER_WATTS = "system/gpu_power_watts"
 TEMPERATURE_CELSIUS = "system/gpu_temperature_celsius"
+
+# Followed by /<name>, that of a component of data.mixture; of a single data set it is "data".
+SOURCE_TOKENS = "data/tokens"
+SOURCE_EPOCHS = "data/epochs"  # passes over the component so far
 
 # Followed by /<layer>
 LAYER_GRAD_NORM = "optim/grad_norm"

@@ -12,28 +12,32 @@ _TERA = 10**12
 _MATRIX = 512  # of the measurement on a CPU: large enough for its full rate, 0.3 G operations
 _MEASURE_SECONDS = 0.05
 
-# Dense rates in T operations per second, as the makers' data sheets have them: products in bf16 with fp32
-# accumulation, of fp32 numbers rounded to tf32, and of fp32 numbers. Sheets that name the rate with 2:4 sparsity
-# are halved. The whole name must match: a laptop's, a cut-down or a partitioned (MIG) device of the same family
-# is another device.
-#   A100   NVIDIA A100 datasheet (2021)          H100, H200   NVIDIA H100 / H200 datasheets (2023, 2024)
-#   GH200  NVIDIA GH200 datasheet (2023)         B200         NVIDIA HGX/DGX B200 datasheets (2024), per GPU
-#   L4, L40S  NVIDIA datasheets (2023)           RTX 4090     NVIDIA Ada architecture whitepaper (2022)
-#   MI300X, MI250X  AMD Instinct data sheets (2023, 2021); MI250X: one of its two dies, which is a device
+# Dense rates in T operations per second, as the makers publish them: products in bf16 with fp32 accumulation, of
+# fp32 numbers rounded to tf32, and of fp32 numbers. Rates with 2:4 sparsity are halved. The whole name must match:
+# a laptop's, a cut-down or a partitioned (MIG) device of the same family is another device. No row without a source.
 _PEAKS: list[tuple[str, dict[str, float]]] = [
+    # A100 data sheet (nvidia-1758950-r4): the same for SXM and PCIe
     (r"NVIDIA A100.*(40|80)GB.*", {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    # "NVIDIA H100 Tensor Core GPU Architecture", table of the SXM5; the data sheet rounds it to 1,979 with sparsity
     (r"NVIDIA H100 80GB HBM3|NVIDIA H100 SXM.*", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),
-    (r"NVIDIA H100 PCIe", {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0}),
-    (r"NVIDIA H100 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    # H100 data sheet: 1,513 and 756 with sparsity, 51
+    (r"NVIDIA H100 PCIe", {"bf16": 756.5, "tf32": 378.0, "fp32": 51.0}),
+    # nvidia.com/data-center/h100: 1,671 with sparsity
+    (r"NVIDIA H100 NVL", {"bf16": 835.5}),
+    # nvidia.com/data-center/h200: the rates of the H100 SXM
     (r"NVIDIA H200", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),
-    (r"NVIDIA H200 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
-    (r"NVIDIA GH200 .*", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),
+    # Blackwell data sheet (3384703), one GPU of the HGX B200: 4.5 and 2.2 P with sparsity, 75
     (r"NVIDIA B200", {"bf16": 2250.0, "tf32": 1100.0, "fp32": 75.0}),
+    # nvidia.com/data-center/l4: 242 and 120 with sparsity, 30.3
     (r"NVIDIA L4", {"bf16": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    # L40S data sheet: 362.05 | 733 and 183 | 366 with sparsity, 91.6
     (r"NVIDIA L40S", {"bf16": 362.05, "tf32": 183.0, "fp32": 91.6}),
+    # "NVIDIA Ada GPU Architecture", table of the GeForce RTX 4090, with FP32 accumulation
     (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-    (r"AMD Instinct MI300X.*", {"bf16": 1307.4, "tf32": 653.7, "fp32": 163.4}),
-    (r"AMD Instinct MI250X.*", {"bf16": 191.5, "fp32": 47.9}),
+    # AMD Instinct MI300X data sheet: 304 compute units x 2,048 operations x 2.1 GHz
+    (r"AMD Instinct MI300X.*", {"bf16": 1307.4}),
+    # AMD Instinct MI200 table: 383.0 and, by matrix cores, 95.7; a device is one of the two dies
+    (r"AMD Instinct MI250X.*", {"bf16": 191.5, "fp32": 47.85}),
 ]
 
 

@@ -1,15 +1,18 @@
 """A look inside some steps, on demand: torch's profiler and the allocator's memory, into the run's ``profile/``."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bigtrain.config import ProfileConfig
 from bigtrain.log import get_logger
+from bigtrain.telemetry import names
 
 DIRECTORY = "profile"
 _TABLE_ROWS = 40
@@ -36,7 +39,7 @@ class Profiler:
         self._wants_memory = config.memory and rank == 0
         self._memory = self._wants_memory and torch.cuda.is_available()
         self._directory = run_directory / DIRECTORY
-        self._done_steps = first_step
+        self._done_steps = self._begun_after = first_step
         self._say = say
         self._profile: profile | None = None
 
@@ -69,6 +72,7 @@ class Profiler:
                 activities=[ProfilerActivity.CPU, *on_cuda], record_shapes=True, profile_memory=self._memory
             )
             self._profile.start()
+            self._begun_after = step
 
     def _write(self, last: int) -> None:
         traced, self._profile = self._profile, None
@@ -80,7 +84,37 @@ class Profiler:
         Path(f"{name}.txt").write_text(traced.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS))
         if self._memory:
             save_memory_snapshot(self._directory, f"steps-{self._first}-{last}")
-        self._say("profile", step=last, path=f"{name}.trace.json.gz")
+        communication = communication_seconds(traced.events(), max(last - self._begun_after, 1))
+        self._say("profile", step=last, path=f"{name}.trace.json.gz", **communication)
+
+
+def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, float]:
+    """Return how long collectives ran in a step, and how much of it while nothing was computed; nothing without any.
+
+    Args:
+        events: of the profiler. On a GPU its kernels count, otherwise gloo's collectives and torch's operators.
+        num_steps: so many steps were traced.
+    """
+    kernels = [event for event in events if event.device_type is not DeviceType.CPU]
+    events = kernels or [event for event in events if event.name.startswith(("gloo:", "aten::"))]
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in events:
+        is_collective = "nccl" in event.name.lower() or event.name.startswith("gloo:")
+        spans[is_collective].append((event.time_range.start, event.time_range.end))
+    if not spans[True]:
+        return {}
+    exposed = _covered(spans[True] + spans[False]) - _covered(spans[False])
+    seconds = {names.COMMUNICATION_SECONDS: _covered(spans[True]), names.EXPOSED_COMMUNICATION_SECONDS: exposed}
+    return {name: microseconds / 1e6 / num_steps for name, microseconds in seconds.items()}
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Return how much of a line is covered by these spans, which may overlap."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
 
 
 def save_memory_snapshot(directory: Path, name: str) -> Path | None:
@@ -94,6 +128,26 @@ def save_memory_snapshot(directory: Path, name: str) -> Path | None:
     path = directory / f"{name}.memory.pickle"
     torch.cuda.memory._dump_snapshot(str(path))
     return path
+
+
+def save_hang(run_directory: Path, name: str) -> None:
+    """Write what a rank that hangs still knows: its last collectives, and what the GPU's allocator holds."""
+    directory = run_directory / DIRECTORY
+    directory.mkdir(parents=True, exist_ok=True)
+    for backend, record in last_collectives().items():
+        (directory / f"{name}.{backend}.json").write_bytes(record)
+    save_memory_snapshot(directory, name)
+
+
+def last_collectives() -> dict[str, bytes]:
+    """Return torch's flight recorders as JSON, by backend: number, sizes and state of the last collectives.
+
+    They record unless ``TORCH_FR_BUFFER_SIZE=0``. Their other form, a pickle, has Python stacks besides; those are in
+    the watchdog's record.
+    """
+    dumps = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
+    found = {backend: getattr(torch._C._distributed_c10d, dump, None) for backend, dump in dumps.items()}
+    return {backend: dump() for backend, dump in found.items() if dump}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
+from bigtrain.telemetry.text import describe_communication
 from bigtrain.telemetry.wandb_logger import WandbLogger
 
 if TYPE_CHECKING:  # it imports torch
@@ -211,7 +212,9 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "checkpoint":
             return f"saved {fields.get('path')}"
         case "profile":
-            return f"profile of the steps up to {step}: {fields.get('path')}"
+            return "; ".join(
+                filter(None, (f"profile up to step {step}: {fields['path']}", describe_communication(fields)))
+            )
         case "finished":
             return f"finished after step {step}"
     return None

@@ -11,7 +11,7 @@ from typing import Any
 from bigtrain.redact import redact
 from bigtrain.telemetry import figures, names
 from bigtrain.telemetry.history import QUIET_EVENTS, History, differences, totals
-from bigtrain.telemetry.text import format_count, format_duration
+from bigtrain.telemetry.text import describe_communication, format_count, format_duration
 
 _MAX_EVENTS = 60
 _MAX_SAMPLES = 12
@@ -69,7 +69,7 @@ def render(histories: list[History]) -> str:
 
 def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, Any]]]]:
     """Yield (heading, (caption, figure or None) pairs)."""
-    line = figures.line_figure
+    line, family = figures.line_figure, figures.family_figure
     yield (
         "Loss",
         [
@@ -109,11 +109,12 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, A
             [
                 ("Where a step's time goes.", figures.breakdown_figure(history)),
                 ("Memory.", figures.memory_figure(history)),
-                ("Gradient norm per layer.", figures.layer_figure(history, names.LAYER_GRAD_NORM, "gradient norm")),
+                ("Gradient norm per layer.", family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True)),
                 (
                     "Size of an update relative to its weights, per layer.",
-                    figures.layer_figure(history, names.LAYER_UPDATE_RATIO, "update ratio"),
+                    family(history, names.LAYER_UPDATE_RATIO, "update ratio", log=True),
                 ),
+                ("Passes over each source of data.", family(history, names.SOURCE_EPOCHS, "epochs")),
             ],
         )
 
@@ -139,6 +140,7 @@ def _facts(history: History) -> dict[str, str]:
     total, config = totals(history, time.time()), history.config
     launch = history.launches()[-1] if history.launches() else {}
     environment = launch.get("environment", {})
+    profiles = [event for event in history.events if event.get("event") == "profile"]
     mfu = "" if total.mfu is None else f"{total.mfu:.1%} of {launch.get('peak_source', '')}"
     return {
         "state": f"{total.state} after step {total.step:,}" + (f" of {total.num_steps:,}" if total.num_steps else ""),
@@ -150,6 +152,7 @@ def _facts(history: History) -> dict[str, str]:
         else f"{_number(total.validation_loss)}, perplexity {_perplexity(total.validation_loss)}",
         "tokens per second": format_count(total.tokens_per_second),
         "MFU, causal": mfu,
+        "communication": describe_communication(profiles[-1]).removeprefix("communication ") if profiles else "",
         "time in steps": format_duration(total.train_seconds),
         "goodput": ""
         if total.goodput is None

@@ -66,6 +66,14 @@ def describe_machine(record: dict[str, Any]) -> str:
     return "  ".join(text(record[key]) for key, text in shown if record.get(key) is not None)
 
 
+def describe_communication(event: dict[str, Any]) -> str:
+    """Return what a profile's event tells of communication; nothing if the ranks did not communicate."""
+    if names.COMMUNICATION_SECONDS not in event:
+        return ""
+    seconds, exposed = event[names.COMMUNICATION_SECONDS], event[names.EXPOSED_COMMUNICATION_SECONDS]
+    return f"communication {seconds * 1e3:.4g} ms of a step, {exposed * 1e3:.4g} ms of it while nothing was computed"
+
+
 def describe_event(event: dict[str, Any]) -> str:
     """Return what happened, in one line: when, what, at which step, and the first words about it."""
     kind, step = event.get("event"), event.get(names.STEP)

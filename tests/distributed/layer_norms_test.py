@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigtrain import trainer
-from bigtrain.config import TrainConfig
+from bigtrain.config import OptimizerKind, TrainConfig
 from bigtrain.cursor import Cursor
 from bigtrain.local_ranks import run_ranks
 from bigtrain.parity import whole_parameters
@@ -35,9 +35,9 @@ def measured(config: TrainConfig) -> Norms:
     found: list[LayerNorms] = []
 
     def look(engine: Any) -> Any:
-        norms = LayerNorms(engine, config.optimizer, every_steps=1)
+        norms = LayerNorms(engine, every_steps=1)
         found.append(norms)
-        return norms.before_update, lambda step: norms.after_update(step, LR)
+        return norms.before_update, norms.after_update
 
     train(config, look)
     return [{k: v for k, v in r.items() if k != "step"} for r in found[0].merge([{"step": s} for s in (1, 2, 3)])]
@@ -78,9 +78,24 @@ def expected(config: TrainConfig) -> Norms:
     return records
 
 
+RULES = ("adamw", "sgd")
+
+
+def configured(engine: str, rule: str = "adamw", **fields: Any) -> TrainConfig:
+    config = with_engine(small_config(), engine, **fields)
+    config.optimizer.kind = OptimizerKind[rule]
+    return config
+
+
+def expected_under(configs: list[TrainConfig]) -> list[Norms]:
+    return [expected(config) for config in configs]
+
+
 @pytest.fixture(scope="module")
-def reference() -> Norms:
-    return run_ranks(expected, 1, small_config())[0]
+def references() -> dict[str, Norms]:
+    """The norms under each update rule."""
+    found = run_ranks(expected_under, 1, [configured("ddp", rule) for rule in RULES])[0]
+    return dict(zip(RULES, found, strict=True))
 
 
 def assert_equal(found: Norms, reference: Norms, tolerance: float = 1e-5) -> None:
@@ -95,23 +110,32 @@ def measured_under(configs: list[TrainConfig]) -> list[Norms]:
 
 
 WORLDS = {
-    "native": (2, [("ddp", {}), ("fsdp", {}), ("fsdp", {"offload": "cpu"})]),
+    "native": (
+        2,
+        [("ddp", {}), ("fsdp", {}), ("fsdp", {"offload": "cpu"}), ("ddp", {"rule": "sgd"}), ("fsdp", {"rule": "sgd"})],
+    ),
     "hsdp": (4, [("hsdp", {"dp_shard": 2})]),
     "deepspeed": (
         2,
-        [("zero1", {}), ("zero2", {}), ("zero2", {"offload": "cpu"}), ("zero3", {}), ("zero3", {"offload": "cpu"})],
+        [
+            ("zero1", {}),
+            ("zero2", {}),
+            ("zero2", {"offload": "cpu"}),
+            ("zero3", {}),
+            ("zero3", {"offload": "cpu"}),
+            ("zero1", {"rule": "sgd"}),
+        ],
     ),
 }
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_norms_are_equal_under_every_sharding(reference: Norms, world: str):
+def test_norms_are_equal_under_every_sharding_and_update_rule(references: dict[str, Norms], world: str):
     world_size, engines = WORLDS[world]
-    configs = [with_engine(small_config(), engine, **fields) for engine, fields in engines]
-    ranks = run_ranks(measured_under, world_size, configs)
+    ranks = run_ranks(measured_under, world_size, [configured(engine, **fields) for engine, fields in engines])
     assert all(rank == ranks[0] for rank in ranks)
-    for norms in ranks[0]:
-        assert_equal(norms, reference)
+    for norms, (_, fields) in zip(ranks[0], engines, strict=True):
+        assert_equal(norms, references[fields.get("rule", "adamw")])
 
 
 def without_reduction(config: TrainConfig) -> Norms:
@@ -121,10 +145,10 @@ def without_reduction(config: TrainConfig) -> Norms:
     return measured(config)
 
 
-def test_a_missing_reduction_is_noticed(reference: Norms):
+def test_a_missing_reduction_is_noticed(references: dict[str, Norms]):
     found = run_ranks(without_reduction, 2, with_engine(small_config(), "fsdp"))[0]
     with pytest.raises(AssertionError):
-        assert_equal(found, reference)
+        assert_equal(found, references["adamw"])
 
 
 def test_layers_are_blocks_and_what_is_around_them():

@@ -1,13 +1,16 @@
 """A run that is killed twice and resumed, as its dashboards and readers see it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bigtrain.telemetry import names
 from bigtrain.telemetry.history import read_history, totals
+from bigtrain.telemetry.wandb_dashboard import build_dashboard
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
 from tests.wandb_files import read_history as read_wandb
 from tests.wandb_files import read_records
@@ -106,6 +109,18 @@ def test_wandb_holds_each_step_once_in_order_with_the_expected_keys(run: Path):
     validations = [row for row in rows if "val/loss" in row]
     assert [int(row["step"]) for row in validations] == list(range(100, NUM_STEPS + 1, 100))
     assert [float(row["tokens"]) for row in validations] == [int(row["step"]) * 8 * 16 for row in validations]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_dashboard_shows_what_runs_log(run: Path):
+    logged = set().union(*(row.keys() for row in read_wandb(run)))
+    of_a_gpu = {value for value in vars(names).values() if str(value).startswith(("system/", "memory/"))}
+    panels = [panel for section in build_dashboard("mine", "me", "bigtrain").sections for panel in section.panels]
+    assert len(panels) > 10
+    for panel in panels:
+        assert panel.x in logged
+        assert set(panel.y or []) <= logged | of_a_gpu, panel.title
+        assert panel.y or any(re.fullmatch(panel.metric_regex, key) for key in logged), panel.title
 
 
 def test_wandb_continues_one_run_and_is_told_what_happened(run: Path):

@@ -139,6 +139,7 @@ def test_each_component_is_drawn_as_if_it_were_alone_and_once_per_epoch(drawn):
         own = ids[(ids >= begin) & (ids < begin + size)] - begin
         alone = stream_of(dataclasses.replace(config, mixture={}), {name: splits[name]})
         assert own.tolist() == alone.ids(0, len(own)).tolist()
+        assert stream.progress(400)[name] == (len(own) * T, len(own) / size)
         for epoch in range(len(own) // size):
             assert sorted(own[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
         begin += size

@@ -31,7 +31,7 @@ FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 # itself is imported that way.
 LAZY = [
     *("accelerate", "datasets", "deepspeed", "fsspec", "matplotlib", "pyarrow", "rensa", "s3fs", "tiktoken"),
-    *("tensorboardX", "tokenizers", "transformers", "wandb"),
+    *("tensorboardX", "tokenizers", "transformers", "wandb", "wandb_workspaces"),
 ]
 WITHOUT_TORCH = ["bigtrain.errors", "bigtrain.schema", "bigtrain.config", "bigtrain.checks", "bigtrain.redact"]
 WITHOUT_TORCH_OF_THEIR_OWN = ["bigtrain.preflight", "bigtrain.models.sizes"]
@@ -39,6 +39,7 @@ ONLY_IN = {
     "hydra": "launch.",
     "omegaconf": "launch.",
     "wandb": "bigtrain.telemetry.wandb_logger",
+    "wandb_workspaces": "bigtrain.telemetry.wandb_dashboard",
     "matplotlib": "bigtrain.telemetry.figures",
     "tensorboardX": "bigtrain.telemetry.tensorboard_logger",
     "deepspeed": "bigtrain.engine.deepspeed_zero",

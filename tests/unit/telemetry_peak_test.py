@@ -14,7 +14,7 @@ from bigtrain.telemetry.peak import find_peak, published_peak
         ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
         ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
         ("NVIDIA H100 80GB HBM3", "tf32", 494.7),
-        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
         ("NVIDIA H200", "bf16", 989.4),
         ("NVIDIA B200", "bf16", 2250),
         ("NVIDIA L4", "bf16", 121),
@@ -36,6 +36,8 @@ def test_published_peaks(name: str, kind: str, tflops: float):
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
         "NVIDIA L40",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
         "Some Accelerator 9000",
     ],
 )
@@ -45,6 +47,7 @@ def test_an_unknown_device_has_no_peak(name: str):
 
 def test_a_kind_that_the_data_sheet_does_not_name_has_no_peak():
     assert published_peak("AMD Instinct MI250X", "tf32") is None
+    assert published_peak("NVIDIA H100 NVL", "tf32") is None
 
 
 def test_a_cpu_is_measured_and_says_so():

@@ -3,17 +3,19 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from bigtrain.checks import check, fit_micro_batch, resolve
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ProfileConfig, TrainConfig
 from bigtrain.errors import PreflightError
 from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry.out_of_memory import explained
-from bigtrain.telemetry.profiling import Profiler
+from bigtrain.telemetry.profiling import Profiler, communication_seconds
 
 ALONE = RankInfo(0, 1, 0, 1)
 
@@ -45,6 +47,21 @@ def test_exactly_the_wanted_steps_are_traced(tmp_path: Path):
     assert (event["event"], event["step"]) == ("profile", 4)
     assert traced_steps(event["path"]) == ["my step 3", "my step 4"]
     assert "aten::mm" in (tmp_path / "profile/steps-3-4.txt").read_text()
+
+
+def span(name: str, start: float, end: float, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+
+def test_communication_is_told_with_what_of_it_nothing_hides():
+    host = [span("aten::mm", 0, 10), span("gloo:all_reduce", 5, 20), span("gloo:all_reduce", 15, 30)]
+    assert communication_seconds(host, 5) == {
+        "communication_seconds": pytest.approx(25e-6 / 5),
+        "exposed_communication_seconds": pytest.approx(20e-6 / 5),
+    }
+    device = [span("gemm", 0, 10, DeviceType.CUDA), span("ncclDevKernel_AllReduce", 8, 12, DeviceType.CUDA)]
+    assert communication_seconds([*host, *device], 1)["communication_seconds"] == pytest.approx(4e-6)
+    assert communication_seconds(host[:1], 1) == {}
 
 
 def test_a_launch_may_begin_and_end_within(tmp_path: Path):
