@@ -35,6 +35,9 @@ class Component(Protocol):
     def documents(self, sample_id: int) -> NDArray[np.int64]:
         """Return the document of each place of a sample, -1 for padding."""
 
+    def epochs(self, count: int) -> float:
+        """Return how many passes the first ``count`` samples are, which have been drawn."""
+
 
 class StoredSamples:
     """Samples of a prepared corpus, or synthetic ones: all are known from the beginning."""
@@ -54,6 +57,10 @@ class StoredSamples:
         self.num_ids, self.is_full = self.order.num_samples, packed.is_full
         self.ids, self.gather, self.documents = self.order.ids, packed.gather, packed.documents
         self._fetching: list[int] = []
+
+    def epochs(self, count: int) -> float:
+        """See :class:`Component`."""
+        return count / max(self.num_ids, 1)
 
     def prefetch(self, first: int) -> None:
         """Begin to fetch what is needed from a position on: this window of shards and the next."""

@@ -188,9 +188,8 @@ class SampleStream:
     def progress(self, samples: int) -> dict[str, tuple[int, float]]:
         """Return, of each component, how many tokens the first ``samples`` of the run drew and how many epochs they are."""
         counts = self.mixture.counts(self._position(samples))
-        length = self._list[0].packed.sequence_length
         return {
-            name: (count * length, count / max(component.order.num_samples, 1))
+            name: (count * self.sequence_length, component.epochs(count))
             for (name, component), count in zip(self.components.items(), counts, strict=True)
         }
 

@@ -92,6 +92,10 @@ class LiveSamples:
         """Return the document of each place of a sample, numbered within its window, -1 for padding."""
         return self._window(sample_id >> _INDEX_BITS).packed.documents(sample_id & (1 << _INDEX_BITS) - 1)
 
+    def epochs(self, count: int) -> float:
+        """Return how many passes the first ``count`` samples are, counted in windows that were drawn from."""
+        return (self._find(count - 1) + 1) / self._windows_per_epoch if count else 0.0
+
     def place(self, position: int) -> WindowPlace:
         """Return the window of a position that was drawn, for a checkpoint."""
         number = self._find(position)
