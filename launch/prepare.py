@@ -37,7 +37,7 @@ def run(config: TrainConfig) -> int:
     components = component_data(config.data)
     if all(data.source is DataSource.synthetic for data in components.values()):
         raise ConfigError("data=synthetic is made while training; there is nothing to prepare")
-    if any(map(is_live, components.values())):
+    if all(map(is_live, components.values())):
         raise ConfigError("data.on_the_fly=true tokenises while training; there is nothing to prepare: leave it out")
     from bigtrain.data.prepare import prepare_components
 
@@ -46,7 +46,10 @@ def run(config: TrainConfig) -> int:
     for name, directory in prepare_components(config.data, progress=True):
         if config.data.mixture:
             print(f"component   {name}")
-        num_tokens += describe(directory)
+        if is_live(components[name]):
+            print("tokenised while training")
+        else:
+            num_tokens += describe(directory)
     if config.model.name and config.model.kind is ModelKind.native:
         print(f"enough?     {per_parameter(num_tokens, config.model)}")
     return EXIT_FINISHED

@@ -177,14 +177,14 @@ def parse_index(text: bytes, where: str) -> CorpusIndex:
     return index
 
 
-def verify_hashes(directory: str | Path) -> None:
-    """Read every file of a corpus, several at a time, and compare its hash with the index.
+def verify_hashes(directory: str | Path, index: CorpusIndex) -> None:
+    """Read every file of a corpus, several at a time, and compare its hash with its index.
 
     Raises:
         DataError: names the first file that is missing, truncated or changed.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda file: verify_file(Path(directory), file), read_index(directory).files):
+        for _ in pool.map(lambda file: verify_file(Path(directory), file), index.files):
             pass
 
 

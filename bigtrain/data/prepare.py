@@ -106,11 +106,10 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
             return fetch_index(config.path, cache_directory(config))
         return _check(Path(config.path), config)
     target = _locate(config)
-    if target.directory.exists():
-        return _adopt(target, config)
-    fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
-    _make(target.directory, lambda work: fill(work, config, target))
-    return _adopt(target, config)
+    if not target.directory.exists():
+        fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
+        _make(target.directory, lambda work: fill(work, config, target))
+    return _check(target.directory, config, target.identity)
 
 
 def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[str, Path]]:
@@ -203,20 +202,14 @@ def _slug(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", plain[-1]).strip("-")[:40]
 
 
-def _adopt(target: _Target, config: DataConfig) -> Path:
-    if read_index(target.directory, check_sizes=False).identity != target.identity:
-        raise DataError(f"{target.directory}: made from another source or with other settings; remove it")
-    return _check(target.directory, config)
-
-
-def _check(directory: Path, config: DataConfig) -> Path:
+def _check(directory: Path, config: DataConfig, identity: str | None = None) -> Path:
     """Compare a local corpus with its index, so far as its shards are not looked at one by one in the run."""
-    if config.on_bad_shard is OnBadShard.skip:
-        read_index(directory, check_sizes=False)
-    elif config.verify is Verify.full:
-        verify_hashes(directory)
-    else:
-        read_index(directory, check_sizes=config.verify is not Verify.off)
+    verify = Verify.off if config.on_bad_shard is OnBadShard.skip else config.verify
+    index = read_index(directory, check_sizes=verify is not Verify.off)
+    if identity not in (None, index.identity):
+        raise DataError(f"{directory}: made from another source or with other settings; remove it")
+    if verify is Verify.full:
+        verify_hashes(directory, index)
     return directory
 
 

@@ -149,7 +149,7 @@ def test_epochs_and_seeds_have_different_orders(place):
     assert stream.ids(0, 20).tolist() != stream_of(config_in(place), seed=4).ids(0, 20).tolist()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_any_split_of_the_run_into_launches_has_the_same_samples(place, data):
     config = config_in(
@@ -223,7 +223,7 @@ def test_a_run_that_goes_back_to_before_its_launch_counts_from_the_beginning(pla
 def test_a_mixture_with_a_prepared_corpus(place):
     mixture = {"data": ComponentConfig(weight=0.75), "stored": ComponentConfig(weight=0.25)}
     config = config_in(place, mixture=mixture)
-    stored = prepare(config_in(place, on_the_fly=False), progress=False)
+    stored = prepare(config_in(place, on_the_fly=False, prepare_processes=1), progress=False)
     split = Corpus.open(stored, vocab_size=257).split("train")
     stream = stream_of(config, stored=split)
     ids = stream.ids(0, 80)

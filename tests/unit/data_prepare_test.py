@@ -90,6 +90,10 @@ def prepare_in_process(config, *, before):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
 
 
+def verify(directory):
+    verify_hashes(directory, read_index(directory))
+
+
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
 def test_every_document_is_kept_whole_in_one_split(config, tokenizer):
     directory = prepare(dataclasses.replace(config, tokenizer=tokenizer), progress=False)
@@ -104,7 +108,7 @@ def test_every_document_is_kept_whole_in_one_split(config, tokenizer):
     assert sorted(found) == sorted(texts)
     assert index.num_empty_documents == 1
     assert index.train.num_text_bytes + index.validation.num_text_bytes == sum(len(t.encode()) for t in texts)
-    verify_hashes(directory)
+    verify(directory)
 
 
 def test_documents_longer_than_a_piece_stay_one_document(tmp_path):
@@ -207,7 +211,7 @@ def test_two_at_once_end_with_one_good_corpus(config):
     with ThreadPoolExecutor(4) as pool:
         directories = {*pool.map(lambda _: prepare(config, progress=False), range(4))}
     (directory,) = directories
-    verify_hashes(directory)
+    verify(directory)
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
@@ -221,7 +225,7 @@ def test_a_kill_leaves_nothing_that_looks_like_a_corpus(config):
     target = prepared_directory(config)
     leftovers = sorted(path.name for path in target.parent.iterdir())
     assert leftovers == [f".{target.name}.lock", f".{target.name}.partial"]
-    verify_hashes(prepare(config, progress=False))
+    verify(prepare(config, progress=False))
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
@@ -315,7 +319,7 @@ def test_a_failure_says_what_and_the_next_try_succeeds(config, tmp_path):
     with pytest.raises(DataError, match=r"zz\.txt: has zero bytes"):
         prepare(config, progress=False)
     (tmp_path / "texts" / "zz.txt").unlink()
-    verify_hashes(prepare(config, progress=False))
+    verify(prepare(config, progress=False))
 
 
 def test_the_number_of_processes_changes_nothing(config, tmp_path, monkeypatch):
@@ -341,12 +345,12 @@ def test_a_missing_or_truncated_file_is_named(config, name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found_and_named(config, name):
     directory = prepare(config, progress=False)
-    verify_hashes(directory)
+    verify(directory)
     content = bytearray((directory / name).read_bytes())
     content[len(content) // 2] ^= 4
     (directory / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: the content is not what was prepared"):
-        verify_hashes(directory)
+        verify(directory)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.checks import check_data
-from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, WeightChangeConfig
+from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, WeightChangeConfig, component_data
 from bigtrain.cursor import Cursor, chain_digest
 from bigtrain.data import open_streams
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
-from bigtrain.data.prepare import prepare
+from bigtrain.data.prepare import prepare, prepare_components
 from bigtrain.data.stream import build_stream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
@@ -261,6 +261,33 @@ def test_what_is_wrong_with_a_mixture_is_said(component, problem):
     data = from_dict(DataConfig, {"source": "synthetic", "mixture": {"web": component}})
     assert from_dict(DataConfig, to_dict(data)) == data
     assert any(found.startswith(problem) or problem in found for found in check_data(data)), check_data(data)
+
+
+def test_a_mixture_trains_one_bpe_on_all_components(tmp_path):
+    for name, word in (("a", "banana"), ("b", "kiwi")):
+        lines = [json.dumps({"text": f"{word} {word} number {i}"}) + "\n" for i in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    mixture = {name: ComponentConfig(path=str(tmp_path / f"{name}.jsonl")) for name in "ab"}
+    data = DataConfig(
+        source=DataSource.jsonl,
+        root=str(tmp_path / "data"),
+        tokenizer_vocab_size=280,
+        prepare_processes=1,
+        sequence_length=16,
+        mixture=mixture,
+    )
+    directories = dict(prepare_components(data, progress=False))
+    first, second = (load_tokenizer(directory) for directory in directories.values())
+    assert first.to_str() == second.to_str()
+    assert len(first.encode(" banana").ids) == len(first.encode(" kiwi").ids) == 1, "it has seen both"
+    assert open_streams(data, directories, vocab_size=280, seed=0, global_batch_size=4)["train"].num_samples > 10
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert dict(prepare_components(data, progress=False)) == directories
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "found again"
+    alone = prepare(component_data(data)["a"], progress=False)
+    assert len(load_tokenizer(alone).encode(" kiwi").ids) > 1
+    data.mixture["c"] = ComponentConfig(source=DataSource.prepared, path="corpus")
+    assert any("use that one: data.tokenizer=corpus" in problem for problem in check_data(data))
 
 
 def test_components_share_one_tokenizer(tmp_path):
