@@ -92,14 +92,16 @@ def _follow(runs: "list[FollowedRun]", every_seconds: float, console: Any) -> No
 
 def _screen(runs: "list[FollowedRun]") -> Any:
     from rich.console import Group
+    from rich.constrain import Constrain
     from rich.panel import Panel
 
-    return Group(
-        *(
-            Panel(item.view.render(show_events=True), title=f"{item.name}: {item.state()}", title_align="left")
-            for item in runs
-        )
-    )
+    from bigtrain.telemetry.view import MAX_COLUMNS
+
+    panels = [
+        Panel(item.view.render(show_events=True), title=f"{item.name}: {item.state()}", title_align="left")
+        for item in runs
+    ]
+    return Constrain(Group(*panels), MAX_COLUMNS)
 
 
 def help_page() -> str:

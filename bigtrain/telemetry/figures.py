@@ -45,8 +45,8 @@ def loss_figure(histories: list[History], axis: str) -> Any:
     for loss in sorted({history.unigram_loss for history in histories} - {None}):
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
         _note(axes, f"unigram model {loss:.2f}", (1, loss), ("axes fraction", "data"), (-4, 3), ha="right")
-    if tops:
-        low, high = min(tops), max(tops)
+    low, high = min(tops, default=0.0), max(tops, default=0.0)
+    if low < high:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -68,7 +68,7 @@ def line_figure(
         _line(axes, x, y, colour, history.name, gid=f"curve-{key}-{history.name}")
         _mark_events(axes, history, names.STEP, colour)
     if log:
-        axes.set_yscale("log")
+        _log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
@@ -121,7 +121,7 @@ def breakdown_figure(history: History) -> Any:
     for key, area in zip(parts, drawn, strict=True):
         area.set_gid(f"curve-breakdown-{key}")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    _legend_above(axes)
     return figure
 
 
@@ -139,8 +139,8 @@ def family_figure(history: History, prefix: str, label: str, *, log: bool = Fals
         name = key.removeprefix(f"{prefix}/") if len(keys) <= len(COLOURS) or i in (0, len(keys) - 1) else None
         _line(axes, [record[names.STEP] for record in records], values, colour, name, width=1.2, gid=f"curve-{key}")
     if log:
-        axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=9)
+        _log_scale(axes)
+    _legend_above(axes)
     return figure
 
 
@@ -196,6 +196,18 @@ def _figure(label: str, axis: str) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _legend_above(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+
+
+def _log_scale(axes: Any) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+
+
 def _line(
     axes: Any, x: Sequence[float], y: Sequence[float], colour: Any, label: str | None, *, gid: str, width: float = 1.7
 ) -> None:
@@ -239,15 +251,18 @@ def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> No
 
 
 def _mark_events(axes: Any, history: History, axis: str, colour: str) -> None:
-    place = _place(history, axis)
+    place, kinds = _place(history, axis), dict[int, list[str]]()
     for event in history.disturbances():
         if isinstance(event.get(names.STEP), int):
-            alarm = event["event"] in names.ALARMS
-            x = place(event[names.STEP])
-            line = axes.axvline(x, color=_ALARM if alarm else colour, linestyle=":", linewidth=1.0)
-            line.set_gid(f"event-{event['event']}-{event[names.STEP]}")
-            style = {"rotation": 90, "va": "top", "fontsize": 7, "color": _ALARM if alarm else GREY}
-            _note(axes, event["event"], (x, 1), ("data", "axes fraction"), (2, -2), **style)
+            kinds.setdefault(event[names.STEP], []).append(event["event"])
+    for step, happened in kinds.items():
+        alarm = any(kind in names.ALARMS for kind in happened)
+        for kind in happened:
+            line = axes.axvline(place(step), color=_ALARM if alarm else colour, linestyle=":", linewidth=1.0)
+            line.set_gid(f"event-{kind}-{step}")
+        style = {"rotation": 90, "va": "top", "fontsize": 7, "color": _ALARM if alarm else GREY}
+        label = ", ".join(dict.fromkeys(happened))
+        _note(axes, label, (place(step), 1), ("data", "axes fraction"), (2, -2), **style)
 
 
 def _note(

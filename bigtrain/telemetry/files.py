@@ -158,6 +158,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def only_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records that are of a step; a file may hold what we did not write."""
+    return [record for record in records if isinstance(record.get("step"), int)]
+
+
 def encode(record: dict[str, Any]) -> bytes:
     """Return ``record`` as one line of JSON; anything that JSON lacks is written as its value or its text."""
     try:

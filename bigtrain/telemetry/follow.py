@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, Tail
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, Tail, only_steps
 from bigtrain.telemetry.history import read_flat_config, run_state
 from bigtrain.telemetry.view import RunView
 
@@ -25,7 +25,7 @@ class FollowedRun:
         steps = self._config.get("train.steps")
         self.view.total_steps = steps if isinstance(steps, int) else None
         while records := self._metrics.read():
-            for record in records:
+            for record in only_steps(records):
                 self.view.add(record)
         while events := self._events.read():
             for event in events:

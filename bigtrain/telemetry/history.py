@@ -13,7 +13,8 @@ import yaml
 from bigtrain.errors import BigtrainError, DataError
 from bigtrain.schema import flatten
 from bigtrain.telemetry import names
-from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, read_jsonl
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, only_steps, read_jsonl
+from bigtrain.telemetry.text import number
 
 CONFIG_FILE = "config.yaml"
 QUIET_EVENTS = ("start", "validation", "checkpoint", "finished")
@@ -39,7 +40,7 @@ class History:
     def series(self, key: str) -> tuple[list[dict[str, Any]], list[float]]:
         """Return the records that have ``key``, and its values; what is not finite is not a number."""
         having = [record for record in self.records if key in record]
-        return having, [math.nan if record[key] is None else record[key] for record in having]
+        return having, [number(record, key) for record in having]
 
     def validations(self) -> list[dict[str, Any]]:
         """Return the validations, in order."""
@@ -60,7 +61,7 @@ def read_history(directory: Path) -> History:
     Raises:
         DataError: There are no metrics.
     """
-    records = _read(directory / METRICS_FILE)
+    records = only_steps(_read(directory / METRICS_FILE))
     if not records:
         raise DataError(
             f"{directory}: no {METRICS_FILE} with steps in it; name the directory of a run, such as runs/gpt_nano"
@@ -139,7 +140,7 @@ def totals(history: History, now: float) -> Totals:
         step=last[names.STEP],
         num_steps=history.config.get("train.steps"),
         tokens=last.get(names.TOKENS, 0),
-        loss=math.nan if last.get(names.LOSS) is None else last[names.LOSS],
+        loss=number(last, names.LOSS),
         validation_loss=validations[-1].get(names.LOSS) if validations else None,
         tokens_per_second=statistics.median(rates) if rates else math.nan,
         mfu=statistics.median(mfu) if mfu else None,

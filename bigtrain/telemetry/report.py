@@ -27,7 +27,8 @@ figure { margin: 0; break-inside: avoid; } figcaption { color: var(--soft); font
 svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; } td:last-child { overflow-wrap: anywhere; }
+@media (min-width: 40rem) { td:first-child { white-space: nowrap; } }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .75rem; margin: .5rem 0; }
 mark { background: #3b82f633; color: inherit; } .soft { color: var(--soft); }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .pictures { grid-template-columns: 1fr 1fr; }
@@ -158,7 +159,7 @@ def _facts(history: History) -> dict[str, str]:
         if total.goodput is None
         else f"{total.goodput:.1%} of {format_duration(total.held_seconds)} in {total.num_launches} launches",
         "engine": f"{config.get('engine.kind', '')} on {launch.get('world_size', '?')} x {environment.get('device', '?')}",
-        "commit": str(environment.get("commit", "")),
+        "commit": _short(str(environment.get("commit", ""))),
         "packages": ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),
     }
 
@@ -190,7 +191,7 @@ def _events(history: History) -> str:
 def _details(event: dict[str, Any]) -> str:
     hidden = {"event", names.TIME, names.STEP, "environment", "launched_at", "peak_source"}
     known = {
-        key: value
+        key: f"{value:.4g}" if isinstance(value, float) else value
         for key, value in event.items()
         if key not in hidden and "flops" not in key and value not in ("", None)
     }
@@ -210,12 +211,17 @@ def _samples(history: History) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     first = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    rest = "".join("<tr>" + "".join(f'<td class="number">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows)
+    rest = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{first}</tr>{rest}</table></div>'
 
 
 def _text(value: object) -> str:
     return html.escape(str(value))
+
+
+def _short(commit: str) -> str:
+    """Return the beginning of a commit's hash, and the mark of changed files."""
+    return commit[:12] + "+" * commit.endswith("+")
 
 
 def _number(value: float) -> str:

@@ -10,18 +10,19 @@ def describe(record: dict[str, Any]) -> str:
     """Return the numbers of a step in words that fit a line of 80 columns."""
     return "  ".join(
         (
-            f"loss {_loss(record):.4f}",
-            f"grad norm {record[names.GRAD_NORM]:.3g}",
-            f"lr {record[names.LR]:.2e}",
-            f"{format_count(record[names.TOKENS])} tokens",
-            f"{format_count(record[names.TOKENS_PER_SECOND])} tok/s",
+            f"loss {number(record, names.LOSS):.4f}",
+            f"grad norm {number(record, names.GRAD_NORM):.3g}",
+            f"lr {number(record, names.LR):.2e}",
+            f"{format_count(number(record, names.TOKENS))} tokens",
+            f"{format_count(number(record, names.TOKENS_PER_SECOND))} tok/s",
         )
     )
 
 
-def _loss(record: dict[str, Any]) -> float:
-    loss = record.get(names.LOSS)
-    return math.nan if loss is None else loss  # a file has no word for what is not a number
+def number(record: dict[str, Any], key: str) -> float:
+    """Return a number of a record; a file has null for what is not finite, and may be of another version."""
+    value = record.get(key)
+    return math.nan if value is None else value
 
 
 def format_count(number: float) -> str:
@@ -87,5 +88,5 @@ def describe_event(event: dict[str, Any]) -> str:
     )
     if isinstance(event.get(names.LOSS), float):
         about = f"loss {event[names.LOSS]:.4f}"
-    when = str(event.get(names.TIME, ""))[11:19]
+    when = f"{str(event[names.TIME])[11:19]}Z" if event.get(names.TIME) else ""
     return "  ".join(part for part in (when, str(kind), f"step {step}" if step is not None else "", about) if part)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigtrain.telemetry import names
-from bigtrain.telemetry.text import describe, describe_event, describe_machine, format_duration
+from bigtrain.telemetry.text import describe, describe_event, describe_machine, format_duration, number
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = ".:-=+*%#"
 _SPARKLINE_COLUMNS = 48
+MAX_COLUMNS = 120  # on a wide terminal an eye would lose its line
 _MAX_POINTS = 4096
 _MAX_EVENTS = 500
 _PACE_STEPS = 50
@@ -35,7 +36,7 @@ class RunView:
         self.last: dict[str, Any] = {}
         self._machine: dict[str, Any] = {}
         self._losses: list[tuple[int, float]] = []
-        self._paces: list[float] = []
+        self._paces: list[tuple[float, float]] = []  # seconds and tokens of the last steps
         self._events: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -47,7 +48,8 @@ class RunView:
             self._losses.append((step, loss))
         if len(self._losses) > _MAX_POINTS:
             self._losses = [*self._losses[:-1:2], self._losses[-1]]
-        self._paces = [*self._paces[-_PACE_STEPS + 1 :], record.get(names.STEP_SECONDS, math.nan)]
+        seconds, rate = number(record, names.STEP_SECONDS), number(record, names.TOKENS_PER_SECOND)
+        self._paces = [*self._paces[-_PACE_STEPS + 1 :], (seconds, seconds * rate)]
         self._machine = {**self._machine, **{key: value for key, value in record.items() if "/" in key}}
         self.last = record
 
@@ -65,7 +67,12 @@ class RunView:
     @property
     def step_seconds(self) -> float:
         """Mean of the last steps."""
-        return statistics.fmean(self._paces) if self._paces else math.nan
+        return statistics.fmean(seconds for seconds, _ in self._paces) if self._paces else math.nan
+
+    def numbers(self) -> str:
+        """Return the numbers of the last step, with the throughput of the last steps."""
+        seconds, tokens = (math.fsum(values) for values in zip(*self._paces, strict=True))
+        return describe({**self.last, names.TOKENS_PER_SECOND: tokens / seconds if seconds else math.nan})
 
     def seconds_left(self) -> float:
         """Return how long the rest takes at the pace of the last steps."""
@@ -81,6 +88,7 @@ class RunView:
             show_events: also what happened last.
         """
         from rich.console import Group
+        from rich.constrain import Constrain
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -95,10 +103,11 @@ class RunView:
         bar.add_column(no_wrap=True)
         fraction = min(step / total, 1.0)
         bar.add_row(f"step {step}/{total}", ProgressBar(total=1.0, completed=fraction), f"{fraction:.0%}  {left} left")
-        lines = [describe(self.last), self._curve(), describe_machine(self._machine)]
+        lines = [self.numbers(), self._curve(), describe_machine(self._machine)]
         if show_events:
             lines += [describe_event(event) for event in self.events[-_SHOWN_EVENTS:]]
-        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line))
+        texts = (Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line)
+        return Constrain(Group(bar, *texts), MAX_COLUMNS)
 
     def _curve(self) -> str:
         losses = [loss for _, loss in self._losses]

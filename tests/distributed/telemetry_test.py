@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bigtrain.distributed import init_process_group
+from bigtrain.local_ranks import run_ranks
+from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry import names
 from bigtrain.telemetry.history import read_history, totals
+from bigtrain.telemetry.profiling import communication_seconds
 from bigtrain.telemetry.wandb_dashboard import build_dashboard
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
 from tests.wandb_files import read_history as read_wandb
@@ -143,6 +148,20 @@ def test_wandb_continues_one_run_and_is_told_what_happened(run: Path):
     table = json.loads(next(run.glob("wandb/*/files/media/table/samples*.json")).read_text())
     assert table["data"] == [[25, "Once", " upon a time"]]
     assert not any(CANARY.encode() in path.read_bytes() for path in run.glob("wandb/**/*") if path.is_file())
+
+
+def traced_collectives(_: None) -> dict[str, float]:
+    init_process_group(RankInfo.from_env(), torch.device("cpu"), timeout_seconds=60)
+    with torch.profiler.profile() as traced:
+        for _ in range(3):
+            torch.distributed.all_reduce(torch.ones(2**20))
+    return communication_seconds(traced.events(), 1)
+
+
+def test_the_trace_of_ranks_tells_their_communication():
+    for told in run_ranks(traced_collectives, 2, None):
+        assert 0 < told["communication_seconds"] < 10
+        assert 0 < told["exposed_communication_seconds"] <= told["communication_seconds"]
 
 
 def test_tensorboard_holds_each_step_once(run: Path):

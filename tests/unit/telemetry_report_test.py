@@ -143,6 +143,23 @@ def test_a_long_run_makes_no_larger_page(tmp_path: Path):
     assert max(sizes) < 2_000_000 and sizes[1] < 2 * sizes[0]
 
 
+@pytest.mark.filterwarnings("error")
+def test_odd_runs_have_a_page_too(tmp_path: Path):
+    lines = [
+        json.dumps(record(step) | ({"loss": None, "grad_norm": None} if step > 3 else {})) for step in range(1, 61)
+    ]
+    files = {"one": lines[:1], "diverged": lines, "foreign": ['{"a": 1}', "[1]", lines[0], '{"step": 2, "lo']}
+    for name, written in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(written))
+        (tmp_path / name / "events.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "resu')
+        (tmp_path / name / "config.yaml").write_text("train: [1, 2\n")
+    histories = [read_history(tmp_path / name) for name in files]
+    assert [len(history.records) for history in histories] == [1, 60, 1]
+    page = render(histories)
+    assert "not a number" in page and "after step 60" in page
+
+
 def test_a_picture_of_the_loss_alone(tmp_path: Path):
     run = make_run(tmp_path / "run")
     assert report(run, "out=loss.svg", cwd=tmp_path).returncode == 0

@@ -81,6 +81,9 @@ def test_without_a_key_it_is_written_offline_once_per_step_and_without_secrets(t
     ]
     files = list(run.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and {path.stem for path in files} == {f"run-{(run / 'wandb_id').read_text().strip()}"}
+    (run / "wandb_cursor.json").unlink()  # without the cursor they would be there twice
+    start(run, said).close(timeout_seconds=30)
+    assert [int(row["step"]) for row in read_history(run) if "train/loss" in row] == [*range(1, 11), *range(1, 11)]
     written = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
     assert b"my run" in files[0].read_bytes() and not any(b"CANARY" in data for data in written)
 

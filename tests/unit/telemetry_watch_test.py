@@ -59,7 +59,7 @@ def test_a_view_shows_progress_loss_machine_and_what_happened():
         "data wait 1.0%",
     ):
         assert words in text
-    assert "03:04:05  validation  step 40  loss 0.3000" in text and "validation 0.3000" in text
+    assert "03:04:05Z  validation  step 40  loss 0.3000" in text and "validation 0.3000" in text
     assert "▁" in text or "." in text
 
 
@@ -69,8 +69,8 @@ def test_a_resumed_run_takes_its_steps_back():
         view.add(record(step))
     assert [step for step, _ in view._losses] == [1, 2, 3, 4, 5]
     view.add(record(6, loss=None))
-    view.add(record(7, loss=math.nan))
-    assert len(view._losses) == 5 and "step 7/20" in drawn(view)
+    view.add(record(7, loss=math.nan, grad_norm=None))
+    assert len(view._losses) == 5 and "step 7/20" in drawn(view) and "grad norm nan" in drawn(view)
 
 
 def test_a_sparkline_falls_with_the_loss(monkeypatch: pytest.MonkeyPatch):
@@ -102,6 +102,13 @@ def test_a_run_is_followed_by_its_files_through_a_resume(tmp_path: Path):
     followed.read()
     assert followed.state() == "finished" and [step for step, _ in followed.view._losses] == list(range(1, 21))
     assert [event["event"] for event in followed.view.events] == ["start", "resume", "finished"]
+
+
+def test_throughput_is_that_of_the_last_steps():
+    view = RunView(20)
+    for seconds in (1.0, 3.0):
+        view.add(record(1, step_seconds=seconds, tokens_per_second=100 / seconds))
+    assert "50 tok/s" in drawn(view)
 
 
 def test_a_silent_run_has_ended(tmp_path: Path):
