@@ -12,7 +12,7 @@ from bigtrain.parity import compare, trace, zero_environ
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
 
 OFFLOADED = tuple(f"{engine} offload" for engine in ("fsdp", "zero1", "zero2", "zero3"))
-VARIANTS = {1: ENGINES, 2: (*ENGINES, *OFFLOADED, "accelerate"), 4: ("hsdp",)}
+VARIANTS = {1: (*ENGINES, "accelerate"), 2: (*ENGINES, *OFFLOADED, "accelerate"), 4: ("hsdp",)}
 SHARDED = ("fsdp", "hsdp", "zero1", "zero2", "zero3")
 BF16 = ("ddp", "fsdp", "zero3")
 LLAMA = {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu, "bias": False}
@@ -34,90 +34,94 @@ def trace_variants(world_size, variants, precision="fp32"):
     return {variant: trace(muon_config(variant, world_size, precision)) for variant in variants}
 
 
+def orthogonalise_apart(matrices, parts, at):
+    """The mistake: every rank orthogonalises what it has."""
+    rows = [part.numel() // matrix.columns for matrix, part in zip(matrices, parts, strict=True)]
+    return muon._orthogonalise([dataclasses.replace(m, rows=n) for m, n in zip(matrices, rows, strict=True)], parts)
+
+
+def keep_to_oneself(outgoing, numels, at):
+    """The mistake: nothing is communicated, everybody takes their own for that of the others."""
+    (own, *_) = (tensor for row in outgoing for tensor in row)
+    return [[own.repeat(numel)[:numel] for numel in row] for row in numels]
+
+
+MISTAKES = {"orthogonalise_parts": orthogonalise_apart, "_swap": keep_to_oneself}
+
+
+def trace_mistake(name):
+    right = getattr(muon, name)
+    setattr(muon, name, MISTAKES[name])
+    found = trace(muon_config("fsdp", 2))
+    setattr(muon, name, right)
+    return found
+
+
+def held(variant):
+    """Return how many elements of matrices, and of their momentum, this rank holds; there is no other state of them."""
+    entries = start_engine(muon_config(variant, 2)).state.entries
+    numel = {key: sum(box.view.numel() for box in entry.boxes) for key, entry in entries.items()}
+    momenta = [key for key in entries if key.endswith(".momentum_buffer")]
+    names = [key.removeprefix(OPTIMIZER).removesuffix(".momentum_buffer") for key in momenta]
+    blocks = [key for key, entry in entries.items() if key.startswith("model.blocks") and len(entry.shape) == 2]
+    assert sorted(MODEL + name for name in names) == sorted(blocks)
+    assert not any(f"{OPTIMIZER}{name}.{key}" in entries for name in names for key in ("exp_avg", "exp_avg_sq"))
+    assert f"{OPTIMIZER}embed_tokens.weight.exp_avg" in entries
+    return sum(numel[key] for key in blocks), sum(numel[key] for key in momenta)
+
+
+def compute_all(world_size):
+    """Everything that is looked at below, in as few processes as possible."""
+    found = {"fp32": trace_variants(world_size, VARIANTS[world_size])}
+    if world_size == 2:
+        found["bf16"] = trace_variants(2, BF16, "bf16")
+        found["mistakes"] = {name: trace_mistake(name) for name in MISTAKES}
+        found["held"] = {variant: held(variant) for variant in (*SHARDED, "ddp")}
+    return found
+
+
 @pytest.fixture(scope="module")
-def traces():
-    return {n: run_ranks(trace_variants, n, n, variants, timeout_seconds=240)[0] for n, variants in VARIANTS.items()}
+def found():
+    """What each rank of each world has found; accelerate is DDP in the first, ZeRO-2 in the second."""
+    environ = {1: {}, 2: zero_environ(2), 4: {}}
+    return {n: run_ranks(compute_all, n, n, timeout_seconds=280, environ=environ[n]) for n in VARIANTS}
 
 
-def assert_same_run(found, reference):
-    difference = compare(found, reference)
+@pytest.fixture(scope="module")
+def reference(found):
+    return found[1][0]["fp32"]["ddp"]
+
+
+@pytest.mark.parametrize(("world_size", "variant"), [(n, variant) for n in VARIANTS for variant in VARIANTS[n]])
+def test_every_engine_computes_what_one_process_does(world_size, variant, found, reference):
+    trajectory = found[world_size][0]["fp32"][variant]
+    if variant == "accelerate":
+        assert trajectory.wrapped_type == ("DistributedDataParallel" if world_size == 1 else "DeepSpeedEngine")
+    difference = compare(trajectory, reference)
     print(difference)
     assert max(difference.loss, difference.grad_norm) <= 1e-5
     assert difference.parameters <= 1e-4
 
 
-@pytest.mark.parametrize(("world_size", "variant"), [(n, variant) for n in VARIANTS for variant in VARIANTS[n]])
-def test_every_engine_computes_what_one_process_does(world_size, variant, traces):
-    assert_same_run(traces[world_size][variant], traces[1]["ddp"])
+@pytest.mark.parametrize("engine", BF16)
+def test_bf16_is_near_fp32(engine, found, reference):
+    difference = compare(found[2][0]["bf16"][engine], reference)
+    print(difference)
+    assert 0 < difference.loss <= 2e-3
 
 
-def test_accelerates_zero_does_too(traces):
-    found = run_ranks(trace_variants, 2, 2, ("accelerate",), timeout_seconds=120, environ=zero_environ(2))[0]
-    assert found["accelerate"].wrapped_type == "DeepSpeedEngine"
-    assert_same_run(found["accelerate"], traces[1]["ddp"])
-
-
-def orthogonalise_apart(matrices, parts, at):
-    """The mistake: every rank orthogonalises what it has."""
-    rows = [part.numel() // matrix.columns for matrix, part in zip(matrices, parts, strict=True)]
-    pieces = [dataclasses.replace(matrix, rows=n) for matrix, n in zip(matrices, rows, strict=True)]
-    return muon._orthogonalise(pieces, parts)
-
-
-def keep_to_oneself(outgoing, numels, at):
-    """The mistake: nothing is communicated, everybody takes their own for that of the others."""
-    sent = [tensor for row in outgoing for tensor in row]
-    return [[(sent[0].repeat(numel))[:numel] for numel in row] for row in numels]
-
-
-def trace_mistakes(variant):
-    found = {}
-    for name, mistake in {"orthogonalise_parts": orthogonalise_apart, "_swap": keep_to_oneself}.items():
-        right = getattr(muon, name)
-        setattr(muon, name, mistake)
-        found[name] = trace(muon_config(variant, 2))
-        setattr(muon, name, right)
-    return found, trace_variants(2, BF16, "bf16"), {v: held(muon_config(v, 2)) for v in (*SHARDED, "ddp")}
-
-
-def held(config):
-    """Return how many elements of matrices and of their momentum this rank holds; there must be nothing else of them."""
-    entries = start_engine(config).state.entries
-    numel = {key: sum(box.view.numel() for box in entry.boxes) for key, entry in entries.items()}
-    momenta = [key for key in entries if key.endswith(".momentum_buffer")]
-    names = [key.removeprefix(OPTIMIZER).removesuffix(".momentum_buffer") for key in momenta]
-    assert names == [
-        key.removeprefix(MODEL) for key, e in entries.items() if key.startswith("model.blocks") and len(e.shape) == 2
-    ]
-    assert not any(f"{OPTIMIZER}{name}.{key}" in entries for name in names for key in ("exp_avg", "exp_avg_sq"))
-    assert f"{OPTIMIZER}embed_tokens.weight.exp_avg" in entries
-    return sum(numel[MODEL + name] for name in names), sum(numel[key] for key in momenta)
-
-
-@pytest.fixture(scope="module")
-def others():
-    """What else two ranks can be asked for at once: mistakes, bf16, and what each holds."""
-    return run_ranks(trace_mistakes, 2, "fsdp", timeout_seconds=120)
-
-
-@pytest.mark.parametrize("mistake", ["orthogonalise_parts", "_swap"])
-def test_wrong_sharing_is_noticed(mistake, others, traces):
-    difference = compare(others[0][0][mistake], traces[1]["ddp"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_sharing_is_noticed(mistake, found, reference):
+    difference = compare(found[2][0]["mistakes"][mistake], reference)
     print(difference)
     assert difference.loss > 1e-3
     assert difference.parameters > 1e-3
 
 
-@pytest.mark.parametrize("engine", BF16)
-def test_bf16_is_near_fp32(engine, others, traces):
-    difference = compare(others[0][1][engine], traces[1]["ddp"])
-    print(difference)
-    assert 0 < difference.loss <= 2e-3
-
-
-def test_each_rank_holds_its_part_of_the_momentum_only(others):
+def test_a_rank_holds_its_part_of_the_momentum_only(found):
+    _, everything = found[2][0]["held"]["ddp"]
     for engine in SHARDED:
-        weights, momenta = zip(*(rank[2][engine] for rank in others), strict=True)
+        weights, momenta = zip(*(rank["held"][engine] for rank in found[2]), strict=True)
         assert momenta == weights
-        assert sum(momenta) == others[0][2]["ddp"][1]
-        assert max(momenta) <= 0.6 * sum(momenta)
+        assert sum(momenta) == everything
+        assert max(momenta) <= 0.6 * everything
