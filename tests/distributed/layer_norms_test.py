@@ -78,7 +78,7 @@ def expected(config: TrainConfig) -> Norms:
     return records
 
 
-RULES = ("adamw", "sgd")
+RULES = ("adamw", "sgd", "muon")
 
 
 def configured(engine: str, rule: str = "adamw", **fields: Any) -> TrainConfig:
@@ -124,6 +124,7 @@ WORLDS = {
             ("zero3", {}),
             ("zero3", {"offload": "cpu"}),
             ("zero1", {"rule": "sgd"}),
+            ("zero1", {"rule": "muon"}),
         ],
     ),
 }
