@@ -195,12 +195,12 @@ def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
 
 
 def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
-    """Return the elements of the matrices under way in Muon's update: 6 of each while it is orthogonalised, 2 of a part."""
+    """Return the elements under way in Muon's update: 5 copies of what is orthogonalised, later what is sent and received."""
     from bigtrain.optim.muon import IN_FLIGHT_ELEMENTS
 
     owned = min(max(IN_FLIGHT_ELEMENTS, sizes.largest), -(-sizes.num_layers * sizes.matrices // num_owners))
     parts = owned if is_sharded else owned * num_owners
-    return 6 * owned + (2 * parts if num_owners > 1 else 0)
+    return max(5 * owned, owned + 2 * parts if num_owners > 1 else 0)
 
 
 def _ddp_layout(config: TrainConfig, sizes: ModelSizes, accumulates: bool, bf16: bool) -> _Layout:
