@@ -5,10 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bigtrain.config import EngineKind, TrainConfig
+from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.distributed import build_mesh
 from bigtrain.engine.base import Engine
+from bigtrain.errors import ConfigError
 from bigtrain.rank_info import RankInfo
+
+CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
+"""Compute capability from which on GPUs have matrix products in these."""
 
 
 def dp_shard_size(config: TrainConfig, info: RankInfo) -> int:
@@ -30,14 +34,29 @@ def build_engine(
         build_model: builds the model on the current default device, without initialising it.
         info: this rank's position; the process group runs.
         device: this rank's device.
+
+    Raises:
+        ConfigError: this device or installation cannot compute in the precision.
     """
+    precision = config.engine.precision
+    _require_hardware(precision, device)
+    # Explicit, because containers change the default of a whole process by environment variables.
+    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+    if precision is Precision.fp8:
+        from bigtrain.engine.float8 import with_float8
+
+        num_tokens = config.train.micro_batch_size * config.data.sequence_length
+        build_model = with_float8(build_model, num_tokens=num_tokens)
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind
     if kind in (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp):
         from bigtrain.engine.native import build_native
 
         mesh = build_mesh(device, world_size=info.world_size, dp_shard=dp_shard_size(config, info))
-        return build_native(build_model, config.engine, config.optimizer, mesh=mesh, device=device)
+        accumulates = config.train.global_batch_size > config.train.micro_batch_size * info.world_size
+        return build_native(
+            build_model, config.engine, config.optimizer, mesh=mesh, device=device, accumulates=accumulates
+        )
     if kind is EngineKind.accelerate:
         from bigtrain.engine.accelerated import build_accelerated
 
@@ -45,3 +64,13 @@ def build_engine(
     from bigtrain.engine.deepspeed_zero import build_deepspeed
 
     return build_deepspeed(build_model, config, info=info, device=device)
+
+
+def _require_hardware(precision: Precision | None, device: torch.device) -> None:
+    needed = CAPABILITIES.get(precision)
+    if needed and (device.type != "cuda" or torch.cuda.get_device_capability(device) < needed):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type}"
+        raise ConfigError(
+            f"engine.precision={precision.name}: needs a GPU of compute capability {needed[0]}.{needed[1]} or more, but "
+            f"this rank computes on {name}; use engine.precision={precision.base.name}"
+        )
