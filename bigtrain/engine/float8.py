@@ -49,8 +49,11 @@ def with_float8(build_model: Callable[[], nn.Module], *, num_tokens: int) -> Cal
 
     def build() -> nn.Module:
         model = build_model()
+        fused = {name: module.fused_rows for name, module in model.named_modules() if hasattr(module, "fused_rows")}
         for block in model.blocks:
             convert_to_float8_training(block, module_filter_fn=is_converted)
+        for name, rows in fused.items():  # torchao makes new modules, and Muon has to know
+            model.get_submodule(name).fused_rows = rows
         return model
 
     return build

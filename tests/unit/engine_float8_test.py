@@ -41,6 +41,7 @@ def test_only_large_layers_of_the_blocks_are_converted():
         plain = build_model(config)
     converted = [name for name, module in model.named_modules() if isinstance(module, Float8Linear)]
     assert converted == [f"blocks.0.{name}" for name in ("attention.qkv", "feed_forward.up", "feed_forward.down")]
+    assert model.blocks[0].attention.qkv.fused_rows == plain.blocks[0].attention.qkv.fused_rows == (2048,) * 3
     shapes = {name: (parameter.shape, type(parameter)) for name, parameter in plain.named_parameters()}
     assert {name: (parameter.shape, type(parameter)) for name, parameter in model.named_parameters()} == shapes
 
