@@ -46,7 +46,6 @@ from bigtrain.data.remote import (
     RemoteDirectory,
     ShardCache,
     fetch_index,
-    index_directory,
     is_url,
     read_remote_index,
 )
@@ -74,17 +73,6 @@ REPORT_FILE = "report.json"
 _COMPARED_CHARACTERS = 1 << 18
 
 
-def prepared_directory(config: DataConfig) -> Path:
-    """Return where the corpus of ``config`` is, or will be once it is prepared.
-
-    Raises:
-        DataError: the source is missing.
-    """
-    if config.source is not DataSource.prepared:
-        return _locate(config).directory
-    return index_directory(config.path, cache_directory(config)) if is_url(config.path) else Path(config.path)
-
-
 def prepare(config: DataConfig, *, progress: bool) -> Path:
     """Tokenise the configured source into ``<data.root>/<name>``; when it is there already, only check it.
 
@@ -95,7 +83,7 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
         progress: Show a bar when standard error is a terminal; otherwise the log gets a line now and then.
 
     Returns:
-        The directory, the same that :func:`prepared_directory` names.
+        The directory; its name follows from the source and the settings.
 
     Raises:
         DataError: the source is missing, damaged or too small, the tokenizer is unsuitable, the
@@ -135,14 +123,14 @@ def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | 
     Args:
         config: as for :func:`prepare`.
         vocab_size: rows of the model's embedding.
-        directory: what :func:`prepare` has returned, if that is known.
+        directory: what :func:`prepare` has returned; by default the corpus that was ``prepared``.
 
     Raises:
         DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
     """
     skips = config.on_bad_shard is OnBadShard.skip
     if not (config.source is DataSource.prepared and is_url(config.path)):
-        return Corpus.open(directory or prepared_directory(config), vocab_size=vocab_size, skip_bad_shards=skips)
+        return Corpus.open(directory or config.path, vocab_size=vocab_size, skip_bad_shards=skips)
     remote = RemoteDirectory(config.path)
     # Not the copy that rank 0 has fetched, which may lie on the disk of another node.
     index = parse_index(read_remote_index(remote), remote.url)

@@ -157,7 +157,8 @@ def fetch_index(url: str, cache: Path) -> Path:
     """
     import xxhash
 
-    remote, directory = RemoteDirectory(url), index_directory(url, cache)
+    remote = RemoteDirectory(url)
+    directory = cache / "indexes" / hashlib.sha256(remote.url.encode()).hexdigest()[:16]
     text = read_remote_index(remote)
     file = parse_index(text, remote.url).tokenizer.file
     tokenizer = remote.read(file.name)
@@ -170,11 +171,6 @@ def fetch_index(url: str, cache: Path) -> Path:
             partial.write_bytes(content)
             partial.replace(directory / name)
     return directory
-
-
-def index_directory(url: str, cache: Path) -> Path:
-    """Return where :func:`fetch_index` puts index and tokenizer of the corpus at ``url``."""
-    return cache / "indexes" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
 class ShardCache:

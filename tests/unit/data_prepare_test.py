@@ -20,7 +20,7 @@ from bigtrain.config import Content, DataConfig, DataSource, FilterConfig, Train
 from bigtrain.data import tokenise
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.index import read_index, verify_hashes
-from bigtrain.data.prepare import open_corpus, prepare, prepared_directory
+from bigtrain.data.prepare import _locate, open_corpus, prepare
 from bigtrain.data.sources import source_parts
 from bigtrain.data.tokenise import token_dtype
 from bigtrain.data.tokenizer import load_tokenizer
@@ -88,6 +88,10 @@ def prepare_in_process(config, *, before):
         print(prepare(from_dict(DataConfig, {to_dict(config)!r}), progress=False))
     """
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+
+
+def directory_of(config):
+    return _locate(config).directory
 
 
 def verify(directory):
@@ -170,15 +174,15 @@ def test_preparing_again_finds_it_and_touches_nothing(config):
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert set(before) == {*FILES, "index.json", "report.json"}
     started = time.monotonic()
-    assert prepare(config, progress=True) == directory == prepared_directory(config)
+    assert prepare(config, progress=True) == directory == directory_of(config)
     assert time.monotonic() - started < 1
     assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
 def test_the_name_is_readable_and_follows_what_decides_the_content(config, tmp_path):
-    assert prepared_directory(config).name.startswith("text-texts-bpe300-")
-    assert prepared_directory(DataConfig()).name.startswith("stdlib-bpe4096-")
+    assert directory_of(config).name.startswith("text-texts-bpe300-")
+    assert directory_of(DataConfig()).name.startswith("stdlib-bpe4096-")
     variants = [
         config,
         dataclasses.replace(config, tokenizer="bytes"),
@@ -186,14 +190,14 @@ def test_the_name_is_readable_and_follows_what_decides_the_content(config, tmp_p
         dataclasses.replace(config, validation_fraction=0.3),
         dataclasses.replace(config, path=str(tmp_path / "texts" / "0*.txt")),
     ]
-    assert len({prepared_directory(variant).name for variant in variants}) == len(variants)
+    assert len({directory_of(variant).name for variant in variants}) == len(variants)
     # What does not matter for the content does not lead to a second copy.
     ignored = dataclasses.replace(config, text_field="other", split="other", sequence_length=7, prefetch_steps=9)
-    assert prepared_directory(ignored) == prepared_directory(config)
+    assert directory_of(ignored) == directory_of(config)
     (tmp_path / "texts" / "39.txt").write_text("different")
-    assert prepared_directory(config).name != prepared_directory(variants[1]).name
+    assert directory_of(config).name != directory_of(variants[1]).name
     with pytest.raises(DataError, match="no prepared corpus here"):
-        open_corpus(config, vocab_size=300)
+        open_corpus(config, vocab_size=300, directory=directory_of(config))
 
 
 def test_the_same_source_gives_the_same_bytes_elsewhere(config, tmp_path):
@@ -204,7 +208,10 @@ def test_the_same_source_gives_the_same_bytes_elsewhere(config, tmp_path):
     assert first.index == second.index and first.fingerprint == second.fingerprint
     third = prepare(dataclasses.replace(config, validation_fraction=0.5), progress=False)
     assert Corpus.open(third, vocab_size=300).fingerprint != first.fingerprint
-    assert open_corpus(config, vocab_size=300).split("validation").fingerprint == first.fingerprint
+    assert (
+        open_corpus(config, vocab_size=300, directory=directory_of(config)).split("validation").fingerprint
+        == first.fingerprint
+    )
 
 
 def test_two_at_once_end_with_one_good_corpus(config):
@@ -222,7 +229,7 @@ def test_a_kill_leaves_nothing_that_looks_like_a_corpus(config):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    target = prepared_directory(config)
+    target = directory_of(config)
     leftovers = sorted(path.name for path in target.parent.iterdir())
     assert leftovers == [f".{target.name}.lock", f".{target.name}.partial"]
     verify(prepare(config, progress=False))

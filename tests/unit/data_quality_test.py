@@ -132,8 +132,8 @@ def test_filters_that_leave_nothing_are_explained(tmp_path):
 def test_of_a_pair_only_the_tokens_of_the_answer_count(tmp_path):
     pairs = [{"prompt": f"{i}+{i}=", "answer": f"{2 * i}"} for i in range(30)]
     config = config_of(tmp_path, pairs, content=Content.pairs, shard_tokens=60)
-    prepare(config, progress=False)
-    corpus, counted_texts = open_corpus(config, vocab_size=257), []
+    directory = prepare(config, progress=False)
+    corpus, counted_texts = open_corpus(config, vocab_size=257, directory=directory), []
     assert len(corpus.index.train.shards) > 1
     for split in map(corpus.split, ("train", "validation")):
         for shard in range(len(split.shard_tokens)):

@@ -20,7 +20,7 @@ from bigtrain.config import DataConfig, DataSource, OnBadShard
 from bigtrain.data import remote as remote_module
 from bigtrain.data.cache import NodeCache
 from bigtrain.data.index import INDEX_FILE, read_index
-from bigtrain.data.prepare import open_corpus, prepare, prepared_directory
+from bigtrain.data.prepare import open_corpus, prepare
 from bigtrain.data.remote import RemoteDirectory, ShardCache
 from bigtrain.errors import DataError, ShardError
 
@@ -170,7 +170,7 @@ def test_a_web_server_will_do(prepared, tmp_path, monkeypatch, handler):
 def test_prepare_fetches_what_a_run_keeps(prepared, tmp_path):
     config = config_of(prepared, tmp_path)
     directory = prepare(config, progress=False)
-    assert directory == prepared_directory(config)
+    assert directory == prepare(config, progress=False)
     assert sorted(path.name for path in directory.iterdir()) == ["index.json", "tokenizer.json"]
     assert read_index(directory, check_sizes=False) == read_index(prepared)
 
@@ -427,7 +427,7 @@ def test_no_thread_keeps_a_process_alive(prepared, tmp_path):
 
 def test_a_corpus_on_this_machine_needs_no_cache(prepared, tmp_path):
     config = DataConfig(source=DataSource.prepared, path=str(prepared), root=str(tmp_path / "data"))
-    assert prepare(config, progress=False) == prepared_directory(config) == Path(prepared)
+    assert prepare(config, progress=False) == Path(prepared)
     split = open_corpus(config, vocab_size=257).split("train")
     assert not split.is_remote and split.cache_shards is None
     assert not (tmp_path / "data").exists()
