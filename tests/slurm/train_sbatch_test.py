@@ -177,7 +177,8 @@ def check_queued_again(cluster: Cluster, job: Job, reasons: list[str]) -> None:
     job.wait_for_steps(1)
     job.wait_until(lambda: len(events(job.run, "resume")) >= len(reasons))
     cluster.call("scancel", job.number)
-    assert job.wait_for("CANCELLED")["Restarts"] == str(len(reasons)), job.trouble()
+    # On a busy machine a signal may also come before the first step.
+    assert int(job.wait_for("CANCELLED")["Restarts"]) >= len(reasons), job.trouble()
     stops = events(job.run, "stop")[: len(reasons)]
     assert [stop["reason"] for stop in stops] == reasons
     assert [event["step"] for event in events(job.run, "resume")] == [stop["step"] for stop in stops]
