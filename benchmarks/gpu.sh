@@ -92,7 +92,7 @@ tiny() {
   bench engines 120 engines.py "${small[@]}" --engines ddp fsdp
   part overhead 60 "$PYTHON" benchmarks/overhead.py --engine ddp --no-op --steps 40
   part 'a failing part' 10 "$PYTHON" -c 'raise SystemExit("on purpose")'
-  part 'a slow part' 1 sleep 60
+  part 'a slow part' 5 sleep 60
   has pytest && part tests 60 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider -k document_mask
 }
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import turns
-from torch import Tensor
+from torch import Tensor, nn
 from turns import Measured, Pacer
 
 from bigtrain.models.loss import sum_cross_entropy
@@ -29,7 +29,7 @@ def plain(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def torchs_own(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    options = torch.nn.functional.LinearCrossEntropyOptions()
+    options = nn.LinearCrossEntropyOptions()
     hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     return F.linear_cross_entropy(hidden_ND, weight_VD, targets_N, reduction="sum", options=options)
 

@@ -88,7 +88,8 @@ def measure(config: TrainConfig, steps: int) -> tuple[float, float, float, dict[
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiled:
         for _ in range(steps):
             step(batch)
-        seconds_of(lambda: None, device, 0)
+        if on_gpu:
+            torch.cuda.synchronize()
     spent: dict[str, float] = {}
     for event in profiled.key_averages():
         if on_gpu and event.device_type is not DeviceType.CUDA:

@@ -91,10 +91,10 @@ def run(command: list[str], environ: dict[str, str] | None = None) -> tuple[floa
 
 def commands(scratch: Path) -> dict[str, Callable[[], list[str]]]:
     """Return what is started, by name; runs get a fresh directory each time."""
-    launch, count = turns.REPOSITORY / "launch", iter(range(1_000_000))
+    launch = turns.REPOSITORY / "launch"
 
     def train() -> list[str]:
-        overrides = ["+model=gpt_nano", "data=synthetic", "train.steps=1", f"run.root={scratch}/run-{next(count)}"]
+        overrides = ["+model=gpt_nano", "data=synthetic", "train.steps=1", f"run.root={tempfile.mkdtemp(dir=scratch)}"]
         return [PYTHON, str(launch / "train.py"), *overrides]
 
     found: dict[str, Callable[[], list[str]]] = {"import torch": lambda: [PYTHON, "-c", "import torch"]}

@@ -22,6 +22,7 @@ from bigtrain.config import (
     Offload,
     OptimizerKind,
     Positions,
+    Precision,
     SchedulerKind,
     TrainConfig,
     WandbMode,
@@ -348,11 +349,32 @@ def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -
         problems.append(
             f"engine.offload=cpu is not offered by engine={engine.kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
         )
+    if engine.fsdp.prefetch_blocks < 1:
+        problems.append(f"engine.fsdp.prefetch_blocks={engine.fsdp.prefetch_blocks}: must be at least 1")
+    if engine.precision is Precision.fp8:
+        problems += _check_fp8(config)
     if engine.activation_checkpointing_every < 1:
         problems.append(
             f"engine.activation_checkpointing_every={engine.activation_checkpointing_every}: must be at least 1"
         )
     return problems
+
+
+def _check_fp8(config: TrainConfig) -> list[str]:
+    engine, num_tokens = config.engine, (config.train.micro_batch_size or 1) * config.data.sequence_length
+    rules = [
+        (
+            engine.kind in (EngineKind.ddp, *FSDP_KINDS),
+            f"engine.precision=fp8 is not offered by engine={engine.kind.name}; use ddp, fsdp or hsdp",
+        ),
+        (engine.compile, "engine.precision=fp8 is slower than bf16 without engine.compile=true"),
+        (
+            num_tokens % 16 == 0,
+            f"engine.precision=fp8 needs a multiple of 16 tokens in a micro-batch; train.micro_batch_size x "
+            f"data.sequence_length are {num_tokens}",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]
 
 
 def _check_numbers(config: TrainConfig) -> list[str]:

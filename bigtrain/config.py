@@ -100,10 +100,17 @@ class Offload(Enum):
 
 
 class Precision(Enum):
-    """Precision of the forward and backward pass; master weights are fp32 in both."""
+    """Precision of the forward and backward pass; master weights are fp32 in all."""
 
     bf16 = "bf16"
     fp32 = "fp32"
+    tf32 = "tf32"
+    fp8 = "fp8"
+
+    @property
+    def base(self) -> "Precision":
+        """What is computed outside of the matrix products that are in ``tf32`` or ``fp8``."""
+        return {Precision.tf32: Precision.fp32, Precision.fp8: Precision.bf16}.get(self, self)
 
 
 class ActivationCheckpointing(Enum):
@@ -385,6 +392,8 @@ class FsdpConfig:
     """Free the gathered parameters of a block after its forward pass (ZeRO-3); false keeps them (ZeRO-2)."""
     accumulate_whole_gradients: bool = False
     """Communicate gradients once per step instead of once per micro-batch; each rank then holds a whole gradient."""
+    prefetch_blocks: int = 1
+    """Blocks that are gathered ahead of the one that computes; more than one helps where the network is slow to answer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -406,7 +415,7 @@ class EngineConfig:
     offload: Offload = Offload.none
     """``cpu`` keeps sharded optimizer state (and FSDP parameters) in host memory."""
     precision: Precision | None = None
-    """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU."""
+    """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU. On GPUs also ``tf32``, which is fp32 with rounded factors in matrix products, and ``fp8``, which is bf16 with fp8 in products that are large enough to gain from it."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """``full`` recomputes blocks, ``selective`` keeps the matrix products and attention."""
     activation_checkpointing_every: int = 1

@@ -79,6 +79,8 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         CheckpointError: no checkpoint verifies.
         ConfigError: transformers has no such model, or ``out`` exists or cannot be written.
     """
+    if precision not in DTYPES:
+        raise ConfigError(f"dtype={precision.name}: weights are written in {' or '.join(p.name for p in DTYPES)}")
     if out.exists():
         raise ConfigError(f"out={out} exists; nothing is overwritten: choose another name, or remove it")
     run, checkpoint = find_whole(path)

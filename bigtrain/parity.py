@@ -84,9 +84,12 @@ class Difference:
         return all(value <= bound for value, bound in pairs)
 
 
+_ROUNDED = Difference(loss=2e-3, grad_norm=math.inf, parameters=math.inf)
 TOLERANCES = {
     Precision.fp32: Difference(loss=1e-5, grad_norm=1e-5, parameters=1e-4),
-    Precision.bf16: Difference(loss=2e-3, grad_norm=math.inf, parameters=math.inf),
+    Precision.tf32: _ROUNDED,
+    Precision.bf16: _ROUNDED,
+    Precision.fp8: _ROUNDED,
 }
 """How far a case may be from a reference in fp32."""
 

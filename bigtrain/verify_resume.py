@@ -37,7 +37,7 @@ from bigtrain.run_files import run_directory
 from bigtrain.telemetry.files import read_jsonl
 from bigtrain.telemetry.recorder import METRICS_FILE
 
-TOLERANCES = {Precision.fp32.name: 1e-6, Precision.bf16.name: 2e-3}
+TOLERANCES = {Precision.fp32: 1e-6, Precision.bf16: 2e-3}
 """Relative difference of losses between engines or world sizes: sums over ranks are rounded differently."""
 NORM_FACTOR = 10
 """Gradient norms and weights may differ by so much more: both add up rounding that a mean loss averages out."""
@@ -261,7 +261,7 @@ class Outcome:
 
 
 def _compare(whole: Outcome, parts: Outcome, plan: Plan, *, is_bitwise: bool) -> Verdict:
-    tolerance = 0.0 if is_bitwise else TOLERANCES[whole.state.config["engine"]["precision"]]
+    tolerance = 0.0 if is_bitwise else TOLERANCES[Precision[whole.state.config["engine"]["precision"]].base]
     last = plan.before + plan.after
     before, after = range(1, plan.before + 1), range(plan.before + 1, last + 1)
     quantities = [

@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
     manifest = read_manifest(path)
     tensors = {tensor.key: tensor for tensor in manifest.tensors}
     if problems := list(_differences(entries, manifest)):
-        raise CheckpointError(f"{path} belongs to another model:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{path} belongs to another model or optimizer:\n  " + "\n  ".join(problems))
     reader = ShardReader(path)
     with torch.no_grad():
         for key, entry in entries.items():

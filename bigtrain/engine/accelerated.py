@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +25,7 @@ from bigtrain.engine.deepspeed_zero import (
     deepspeed_settings,
     import_deepspeed,
 )
-from bigtrain.engine.native import NativeEngine
+from bigtrain.engine.native import NativeEngine, allocate_gradients
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
@@ -53,13 +53,20 @@ def _build_ddp(
     build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
 ) -> Engine:
     info.publish()  # without it Accelerate wraps nothing in a world of one
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
     expected = DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
     _assert_built(accelerator, expected, info.world_size)
     with torch.device("meta"):
         model = build_model()
     wrap_blocks(model, config.engine)
     materialise(model, device)
+    accumulates = config.train.global_batch_size > config.train.micro_batch_size * info.world_size
+    if accumulates:
+        allocate_gradients(model)
     module = accelerator.prepare_model(model)
     if not isinstance(module, DistributedDataParallel):
         raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DistributedDataParallel")
@@ -69,7 +76,8 @@ def _build_ddp(
         mesh=build_mesh(device, world_size=info.world_size, dp_shard=1),
         device=device,
         grad_clip=config.optimizer.grad_clip,
-        autocast=config.engine.precision is Precision.bf16,
+        autocast=config.engine.precision.base is Precision.bf16,
+        keep_gradients=accumulates,
     )
 
 
@@ -104,7 +112,7 @@ def _build_zero(
 def _name_ignored(config: TrainConfig) -> None:
     """Warn of what accelerate was told and the run's own settings decide."""
     precision, steps = os.environ.get("ACCELERATE_MIXED_PRECISION"), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-    expected = "bf16" if config.engine.precision is Precision.bf16 else "no"
+    expected = "bf16" if config.engine.precision.base is Precision.bf16 else "no"
     if precision not in (None, expected):
         get_logger().warning(
             f"accelerate's mixed_precision={precision} is ignored: engine.precision={config.engine.precision.name} decides"

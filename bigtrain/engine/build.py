@@ -9,7 +9,11 @@ from bigtrain.config import EngineKind, OptimizerKind, Precision, TrainConfig
 from bigtrain.distributed import build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
+from bigtrain.errors import ConfigError
 from bigtrain.rank_info import RankInfo
+
+CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
+"""Compute capability from which on GPUs have matrix products in these."""
 
 
 def dp_shard_size(config: TrainConfig, info: RankInfo) -> int:
@@ -31,10 +35,22 @@ def build_engine(
         build_model: builds the model on the current default device, without initialising it.
         info: this rank's position; the process group runs.
         device: this rank's device.
+
+    Raises:
+        ConfigError: this device or installation cannot compute in the precision.
     """
+    precision = config.engine.precision
+    _require_hardware(precision, device)
+    # Explicit, because containers change the default of a whole process by environment variables.
+    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+    if precision is Precision.fp8:
+        from bigtrain.engine.float8 import with_float8
+
+        num_tokens = config.train.micro_batch_size * config.data.sequence_length
+        build_model = with_float8(build_model, num_tokens=num_tokens)
     engine = _build(config, build_model, info=info, device=device)
     if config.optimizer.kind is OptimizerKind.muon:
-        dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
+        dtype = torch.float32 if precision in (Precision.fp32, Precision.tf32) else torch.bfloat16
         hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)
     return engine
 
@@ -48,7 +64,10 @@ def _build(
         from bigtrain.engine.native import build_native
 
         mesh = build_mesh(device, world_size=info.world_size, dp_shard=dp_shard_size(config, info))
-        return build_native(build_model, config.engine, config.optimizer, mesh=mesh, device=device)
+        accumulates = config.train.global_batch_size > config.train.micro_batch_size * info.world_size
+        return build_native(
+            build_model, config.engine, config.optimizer, mesh=mesh, device=device, accumulates=accumulates
+        )
     if kind is EngineKind.accelerate:
         from bigtrain.engine.accelerated import build_accelerated
 
@@ -56,3 +75,13 @@ def _build(
     from bigtrain.engine.deepspeed_zero import build_deepspeed
 
     return build_deepspeed(build_model, config, info=info, device=device)
+
+
+def _require_hardware(precision: Precision | None, device: torch.device) -> None:
+    needed = CAPABILITIES.get(precision)
+    if needed and (device.type != "cuda" or torch.cuda.get_device_capability(device) < needed):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type}"
+        raise ConfigError(
+            f"engine.precision={precision.name}: needs a GPU of compute capability {needed[0]}.{needed[1]} or more, but "
+            f"this rank computes on {name}; use engine.precision={precision.base.name}"
+        )

@@ -269,7 +269,7 @@ def deepspeed_settings(config: TrainConfig, *, world_size: int, device: torch.de
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
-            "enabled": engine.precision is Precision.bf16,
+            "enabled": engine.precision.base is Precision.bf16,
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },

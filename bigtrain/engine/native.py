@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -42,13 +43,16 @@ class NativeEngine:
         grad_clip: float,
         autocast: bool,
         accumulate_whole_gradients: bool = False,
+        keep_gradients: bool = False,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
         self.device = device
         self.dp_rank, self.dp_size = mesh.get_rank(), mesh.size()
         self.grad_clip = grad_clip
-        self.autocast = autocast
+        # Each weight is cast once per forward pass anyway, and cached copies would outlive checkpointed blocks.
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast, cache_enabled=False)
+        self.keep_gradients = keep_gradients
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
         is_sharded = isinstance(module, FSDPModule) and mesh["dp_shard"].size() > 1
@@ -66,7 +70,7 @@ class NativeEngine:
         if not self._has_final_buckets:
             self._settle_buckets(batch)
         with self._communicate(last):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with self.autocast():
                 loss = loss_sum(self.module, batch)
             # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
             (loss * gradient_scale(loss, self.dp_size / num_targets)).backward()
@@ -81,14 +85,14 @@ class NativeEngine:
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
         update_unless_bad(self.optimizer, norm, ask_host=self.device.type == "cpu")
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         return norm
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.autocast():
             return loss_sum(self.module, batch)
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -112,10 +116,10 @@ class NativeEngine:
         resume would be rounded differently from the same step of the uninterrupted run.
         """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with self.autocast():
                 loss = loss_sum(self.module, batch)
             loss.backward()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self._has_final_buckets = True
 
     @contextlib.contextmanager
@@ -195,14 +199,24 @@ def build_native(
     *,
     mesh: DeviceMesh,
     device: torch.device,
+    accumulates: bool,
 ) -> NativeEngine:
-    """Build the model on the meta device, wrap, shard and materialise it; the weights are still garbage."""
+    """Build the model on the meta device, wrap, shard and materialise it; the weights are still garbage.
+
+    Args:
+        build_model: builds the model on the current default device.
+        engine: chooses ``ddp``, ``fsdp`` or ``hsdp``.
+        optimizer: the update rule.
+        mesh: of all ranks.
+        device: this rank's device.
+        accumulates: whether a step has several micro-batches.
+    """
     with torch.device("meta"):
         model = build_model()
     wrap_blocks(model, engine)
     if engine.kind is EngineKind.ddp:
         materialise(model, device)
-        module = _data_parallel(model, device)
+        module = _data_parallel(model, device, accumulates)
     else:
         module = _fully_shard(model, engine, mesh)
         materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
@@ -212,20 +226,35 @@ def build_native(
         mesh=mesh,
         device=device,
         grad_clip=optimizer.grad_clip,
-        autocast=engine.kind is EngineKind.ddp and engine.precision is Precision.bf16,
+        autocast=engine.kind is EngineKind.ddp and engine.precision.base is Precision.bf16,
         accumulate_whole_gradients=engine.fsdp.accumulate_whole_gradients,
+        keep_gradients=engine.kind is EngineKind.ddp and accumulates,
     )
 
 
-def _data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    # init_sync would broadcast weights that are overwritten right afterwards.
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
+def allocate_gradients(model: nn.Module) -> None:
+    """Give every parameter a gradient before DDP wraps the model, which then makes it a view of a bucket.
+
+    Gradients of micro-batches that are not communicated would else lie outside of the buckets until the last one.
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _data_parallel(model: nn.Module, device: torch.device, accumulates: bool) -> DistributedDataParallel:
+    if accumulates:
+        allocate_gradients(model)
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        init_sync=False,  # it would broadcast weights that are overwritten right afterwards
+    )
 
 
 def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
-    if engine.precision is Precision.bf16:
+    if engine.precision.base is Precision.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     device_type = mesh.device_type
     kwargs = {
@@ -237,5 +266,9 @@ def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn
     }
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=engine.fsdp.reshard_after_forward, **kwargs)
+    if (num_ahead := engine.fsdp.prefetch_blocks) > 1:  # one is what FSDP2 does by itself
+        for i, block in enumerate(model.blocks):
+            block.set_modules_to_forward_prefetch(list(model.blocks[i + 1 : i + 1 + num_ahead]))
+            block.set_modules_to_backward_prefetch(list(model.blocks[max(i - num_ahead, 0) : i])[::-1])
     # The backward pass begins with what the root itself holds (the head): to reshard it would be to gather it again.
     return fully_shard(model, reshard_after_forward=False, **kwargs)

@@ -172,14 +172,15 @@ def canonical_name(name: str) -> str:
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Make an optimizer create its per-parameter state, which torch optimizers do in their first step.
 
-    A step with zero gradients and a learning rate of 0 changes no weight; step counters are set
-    back to 0. So the state always exists, whatever the update rule, before anything is loaded.
+    A step with zero gradients (those that exist are zero) and a learning rate of 0 changes no weight; step counters
+    are set back to 0. So the state always exists, whatever the update rule, before anything is loaded.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters]
     rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()

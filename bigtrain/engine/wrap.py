@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from bigtrain.config import ActivationCheckpointing, EngineConfig
+from bigtrain.models.transformer import Vocabulary
 
 
 def wrap_blocks(model: nn.Module, config: EngineConfig) -> None:
@@ -30,6 +31,9 @@ def wrap_blocks(model: nn.Module, config: EngineConfig) -> None:
     if config.compile:
         for block in blocks:
             block.compile()
+        for module in model.modules():
+            if isinstance(module, Vocabulary):
+                module.compiles_loss = True
 
 
 def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -42,6 +46,8 @@ def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Chec
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,
+        aten._scaled_mm.default,
     )
     return CheckpointPolicy.MUST_SAVE if op in expensive else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -2,11 +2,13 @@
 
 Positions say all there is to say: a document begins wherever they are 0.
 
-Shape suffixes: B batch, T tokens, S tokens attended to, H query heads, G key/value heads, K head width.
+Shape suffixes: B batch, T tokens, S tokens attended to, H query heads, G key/value heads, K head width; N blocks of
+tokens, M blocks of tokens attended to.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK_TOKENS = 128
+"""What FlexAttention's kernels skip or compute as a whole."""
 
 
 def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockMask":
@@ -27,17 +32,37 @@ def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockM
         bool ``(B, 1, T, S)``, or a ``BlockMask``.
     """
     documents_BT = (positions_BT == 0).cumsum(dim=1)
-    batch, length = positions_BT.shape
-    if not flex:
-        same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-        return same_BTS.tril()[:, None]
+    if flex:
+        return _block_mask(documents_BT)
+    same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return same_BTS.tril()[:, None]
+
+
+def _block_mask(documents_BT: Tensor) -> "BlockMask":
+    """Return which blocks see which, from the first and the last document of each: no matrix of tokens is made."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def sees(b: Tensor, _h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return (documents_BT[b, t] == documents_BT[b, s]) & (t >= s)
 
-    from torch.nn.attention.flex_attention import create_block_mask
+    length = documents_BT.shape[1]
+    # What fills up the last block is a document of its own, later than all others.
+    blocks = F.pad(documents_BT, (0, -length % BLOCK_TOKENS), value=length + 1).unflatten(1, (-1, BLOCK_TOKENS))
+    first_BN, last_BN = blocks[..., 0], blocks[..., -1]
+    earlier_NM = documents_BT.new_ones(2 * first_BN.shape[1:], dtype=torch.bool).tril(-1)
+    meet_BNM = (last_BN[:, None, :] >= first_BN[:, :, None]) & earlier_NM
+    whole_BNM = (first_BN[:, None, :] == last_BN[:, :, None]) & earlier_NM  # one and the same document in both
+    itself_NM = torch.eye(len(earlier_NM), dtype=torch.bool, device=documents_BT.device)
+    partial = _numbered(meet_BNM & ~whole_BNM | itself_NM)
+    return BlockMask.from_kv_blocks(
+        *partial, *_numbered(whole_BNM), BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees, seq_lengths=(length, length)
+    )
 
-    return create_block_mask(sees, batch, None, length, length, device=positions_BT.device)
+
+def _numbered(seen_BNM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks each block sees, ``(B, 1, N)``, and their numbers before all others, ``(B, 1, N, M)``."""
+    order_BNM = seen_BNM.int().argsort(dim=-1, descending=True, stable=True)
+    return seen_BNM.sum(-1, dtype=torch.int32)[:, None], order_BNM.int()[:, None]
 
 
 def attend(
@@ -46,12 +71,16 @@ def attend(
     """Return the attention output ``(B, H, T, K)`` under a mask of :func:`build_document_mask`."""
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, enable_gqa=gqa)
-    return _flex_attention(q_BHTK.is_cuda)(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=gqa)
-
-
-@lru_cache(maxsize=2)
-def _flex_attention(compiled: bool) -> Any:
-    """Return FlexAttention; only compiled does it skip anything, on a CPU it is here to be tested."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    # Only compiled does it skip anything; on a CPU it is here to be tested, and a compiled block compiles it.
+    compiled = q_BHTK.is_cuda and not torch.compiler.is_compiling()
+    attention = _compiled_flex_attention() if compiled else flex_attention
+    return attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=gqa)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

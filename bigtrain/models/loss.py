@@ -1,8 +1,12 @@
 """The training loss: cross-entropy summed over the targets that count, without all logits at once.
 
-Shape suffixes: B batch, T tokens, D hidden width, V vocabulary, N = B * T, C tokens of one chunk.
+Shape suffixes: B batch, T tokens, D hidden width, V vocabulary, N = B * T, C tokens of one chunk, P the vocabulary
+with padding.
 """
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,26 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bigtrain.models.sizes import chunk_tokens
+from bigtrain.models.sizes import chunk_tokens, num_padding_rows
 
 IGNORE_INDEX = -100
 """Target value of a position that does not count."""
 
 
-def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, compiled: bool = False) -> Tensor:
     """Return the summed cross-entropy of a linear projection of the hidden states onto the vocabulary.
 
     Args:
         hidden_BTD: final hidden states, in the activations' dtype.
         weight_VD: output projection.
         targets_BT: int64 token ids; ``IGNORE_INDEX`` where a position does not count.
+        compiled: fuse what is not a matrix product by ``torch.compile``.
 
     Returns:
         Sum over all counting positions, in nats: a scalar in fp32, 0 if none counts.
     """
     wants_gradients = torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad)
-    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_tokens(len(weight_VD)), wants_gradients)
+    return _ChunkedCrossEntropy.apply(
+        hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), wants_gradients, compiled
+    )
 
 
 def sum_cross_entropy_of_logits(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -48,31 +54,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, wants_gradients: bool
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, wants_gradients: bool, compiled: bool
     ) -> Tensor:
-        loss = torch.zeros((), device=hidden_ND.device)
+        device, dtype, num_real = hidden_ND.device, _product_dtype(hidden_ND), len(weight_VD)
+        weight_PD = _padded(weight_VD, num_padding_rows(num_real, device.type), dtype)
+        chunk = chunk_tokens(len(weight_PD), device.type, compiled=compiled)
+        gradient = _compiled_gradient() if compiled else _turn_into_gradient
+        loss = torch.zeros((), device=device)
+        # One buffer for all chunks: on a CPU, fresh memory takes longer to get than to compute with.
+        buffer_CP = weight_PD.new_empty(min(chunk, len(hidden_ND)), len(weight_PD))
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_gradients else None
-        weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradients else None
+        weight_grad_PD = torch.zeros_like(weight_PD, dtype=torch.float32) if wants_gradients else None
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            hidden_CD, targets_C1 = hidden_ND[part], targets_N[part, None]
-            product_CV = F.linear(hidden_CD, weight_VD)
-            dtype = product_CV.dtype
-            counts_C1 = targets_C1 != IGNORE_INDEX
-            targets_C1 = targets_C1.clamp(min=0)
-            log_p_CV = F.log_softmax(product_CV.float(), dim=-1)
-            del product_CV
-            loss -= (log_p_CV.gather(1, targets_C1) * counts_C1).sum()
+            hidden_CD, targets_C1 = hidden_ND[part].to(dtype), targets_N[part, None]
+            logits_CP = torch.mm(hidden_CD, weight_PD.T, out=buffer_CP[: len(hidden_CD)])
+            logits_CP[:, num_real:] = -math.inf
             if not wants_gradients:
+                loss += sum_cross_entropy_of_logits(logits_CP[None], targets_C1)
                 continue
-            logits_grad_CV = log_p_CV.exp_().scatter_add_(
-                1, targets_C1, -torch.ones_like(targets_C1, dtype=log_p_CV.dtype)
-            )
-            logits_grad_CV = logits_grad_CV.mul_(counts_C1).to(dtype)
-            hidden_grad_ND[part] = logits_grad_CV @ weight_VD
-            weight_grad_VD += logits_grad_CV.T @ hidden_CD
+            loss += gradient(logits_CP, targets_C1)
+            counts_C1 = targets_C1 != IGNORE_INDEX
+            hidden_grad_ND[part] = (logits_CP @ weight_PD) * counts_C1
+            hidden_CD = hidden_CD * counts_C1
+            if dtype is torch.float32:
+                weight_grad_PD.addmm_(logits_CP.T, hidden_CD)
+            else:
+                weight_grad_PD += logits_CP.T @ hidden_CD
         if wants_gradients:
-            ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
+            ctx.save_for_backward(hidden_grad_ND, weight_grad_PD[:num_real].to(weight_VD.dtype))
         return loss
 
     @staticmethod
@@ -80,3 +90,42 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         return hidden_grad_ND.mul_(loss_grad), weight_grad_VD.mul_(loss_grad), None, None, None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_cast else x.dtype
+
+
+def _padded(weight_VD: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Return the weight in ``dtype`` with so many rows of zeros below it."""
+    if not num_rows:
+        return weight_VD.to(dtype)
+    weight_PD = weight_VD.new_zeros((len(weight_VD) + num_rows, weight_VD.shape[1]), dtype=dtype)
+    weight_PD[: len(weight_VD)] = weight_VD
+    return weight_PD
+
+
+def _turn_into_gradient(logits_CP: Tensor, targets_C1: Tensor) -> Tensor:
+    """Overwrite logits by the gradient of their cross-entropy and return its sum over the targets that count.
+
+    Rows whose target does not count are for the caller to leave out.
+    """
+    counts_C1, targets_C1 = targets_C1 != IGNORE_INDEX, targets_C1.clamp(min=0)
+    exact_CP = logits_CP.float()
+    largest_C1, target_C1 = exact_CP.amax(-1, keepdim=True), exact_CP.gather(1, targets_C1)
+    p_CP = exact_CP.softmax(-1) if torch.compiler.is_compiling() else torch.softmax(exact_CP, -1, out=exact_CP)
+    # By way of the largest term, because the probability of the target itself can be too small for a number.
+    log_p_C1 = target_C1 - largest_C1 + p_CP.amax(-1, keepdim=True).log()
+    if p_CP is not logits_CP:
+        logits_CP.copy_(p_CP)
+    # Subtracted before it is rounded: in bf16, 0.999 would be 1.
+    logits_CP.scatter_(1, targets_C1, (log_p_C1.exp() - 1).to(logits_CP.dtype))
+    return -(log_p_C1 * counts_C1).sum()
+
+
+@lru_cache(maxsize=1)
+def _compiled_gradient() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the same in two kernels that read and write the logits in their own dtype."""
+    return torch.compile(_turn_into_gradient)

@@ -9,8 +9,14 @@ from typing import Any
 
 from bigtrain.config import Activation, ActivationCheckpointing, ModelConfig, ModelKind, Norm, Positions
 
-CHUNK_LOGITS = 1 << 26
-"""Logits of the training loss that exist at a time, 256 MiB in fp32: enough for efficient matrix products."""
+CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits of the training loss that exist at a time, by device: enough for efficient matrix products. On a CPU that is
+32 MiB in fp32, which stays in its caches in part; on a GPU 0.5 GiB."""
+FUSED_CHUNK_LOGITS = 1 << 29
+"""The same on a GPU where compiled kernels need no fp32: 1 GiB in bf16. Adding up the weight's gradient costs as much
+time as the product of 400 tokens (12 bytes against 6 operations per token and weight), which 8,192 tokens make up for."""
+VOCABULARY_MULTIPLE = 128
+"""GPUs multiply matrices of other widths in slower kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class Numerics:
     """Per element of the residual stream: 4 under autocast, where only products are in bf16."""
     on_cpu: bool
     """CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix."""
+    compiled: bool = False
+    """Whether ``torch.compile`` fuses what lies between matrix products."""
 
     @property
     def autocast(self) -> bool:
@@ -139,23 +147,37 @@ def activation_bytes(
     return ActivationBytes(saved=num_tokens * per_token, recomputed=num_tokens * (whole - kept))
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """Return for how many tokens the training loss computes the logits at a time."""
-    return max(CHUNK_LOGITS // vocab_size, 1)
+def chunk_tokens(vocab_size: int, device_type: str, *, compiled: bool) -> int:
+    """Return for how many tokens the training loss computes the logits at a time: a power of two."""
+    num_logits = (
+        FUSED_CHUNK_LOGITS
+        if compiled and device_type == "cuda"
+        else CHUNK_LOGITS["cpu" if device_type == "cpu" else "cuda"]
+    )
+    return 1 << max(num_logits // vocab_size, 1).bit_length() - 1
+
+
+def num_padding_rows(vocab_size: int, device_type: str) -> int:
+    """Return how many rows of zeros the output projection gets while the loss is computed, and nowhere else."""
+    return -vocab_size % VOCABULARY_MULTIPLE if device_type == "cuda" else 0
 
 
 def loss_bytes(model: ModelConfig, *, num_tokens: int, numerics: Numerics) -> int:
     """Return the peak of the cross-entropy.
 
-    Our own (``models/loss.py``) holds a chunk's logits in the compute type, in fp32 and as log-probabilities, beside
-    the gradients of the hidden states and of the projection: a chunk's, and their sum in fp32. Other models hand out
-    all logits: fp32 log-probabilities and two gradients of their shape.
+    Our own (``models/loss.py``) holds a chunk's logits in the compute type and, unless compiled kernels do without, in
+    fp32; beside them the gradients of the hidden states and of the projection: a chunk's, and their sum in fp32. Other models hand out all logits: fp32 log-probabilities and two gradients of their shape.
     """
     if model.kind is ModelKind.hf:
         return 12 * num_tokens * model.vocab_size
-    element = numerics.element_bytes
-    logits = (8 if element == 4 else 8 + element) * min(num_tokens, chunk_tokens(model.vocab_size)) * model.vocab_size
-    return logits + ((4 + element) * model.vocab_size + element * num_tokens) * model.hidden_dim
+    device_type, element = "cpu" if numerics.on_cpu else "cuda", numerics.element_bytes
+    num_padding = num_padding_rows(model.vocab_size, device_type)
+    num_rows = model.vocab_size + num_padding
+    logits = min(num_tokens, chunk_tokens(num_rows, device_type, compiled=numerics.compiled)) * num_rows
+    fused = numerics.compiled and not numerics.on_cpu
+    logits *= element if fused or element == 4 else 4 + element
+    projection = (4 + (element if element < 4 else 0) + (element if num_padding else 0)) * num_rows
+    return logits + (projection + element * num_tokens) * model.hidden_dim
 
 
 def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: Numerics) -> int:

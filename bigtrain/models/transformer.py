@@ -48,6 +48,9 @@ class Vocabulary(nn.Module):
     parameters around its forward (ZeRO-3) see both uses.
     """
 
+    compiles_loss = False
+    """Whether what is no matrix product in the loss is compiled."""
+
     def __init__(self, vocab_size: int, hidden_dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_dim))
@@ -64,7 +67,7 @@ class Vocabulary(nn.Module):
             return F.embedding(x, self.weight)
         if targets_BT is None:
             return F.linear(x, self.weight)
-        return sum_cross_entropy(x, self.weight, targets_BT)
+        return sum_cross_entropy(x, self.weight, targets_BT, compiled=self.compiles_loss)
 
 
 class Attention(nn.Module):
@@ -86,10 +89,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return the attention output ``(B, T, D)``; with a cache the new tokens follow the stored ones."""
         qkv_BTXK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        qk_BTXK, v_BTGK = qkv_BTXK.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        q_BTHK, k_BTGK, v_BTGK = qkv_BTXK.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         if rope is not None:
-            qk_BTXK = rotate(qk_BTXK, rope)
-        q_BTHK, k_BTGK = qk_BTXK.split([self.num_heads, self.num_kv_heads], dim=2)
+            q_BTHK, k_BTGK = rotate(q_BTHK, rope), rotate(k_BTGK, rope)
         q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
         dropout, gqa = self.dropout if self.training else 0.0, self.num_kv_heads != self.num_heads
         if mask is not None:

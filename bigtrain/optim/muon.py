@@ -109,35 +109,29 @@ class Muon(torch.optim.AdamW):
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        bad = getattr(self, "found_inf", None)  # set where only the device knows whether the gradient is finite
+        keep = 1.0 if bad is None else (1.0 - bad).to(parameters[0].device)
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            self._look_ahead(_local(p.grad), _local(self.state[p]["momentum_buffer"]))
+            gradient, momentum = _local(p.grad), _local(self.state[p]["momentum_buffer"])
+            if bad is not None:
+                gradient.masked_fill_(keep == 0, 0.0)
+            momentum.lerp_(gradient, (1 - MOMENTUM) * keep)
+            gradient.lerp_(momentum, MOMENTUM)  # Nesterov: the momentum after another such gradient
         if not group["lr"]:  # as when an engine has the state created, before it knows of matrices
             return
         for p in parameters:
-            _local(p).mul_(1 - group["lr"] * group["weight_decay"] * self._keep(p.device))
-        matrices = [matrix for p in parameters for matrix in self.matrices[p]]
+            _local(p).mul_(1 - group["lr"] * group["weight_decay"] * keep)
         rank = self.workshop.rank
+        matrices = [matrix for p in parameters for matrix in self.matrices[p]]
         for some in rounds(matrices, self.workshop.num_ranks):
             updates = orthogonalise_parts(some, [m.part(m.holder.grad, rank) for m in some], self.workshop)
             for m, update in zip(some, updates, strict=True):
                 weight = m.part(m.holder, rank)
-                rate = group["lr"] * m.lr_factor * self._keep(weight.device)
-                weight.sub_(update.to(weight.device, weight.dtype).mul_(rate))
-
-    def _look_ahead(self, gradient: Tensor, momentum: Tensor) -> None:
-        """Add the gradient to the momentum, and turn it into Nesterov's: the momentum after another such gradient."""
-        keep = self._keep(gradient.device)
-        if isinstance(keep, Tensor):
-            gradient.masked_fill_(keep == 0, 0.0)
-        momentum.lerp_(gradient, (1 - MOMENTUM) * keep)
-        gradient.lerp_(momentum, MOMENTUM)
-
-    def _keep(self, device: torch.device) -> float | Tensor:
-        """Return 0 if the step is to change nothing, else 1; a tensor where the host does not know (``found_inf``)."""
-        bad = getattr(self, "found_inf", None)
-        return 1.0 if bad is None else (1.0 - bad).to(device)
+                weight.sub_(update.to(weight.device, weight.dtype).mul_(group["lr"] * m.lr_factor * keep))
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
@@ -171,18 +165,24 @@ def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Worksho
         at: who does it.
     """
     n = at.num_ranks
-    owned, wholes = matrices[at.rank :: n], parts[at.rank :: n]
-    if not matrices[0].is_whole:
-        travelling = [part.to(at.device, at.dtype) for part in parts]
-        numels = [[m.part_numels[r] for m in owned] for r in range(n)]
-        pieces = _swap([travelling[r::n] for r in range(n)], numels, at)
-        wholes = [torch.cat(of_ranks) for of_ranks in zip(*pieces, strict=True)]
-    results = _orthogonalise(owned, [whole.to(at.device, at.dtype) for whole in wholes])
+    owned = matrices[at.rank :: n]
+    results = _orthogonalise(owned, _gather(matrices, parts, at))
     if n == 1:
         return results
     answers = [[_cut(m, whole, r) for m, whole in zip(owned, results, strict=True)] for r in range(n)]
     pieces = _swap(answers, [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)], at)
     return [pieces[i % n][i // n] for i in range(len(matrices))]
+
+
+def _gather(matrices: list[Matrix], parts: list[Tensor], at: Workshop) -> list[Tensor]:
+    """Return the matrices of the round that this rank owns, whole and flat."""
+    n = at.num_ranks
+    if matrices[0].is_whole:
+        return [whole.to(at.device, at.dtype) for whole in parts[at.rank :: n]]
+    travelling = [part.to(at.device, at.dtype) for part in parts]
+    numels = [[m.part_numels[r] for m in matrices[at.rank :: n]] for r in range(n)]
+    pieces = _swap([travelling[r::n] for r in range(n)], numels, at)
+    return [torch.cat(of_ranks) for of_ranks in zip(*pieces, strict=True)]
 
 
 def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from bigtrain.checks import FSDP_KINDS, ZERO_KINDS
 from bigtrain.config import (
+    ActivationCheckpointing,
     EngineKind,
     ModelConfig,
     ModelKind,
@@ -123,13 +124,14 @@ def estimate(
     """
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
-    bf16 = precision is Precision.bf16
+    bf16 = precision.base is Precision.bf16
     layout = _layout(config, sizes, world_size, local_world_size or world_size, bf16, device_type)
     numerics = Numerics(
         element_bytes=2 if bf16 else 4,
         # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
         residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
         on_cpu=device_type == "cpu",
+        compiled=engine.compile,
     )
     activations = activation_bytes(
         shape,
@@ -179,7 +181,7 @@ def _layout(
     elif kind in (EngineKind.zero1, EngineKind.zero2):
         layout = _zero12_layout(config, sizes, world_size, accumulates, bf16, device_type)
     else:
-        layout = _ddp_layout(config, sizes, accumulates, bf16)
+        layout = _ddp_layout(config, sizes, bf16)
     if config.optimizer.kind is OptimizerKind.muon:
         is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
         layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_shards, is_sharded)
@@ -195,32 +197,33 @@ def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
 
 
 def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
-    """Return the elements of the matrices under way in Muon's update: 6 of each while it is orthogonalised, 2 of a part."""
+    """Return the elements under way in Muon's update: 5 copies of what is orthogonalised, later what is sent and received."""
     from bigtrain.optim.muon import IN_FLIGHT_ELEMENTS
 
     owned = min(max(IN_FLIGHT_ELEMENTS, sizes.largest), -(-sizes.num_layers * sizes.matrices // num_owners))
     parts = owned if is_sharded else owned * num_owners
-    return 6 * owned + (2 * parts if num_owners > 1 else 0)
+    return max(5 * owned, owned + 2 * parts if num_owners > 1 else 0)
 
 
-def _ddp_layout(config: TrainConfig, sizes: ModelSizes, accumulates: bool, bf16: bool) -> _Layout:
-    """Everything whole, in fp32; gradients live in DDP's buckets.
-
-    Those of micro-batches that are not communicated lie outside the buckets until the last one.
-    """
-    gradients = 4 * sizes.total * (2 if accumulates else 1)
+def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool) -> _Layout:
+    """Everything whole, in fp32; gradients live in DDP's buckets. What is recomputed is cast again."""
+    engine = config.engine
+    num_checkpointed = -(-sizes.num_layers // engine.activation_checkpointing_every)
+    if engine.activation_checkpointing is ActivationCheckpointing.none:
+        num_checkpointed = 0
+    num_cast = min(sizes.num_layers - num_checkpointed + 1, sizes.num_layers)
     return _Layout(
         parameters=4 * sizes.total,
-        gradients=gradients,
-        early_gradients=gradients,
+        gradients=4 * sizes.total,
+        early_gradients=4 * sizes.total,
         moments=_moment_bytes(config.optimizer, sizes),
-        gathered=_autocast_copies(sizes, bf16),
+        gathered=2 * (sizes.root + num_cast * sizes.block) if bf16 else 0,
         backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half
     )
 
 
 def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumulates: bool, bf16: bool) -> _Layout:
-    """Shards of fp32 parameters, gradients and moments; blocks are gathered in the compute type, two at a time."""
+    """Shards of fp32 parameters, gradients and moments; a few blocks at a time are gathered, in the compute type."""
     shard = -(-sizes.total // num_shards)
     element = 2 if bf16 else 4
     moments = -(-_moment_bytes(config.optimizer, sizes) // num_shards)
@@ -229,13 +232,15 @@ def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumu
     here = dict.fromkeys(state, 0) if host else state
     accumulates_whole = accumulates and config.engine.fsdp.accumulate_whole_gradients
     gradients = 4 * sizes.total if accumulates_whole else here["gradients"]
-    num_gathered = min(2, sizes.num_layers) if config.engine.fsdp.reshard_after_forward else sizes.num_layers
+    num_gathered = (
+        1 + config.engine.fsdp.prefetch_blocks if config.engine.fsdp.reshard_after_forward else sizes.num_layers
+    )
     return _Layout(
         parameters=here["parameters"],
         gradients=gradients,
         early_gradients=gradients if accumulates else 0,
         moments=here["optimizer moments"],
-        gathered=element * (sizes.root + num_gathered * sizes.block),
+        gathered=element * (sizes.root + min(num_gathered, sizes.num_layers) * sizes.block),
         backward=(element + 4) * max(sizes.root, sizes.block),  # a group's gradient, and in fp32 to be reduced
         host=host,
     )

@@ -55,10 +55,9 @@ def find_peak(device: torch.device, precision: Precision) -> Peak | None:
     """Return the peak of this rank's device; of a CPU a measured one, of an unknown device None."""
     if device.type == "cpu":
         return measure_cpu(precision)
-    kind = precision.name
-    if precision is Precision.fp32 and torch.get_float32_matmul_precision() != "highest":
-        kind = "tf32"
-    return published_peak(torch.cuda.get_device_name(device), kind)
+    # Of fp8, too, utilisation is told in terms of bf16: some of the products stay in it.
+    kind = Precision.bf16 if precision is Precision.fp8 else precision
+    return published_peak(torch.cuda.get_device_name(device), kind.name)
 
 
 def published_peak(device_name: str, kind: str) -> Peak | None:
@@ -81,7 +80,7 @@ def measure_cpu(precision: Precision) -> Peak:
 
     It is what torch reaches, not what the processor could. Time in which other processes had the cores is left out.
     """
-    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    dtype = torch.bfloat16 if precision.base is Precision.bf16 else torch.float32
     left, right = torch.ones(2, _MATRIX, _MATRIX, dtype=dtype)
     result = left @ right
     best, end, threads = float("inf"), time.perf_counter() + _MEASURE_SECONDS, torch.get_num_threads()

@@ -1,15 +1,20 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models import build_model
-from bigtrain.models.document_mask import attend, build_document_mask
+from bigtrain.models.document_mask import BLOCK_TOKENS, attend, build_document_mask
 
 LLAMA = {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu, "bias": False}
 CONFIGS = {"learned": {}, "rope, grouped": LLAMA | {"num_kv_heads": 2}}
 LENGTHS = [[5, 9, 2], [16], [1, 1, 14]]
 """Lengths of the documents of each row."""
+
+
+LONG = [[300, 20, 320], [1, 127, 128, 128], [256, 44], [640], [5]]
+"""Lengths that begin and end inside of blocks of 128 tokens, at their borders, and in an incomplete one."""
 
 
 @pytest.fixture(params=CONFIGS)
@@ -75,9 +80,21 @@ def test_activation_checkpointing_changes_nothing(model):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_computes_the_same():
-    _, _, positions = packed()
-    q, k, v = torch.randn(3, 3, 4, 16, 8, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("lengths", LONG, ids=str)
+def test_flex_attention_computes_the_same(lengths):
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    q, k, v = torch.randn(3, 1, 4, sum(lengths), 8, generator=torch.Generator().manual_seed(2))
     exact = attend(q, k[:, :2], v[:, :2], build_document_mask(positions, flex=False), dropout=0.0, gqa=True)
     flexible = attend(q, k[:, :2], v[:, :2], build_document_mask(positions, flex=True), dropout=0.0, gqa=True)
     torch.testing.assert_close(flexible, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", LONG, ids=str)
+def test_only_blocks_that_hold_a_pair_are_computed(lengths):
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    pairs = build_document_mask(positions, flex=False)[0, 0]
+    padding = -len(pairs) % BLOCK_TOKENS
+    blocks = F.pad(pairs, (0, padding, 0, padding)).unflatten(0, (-1, BLOCK_TOKENS)).unflatten(2, (-1, BLOCK_TOKENS))
+    mask = build_document_mask(positions, flex=True)
+    torch.testing.assert_close(mask.to_dense()[0, 0].bool(), blocks.any(3).any(1))
+    assert mask.full_kv_num_blocks.sum() == blocks.all(3).all(1).sum()

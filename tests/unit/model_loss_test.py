@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from bigtrain.models import loss as loss_module
 from bigtrain.models.loss import sum_cross_entropy, sum_cross_entropy_of_logits
+from bigtrain.models.sizes import CHUNK_LOGITS, FUSED_CHUNK_LOGITS, chunk_tokens, num_padding_rows
 
 VOCAB_SIZE, WIDTH = 61, 12
 
@@ -24,6 +25,12 @@ def plain(hidden_BTD, weight_VD, targets_BT):
     return sum_cross_entropy_of_logits(F.linear(hidden_BTD, weight_VD), targets_BT)
 
 
+def cut(monkeypatch, num_tokens, num_padding=0):
+    """Let chunks have so many tokens, and the vocabulary so much padding as it has on a GPU."""
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda *_args, **_kwargs: num_tokens)
+    monkeypatch.setattr(loss_module, "num_padding_rows", lambda *_args: num_padding)
+
+
 def loss_and_gradients(function, *, factor=1.0, dtype=torch.float32, autocast=False):
     hidden, weight, targets = example(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -40,10 +47,36 @@ def loss_and_gradients(function, *, factor=1.0, dtype=torch.float32, autocast=Fa
     ids=["fp32", "scaled", "bf16", "autocast"],
 )
 def test_loss_and_gradients_are_those_of_the_plain_way(monkeypatch, num_tokens, options, tolerance):
-    monkeypatch.setattr(loss_module, "chunk_tokens", lambda vocab_size: num_tokens)
+    cut(monkeypatch, num_tokens)
     chunked, expected = (loss_and_gradients(f, **options) for f in (sum_cross_entropy, plain))
     for value, wanted in zip(chunked, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 100])
+def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, num_tokens):
+    results = []
+    for num_padding in (0, 67):
+        cut(monkeypatch, num_tokens, num_padding)
+        results.append(loss_and_gradients(sum_cross_entropy))
+    for value, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_gpus_multiply_multiples_of_128_and_chunks_are_powers_of_two():
+    assert [(50257 + num_padding_rows(50257, "cuda")) % 128, num_padding_rows(50257, "cpu")] == [0, 0]
+    assert num_padding_rows(50304, "cuda") == 0
+    for compiled, limit in ((False, CHUNK_LOGITS["cuda"]), (True, FUSED_CHUNK_LOGITS)):
+        chunk = chunk_tokens(50304, "cuda", compiled=compiled)
+        assert chunk.bit_count() == 1 and limit / 2 < chunk * 50304 <= limit
+    assert chunk_tokens(2**30, "cpu", compiled=False) == 1
+
+
+def test_an_improbable_target_has_a_finite_loss_and_gradient():
+    hidden = torch.tensor([[[1.0]]], requires_grad=True)
+    loss = sum_cross_entropy(hidden, torch.tensor([[0.0], [500.0]]), torch.tensor([[0]]))
+    loss.backward()
+    assert (loss.item(), hidden.grad.item()) == (500.0, 500.0)
 
 
 def test_a_second_backward_pass_is_refused_instead_of_wrong():
@@ -76,7 +109,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize(("function", "is_whole"), [(sum_cross_entropy, False), (plain, True)])
 def test_all_logits_never_exist_at_once(monkeypatch, function, is_whole):
-    monkeypatch.setattr(loss_module, "chunk_tokens", lambda vocab_size: 4)
+    cut(monkeypatch, 4)
     hidden, weight, targets = example()
     with LargestTensor() as largest:
         function(hidden, weight, targets).backward()

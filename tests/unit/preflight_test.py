@@ -68,8 +68,9 @@ def test_ddp_by_hand():
     assert device["parameters"] == device["gradients"] == 4 * num_parameters
     assert device["optimizer moments"] == 8 * num_parameters
     assert device["master weights"] == 0
-    # Logits and log-probabilities of 2^26 / V tokens at a time, and the gradients of projection and hidden states.
-    assert device["loss buffers"] == (2 * 1335 * 50257 + (2 * 50257 + num_tokens) * width) * 4
+    # Logits of 2,048 tokens at a time (2^27 / V, a power of two), the projection with V padded to a multiple of 128,
+    # and the gradients of projection and hidden states.
+    assert device["loss buffers"] == (2048 * 50304 + (2 * 50304 + num_tokens) * width) * 4
     # A block: 2 D as residual stream, 2 D out of the norms, 3 D of qkv, D out of attention, 8 D of the
     # feed-forward, and an fp32 number per head; then the final norm's input and output.
     assert device["activations"] == 4 * num_tokens * (12 * (16 * width + 12) + 2 * width)
@@ -110,8 +111,8 @@ def test_optimizers_by_hand():
             assert found.host["checkpoint copy"] == -(-(4 * num_parameters + expected) // num_ranks)
     config = run_config(batch=4)
     config.optimizer.kind = OptimizerKind.muon
-    # Six times what one owner orthogonalises at a time, in fp32; nobody to send it to.
-    assert guess(config).device["engine buffers"] == 6 * 2**24 * 4
+    # Five copies of what one owner orthogonalises at a time, in fp32; nobody to send it to.
+    assert guess(config).device["engine buffers"] == 5 * 2**24 * 4
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
@@ -354,5 +355,5 @@ def test_the_estimate_is_near_real_steps(num_ranks, settings, tmp_path):
     print(
         f"estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB, {estimated / measured - 1:+.1%}"
     )
-    # Seen: -15 % to -1 %. Libraries load code while they train, which the margin is for.
+    # Seen: -17 % to -1 %. Libraries load code while they train, which the margin is for.
     assert estimated == pytest.approx(measured, rel=0.25)
