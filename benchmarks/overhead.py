@@ -17,11 +17,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ from bigtrain.models import build_model
 from bigtrain.models.init import InitialValue, Normal, initial_values
 from bigtrain.rank_info import RankInfo
 from bigtrain.schema import from_dict
+from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.recorder import NullRecorder, build_recorder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,6 +81,10 @@ class Times:
     """Wall-clock seconds per step of every turn, with all that happens between steps."""
     cpu: list[float] = field(default_factory=list)
     """CPU seconds per step of every turn, all threads."""
+    telemetry: list[float] = field(default_factory=list)
+    """Of ours: seconds of every call of the recorder, which reads gauges, writes files and shows, once a turn."""
+    norms: list[float] = field(default_factory=list)
+    """Of ours: seconds of norms per layer, of every step that they were due in."""
     loss: float = 0.0
     """Loss of the last step on this rank (bare) or on all (ours)."""
 
@@ -101,7 +106,9 @@ class Turns(NullRecorder):
         self.start = _clocks()
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
+        begin = time.perf_counter()
         self.recorder.metrics(records, phases)
+        self.ours.telemetry.append(time.perf_counter() - begin)
         dist.barrier()
         middle = _clocks()
         steps = [record["step_seconds"] for record in records]
@@ -132,6 +139,23 @@ class Turns(NullRecorder):
 
     def close(self) -> None:
         self.recorder.close()
+
+
+class TimedNorms(LayerNorms):
+    """Norms per layer that tell the host's time for them."""
+
+    times: ClassVar[list[float]] = []
+
+    def before_update(self, step: int) -> None:
+        begin = time.perf_counter()
+        super().before_update(step)
+        self.seconds = time.perf_counter() - begin
+
+    def after_update(self, step: int) -> None:
+        begin = time.perf_counter()
+        super().after_update(step)
+        if self._is_due(step):
+            self.times.append(self.seconds + time.perf_counter() - begin)
 
 
 def _clocks() -> tuple[float, float]:
@@ -249,25 +273,25 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
     gauges = partial(trainer.gauges, config, engine, streams["train"])
-    turns = Turns(build_recorder(config, directory, info.rank, 0, gauges), bare_step, batches)
+    with silence():
+        turns = Turns(build_recorder(config, directory, info.rank, 0, gauges), bare_step, batches)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     run = trainer.Run(
         config=config, directory=directory, engine=engine, streams=streams, recorder=turns, saver=saver, start=Cursor()
     )
-    with silence(), turns:
+    trainer.LayerNorms = TimedNorms
+    with turns:
         trainer.train(run)
     bare_loss = trainer.all_reduce_sum(torch.tensor(turns.bare.loss)).item() / info.world_size
-    turns.bare.loss = bare_loss
+    turns.bare.loss, turns.ours.norms = bare_loss, TimedNorms.times
     num_parameters = sum(entry.numel() for entry in make_model(config).parameters())
     shut_down()
     return turns.ours, turns.bare, f"{num_parameters:,} parameters, {torch.get_num_threads()} threads per rank"
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Send the trainer's console lines to nowhere."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+def silence() -> contextlib.redirect_stdout:
+    """Send what a console that is opened now says to nowhere."""
+    return contextlib.redirect_stdout(open(os.devnull, "w"))
 
 
 def make_config(args: argparse.Namespace, scratch: str) -> TrainConfig:
@@ -317,6 +341,12 @@ def report(args: argparse.Namespace, config: TrainConfig, results: list[tuple[Ti
     pairs = [a / b for a, b in zip(ours.turns[WARMUP_TURNS:], bare.turns[WARMUP_TURNS:], strict=True)]
     low, middle, high = statistics.quantiles(pairs, n=4)
     lines.append(f"ratio of neighbouring turns: median {middle:.4f}, quartiles {low:.4f} to {high:.4f}")
+    told = statistics.median(ours.telemetry) / TURN_STEPS
+    norms = statistics.median(ours.norms or [0.0]) / config.logging.layer_norms_every_steps
+    lines.append(
+        f"of it telemetry: {told * 1e3:.3f} ms for gauges, files and console, {norms * 1e3:.3f} ms for norms per layer, "
+        f"{(told + norms) / 0.1:.2%} of a step of 100 ms"
+    )
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from bigtrain.telemetry.view import RunView
 
 _REDRAW_SECONDS = 1.0  # between two pictures on the terminal: one takes the interpreter for milliseconds
 _MAX_WAITING = 1000  # lines that wait for a terminal
-_CLOSE_SECONDS = 1.0  # that the end of a run waits for a terminal
+_CLOSE_SECONDS = 5.0  # that the end of a run waits for a terminal
 
 
 class Console:
@@ -62,7 +62,7 @@ class Console:
         """Open the log file and begin to draw."""
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log: TextIO | None = self._log_path.open("a", encoding="utf-8", errors="replace", buffering=1)
-        output = _Output(sys.stdout)
+        self._streams, output = (sys.stdout, sys.stderr), _Output(sys.stdout)
         display = _LiveDisplay(self._total_steps, self._clock, output) if self._is_terminal else _PlainDisplay(output)
         self._display, self._waiting = display, queue.Queue[Callable[[], None] | None](_MAX_WAITING)
         self._thread = threading.Thread(target=self._show_waiting, daemon=True)
@@ -79,6 +79,7 @@ class Console:
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=_CLOSE_SECONDS)
             self._thread.join(_CLOSE_SECONDS)
+        sys.stdout, sys.stderr = self._streams  # rich's stand-ins wait for its lock, which a stuck thread holds
         with self._lock:
             if self._log:
                 self._log.close()
@@ -148,7 +149,7 @@ class _Output:
                 self._write(text)
             except OSError:
                 self._is_gone = True
-                _forget_output()
+                _forget(1 if self._file is None else self._file)
         return len(text)
 
     def _write(self, text: str) -> None:
@@ -253,8 +254,8 @@ def _can_draw(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
-def _forget_output() -> None:
+def _forget(file: int) -> None:
     # Otherwise the interpreter would fail once more when it flushes at exit, and spoil the exit code.
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, file)
     os.close(nowhere)

@@ -158,6 +158,7 @@ def test_nothing_is_wider_than_80_columns() -> None:
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_reader_that_goes_away_ends_neither_the_run_nor_its_exit_code(tmp_path: Path, is_terminal: bool) -> None:
     script = SCRIPT.replace("Path(sys.argv[1]))", f"Path(sys.argv[1]), is_terminal={is_terminal})")
+    script = script.replace('print("a stray line")', "")
     command = [sys.executable, "-c", script, tmp_path / "train.log", "300"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -186,7 +187,10 @@ def test_a_terminal_that_hangs_up_does_not_end_the_run(tmp_path: Path) -> None:
 def test_a_reader_that_does_not_read_stops_nobody(tmp_path: Path, is_terminal: bool) -> None:
     parent, child = pty.openpty() if is_terminal else os.pipe()
     script = SCRIPT.replace('print("a stray line")', "[console.message('x' * 100) for _ in range(3000)]")
-    script = script.replace('print("rich" in sys.modules)', "")
+    script = script.replace('print("rich" in sys.modules)', "print('really', file=sys.stderr)")
+    script = script.replace(
+        "num_steps =", "from bigtrain.telemetry import console; console._CLOSE_SECONDS = 0.5\nnum_steps ="
+    )
     command = [sys.executable, "-c", script, tmp_path / "train.log", "10"]
     process = subprocess.Popen(
         command, stdout=child, stderr=subprocess.PIPE, text=True, env={**os.environ, "TERM": "xterm-256color"}
@@ -197,7 +201,7 @@ def test_a_reader_that_does_not_read_stops_nobody(tmp_path: Path, is_terminal: b
         process.kill()
         os.close(child)
         os.close(parent)
-    assert (process.returncode, errors) == (0, "after the end\n")
+    assert (process.returncode, errors) == (0, "after the end\nreally\n")
     assert len((tmp_path / "train.log").read_text().splitlines()) == 3012
 
 
