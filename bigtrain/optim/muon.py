@@ -169,8 +169,12 @@ def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Worksho
     results = _orthogonalise(owned, _gather(matrices, parts, at))
     if n == 1:
         return results
-    answers = [[_cut(m, whole, r) for m, whole in zip(owned, results, strict=True)] for r in range(n)]
-    pieces = _swap(answers, [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)], at)
+    cut = [[x] * n if m.is_whole else x.split(m.part_numels) for m, x in zip(owned, results, strict=True)]
+    pieces = _swap(
+        [[of_ranks[r] for of_ranks in cut] for r in range(n)],
+        [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)],
+        at,
+    )
     return [pieces[i % n][i // n] for i in range(len(matrices))]
 
 
@@ -194,11 +198,6 @@ def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]
         lying = newton_schulz(torch.stack([x if m.rows <= m.columns else x.mT for m, x in batch]))
         results += [(x if m.rows <= m.columns else x.mT).flatten() for (m, _), x in zip(batch, lying, strict=True)]
     return results
-
-
-def _cut(matrix: Matrix, whole: Tensor, rank: int) -> Tensor:
-    """Return what ``rank`` holds of a flat matrix."""
-    return whole if matrix.is_whole else whole.split(matrix.part_numels)[rank]
 
 
 def _swap(outgoing: list[list[Tensor]], numels: list[list[int]], at: Workshop) -> list[list[Tensor]]:

@@ -1,10 +1,13 @@
 """Muon computes the same run under every engine, a rank keeps its share of the state only, and mistakes are noticed."""
 
 import dataclasses
+import math
 
 import pytest
+import torch
 
 from bigtrain.config import Activation, Norm, OptimizerKind, Positions, Precision
+from bigtrain.data.batch import Batch
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.local_ranks import run_ranks
 from bigtrain.optim import muon
@@ -57,9 +60,8 @@ def trace_mistake(name):
     return found
 
 
-def held(variant):
+def held(entries):
     """Return how many elements of matrices, and of their momentum, this rank holds; there is no other state of them."""
-    entries = start_engine(muon_config(variant, 2)).state.entries
     numel = {key: sum(box.view.numel() for box in entry.boxes) for key, entry in entries.items()}
     momenta = [key for key in entries if key.endswith(".momentum_buffer")]
     names = [key.removeprefix(OPTIMIZER).removesuffix(".momentum_buffer") for key in momenta]
@@ -70,13 +72,32 @@ def held(variant):
     return sum(numel[key] for key in blocks), sum(numel[key] for key in momenta)
 
 
+def survives(engine):
+    """Return whether a step with a gradient that is not finite leaves weights and optimizer state as they are."""
+    tokens = torch.arange(32).view(2, 16)
+
+    def step(num_targets):
+        engine.micro_step(Batch(tokens, tokens), num_targets=torch.tensor(num_targets), last=True)
+        engine.step(1e-2)
+        return [box.view.clone() for entry in engine.state.entries.values() for box in entry.boxes]
+
+    good = step(32.0)
+    unharmed = all(map(torch.equal, step(math.nan), good))
+    return unharmed and not any(torch.equal(a, b) for a, b in zip(step(32.0), good, strict=True) if a.numel() > 50)
+
+
+def look_at(variant):
+    engine = start_engine(muon_config(variant, 2))
+    return *held(engine.state.entries), survives(engine)
+
+
 def compute_all(world_size):
     """Everything that is looked at below, in as few processes as possible."""
     found = {"fp32": trace_variants(world_size, VARIANTS[world_size])}
     if world_size == 2:
         found["bf16"] = trace_variants(2, BF16, "bf16")
         found["mistakes"] = {name: trace_mistake(name) for name in MISTAKES}
-        found["held"] = {variant: held(variant) for variant in (*SHARDED, "ddp")}
+        found["looked_at"] = {variant: look_at(variant) for variant in (*SHARDED, "ddp")}
     return found
 
 
@@ -119,9 +140,14 @@ def test_wrong_sharing_is_noticed(mistake, found, reference):
 
 
 def test_a_rank_holds_its_part_of_the_momentum_only(found):
-    _, everything = found[2][0]["held"]["ddp"]
+    _, everything, _ = found[2][0]["looked_at"]["ddp"]
     for engine in SHARDED:
-        weights, momenta = zip(*(rank["held"][engine] for rank in found[2]), strict=True)
+        weights, momenta, _ = zip(*(rank["looked_at"][engine] for rank in found[2]), strict=True)
         assert momenta == weights
         assert sum(momenta) == everything
         assert max(momenta) <= 0.6 * everything
+
+
+@pytest.mark.parametrize("engine", [*SHARDED, "ddp"])
+def test_a_bad_gradient_changes_nothing_on_any_rank(engine, found):
+    assert all(rank["looked_at"][engine][2] for rank in found[2])
