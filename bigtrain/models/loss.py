@@ -58,8 +58,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         device, dtype, num_real = hidden_ND.device, _product_dtype(hidden_ND), len(weight_VD)
         weight_PD = _padded(weight_VD, num_padding_rows(num_real, device.type), dtype)
-        chunk = chunk_tokens(len(weight_PD), device.type, compiled=compiled)
-        gradient = _compiled_gradient() if compiled else _turn_into_gradient
+        fused = compiled and dtype is not torch.float32  # in which torch's own kernels have nothing to convert
+        chunk = chunk_tokens(len(weight_PD), device.type, fused=fused)
+        gradient = _compiled_gradient() if fused else _turn_into_gradient
         loss = torch.zeros((), device=device)
         # One buffer for all chunks: on a CPU, fresh memory takes longer to get than to compute with.
         buffer_CP = weight_PD.new_empty(min(chunk, len(hidden_ND)), len(weight_PD))

@@ -147,13 +147,11 @@ def activation_bytes(
     return ActivationBytes(saved=num_tokens * per_token, recomputed=num_tokens * (whole - kept))
 
 
-def chunk_tokens(vocab_size: int, device_type: str, *, compiled: bool) -> int:
+def chunk_tokens(vocab_size: int, device_type: str, *, fused: bool) -> int:
     """Return for how many tokens the training loss computes the logits at a time: a power of two."""
-    num_logits = (
-        FUSED_CHUNK_LOGITS
-        if compiled and device_type == "cuda"
-        else CHUNK_LOGITS["cpu" if device_type == "cpu" else "cuda"]
-    )
+    num_logits = CHUNK_LOGITS["cpu" if device_type == "cpu" else "cuda"]
+    if fused and device_type != "cpu":
+        num_logits = FUSED_CHUNK_LOGITS
     return 1 << max(num_logits // vocab_size, 1).bit_length() - 1
 
 
@@ -173,9 +171,9 @@ def loss_bytes(model: ModelConfig, *, num_tokens: int, numerics: Numerics) -> in
     device_type, element = "cpu" if numerics.on_cpu else "cuda", numerics.element_bytes
     num_padding = num_padding_rows(model.vocab_size, device_type)
     num_rows = model.vocab_size + num_padding
-    logits = min(num_tokens, chunk_tokens(num_rows, device_type, compiled=numerics.compiled)) * num_rows
-    fused = numerics.compiled and not numerics.on_cpu
-    logits *= element if fused or element == 4 else 4 + element
+    fused = numerics.compiled and element < 4
+    logits = min(num_tokens, chunk_tokens(num_rows, device_type, fused=fused)) * num_rows
+    logits *= element if element == 4 or (fused and not numerics.on_cpu) else 4 + element
     projection = (4 + (element if element < 4 else 0) + (element if num_padding else 0)) * num_rows
     return logits + (projection + element * num_tokens) * model.hidden_dim
 

@@ -112,7 +112,7 @@ OPTIONS = [
     ("zero3", {"activation_checkpointing": "full", "activation_checkpointing_every": 2, "offload": "cpu"}),
     ("zero3", {"activation_checkpointing": "selective"}),
     ("ddp", {"compile": True}),
-    ("fsdp", {"compile": True, "activation_checkpointing": "selective"}),
+    ("fsdp", {"compile": True, "activation_checkpointing": "selective", "prefetch_blocks": 2}),
 ]
 
 
@@ -120,6 +120,7 @@ def option_config(options):
     fields = dict(options)
     config = gate_config()
     config.engine.fsdp.accumulate_whole_gradients = fields.pop("accumulate_whole_gradients", False)
+    config.engine.fsdp.prefetch_blocks = fields.pop("prefetch_blocks", 1)
     enums = {"activation_checkpointing": ActivationCheckpointing, "offload": Offload}
     for name, value in fields.items():
         setattr(config.engine, name, enums[name][value] if name in enums else value)
@@ -148,6 +149,13 @@ def test_bf16_mixed_precision_agrees_with_fp32(engine, computed, reference):
     case = bf16_cases[engine]
     difference = compare(computed(gate_config("bf16"), case, bf16_cases.values()), reference)
     print(case, difference)
+    assert 0 < difference.loss <= 2e-3
+
+
+def test_bf16_agrees_with_every_fast_path_on(reference):
+    config = gate_config("bf16", compile=True, activation_checkpointing=ActivationCheckpointing.full)
+    difference = compare(compute(config, Case(EngineKind.ddp, 2, 2)), reference)
+    print(difference)
     assert 0 < difference.loss <= 2e-3
 
 

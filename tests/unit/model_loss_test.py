@@ -1,5 +1,7 @@
 """The chunked cross-entropy computes what the plain one computes, and forgets the logits."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,13 +65,22 @@ def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, num_tokens):
         torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_compiled_it_is_the_same():
+    results = [
+        loss_and_gradients(partial(sum_cross_entropy, compiled=compiled), dtype=torch.bfloat16)
+        for compiled in (False, True)
+    ]
+    for value, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_gpus_multiply_multiples_of_128_and_chunks_are_powers_of_two():
     assert [(50257 + num_padding_rows(50257, "cuda")) % 128, num_padding_rows(50257, "cpu")] == [0, 0]
     assert num_padding_rows(50304, "cuda") == 0
-    for compiled, limit in ((False, CHUNK_LOGITS["cuda"]), (True, FUSED_CHUNK_LOGITS)):
-        chunk = chunk_tokens(50304, "cuda", compiled=compiled)
+    for fused, limit in ((False, CHUNK_LOGITS["cuda"]), (True, FUSED_CHUNK_LOGITS)):
+        chunk = chunk_tokens(50304, "cuda", fused=fused)
         assert chunk.bit_count() == 1 and limit / 2 < chunk * 50304 <= limit
-    assert chunk_tokens(2**30, "cpu", compiled=False) == 1
+    assert chunk_tokens(2**30, "cpu", fused=False) == 1
 
 
 def test_an_improbable_target_has_a_finite_loss_and_gradient():
