@@ -221,6 +221,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         ),
         (any_live, "data.on_the_fly", f"by data={data.source.name}"),
         (not all_live, "data.shard_tokens", "by data.on_the_fly=true"),
+        (not all_live, "data.verify", "by data.on_the_fly=true"),
+        (not all_live, "data.on_bad_shard", "by data.on_the_fly=true"),
         (is_remote or any_live, "data.cache_directory", "unless data.path is a URL or data.on_the_fly=true"),
         (is_remote or any_live, "data.cache_gib", "unless data.path is a URL or data.on_the_fly=true"),
         (data.content is Content.chat, "data.messages_field", "unless data.content=chat"),

@@ -168,7 +168,5 @@ def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None
             outcome = {"error": type(error).__name__, "message": str(error)}
     outcome = broadcast_json(outcome, group=group)
     if "error" in outcome:
-        error = getattr(errors, outcome["error"])(outcome["message"])
-        error.shared = True
-        raise error
+        raise errors.of_all_ranks(getattr(errors, outcome["error"])(outcome["message"]))
     return outcome["value"]

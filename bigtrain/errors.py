@@ -21,6 +21,12 @@ class BigtrainError(Exception):
     """Whether all ranks raise the same error, so that rank 0 shows it, or this one only; None if nobody knows."""
 
 
+def of_all_ranks(error: BigtrainError) -> BigtrainError:
+    """Return ``error``, which every rank raises at the same place."""
+    error.shared = True
+    return error
+
+
 class ConfigError(BigtrainError):
     """The configuration is wrong; the message lists every problem found."""
 

@@ -12,7 +12,7 @@ from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import initialise
-from bigtrain.errors import NoRestartError
+from bigtrain.errors import NoRestartError, of_all_ranks
 from bigtrain.models import build_initial_values
 from bigtrain.rank_info import RankInfo
 from bigtrain.resilience.bad_numbers import RollBack
@@ -68,10 +68,11 @@ def go_back(
     first, last, batch = verdict.first_step, verdict.last_step, config.train.global_batch_size
     bad = f"steps {first} to {last} of {directory} have bad numbers"
     if rollbacks >= config.bad_numbers.max_rollbacks:
-        raise NoRestartError(
+        problem = (
             f"{bad}, and the run has gone back {rollbacks} times already (bad_numbers.max_rollbacks); it diverges: "
             "lower optimizer.lr, or look at the data; events.jsonl has every bad step"
         )
+        raise of_all_ranks(NoRestartError(problem))
     on_rank0(lambda: discard_after(directory, first - 1))
     left = on_rank0(lambda: [str(path) for path in find_checkpoints(directory)])
     log.get_logger().warning(

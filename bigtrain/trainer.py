@@ -26,7 +26,7 @@ from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_gr
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError, of_all_ranks
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
@@ -431,10 +431,11 @@ def _is_due(step: int, every_steps: int) -> bool:
 def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
-        raise CheckpointError(
+        problem = (
             f"step {step} could not be saved, {run.saver.num_failures} failures in a row; the same command continues "
             f"from {last[-1] if last else 'the beginning'} when the reason above is mended"
         )
+        raise of_all_ranks(CheckpointError(problem))
     if run.limits:
         run.limits.honour()
     if finished:

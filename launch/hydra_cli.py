@@ -35,7 +35,7 @@ from yaml import YAMLError
 
 from bigtrain.checks import check, check_data, fit_micro_batch, ignored_settings, resolve
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
-from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
+from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError, of_all_ranks
 from bigtrain.rank_info import RankInfo
 from bigtrain.redact import redact
 from bigtrain.schema import (
@@ -74,16 +74,14 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     try:
         config = read(args)
     except BigtrainError as error:
-        error.shared = True  # all ranks have the same command line
-        _exit_with(error)
+        _exit_with(of_all_ranks(error))  # they have the same command line
     try:
         code = run(config)
     except BigtrainError as error:
         _exit_with(error)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    gc.freeze()  # at the end Python would look through everything once more
-    sys.exit(code)
+    leave(code or 0)
 
 
 def read_run(args: list[str]) -> TrainConfig:
@@ -250,7 +248,11 @@ def _exit_with(error: BigtrainError) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once: a process group that is torn down while others use it aborts, with another code."""
+    """End the process at once.
+
+    To look through everything once more takes Python a while; helper processes would be waited for; and a process group
+    that is torn down while others use it aborts, with another code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -12,7 +12,7 @@ from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
 from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Box, Entry
-from bigtrain.errors import CheckpointError, UnreadableError
+from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks
 
 
 def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
@@ -35,9 +35,7 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
         found = [], str(error)
     everybody = broadcast_json(gather_json(found))
     if unreadable := next((reason for _, reason in everybody if reason), None):
-        error = UnreadableError(unreadable)
-        error.shared = True
-        raise error
+        raise of_all_ranks(UnreadableError(unreadable))
     return list(dict.fromkeys(problem for problems, _ in everybody for problem in problems))
 
 

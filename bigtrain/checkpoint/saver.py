@@ -34,7 +34,7 @@ from bigtrain.checkpoint.store import (
 from bigtrain.config import CheckpointConfig
 from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Entry
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, of_all_ranks
 from bigtrain.files import FileRecord
 from bigtrain.schema import to_dict
 
@@ -178,7 +178,7 @@ class Saver:
         sizes = gather_json(own, group=self._group)
         problem = self._make_room(sum(sizes)) if dist.get_rank() == 0 else None
         if problem := broadcast_json(problem, group=self._group):
-            raise CheckpointError(problem)
+            raise of_all_ranks(CheckpointError(problem))
 
     def _make_room(self, num_bytes: int) -> str | None:
         """Remove leftovers and return what is wrong if then there is too little room; on rank 0 only."""

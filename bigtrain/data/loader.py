@@ -84,7 +84,7 @@ class TrainLoader:
         self._global_batch_size = global_batch_size
         self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
         tokens_per_step = global_batch_size // dp_size * stream.sequence_length
-        self._steps_at_once = min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
+        self._steps_at_once = 1 if stream.is_live else min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
         self._pin_memory = pin_memory
         self._cursor = start
         self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
@@ -148,20 +148,24 @@ class TrainLoader:
             self._wanted.get()
 
     def _load_some(self) -> list[StepBatch]:
-        """Return the next steps; just the next one if the data ends, or is damaged, after it."""
+        """Return the next steps; just the next one if the data ends, or a local shard is damaged, after it."""
         try:
-            return self._load(self._cursor, self._steps_at_once)
+            ids = self._ids(self._cursor.samples, self._steps_at_once)
         except DataError:
-            if self._steps_at_once == 1:
+            ids = self._ids(self._cursor.samples, 1)
+        self._stream.prefetch(self._cursor.samples)
+        try:
+            return self._load(self._cursor, ids)
+        except DataError:
+            if len(ids) == 1 or self._stream.is_remote:  # to be patient with a server once is enough
                 raise
-            return self._load(self._cursor, 1)
+            return self._load(self._cursor, ids[:1])
 
-    def _load(self, cursor: Cursor, num_steps: int) -> list[StepBatch]:
-        ids = self._ids(cursor.samples, num_steps)
-        self._stream.prefetch(cursor.samples)
+    def _load(self, cursor: Cursor, ids: NDArray[np.int64]) -> list[StepBatch]:
+        """Return the steps with these samples, one row each."""
         mine = slice(self._slices[0].start, self._slices[-1].stop)
         samples = self._stream.gather(ids[:, mine].reshape(-1))
-        num_targets, global_num_targets = self._count_targets(samples, num_steps)
+        num_targets, global_num_targets = self._count_targets(samples, len(ids))
         if self._pin_memory:
             samples = samples.pin_memory()
         batches = []

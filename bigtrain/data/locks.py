@@ -26,7 +26,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[BinaryIO | None]:
 
 def is_locked(path: Path) -> bool:
     """Return whether some process or thread holds the lock of a file."""
-    with open(path, "rb") as handle:
+    with open(path, "r+b") as handle:  # NFS locks only what can be written
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

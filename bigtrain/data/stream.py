@@ -83,6 +83,11 @@ class SampleStream:
         return bool(self._live)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether shards may have to be fetched."""
+        return any(part.split.is_remote for _, part in self._stored)
+
+    @property
     def skipped_shards(self) -> list[tuple[int, int]]:
         """Shards that this rank could not have, as (component, shard)."""
         return [(i, shard) for i, part in self._stored for shard in sorted(getattr(part.split, "skipped", ()))]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bigtrain.config import DataConfig
 from bigtrain.data.index import INDEX_FILE, read_index
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, StopError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,6 +74,8 @@ def _from_json(text: str, where: str) -> "Tokenizer":
 
     try:
         tokenizer = Tokenizer.from_str(text)
+    except StopError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{where}: not a tokenizer of the tokenizers library: {error}") from error
     # These three are not part of the file, or must not be taken from it.

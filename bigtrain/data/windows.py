@@ -94,11 +94,11 @@ class LiveSamples:
 
     def epochs(self, count: int) -> float:
         """Return how many passes the first ``count`` samples are, counted in windows that were drawn from."""
-        return (self._find(count - 1) + 1) / self._windows_per_epoch if count else 0.0
+        return (self._known(count - 1) + 1) / self._windows_per_epoch if count else 0.0
 
     def place(self, position: int) -> WindowPlace:
         """Return the window of a position that was drawn, for a checkpoint."""
-        number = self._find(position)
+        number = self._known(position)
         first_sample = self._begins[number - self._first_window]
         return WindowPlace(window=number, first_sample=first_sample, content=self._content(number))
 
@@ -119,7 +119,11 @@ class LiveSamples:
             an_epoch_ago = self._begins[: -self._windows_per_epoch]
             if an_epoch_ago and an_epoch_ago[-1] == self._begins[-1]:
                 raise DataError(too_short("train", self._data.sequence_length))
-        return self._first_window + bisect_right(self._begins, position) - 1
+        return self._known(position)
+
+    def _known(self, position: int) -> int:
+        """Return the same of a position that was drawn; unlike the above it may be called beside the loader's thread."""
+        return self._first_window + max(bisect_right(self._begins, position) - 1, 0)
 
     def _open(self, number: int) -> _Window:
         """Tokenise what the window needs, as far as that has not been done, and pack it; begin with the next one."""
@@ -136,6 +140,8 @@ class LiveSamples:
         packed = build_packing(split, self._data.sequence_length, self._data.packing, self._data.document_mask)
         digest = xxhash.xxh3_64(split.read(0).tobytes())
         digest.update(split.documents(0).tobytes())
+        if (counted := split.counted(0)) is not None:
+            digest.update(counted.tobytes())
         # Another way to cut may by chance give as many samples.
         digest.update(f"{self._data.packing.name} {self._data.sequence_length}".encode())
         self._contents[number] = digest.hexdigest()

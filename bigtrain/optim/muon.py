@@ -101,8 +101,10 @@ class Muon(torch.optim.AdamW):
         """Update all parameters; a step of all ranks together."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
-        super().step(closure)
-        self.param_groups = groups
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
         for group in groups:
             if group["muon"]:
                 self._step_muon(group)

@@ -185,6 +185,8 @@ def _layout(
     if config.optimizer.kind is OptimizerKind.muon:
         is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
         layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_shards, is_sharded)
+    if config.logging.layer_norms_every_steps and config.engine.offload is Offload.none:
+        layout.update += 4 * -(-sizes.total // world_size)  # the weights before the update
     return layout
 
 

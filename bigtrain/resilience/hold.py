@@ -37,20 +37,25 @@ class Hold:
         self.file = file
         self._path = path
         self._released = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def keep(self) -> None:
         """Give signs of life from now on, and end this process when another launch has taken over."""
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._beating.start()
 
     def release(self) -> None:
         """Let go."""
         self._released.set()
-        os.close(self.file)
+        if self._beating.ident is not None:
+            self._beating.join(BEAT_SECONDS)
+        if not self._beating.is_alive():  # else a file server does not answer; the process ends soon
+            os.close(self.file)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
-                if not _is_at(self._path, self.file):
+                is_replaced = self._path.exists() and not _is_at(self._path, self.file)
+                if is_replaced and not self._released.is_set():
                     self._end_process()
                 os.utime(self.file)
 
@@ -78,11 +83,15 @@ def take_hold(path: Path, *, patient: bool) -> Hold:
     sign, waited, silent = 0, 0.0, 0.0
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if _lock(file, path):
-            if _is_at(path, file):
-                return Hold(path, file)
-            os.close(file)  # somebody else has just replaced it
-            continue
+        try:
+            if _lock(file, path):
+                if _is_at(path, file):
+                    return Hold(path, file)
+                os.close(file)  # somebody else has just replaced it
+                continue
+        except OSError:
+            os.close(file)
+            raise
         with os.fdopen(file, "rb") as held:
             status, content = os.fstat(file), held.read()
             # Only looks that succeed count: while the file server is away, neither side can say or hear anything.

@@ -22,9 +22,6 @@ from bigtrain.resilience.hold import Hold
 from bigtrain.resilience.signals import StopSignal
 from bigtrain.resilience.watchdog import STACK_SIGNAL, Watch, question_path, stacks_path, start_watchdog
 
-_ALONE = ("starting", "data", "forward_backward", "optimizer")
-"""Phases in which a rank may meet an error that no other rank has; in the others all ranks decide together."""
-
 _RECORD_SECONDS = 1.0
 """So long it may take until a failure is recorded that a launcher has noticed."""
 
@@ -138,7 +135,7 @@ class Launch:
         self.signal.at_once = False
         if isinstance(error, StopError):
             self._stop(error)
-        elif isinstance(error, BigtrainError) and (error.shared or not self._may_be_alone()):
+        elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
             self.end(error.exit_code, str(error).splitlines()[0])
         elif error is not None:
             self._record(error)
@@ -158,9 +155,13 @@ class Launch:
         else:
             self.end(error.exit_code, str(self.signal.reason))
 
-    def _may_be_alone(self) -> bool:
-        """Return whether this rank is where it may meet an error that no other has, rather than a mistake of the user's."""
-        return self._beats is not None and self.heartbeat.phase in _ALONE
+    def _is_said_by_rank0(self) -> bool:
+        """Return whether rank 0 ends the launch with an error of its own, perhaps the same, before there is a watchdog."""
+        if self._beats is not None:
+            return False
+        if self.rank > 0:
+            time.sleep(_RECORD_SECONDS)
+        return self.rank == 0 or has_decided(self.directory, self.attempt)
 
     def _record(self, error: BaseException) -> None:
         """Record a fault of ours or of the machine; no rank waits for another one any more."""

@@ -125,7 +125,7 @@ class Gauges:
         """
         now = time.monotonic()
         if self._device.type == "cuda" and now - self._sensors_read_at >= _SENSOR_SECONDS:
-            self._sensors_read_at = now
+            self._sensors_read_at = math.inf  # until it has answered
             threading.Thread(target=self._read_sensors, daemon=True).start()
         told, self._sensors = self._sensors, {}
         return told
@@ -137,8 +137,8 @@ class Gauges:
                 names.POWER_WATTS: torch.cuda.power_draw(self._device) / 1000,
                 names.TEMPERATURE_CELSIUS: torch.cuda.temperature(self._device),
             }
+            self._sensors_read_at = time.monotonic()
         except Exception as error:  # no driver library, no permission, a sensor that a device lacks
-            self._sensors_read_at = math.inf
             get_logger().info(f"the GPU's sensors cannot be read: {error}")
 
 

@@ -95,6 +95,8 @@ def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, fl
         events: of the profiler. On a GPU its kernels count, otherwise gloo's collectives and torch's operators.
         num_steps: so many steps were traced.
     """
+    # A user's annotation, such as those of FSDP2, spans collectives and computes nothing.
+    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
     kernels = [event for event in events if event.device_type is not DeviceType.CPU]
     events = kernels or [event for event in events if event.name.startswith(("gloo:", "aten::"))]
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
