@@ -87,6 +87,9 @@ def test_on_the_fly_a_killed_run_goes_on_with_the_same_samples(whole: Path):
     assert digests(run) == digests(whole / "runs/live"), f"killed after {kill_after}"
     places = read_run_state(find_checkpoints(run)[-1]).data.places
     assert set(places) == {"web"} and places["web"].window > 2, "otherwise this shows little"
+    result = fork("inspect_data.py", "directory=runs/live-killed", "step=7", "samples=8", cwd=whole)
+    assert result.code == 0 and " web " in result.out and " code " in result.out, result.err
+    assert "(<|endoftext|>) l│i│v│e│ │" in result.out
     # The same number of bytes, but not the same text: nothing but its content tells.
     (whole / "live.jsonl").write_text((whole / "live.jsonl").read_text().replace("xx", "xy"))
     result = train(whole, *live, "run.name=live-killed", f"train.steps={STEPS + 4}")

@@ -323,6 +323,17 @@ def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, caplog):
     assert len(caplog.records) > 20
 
 
+def test_what_a_killed_process_left_is_made_again(tmp_path):
+    write_texts(tmp_path / "text.jsonl", 12)
+    parts = open_parts(config_in(tmp_path))
+    good = parts.load(0, "train").tokens
+    path = parts._cache.path(parts._name(0))
+    content = path.read_bytes()
+    path.unlink()
+    path.with_name(f"{path.name}.0.partial").write_bytes(content[:50] + b"x" * 2 * len(content))
+    assert np.array_equal(parts.load(0, "train").tokens, good) and path.stat().st_size == len(content)
+
+
 def test_a_cache_that_holds_nothing_is_slow_but_right(tmp_path):
     write_texts(tmp_path / "text.jsonl")
     config = config_in(tmp_path)
