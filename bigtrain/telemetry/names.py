@@ -14,7 +14,6 @@ TOKENS_PER_SECOND = "tokens_per_second"  # over all ranks
 DATA_WAIT_SECONDS = "data_wait_seconds"  # part of step_seconds in which rank 0 waited for the batch
 DATA_DIGEST = "data_digest"  # hash of all sample ids up to this step, over all ranks
 
-PERPLEXITY = "perplexity"
 TRAIN_PERPLEXITY = "train/perplexity"
 TIME = "time"  # of a logging step, ISO 8601, UTC
 
