@@ -2,7 +2,7 @@
 
 16,384 hidden states, projected onto a vocabulary of 50,304 and compared with their targets: by ``bigtrain``'s chunks, by
 ``F.cross_entropy`` of all logits at once, and by torch's own ``F.linear_cross_entropy`` where it has one. Each is in a process
-of its own, and they take turns. The peak is what a step adds to the inputs and their gradients, which all need alike.
+of its own, and they take turns; on a GPU the first two are compiled. The peak is what a step adds to the inputs and their gradients, which all need alike.
 """
 
 import argparse
@@ -51,9 +51,14 @@ def side(name: str, args: argparse.Namespace, pacer: Pacer) -> tuple[float, floa
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     pacer.begin()
     held = turns.peak_bytes()
+    way = WAYS[name]
+    if device == "cuda" and name == OURS:
+        way = partial(way, compiled=True)
+    elif device == "cuda" and name == PLAIN:
+        way = torch.compile(way)
     for _ in range((1 + args.turns) * (1 + args.steps)):
         weight.grad.zero_()
-        loss = WAYS[name](hidden, weight, targets) / targets.numel()
+        loss = way(hidden, weight, targets) / targets.numel()
         loss.backward()
         pacer.step_done()
     return loss.item(), weight.grad.float().norm().item(), held

@@ -55,6 +55,7 @@ from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.deepspeed_zero import STAGES, deepspeed_settings, import_deepspeed
 from bigtrain.engine.state import initialise
+from bigtrain.engine.wrap import wrap_blocks
 from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_model
 from bigtrain.models.init import InitialValue, Normal, initial_values
@@ -189,9 +190,7 @@ def bare_loop(config: TrainConfig, info: RankInfo, device: torch.device, values:
     with torch.device(device):
         model = make_model(config)
     fill(model, values)
-    if config.engine.compile:
-        for block in model.blocks:
-            block.compile()
+    wrap_blocks(model, config.engine)
     if config.engine.kind in STAGES:
         return bare_deepspeed_step(config, info, device, model)
     return bare_torch_step(config, device, model)
@@ -217,7 +216,7 @@ def bare_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 def bare_torch_step(config: TrainConfig, device: torch.device, model: nn.Module) -> BareStep:
-    bf16, grad_clip = config.engine.precision is Precision.bf16, config.optimizer.grad_clip
+    bf16, grad_clip = config.engine.precision.base is Precision.bf16, config.optimizer.grad_clip
     autocast: Callable[[], Any] = contextlib.nullcontext
     if config.engine.kind is EngineKind.ddp:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,7 @@ from bigtrain.data.batch import Batch
 from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
+from bigtrain.engine.wrap import wrap_blocks
 from bigtrain.models.flops import flops_per_token
 from bigtrain.models.hf_export import hf_config, hf_tensors
 from bigtrain.models.sizes import model_sizes
@@ -71,19 +73,21 @@ LOW_PRECISION = 2e-2
 
 
 def ours(config: TrainConfig, pacer: Pacer) -> float | None:
+    """``trainer.train``, with all that it does between steps."""
     info = RankInfo.from_env()
     device = pick_device(info)
     init_process_group(info, device, timeout_seconds=turns.PATIENCE_SECONDS)
     engine = build_engine(config, lambda: make_model(config), info=info, device=device)
     initialise(engine.state, make_values(config), num_threads=4)
     pace(engine, pacer)
-    directory = Path(config.run.root) / str(config.run.name)
+    directory, streams = Path(config.run.root) / str(config.run.name), open_data(config)
+    gauges = partial(trainer.gauges, config, engine, streams["train"])
     run = trainer.Run(
         config=config,
         directory=directory,
         engine=engine,
-        streams=open_data(config),
-        recorder=build_recorder(config, directory, info.rank, 0, partial(trainer.gauges, config, engine)),
+        streams=streams,
+        recorder=build_recorder(config, directory, info.rank, 0, gauges),
         saver=Saver(directory, engine.state.entries, config.checkpoint),
         start=Cursor(),
     )
@@ -127,7 +131,7 @@ def nanogpt(config: TrainConfig, pacer: Pacer) -> float:
     with torch.device(device):
         model = PlainGPT(config.model)
     fill(model, make_values(config))
-    optimizer, bf16 = bare_optimizer(config, model), config.engine.precision is not Precision.fp32
+    optimizer, bf16 = bare_optimizer(config, model), config.engine.precision is Precision.bf16
     compiled = torch.compile(model) if config.engine.compile else model
     if info.world_size > 1:
         compiled = DistributedDataParallel(compiled)
@@ -194,8 +198,7 @@ def our_model(config: TrainConfig) -> MeanLoss:
     """Return our model for a peer, compiled block by block, as suits it best."""
     model = make_model(config)
     fill(model, make_values(config))
-    for block in model.blocks if config.engine.compile else ():
-        block.compile()
+    wrap_blocks(model, config.engine)
     return MeanLoss(model)
 
 
@@ -241,7 +244,7 @@ def accelerate_loop(config: TrainConfig, pacer: Pacer) -> float:
 
     forget_lone_rank()
     rows = Rows(config)
-    precision = "no" if config.engine.precision is Precision.fp32 else "bf16"
+    precision = "bf16" if config.engine.precision is Precision.bf16 else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     model = our_model(config)
     model, optimizer, loader = accelerator.prepare(model, bare_optimizer(config, model), rows.loader(config))
@@ -289,7 +292,7 @@ def lightning_settings(config: TrainConfig) -> dict[str, Any]:
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
         "devices": world_size,
         "strategy": "ddp" if world_size > 1 else "auto",
-        "precision": "32-true" if config.engine.precision is Precision.fp32 else "bf16-mixed",
+        "precision": "bf16-mixed" if config.engine.precision is Precision.bf16 else "32-true",
     }
 
 
@@ -370,7 +373,7 @@ def hf_trainer(config: TrainConfig, pacer: Pacer, *, own_model: bool = False) ->
         logging_steps=LOG_EVERY_STEPS,
         max_grad_norm=config.optimizer.grad_clip,
         lr_scheduler_type="constant",
-        bf16=config.engine.precision is not Precision.fp32,
+        bf16=config.engine.precision is Precision.bf16,
         torch_compile=own_model and config.engine.compile,
         save_strategy="no",
         report_to="none",
@@ -411,7 +414,6 @@ def forget_lone_rank() -> None:
 
 OURS = "bigtrain"
 SIDES: dict[str, tuple[str, Callable[[TrainConfig, Pacer], float | None], str]] = {
-    "ours": (OURS, ours, "torch"),
     "bare": ("by hand, our model and engine", bare, "torch"),
     "nanogpt": ("nanoGPT-style model and loop", nanogpt, "torch"),
     "accelerate": ("Accelerate, our model", accelerate_loop, "accelerate"),
@@ -536,7 +538,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", default=SMALL.name, choices=[SMALL.name, *PRESETS], metavar="PRESET")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens per sample (default 256)")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step, over all ranks (default 4)")
-    parser.add_argument("--precision", default="bf16" if on_gpu else "fp32", choices=[p.name for p in Precision])
+    parser.add_argument("--precision", default="bf16" if on_gpu else "fp32", choices=["bf16", "fp32", "fp8"])
     parser.add_argument("--compile", action="store_true", help="torch.compile, each side in its way")
     parser.add_argument("--turns", type=int, default=8, help="of every side, after one to warm up (default 8)")
     parser.add_argument("--steps", type=int, default=20 if on_gpu else 3, help="timed steps of a turn")
@@ -561,8 +563,12 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="by default all")
     args = parse(parser)
     with tempfile.TemporaryDirectory(prefix="step-") as scratch:
-        config, sides = make_config(args, scratch, EngineKind[args.engine]), {}
-        for key in dict.fromkeys(["ours", *args.sides]):
+        config = make_config(args, scratch, EngineKind[args.engine])
+        sides = {OURS: partial(ours, config)}
+        if args.precision == "fp8":  # the others have bf16, and so has ours once more
+            config = replace(config, engine=replace(config.engine, precision=Precision.bf16))
+            sides[f"{OURS}, bf16"] = partial(ours, replace(config, run=replace(config.run, name="step-bf16")))
+        for key in args.sides:
             name, side, package = SIDES[key]
             if find_spec(package):
                 sides[name] = partial(side, config)

@@ -219,8 +219,9 @@ def versions(*packages: str) -> str:
 
 
 def peak_flops(precision: Precision) -> float | None:
-    """Return the data sheet's rate of this machine's GPU; None on a CPU and on an unknown one."""
-    peak = published_peak(torch.cuda.get_device_name(), precision.name) if torch.cuda.device_count() else None
+    """Return the data sheet's rate of this machine's GPU, for fp8 that of bf16; None on a CPU and on an unknown one."""
+    kind = Precision.bf16 if precision is Precision.fp8 else precision
+    peak = published_peak(torch.cuda.get_device_name(), kind.name) if torch.cuda.device_count() else None
     return peak.flops_per_second if peak else None
 
 
