@@ -37,6 +37,7 @@ class Hold:
         self.file = file
         self._path = path
         self._released = threading.Event()
+        self._lock = threading.Lock()  # the number of a closed file may be another file's
 
     def keep(self) -> None:
         """Give signs of life from now on, and end this process when another launch has taken over."""
@@ -44,17 +45,20 @@ class Hold:
 
     def release(self) -> None:
         """Let go."""
-        self._released.set()
-        os.close(self.file)
+        with self._lock:
+            self._released.set()
+            os.close(self.file)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                if not _is_at(self._path, self.file):
-                    self._end_process()
-                os.utime(self.file)
+            with self._lock, contextlib.suppress(OSError):
+                if not self._released.is_set():
+                    self._give_sign()
 
-    def _end_process(self) -> None:
+    def _give_sign(self) -> None:
+        if _is_at(self._path, self.file):
+            os.utime(self.file)
+            return
         print(
             f"{self._path.parent}: nothing was heard of this launch for a while, and another one has taken the run over; "
             "this one ends here",
