@@ -37,29 +37,28 @@ class Hold:
         self.file = file
         self._path = path
         self._released = threading.Event()
-        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._lock = threading.Lock()  # the number of a closed file may be another file's
 
     def keep(self) -> None:
         """Give signs of life from now on, and end this process when another launch has taken over."""
-        self._beating.start()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
         """Let go."""
-        self._released.set()
-        if self._beating.ident is not None:
-            self._beating.join(BEAT_SECONDS)
-        if not self._beating.is_alive():  # else a file server does not answer; the process ends soon
+        with self._lock:
+            self._released.set()
             os.close(self.file)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                is_replaced = self._path.exists() and not _is_at(self._path, self.file)
-                if is_replaced and not self._released.is_set():
-                    self._end_process()
-                os.utime(self.file)
+            with self._lock, contextlib.suppress(OSError):
+                if not self._released.is_set():
+                    self._give_sign()
 
-    def _end_process(self) -> None:
+    def _give_sign(self) -> None:
+        if _is_at(self._path, self.file) or not self._path.exists():  # to remove or rename it is not to take over
+            os.utime(self.file)
+            return
         print(
             f"{self._path.parent}: nothing was heard of this launch for a while, and another one has taken the run over; "
             "this one ends here",
@@ -84,14 +83,15 @@ def take_hold(path: Path, *, patient: bool) -> Hold:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if _lock(file, path):
-                if _is_at(path, file):
-                    return Hold(path, file)
-                os.close(file)  # somebody else has just replaced it
-                continue
+            is_mine = _lock(file, path)
         except OSError:
             os.close(file)
             raise
+        if is_mine:
+            if _is_at(path, file):
+                return Hold(path, file)
+            os.close(file)  # somebody else has just replaced it
+            continue
         with os.fdopen(file, "rb") as held:
             status, content = os.fstat(file), held.read()
             # Only looks that succeed count: while the file server is away, neither side can say or hear anything.
