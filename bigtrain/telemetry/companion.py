@@ -19,6 +19,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, Ta
 
 REQUEST_VARIABLE = "BIGTRAIN_COMPANION_REQUEST"
 _POLL_SECONDS = 0.5
+_FAILURE_FILE = "failure.json"  # see resilience/failures.py
+_CAUSE_SECONDS = 3.0  # that the watchdog is given to write it
 
 
 class Companion:
@@ -155,6 +158,7 @@ class Follower:
         """Begin where the cursor is."""
         self._metrics, self._events = Tail(directory / METRICS_FILE), Tail(directory / EVENTS_FILE)
         self._texts = Tail(directory / SAMPLES_FILE)
+        self._directory, self._begin = directory, time.time()
         self._cursor_path = directory / cursor_file
         self._sink = sink
         self._samples: list[dict[str, Any]] = []
@@ -180,8 +184,20 @@ class Follower:
             self._sink.samples(self._samples)
 
     def tell_of_death(self) -> None:
-        """Pass on that the training process is gone without a word; its files do not say so."""
-        self._sink.event({"event": "fault", "error": "the training process was killed or has died"})
+        """Pass on that the training process is gone without a word, and why, if the watchdog has found it out."""
+        cause = self._cause()
+        kind = "hang" if cause.get("kind") == "hang" else "fault"
+        self._sink.event({"event": kind, "error": cause.get("summary", "the training process was killed or has died")})
+
+    def _cause(self) -> dict[str, Any]:
+        """Return what the watchdog writes, which takes it a moment."""
+        path, deadline = self._directory / _FAILURE_FILE, time.monotonic() + _CAUSE_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                if path.stat().st_mtime >= self._begin:
+                    return json.loads(path.read_text())
+            time.sleep(0.1)
+        return {}
 
     def _log_after_cursor(self, section: str, records: list[dict[str, Any]]) -> None:
         fresh = [record for record in records if record[names.STEP] > self._cursor[section]]

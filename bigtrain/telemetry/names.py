@@ -61,7 +61,7 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 
 # Events
 LAUNCH_EVENTS = ("start", "resume")
-ALARMS = ("fault", "hang", "spike", "bad_step", "rollback", "straggler", "checkpoint_failed", "damaged_checkpoint")
+ALARMS = ("fault", "hang", "bad_step", "rollback", "straggler", "checkpoint_failed", "damaged_checkpoint")
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}
 _AXES = (STEP, TOKENS)

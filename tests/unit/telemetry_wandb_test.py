@@ -96,8 +96,11 @@ def test_a_killed_training_process_leaves_every_step_logged_and_no_process(tmp_p
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from telemetry_wandb_test import start, write_steps
-        logger = start(Path(sys.argv[1]), [])
+        logger = start(Path(sys.argv[1]), said := [])
         write_steps(Path(sys.argv[1]), 1, 20)
+        while not said:
+            time.sleep(0.1)
+        time.sleep(0.5)  # it follows the files by now
         print(logger._process.pid, flush=True)
         time.sleep(60)
         """
@@ -107,8 +110,11 @@ def test_a_killed_training_process_leaves_every_step_logged_and_no_process(tmp_p
     companion = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    (run / "failure.json").write_text('{"kind": "hang", "summary": "rank 3 on n1, in data of step 20: hung"}')
     wait_until(lambda: not Path(f"/proc/{companion}/cmdline").exists() or not has_command_line(companion))
     assert [int(row["step"]) for row in read_history(run)] == list(range(1, 21))
+    (alert,) = read_records(run, "alert")
+    assert (alert.title, alert.level) == ("my run: hang", "ERROR") and "rank 3 on n1" in alert.text
 
 
 def has_command_line(pid: int) -> bool:
