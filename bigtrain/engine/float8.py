@@ -49,8 +49,11 @@ def with_float8(build_model: Callable[[], nn.Module], *, num_tokens: int) -> Cal
 
     def build() -> nn.Module:
         model = build_model()
+        stacked = {name: m.fused_rows for name, m in model.named_modules() if getattr(m, "fused_rows", None)}
         for block in model.blocks:
             convert_to_float8_training(block, module_filter_fn=is_converted)
+        for name, rows in stacked.items():  # torchao makes new modules, and what they are made of is for the optimizer
+            model.get_submodule(name).fused_rows = rows
         return model
 
     return build
