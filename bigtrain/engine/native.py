@@ -144,12 +144,12 @@ def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, a
     """Let the optimizer update its weights, unless the gradient's norm is not finite.
 
     Args:
-        optimizer: with a fused kernel.
+        optimizer: SGD's kernels for sharded parameters are not fused and take no such number.
         norm: 0-d tensor.
-        ask_host: whether the host decides. On a GPU it would have to wait for the number; there the kernel
+        ask_host: whether the host decides. On a GPU it would have to wait for the number; there a fused kernel
             looks at it, as it does for gradient scalers.
     """
-    if ask_host:
+    if ask_host or not getattr(optimizer, "_step_supports_amp_scaling", False):
         if norm.isfinite():
             optimizer.step()
         return

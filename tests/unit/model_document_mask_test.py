@@ -98,3 +98,22 @@ def test_only_blocks_that_hold_a_pair_are_computed(lengths):
     mask = build_document_mask(positions, flex=True)
     torch.testing.assert_close(mask.to_dense()[0, 0].bool(), blocks.any(3).any(1))
     assert mask.full_kv_num_blocks.sum() == blocks.all(3).all(1).sum()
+
+
+@torch.no_grad()  # FlexAttention has no backward pass on a CPU
+def test_compiled_blocks_share_one_graph_whatever_the_documents_are():
+    from torch._dynamo.utils import counters
+
+    model = built(ModelConfig(vocab_size=50, num_layers=3, hidden_dim=32, num_heads=2, max_positions=256))
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    torch.compiler.reset()
+    counters.clear()
+    for lengths in ([200, 56], [100, 100, 56], [256]):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        compiled = exact = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(3))
+        for block in model.blocks:
+            compiled = block(compiled, None, None, build_document_mask(positions, flex=True))
+            exact = block.forward(exact, None, None, build_document_mask(positions, flex=False))
+        torch.testing.assert_close(compiled, exact, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

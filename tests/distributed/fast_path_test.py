@@ -1,5 +1,6 @@
-"""One compilation serves all blocks, nothing is compiled again, and the next process finds it on disk."""
+"""What makes steps fast and small is in effect: one compilation for all blocks, gradients in DDP's buckets alone."""
 
+import pytest
 import torch
 
 from bigtrain.config import ActivationCheckpointing
@@ -33,3 +34,23 @@ def test_twelve_blocks_are_compiled_once_and_kept_for_the_next_process(tmp_path)
     # The block, forward and backward.
     assert cold == [(1, 2, 0)] * NUM_STEPS
     assert warm == [(1, 0, 2)] * NUM_STEPS
+
+
+def gradients_outside_of_buckets(config):
+    """Return how many gradients have memory of their own after a micro-batch that is not communicated, in two steps."""
+    engine, counts = start_engine(config), []
+    tokens = torch.randint(97, (1, 16))
+    for _ in range(2):
+        for last in (False, True):
+            engine.micro_step(Batch(tokens, tokens), num_targets=torch.tensor(32.0), last=last)
+            gradients = [parameter.grad for parameter in engine.module.parameters()]
+            counts.append(sum(g.untyped_storage().nbytes() == g.nbytes for g in gradients))
+        engine.step(1e-3)
+    return counts
+
+
+@pytest.mark.parametrize(("global_batch_size", "expected"), [(2, [0] * 4), (1, [28, 0, 28, 0])])
+def test_ddp_accumulates_in_its_buckets(global_batch_size, expected):
+    config = small_config("ddp")
+    config.train.global_batch_size = global_batch_size  # with 1 the engine does not expect to accumulate
+    assert run_ranks(gradients_outside_of_buckets, 1, config, timeout_seconds=100)[0] == expected
