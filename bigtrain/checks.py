@@ -247,6 +247,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     ]
     if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
         ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
+    if config.profile.steps and config.profile.steps[0] > config.train.steps:
+        ignored.append(f"profile.steps={config.profile.steps} is ignored: train.steps={config.train.steps}")
     if (warmup := config.scheduler.warmup_steps) >= config.train.steps:
         ignored.append(
             f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is not shorter than "

@@ -73,13 +73,13 @@ class DataState:
     """Of each component that is tokenised while training."""
 
 
-def chain_digest(digest: str, sample_ids: "NDArray[np.int64]") -> str:
+def chain_digest(digest: str, sample_ids: "NDArray[np.int64]", content: str) -> str:
     """Return the hash after a step: 16 hexadecimal digits.
 
     Args:
         digest: after the step before.
         sample_ids: of the whole step, in their order, over all ranks.
+        content: what the ids are numbers of, for other texts, or other ways to cut them, have the same numbers.
     """
-    return hashlib.blake2b(
-        bytes.fromhex(digest) + sample_ids.astype("<i8", copy=False).tobytes(), digest_size=8
-    ).hexdigest()
+    ids = sample_ids.astype("<i8", copy=False).tobytes()
+    return hashlib.blake2b(bytes.fromhex(digest) + content.encode() + ids, digest_size=8).hexdigest()

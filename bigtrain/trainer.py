@@ -251,7 +251,8 @@ def train(run: Run) -> End | RollBack:
                 heartbeat.enter("checkpoint")
                 save(run, batch, validation_loss)
                 meter.skip()
-            profiler.step_done(step)
+            if profiler.step_done(step):
+                meter.skip()
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
             if finished or stopping:

@@ -44,11 +44,18 @@ def read(args: list[str]) -> WatchConfig:
     Raises:
         ConfigError: listing every problem.
     """
+    from bigtrain.telemetry.history import CONFIG_FILE
+
     runs = [arg for arg in args if Path(arg).is_dir() or not (arg.startswith("-") or "=" in arg)]
     config = hydra_cli.read(WatchConfig, [arg for arg in args if arg not in runs])
     config.runs += runs
     problems = [
         f"{run}: there is no such directory; name that of a run" for run in config.runs if not Path(run).is_dir()
+    ]
+    problems += [
+        f"{run}: not the directory of a run: it has no {CONFIG_FILE}; name one such as runs/gpt_nano"
+        for run in config.runs
+        if Path(run).is_dir() and not Path(run, CONFIG_FILE).exists()
     ]
     if not config.runs:
         problems.append("which run? name its directory, such as runs/gpt_nano")

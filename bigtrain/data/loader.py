@@ -172,7 +172,8 @@ class TrainLoader:
         for number, step_ids in enumerate(ids):
             first = number * (mine.stop - mine.start) - mine.start
             micro_batches = [samples.rows(first + part.start, first + part.stop) for part in self._slices]
-            after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), chain_digest(cursor.digest, step_ids))
+            digest = chain_digest(cursor.digest, step_ids, self._stream.content)
+            after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), digest)
             batches.append(
                 StepBatch(cursor.step, micro_batches, num_targets[number], global_num_targets, cursor, after)
             )

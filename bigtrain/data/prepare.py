@@ -130,16 +130,31 @@ def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | 
     """
     skips = config.on_bad_shard is OnBadShard.skip
     if not (config.source is DataSource.prepared and is_url(config.path)):
-        return Corpus.open(directory or config.path, vocab_size=vocab_size, skip_bad_shards=skips)
+        corpus = Corpus.open(directory or config.path, vocab_size=vocab_size, skip_bad_shards=skips)
+        _require_bytes(config, corpus.index)
+        return corpus
     remote = RemoteDirectory(config.path)
     # Not the copy that rank 0 has fetched, which may lie on the disk of another node.
     index = parse_index(read_remote_index(remote), remote.url)
     require_vocab(index, vocab_size, config.path)
+    _require_bytes(config, index)
     corpus = Corpus(ShardCache(remote, cache_directory(config), int(config.cache_gib * 2**30)), index, skips)
     for split in (corpus.split("train"), corpus.split("validation")):
         if split.cache_shards < 2:
             raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
     return corpus
+
+
+def _require_bytes(config: DataConfig, index: CorpusIndex) -> None:
+    """Refuse a prepared corpus of other tokens for a run that wants bytes.
+
+    Raises:
+        DataError: which tokenizer it has.
+    """
+    if config.tokenizer == "bytes" and index.tokenizer.name != "bytes":
+        raise DataError(
+            f"data.tokenizer=bytes, but {config.path} was prepared with {index.tokenizer.name}; leave data.tokenizer out"
+        )
 
 
 # Where

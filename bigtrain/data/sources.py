@@ -149,7 +149,10 @@ def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
     files = [(file.name, os.stat(file.path)) for file in _source_files(config)]
     if config.source is DataSource.stdlib:
         return _sha256_of([sys.version, [(name, stat.st_size) for name, stat in files]])
-    return _sha256_of([(name, stat.st_size, stat.st_mtime_ns * with_times) for name, stat in files])
+    facts = [(name, stat.st_size, stat.st_mtime_ns * with_times) for name, stat in files]
+    if config.source is DataSource.datasets:  # of a directory, too, only one split is read
+        return _sha256_of([facts, config.subset, config.split])
+    return _sha256_of(facts)
 
 
 def _sha256_of(value: Any) -> str:

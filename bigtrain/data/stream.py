@@ -32,6 +32,7 @@ class SampleStream:
         self,
         name: str,
         fingerprint: str,
+        cut: str,
         components: Mapping[str, Component],
         shares: Mapping[str, Share],
         *,
@@ -45,6 +46,7 @@ class SampleStream:
         Args:
             name: Of the split, for messages.
             fingerprint: What the sample ids are numbers of, and in which proportions they are drawn.
+            cut: How documents become samples.
             components: By name, in the order of their names.
             shares: Of the components in the mixture.
             sequence_length: Tokens per sample, for messages.
@@ -54,6 +56,8 @@ class SampleStream:
         """
         self.name = name
         self.fingerprint = fingerprint
+        self.content = f"{' '.join(component.fingerprint for component in components.values())} {cut}"
+        """What the sample ids are numbers of, for the hash of all samples."""
         self.components = dict(components)
         self.skipped = [list(positions) for positions in skipped]
         self.sequence_length = sequence_length
@@ -207,7 +211,7 @@ class SampleStream:
         if not all(part.is_at(state.places[name]) for name, part in self._live.items() if name in state.places):
             return False
         ids = self.ids(state.previous_samples, state.samples - state.previous_samples)
-        return chain_digest(state.previous_digest, ids) == state.digest
+        return chain_digest(state.previous_digest, ids, self.content) == state.digest
 
 
 def build_stream(
@@ -249,7 +253,8 @@ def build_stream(
         counts = {part: count for part, count in previous.counts.items() if part in same}
         origin_position = pieces(previous.samples, 1, previous.skipped)[0][0]
         origin |= {"origin_samples": origin_position, "origin_counts": counts}
-    return SampleStream(name, fingerprint, components, shares, sequence_length=data.sequence_length, **origin)
+    cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
+    return SampleStream(name, fingerprint, cut, components, shares, sequence_length=data.sequence_length, **origin)
 
 
 def _live_samples(name: str, parts: LiveParts, data: DataConfig, seed: int, previous: DataState | None) -> LiveSamples:

@@ -40,7 +40,7 @@ def loss_figure(histories: list[History], axis: str) -> Any:
         _line(axes, x, running_mean(losses), colour, history.name, gid=f"curve-loss-{history.name}")
         # The first steps would flatten the rest.
         tops += [loss for loss in losses[max(len(losses) // 50, min(10, len(losses) - 1)) :] if loss == loss]
-        _draw_validations(axes, history, axis, colour)
+        tops += _draw_validations(axes, history, axis, colour)
         _mark_events(axes, history, axis, colour)
     for loss in sorted({history.unigram_loss for history in histories} - {None}):
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
@@ -230,7 +230,8 @@ def _draw_range(axes: Any, x: Sequence[float], y: Sequence[float], colour: str) 
     )
 
 
-def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> None:
+def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> list[float]:
+    """Draw the validations and return their losses."""
     place = _place(history, axis)
     points = [
         (place(event[names.STEP]), event[names.LOSS])
@@ -248,6 +249,7 @@ def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> No
             label=f"{history.name}: validation, last {points[-1][1]:.3f}",
         )
         dots.set_gid(f"curve-validation-{history.name}")
+    return [loss for _, loss in points if loss == loss]
 
 
 def _mark_events(axes: Any, history: History, axis: str, colour: str) -> None:

@@ -61,18 +61,21 @@ class Profiler:
         if self._memory:
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def step_done(self, step: int) -> None:
-        """Begin or end at the border between ``step`` and the next one."""
+    def step_done(self, step: int) -> bool:
+        """Begin or end at the border between ``step`` and the next one; return whether that took time."""
         self._done_steps = step
         if self._profile and step == self._last:
             self._write(step)
-        elif self._last and step + 1 == self._first:
+            return True
+        if self._last and step + 1 == self._first:
             on_cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *on_cuda], record_shapes=True, profile_memory=self._memory
             )
             self._profile.start()
             self._begun_after = step
+            return True
+        return False
 
     def _write(self, last: int) -> None:
         traced, self._profile = self._profile, None

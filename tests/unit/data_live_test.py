@@ -97,7 +97,7 @@ def place(tmp_path_factory):
 def step(stream, cursor):
     """Train one step."""
     ids = stream.ids(cursor.samples, 8)
-    return Cursor(cursor.step + 1, cursor.samples + 8, chain_digest(cursor.digest, ids))
+    return Cursor(cursor.step + 1, cursor.samples + 8, chain_digest(cursor.digest, ids, stream.content))
 
 
 def epoch_of(stream):
