@@ -98,6 +98,9 @@ class Mixture:
 
     def counts(self, position: int) -> list[int]:
         """Return how many samples of each component are drawn before ``position``."""
+        if self.num_components == 1:  # asked for whenever a step is logged: without arrays of one number
+            first = self._segments[0]
+            return [int(first.counts[0]) + position - first.start]
         segment = self._segments[max(int(np.searchsorted(self._starts, position, side="right")) - 1, 0)]
         return segment.counts_at(np.array([position]))[:, 0].tolist()
 

@@ -11,7 +11,15 @@ import torch
 from torch.autograd import DeviceType
 
 from bigtrain.checks import check, fit_micro_batch, resolve
-from bigtrain.config import DataConfig, DataSource, ModelConfig, ProfileConfig, TrainConfig
+from bigtrain.config import (
+    DataConfig,
+    DataSource,
+    EngineConfig,
+    ModelConfig,
+    Precision,
+    ProfileConfig,
+    TrainConfig,
+)
 from bigtrain.errors import PreflightError
 from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry.out_of_memory import explained
@@ -92,7 +100,8 @@ def test_steps_that_make_no_sense_are_told(steps: list[int]):
 
 def test_memory_that_runs_out_is_a_message_with_what_to_change(tmp_path: Path):
     shape = ModelConfig(num_layers=12, hidden_dim=1024, num_heads=16, max_positions=1024)
-    config = TrainConfig(model=shape, data=DataConfig(source=DataSource.synthetic))
+    engine = EngineConfig(precision=Precision.fp32)
+    config = TrainConfig(model=shape, data=DataConfig(source=DataSource.synthetic), engine=engine)
     with (
         pytest.raises(PreflightError) as caught,
         explained(fit_micro_batch(resolve(config), 1), tmp_path, ALONE, torch.device("cpu")),
