@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from bigtrain.config import ActivationCheckpointing
 from bigtrain.data.batch import Batch
 from bigtrain.local_ranks import run_ranks
 from tests.distributed.ranks import small_config, start_engine
@@ -27,8 +26,7 @@ def compilations(config):
 
 
 def test_twelve_blocks_are_compiled_once_and_kept_for_the_next_process(tmp_path):
-    recomputed = ActivationCheckpointing.full
-    config = small_config("fsdp", model={"num_layers": 12}, compile=True, activation_checkpointing=recomputed)
+    config = small_config("fsdp", model={"num_layers": 12}, compile=True)
     environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     cold, warm = (run_ranks(compilations, 1, config, timeout_seconds=280, environ=environ)[0] for _ in range(2))
     # The block, forward and backward.
