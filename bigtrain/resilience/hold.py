@@ -56,7 +56,9 @@ class Hold:
                     self._give_sign()
 
     def _give_sign(self) -> None:
-        if _is_at(self._path, self.file):
+        if os.path.samestat(
+            os.stat(self._path), os.fstat(self.file)
+        ):  # not if it is gone: nobody has put another there
             os.utime(self.file)
             return
         print(
