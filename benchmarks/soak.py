@@ -294,7 +294,7 @@ def report(args: argparse.Namespace, directory: Path) -> bool:
     faults = [record for record in disturbed.records if record["what"] == "fault"]
     times = [recovery(disturbed, fault) for fault in faults]
     is_over = disturbed.code is not None
-    num_open = 0 if is_over or not times or times[-1] else 1
+    num_open = 0 if is_over else len(list(itertools.takewhile(lambda seconds: seconds is None, reversed(times))))
     unrecovered = times.count(None) - num_open
     print(f"engine={args.engine} ranks={args.ranks}, {num_steps(args.faults)} steps, a checkpoint every {EVERY_STEPS}")
     print(f"faults {len(faults)} of {args.faults}: {dict(Counter(fault['kind'] for fault in faults))}")
