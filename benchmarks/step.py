@@ -52,12 +52,12 @@ from bigtrain.cursor import Cursor
 from bigtrain.data.batch import Batch
 from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.state import initialise
 from bigtrain.engine.wrap import wrap_blocks
 from bigtrain.models.flops import flops_per_token
 from bigtrain.models.hf_export import hf_config, hf_tensors
 from bigtrain.models.sizes import model_sizes
 from bigtrain.rank_info import RankInfo
+from bigtrain.recovery import fill_state
 from bigtrain.run_data import open_data
 from bigtrain.schema import from_dict
 from bigtrain.telemetry.files import METRICS_FILE
@@ -78,7 +78,7 @@ def ours(config: TrainConfig, pacer: Pacer) -> float | None:
     device = pick_device(info)
     init_process_group(info, device, timeout_seconds=turns.PATIENCE_SECONDS)
     engine = build_engine(config, lambda: make_model(config), info=info, device=device)
-    initialise(engine.state, make_values(config), num_threads=4)
+    fill_state(config, engine, None, info)
     pace(engine, pacer)
     directory, streams = Path(config.run.root) / str(config.run.name), open_data(config)
     gauges = partial(trainer.gauges, config, engine, streams["train"])
