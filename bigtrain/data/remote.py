@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 from bigtrain.data.cache import Ahead, NodeCache, explained
 from bigtrain.data.index import INDEX_FILE, parse_index
-from bigtrain.errors import BigtrainError, DataError, ShardError
+from bigtrain.errors import BigtrainError, DataError, ShardError, StopError
 from bigtrain.files import FileRecord, hash_content
 from bigtrain.log import get_logger
 
@@ -121,7 +121,7 @@ def patiently(function: Callable[[], T], where: str, *, may_pass: Callable[[Exce
         try:
             return function()
         except Exception as error:
-            if isinstance(error, BigtrainError) or not may_pass(error):
+            if isinstance(error, StopError) or not may_pass(error):
                 raise
             problem = f"{where}: {type(error).__name__}: {error}"
             if attempt == NUM_ATTEMPTS - 1:

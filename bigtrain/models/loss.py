@@ -79,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad_ND[part] = (logits_CP @ weight_PD) * counts_C1
             hidden_CD = hidden_CD * counts_C1
             if dtype is torch.float32:
-                weight_grad_PD.addmm_(logits_CP.T, hidden_CD)
+                torch.addmm(weight_grad_PD, logits_CP.T, hidden_CD, out=weight_grad_PD)
             else:
                 weight_grad_PD += logits_CP.T @ hidden_CD
         if wants_gradients:

@@ -225,6 +225,7 @@ def _axes(config: TrainConfig, device_type: str) -> list[list[Setting]]:
     kinds = (EngineKind.fsdp, EngineKind.zero2, EngineKind.zero3)
     lengths = itertools.takewhile(lambda n: n >= SHORTEST_SEQUENCE, (length // 2**i for i in range(1, 16)))
     return [
+        [("logging.layer_norms_every_steps", 0)] if config.logging.layer_norms_every_steps else [],
         [
             ("engine.activation_checkpointing", value)
             for value in order[order.index(engine.activation_checkpointing) + 1 :]

@@ -98,9 +98,9 @@ def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, fl
         events: of the profiler. On a GPU its kernels count, otherwise gloo's collectives and torch's operators.
         num_steps: so many steps were traced.
     """
-    # A user's annotation, such as those of FSDP2, spans collectives and computes nothing.
-    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
-    kernels = [event for event in events if event.device_type is not DeviceType.CPU]
+    kernels = [event for event in events if event.device_type != DeviceType.CPU]
+    # An annotation, such as those of FSDP2, spans collectives and computes nothing.
+    kernels = [event for event in kernels if not getattr(event, "is_user_annotation", False)]
     events = kernels or [event for event in events if event.name.startswith(("gloo:", "aten::"))]
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in events:
@@ -108,8 +108,9 @@ def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, fl
         spans[is_collective].append((event.time_range.start, event.time_range.end))
     if not spans[True]:
         return {}
-    exposed = _covered(spans[True] + spans[False]) - _covered(spans[False])
-    seconds = {names.COMMUNICATION_SECONDS: _covered(spans[True]), names.EXPOSED_COMMUNICATION_SECONDS: exposed}
+    total = _covered(spans[True])
+    exposed = min(_covered(spans[True] + spans[False]) - _covered(spans[False]), total)  # but for rounding
+    seconds = {names.COMMUNICATION_SECONDS: total, names.EXPOSED_COMMUNICATION_SECONDS: exposed}
     return {name: microseconds / 1e6 / num_steps for name, microseconds in seconds.items()}
 
 

@@ -80,15 +80,17 @@ def other_seed(config: TrainConfig) -> int:
 
 
 def skipped_sample(config: TrainConfig) -> int:
-    gather = TrainLoader._load
+    load = TrainLoader._load
 
-    def load(self: TrainLoader, before: Cursor) -> Any:
-        batch = gather(self, before)
-        other = gather(self, batch.after) if batch.step == 4 else batch
-        batch.micro_batches[0] = other.micro_batches[0]
-        return batch
+    def load_others(self: TrainLoader, cursor: Cursor, ids: Any) -> Any:
+        batches = load(self, cursor, ids)
+        for batch in batches:
+            if batch.step == 4:
+                (other,) = load(self, batch.after, self._ids(batch.after.samples, 1))
+                batch.micro_batches[0] = other.micro_batches[0]
+        return batches
 
-    TrainLoader._load = load
+    TrainLoader._load = load_others
     return trainer.run(config)
 
 

@@ -110,9 +110,11 @@ def test_optimizers_by_hand():
             assert found.device["optimizer moments"] == -(-expected // num_ranks)
             assert found.host["checkpoint copy"] == -(-(4 * num_parameters + expected) // num_ranks)
     config = run_config(batch=4)
-    config.optimizer.kind = OptimizerKind.muon
+    config.optimizer.kind, config.logging.layer_norms_every_steps = OptimizerKind.muon, 0
     # Five copies of what one owner orthogonalises at a time, in fp32; nobody to send it to.
     assert guess(config).device["engine buffers"] == 5 * 2**24 * 4
+    config.logging.layer_norms_every_steps = 100  # the weights before the update
+    assert guess(config).device["engine buffers"] == 5 * 2**24 * 4 + 4 * num_parameters
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
