@@ -119,7 +119,11 @@ class WholeFiles(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def copyfile(self, source, outputfile):
-        type(self).num_bytes += outputfile.write(source.read())
+        self.send_counted(source.read(), outputfile)
+
+    def send_counted(self, content, outputfile):
+        type(self).num_bytes += len(content)  # before it is sent: the client goes on at once
+        outputfile.write(content)
 
     def log_message(self, *args):
         pass
@@ -131,9 +135,7 @@ class Ranges(WholeFiles):
     def copyfile(self, source, outputfile):
         first, last = self.headers["Range"].removeprefix("bytes=").split("-") if self.headers["Range"] else (0, -2)
         source.seek(int(first))
-        type(self).num_bytes += outputfile.write(
-            source.read(int(last) + 1 - int(first) if self.headers["Range"] else -1)
-        )
+        self.send_counted(source.read(int(last) + 1 - int(first) if self.headers["Range"] else -1), outputfile)
 
     def send_response(self, code, message=None):
         super().send_response(206 if code == 200 and self.headers["Range"] else code, message)

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import os
@@ -198,6 +199,11 @@ def test_saved_datasets(saved_dataset):
         read("datasets", saved_dataset / "dict", split="other")
     with pytest.raises(DataError, match=r"no column 'body'; set data.text_field to one of \['n', 'text'\]"):
         read("datasets", saved_dataset / "dict", text_field="body")
+
+
+def test_the_splits_of_a_saved_dataset_are_different_sources(saved_dataset):
+    config = DataConfig(source=DataSource.datasets, path=str(saved_dataset / "dict"))
+    assert source_fingerprint(config) != source_fingerprint(dataclasses.replace(config, split="test"))
 
 
 def test_datasets_by_name(saved_dataset, tmp_path, monkeypatch):
