@@ -85,13 +85,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--turns", type=int, default=3, help="of every side, after one to warm up (default 3)")
     parser.add_argument("--steps", type=int, default=1, help="timed steps of a turn (default 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="by default one per core")
     turns.add_json_argument(parser)
     args = parser.parse_args()
-    threads = os.cpu_count() or 1
     measured, failures = turns.take_turns(
         {name: partial(side, name, args) for name in WAYS},
         world_size=1,
-        threads=threads,
+        threads=args.threads,
         num_turns=1 + args.turns,
         turn_steps=args.steps,
     )
@@ -101,7 +101,7 @@ def main() -> None:
         sys.exit(next(iter(failures.values())))
     facts = (
         f"{turns.machine()}\n{args.batch} x {args.sequence_length} x {args.vocabulary:,}, width {args.width}, "
-        f"{'bf16' if torch.cuda.device_count() else f'fp32, {threads} threads'}; {args.turns} turns, medians\n"
+        f"{'bf16' if torch.cuda.device_count() else f'fp32, {args.threads} threads'}; {args.turns} turns, medians\n"
     )
     print(f"{facts}\n{report(measured)}")
     rows = {
