@@ -6,160 +6,27 @@ its inverse (see ``schema.py``). ``checks.py`` fills in derived values and finds
 """
 
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
 
-
-class ModelKind(Enum):
-    """Which code builds the model."""
-
-    native = "native"
-    hf = "hf"
-
-
-class Positions(Enum):
-    """How positions enter the native model."""
-
-    learned = "learned"
-    rope = "rope"
-
-
-class Norm(Enum):
-    """Normalisation layer of the native model."""
-
-    layernorm = "layernorm"
-    rmsnorm = "rmsnorm"
-
-
-class Activation(Enum):
-    """Feed-forward non-linearity of the native model."""
-
-    gelu = "gelu"
-    swiglu = "swiglu"
-
-
-class DataSource(Enum):
-    """Where the text comes from."""
-
-    stdlib = "stdlib"
-    text = "text"
-    jsonl = "jsonl"
-    parquet = "parquet"
-    arrow = "arrow"
-    datasets = "datasets"
-    prepared = "prepared"
-    synthetic = "synthetic"
-
-
-class Packing(Enum):
-    """How documents become samples of one length."""
-
-    concat = "concat"
-    best_fit = "best_fit"
-
-
-class Content(Enum):
-    """What a record of a source is."""
-
-    text = "text"
-    chat = "chat"
-    pairs = "pairs"
-
-
-class Duplicates(Enum):
-    """Which documents are left out because there is one like them before."""
-
-    keep = "keep"
-    exact = "exact"
-    near = "near"
-
-
-class OnBadShard(Enum):
-    """What happens when a shard is missing or damaged and stays so."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class EngineKind(Enum):
-    """How the run is computed; the numbers are the same under all of them."""
-
-    ddp = "ddp"
-    fsdp = "fsdp"
-    hsdp = "hsdp"
-    zero1 = "zero1"
-    zero2 = "zero2"
-    zero3 = "zero3"
-    accelerate = "accelerate"
-
-
-class Offload(Enum):
-    """Where sharded state lives between uses."""
-
-    none = "none"
-    cpu = "cpu"
-
-
-class Precision(Enum):
-    """Precision of the forward and backward pass; master weights are fp32 in all."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-    tf32 = "tf32"
-    fp8 = "fp8"
-
-    @property
-    def base(self) -> "Precision":
-        """What is computed outside of the matrix products that are in ``tf32`` or ``fp8``."""
-        return {Precision.tf32: Precision.fp32, Precision.fp8: Precision.bf16}.get(self, self)
-
-
-class ActivationCheckpointing(Enum):
-    """What is recomputed in the backward pass."""
-
-    none = "none"
-    full = "full"
-    selective = "selective"
-
-
-class OptimizerKind(Enum):
-    """The update rule."""
-
-    adamw = "adamw"
-    muon = "muon"
-    sgd = "sgd"
-
-
-class SchedulerKind(Enum):
-    """Shape of the learning rate after warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class Preflight(Enum):
-    """What happens when the run cannot fit the machine."""
-
-    stop = "stop"
-    warn = "warn"
-
-
-class Verify(Enum):
-    """How much of a checkpoint is compared with its manifest before it is loaded."""
-
-    full = "full"
-    sizes = "sizes"
-    off = "off"
-
-
-class WandbMode(Enum):
-    """Whether Weights & Biases is used, and how."""
-
-    disabled = "disabled"
-    auto = "auto"
-    online = "online"
-    offline = "offline"
+from bigtrain.choices import (
+    Activation,
+    ActivationCheckpointing,
+    Content,
+    DataSource,
+    Duplicates,
+    EngineKind,
+    ModelKind,
+    Norm,
+    Offload,
+    OnBadShard,
+    OptimizerKind,
+    Packing,
+    Positions,
+    Precision,
+    Preflight,
+    SchedulerKind,
+    Verify,
+    WandbMode,
+)
 
 
 @dataclass(kw_only=True, slots=True)

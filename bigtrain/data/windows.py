@@ -32,7 +32,7 @@ class _Window(NamedTuple):
     packed: PackedSplit
     num_samples: int
     content: str
-    """Hash of the window's tokens and documents, and of how they are cut."""
+    """Hash of the window's tokens and documents."""
 
 
 class LiveSamples:
@@ -116,8 +116,8 @@ class LiveSamples:
         while position >= self._begins[-1]:
             number = self._first_window + len(self._begins) - 1
             self._begins.append(self._begins[-1] + self._window(number).num_samples)
-            an_epoch_ago = self._begins[: -self._windows_per_epoch]
-            if an_epoch_ago and an_epoch_ago[-1] == self._begins[-1]:
+            epoch_ago = len(self._begins) - 1 - self._windows_per_epoch
+            if epoch_ago >= 0 and self._begins[epoch_ago] == self._begins[-1]:
                 raise DataError(too_short("train", self._data.sequence_length))
         return self._known(position)
 
@@ -142,8 +142,6 @@ class LiveSamples:
         digest.update(split.documents(0).tobytes())
         if (counted := split.counted(0)) is not None:
             digest.update(counted.tobytes())
-        # Another way to cut may by chance give as many samples.
-        digest.update(f"{self._data.packing.name} {self._data.sequence_length}".encode())
         self._contents[number] = digest.hexdigest()
         return _Window(packed, int(packed.shard_samples.sum()), self._contents[number])
 
