@@ -20,8 +20,9 @@ from bigtrain import log
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.text import describe, format_count, format_duration
 
+STRAY = 'sys.stdout.write("a stray line\\n")'  # one write, also where PYTHONUNBUFFERED is set
 SCRIPT = textwrap.dedent(
-    """
+    f"""
     import sys
     from pathlib import Path
     from bigtrain import log
@@ -35,7 +36,7 @@ SCRIPT = textwrap.dedent(
             console.metrics(dict(step=step, tokens=step * 4096, loss=10 / step, grad_norm=0.5, lr=3e-4,
                                  step_seconds=0.1, tokens_per_second=40960.0))
         log.get_logger().warning("a warning")
-        print("a stray line")
+        {STRAY}
     log.get_logger().warning("after the end")
     print("rich" in sys.modules)
     """
@@ -158,7 +159,7 @@ def test_nothing_is_wider_than_80_columns() -> None:
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_reader_that_goes_away_ends_neither_the_run_nor_its_exit_code(tmp_path: Path, is_terminal: bool) -> None:
     script = SCRIPT.replace("Path(sys.argv[1]))", f"Path(sys.argv[1]), is_terminal={is_terminal})")
-    script = script.replace('print("a stray line")', "")
+    script = script.replace(STRAY, "")
     command = [sys.executable, "-c", script, tmp_path / "train.log", "300"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -186,7 +187,7 @@ def test_a_terminal_that_hangs_up_does_not_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_reader_that_does_not_read_stops_nobody(tmp_path: Path, is_terminal: bool) -> None:
     parent, child = pty.openpty() if is_terminal else os.pipe()
-    script = SCRIPT.replace('print("a stray line")', "[console.message('x' * 100) for _ in range(3000)]")
+    script = SCRIPT.replace(STRAY, "[console.message('x' * 100) for _ in range(3000)]")
     script = script.replace('print("rich" in sys.modules)', "print('really', file=sys.stderr)")
     script = script.replace(
         "num_steps =", "from bigtrain.telemetry import console; console._CLOSE_SECONDS = 0.5\nnum_steps ="
