@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from operator import attrgetter
 from pathlib import PurePosixPath
 
@@ -35,6 +37,56 @@ ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
 OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
 OWN_TOKENIZERS = ("bpe", "bytes")
+HOLDS: dict[str, Callable[[float], bool]] = {
+    "must be at least 1": lambda value: value >= 1,
+    "must be at least 8": lambda value: value >= 8,
+    "must be positive": lambda value: value > 0,
+    "must not be negative": lambda value: value >= 0,
+    "must be 0 (off) or positive": lambda value: value >= 0,
+    "must be 0 (never) or positive": lambda value: value >= 0,
+    "must be 0 (only at the end) or positive": lambda value: value >= 0,
+    "must be 0 (off) or more than 1": lambda value: value == 0 or value > 1,
+    "must be from 0 to 1": lambda value: 0 <= value <= 1,
+    "must be above 0 and at most 1": lambda value: 0 < value <= 1,
+    "must be above 0 and below 1": lambda value: 0 < value < 1,
+}
+RANGES = {
+    "run.stop_after_steps": "must be at least 1",
+    "run.max_minutes": "must be positive",
+    "data.shuffle_window_shards": "must be at least 1",
+    "data.validation_fraction": "must be above 0 and below 1",
+    "data.prefetch_steps": "must be at least 1",
+    "data.shard_tokens": "must be at least 1",
+    "data.cache_gib": "must be positive",
+    "data.prepare_processes": "must be at least 1",
+    "data.filters.max_repeated_line_share": "must be from 0 to 1",
+    "data.filters.max_symbol_share": "must be from 0 to 1",
+    "data.filters.near_similarity": "must be above 0 and at most 1",
+    "engine.fsdp.prefetch_blocks": "must be at least 1",
+    "engine.activation_checkpointing_every": "must be at least 1",
+    "train.seed": "must not be negative",
+    "train.steps": "must be at least 1",
+    "train.log_every_steps": "must be at least 1",
+    "optimizer.lr": "must be positive",
+    "optimizer.eps": "must be positive",
+    "optimizer.weight_decay": "must be 0 (off) or positive",
+    "optimizer.grad_clip": "must be 0 (off) or positive",
+    "scheduler.warmup_steps": "must not be negative",
+    "scheduler.min_lr_ratio": "must be from 0 to 1",
+    "validation.every_steps": "must be 0 (never) or positive",
+    "validation.batches": "must be at least 1",
+    "logging.layer_norms_every_steps": "must be 0 (never) or positive",
+    "checkpoint.every_steps": "must be 0 (only at the end) or positive",
+    "checkpoint.max_failures": "must be at least 1",
+    "supervision.hang_seconds": "must be 0 (off) or positive",
+    "supervision.straggler_factor": "must be 0 (off) or more than 1",
+    "supervision.max_failed_attempts": "must be at least 1",
+    "bad_numbers.max_bad_steps": "must not be negative",
+    "bad_numbers.max_rollbacks": "must not be negative",
+    "bad_numbers.spike_zscore": "must be 0 (off) or positive",
+    "bad_numbers.spike_window_steps": "must be at least 8",
+}
+"""What must hold of a number by itself; unset ones (null) are right."""
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
     DataSource.prepared: "directory or URL of a prepared corpus",
@@ -72,19 +124,27 @@ def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
 def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> list[str]:
     """Return every problem of a resolved ``config`` for this world, each with what to change."""
     return [
+        *(
+            problem
+            for section in fields(config)
+            for problem in _out_of_range(section.name, getattr(config, section.name))
+        ),
         *_check_run(config),
         *_check_model(config),
-        *check_data(config.data),
+        *_check_data(config.data),
         *_check_model_and_data(config),
         *_check_batch(config, world_size),
         *_check_engine(config, world_size, local_world_size),
-        *_check_numbers(config),
-        *_check_survival(config),
+        *_check_training(config),
     ]
 
 
 def check_data(data: DataConfig) -> list[str]:
     """Return every problem of the ``data`` section by itself."""
+    return _out_of_range("data", data) + _check_data(data)
+
+
+def _check_data(data: DataConfig) -> list[str]:
     problems = _check_mixture(data)
     for name, part in component_data(data).items():
         where = f"data.mixture.{name}" if data.mixture else "data"
@@ -92,17 +152,11 @@ def check_data(data: DataConfig) -> list[str]:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
             problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
-    if data.shuffle_window_shards is not None and data.shuffle_window_shards < 1:
-        problems.append(f"data.shuffle_window_shards={data.shuffle_window_shards}: must be at least 1")
-    if not 0 < data.validation_fraction < 1:
-        problems.append(f"data.validation_fraction={data.validation_fraction}: must be between 0 and 1")
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
         problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
     problems += _check_tokenizer(data)
     problems += _check_preparation(data)
     problems += _check_live(data)
-    if data.prefetch_steps < 1:
-        problems.append(f"data.prefetch_steps={data.prefetch_steps}: must be at least 1")
     return problems
 
 
@@ -144,12 +198,6 @@ def _check_live(data: DataConfig) -> list[str]:
 def _check_preparation(data: DataConfig) -> list[str]:
     filters = data.filters
     rules = [
-        (data.shard_tokens >= 1, f"data.shard_tokens={data.shard_tokens}: must be at least 1"),
-        (data.cache_gib > 0, f"data.cache_gib={data.cache_gib}: must be positive"),
-        (
-            data.prepare_processes is None or data.prepare_processes >= 1,
-            f"data.prepare_processes={data.prepare_processes}: must be at least 1",
-        ),
         (
             filters.max_characters is None or filters.max_characters >= max(filters.min_characters, 1),
             f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
@@ -160,11 +208,6 @@ def _check_preparation(data: DataConfig) -> list[str]:
             "use jsonl, parquet, arrow or datasets",
         ),
     ]
-    for name in ("max_repeated_line_share", "max_symbol_share"):
-        value = getattr(filters, name)
-        rules.append((0 <= value <= 1, f"data.filters.{name}={value}: must be between 0 and 1"))
-    similarity = filters.near_similarity
-    rules.append((0 < similarity <= 1, f"data.filters.near_similarity={similarity}: must be above 0, at most 1"))
     return [message for holds, message in rules if not holds]
 
 
@@ -258,16 +301,11 @@ def ignored_settings(config: TrainConfig) -> list[str]:
 
 
 def _check_run(config: TrainConfig) -> list[str]:
-    problems = []
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name or ""):
-        problems.append(
-            f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"
-        )
-    if config.run.stop_after_steps is not None and config.run.stop_after_steps < 1:
-        problems.append(f"run.stop_after_steps={config.run.stop_after_steps}: must be at least 1")
-    if config.run.max_minutes is not None and not config.run.max_minutes > 0:
-        problems.append(f"run.max_minutes={config.run.max_minutes}: must be positive")
-    return problems
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name or ""):
+        return []
+    return [
+        f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"
+    ]
 
 
 def _check_model(config: TrainConfig) -> list[str]:
@@ -353,14 +391,8 @@ def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -
         problems.append(
             f"engine.offload=cpu is not offered by engine={engine.kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
         )
-    if engine.fsdp.prefetch_blocks < 1:
-        problems.append(f"engine.fsdp.prefetch_blocks={engine.fsdp.prefetch_blocks}: must be at least 1")
     if engine.precision is Precision.fp8:
         problems += _check_fp8(config)
-    if engine.activation_checkpointing_every < 1:
-        problems.append(
-            f"engine.activation_checkpointing_every={engine.activation_checkpointing_every}: must be at least 1"
-        )
     return problems
 
 
@@ -381,87 +413,45 @@ def _check_fp8(config: TrainConfig) -> list[str]:
     return [message for holds, message in rules if not holds]
 
 
-def _check_numbers(config: TrainConfig) -> list[str]:
-    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
+def _check_training(config: TrainConfig) -> list[str]:
+    steps, betas, keep, scheduler = (
+        config.profile.steps,
+        config.optimizer.betas,
+        config.checkpoint.keep,
+        config.scheduler,
+    )
+    hang, first_hang = config.supervision.hang_seconds, config.supervision.first_hang_seconds
+    kept = r"all|best|(latest|every) [1-9][0-9]*"
     rules = [
-        (train.seed >= 0, f"train.seed={train.seed}: must not be negative"),
-        (train.steps >= 1, f"train.steps={train.steps}: must be at least 1"),
-        (train.log_every_steps >= 1, f"train.log_every_steps={train.log_every_steps}: must be at least 1"),
         (
-            config.logging.layer_norms_every_steps >= 0,
-            f"logging.layer_norms_every_steps={config.logging.layer_norms_every_steps}: must be 0 (never) or positive",
+            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            f"profile.steps={steps}: must be [first, last], as [20, 25]; steps count from 1",
         ),
         (
-            not config.profile.steps
-            or (len(config.profile.steps) == 2 and 1 <= config.profile.steps[0] <= config.profile.steps[1]),
-            f"profile.steps={config.profile.steps}: must be [first, last], as [20, 25]; steps count from 1",
-        ),
-        (optimizer.lr > 0, f"optimizer.lr={optimizer.lr}: must be positive"),
-        (optimizer.eps > 0, f"optimizer.eps={optimizer.eps}: must be positive"),
-        (
-            optimizer.weight_decay >= 0,
-            f"optimizer.weight_decay={optimizer.weight_decay}: must be 0 (off) or positive",
-        ),
-        (optimizer.grad_clip >= 0, f"optimizer.grad_clip={optimizer.grad_clip}: must be 0 (off) or positive"),
-        (
-            len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
-            f"optimizer.betas={optimizer.betas}: must be two numbers in [0, 1)",
-        ),
-        (scheduler.warmup_steps >= 0, f"scheduler.warmup_steps={scheduler.warmup_steps}: must not be negative"),
-        (
-            0 <= scheduler.min_lr_ratio <= 1,
-            f"scheduler.min_lr_ratio={scheduler.min_lr_ratio}: must be between 0 and 1",
+            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            f"optimizer.betas={betas}: must be two numbers in [0, 1)",
         ),
         (
             scheduler.kind is not SchedulerKind.wsd or 0 <= scheduler.decay_fraction <= 1,
-            f"scheduler.decay_fraction={scheduler.decay_fraction}: must be between 0 and 1",
+            f"scheduler.decay_fraction={scheduler.decay_fraction}: must be from 0 to 1",
         ),
         (
-            config.validation.every_steps >= 0,
-            f"validation.every_steps={config.validation.every_steps}: must be 0 (never) or positive",
-        ),
-        (config.validation.batches >= 1, f"validation.batches={config.validation.batches}: must be at least 1"),
-        (
-            config.checkpoint.every_steps >= 0,
-            f"checkpoint.every_steps={config.checkpoint.every_steps}: must be 0 (only at the end) or positive",
+            all(re.fullmatch(kept, rule.strip()) for rule in keep.split(",")),
+            f"checkpoint.keep={keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of them with commas",
         ),
         (
-            all(
-                re.fullmatch(r"all|best|(latest|every) [1-9][0-9]*", r.strip())
-                for r in config.checkpoint.keep.split(",")
-            ),
-            f"checkpoint.keep={config.checkpoint.keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of "
-            "them with commas",
-        ),
-        (
-            config.checkpoint.max_failures >= 1,
-            f"checkpoint.max_failures={config.checkpoint.max_failures}: must be at least 1",
+            first_hang >= hang,
+            f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}",
         ),
     ]
     return [message for holds, message in rules if not holds]
 
 
-def _check_survival(config: TrainConfig) -> list[str]:
-    supervision, bad_numbers = config.supervision, config.bad_numbers
-    hang, first_hang = supervision.hang_seconds, supervision.first_hang_seconds
-    factor, zscore, window = supervision.straggler_factor, bad_numbers.spike_zscore, bad_numbers.spike_window_steps
-    rules = [
-        (hang >= 0, f"supervision.hang_seconds={hang}: must be 0 (no watchdog) or positive"),
-        (first_hang >= hang, f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}"),
-        (factor == 0 or factor > 1, f"supervision.straggler_factor={factor}: must be 0 (off) or more than 1"),
-        (
-            supervision.max_failed_attempts >= 1,
-            f"supervision.max_failed_attempts={supervision.max_failed_attempts}: must be at least 1",
-        ),
-        (
-            bad_numbers.max_bad_steps >= 0,
-            f"bad_numbers.max_bad_steps={bad_numbers.max_bad_steps}: must not be negative",
-        ),
-        (
-            bad_numbers.max_rollbacks >= 0,
-            f"bad_numbers.max_rollbacks={bad_numbers.max_rollbacks}: must not be negative",
-        ),
-        (zscore >= 0, f"bad_numbers.spike_zscore={zscore}: must be 0 (off) or positive"),
-        (window >= 8, f"bad_numbers.spike_window_steps={window}: must be at least 8"),
+def _out_of_range(name: str, section: object) -> list[str]:
+    """Return which numbers of a section of the configuration are not as :data:`RANGES` says."""
+    numbers = [
+        (key, bound, attrgetter(key.removeprefix(f"{name}."))(section))
+        for key, bound in RANGES.items()
+        if key.startswith(f"{name}.")
     ]
-    return [message for holds, message in rules if not holds]
+    return [f"{key}={value}: {bound}" for key, bound, value in numbers if value is not None and not HOLDS[bound](value)]

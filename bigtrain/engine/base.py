@@ -13,7 +13,8 @@ class Engine(Protocol):
     """A model, its optimizer and a way to spread them over ranks."""
 
     module: nn.Module
-    """The wrapped model: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine."""
+    """The wrapped model: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine; the model itself under ``ddp``
+    in a world of one."""
     optimizer: torch.optim.Optimizer
     """What updates the weights that this rank holds."""
     device: torch.device

@@ -1,4 +1,4 @@
-"""``ddp``, ``fsdp`` and ``hsdp``: torch's own sharding."""
+"""``ddp``, ``fsdp`` and ``hsdp``: torch's own data parallelism and sharding."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -216,7 +216,8 @@ def build_native(
     wrap_blocks(model, engine)
     if engine.kind is EngineKind.ddp:
         materialise(model, device)
-        module = _data_parallel(model, device, accumulates)
+        # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
+        module = _data_parallel(model, device, accumulates) if mesh.size() > 1 else model
     else:
         module = _fully_shard(model, engine, mesh)
         materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
@@ -228,7 +229,7 @@ def build_native(
         grad_clip=optimizer.grad_clip,
         autocast=engine.kind is EngineKind.ddp and engine.precision.base is Precision.bf16,
         accumulate_whole_gradients=engine.fsdp.accumulate_whole_gradients,
-        keep_gradients=engine.kind is EngineKind.ddp and accumulates,
+        keep_gradients=isinstance(module, DistributedDataParallel) and accumulates,
     )
 
 

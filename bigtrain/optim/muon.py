@@ -171,12 +171,12 @@ def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Worksho
     results = _orthogonalise(owned, _gather(matrices, parts, at))
     if n == 1:
         return results
-    cut = [[x] * n if m.is_whole else x.split(m.part_numels) for m, x in zip(owned, results, strict=True)]
-    pieces = _swap(
-        [[of_ranks[r] for of_ranks in cut] for r in range(n)],
-        [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)],
-        at,
-    )
+    numels = [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)]
+    if matrices[0].is_whole:
+        pieces = _broadcast(results, numels, at)
+    else:
+        cut = [x.split(m.part_numels) for m, x in zip(owned, results, strict=True)]
+        pieces = _swap([[of_ranks[r] for of_ranks in cut] for r in range(n)], numels, at)
     return [pieces[i % n][i // n] for i in range(len(matrices))]
 
 
@@ -200,6 +200,19 @@ def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]
         lying = newton_schulz(torch.stack([x if m.rows <= m.columns else x.mT for m, x in batch]))
         results += [(x if m.rows <= m.columns else x.mT).flatten() for (m, _), x in zip(batch, lying, strict=True)]
     return results
+
+
+def _broadcast(own: list[Tensor], numels: list[list[int]], at: Workshop) -> list[list[Tensor]]:
+    """Send the flat tensors ``own`` to all ranks; return what each rank sent, whose sizes are ``numels[r]``."""
+    of_ranks = []
+    for r, sizes in enumerate(numels):
+        everything = torch.empty(sum(sizes), device=at.device, dtype=at.dtype)
+        if sizes:
+            if r == at.rank:
+                torch.cat(own, out=everything)
+            dist.broadcast(everything, group=at.group, group_src=r)
+        of_ranks.append(list(everything.split(sizes)))
+    return of_ranks
 
 
 def _swap(outgoing: list[list[Tensor]], numels: list[list[int]], at: Workshop) -> list[list[Tensor]]:

@@ -181,7 +181,8 @@ def _layout(
     elif kind in (EngineKind.zero1, EngineKind.zero2):
         layout = _zero12_layout(config, sizes, world_size, accumulates, bf16, device_type)
     else:
-        layout = _ddp_layout(config, sizes, bf16)
+        has_early_gradients = accumulates or world_size > 1 or kind is EngineKind.accelerate
+        layout = _ddp_layout(config, sizes, bf16, has_early_gradients)
     if config.optimizer.kind is OptimizerKind.muon:
         is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
         layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_shards, is_sharded)
@@ -204,11 +205,11 @@ def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
 
     owned = min(max(IN_FLIGHT_ELEMENTS, sizes.largest), -(-sizes.num_layers * sizes.matrices // num_owners))
     parts = owned if is_sharded else owned * num_owners
-    return max(5 * owned, owned + 2 * parts if num_owners > 1 else 0)
+    return max(5 * owned, owned + (2 if is_sharded else 1) * parts if num_owners > 1 else 0)
 
 
-def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool) -> _Layout:
-    """Everything whole, in fp32; gradients live in DDP's buckets. What is recomputed is cast again."""
+def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool, has_early_gradients: bool) -> _Layout:
+    """Everything whole, in fp32; DDP's buckets keep the gradients. What is recomputed is cast again."""
     engine = config.engine
     num_checkpointed = -(-sizes.num_layers // engine.activation_checkpointing_every)
     if engine.activation_checkpointing is ActivationCheckpointing.none:
@@ -217,7 +218,7 @@ def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool) -> _Layout:
     return _Layout(
         parameters=4 * sizes.total,
         gradients=4 * sizes.total,
-        early_gradients=4 * sizes.total,
+        early_gradients=4 * sizes.total if has_early_gradients else 0,
         moments=_moment_bytes(config.optimizer, sizes),
         gathered=2 * (sizes.root + num_cast * sizes.block) if bf16 else 0,
         backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half

@@ -63,6 +63,13 @@ def cases():
     yield Case(EngineKind.accelerate, 2, 2, environ=zero_environ(3))
 
 
+def wrapped_type(case):
+    if case.engine is EngineKind.accelerate:
+        return "DeepSpeedEngine" if case.environ else "DistributedDataParallel"
+    is_bare = (case.engine, case.world_size) == (EngineKind.ddp, 1)
+    return "Transformer" if is_bare else WRAPPED_TYPES[case.engine.name]
+
+
 def trace_all(configs):
     return [trace(config) for config in configs]
 
@@ -92,8 +99,7 @@ def reference():
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_fp32_agrees_with_one_process(case, computed, reference):
     trajectory = computed(gate_config(), case, list(cases()))
-    expected = WRAPPED_TYPES.get(case.engine.name, "DeepSpeedEngine" if case.environ else "DistributedDataParallel")
-    assert trajectory.wrapped_type == expected
+    assert trajectory.wrapped_type == wrapped_type(case)
     difference = compare(trajectory, reference)
     print(case, difference)
     assert difference.loss <= 1e-5

@@ -5,7 +5,7 @@ import torch
 
 from bigtrain.config import EngineKind
 from bigtrain.parity import Case, Trajectory, compare, compute
-from tests.distributed.parity_test import GLOBAL_BATCH_SIZE, WRAPPED_TYPES, gate_config
+from tests.distributed.parity_test import GLOBAL_BATCH_SIZE, gate_config, wrapped_type
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def reference() -> Trajectory:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fp32_agrees_with_ddp(engine: str, reference: Trajectory):
     trajectory = compute(gate_config(), case(engine))
-    assert trajectory.wrapped_type == WRAPPED_TYPES[engine]
+    assert trajectory.wrapped_type == wrapped_type(case(engine))
     difference = compare(trajectory, reference)
     print(engine, difference)
     assert difference.loss <= 1e-5

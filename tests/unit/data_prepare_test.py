@@ -440,7 +440,7 @@ def test_prepare_tells_what_there_is_and_whether_it_is_enough(config, tmp_path):
         ({"cache_gib": 0.0}, "data.cache_gib=0.0: must be positive"),
         ({"prepare_processes": 0}, "data.prepare_processes=0: must be at least 1"),
         ({"filters": FilterConfig(min_characters=9, max_characters=8)}, "data.filters.max_characters=8: must not be"),
-        ({"filters": FilterConfig(max_symbol_share=2.0)}, "data.filters.max_symbol_share=2.0: must be between"),
+        ({"filters": FilterConfig(max_symbol_share=2.0)}, "data.filters.max_symbol_share=2.0: must be from 0 to 1"),
         ({"filters": FilterConfig(near_similarity=0.0)}, "data.filters.near_similarity=0.0: must be above 0"),
         ({"content": Content.chat}, "data.content=chat: data=stdlib has no records"),
         ({"source": DataSource.prepared}, "data.path: missing; data=prepared needs data.path=<directory or URL"),
