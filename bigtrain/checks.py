@@ -124,17 +124,13 @@ def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
 def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> list[str]:
     """Return every problem of a resolved ``config`` for this world, each with what to change."""
     return [
-        *(
-            problem
-            for section in fields(config)
-            for problem in _out_of_range(section.name, getattr(config, section.name))
-        ),
         *_check_run(config),
         *_check_model(config),
         *_check_data(config.data),
         *_check_model_and_data(config),
         *_check_batch(config, world_size),
         *_check_engine(config, world_size, local_world_size),
+        *(problem for s in fields(config) for problem in _out_of_range(s.name, getattr(config, s.name))),
         *_check_training(config),
     ]
 

@@ -35,7 +35,10 @@ def test_twelve_blocks_are_compiled_once_and_kept_for_the_next_process(tmp_path)
 
 
 def gradients_outside_of_buckets(config):
-    """Return how many gradients have memory of their own after a micro-batch that is not communicated, in two steps."""
+    """Return the wrapper, and how many gradients have memory of their own after each micro-batch of two steps.
+
+    The first micro-batch of each step is not communicated.
+    """
     engine, counts = start_engine(config), []
     tokens = torch.randint(97, (1, 16))
     for _ in range(2):
@@ -44,11 +47,19 @@ def gradients_outside_of_buckets(config):
             gradients = [parameter.grad for parameter in engine.module.parameters()]
             counts.append(sum(g.untyped_storage().nbytes() == g.nbytes for g in gradients))
         engine.step(1e-3)
-    return counts
+    return type(engine.module).__name__, counts
 
 
-@pytest.mark.parametrize(("global_batch_size", "expected"), [(2, [0] * 4), (1, [28, 0, 28, 0])])
-def test_ddp_accumulates_in_its_buckets(global_batch_size, expected):
+@pytest.mark.parametrize(
+    ("world_size", "global_batch_size", "expected"),
+    [
+        (2, 4, ("DistributedDataParallel", [0] * 4)),
+        (2, 2, ("DistributedDataParallel", [28, 0, 28, 0])),  # the engine does not expect to accumulate
+        (1, 2, ("Transformer", [28] * 4)),
+    ],
+)
+def test_ddp_accumulates_in_its_buckets_and_needs_none_in_a_world_of_one(world_size, global_batch_size, expected):
     config = small_config("ddp")
-    config.train.global_batch_size = global_batch_size  # with 1 the engine does not expect to accumulate
-    assert run_ranks(gradients_outside_of_buckets, 1, config, timeout_seconds=100)[0] == expected
+    config.train.global_batch_size = global_batch_size
+    found = run_ranks(gradients_outside_of_buckets, world_size, config, timeout_seconds=100)
+    assert found == [expected] * world_size
