@@ -287,10 +287,11 @@ def train_step(
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
         num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
-    loss_sum: torch.Tensor | float = 0.0
+    loss_sum = None
     for i, micro_batch in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1
-        loss_sum = loss_sum + engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+        loss = engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+        loss_sum = loss if loss_sum is None else loss_sum + loss
     before_update()
     grad_norm = engine.step(lr)
     return loss_sum / num_targets, grad_norm

@@ -150,7 +150,7 @@ def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
 
 
 def _not_a_run(path: Path) -> str:
-    near = [path, path.parent] if path.is_dir() else [path.parent, path.parent.parent]
+    near = [path, *path.parents][:3]
     found = next((runs for place in near if (runs := sorted(place.glob(f"*/{RUN_FILES[0]}")))), [])
     what = f"not the directory of a run: it has no {RUN_FILES[0]}" if path.exists() else "there is no such directory"
     return f"{path}: {what}; name one such as {', '.join(str(run.parent) for run in found[:4]) or 'runs/gpt_nano'}"

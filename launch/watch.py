@@ -28,7 +28,9 @@ class WatchConfig:
 HELP = """\
 Show runs on a terminal: progress, numbers, loss, memory, time left, the last events. Reads their files and nothing
 else, so it works for running and finished runs, from any machine that sees the directory, and disturbs nobody.
-It ends when no run is running any more, or with Ctrl-C. Without a terminal it says once how things stand.
+A run is running, finished, stopped or failed (and why), or has given no sign of life for some time: its process or its
+machine is gone, or stands still. It ends when no run is running any more, or with Ctrl-C. Without a terminal it says
+once how things stand.
 
   python launch/watch.py runs/gpt_nano
   ssh cluster python bigtrain/launch/watch.py /shared/runs/first /shared/runs/second

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -75,10 +75,7 @@ def line_figure(
             _draw_range(axes, x, y, colour)
             y = running_mean(y)
         _line(axes, x, y, colour, _label(history), gid=f"curve-{key}-{history.name}")
-    if log:
-        _log_scale(axes)
-    else:
-        axes.set_ylim(bottom=0)
+    _scale_y(axes, log)
     _mark_events(axes, histories, names.STEP)
     if len(histories) > 1:
         _legend(axes)
@@ -93,17 +90,8 @@ def memory_figure(history: History) -> Any:
         names.ALLOCATED_BYTES: "device, in use",
         names.HOST_RSS_BYTES: "host, process",
     }
-    if not any(history.series(key)[1] for key in kinds):
-        return None
-    figure, axes = _figure("memory of rank 0 (GiB)", names.STEP)
-    for (key, label), colour in zip(kinds.items(), COLOURS, strict=False):
-        records, values = history.series(key)
-        if values:
-            x, y = [record[names.STEP] for record in records], [value / 2**30 for value in values]
-            _line(axes, x, y, colour, label, gid=f"curve-{key}")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
-    return figure
+    known = {key: label for key, label in kinds.items() if history.series(key)[1]}
+    return _several_lines(history, known, "memory of rank 0 (GiB)", COLOURS, scale=2**-30) if known else None
 
 
 def breakdown_figure(history: History) -> Any:
@@ -133,19 +121,32 @@ def family_figure(history: History, prefix: str, label: str, *, log: bool = Fals
     keys = history.family(prefix)
     if len(keys) < 2:
         return None
+    labels: dict[str, str | None] = {key: key.removeprefix(f"{prefix}/") for key in keys}
+    if len(keys) <= len(COLOURS):
+        return _several_lines(history, labels, label, COLOURS, log=log)
     from matplotlib import colormaps
 
+    labels |= dict.fromkeys(keys[1:-1])
+    colours = [colormaps["cool"](i / (len(keys) - 1)) for i in range(len(keys))]
+    return _several_lines(history, labels, label, colours, log=log)
+
+
+def _several_lines(
+    history: History,
+    labels: Mapping[str, str | None],
+    label: str,
+    colours: Sequence[Any],
+    *,
+    scale: float = 1.0,
+    log: bool = False,
+) -> Any:
+    """Return some metrics of a run over steps; a label of None is left out."""
     figure, axes = _figure(label, names.STEP)
-    are_few = len(keys) <= len(COLOURS)
-    for i, key in enumerate(keys):
+    for (key, name), colour in zip(labels.items(), colours, strict=False):
         records, values = history.series(key)
-        colour = COLOURS[i] if are_few else colormaps["cool"](i / (len(keys) - 1))
-        name = key.removeprefix(f"{prefix}/") if are_few or i in (0, len(keys) - 1) else None
-        _line(axes, [record[names.STEP] for record in records], values, colour, name, width=1.2, gid=f"curve-{key}")
-    if log:
-        _log_scale(axes)
-    else:
-        axes.set_ylim(bottom=0)
+        x, y = [record[names.STEP] for record in records], [value * scale for value in values]
+        _line(axes, x, y, colour, name, gid=f"curve-{key}", width=1.2)
+    _scale_y(axes, log)
     _legend(axes)
     return figure
 
@@ -214,9 +215,12 @@ def _legend(axes: Any) -> None:
     axes.legend(lines, labels, ncols=columns, **options)
 
 
-def _log_scale(axes: Any) -> None:
+def _scale_y(axes: Any, log: bool) -> None:
     from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
+    if not log:
+        axes.set_ylim(bottom=0)
+        return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))

@@ -39,7 +39,7 @@ class Gauges:
         Args:
             config: Resolved, with a precision.
             device: Of rank 0; all ranks are taken to have its like.
-            world_size: Number of ranks.
+            world_size: Ranks.
             num_parameters: Of the model that was built, to check the shape that operations are counted from.
             progress: Tokens and epochs of each source of data, after so many samples of the run.
         """

@@ -26,13 +26,7 @@ class StepMeter:
         clock: Callable[[], float] = time.perf_counter,
         device: torch.device | None = None,
     ) -> None:
-        """Begin the first step now.
-
-        Args:
-            tokens_per_step: Tokens of an optimizer step over all ranks.
-            clock: Returns monotonic seconds.
-            device: Of this rank; by default the CPU.
-        """
+        """Begin the first step now; a step has so many tokens over all ranks."""
         self._tokens_per_step = tokens_per_step
         self._clock = clock
         self._begin = self._mark = clock()

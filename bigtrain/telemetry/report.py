@@ -73,8 +73,8 @@ def render(histories: list[History]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(body)}\n</body></html>\n'
 
 
-def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, Any]]]]:
-    """Yield (heading, (caption, figure or None) pairs)."""
+def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield headings, and the figures or None by their captions."""
     line, family = figures.line_figure, figures.family_figure
     over_steps = (
         "Loss over optimizer steps. Thin: every step; thick: running mean; dots: validation; triangles: checkpoints; "
@@ -82,54 +82,52 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, A
     )
     yield (
         "Loss",
-        [
-            (over_steps, figures.loss_figure(histories, names.STEP)),
-            ("The same over tokens.", figures.loss_figure(histories, names.TOKENS)),
-        ],
+        {
+            over_steps: figures.loss_figure(histories, names.STEP),
+            "The same over tokens.": figures.loss_figure(histories, names.TOKENS),
+        },
     )
     grad_norm = line(histories, names.GRAD_NORM, "gradient norm", smooth=True, log=True)
     yield (
         "Optimization",
-        [
-            ("Global gradient norm before clipping.", grad_norm),
-            ("Learning rate.", line(histories, names.LR, "learning rate")),
-        ],
+        {
+            "Global gradient norm before clipping.": grad_norm,
+            "Learning rate.": line(histories, names.LR, "learning rate"),
+        },
     )
     speed = line(histories, names.TOKENS_PER_SECOND, "tokens per second", smooth=True)
     mfu = line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100)
     waits = line(histories, names.DATA_WAIT_FRACTION, "waiting for data (%)", scale=100)
     yield (
         "Speed",
-        [
-            ("Tokens per second, all devices together.", speed),
-            ("Model FLOPs utilisation, attention counted causally.", mfu),
-            ("Share of the time in which rank 0 waited for data.", waits),
-        ],
+        {
+            "Tokens per second, all devices together.": speed,
+            "Model FLOPs utilisation, attention counted causally.": mfu,
+            "Share of the time in which rank 0 waited for data.": waits,
+        },
     )
     for history in histories[:_DETAILED_RUNS]:
         ratios = family(history, names.LAYER_UPDATE_RATIO, "update ratio", log=True)
         yield (
             f"Inside {history.name}",
-            [
-                ("Where a step's time goes.", figures.breakdown_figure(history)),
-                ("Memory.", figures.memory_figure(history)),
-                ("Gradient norm per layer.", family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True)),
-                ("Size of an update relative to its weights, per layer.", ratios),
-                ("Tokens from each source of data.", family(history, names.SOURCE_TOKENS, "tokens")),
-                ("Passes over each source of data.", family(history, names.SOURCE_EPOCHS, "passes")),
-            ],
+            {
+                "Where a step's time goes.": figures.breakdown_figure(history),
+                "Memory.": figures.memory_figure(history),
+                "Gradient norm per layer.": family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True),
+                "Size of an update relative to its weights, per layer.": ratios,
+                "Tokens from each source of data.": family(history, names.SOURCE_TOKENS, "tokens"),
+                "Passes over each source of data.": family(history, names.SOURCE_EPOCHS, "passes"),
+            },
         )
 
 
-def _section(heading: str, drawn: list[tuple[str, Any]]) -> str:
-    shown = [(caption, figure) for caption, figure in drawn if figure is not None]
-    if not shown:
-        return ""
+def _section(heading: str, drawn: dict[str, Any]) -> str:
     pictures = [
         f"<figure>{figures.to_svg(figure, f'{_slug(heading)}{i}')}<figcaption>{_text(caption)}</figcaption></figure>"
-        for i, (caption, figure) in enumerate(shown)
+        for i, (caption, figure) in enumerate(drawn.items())
+        if figure is not None
     ]
-    return f'<h2>{_text(heading)}</h2><div class="pictures">{"".join(pictures)}</div>'
+    return f'<h2>{_text(heading)}</h2><div class="pictures">{"".join(pictures)}</div>' if pictures else ""
 
 
 def _summary(histories: list[History]) -> str:
@@ -163,9 +161,8 @@ def _facts(history: History) -> dict[str, str]:
         "communication": describe_communication(profiles[-1]).removeprefix("communication ") if profiles else "",
         "goodput": goodput,
         "launches": str(len(launches) or ""),
-        "engine": f"{config.get('engine.kind', '')} on {launch['world_size']} x {environment.get('device')}"
-        if launch
-        else "",
+        "engine": str(config.get("engine.kind", "")),
+        "devices": f"{launch.get('world_size')} x {environment['device']}" if "device" in environment else "",
         "commit": _short(str(environment.get("commit", ""))),
         "packages": ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),
     }
@@ -205,15 +202,10 @@ def _events(history: History) -> str:
     shown = [event for event in history.events if event.get("event") not in ("validation", "checkpoint")]
     if len(shown) < 2:
         return ""
-    rows = [
-        [
-            str(event.get(names.TIME, ""))[:19].replace("T", " "),
-            str(event.get(names.STEP, "")),
-            str(event.get("event", "")),
-            _details(event),
-        ]
-        for event in shown[-_MAX_EVENTS:]
-    ]
+    rows = []
+    for event in shown[-_MAX_EVENTS:]:
+        when, step, kind = (str(event.get(key, "")) for key in (names.TIME, names.STEP, "event"))
+        rows.append([when[:19].replace("T", " "), step, kind, _details(event)])
     table = _table(["time (UTC)", "step", "event", ""], rows, "events")
     return f"<h2>What happened to {_text(history.name)}</h2>{table}"
 

@@ -45,14 +45,7 @@ def start_wandb(
     command: Sequence[str] = _COMMAND,
     say: Callable[[str], None] | None = None,
 ) -> Companion:
-    """Start the companion of a run; wandb's files go to ``wandb/`` in it.
-
-    Args:
-        run_directory: Directory of the run.
-        config: Of the run; secrets are taken out here.
-        command: The companion's command line.
-        say: Receives the companion's messages, from another thread; by default the project's log.
-    """
+    """Start the companion of a run, with a configuration without secrets; wandb's files go to ``wandb/`` in the run."""
     advice = f"; if this machine ends before, upload with: wandb sync {run_directory / 'wandb'}/*run-*"
     return Companion("wandb", command, _request(run_directory, config), say=say, advice=advice)
 

@@ -165,6 +165,8 @@ def test_odd_runs_have_a_page_too(tmp_path: Path):
     assert [len(history.records) for history in histories] == [1, 60, 1]
     page = render(histories)
     assert "not a number" in page and "after step 60" in page
+    (tmp_path / "one/metrics.jsonl").write_text(json.dumps(record(7)))
+    assert "no loss is finite" in render([read_history(tmp_path / "one")])
 
 
 def test_a_picture_of_the_loss_alone(tmp_path: Path):
