@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import queue
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -57,7 +57,7 @@ class Console:
         self._log: TextIO | None = self._log_path.open("a", encoding="utf-8", errors="replace", buffering=1)
         self._streams, self._output = (sys.stdout, sys.stderr), _Output(sys.stdout)
         self._live = _LiveDisplay(self._total_steps, self._clock, self._output) if self._is_terminal else None
-        self._waiting = queue.Queue[Callable[[], Any] | None](_MAX_WAITING)
+        self._waiting = SimpleQueue[Callable[[], Any] | None]()
         self._thread = threading.Thread(target=self._show_waiting, daemon=True)
         self._thread.start()
         self._handlers = get_logger().handlers
@@ -69,9 +69,8 @@ class Console:
     ) -> None:
         """Leave the last numbers on the terminal and close the log file."""
         get_logger().handlers = self._handlers
-        with contextlib.suppress(queue.Full):
-            self._waiting.put(None, timeout=_CLOSE_SECONDS)
-            self._thread.join(_CLOSE_SECONDS)
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_SECONDS)
         sys.stdout, sys.stderr = self._streams  # rich's stand-ins wait for its lock, which a stuck thread holds
         with self._lock:
             if self._log:
@@ -100,8 +99,8 @@ class Console:
         self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))
 
     def _show(self, shown: Callable[[], Any]) -> None:
-        with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(shown)
+        if self._waiting.qsize() < _MAX_WAITING:
+            self._waiting.put(shown)
 
     def _show_waiting(self) -> None:
         while shown := self._waiting.get():
