@@ -62,7 +62,7 @@ from bigtrain.models.init import InitialValue, Normal, initial_values
 from bigtrain.rank_info import RankInfo
 from bigtrain.schema import from_dict
 from bigtrain.telemetry.layer_norms import LayerNorms
-from bigtrain.telemetry.recorder import NullRecorder, build_recorder
+from bigtrain.telemetry.recorder import NullRecorder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRESETS = sorted(path.stem for path in (REPOSITORY / "configs/model").glob("*.yaml") if path.stem != "hf")
@@ -271,9 +271,8 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     with trainer.train_loader(streams["train"], config, engine, start=Cursor()) as loader:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
-    gauges = partial(trainer.gauges, config, engine, streams["train"])
     with silence():
-        turns = Turns(build_recorder(config, directory, info.rank, 0, gauges), bare_step, batches)
+        turns = Turns(trainer.open_recorder(config, 0, engine, streams["train"]), bare_step, batches)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     run = trainer.Run(
         config=config, directory=directory, engine=engine, streams=streams, recorder=turns, saver=saver, start=Cursor()

@@ -61,7 +61,6 @@ from bigtrain.recovery import fill_state
 from bigtrain.run_data import open_data
 from bigtrain.schema import from_dict
 from bigtrain.telemetry.files import METRICS_FILE
-from bigtrain.telemetry.recorder import build_recorder
 
 PRESETS = sorted(path.stem for path in (turns.REPOSITORY / "configs/model").glob("*.yaml") if path.stem != "hf")
 SMALL = ModelConfig(name="gpt_30m", vocab_size=8192, num_layers=8, hidden_dim=512, num_heads=8, max_positions=256)
@@ -81,13 +80,12 @@ def ours(config: TrainConfig, pacer: Pacer) -> float | None:
     fill_state(config, engine, None, info)
     pace(engine, pacer)
     directory, streams = Path(config.run.root) / str(config.run.name), open_data(config)
-    gauges = partial(trainer.gauges, config, engine, streams["train"])
     run = trainer.Run(
         config=config,
         directory=directory,
         engine=engine,
         streams=streams,
-        recorder=build_recorder(config, directory, info.rank, 0, gauges),
+        recorder=trainer.open_recorder(config, 0, engine, streams["train"]),
         saver=Saver(directory, engine.state.entries, config.checkpoint),
         start=Cursor(),
     )

@@ -42,12 +42,13 @@ from bigtrain.run_data import check_continuation, count_skipped_shards, open_dat
 from bigtrain.run_files import find_resume, keep_tokenizer, run_directory, write_config, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
+from bigtrain.telemetry.files import repair
 from bigtrain.telemetry.gauges import Gauges, perplexity
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler, save_hang
-from bigtrain.telemetry.recorder import NullRecorder, build_recorder
+from bigtrain.telemetry.recorder import NullRecorder, Recorder
 from bigtrain.validation import validate
 
 GC_EVERY_STEPS = 1000
@@ -144,6 +145,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     state = read_run_state(resume) if resume else None
     if state and state.step >= config.train.steps:
         log.get_logger().info(_nothing_to_do(directory, state.step, config.train.steps))
+        on_rank0(lambda: repair(directory))
         launch.heartbeat.step = state.step
         return End(EXIT_FINISHED, "finished")
     streams = open_data(config, state.data if state else None)
@@ -285,10 +287,11 @@ def train_step(
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
         num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
-    loss_sum: torch.Tensor | float = 0.0
+    loss_sum = None
     for i, micro_batch in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1
-        loss_sum = loss_sum + engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+        loss = engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+        loss_sum = loss if loss_sum is None else loss_sum + loss
     before_update()
     grad_norm = engine.step(lr)
     return loss_sum / num_targets, grad_norm
@@ -395,8 +398,7 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
     def open_files() -> None:
         nonlocal recorder
         with writing(run_directory(config)):
-            make_gauges = partial(gauges, config, engine, stream)
-            recorder = build_recorder(config, run_directory(config), 0, first_step, make_gauges)
+            recorder = Recorder(config, run_directory(config), first_step, gauges(config, engine, stream))
 
     on_rank0(open_files)
     return recorder

@@ -53,6 +53,7 @@ T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RUN_FILES = ("config.yaml", "metrics.jsonl")
 RANK_0_HEAD_START_SECONDS = 5.0
 
 
@@ -135,6 +136,24 @@ def read(schema: type[T], args: list[str]) -> T:
         ConfigError: listing every problem.
     """
     return compose(schema, args)[0]
+
+
+def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
+    """Return the configuration of a launcher that looks at ``runs``, and what is wrong with them; what is no setting is one."""
+    runs = [arg for arg in args if Path(arg).is_dir() or not (arg.startswith("-") or "=" in arg)]
+    config = read(schema, [arg for arg in args if arg not in runs])
+    config.runs += runs
+    if not config.runs:
+        return config, ["which run? name its directory, such as runs/gpt_nano"]
+    wrong = [run for run in map(Path, config.runs) if not any((run / name).is_file() for name in RUN_FILES)]
+    return config, list(map(_not_a_run, wrong))
+
+
+def _not_a_run(path: Path) -> str:
+    near = [path, *path.parents][:3]
+    found = next((runs for place in near if (runs := sorted(place.glob(f"*/{RUN_FILES[0]}")))), [])
+    what = f"not the directory of a run: it has no {RUN_FILES[0]}" if path.exists() else "there is no such directory"
+    return f"{path}: {what}; name one such as {', '.join(str(run.parent) for run in found[:4]) or 'runs/gpt_nano'}"
 
 
 def read_data(args: list[str]) -> TrainConfig:

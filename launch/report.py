@@ -38,14 +38,12 @@ def read(args: list[str]) -> ReportConfig:
     Raises:
         ConfigError: listing every problem.
     """
-    runs = [arg for arg in args if Path(arg).is_dir() or not (arg.startswith("-") or "=" in arg)]
-    config = hydra_cli.read(ReportConfig, [arg for arg in args if arg not in runs])
-    config.runs += runs
-    if not config.runs:
-        raise ConfigError("which run? name its directory, such as runs/gpt_nano")
+    config, problems = hydra_cli.read_runs(ReportConfig, args)
     config.out = config.out or (f"{config.runs[0]}/report.html" if len(config.runs) == 1 else "report.html")
     if Path(config.out).suffix not in (".html", *PICTURES):
-        raise ConfigError(f"out={config.out}: the name must end in .html, {', '.join(PICTURES)}")
+        problems.append(f"out={config.out}: the name must end in .html, {', '.join(PICTURES)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
     return config
 
 

@@ -28,7 +28,9 @@ class WatchConfig:
 HELP = """\
 Show runs on a terminal: progress, numbers, loss, memory, time left, the last events. Reads their files and nothing
 else, so it works for running and finished runs, from any machine that sees the directory, and disturbs nobody.
-It ends when no run is running any more, or with Ctrl-C. Without a terminal it says once how things stand.
+A run is running, finished, stopped or failed (and why), or has given no sign of life for some time: its process or its
+machine is gone, or stands still. It ends when no run is running any more, or with Ctrl-C. Without a terminal it says
+once how things stand.
 
   python launch/watch.py runs/gpt_nano
   ssh cluster python bigtrain/launch/watch.py /shared/runs/first /shared/runs/second
@@ -44,21 +46,7 @@ def read(args: list[str]) -> WatchConfig:
     Raises:
         ConfigError: listing every problem.
     """
-    from bigtrain.telemetry.history import CONFIG_FILE
-
-    runs = [arg for arg in args if Path(arg).is_dir() or not (arg.startswith("-") or "=" in arg)]
-    config = hydra_cli.read(WatchConfig, [arg for arg in args if arg not in runs])
-    config.runs += runs
-    problems = [
-        f"{run}: there is no such directory; name that of a run" for run in config.runs if not Path(run).is_dir()
-    ]
-    problems += [
-        f"{run}: not the directory of a run: it has no {CONFIG_FILE}; name one such as runs/gpt_nano"
-        for run in config.runs
-        if Path(run).is_dir() and not Path(run, CONFIG_FILE).exists()
-    ]
-    if not config.runs:
-        problems.append("which run? name its directory, such as runs/gpt_nano")
+    config, problems = hydra_cli.read_runs(WatchConfig, args)
     if not config.every_seconds > 0:
         problems.append(f"every_seconds={config.every_seconds}: must be positive")
     if problems:
@@ -87,28 +75,32 @@ def _follow(runs: "list[FollowedRun]", every_seconds: float, console: Any) -> No
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False) as live:
-        is_running = True
-        while is_running:
+        while True:
             for followed in runs:
                 followed.read()
             live.update(_screen(runs), refresh=True)
-            is_running = any(followed.state() in ("running", "begins") for followed in runs)
-            if is_running:
-                time.sleep(every_seconds)
+            if all(followed.is_over() for followed in runs):
+                return
+            time.sleep(every_seconds)
 
 
 def _screen(runs: "list[FollowedRun]") -> Any:
     from rich.console import Group
     from rich.constrain import Constrain
-    from rich.panel import Panel
 
     from bigtrain.telemetry.view import MAX_COLUMNS
 
-    panels = [
-        Panel(item.view.render(show_events=True), title=f"{item.name}: {item.state()}", title_align="left")
-        for item in runs
-    ]
-    return Constrain(Group(*panels), MAX_COLUMNS)
+    return Constrain(Group(*(_panel(followed) for followed in runs)), MAX_COLUMNS)
+
+
+def _panel(followed: "FollowedRun") -> Any:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    state, _, why = followed.state().partition(": ")
+    shown = [followed.view.render(show_events=True), *([Text(why)] if why else [])]
+    return Panel(Group(*shown), title=Text(f"{followed.name}: {state}"), title_align="left")
 
 
 def help_page() -> str:

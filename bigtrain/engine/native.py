@@ -1,6 +1,7 @@
 """``ddp``, ``fsdp`` and ``hsdp``: torch's own data parallelism and sharding."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -51,7 +52,8 @@ class NativeEngine:
         self.dp_rank, self.dp_size = mesh.get_rank(), mesh.size()
         self.grad_clip = grad_clip
         # Each weight is cast once per forward pass anyway, and cached copies would outlive checkpointed blocks.
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast, cache_enabled=False)
+        bf16 = partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
+        self.autocast = bf16 if autocast else contextlib.nullcontext
         self.keep_gradients = keep_gradients
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
@@ -73,7 +75,7 @@ class NativeEngine:
             with self.autocast():
                 loss = loss_sum(self.module, batch)
             # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
-            (loss * gradient_scale(loss, self.dp_size / num_targets)).backward()
+            loss.backward(gradient_scale(loss, self.dp_size / num_targets))
         return loss.detach()
 
     def step(self, lr: float) -> torch.Tensor:
@@ -150,7 +152,7 @@ def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, a
             looks at it, as it does for gradient scalers.
     """
     if ask_host or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        if norm.isfinite():
+        if math.isfinite(norm.item()):
             optimizer.step()
         return
     optimizer.found_inf = (~norm.isfinite()).float()

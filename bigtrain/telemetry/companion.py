@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from bigtrain.log import get_logger
 from bigtrain.processes import start_beside
@@ -43,24 +43,25 @@ class Companion:
         label: str,
         command: Sequence[str],
         request: dict[str, Any],
-        log_path: Path,
-        say: Callable[[str], None] | None,
+        *,
+        say: Callable[[str], None] | None = None,
+        advice: str = "",
     ) -> None:
         """Start it.
 
         Args:
             label: Name of the dashboard, in front of every message.
             command: The companion's command line.
-            request: What it is to do, as plain data without secrets.
-            log_path: File that takes its standard error.
+            request: What it is to do, as :func:`request_for` returns it.
             say: Receives its messages, from another thread; by default the project's log.
+            advice: What to do if it is never done.
         """
-        self._label = label
-        self._log_path = log_path
+        self._label, self._advice = label, advice
+        self._log_path = Path(request["log"])
         self._say = say or get_logger().info
         self._process: subprocess.Popen[str] | None = None
         try:
-            self._process = _start(command, request, log_path)
+            self._process = _start(command, request, self._log_path)
         except OSError as error:
             self._say(f"{label}: cannot start it ({error}); the run goes on without")
             return
@@ -86,15 +87,19 @@ class Companion:
             self._process.wait(timeout_seconds)
             self._listener.join(timeout_seconds)
         except subprocess.TimeoutExpired:
-            self._say(f"{self._label}: still busy in the background (process {self._process.pid}){self._advice()}")
-
-    def _advice(self) -> str:
-        return ""
+            self._say(f"{self._label}: still busy in the background (process {self._process.pid}){self._advice}")
 
 
-def _start(command: Sequence[str], request: dict[str, Any], log_path: Path) -> "subprocess.Popen[str]":
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("a") as log:
+def request_for(run_directory: Path, label: str, **values: Any) -> dict[str, Any]:
+    """Return what a companion of this process is to do, as plain data without secrets; its standard error goes to ``log``."""
+    run = run_directory.absolute()
+    files = {"directory": str(run), "log": f"{run}/log/{label}.log", "cursor": f"{run}/{label}_cursor.json"}
+    return {**files, "training_pid": os.getpid(), **values}
+
+
+def _start(command: Sequence[str], request: dict[str, Any], path: Path) -> "subprocess.Popen[str]":
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
         return start_beside(
             command,
             stdin=subprocess.PIPE,
@@ -118,20 +123,21 @@ def read_request(environ: dict[str, str]) -> tuple[dict[str, Any], Callable[[str
     return json.loads(environ[REQUEST_VARIABLE]), say
 
 
-def wait_for_predecessor(log_path: Path) -> Any:
-    """Wait until the companion of a launch that was killed has logged the rest; keep the result until the end."""
-    lock = log_path.open("a")
+def lock(path: Path) -> TextIO:
+    """Open ``path``, which may not exist yet, when no other process has it locked; closing it lets go."""
+    file = path.open("a+")
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
-def follow_until_end(follower: "Follower", training_pid: int) -> None:
+def follow_until_end(sink: "Sink", request: dict[str, Any]) -> None:
     """Log what is new until the training process ends, and then the rest; tell of one that was killed."""
+    follower = Follower(Path(request["directory"]), sink, Path(request["cursor"]))
     has_ended = False
     while not has_ended:
         has_ended = bool(select.select([sys.stdin], [], [], _POLL_SECONDS)[0])
-        has_ended = has_ended or os.getppid() != training_pid
+        has_ended = has_ended or os.getppid() != request["training_pid"]
         follower.log_new()
     # A child that the training process forked may hold its end of the pipe: nothing is waited for.
     if not select.select([sys.stdin], [], [], 0)[0] or sys.stdin.readline() == "":
@@ -154,13 +160,12 @@ class Sink(Protocol):
 class Follower:
     """Passes on what is new in the files of a run: each step, each event and each text once, in order."""
 
-    def __init__(self, directory: Path, sink: Sink, cursor_file: str) -> None:
+    def __init__(self, directory: Path, sink: Sink, cursor_path: Path) -> None:
         """Begin where the cursor is."""
         self._metrics, self._events = Tail(directory / METRICS_FILE), Tail(directory / EVENTS_FILE)
         self._texts = Tail(directory / SAMPLES_FILE)
         self._directory, self._begin = directory, time.time()
-        self._cursor_path = directory / cursor_file
-        self._sink = sink
+        self._cursor_path, self._sink = cursor_path, sink
         self._samples: list[dict[str, Any]] = []
         self._tokens_per_step = 0.0
         self._cursor: dict[str, Any] = {"train": 0, "val": 0, "time": "", "num_samples": 0}

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import queue
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -43,14 +43,7 @@ class Console:
         is_terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Describe the display; nothing is opened before it is entered.
-
-        Args:
-            total_steps: Optimizer steps of the whole run.
-            log_file: File to append to; its directory is made.
-            is_terminal: Whether to draw; by default whether standard output is a terminal that can.
-            clock: Returns monotonic seconds.
-        """
+        """Describe the display; it draws where standard output is a terminal that can, or as ``is_terminal`` says."""
         self._total_steps = total_steps
         self._log_path = log_file
         self._is_terminal = _can_draw(sys.stdout) if is_terminal is None else is_terminal
@@ -62,9 +55,9 @@ class Console:
         """Open the log file and begin to draw."""
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log: TextIO | None = self._log_path.open("a", encoding="utf-8", errors="replace", buffering=1)
-        self._streams, output = (sys.stdout, sys.stderr), _Output(sys.stdout)
-        display = _LiveDisplay(self._total_steps, self._clock, output) if self._is_terminal else _PlainDisplay(output)
-        self._display, self._waiting = display, queue.Queue[Callable[[], None] | None](_MAX_WAITING)
+        self._streams, self._output = (sys.stdout, sys.stderr), _Output(sys.stdout)
+        self._live = _LiveDisplay(self._total_steps, self._clock, self._output) if self._is_terminal else None
+        self._waiting = SimpleQueue[Callable[[], Any] | None]()
         self._thread = threading.Thread(target=self._show_waiting, daemon=True)
         self._thread.start()
         self._handlers = get_logger().handlers
@@ -76,9 +69,8 @@ class Console:
     ) -> None:
         """Leave the last numbers on the terminal and close the log file."""
         get_logger().handlers = self._handlers
-        with contextlib.suppress(queue.Full):
-            self._waiting.put(None, timeout=_CLOSE_SECONDS)
-            self._thread.join(_CLOSE_SECONDS)
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_SECONDS)
         sys.stdout, sys.stderr = self._streams  # rich's stand-ins wait for its lock, which a stuck thread holds
         with self._lock:
             if self._log:
@@ -86,35 +78,35 @@ class Console:
                 self._log = None
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Show the numbers of a step.
-
-        Args:
-            record: As in ``metrics.jsonl``; see :mod:`bigtrain.telemetry.names`.
-        """
+        """Show the numbers of a step, as they are in ``metrics.jsonl``."""
         step = record[names.STEP]
         left = self._time_left.after(step, record[names.STEP_SECONDS])
         line = f"step {step}/{self._total_steps}  {describe(record)}  {format_duration(left)} left"
         self._to_file(line)
-        self._show(partial(self._display.metrics, record, left, line))
+        self._show(
+            partial(self._live.metrics, record, left) if self._live else partial(self._output.write, f"{line}\n")
+        )
 
     def event(self, event: dict[str, Any]) -> None:
         """Take what happened, for the display; messages say it in words."""
-        self._show(partial(self._display.event, event))
+        if self._live:
+            self._show(partial(self._live.event, event))
 
     def message(self, text: str) -> None:
         """Show ``text``, which may have several lines."""
         for line in text.splitlines():
             self._to_file(line)
-        self._show(partial(self._display.message, text))
+        self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))
 
-    def _show(self, shown: Callable[[], None]) -> None:
-        with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(shown)
+    def _show(self, shown: Callable[[], Any]) -> None:
+        if self._waiting.qsize() < _MAX_WAITING:
+            self._waiting.put(shown)
 
     def _show_waiting(self) -> None:
         while shown := self._waiting.get():
             shown()
-        self._display.close()
+        if self._live:
+            self._live.close()
 
     def _to_file(self, line: str) -> None:
         with self._lock:
@@ -164,25 +156,6 @@ class _Output:
         """Nothing waits."""
 
 
-class _PlainDisplay:
-    """Prints lines."""
-
-    def __init__(self, output: _Output) -> None:
-        self._output = output
-
-    def metrics(self, record: dict[str, Any], seconds_left: float, line: str) -> None:
-        self.message(line)
-
-    def event(self, event: dict[str, Any]) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        self._output.write(f"{text}\n")
-
-    def close(self) -> None:
-        pass
-
-
 class _LiveDisplay:
     """Draws the run below the messages, when it is told something and not more often than is cheap."""
 
@@ -198,7 +171,7 @@ class _LiveDisplay:
         self._seconds_left = math.nan
         self._live.start()
 
-    def metrics(self, record: dict[str, Any], seconds_left: float, line: str) -> None:
+    def metrics(self, record: dict[str, Any], seconds_left: float) -> None:
         self._view.add(record)
         self._seconds_left = seconds_left
         if self._clock() - self._drawn_at >= _REDRAW_SECONDS:

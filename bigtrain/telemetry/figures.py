@@ -1,18 +1,26 @@
 """The report's pictures, drawn by matplotlib as SVG: text stays text, lines are thinned to what an eye can see."""
 
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from bigtrain.telemetry import names
+from bigtrain.telemetry.files import only_steps
 from bigtrain.telemetry.history import History
+from bigtrain.telemetry.text import number
 
 # Mid tones, readable on a light and on a dark page; the pictures have no background of their own.
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6")
 GREY = "#808890"
 _ALARM = "#dc2626"
 _POINTS = 600  # of a line
+_LABEL_WIDTH = 0.035  # of a text that stands upright, as a share of the picture's
+_LEGEND_CHARACTERS = 72  # that fit above a picture
+_NAME_CHARACTERS = 36
+_UNMARKED_EVENTS = ("start", "validation", "checkpoint", "profile")
 _INCHES = (5.4, 3.1)  # half a desktop's page, and a phone's whole one
 _STYLE = {
     "font.size": 10,
@@ -33,22 +41,23 @@ def loss_figure(histories: list[History], axis: str) -> Any:
     tops = []
     for history, colour in zip(histories, _colours(histories), strict=True):
         records, losses = history.series(names.LOSS)
-        x = [record[axis] for record in records if axis in record]
-        if len(x) != len(losses):
-            continue
+        x = [record.get(axis, math.nan) for record in records]
         _draw_range(axes, x, losses, colour)
-        _line(axes, x, running_mean(losses), colour, history.name, gid=f"curve-loss-{history.name}")
+        _line(axes, x, running_mean(losses), colour, _label(history), gid=f"curve-loss-{history.name}")
         # The first steps would flatten the rest.
-        tops += [loss for loss in losses[max(len(losses) // 50, min(10, len(losses) - 1)) :] if loss == loss]
+        tops += _finite(losses[max(len(losses) // 50, min(10, len(losses) - 1)) :])
         tops += _draw_validations(axes, history, axis, colour)
-        _mark_events(axes, history, axis, colour)
     for loss in sorted({history.unigram_loss for history in histories} - {None}):
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
-        _note(axes, f"unigram model {loss:.2f}", (1, loss), ("axes fraction", "data"), (-4, 3), ha="right")
+        place = {"xy": (1, loss), "xycoords": ("axes fraction", "data"), "xytext": (-4, 3)}
+        _note(axes, f"unigram model {loss:.2f}", **place, ha="right")
     low, high = min(tops, default=0.0), max(tops, default=0.0)
     if low < high:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    axes.legend(frameon=False, fontsize=9)
+    if not any(_finite(history.series(names.LOSS)[1]) for history in histories):
+        _note(axes, "no loss is finite", xy=(0.5, 0.5), xycoords="axes fraction", xytext=(0, 0), ha="center")
+    _mark_events(axes, histories, axis)
+    _legend(axes)
     return figure
 
 
@@ -56,7 +65,7 @@ def line_figure(
     histories: list[History], key: str, label: str, *, scale: float = 1.0, smooth: bool = False, log: bool = False
 ) -> Any:
     """Return one metric of all runs over steps, or None if no run has it."""
-    if not any(history.series(key)[1] for history in histories):
+    if not any(_finite(history.series(key)[1]) for history in histories):
         return None
     figure, axes = _figure(label, names.STEP)
     for history, colour in zip(histories, _colours(histories), strict=True):
@@ -65,13 +74,11 @@ def line_figure(
         if smooth:
             _draw_range(axes, x, y, colour)
             y = running_mean(y)
-        _line(axes, x, y, colour, history.name, gid=f"curve-{key}-{history.name}")
-        _mark_events(axes, history, names.STEP, colour)
-    if log:
-        _log_scale(axes)
-    else:
-        axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
+        _line(axes, x, y, colour, _label(history), gid=f"curve-{key}-{history.name}")
+    _scale_y(axes, log)
+    _mark_events(axes, histories, names.STEP)
+    if len(histories) > 1:
+        _legend(axes)
     return figure
 
 
@@ -83,64 +90,64 @@ def memory_figure(history: History) -> Any:
         names.ALLOCATED_BYTES: "device, in use",
         names.HOST_RSS_BYTES: "host, process",
     }
-    if not any(history.series(key)[1] for key in kinds):
-        return None
-    figure, axes = _figure("memory of rank 0 (GiB)", names.STEP)
-    for (key, label), colour in zip(kinds.items(), COLOURS, strict=False):
-        records, values = history.series(key)
-        if values:
-            _line(
-                axes, [r[names.STEP] for r in records], [v / 2**30 for v in values], colour, label, gid=f"curve-{key}"
-            )
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
-    return figure
+    known = {key: label for key, label in kinds.items() if history.series(key)[1]}
+    return _several_lines(history, known, "memory of rank 0 (GiB)", COLOURS, scale=2**-30) if known else None
 
 
 def breakdown_figure(history: History) -> Any:
     """Return what a step's time goes into, stacked, over steps, or None."""
     records, _ = history.series(names.FORWARD_BACKWARD_SECONDS)
-    if not records:
+    if len(records) < 2:
         return None
     figure, axes = _figure("milliseconds per step", names.STEP)
-    x = [record[names.STEP] for record in records]
+    shown = [records[i] for i in _thinned(len(records))]
+    x = [record[names.STEP] for record in shown]
     parts = {
         key.removeprefix("perf/").removesuffix("_seconds").replace("_", " "): [
-            record.get(key, 0.0) * 1e3 for record in records
+            record.get(key, 0.0) * 1e3 for record in shown
         ]
         for key in names.PHASES
     }
-    keep = _thinned(len(x))
-    drawn = axes.stackplot(
-        [x[i] for i in keep],
-        *([values[i] for i in keep] for values in parts.values()),
-        labels=parts,
-        colors=COLOURS,
-        alpha=0.85,
-    )
+    drawn = axes.stackplot(x, *parts.values(), labels=parts, colors=COLOURS, alpha=0.85)
     for key, area in zip(parts, drawn, strict=True):
         area.set_gid(f"curve-breakdown-{key}")
     axes.set_ylim(bottom=0)
-    _legend_above(axes)
+    _legend(axes)
     return figure
 
 
 def family_figure(history: History, prefix: str, label: str, *, log: bool = False) -> Any:
-    """Return the metrics ``<prefix>/<name>`` over steps, from the first in cyan to the last in magenta, or None."""
-    keys = list(dict.fromkeys(key for record in history.records for key in record if key.startswith(f"{prefix}/")))
+    """Return the metrics ``<prefix>/<name>`` over steps, many from cyan to magenta in their order, or None."""
+    keys = history.family(prefix)
     if len(keys) < 2:
         return None
+    labels: dict[str, str | None] = {key: key.removeprefix(f"{prefix}/") for key in keys}
+    if len(keys) <= len(COLOURS):
+        return _several_lines(history, labels, label, COLOURS, log=log)
     from matplotlib import colormaps
 
+    labels |= dict.fromkeys(keys[1:-1])
+    colours = [colormaps["cool"](i / (len(keys) - 1)) for i in range(len(keys))]
+    return _several_lines(history, labels, label, colours, log=log)
+
+
+def _several_lines(
+    history: History,
+    labels: Mapping[str, str | None],
+    label: str,
+    colours: Sequence[Any],
+    *,
+    scale: float = 1.0,
+    log: bool = False,
+) -> Any:
+    """Return some metrics of a run over steps; a label of None is left out."""
     figure, axes = _figure(label, names.STEP)
-    for i, key in enumerate(keys):
+    for (key, name), colour in zip(labels.items(), colours, strict=False):
         records, values = history.series(key)
-        colour = colormaps["cool"](i / (len(keys) - 1))
-        name = key.removeprefix(f"{prefix}/") if len(keys) <= len(COLOURS) or i in (0, len(keys) - 1) else None
-        _line(axes, [record[names.STEP] for record in records], values, colour, name, width=1.2, gid=f"curve-{key}")
-    if log:
-        _log_scale(axes)
-    _legend_above(axes)
+        x, y = [record[names.STEP] for record in records], [value * scale for value in values]
+        _line(axes, x, y, colour, name, gid=f"curve-{key}", width=1.2)
+    _scale_y(axes, log)
+    _legend(axes)
     return figure
 
 
@@ -151,10 +158,7 @@ def to_svg(figure: Any, prefix: str) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    # The page gives it its size.
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)  # the page gives it its size
 
 
 def drawing() -> Any:
@@ -189,6 +193,8 @@ def _figure(label: str, axis: str) -> tuple[Any, Any]:
     axes.set_ylabel(label)
     axes.set_xlabel("optimizer step" if axis == names.STEP else axis)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if label.startswith("tokens"):
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)
     axes.grid(color=GREY, alpha=0.2, linewidth=0.7)
     axes.spines[:].set_visible(False)
@@ -196,15 +202,27 @@ def _figure(label: str, axis: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _legend_above(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+def _label(history: History) -> str:
+    name, half = history.name, _NAME_CHARACTERS // 2
+    return name if len(name) <= _NAME_CHARACTERS else f"{name[:half]}…{name[-half:]}"
 
 
-def _log_scale(axes: Any) -> None:
-    from matplotlib.ticker import LogFormatter
+def _legend(axes: Any) -> None:
+    """Put the legend above the picture, where it covers nothing, in as many columns as there is room for."""
+    lines, labels = axes.get_legend_handles_labels()
+    columns = max(_LEGEND_CHARACTERS // (max(map(len, labels), default=0) + 6), 1)
+    options = {"frameon": False, "fontsize": 9, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(lines, labels, ncols=columns, **options)
 
+
+def _scale_y(axes: Any, log: bool) -> None:
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
+
+    if not log:
+        axes.set_ylim(bottom=0)
+        return
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
@@ -230,14 +248,15 @@ def _draw_range(axes: Any, x: Sequence[float], y: Sequence[float], colour: str) 
     )
 
 
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
 def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> list[float]:
     """Draw the validations and return their losses."""
     place = _place(history, axis)
-    points = [
-        (place(event[names.STEP]), event[names.LOSS])
-        for event in history.validations()
-        if event.get(names.LOSS) is not None
-    ]
+    validations = only_steps(history.events_of("validation"))
+    points = [(place(event[names.STEP]), number(event, names.LOSS)) for event in validations]
     if points:
         (dots,) = axes.plot(
             *zip(*points, strict=True),
@@ -246,41 +265,60 @@ def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> li
             marker="o",
             markersize=5,
             markeredgecolor=GREY,
-            label=f"{history.name}: validation, last {points[-1][1]:.3f}",
+            label=f"{_label(history)}: validation, last {points[-1][1]:.3f}",
         )
         dots.set_gid(f"curve-validation-{history.name}")
-    return [loss for _, loss in points if loss == loss]
+    return _finite([loss for _, loss in points])
 
 
-def _mark_events(axes: Any, history: History, axis: str, colour: str) -> None:
-    place, kinds = _place(history, axis), dict[int, list[str]]()
-    for event in history.disturbances():
-        if isinstance(event.get(names.STEP), int):
-            kinds.setdefault(event[names.STEP], []).append(event["event"])
-    for step, happened in kinds.items():
-        alarm = any(kind in names.ALARMS for kind in happened)
-        for kind in happened:
-            line = axes.axvline(place(step), color=_ALARM if alarm else colour, linestyle=":", linewidth=1.0)
-            line.set_gid(f"event-{kind}-{step}")
-        style = {"rotation": 90, "va": "top", "fontsize": 7, "color": _ALARM if alarm else GREY}
-        label = ", ".join(dict.fromkeys(happened))
-        _note(axes, label, (place(step), 1), ("data", "axes fraction"), (2, -2), **style)
+def _mark_events(axes: Any, histories: list[History], axis: str) -> None:
+    """Mark checkpoints at the bottom, and draw lines where something else happened, with a word at the top."""
+    happened: list[tuple[float, str, bool]] = []
+    for history, colour in zip(histories, _colours(histories), strict=True):
+        place = _place(history, axis)
+        checkpoints = sorted({place(event[names.STEP]) for event in only_steps(history.events_of("checkpoint"))})
+        if checkpoints:
+            bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
+            x = [checkpoints[i] for i in _thinned(len(checkpoints))]
+            (marks,) = axes.plot(x, [0] * len(x), color=colour, marker="^", markersize=4, alpha=0.7, **bottom)
+            marks.set_gid(f"event-checkpoint-{history.name}")
+        for event in only_steps(history.events):
+            if (kind := event.get("event")) not in _UNMARKED_EVENTS:
+                x, is_alarm = place(event[names.STEP]), kind in names.ALARMS or bool(event.get("after"))
+                line = axes.axvline(x, color=_ALARM if is_alarm else colour, linestyle=":", linewidth=1.0, zorder=1)
+                line.set_gid(f"event-{kind}-{event[names.STEP]}")
+                happened.append((x, str(kind), is_alarm))
+    _name_events(axes, sorted(happened, key=itemgetter(0)))
 
 
-def _note(
-    axes: Any, text: str, place: tuple[float, float], system: tuple[str, str], offset: tuple[int, int], **style: Any
-) -> None:
+def _name_events(axes: Any, happened: list[tuple[float, str, bool]]) -> None:
+    """Write what happened at the top; what happened close together is one text."""
+    first, last = axes.get_xlim()
+    width = _LABEL_WIDTH * (last - first)
+    groups: list[list[tuple[float, str, bool]]] = []
+    for item in happened:
+        if groups and item[0] - groups[-1][0][0] < width:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    for group in groups:
+        x, text = group[0][0], ", ".join(dict.fromkeys(kind for _, kind, _ in group))
+        style = {"ha": "right", "xytext": (-2, -3)} if x > last - width else {"ha": "left", "xytext": (2, -3)}
+        style |= {"color": _ALARM if any(is_alarm for *_, is_alarm in group) else GREY, "rotation": 90, "va": "top"}
+        _note(axes, text, xy=(x, 1), xycoords=("data", "axes fraction"), fontsize=9, **style)
+
+
+def _note(axes: Any, text: str, **style: Any) -> None:
     """Write beside a place, unless it is outside; a text never moves the axes."""
-    note = axes.annotate(text, place, offset, system, "offset points", annotation_clip=True, **style)
-    note.set_in_layout(False)
+    axes.annotate(text, textcoords="offset points", annotation_clip=True, **style).set_in_layout(False)
 
 
 def _place(history: History, axis: str) -> Callable[[int], float]:
     """Return where on ``axis`` a step is."""
     if axis == names.STEP:
         return lambda step: step
-    last = history.records[-1]
-    return lambda step: step * last[axis] / last[names.STEP]
+    per_step = number(history.records[-1], axis) / history.records[-1][names.STEP]
+    return lambda step: step * per_step
 
 
 def _thinned(length: int) -> list[int]:

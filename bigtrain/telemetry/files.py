@@ -33,11 +33,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create ``path`` and repair a torn last line.
-
-        Raises:
-            OSError: The file cannot be opened.
-        """
+        """Open or create ``path`` and repair a torn last line; an OSError says that it cannot be opened."""
         self._path = path
         self._pending: list[bytes] = []
         self._is_refused = False
@@ -50,26 +46,21 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add ``record`` as one line; it is kept in memory until :meth:`flush`."""
-        self._pending.append(encode(record))
+        self._pending.append(_encode(record))
 
     def flush(self, durable: bool = False) -> None:
         """Hand the lines to the system; with ``durable`` also wait until they are on the disk."""
+        data = rest = memoryview(b"".join(self._pending))
         try:
-            self._append(b"".join(self._pending))
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            self._size_bytes += len(data)
+            self._pending.clear()
             if durable:
                 os.fsync(self._file)
+            self._is_refused = False
         except OSError as error:
             self._keep_for_later(error)
-            return
-        self._pending.clear()
-        self._is_refused = False
-
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
-        self._size_bytes += len(data)
-        self._pending.clear()
 
     def _keep_for_later(self, error: OSError) -> None:
         with contextlib.suppress(OSError):
@@ -86,10 +77,7 @@ class JsonLines:
     def remove(self, is_superseded: Callable[[dict[str, Any]], bool]) -> int:
         """Remove the lines for which ``is_superseded`` holds, atomically; return their number.
 
-        Damaged lines are kept. A kill leaves the old file or the new one.
-
-        Raises:
-            OSError: The new file cannot be written.
+        Damaged lines are kept. A kill leaves the old file or the new one. An OSError says that it cannot be written.
         """
         self.flush()
         num_removed = 0
@@ -122,7 +110,7 @@ class Tail:
     """Reads what was added to a JSON Lines file since the last look; the file may not exist yet."""
 
     def __init__(self, path: Path) -> None:
-        """Begin at the start of ``path``."""
+        """Begin at the beginning of ``path``."""
         self._path = path
         self._inode = 0
         self._position_bytes = 0
@@ -145,11 +133,7 @@ class Tail:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of ``path``; a torn last line is ignored, a damaged one elsewhere is warned of.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return the records of ``path``; a torn last line is ignored, a damaged one elsewhere is warned of."""
     lines = path.read_bytes().split(b"\n")
     records = [_decode(line) for line in lines]
     for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
@@ -158,13 +142,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def repair(directory: Path) -> None:
+    """Mend the files of a run that is not written to any more, as opening them for writing does."""
+    for path in (directory / METRICS_FILE, directory / EVENTS_FILE):
+        if path.exists():
+            JsonLines(path).close()
+
+
 def only_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records that are of a step; a file may hold what we did not write."""
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
-def encode(record: dict[str, Any]) -> bytes:
-    """Return ``record`` as one line of JSON; anything that JSON lacks is written as its value or its text."""
+def _encode(record: dict[str, Any]) -> bytes:
     try:
         text = _ENCODER.encode(record)
     except (TypeError, ValueError):  # what JSON lacks: rare enough for a walk through the record in Python

@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, Tail, only_steps
-from bigtrain.telemetry.history import read_flat_config, run_state
+from bigtrain.telemetry.history import how_ended, last_sign, read_flat_config, run_state
 from bigtrain.telemetry.view import RunView
+
+_LOST_SECONDS = 120.0  # without a sign of life: nobody waits any longer
 
 
 class FollowedRun:
@@ -17,25 +19,31 @@ class FollowedRun:
         self.view = RunView()
         self._directory = directory
         self._metrics, self._events = Tail(directory / METRICS_FILE), Tail(directory / EVENTS_FILE)
-        self._config: dict[str, object] = {}
+        self._sign = last_sign(directory)
+        # A file server's clock may be another: only here are the two compared.
+        self._heard_at = time.monotonic() - (max(time.time() - self._sign, 0.0) if self._sign else 0.0)
 
     def read(self) -> None:
         """Take what was added since the last call."""
-        self._config = read_flat_config(self._directory) or self._config  # another launch may have changed it
-        steps = self._config.get("train.steps")
-        self.view.total_steps = steps if isinstance(steps, int) else None
+        steps = read_flat_config(self._directory).get("train.steps")  # another launch may have changed it
+        self.view.total_steps = steps if isinstance(steps, int) else self.view.total_steps
         while records := self._metrics.read():
             for record in only_steps(records):
                 self.view.add(record)
         while events := self._events.read():
             for event in events:
                 self.view.add_event(event)
+        if (sign := last_sign(self._directory)) != self._sign:
+            self._sign, self._heard_at = sign, time.monotonic()
 
     def state(self) -> str:
-        """Return ``begins``, ``running``, ``finished``, ``stopped`` or ``ended``."""
-        if not self.view.last:
-            return "begins"
-        steps = self._config.get("train.log_every_steps")
-        interval = self.view.step_seconds * (steps if isinstance(steps, int) else 10)
-        last = self.view.events[-1].get("event") if self.view.events else None
-        return run_state(last, (self._directory / METRICS_FILE).stat().st_mtime, interval, time.time())
+        """Return ``begins``, or what :func:`bigtrain.telemetry.history.run_state` returns."""
+        state = run_state(self._directory, self.view.events, self._silent_seconds())
+        return "begins" if state == "running" and not self.view.last else state
+
+    def is_over(self) -> bool:
+        """Return whether nothing more is to be seen, at least for now."""
+        return how_ended(self._directory, self.view.events) is not None or self._silent_seconds() > _LOST_SECONDS
+
+    def _silent_seconds(self) -> float:
+        return time.monotonic() - self._heard_at

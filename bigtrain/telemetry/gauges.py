@@ -39,16 +39,15 @@ class Gauges:
         Args:
             config: Resolved, with a precision.
             device: Of rank 0; all ranks are taken to have its like.
-            world_size: Number of ranks.
+            world_size: Ranks.
             num_parameters: Of the model that was built, to check the shape that operations are counted from.
             progress: Tokens and epochs of each source of data, after so many samples of the run.
         """
         self._device = device
         self._world_size = world_size
         self._process = psutil.Process()
-        self.launched_at = self._process.create_time()
-        """Unix time at which this process began."""
-        self.environment = describe_environment(device)
+        self._launched_at = self._process.create_time()  # Unix time at which this process began
+        self._environment = describe_environment(device)
         self._useful_seconds = 0.0
         self._progress = progress
         self._sequence_length = config.data.sequence_length
@@ -59,8 +58,8 @@ class Gauges:
         self.peak = find_peak(device, config.engine.precision or Precision.fp32) if self.flops else None
 
     def describe(self) -> dict[str, Any]:
-        """Return what MFU is computed from, for the record of the run's start."""
-        described: dict[str, Any] = {}
+        """Return what this launch runs on and what MFU is computed from, for the record of its start."""
+        described: dict[str, Any] = {"launched_at": self._launched_at, "environment": self._environment}
         if self.flops:
             described["causal_flops_per_token"] = self.flops.causal
             described["full_attention_flops_per_token"] = self.flops.full_attention
@@ -69,7 +68,7 @@ class Gauges:
         return described
 
     def sentence(self) -> str:
-        """Return the same for people."""
+        """Return what MFU is computed from, for people."""
         if self.flops is None:
             return "no MFU: the operations of this model cannot be counted from its shape"
         counted = (
@@ -93,7 +92,7 @@ class Gauges:
             **phases,
             names.TOKENS_PER_SECOND_PER_DEVICE: rate,
             **utilisation(self.flops, self.peak, rate, phases.get(names.PAIRS_PER_TOKEN)),
-            names.GOODPUT: min(self._useful_seconds / max(time.time() - self.launched_at, 1e-9), 1.0),
+            names.GOODPUT: min(self._useful_seconds / max(time.time() - self._launched_at, 1e-9), 1.0),
             names.DATA_WAIT_FRACTION: phases.get(names.DATA_SECONDS, 0.0) / max(step_seconds, 1e-9),
             **self._sources(records[-1][names.TOKENS]),
             **self._memory(),

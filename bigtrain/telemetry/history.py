@@ -2,7 +2,9 @@
 
 import json
 import math
-import statistics
+import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -10,15 +12,16 @@ from typing import Any
 
 import yaml
 
-from bigtrain.errors import BigtrainError, DataError
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, DataError
 from bigtrain.schema import flatten
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, only_steps, read_jsonl
-from bigtrain.telemetry.text import number
+from bigtrain.telemetry.text import format_duration, number
 
 CONFIG_FILE = "config.yaml"
-QUIET_EVENTS = ("start", "validation", "checkpoint", "finished")
-"""What belongs to an undisturbed run; everything else that happens is worth a mark."""
+# See resilience/attempt.py: whoever has a run touches the one every 3 s, and leaves the other at its end.
+_ATTEMPT_FILE, _EXIT_FILE = "attempt.json", "exit.json"
+_SIGN_SECONDS = 10.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,6 +33,8 @@ class History:
     records: list[dict[str, Any]]
     """One per step, in order."""
     events: list[dict[str, Any]]
+    state: str
+    """How it stood when it was read: see :func:`run_state`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The configuration, flat; empty if there is none."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -42,17 +47,32 @@ class History:
         having = [record for record in self.records if key in record]
         return having, [number(record, key) for record in having]
 
-    def validations(self) -> list[dict[str, Any]]:
-        """Return the validations, in order."""
-        return [event for event in self.events if event.get("event") == "validation"]
+    def family(self, prefix: str) -> list[str]:
+        """Return the metrics ``<prefix>/<name>``, in the order in which they appeared."""
+        return list(dict.fromkeys(key for record in self.records for key in record if key.startswith(f"{prefix}/")))
 
-    def disturbances(self) -> list[dict[str, Any]]:
-        """Return the events that are worth a mark on a curve."""
-        return [event for event in self.events if event.get("event") not in QUIET_EVENTS]
+    def events_of(self, *kinds: str) -> list[dict[str, Any]]:
+        """Return the events of some kinds, in order."""
+        return [event for event in self.events if event.get("event") in kinds]
 
     def launches(self) -> list[dict[str, Any]]:
         """Return the events that began a launch."""
-        return [event for event in self.events if event.get("event") in names.LAUNCH_EVENTS]
+        return self.events_of(*names.LAUNCH_EVENTS)
+
+    def train_seconds(self) -> float:
+        """Return the time of all steps that are part of the run."""
+        return math.fsum(self.series(names.STEP_SECONDS)[1])
+
+    def held_seconds(self) -> float | None:
+        """Return the time of all launches, from the starts of their processes; one that was killed ended when it last wrote."""
+        begins = [launch.get("launched_at") for launch in self.launches()]
+        if not begins or None in begins:
+            return None
+        times = [written for item in (*self.records, *self.events) if (written := unix_time(item)) is not None]
+        held = 0.0
+        for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):
+            held += max((written for written in times if begin <= written < end), default=begin) - begin
+        return held
 
 
 def read_history(directory: Path) -> History:
@@ -61,19 +81,21 @@ def read_history(directory: Path) -> History:
     Raises:
         DataError: There are no metrics.
     """
+    # How it stands goes first: who has ended writes nothing more.
+    state = run_state(directory, _read(directory / EVENTS_FILE), max(time.time() - last_sign(directory), 0.0))
     records = only_steps(_read(directory / METRICS_FILE))
     if not records:
-        raise DataError(
-            f"{directory}: no {METRICS_FILE} with steps in it; name the directory of a run, such as runs/gpt_nano"
-        )
+        raise DataError(f"{directory}: no step is finished yet: {METRICS_FILE} has none")
     return History(
         name=directory.resolve().name,
         directory=directory,
         records=records,
         events=_read(directory / EVENTS_FILE),
+        state=state,
         config=read_flat_config(directory),
         samples=_read(directory / SAMPLES_FILE),
-        unigram_loss=_unigram_loss(directory),
+        # From the index that a run keeps beside its tokenizer.
+        unigram_loss=_read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
     )
 
 
@@ -90,12 +112,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.exists() else []
 
 
-def _unigram_loss(directory: Path) -> float | None:
-    """Return the number from the index that a run keeps beside its tokenizer."""
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / "index.json").read_text())["validation"]["unigram_nats_per_token"] or None
-    except (OSError, ValueError, KeyError, TypeError, BigtrainError):
-        return None
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def differences(histories: list[History]) -> list[tuple[str, list[Any]]]:
@@ -103,53 +125,6 @@ def differences(histories: list[History]) -> list[tuple[str, list[Any]]]:
     keys = sorted({key for history in histories for key in history.config})
     rows = [(key, [history.config.get(key) for history in histories]) for key in keys if key != "run.name"]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """A run in a few numbers; None where the files do not tell."""
-
-    step: int
-    num_steps: int | None
-    tokens: int
-    loss: float
-    validation_loss: float | None
-    tokens_per_second: float
-    mfu: float | None
-    train_seconds: float
-    held_seconds: float | None
-    """Wall-clock time of all launches, from the starts of their processes."""
-    goodput: float | None
-    """Share of ``held_seconds`` that went into steps which are still part of the run."""
-    num_launches: int
-    state: str
-    """``finished``, ``stopped``, ``running`` or ``ended``: see :func:`run_state`."""
-
-
-def totals(history: History, now: float) -> Totals:
-    """Return the run in a few numbers; ``now`` is the Unix time."""
-    last, seconds = (
-        history.records[-1],
-        [record[names.STEP_SECONDS] for record in history.records if names.STEP_SECONDS in record],
-    )
-    validations, train_seconds = history.validations(), math.fsum(seconds)
-    held = _held_seconds(history)
-    rates = [record[names.TOKENS_PER_SECOND] for record in history.records if names.TOKENS_PER_SECOND in record]
-    _, mfu = history.series(names.MFU_CAUSAL)
-    return Totals(
-        step=last[names.STEP],
-        num_steps=history.config.get("train.steps"),
-        tokens=last.get(names.TOKENS, 0),
-        loss=number(last, names.LOSS),
-        validation_loss=validations[-1].get(names.LOSS) if validations else None,
-        tokens_per_second=statistics.median(rates) if rates else math.nan,
-        mfu=statistics.median(mfu) if mfu else None,
-        train_seconds=train_seconds,
-        held_seconds=held,
-        goodput=min(train_seconds / held, 1.0) if held else None,
-        num_launches=len(history.launches()),
-        state=_state(history, now),
-    )
 
 
 def unix_time(record: dict[str, Any]) -> float | None:
@@ -160,39 +135,30 @@ def unix_time(record: dict[str, Any]) -> float | None:
         return None
 
 
-def _held_seconds(history: History) -> float | None:
-    """Return the time of all launches; one that was killed ended when it last wrote."""
-    launches = [launch.get("launched_at") for launch in history.launches()]
-    if not launches or None in launches:
-        return None
-    times = sorted(t for item in (*history.records, *history.events) if (t := unix_time(item)) is not None)
-    ends = [*launches[1:], math.inf]
-    held = 0.0
-    for begin, end in zip(launches, ends, strict=True):
-        held += max((t for t in times if begin <= t < end), default=begin) - begin
-    return held
+def how_ended(directory: Path, events: Sequence[dict[str, Any]]) -> str | None:
+    """Return how the newest launch has ended, if it has: ``finished``, ``stopped`` or ``failed: <why>``."""
+    if told := _read_json(directory / _EXIT_FILE):
+        ends = {EXIT_FINISHED: "finished", EXIT_RESUMABLE: "stopped"}
+        return ends.get(told.get("code"), f"failed: {told.get('reason')}")
+    if events and not (directory / _ATTEMPT_FILE).exists():  # only what is to be seen was copied here
+        return {"finished": "finished", "stop": "stopped"}.get(events[-1].get("event", ""))
+    return None
 
 
-_SILENT_INTERVALS = 20
-_SILENT_SECONDS = 120.0
+def run_state(directory: Path, events: Sequence[dict[str, Any]], silent_seconds: float) -> str:
+    """Return how the newest launch has ended, ``running``, or ``no sign of life for <time>``."""
+    if end := how_ended(directory, events):
+        return end
+    return "running" if silent_seconds < _SIGN_SECONDS else f"no sign of life for {format_duration(silent_seconds)}"
 
 
-def run_state(last_event: str | None, written_at: float, interval_seconds: float, now: float) -> str:
-    """Return ``finished``, ``stopped``, ``running`` or ``ended``.
-
-    Args:
-        last_event: What happened last.
-        written_at: Unix time at which the run wrote last; who is silent for long has ended.
-        interval_seconds: Time between two writings.
-        now: Unix time.
-    """
-    if last_event in ("finished", "stop"):
-        return {"finished": "finished", "stop": "stopped"}[last_event]
-    return "running" if now - written_at < max(_SILENT_SECONDS, _SILENT_INTERVALS * interval_seconds) else "ended"
-
-
-def _state(history: History, now: float) -> str:
-    last = history.events[-1].get("event") if history.events else None
-    times = [t for item in (*history.records[-1000:], *history.events[-10:]) if (t := unix_time(item)) is not None]
-    interval = history.records[-1].get(names.STEP_SECONDS, 1.0) * history.config.get("train.log_every_steps", 10)
-    return run_state(last, max(times, default=0.0), interval, now)
+def last_sign(directory: Path) -> float:
+    """Return when a run gave its last sign of life, by the clock of its file system; 0 if it never did."""
+    times = [0.0]
+    for name in (_ATTEMPT_FILE, METRICS_FILE, EVENTS_FILE):
+        try:
+            with (directory / name).open("rb") as file:  # opened: a network's file system then asks its server
+                times.append(os.fstat(file.fileno()).st_mtime)
+        except OSError:
+            continue
+    return max(times)

@@ -23,12 +23,7 @@ class LayerNorms:
     """Computes the norms every so many steps on the device; the host reads them when steps are logged."""
 
     def __init__(self, engine: Engine, every_steps: int) -> None:
-        """Take what is looked at.
-
-        Args:
-            engine: Holds weights and gradients.
-            every_steps: Steps between two looks; 0 = never.
-        """
+        """Look at what ``engine`` holds every so many steps; 0 = never."""
         self._state = engine.state
         self._every_steps = every_steps
         self._device = engine.device
@@ -48,11 +43,13 @@ class LayerNorms:
             self._add(name, _GRADIENT, gradient, self._weights[name].num_replicas)
         self._old = {name: [box.view.clone() for box in entry.own_boxes()] for name, entry in self._weights.items()}
 
-    @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Look at the weights after ``step`` and at how far they went; all ranks call this."""
-        if not self._is_due(step):
-            return
+        if self._is_due(step):
+            self._look_at_weights(step)
+
+    @torch.no_grad()
+    def _look_at_weights(self, step: int) -> None:
         for name, entry in self._weights.items():
             for box, old in zip(entry.own_boxes(), self._old.pop(name), strict=True):
                 self._add(name, _WEIGHTS, box.view)

@@ -8,9 +8,6 @@ import torch
 
 from bigtrain.telemetry import names
 
-DEVICE_PHASES = (names.FORWARD_BACKWARD_SECONDS, names.OPTIMIZER_SECONDS)
-HOST_PHASES = (names.DATA_SECONDS, names.CHECKPOINT_STALL_SECONDS, names.LOGGING_SECONDS)
-
 
 class StepMeter:
     """Turns the ends of optimizer steps into seconds and tokens per second, and marks within them into phases.
@@ -29,18 +26,12 @@ class StepMeter:
         clock: Callable[[], float] = time.perf_counter,
         device: torch.device | None = None,
     ) -> None:
-        """Begin the first step now.
-
-        Args:
-            tokens_per_step: Tokens of an optimizer step over all ranks.
-            clock: Returns monotonic seconds.
-            device: Of this rank; by default the CPU.
-        """
+        """Begin the first step now; a step has so many tokens over all ranks."""
         self._tokens_per_step = tokens_per_step
         self._clock = clock
         self._begin = self._mark = clock()
         self._num_steps = self._num_pairs = self._num_masked_tokens = 0
-        self._seconds = dict.fromkeys((*HOST_PHASES, *DEVICE_PHASES), 0.0)
+        self._seconds = dict.fromkeys(names.PHASES, 0.0)
         on_cuda = device is not None and device.type == "cuda"
         timed = [phase for phase in self._seconds if on_cuda and phase != names.LOGGING_SECONDS]
         self._events = {phase: torch.cuda.Event(enable_timing=True) for phase in timed}

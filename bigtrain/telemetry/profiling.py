@@ -25,15 +25,7 @@ class Profiler:
     def __init__(
         self, config: ProfileConfig, run_directory: Path, *, rank: int, first_step: int, say: Callable[..., None]
     ) -> None:
-        """Describe what is traced.
-
-        Args:
-            config: Which steps, and whether memory is recorded.
-            run_directory: Directory of the run.
-            rank: Of this process; others than 0 do nothing.
-            first_step: Completed optimizer steps at the start of this launch.
-            say: Takes the event, with its fields, when files are written.
-        """
+        """Describe what is traced; ``first_step`` steps are done, and ``say`` takes the event when files are written."""
         wanted = config.steps if rank == 0 else []
         self._first, self._last = wanted or (0, 0)
         self._wants_memory = config.memory and rank == 0

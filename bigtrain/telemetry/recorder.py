@@ -7,20 +7,17 @@ Starts, resumes, stops and faults did happen and stay.
 """
 
 import math
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from bigtrain.config import TrainConfig, WandbMode
-from bigtrain.schema import to_dict
 from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
 from bigtrain.telemetry.text import describe_communication
-from bigtrain.telemetry.wandb_logger import WandbLogger
 
 if TYPE_CHECKING:  # it imports torch
     from bigtrain.telemetry.gauges import Gauges
@@ -60,21 +57,33 @@ class Recorder(NullRecorder):
     """The recorder of rank 0. No method raises because a disk, a terminal or a server fails."""
 
     def __init__(
-        self,
-        console: Console,
-        metrics_file: JsonLines,
-        events_file: JsonLines,
-        dashboards: list[Companion],
-        gauges: "Gauges | None" = None,
-        facts: dict[str, Any] | None = None,
+        self, config: TrainConfig, run_directory: Path, resume_step: int, gauges: "Gauges | None" = None
     ) -> None:
-        """Take the parts; ``console`` is entered already, ``facts`` belong to the events that begin a launch."""
-        self._console = console
-        self._metrics = metrics_file
-        self._events = events_file
-        self._dashboards = dashboards
-        self._gauges = gauges
-        self._facts = facts or {}
+        """Open the files and start the dashboards.
+
+        Args:
+            config: The resolved configuration.
+            run_directory: Directory of the run; made if needed.
+            resume_step: Optimizer steps that the loaded checkpoint holds; 0 for a new run.
+            gauges: What is read at logging steps, if anything.
+
+        Raises:
+            OSError: The run directory cannot be written.
+        """
+        self._gauges, self._last_step = gauges, resume_step
+        self._metrics = JsonLines(run_directory / METRICS_FILE)
+        self._facts: dict[str, Any] = {"superseded_steps": self._metrics.truncate_after(resume_step)}
+        self._events = JsonLines(run_directory / EVENTS_FILE)
+        self._events.remove(
+            lambda event: (
+                event.get("event") in _REPEATED_EVENTS and (event.get(names.STEP, 0) > resume_step or resume_step == 0)
+            )
+        )
+        self._console = Console(config.train.steps, run_directory / LOG_FILE).__enter__()
+        if gauges:
+            self._console.message(gauges.sentence())
+            self._facts |= gauges.describe()
+        self._dashboards = _start_dashboards(config, run_directory, is_new=resume_step == 0)
         self._is_closed = False
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
@@ -92,6 +101,7 @@ class Recorder(NullRecorder):
             records = [*records[:-1], records[-1] | self._gauges.read(records, phases or {})]
         for record in records:
             self._metrics.write(record)
+        self._last_step = records[-1][names.STEP]
         self._metrics.flush()
         self._console.metrics({**records[-1], **_mean_pace(records)})
 
@@ -125,7 +135,7 @@ class Recorder(NullRecorder):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            self.event("fault", error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS])
+            self.event("fault", step=self._last_step, error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS])
         self.close()
 
     def close(self) -> None:
@@ -140,62 +150,14 @@ class Recorder(NullRecorder):
         self._console.__exit__(None, None, None)
 
 
-def build_recorder(
-    config: TrainConfig,
-    run_directory: Path,
-    rank: int,
-    resume_step: int,
-    make_gauges: "Callable[[], Gauges] | None" = None,
-) -> Recorder | NullRecorder:
-    """Return rank 0's recorder, or for other ranks one that does nothing.
-
-    Args:
-        config: The resolved configuration.
-        run_directory: Directory of the run; made if needed.
-        rank: Global rank.
-        resume_step: Optimizer steps that the loaded checkpoint holds; 0 for a new run.
-        make_gauges: What is read at logging steps, if anything; called on rank 0 only.
-
-    Raises:
-        OSError: The run directory cannot be written.
-    """
-    if rank != 0:
-        return NullRecorder()
-    metrics_file = JsonLines(run_directory / METRICS_FILE)
-    num_superseded = metrics_file.truncate_after(resume_step)
-    events_file = JsonLines(run_directory / EVENTS_FILE)
-    events_file.remove(
-        lambda record: (
-            record.get("event") in _REPEATED_EVENTS and (record.get(names.STEP, 0) > resume_step or resume_step == 0)
-        )
-    )
-    console = Console(config.train.steps, run_directory / LOG_FILE)
-    console.__enter__()
-    gauges = make_gauges() if make_gauges else None
-    if gauges:
-        console.message(gauges.sentence())
-    facts = _facts(gauges, num_superseded)
-    return Recorder(console, metrics_file, events_file, _dashboards(config, run_directory, resume_step), gauges, facts)
-
-
-def _facts(gauges: "Gauges | None", num_superseded: int) -> dict[str, Any]:
-    """Return what the event that begins a launch tells besides."""
-    facts: dict[str, Any] = {"superseded_steps": num_superseded}
-    if gauges:
-        facts |= {"launched_at": gauges.launched_at, **gauges.describe(), "environment": gauges.environment}
-    return facts
-
-
-def _dashboards(config: TrainConfig, run_directory: Path, resume_step: int) -> list[Companion]:
-    dashboards: list[Companion] = []
+def _start_dashboards(config: TrainConfig, run_directory: Path, *, is_new: bool) -> list[Companion]:
+    dashboards = []
     if config.logging.wandb is not WandbMode.disabled:
-        if resume_step == 0:
+        if is_new:
             wandb_logger.forget(run_directory)
-        settings = config.logging
-        name, project, entity = str(config.run.name), settings.wandb_project, settings.wandb_entity
-        dashboards.append(WandbLogger(run_directory, name, to_dict(config), settings.wandb, project, entity))
+        dashboards.append(wandb_logger.start_wandb(run_directory, config))
     if config.logging.tensorboard:
-        if resume_step == 0:
+        if is_new:
             tensorboard_logger.forget(run_directory)
         dashboards.append(tensorboard_logger.start_tensorboard(run_directory))
     return dashboards
@@ -212,9 +174,8 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "checkpoint":
             return f"saved {fields.get('path')}"
         case "profile":
-            return "; ".join(
-                filter(None, (f"profile up to step {step}: {fields['path']}", describe_communication(fields)))
-            )
+            told = describe_communication(fields)
+            return f"profile up to step {step}: {fields['path']}{f'; {told}' if told else ''}"
         case "finished":
             return f"finished after step {step}"
     return None

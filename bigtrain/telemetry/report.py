@@ -2,7 +2,7 @@
 
 import html
 import math
-import time
+import statistics
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any
 
 from bigtrain.redact import redact
 from bigtrain.telemetry import figures, names
-from bigtrain.telemetry.history import QUIET_EVENTS, History, differences, totals
-from bigtrain.telemetry.text import describe_communication, format_count, format_duration
+from bigtrain.telemetry.history import History, differences
+from bigtrain.telemetry.text import describe_communication, format_count, format_duration, number
 
 _MAX_EVENTS = 60
 _MAX_SAMPLES = 12
@@ -22,13 +22,21 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 76rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; break-inside: avoid; } figcaption { color: var(--soft); font-size: .85rem; }
 svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; } td:last-child { overflow-wrap: anywhere; }
 @media (min-width: 40rem) { td:first-child { white-space: nowrap; } }
+@media (max-width: 40rem) {
+  .facts, .facts tbody, .events, .events tbody { display: block; }
+  .facts tr, .events tr { display: grid; column-gap: .75rem; border-bottom: 1px solid var(--line); padding: .3rem 0; }
+  .facts tr { grid-template-columns: repeat(var(--runs), minmax(0, 1fr)); } .events tr { grid-template-columns: auto auto 1fr; }
+  .facts td, .facts th, .events td { border: 0; padding: 0; overflow-wrap: anywhere; }
+  .facts td:first-child, .events td:last-child { grid-column: 1 / -1; } .facts td:first-child { color: var(--soft); }
+  .facts th:first-child, .events tr:first-child { display: none; }
+}
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .75rem; margin: .5rem 0; }
 mark { background: #3b82f633; color: inherit; } .soft { color: var(--soft); }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .pictures { grid-template-columns: 1fr 1fr; }
@@ -37,11 +45,7 @@ mark { background: #3b82f633; color: inherit; } .soft { color: var(--soft); }
 
 
 def write_report(histories: list[History], path: Path) -> None:
-    """Write the page about ``histories`` to ``path``; it needs no network.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the page about ``histories`` to ``path``; it needs no network."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(histories), encoding="utf-8")
 
@@ -57,6 +61,7 @@ def render(histories: list[History]) -> str:
         f'<p class="soft">Made by bigtrain from the files of the run{"s" * (len(histories) > 1)} on {made}.</p>',
         _summary(histories),
         *pictures,
+        _sources(histories),
         _differences(histories),
         *(_events(history) for history in histories),
         *(_samples(history) for history in histories),
@@ -68,132 +73,149 @@ def render(histories: list[History]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(body)}\n</body></html>\n'
 
 
-def _pictures(histories: list[History]) -> Iterable[tuple[str, list[tuple[str, Any]]]]:
-    """Yield (heading, (caption, figure or None) pairs)."""
+def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield headings, and the figures or None by their captions."""
     line, family = figures.line_figure, figures.family_figure
+    over_steps = (
+        "Loss over optimizer steps. Thin: every step; thick: running mean; dots: validation; triangles: checkpoints; "
+        "dotted: what else happened, red where something went wrong."
+    )
     yield (
         "Loss",
-        [
-            (
-                "Loss over optimizer steps. Thin: every step; thick: running mean; dots: validation; dotted: events.",
-                figures.loss_figure(histories, names.STEP),
-            ),
-            ("The same over tokens.", figures.loss_figure(histories, names.TOKENS)),
-        ],
+        {
+            over_steps: figures.loss_figure(histories, names.STEP),
+            "The same over tokens.": figures.loss_figure(histories, names.TOKENS),
+        },
     )
+    grad_norm = line(histories, names.GRAD_NORM, "gradient norm", smooth=True, log=True)
     yield (
         "Optimization",
-        [
-            (
-                "Global gradient norm before clipping.",
-                line(histories, names.GRAD_NORM, "gradient norm", smooth=True, log=True),
-            ),
-            ("Learning rate.", line(histories, names.LR, "learning rate")),
-        ],
+        {
+            "Global gradient norm before clipping.": grad_norm,
+            "Learning rate.": line(histories, names.LR, "learning rate"),
+        },
     )
+    speed = line(histories, names.TOKENS_PER_SECOND, "tokens per second", smooth=True)
+    mfu = line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100)
+    waits = line(histories, names.DATA_WAIT_FRACTION, "waiting for data (%)", scale=100)
     yield (
         "Speed",
-        [
-            (
-                "Tokens per second, all devices together.",
-                line(histories, names.TOKENS_PER_SECOND, "tokens per second", smooth=True),
-            ),
-            (
-                "Model FLOPs utilisation, attention counted causally.",
-                line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100),
-            ),
-        ],
+        {
+            "Tokens per second, all devices together.": speed,
+            "Model FLOPs utilisation, attention counted causally.": mfu,
+            "Share of the time in which rank 0 waited for data.": waits,
+        },
     )
     for history in histories[:_DETAILED_RUNS]:
+        ratios = family(history, names.LAYER_UPDATE_RATIO, "update ratio", log=True)
         yield (
             f"Inside {history.name}",
-            [
-                ("Where a step's time goes.", figures.breakdown_figure(history)),
-                ("Memory.", figures.memory_figure(history)),
-                ("Gradient norm per layer.", family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True)),
-                (
-                    "Size of an update relative to its weights, per layer.",
-                    family(history, names.LAYER_UPDATE_RATIO, "update ratio", log=True),
-                ),
-                ("Passes over each source of data.", family(history, names.SOURCE_EPOCHS, "epochs")),
-            ],
+            {
+                "Where a step's time goes.": figures.breakdown_figure(history),
+                "Memory.": figures.memory_figure(history),
+                "Gradient norm per layer.": family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True),
+                "Size of an update relative to its weights, per layer.": ratios,
+                "Tokens from each source of data.": family(history, names.SOURCE_TOKENS, "tokens"),
+                "Passes over each source of data.": family(history, names.SOURCE_EPOCHS, "passes"),
+            },
         )
 
 
-def _section(heading: str, drawn: list[tuple[str, Any]]) -> str:
-    shown = [(caption, figure) for caption, figure in drawn if figure is not None]
-    if not shown:
-        return ""
+def _section(heading: str, drawn: dict[str, Any]) -> str:
     pictures = [
         f"<figure>{figures.to_svg(figure, f'{_slug(heading)}{i}')}<figcaption>{_text(caption)}</figcaption></figure>"
-        for i, (caption, figure) in enumerate(shown)
+        for i, (caption, figure) in enumerate(drawn.items())
+        if figure is not None
     ]
-    return f'<h2>{_text(heading)}</h2><div class="pictures">{"".join(pictures)}</div>'
+    return f'<h2>{_text(heading)}</h2><div class="pictures">{"".join(pictures)}</div>' if pictures else ""
 
 
 def _summary(histories: list[History]) -> str:
     columns = [_facts(history) for history in histories]
     rows = [[key, *(column.get(key, "") for column in columns)] for key in columns[0]]
-    return _table(["", *(history.name for history in histories)], rows)
+    head = ["", *(history.name if len(histories) > 1 else "" for history in histories)]
+    return _table(head, [row for row in rows if any(row[1:])], "facts")
 
 
 def _facts(history: History) -> dict[str, str]:
-    total, config = totals(history, time.time()), history.config
-    launch = history.launches()[-1] if history.launches() else {}
+    last, config, launches = history.records[-1], history.config, history.launches()
+    launch = launches[-1] if launches else {}
     environment = launch.get("environment", {})
-    profiles = [event for event in history.events if event.get("event") == "profile"]
-    mfu = "" if total.mfu is None else f"{total.mfu:.1%} of {launch.get('peak_source', '')}"
+    state, _, why = history.state.partition(": ")
+    steps, total = last[names.STEP], config.get("train.steps")
+    validations = [number(event, names.LOSS) for event in history.events_of("validation")]
+    validation = f"{_number(validations[-1])}, perplexity {_perplexity(validations[-1])}" if validations else ""
+    profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
+    goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
+    mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
     return {
-        "state": f"{total.state} after step {total.step:,}" + (f" of {total.num_steps:,}" if total.num_steps else ""),
+        "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
         "model": str(config.get("model.name", "")),
-        "tokens": format_count(total.tokens),
-        "last loss": _number(total.loss),
-        "last validation": ""
-        if total.validation_loss is None
-        else f"{_number(total.validation_loss)}, perplexity {_perplexity(total.validation_loss)}",
-        "tokens per second": format_count(total.tokens_per_second),
-        "MFU, causal": mfu,
+        "tokens": format_count(number(last, names.TOKENS)),
+        "last loss": _number(number(last, names.LOSS)),
+        "last validation": validation,
+        "tokens per second": format_count(_median(history, names.TOKENS_PER_SECOND)),
+        "MFU, causal": f"{mfu:.1%}; peak: {launch.get('peak_source', 'unknown')}" if mfu == mfu else "",
+        "time in steps": format_duration(train_seconds),
+        "waiting for data": f"{waited / train_seconds:.1%} of that" if train_seconds else "",
         "communication": describe_communication(profiles[-1]).removeprefix("communication ") if profiles else "",
-        "time in steps": format_duration(total.train_seconds),
-        "goodput": ""
-        if total.goodput is None
-        else f"{total.goodput:.1%} of {format_duration(total.held_seconds)} in {total.num_launches} launches",
-        "engine": f"{config.get('engine.kind', '')} on {launch.get('world_size', '?')} x {environment.get('device', '?')}",
+        "goodput": goodput,
+        "launches": str(len(launches) or ""),
+        "engine": str(config.get("engine.kind", "")),
+        "devices": f"{launch.get('world_size')} x {environment['device']}" if "device" in environment else "",
         "commit": _short(str(environment.get("commit", ""))),
         "packages": ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),
     }
+
+
+def _median(history: History, key: str) -> float:
+    values = [value for value in history.series(key)[1] if math.isfinite(value)]
+    return statistics.median(values) if values else math.nan
+
+
+def _sources(histories: list[History]) -> str:
+    """Return the table of the sources of data, as far as the last logging step knows."""
+    rows = []
+    for history in histories:
+        keys = history.family(names.SOURCE_TOKENS)
+        tokens = {key.removeprefix(f"{names.SOURCE_TOKENS}/"): history.series(key)[1][-1] for key in keys}
+        for name, count in tokens.items():
+            _, passes = history.series(f"{names.SOURCE_EPOCHS}/{name}")
+            cells = [name, format_count(count), f"{count / max(sum(tokens.values()), 1):.1%}"]
+            rows.append([history.name, *cells, f"{passes[-1]:.3g}" if passes else ""])
+    if not rows:
+        return ""
+    first = 0 if len(histories) > 1 else 1
+    head = ["run", "source", "tokens", "share", "passes"][first:]
+    return f"<h2>Data by source</h2>{_table(head, [row[first:] for row in rows])}"
 
 
 def _differences(histories: list[History]) -> str:
     if len(histories) < 2:
         return ""
     rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences(histories)]
-    table = _table(["setting", *(history.name for history in histories)], rows) if rows else "<p>None.</p>"
+    table = _table(["setting", *(history.name for history in histories)], rows, "facts") if rows else "<p>None.</p>"
     return f"<h2>Differences of configuration</h2>{table}"
 
 
 def _events(history: History) -> str:
-    shown = [event for event in history.events if event.get("event") not in QUIET_EVENTS or event["event"] == "start"]
+    shown = [event for event in history.events if event.get("event") not in ("validation", "checkpoint")]
     if len(shown) < 2:
         return ""
-    rows = [
-        [
-            str(event.get(names.TIME, ""))[:19].replace("T", " "),
-            str(event.get(names.STEP, "")),
-            str(event["event"]),
-            _details(event),
-        ]
-        for event in shown[-_MAX_EVENTS:]
-    ]
-    return f"<h2>What happened to {_text(history.name)}</h2>{_table(['time (UTC)', 'step', 'event', ''], rows)}"
+    rows = []
+    for event in shown[-_MAX_EVENTS:]:
+        when, step, kind = (str(event.get(key, "")) for key in (names.TIME, names.STEP, "event"))
+        rows.append([when[:19].replace("T", " "), step, kind, _details(event)])
+    table = _table(["time (UTC)", "step", "event", ""], rows, "events")
+    return f"<h2>What happened to {_text(history.name)}</h2>{table}"
 
 
 def _details(event: dict[str, Any]) -> str:
     hidden = {"event", names.TIME, names.STEP, "environment", "launched_at", "peak_source"}
     known = {
-        key: f"{value:.4g}" if isinstance(value, float) else value
+        key: "; ".join(map(str, value)) if isinstance(value, list) else _plain(value)
         for key, value in event.items()
-        if key not in hidden and "flops" not in key and value not in ("", None)
+        if key not in hidden and "flops" not in key and value not in ("", None, 0)
     }
     return redact(", ".join(f"{key} {value}" for key, value in known.items()))
 
@@ -209,10 +231,16 @@ def _samples(history: History) -> str:
     return f"<h2>Text by {_text(history.name)}</h2>{''.join(texts)}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     first = "".join(f"<th>{_text(cell)}</th>" for cell in head)
     rest = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{first}</tr>{rest}</table></div>'
+    return (
+        f'<div class="wide"><table class="{kind}" style="--runs:{len(head) - 1}"><tr>{first}</tr>{rest}</table></div>'
+    )
+
+
+def _plain(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _text(value: object) -> str:

@@ -11,24 +11,21 @@ from typing import Any
 
 from bigtrain.redact import redact
 from bigtrain.telemetry import names
-from bigtrain.telemetry.companion import Companion, Follower, follow_until_end, read_request, wait_for_predecessor
+from bigtrain.telemetry.companion import Companion, follow_until_end, lock, read_request, request_for
 from bigtrain.telemetry.text import describe_event
 
-CURSOR_FILE = "tensorboard_cursor.json"
-LOG_FILE = "log/tensorboard.log"
 DIRECTORY = "tensorboard"
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.tensorboard_logger")
 
 
 def start_tensorboard(run_directory: Path) -> Companion:
     """Start the companion of a run."""
-    request = {"directory": str(run_directory.absolute()), "training_pid": os.getpid()}
-    return Companion("tensorboard", _COMMAND, request, run_directory / LOG_FILE, None)
+    return Companion("tensorboard", _COMMAND, request_for(run_directory, "tensorboard"))
 
 
 def forget(run_directory: Path) -> None:
     """Let the next companion begin anew, because the training does."""
-    (run_directory / CURSOR_FILE).unlink(missing_ok=True)
+    (run_directory / "tensorboard_cursor.json").unlink(missing_ok=True)
     for path in (run_directory / DIRECTORY).glob("events.out.tfevents.*"):
         path.unlink()
 
@@ -40,9 +37,9 @@ def _companion() -> int:
     except ImportError as error:
         say(f"cannot be used ({error}); the run goes on without")
         return 0
-    directory = Path(request["directory"])
-    with wait_for_predecessor(directory / LOG_FILE), SummaryWriter(str(directory / DIRECTORY)) as writer:
-        follow_until_end(Follower(directory, _TensorboardSink(writer), CURSOR_FILE), request["training_pid"])
+    # The companion of a launch that was killed may not have logged the rest yet.
+    with lock(Path(request["log"])), SummaryWriter(f"{request['directory']}/{DIRECTORY}") as writer:
+        follow_until_end(_TensorboardSink(writer), request)
     return 0
 
 

@@ -27,11 +27,7 @@ class RunView:
     """
 
     def __init__(self, total_steps: int | None = None) -> None:
-        """Begin with nothing.
-
-        Args:
-            total_steps: Optimizer steps of the whole run, if that is known.
-        """
+        """Begin with nothing; ``total_steps`` are those of the whole run, if that is known."""
         self.total_steps = total_steps
         self.last: dict[str, Any] = {}
         self._machine: dict[str, Any] = {}

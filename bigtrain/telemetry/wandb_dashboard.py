@@ -10,16 +10,7 @@ from bigtrain.telemetry.names import dashboard_name
 
 
 def build_dashboard(project: str, entity: str, name: str) -> Any:
-    """Return the workspace; its ``save()`` needs a key and network.
-
-    Args:
-        project: Weights & Biases project.
-        entity: Weights & Biases user or team.
-        name: Of the workspace.
-
-    Raises:
-        ImportError: wandb-workspaces is not installed.
-    """
+    """Return the workspace; its ``save()`` needs a key and network. It takes the package wandb-workspaces."""
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import LinePlot
 

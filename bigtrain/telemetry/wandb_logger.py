@@ -12,30 +12,23 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.redact import redact
 from bigtrain.schema import to_dict
 from bigtrain.telemetry import names
-from bigtrain.telemetry.companion import (
-    REQUEST_VARIABLE,
-    Companion,
-    Follower,
-    follow_until_end,
-    read_request,
-    wait_for_predecessor,
-)
+from bigtrain.telemetry.companion import REQUEST_VARIABLE, Companion, follow_until_end, lock, read_request, request_for
 from bigtrain.telemetry.text import describe_event
 
 ID_FILE = "wandb_id"
-CURSOR_FILE = "wandb_cursor.json"
-LOG_FILE = "log/wandb.log"
 
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.wandb_logger")
 _INIT_SECONDS = 60  # then the server counts as away
@@ -45,51 +38,33 @@ _MAX_SAMPLES = 200
 _ALERTS = {"fault": "ERROR", "hang": "ERROR", "finished": "INFO"}
 
 
-class WandbLogger(Companion):
-    """Starts and ends the companion; no call waits for it, and no failure of it is more than a message."""
+def start_wandb(
+    run_directory: Path,
+    config: TrainConfig,
+    *,
+    command: Sequence[str] = _COMMAND,
+    say: Callable[[str], None] | None = None,
+) -> Companion:
+    """Start the companion of a run, with a configuration without secrets; wandb's files go to ``wandb/`` in the run."""
+    advice = f"; if this machine ends before, upload with: wandb sync {run_directory / 'wandb'}/*run-*"
+    return Companion("wandb", command, _request(run_directory, config), say=say, advice=advice)
 
-    def __init__(
-        self,
-        run_directory: Path,
-        run_name: str,
-        config_dict: dict[str, Any],
-        mode: WandbMode,
-        project: str,
-        entity: str | None,
-        command: Sequence[str] = _COMMAND,
-        say: Callable[[str], None] | None = None,
-    ) -> None:
-        """Start the companion.
 
-        Args:
-            run_directory: Directory of the run; wandb's files go to ``wandb/`` in it.
-            run_name: Name shown on the dashboard.
-            config_dict: Configuration as plain data; secrets are taken out here.
-            mode: ``auto`` is what ``WANDB_MODE`` says, otherwise online with a key and offline without one.
-            project: Weights & Biases project.
-            entity: Weights & Biases user or team.
-            command: The companion's command line.
-            say: Receives the companion's messages, from another thread; by default the project's log.
-        """
-        self._run_directory = run_directory
-        request = {
-            "directory": str(run_directory.absolute()),
-            "name": run_name,
-            "config": redact(config_dict),
-            "mode": mode.name,
-            "project": project,
-            "entity": entity,
-            "training_pid": os.getpid(),
-        }
-        super().__init__("wandb", command, request, run_directory / LOG_FILE, say)
-
-    def _advice(self) -> str:
-        return f"; if this machine ends before, upload with: wandb sync {self._run_directory / 'wandb'}/*run-*"
+def _request(run_directory: Path, config: TrainConfig) -> dict[str, Any]:
+    return request_for(
+        run_directory,
+        "wandb",
+        name=str(config.run.name),
+        config=redact(to_dict(config)),
+        mode=config.logging.wandb.name,
+        project=config.logging.wandb_project,
+        entity=config.logging.wandb_entity,
+    )
 
 
 def forget(run_directory: Path) -> None:
     """Let the next companion begin a new wandb run, because the training begins anew."""
-    for name in (ID_FILE, CURSOR_FILE):
+    for name in (ID_FILE, "wandb_cursor.json"):
         (run_directory / name).unlink(missing_ok=True)
 
 
@@ -100,7 +75,7 @@ def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: W
         run_directory: Directory of the training run.
         exported: Directory of the exported model.
         config: Configuration of the training run.
-        mode: As for :class:`WandbLogger`.
+        mode: ``auto`` is what ``WANDB_MODE`` says, otherwise online with a key and offline without one.
         step: Optimizer step of the checkpoint that was exported.
     """
     import wandb
@@ -108,17 +83,8 @@ def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: W
     mode = _resolve_mode(mode, os.environ)
     if mode is WandbMode.online and not has_api_key(os.environ):  # wandb would ask for one
         mode = WandbMode.offline
-    request = {
-        "directory": str(run_directory.absolute()),
-        "name": str(config.run.name),
-        "config": redact(to_dict(config)),
-        "project": config.logging.wandb_project,
-        "entity": config.logging.wandb_entity,
-        "training_pid": os.getpid(),
-    }
-    (run_directory / "wandb").mkdir(exist_ok=True)
     try:
-        run = _open_run(wandb, request, mode)
+        run = _open_run(wandb, _request(run_directory, config), mode)
     except wandb.Error as error:
         return f"not made: {error}"
     with run:
@@ -132,21 +98,21 @@ def _companion() -> int:
     """Follow the files of a run until the training process ends."""
     environ = dict(os.environ)  # before wandb adds to it
     request, say = read_request(environ)
-    lock = wait_for_predecessor(Path(request["directory"]) / LOG_FILE)
-    try:
-        import wandb
-    except ImportError as error:
-        say(f"cannot be used ({error}); the run goes on without")
-        return 0
-    signal.alarm(_INIT_SECONDS + _MARGIN_SECONDS)  # in case wandb's own time-out fails
-    run = _init(wandb, request, environ, say)
-    if run is None:
-        return 0
-    signal.alarm(0)
-    follow_until_end(Follower(Path(request["directory"]), _WandbSink(wandb, run), CURSOR_FILE), request["training_pid"])
-    signal.alarm(_FINISH_SECONDS)  # nobody waits for an upload without end; wandb's own files stay
-    run.finish()
-    lock.close()
+    # The companion of a launch that was killed may not have logged the rest yet.
+    with lock(Path(request["log"])):
+        try:
+            import wandb
+        except ImportError as error:
+            say(f"cannot be used ({error}); the run goes on without")
+            return 0
+        signal.alarm(_INIT_SECONDS + _MARGIN_SECONDS)  # in case wandb's own time-out fails
+        run = _init(wandb, request, environ, say)
+        if run is None:
+            return 0
+        signal.alarm(0)
+        follow_until_end(_WandbSink(wandb, run), request)
+        signal.alarm(_FINISH_SECONDS)  # nobody waits for an upload without end; wandb's own files stay
+        run.finish()
     return 0
 
 
@@ -213,18 +179,21 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode) -> An
         "x_stats_pid": request["training_pid"],
     }
     known = {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
-    run = wandb.init(
-        dir=request["directory"],
-        id=_run_id(Path(request["directory"])),
-        resume="allow",
-        mode=mode.name,
-        name=request["name"],
-        project=request["project"],
-        entity=request["entity"],
-        config=request["config"],
-        allow_val_change=True,
-        settings=wandb.Settings(**known),
-    )
+    directory = Path(request["directory"])
+    (directory / "wandb").mkdir(exist_ok=True)
+    with lock(directory / ID_FILE) as id_file:  # an export may begin at the same time
+        run = wandb.init(
+            dir=request["directory"],
+            id=_find_id(id_file),
+            resume="allow",
+            mode=mode.name,
+            name=request["name"],
+            project=request["project"],
+            entity=request["entity"],
+            config=request["config"],
+            allow_val_change=True,
+            settings=wandb.Settings(**known),
+        )
     for axis in (names.STEP, names.TOKENS):
         run.define_metric(axis)
     for section in names.SECTIONS:
@@ -233,11 +202,18 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode) -> An
     return run
 
 
-def _run_id(directory: Path) -> str:
-    path = directory / ID_FILE
-    if not path.exists():
-        path.write_text(f"{secrets.token_hex(4)}\n")
-    return path.read_text().strip()
+def _find_id(file: TextIO) -> str:
+    """Return the id of the run, when wandb, which calls a directory after it and the second, has a name for one more."""
+    file.seek(0)
+    run_id = file.read().strip()
+    if not run_id:
+        run_id = secrets.token_hex(4)
+        file.write(f"{run_id}\n")
+        file.flush()
+    wandb_directory = Path(file.name).parent / "wandb"
+    while any(wandb_directory.glob(f"*run-{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
+        time.sleep(0.05)
+    return run_id
 
 
 def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:

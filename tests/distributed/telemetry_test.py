@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from bigtrain.distributed import init_process_group
 from bigtrain.local_ranks import run_ranks
 from bigtrain.rank_info import RankInfo
 from bigtrain.telemetry import names
-from bigtrain.telemetry.history import read_history, totals
+from bigtrain.telemetry.follow import FollowedRun
+from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.profiling import communication_seconds
 from bigtrain.telemetry.wandb_dashboard import build_dashboard
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
@@ -37,15 +39,16 @@ COMMAND = [
     "engine=ddp",
     "profile.steps=[11,12]",
 ]
+DOCUMENT = Path(__file__).parents[2] / "docs/monitoring.md"
 SAMPLE = {"step": 25, "prompt": "Once", "text": " upon a time"}
 
 
-def wait_for_companion(directory: Path, number: int) -> None:
-    """Wait for the wandb file of a launch: a companion slow to begin would log its end after all of the next launch."""
-    deadline = time.monotonic() + 60
-    while len(list(directory.glob("wandb/offline-run-*/*.wandb"))) < number:
-        assert time.monotonic() < deadline
+def wait_for(value: Callable[[], Any], condition: Callable[[Any], bool], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not condition(found := value()):
+        assert time.monotonic() < deadline, found
         time.sleep(0.05)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             running.wait_until(lambda n=kill_after: num_steps(directory) >= n)
             running.process.kill()
             assert running.result().code == -9
-        wait_for_companion(directory, number)
+        followed = FollowedRun(directory)
+        followed.read()
+        assert re.match(
+            "failed: rank 0 on .* ended without a word", wait_for(followed.state, lambda state: state != "running")
+        )
+        # A companion slow to begin would log the end of its launch after all of the next one.
+        wait_for(lambda: len(list(directory.glob("wandb/offline-run-*/*.wandb"))), lambda n, k=number: n == k)
     (directory / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n")
     result: Result = fork("train.py", *COMMAND, cwd=cwd)
     assert result.code == 0, result.err
@@ -77,6 +86,14 @@ def test_the_files_hold_each_step_once_with_its_sections(run: Path):
     assert [record["step"] for record in records if "optim/update_ratio/blocks.0" in record] == list(
         range(20, NUM_STEPS + 1, 20)
     )
+
+
+def test_every_number_is_documented(run: Path):
+    documented = set(re.findall(r"`([\w/]+)(?:/<\w+>)?`", DOCUMENT.read_text()))
+    known = {value for value in vars(names).values() if isinstance(value, str) and re.fullmatch(r"\w+/\w+", value)}
+    written = {re.sub(r"^((data|optim)/\w+)/.*", r"\1", key) for record in metrics(run) for key in record}
+    assert "loss" in written and "optim/update_ratio" in written & known
+    assert known | written <= documented
 
 
 def test_the_phases_of_a_step_add_up_to_it(run: Path):
@@ -196,6 +213,14 @@ def read_tfrecords(data: bytes) -> list[bytes]:
 
 
 def test_a_reader_of_the_files_knows_of_the_lost_work(run: Path):
-    total = totals(read_history(run), now=0.0)
-    assert (total.state, total.step, total.num_launches) == ("finished", NUM_STEPS, 3)
-    assert 0 < total.goodput < 1 and total.held_seconds > total.train_seconds
+    history = read_history(run)
+    assert (history.state, history.records[-1]["step"], len(history.launches())) == ("finished", NUM_STEPS, 3)
+    assert 0 < history.train_seconds() < history.held_seconds()
+
+
+def test_a_finished_run_that_is_launched_again_mends_its_files(run: Path):
+    whole = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(whole + b'{"step": 301, "lo')
+    result = fork("train.py", *COMMAND, cwd=run.parents[1])
+    assert result.code == 0 and "is finished at step 300" in result.err
+    assert (run / "metrics.jsonl").read_bytes() == whole

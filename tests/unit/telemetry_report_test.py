@@ -1,6 +1,7 @@
 """The report: one page from the files of runs alone, read by a real browser."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from bigtrain.config import TrainConfig
 from bigtrain.schema import to_dict
-from bigtrain.telemetry.history import differences, read_history, totals
+from bigtrain.telemetry.history import differences, read_history
 from bigtrain.telemetry.report import render
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "report.py"
@@ -33,6 +34,7 @@ def make_run(directory: Path, *, num_steps: int = 400, lr: float = 3e-4) -> Path
     events = [
         {"event": "start", "step": 0, "launched_at": at(0), "time": clock(5), **launch},
         {"event": "validation", "step": 200, "loss": 3.2, "time": clock(45)},
+        {"event": "checkpoint", "step": 200, "time": clock(45)},
         {"event": "resume", "step": 200, "launched_at": at(100), "time": clock(105), "superseded_steps": 7, **launch},
         {"event": "fault", "step": 300, "reason": f"<b>token={SECRET}</b>", "time": clock(125)},
         {"event": "validation", "step": 400, "loss": 3.1, "time": clock(145)},
@@ -63,6 +65,8 @@ def record(step: int) -> dict[str, Any]:
         phases = {"data": 0.01, "forward_backward": 0.15, "optimizer": 0.03, "checkpoint_stall": 0.0, "logging": 0.01}
         found |= {f"perf/{name}_seconds": value for name, value in phases.items()}
         found |= {f"optim/grad_norm/blocks.{i}": 0.1 * (i + 1) for i in range(3)}
+        for name, share in (("web", 0.75), ("books", 0.25)):
+            found |= {f"data/tokens/{name}": int(share * step * 1000), f"data/epochs/{name}": step / 1e4 / share}
     return found
 
 
@@ -109,7 +113,8 @@ def test_the_page_opens_in_a_browser_without_network_or_complaints(page: Path, b
     for name in ("loss-first", "loss-second", "validation-first", "perf/mfu_causal-second", "optim/grad_norm/blocks.2"):
         boxes = [element.bounding_box() for element in tab.query_selector_all(f'[id$="curve-{name}"]')]
         assert boxes and all(box["width"] > 100 for box in boxes), name
-    assert len(tab.query_selector_all('[id*="event-resume-200"]')) >= 2
+    for event in ("resume-200", "finished-400", "checkpoint-first"):
+        assert len(tab.query_selector_all(f'[id*="event-{event}"]')) >= 2, event
     assert tab.query_selector_all('[id*="event-nothing"]') == []  # the selectors do find nothing where nothing is
     text = tab.inner_text("body")
     for words in (
@@ -121,6 +126,8 @@ def test_the_page_opens_in_a_browser_without_network_or_complaints(page: Path, b
         "0.001",
         "<p>a & b",
         "superseded_steps 7",
+        "75.0%",
+        "books",
     ):
         assert words in text, words
     assert SECRET not in text and "<b>token=***" in text
@@ -158,6 +165,8 @@ def test_odd_runs_have_a_page_too(tmp_path: Path):
     assert [len(history.records) for history in histories] == [1, 60, 1]
     page = render(histories)
     assert "not a number" in page and "after step 60" in page
+    (tmp_path / "one/metrics.jsonl").write_text(json.dumps(record(7)))
+    assert "no loss is finite" in render([read_history(tmp_path / "one")])
 
 
 def test_a_picture_of_the_loss_alone(tmp_path: Path):
@@ -169,8 +178,9 @@ def test_a_picture_of_the_loss_alone(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], "no metrics.jsonl"),
-        (["empty"], "no metrics.jsonl"),
+        (["missing"], "missing: there is no such directory; name one such as begun, run"),
+        (["empty"], "empty: not the directory of a run: it has no config.yaml; name one such as begun, run"),
+        (["begun"], "begun: no step is finished yet"),
         ([], "which run?"),
         (["run", "out=x.doc"], ".html"),
     ],
@@ -178,26 +188,31 @@ def test_a_picture_of_the_loss_alone(tmp_path: Path):
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], message: str):
     make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").touch()
     result = report(*arguments, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_totals_count_lost_time(tmp_path: Path):
     history = read_history(make_run(tmp_path / "run"))
-    total = totals(history, now=at(1e6))
-    assert (total.state, total.step, total.num_launches, total.validation_loss) == ("finished", 400, 2, 3.1)
+    assert history.state == "finished"
     # 45 s of the first launch (from its process's start to its last word) and 45 s of the second; 80 s in steps
-    assert total.held_seconds == pytest.approx(90) and total.goodput == pytest.approx(80 / 90)
+    assert history.held_seconds() == pytest.approx(90) and history.train_seconds() == pytest.approx(80)
+    assert "88.9% of 0:01:30" in render([history])
 
 
 @pytest.mark.parametrize(
-    ("last", "seconds_later", "state"), [("stop", 9, "stopped"), (None, 9, "running"), (None, 1e5, "ended")]
+    ("last", "seconds_ago", "state"),
+    [("stop", 9000, "stopped"), (None, 0, "running"), (None, 9000, "no sign of life for 2:30:00")],
 )
-def test_who_does_not_write_any_more_has_ended(tmp_path: Path, last: str | None, seconds_later: float, state: str):
+def test_who_gives_no_sign_any_more_has_ended(tmp_path: Path, last: str | None, seconds_ago: float, state: str):
     run = make_run(tmp_path / "run")
     lines = (run / "events.jsonl").read_text().splitlines()[:-1]
     (run / "events.jsonl").write_text("\n".join(lines + ([json.dumps({"event": last})] if last else [])) + "\n")
-    assert totals(read_history(run), now=at(145 + seconds_later)).state == state
+    for path in run.iterdir():
+        os.utime(path, (path.stat().st_mtime - seconds_ago,) * 2)
+    assert read_history(run).state == state
 
 
 def test_differences_leave_out_names(tmp_path: Path):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.config import WandbMode
+from bigtrain.config import TrainConfig, WandbMode
+from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.files import JsonLines
-from bigtrain.telemetry.wandb_logger import WandbLogger, forget, has_api_key
+from bigtrain.telemetry.wandb_logger import forget, has_api_key, start_wandb
 from tests.wandb_files import read_history, read_records
 
 CANARY = "hf_CANARYCANARYCANARYCANARY"
@@ -27,9 +28,10 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NETRC", raising=False)
 
 
-def start(run: Path, said: list[str], mode: WandbMode = WandbMode.auto, **options: object) -> WandbLogger:
-    config = {"seed": 1, "path": f"s3://u:{CANARY}@bucket", "hub_token": CANARY}
-    return WandbLogger(run, "my run", config, mode, "project", None, say=said.append, **options)
+def start(run: Path, said: list[str], mode: WandbMode = WandbMode.auto, **options: object) -> Companion:
+    config = TrainConfig()
+    config.run.name, config.data.path, config.logging.wandb = "my run", f"s3://u:{CANARY}@bucket", mode
+    return start_wandb(run, config, say=said.append, **options)
 
 
 def write_steps(run: Path, first: int, last: int) -> None:
@@ -196,13 +198,16 @@ def test_an_export_becomes_an_artifact_of_the_run(tmp_path: Path) -> None:
     run.mkdir()
     (run / "wandb_id").write_text("abcd1234\n")
     script = (
-        "import sys; from pathlib import Path; from bigtrain.config import *; "
+        "import sys, wandb; from datetime import *; from pathlib import Path; from bigtrain.config import *; "
         "from bigtrain.telemetry.wandb_logger import log_export; config = TrainConfig(); config.run.name = 'first'; "
+        "times = [datetime.now() + timedelta(seconds=n) for n in range(3)]; "  # the names that wandb would give now
+        "[Path(sys.argv[1], f'wandb/offline-run-{t:%Y%m%d_%H%M%S}-abcd1234').mkdir(parents=True) for t in times]; "
         "print(log_export(Path(sys.argv[1]), Path(sys.argv[2]), config, WandbMode.offline, 7))"
     )
     command = [sys.executable, "-c", script, run, exported]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.splitlines()[-1].startswith("offline; upload with: wandb sync ")
+    assert len(list(run.glob("wandb/offline-run-*"))) == 4, "it has taken no other one's directory"
     (artifact,) = read_records(run, "artifact")
     assert (artifact.name, artifact.type) == ("first-export", "model")
     assert [entry.path for entry in artifact.manifest.contents] == ["config.json"]

@@ -111,13 +111,30 @@ def test_throughput_is_that_of_the_last_steps():
     assert "50 tok/s" in drawn(view)
 
 
-def test_a_silent_run_has_ended(tmp_path: Path):
-    write(tmp_path / "run", range(1, 11))
+def test_a_launch_that_ends_without_a_word_is_noticed_by_its_silence(tmp_path: Path):
+    write(tmp_path / "run", range(1, 11), {"event": "finished", "step": 10})  # by the launch before this one
+    attempt = tmp_path / "run/attempt.json"
+    attempt.touch()  # as whoever has the run does every 3 s
+    for path in (tmp_path / "run").iterdir():
+        os.utime(path, (time.time() - 3600,) * 2)
     followed = FollowedRun(tmp_path / "run")
     followed.read()
-    long_ago = time.time() - 3600
-    os.utime(tmp_path / "run/metrics.jsonl", (long_ago, long_ago))
-    assert followed.state() == "ended"
+    assert followed.state() == "no sign of life for 1:00:00" and followed.is_over()
+    os.utime(attempt, (time.time() + 3600,) * 2)  # a sign, by a clock that is fast
+    followed.read()
+    assert followed.state() == "running" and not followed.is_over()
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "finished"), (75, "stopped"), (1, "failed: rank 3 died"), (2, "failed: rank 3 died")]
+)
+def test_a_launch_that_leaves_word_has_ended_at_once(tmp_path: Path, code: int, state: str):
+    write(tmp_path / "run", range(1, 11), {"event": "start", "step": 0})
+    (tmp_path / "run/attempt.json").touch()
+    (tmp_path / "run/exit.json").write_text(json.dumps({"code": code, "reason": "rank 3 died"}))
+    followed = FollowedRun(tmp_path / "run")
+    followed.read()
+    assert followed.state() == state and followed.is_over()
 
 
 def test_the_command_says_how_runs_stand_and_writes_nothing(tmp_path: Path):
@@ -161,6 +178,6 @@ def test_a_directory_that_is_not_there_is_one_line(tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "missing: there is no such directory; name that of a run",
+        "missing: there is no such directory; name one such as runs/gpt_nano",
         "every_seconds=0.0: must be positive",
     ]
