@@ -3,6 +3,16 @@
 import logging
 import sys
 
+from bigtrain.redact import redact
+
+
+class Formatter(logging.Formatter):
+    """Takes secrets out of messages: errors of other people's libraries quote whole URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of ``record``."""
+        return redact(super().format(record))
+
 
 def get_logger() -> logging.Logger:
     """Return the project's logger."""
@@ -14,7 +24,7 @@ def setup(rank: int) -> None:
     logger = get_logger()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(Formatter(f"{prefix}%(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logger.propagate = False

@@ -24,7 +24,7 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
-from bigtrain.engine.build import build_engine
+from bigtrain.engine.build import build_engine, require_hardware
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError, of_all_ranks
 from bigtrain.models import build_model
@@ -97,6 +97,7 @@ def run(config: TrainConfig) -> int:
     device = pick_device(info)
     precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    require_hardware(precision, device)
     check_memory(config, info, device)
     init_process_group(info, device)
     # Rank 0's configuration is the configuration of the run.
@@ -179,9 +180,11 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
             kind = "resume" if resume else "start"
             parts.recorder.event(kind, step=parts.start.step, checkpoint=str(resume or ""), **facts)
             end = train(parts)
-        if isinstance(end, End):
-            return end
-        resume = go_back(config, directory, end, streams["train"], start=parts.start, rollbacks=parts.rollbacks)
+            if isinstance(end, End):
+                return end
+            resume = go_back(config, directory, end, streams["train"], start=parts.start, rollbacks=parts.rollbacks)
+            bad = {"first_bad_step": end.first_step, "last_bad_step": end.last_step}
+            parts.recorder.event("rollback", step=end.last_step, checkpoint=str(resume or ""), **bad)
         parts.rollbacks += 1
         parts.start = fill_state(config, engine, resume, info)
 

@@ -40,7 +40,7 @@ def build_engine(
         ConfigError: this device or installation cannot compute in the precision.
     """
     precision = config.engine.precision
-    _require_hardware(precision, device)
+    require_hardware(precision, device)
     # Explicit, because containers change the default of a whole process by environment variables.
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
     if precision is Precision.fp8:
@@ -77,7 +77,12 @@ def _build(
     return build_deepspeed(build_model, config, info=info, device=device)
 
 
-def _require_hardware(precision: Precision | None, device: torch.device) -> None:
+def require_hardware(precision: Precision | None, device: torch.device) -> None:
+    """Make sure that ``device`` can compute in ``precision``.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     needed = CAPABILITIES.get(precision)
     if needed and (device.type != "cuda" or torch.cuda.get_device_capability(device) < needed):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type}"

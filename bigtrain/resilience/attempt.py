@@ -23,6 +23,7 @@ from bigtrain.errors import (
     NoRestartError,
 )
 from bigtrain.log import get_logger
+from bigtrain.redact import redact
 from bigtrain.resilience.hold import Hold, take_hold
 
 ATTEMPT_FILE = "attempt.json"
@@ -94,7 +95,7 @@ def write_exit(directory: Path, *, code: int, reason: str, step: int, attempt: i
     """Leave the record of how a launch ended, whole or not at all; a disk that refuses it costs a warning."""
     if not holds(directory, attempt):
         return
-    values = {"code": code, "reason": reason, "step": step, "attempt": attempt, "time": now()}
+    values = {"code": code, "reason": redact(reason), "step": step, "attempt": attempt, "time": now()}
     try:
         write_json(directory / EXIT_FILE, values)
     except OSError as error:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from bigtrain.log import get_logger
+from bigtrain.redact import redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.text import describe, format_duration
 from bigtrain.telemetry.view import RunView
@@ -94,6 +95,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Show ``text``, which may have several lines."""
+        text = redact(text)
         for line in text.splitlines():
             self._to_file(line)
         self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))

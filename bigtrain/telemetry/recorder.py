@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from bigtrain.config import TrainConfig, WandbMode
+from bigtrain.redact import redact
 from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
@@ -117,7 +118,7 @@ class Recorder(NullRecorder):
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         if kind in names.LAUNCH_EVENTS:
             fields |= self._facts
-        event = {"event": kind, **fields, "time": time}
+        event = redact({"event": kind, **fields, "time": time})
         self._events.write(event)
         self._console.event(event)
         is_durable = kind in _DURABLE_EVENTS

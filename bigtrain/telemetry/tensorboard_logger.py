@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bigtrain.redact import redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import Companion, follow_until_end, lock, read_request, request_for
 from bigtrain.telemetry.text import describe_event
@@ -55,7 +54,7 @@ class _TensorboardSink:
             self._writer.add_scalar(key, value, step)
 
     def event(self, event: dict[str, Any]) -> None:
-        self._writer.add_text(f"events/{event['event']}", redact(describe_event(event)), event.get(names.STEP) or 0)
+        self._writer.add_text(f"events/{event['event']}", describe_event(event), event.get(names.STEP) or 0)
 
     def samples(self, samples: list[dict[str, Any]]) -> None:
         for sample in samples[-1:]:

@@ -134,7 +134,7 @@ class _WandbSink:
             self._run.config.update({"launch": redact(facts)}, allow_val_change=True)
         is_warning = kind in names.ALARMS or event.get("after")  # a launch that tells why the one before it failed
         if level := _ALERTS.get(kind) or ("WARN" if is_warning else None):
-            text = redact(describe_event(event))
+            text = describe_event(event)
             self._run.alert(f"{self._run.name}: {kind}", text, level=self._wandb.AlertLevel[level], wait_duration=0)
 
     def samples(self, samples: list[dict[str, Any]]) -> None:

@@ -278,6 +278,9 @@ def test_a_spike_goes_back_and_leaves_out_its_samples(tmp_path: Path):
     (bad,) = events(run, "bad_step")
     assert bad["step"] == 9
     assert bad["why"].startswith("spike: loss ")
+    (back,) = events(run, "rollback")
+    assert (back["first_bad_step"], back["last_bad_step"]) == (9, 9)
+    assert back["checkpoint"].endswith("step-00000008")
     assert [event["step"] for event in events(run, "resume")] == [8]
     skip = partial(skip_from_the_beginning, 64, 72)
     assert train(tmp_path, *settings, "run.name=skipped", prepare=skip).codes == [0, 0]
@@ -288,6 +291,9 @@ def test_a_run_that_diverges_again_and_again_stops_for_good(tmp_path: Path):
     ended = train(tmp_path, *ROLL_BACK, "bad_numbers.max_rollbacks=2", faults=BAD)
     assert ended.codes[0] == 3
     assert exit_record(tmp_path / RUN)["code"] == 3
+    assert len(events(tmp_path / RUN, "rollback")) == 2
+    (fault,) = events(tmp_path / RUN, "fault")
+    assert "has gone back 2 times already" in fault["error"]
     assert "has gone back 2 times already" in ended.said[0]
     assert "Traceback" not in ended.said[0] + ended.said[1]
 

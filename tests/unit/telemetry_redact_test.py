@@ -1,12 +1,17 @@
 """Secrets never leave the process through configurations, files or trackers."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from bigtrain import log
 from bigtrain.config import TrainConfig
 from bigtrain.redact import is_secret_name, redact
+from bigtrain.resilience.attempt import write_exit
 from bigtrain.schema import to_dict
+from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.recorder import Recorder
 
 CANARIES = {
     "url": "https://alice:CANARYpw1@host.example/x",
@@ -68,3 +73,19 @@ def test_the_working_directory_is_no_secret():
     environ = {"PWD": "/home/me/project", "OLDPWD": "/home/me/else", "DB_PWD": "correct-horse"}
     text = "/home/me/project/data and /home/me/else, correct-horse"
     assert redact(text, environ) == "/home/me/project/data and /home/me/else, ***"
+
+
+def test_what_is_logged_shown_and_recorded_has_no_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "cannot read https://user:CANARY@host/shard?X-Amz-Signature=CANARY"
+    log.setup(0)
+    log.get_logger().warning("%s; trying again", text)
+    with Console(10, tmp_path / "train.log", is_terminal=False):
+        log.get_logger().warning("%s; trying again", text)
+    with Recorder(TrainConfig(), tmp_path, 0) as recorder:
+        recorder.event("fault", step=1, error=text)
+        recorder.message(text)
+    write_exit(tmp_path, code=2, reason=text, step=1, attempt=1)
+    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    said = [*capsys.readouterr(), *files]
+    assert sum("host/shard" in part for part in said) == 6  # both streams, two logs, events and exit.json
+    assert not any("CANARY" in part for part in said)
