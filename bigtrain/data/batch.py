@@ -26,14 +26,12 @@ class ArrayPool:
     def take(self, num_samples: int, sequence_length: int) -> NDArray[np.int64]:
         """Return an array ``(num_samples, sequence_length)`` with any content."""
         for i in range(len(self._arrays)):
-            if self._fits(i, num_samples, sequence_length) and self._references(i) == self._idle:
+            length, width = self._arrays[i].shape
+            if width == sequence_length and length >= num_samples and self._references(i) == self._idle:
                 return self._arrays[i][:num_samples]
         self._arrays = [self._arrays[i] for i in range(len(self._arrays)) if self._references(i) > self._idle]
         self._arrays.append(np.empty((num_samples, sequence_length), dtype=np.int64))
         return self._arrays[-1][:]
-
-    def _fits(self, i: int, num_samples: int, sequence_length: int) -> bool:
-        return self._arrays[i].shape[1] == sequence_length and len(self._arrays[i]) >= num_samples
 
     def _references(self, i: int) -> int:
         """Count what holds array ``i``; a tensor or a view is one more than what this class has."""

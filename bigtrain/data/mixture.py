@@ -13,6 +13,7 @@ over any window its share is off by less than 1. Errors of a remainder go down t
 <= 1 + H_j-1 samples (H: harmonic numbers): less than 1 with two components, than 4 with eleven.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
@@ -79,7 +80,7 @@ class Mixture:
         Args:
             shares: Of the components, at least one.
             origin: Position at which the mixture begins, above 0 when it was changed during a run.
-            counts: Samples of each component that were drawn before ``origin``; by default none.
+            counts: Samples of each component that were drawn before; by default none.
 
         Raises:
             DataError: weights need more than 9 digits.
@@ -152,11 +153,7 @@ def weight_at(share: Share, position: int) -> float:
 
 
 def _integers(weights: list[float]) -> NDArray[np.int64]:
-    """Return the smallest integers in the proportions of decimal ``weights``.
-
-    Raises:
-        DataError: they are too large for exact arithmetic.
-    """
+    """Return the smallest integers in the proportions of decimal ``weights``; too large ones are a DataError."""
     exact = [Fraction(repr(weight)) for weight in weights]
     denominator = lcm(*(weight.denominator for weight in exact))
     integers = [int(weight * denominator) for weight in exact]
@@ -174,11 +171,4 @@ def _first_exhausted(segment: Segment, limits: NDArray[np.int64], end: int) -> i
         counts = segment.counts_at(np.array([position]))[:, 0]
         return bool(np.any((counts >= limits) & (segment.weights > 0)))
 
-    low, high = segment.start, end  # counts never fall: bisect
-    while low < high:
-        middle = (low + high) // 2
-        if is_exhausted(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return segment.start + bisect_left(range(segment.start, end), True, key=is_exhausted)  # counts never fall

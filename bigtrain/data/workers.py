@@ -51,13 +51,12 @@ def run_tasks(function: Callable[..., Result], tasks: Iterable[Task], num_proces
 
 
 class Helpers:
-    """Processes that work for the threads of this one; they are started when they are first needed."""
+    """Processes that work for the threads of this one; they are started when they are needed."""
 
     def __init__(self, num_processes: int | None) -> None:
         """Start up to ``num_processes``, by default 2."""
         self.num_processes = num_processes or 2
-        self._lock = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool = ProcessPoolExecutor(self.num_processes, multiprocessing.get_context("spawn"), initializer=_begin)
         self._here = multiprocessing.current_process().daemon
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -65,16 +64,13 @@ class Helpers:
 
         Where there can be none, and when one was killed, it is computed in this one: the run goes on.
         """
-        with self._lock:
-            if self._pool is None and not self._here:
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(self.num_processes, context, initializer=_begin)
         try:
-            return function(*args) if self._here else self._pool.submit(function, *args).result()
+            if not self._here:
+                return self._pool.submit(function, *args).result()
         except BrokenProcessPool:
             get_logger().warning("a helper process was killed, perhaps for want of memory; its work is now done here")
             self._here = True
-            return function(*args)
+        return function(*args)
 
 
 def _begin() -> None:
