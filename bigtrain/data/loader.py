@@ -20,7 +20,7 @@ from bigtrain.data.stream import SampleStream
 from bigtrain.errors import DataError
 
 _IDS_AT_ONCE = 4096
-_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 65_536, 64
+_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
 """Small steps are loaded several at a time: whenever this thread works, the one that trains waits for Python's lock."""
 
 

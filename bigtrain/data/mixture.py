@@ -116,10 +116,13 @@ class Mixture:
         """
         if self.num_positions is not None and first + count > self.num_positions:
             raise DataError(f"the mixture has {self.num_positions} samples, not the {first + count} that are asked for")
+        if self.num_components == 1:
+            begin = self.counts(first)[0]
+            return np.zeros(count, dtype=np.int64), np.arange(begin, begin + count)
         positions = np.arange(first, first + count + 1, dtype=np.int64)
         counts = np.empty((self.num_components, count + 1), dtype=np.int64)
         segments = np.maximum(np.searchsorted(self._starts, positions, side="right") - 1, 0)
-        for number in np.unique(segments).tolist():
+        for number in range(int(segments[0]), int(segments[-1]) + 1):
             inside = segments == number
             counts[:, inside] = self._segments[number].counts_at(positions[inside])
         components = np.diff(counts).argmax(axis=0)

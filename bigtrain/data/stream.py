@@ -111,11 +111,12 @@ class SampleStream:
         """Return the samples at the positions ``[first, first + count)`` of the order."""
         components, indices = self.mixture.locate(first, count)
         ids = np.empty(count, dtype=np.int64)
-        for number in np.unique(components).tolist():
-            inside = components == number
-            # The indices of one component are consecutive.
-            chosen = self._list[number].ids(int(indices[inside][0]), int(inside.sum()))
-            ids[inside] = chosen + self._begins[number]
+        for number, num_drawn in enumerate(np.bincount(components).tolist()):
+            if num_drawn:
+                inside = components == number
+                # The indices of one component are consecutive.
+                chosen = self._list[number].ids(int(indices[inside.argmax()]), num_drawn)
+                ids[inside] = chosen + self._begins[number]
         return ids
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Batch:
