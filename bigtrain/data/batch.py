@@ -1,5 +1,6 @@
 """What a model receives: tokens in, targets to predict."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,9 +101,10 @@ class Batch:
             return self
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self._tensors()))
 
-    def rows(self, begin: int, end: int) -> "Batch":
-        """Return the samples from ``begin`` to before ``end``; they share the memory."""
-        return Batch(*(t if t is None else t[begin:end] for t in self._tensors()))
+    def split(self, num_samples: int) -> "list[Batch]":
+        """Return the samples, so many at a time; they share the memory."""
+        parts = (itertools.repeat(None) if t is None else t.split(num_samples) for t in self._tensors())
+        return list(itertools.starmap(Batch, zip(*parts, strict=False)))
 
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked host memory."""

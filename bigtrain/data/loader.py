@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -165,15 +166,13 @@ class TrainLoader:
         num_targets, global_num_targets = self._count_targets(samples, len(ids))
         if self._pin_memory:
             samples = samples.pin_memory()
+        micro_batches = iter(samples.split(self._slices[0].stop - self._slices[0].start))
         batches = []
         for number, step_ids in enumerate(ids):
-            first = number * (mine.stop - mine.start) - mine.start
-            micro_batches = [samples.rows(first + part.start, first + part.stop) for part in self._slices]
+            own = list(islice(micro_batches, len(self._slices)))
             digest = chain_digest(cursor.digest, step_ids, self._stream.content)
             after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), digest)
-            batches.append(
-                StepBatch(cursor.step, micro_batches, num_targets[number], global_num_targets, cursor, after)
-            )
+            batches.append(StepBatch(cursor.step, own, num_targets[number], global_num_targets, cursor, after))
             cursor = after
         return batches
 
