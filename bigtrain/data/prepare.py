@@ -57,7 +57,7 @@ from bigtrain.data.tokenise import (
     write_shard,
 )
 from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, num_ids
-from bigtrain.data.workers import run_tasks
+from bigtrain.data.workers import Run, workers
 from bigtrain.errors import DataError
 from bigtrain.files import sync
 from bigtrain.locks import locked
@@ -240,22 +240,21 @@ def _publish(work: Path, directory: Path) -> None:
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
     """Write tokenizer, tokens and report into ``work`` and return their index."""
     parts = source_parts(config)
-    num_processes = _num_processes(config, parts)
-    survey = _survey(config, parts, progress)
-    built = build_tokenizer(config, _read_sample(config, parts, survey, num_processes))
-    index = _begin(work, config, target, built)
-    _begin_parts(work, parts, index.tokenizer.file.xxh3)
-    with reporter("tokenising", survey.num_text_bytes, progress) as advance:
-        ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
-        coding = Coding(_is_fast_exact(config, built, ends), built.eos_id, survey.validation_bound)
-        tasks = (
-            (config, part, i, kept, coding, work) for i, (part, kept) in enumerate(zip(parts, survey.kept, strict=True))
-        )
-        for text_bytes in run_tasks(tokenise_part, tasks, num_processes):
-            advance(text_bytes)
-    vocab_size = index.tokenizer.vocab_size
-    train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, num_processes)
-    validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, num_processes)
+    with workers(_num_processes(config, parts)) as run:
+        survey = _survey(config, parts, progress, run)
+        built = build_tokenizer(config, _read_sample(config, parts, survey, run))
+        index = _begin(work, config, target, built)
+        _begin_parts(work, parts, index.tokenizer.file.xxh3)
+        with reporter("tokenising", survey.num_text_bytes, progress) as advance:
+            ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
+            coding = Coding(_is_fast_exact(config, built, ends), built.eos_id, survey.validation_bound)
+            chosen = enumerate(zip(parts, survey.kept, strict=True))
+            tasks = ((config, part, i, kept, coding, work) for i, (part, kept) in chosen)
+            for text_bytes in run(tokenise_part, tasks):
+                advance(text_bytes)
+        vocab_size = index.tokenizer.vocab_size
+        train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, run)
+        validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, run)
     train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
     validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
     shutil.rmtree(work / PARTS_DIRECTORY)
@@ -309,11 +308,10 @@ def _num_processes(config: DataConfig, parts: list[Part]) -> int:
     return min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
 
 
-def _survey(config: DataConfig, parts: list[Part], progress: bool) -> Survey:
+def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> Survey:
     """Read the source for the first time."""
     with reporter("reading", None, progress) as advance:
-        tasks = ((config, part) for part in parts)
-        survey = combine(config, run_tasks(survey_part, tasks, _num_processes(config, parts)), advance)
+        survey = combine(config, run(survey_part, ((config, part) for part in parts)), advance)
     _report_survey(survey)
     return survey
 
@@ -327,7 +325,8 @@ def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
     def texts() -> Iterator[str]:
         for config in sources:
             parts = source_parts(config)
-            yield from _read_sample(config, parts, _survey(config, parts, progress), _num_processes(config, parts))
+            with workers(_num_processes(config, parts)) as run:
+                yield from _read_sample(config, parts, _survey(config, parts, progress, run), run)
 
     def fill(work: Path) -> CorpusIndex:
         return _begin(work, sources[0], targets[0], build_tokenizer(sources[0], list(texts())))
@@ -337,13 +336,13 @@ def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
     return directory
 
 
-def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, num_processes: int) -> list[str]:
+def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, run: Run) -> list[str]:
     """Return the texts that a BPE is trained on."""
     wanted: dict[int, list[Piece]] = {}
     for piece in survey.bpe_sample:
         wanted.setdefault(piece.part, []).append(piece)
     tasks = ((config, parts[number], survey.kept[number], pieces) for number, pieces in wanted.items())
-    return list(chain.from_iterable(run_tasks(sample_texts, tasks, min(num_processes, len(wanted)))))
+    return list(chain.from_iterable(run(sample_texts, tasks)))
 
 
 def _begin_parts(work: Path, parts: list[Part], tokenizer_hash: str) -> None:
@@ -376,7 +375,7 @@ def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterato
 
 
 def _join_split(
-    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, num_processes: int
+    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, run: Run
 ) -> tuple[SplitRecord, np.ndarray]:
     """Put the shards of a split together; return its record, without entropy, and how often each token occurs."""
     directories = [part_directory(work, number) for number in range(num_parts)]
@@ -385,7 +384,7 @@ def _join_split(
     plans = plan_shards(split, lengths, config.shard_tokens)
     tasks = ((work, plan, vocab_size, has_counted) for plan in plans)
     counts, shards = np.zeros(vocab_size, dtype=np.int64), list[ShardRecord]()
-    for shard, shard_counts in run_tasks(write_shard, tasks, min(num_processes, len(plans))):
+    for shard, shard_counts in run(write_shard, tasks):
         shards.append(shard)
         counts += shard_counts
     record = SplitRecord(

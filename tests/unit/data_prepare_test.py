@@ -24,7 +24,7 @@ from bigtrain.data.prepare import _locate, open_corpus, prepare
 from bigtrain.data.sources import source_parts
 from bigtrain.data.tokenise import token_dtype
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.data.workers import run_tasks
+from bigtrain.data.workers import workers
 from bigtrain.errors import DataError
 from bigtrain.schema import to_dict
 
@@ -301,11 +301,12 @@ def test_killed_for_good_it_goes_on(config, tmp_path, monkeypatch):
 def test_workers_end_with_a_killed_main_process(tmp_path):
     code = """
         import multiprocessing, time
-        from bigtrain.data.workers import run_tasks
-        tasks = run_tasks(time.sleep, ((seconds,) for seconds in (0, 0, 60, 60, 60, 60)), 2)
-        next(tasks)
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-        next(tasks), next(tasks)
+        from bigtrain.data.workers import workers
+        with workers(2) as run:
+            tasks = run(time.sleep, ((seconds,) for seconds in (0, 0, 60, 60, 60, 60)))
+            next(tasks)
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            next(tasks), next(tasks)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -318,8 +319,11 @@ def test_workers_end_with_a_killed_main_process(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_an_error_with_a_way_out():
-    with pytest.raises(DataError, match=r"was killed, perhaps for want of memory; the same command goes on"):
-        list(run_tasks(os._exit, ((1,), (1,)), 2))
+    with (
+        pytest.raises(DataError, match=r"was killed, perhaps for want of memory; the same command goes on"),
+        workers(2) as run,
+    ):
+        list(run(os._exit, ((1,), (1,))))
 
 
 def test_a_failure_says_what_and_the_next_try_succeeds(config, tmp_path):
