@@ -1,8 +1,9 @@
 """How many tokens per second of CPU time does a loader hand out? ``python benchmarks/data.py``.
 
 The same tokens for all sides, shuffled, as int64 batches of tokens and targets. What counts is the CPU time of the
-loading process with its threads; sides take turns, figures are medians of their turns. Sides whose library is not
-installed are left out (``pip install -e '.[bench]'``).
+loading process with its threads; sides take turns, figures are medians of their turns. A table for each length of
+samples: what a library does once per sample weighs on short ones, copying on long ones. Sides whose library is
+not installed are left out (``pip install -e '.[bench]'``).
 """
 
 import argparse
@@ -26,7 +27,7 @@ from bigtrain.config import DataConfig
 from bigtrain.cursor import Cursor
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader
-from bigtrain.data.stream import build_stream
+from bigtrain.data.stream import SampleStream
 
 Batches = Iterator[Any]
 FLOOR = "gather with a cast"
@@ -36,33 +37,40 @@ OURS = "bigtrain"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=40_000_000)
-    parser.add_argument("--length", type=int, default=2048, help="tokens per sample")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="tokens per sample")
     parser.add_argument("--batch", type=int, default=32, help="samples per batch")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=50, help="per turn")
+    parser.add_argument("--turn-tokens", type=int, default=3_000_000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         tokens = np.random.default_rng(0).integers(0, 50_000, options.tokens, dtype=np.uint16)
         tokens.tofile(work / "tokens.bin")
         memmap = np.memmap(work / "tokens.bin", dtype=np.uint16, mode="r")
-        print(f"{options.tokens:,} tokens, batches of {options.batch} x {options.length}; {_machine()}\n")
-        print_throughput(memmap, work, options)
-        print_seeking(memmap, options)
+        print(f"{options.tokens:,} tokens; {_machine()}")
+        for length in options.lengths:
+            (place := work / str(length)).mkdir()
+            print_throughput(memmap, place, length, options)
+        print_seeking(memmap, options.lengths[-1], options.batch)
 
 
-def print_throughput(memmap: np.ndarray, work: Path, options: argparse.Namespace) -> None:
-    sides = {name: make(memmap, work, options.length, options.batch) for name, make in available().items()}
+def print_throughput(memmap: np.ndarray, work: Path, length: int, options: argparse.Namespace) -> None:
+    sides = {name: make(memmap, work, length, options.batch) for name, make in available().items()}
+    num_batches = options.turn_tokens // (length * options.batch)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for batches in sides.values():
         next(batches)
     for _ in range(options.turns):
         for name, batches in sides.items():
-            rates[name].append(measure(batches, options.batches) * options.batch * options.length / 1e6)
+            rates[name].append(measure(batches, num_batches) * options.batch * length / 1e6)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"{'':<28}{'M tokens / CPU s':>18}{'of the floor':>14}{'ours is':>10}")
+    print(
+        f"\n{f'batches of {options.batch} x {length}':<28}{'M tokens / CPU s':>18}{'of the floor':>14}{'ours is':>10}"
+    )
     for name, rate in medians.items():
         print(f"{name:<28}{rate:>18,.1f}{rate / medians[FLOOR]:>14.3f}{medians[OURS] / rate:>9.1f}x")
+    for batches in sides.values():
+        batches.close()
 
 
 def measure(batches: Batches, count: int) -> float:
@@ -84,6 +92,7 @@ def available() -> dict[str, Callable[[np.ndarray, Path, int, int], Batches]]:
         FLOOR: (cast_floor, "numpy"),
         OURS: (ours, "bigtrain"),
         "torch DataLoader, memmap": (torch_loader, "torch"),
+        "torch DataLoader, array": (torch_array_loader, "torch"),
         "Grain": (grain_loader, "grain"),
         "litdata": (litdata_loader, "litdata"),
         "MosaicML Streaming": (mds_loader, "streaming"),
@@ -113,7 +122,7 @@ def cast_floor(tokens: np.ndarray, _work: Path, length: int, batch: int) -> Batc
 
 def ours(tokens: np.ndarray, _work: Path, length: int, batch: int, start: Cursor | None = None) -> Batches:
     split = TokenSplit("train", tokens.view(np.ndarray), "benchmark")
-    stream = build_stream("train", {"data": split}, DataConfig(sequence_length=length), seed=0, global_batch_size=batch)
+    stream = SampleStream("train", {"data": split}, DataConfig(sequence_length=length), seed=0, global_batch_size=batch)
     loader = TrainLoader(
         stream,
         global_batch_size=batch,
@@ -129,10 +138,10 @@ def ours(tokens: np.ndarray, _work: Path, length: int, batch: int, start: Cursor
 
 
 class Windows(torch.utils.data.Dataset):
-    """A memmap cut into samples, as usually written for a map-style loader."""
+    """Tokens cut into samples, as usually written for a map-style loader."""
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
-        self.tokens, self.length = tokens.view(np.ndarray), length  # slices of a memmap cost twice as much
+        self.tokens, self.length = tokens, length
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.length
@@ -145,6 +154,11 @@ class Windows(torch.utils.data.Dataset):
 def torch_loader(tokens: np.ndarray, _work: Path, length: int, batch: int) -> Batches:
     while True:
         yield from torch.utils.data.DataLoader(Windows(tokens, length), batch_size=batch, shuffle=True, drop_last=True)
+
+
+def torch_array_loader(tokens: np.ndarray, work: Path, length: int, batch: int) -> Batches:
+    """The same for who knows that slices of ``np.memmap`` cost more than those of a plain array over it."""
+    yield from torch_loader(tokens.view(np.ndarray), work, length, batch)
 
 
 class GrainWindows:
@@ -231,24 +245,24 @@ def batched(items: Any, count: int) -> Iterator[list[Any]]:
         yield rows
 
 
-def print_seeking(memmap: np.ndarray, options: argparse.Namespace) -> None:
+def print_seeking(memmap: np.ndarray, length: int, batch: int) -> None:
     def first_batch(samples: int) -> float:
         begin = time.perf_counter()
-        batches = ours(memmap, Path(), options.length, options.batch, Cursor(samples // options.batch, samples))
+        batches = ours(memmap, Path(), length, batch, Cursor(samples // batch, samples))
         next(batches)
         seconds = time.perf_counter() - begin
         batches.close()
         return seconds * 1000
 
     skipped = 10_000
-    places = {"the beginning": 0, f"batch {skipped:,}": skipped * options.batch, "sample 10^9": 10**9}
+    places = {"the beginning": 0, f"batch {skipped:,}": skipped * batch, "sample 10^9": 10**9}
     print()
     milliseconds = {name: statistics.median(first_batch(place) for _ in range(9)) for name, place in places.items()}
     for name, value in milliseconds.items():
         print(f"first batch from {name:<18}{value:>10.1f} ms")
     begin = time.perf_counter()
-    for batch in itertools.islice(torch_loader(memmap, Path(), options.length, options.batch), skipped):
-        del batch
+    for skipped_batch in itertools.islice(torch_array_loader(memmap, Path(), length, batch), skipped):
+        del skipped_batch
     skipping = (time.perf_counter() - begin) * 1000
     print(
         f"skipping {skipped:,} batches (DataLoader){skipping:>7.0f} ms: {skipping / milliseconds[f'batch {skipped:,}']:,.0f}x"

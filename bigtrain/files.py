@@ -11,7 +11,7 @@ PIECE_BYTES = 1 << 22
 """Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
     """One file of a checkpoint or of a corpus."""
 

@@ -2,21 +2,27 @@
 
 import datetime
 from collections.abc import Mapping
+from pathlib import Path
 
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import DataConfig, OnBadShard, TrainConfig
+from bigtrain.config import DataConfig, OnBadShard, Packing, TrainConfig
 from bigtrain.cursor import Cursor, DataState
 from bigtrain.data import open_streams
+from bigtrain.data.index import read_index
+from bigtrain.data.live import cache_directory
 from bigtrain.data.loader import TrainLoader
 from bigtrain.data.prepare import prepare_components
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError
+from bigtrain.log import get_logger
 from bigtrain.redact import redact
 from bigtrain.schema import flatten, to_dict
 from bigtrain.telemetry import names
 
+VOCAB_MULTIPLE = 128
+"""To so many rows an embedding may be padded for the sake of speed."""
 PREPARATION = datetime.timedelta(days=7)
 """How long the other ranks wait while rank 0 prepares a corpus."""
 
@@ -39,7 +45,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     """
     directories = on_rank0(lambda: prepare_data(config.data), patience=PREPARATION)
     train, validation = config.train, config.validation
-    return open_streams(
+    streams = open_streams(
         config.data,
         directories,
         vocab_size=config.model.vocab_size,
@@ -48,6 +54,34 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
         previous=previous,
     )
+    for remark in remarks(config, streams["train"]):
+        get_logger().warning(remark)
+    return streams
+
+
+def cache_of(data: DataConfig, stream: SampleStream) -> Path | None:
+    """Return the directory into which data is fetched or tokenised while training, if any is."""
+    return cache_directory(data) if stream.is_remote or stream.is_live else None
+
+
+def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
+    """Return what is odd about the data of a run without being wrong."""
+    found = []
+    if config.data.packing is Packing.concat and stream.has_answers:
+        found.append(
+            "data.packing=concat cuts the text every data.sequence_length tokens, which parts answers from their prompts; "
+            "data.packing=best_fit keeps them in one sample"
+        )
+    weights_are_given = config.model.pretrained or config.model.init_from
+    if stream.tokenizer_directory and not weights_are_given:
+        tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
+        num_rows, num_enough = config.model.vocab_size, -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if num_rows > num_enough:
+            found.append(
+                f"model.vocab_size={num_rows}, but the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids: the "
+                f"other rows are never used; model.vocab_size={num_enough} is enough"
+            )
+    return found
 
 
 def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, start: Cursor) -> TrainLoader:
@@ -81,7 +115,9 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
         problem = f"step {state.step} would not have had the samples that the checkpoint has recorded"
     if problem:
         of_data = [text for key, text in changed.items() if key.startswith("data.") or key == "train.seed"]
-        what = of_data or ["no setting has changed, so the text itself has: its files or, with data=stdlib, Python"]
+        what = of_data or [
+            "no setting has changed, so the text itself has: its files, with data=stdlib Python, or how bigtrain prepares it"
+        ]
         advice = "restore that, choose another run.name, or go on with data.allow_change=true"
         raise CheckpointError("\n  ".join([f"{problem}:", *what, advice]))
     return list(changed.values())

@@ -38,7 +38,7 @@ from bigtrain.resilience.heartbeat import Heartbeat
 from bigtrain.resilience.launch import Launch
 from bigtrain.resilience.signals import StopAgreement, StopLimits, StopSignal
 from bigtrain.resilience.stragglers import Straggler, Stragglers
-from bigtrain.run_data import check_continuation, count_skipped_shards, open_data, train_loader
+from bigtrain.run_data import cache_of, check_continuation, count_skipped_shards, open_data, train_loader
 from bigtrain.run_files import find_resume, keep_tokenizer, run_directory, write_config, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
@@ -155,7 +155,8 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
     claim(launch)
-    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory))
+    cache = cache_of(config.data, streams["train"])
+    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     fill_state(config, engine, resume, info)
     parts = Run(

@@ -30,13 +30,12 @@ from bigtrain.cursor import DataState
 from bigtrain.data.corpus import Corpus, Split, SyntheticSplit
 from bigtrain.data.live import LiveParts, validation_split
 from bigtrain.data.prepare import open_corpus
+from bigtrain.data.tokenise import SPLITS
 from bigtrain.data.workers import Helpers
 from bigtrain.errors import DataError
 
 if TYPE_CHECKING:
     from bigtrain.data.stream import SampleStream
-
-SPLITS = ("train", "validation")
 
 
 def open_streams(
@@ -55,7 +54,7 @@ def open_streams(
         data: The resolved section.
         directories: Where :func:`bigtrain.data.prepare.prepare` has put each component that is not synthetic.
         vocab_size: Rows of the model's embedding.
-        seed: See :func:`build_stream`, as for what follows.
+        seed: As in :class:`SampleStream`, like what follows.
         global_batch_size: Samples per optimizer step.
         validation_samples: So many are looked for in text that is tokenised while training.
         previous: State of the checkpoint that is continued, if any.
@@ -63,7 +62,7 @@ def open_streams(
     Raises:
         DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others.
     """
-    from bigtrain.data.stream import build_stream  # torch: those who only prepare do not wait for it
+    from bigtrain.data.stream import SampleStream  # torch: those who only prepare do not wait for it
 
     parts = component_data(data)
     corpora = {
@@ -87,23 +86,18 @@ def open_streams(
         # Those of different components hold different samples.
         return SyntheticSplit(f"{name}/{which}" if data.mixture else which, vocab_size, parts[name].synthetic_ragged)
 
-    directory = next(map(Path, directories.values()), None)
     streams = {}
     for which in SPLITS:
         splits = {name: split(name, which) for name in parts}
-        streams[which] = build_stream(
+        streams[which] = SampleStream(
             which, splits, data, seed=seed, global_batch_size=global_batch_size, previous=previous
         )
-        streams[which].tokenizer_directory = directory
+        streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
     return streams
 
 
 def _require_one_tokenizer(corpora: Mapping[str, Corpus]) -> None:
-    """Refuse a mixture in which the same number is another token in another component.
-
-    Raises:
-        DataError: which have which tokenizer.
-    """
+    """Refuse a mixture in which the same number is another token in another component."""
     tokenizers = {name: corpus.index.tokenizer for name, corpus in corpora.items()}
     if len({tokenizer.file.xxh3 for tokenizer in tokenizers.values()}) > 1:
         names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in tokenizers.items())

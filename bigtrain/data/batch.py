@@ -1,5 +1,6 @@
 """What a model receives: tokens in, targets to predict."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,14 +27,12 @@ class ArrayPool:
     def take(self, num_samples: int, sequence_length: int) -> NDArray[np.int64]:
         """Return an array ``(num_samples, sequence_length)`` with any content."""
         for i in range(len(self._arrays)):
-            if self._fits(i, num_samples, sequence_length) and self._references(i) == self._idle:
+            length, width = self._arrays[i].shape
+            if width == sequence_length and length >= num_samples and self._references(i) == self._idle:
                 return self._arrays[i][:num_samples]
         self._arrays = [self._arrays[i] for i in range(len(self._arrays)) if self._references(i) > self._idle]
         self._arrays.append(np.empty((num_samples, sequence_length), dtype=np.int64))
         return self._arrays[-1][:]
-
-    def _fits(self, i: int, num_samples: int, sequence_length: int) -> bool:
-        return self._arrays[i].shape[1] == sequence_length and len(self._arrays[i]) >= num_samples
 
     def _references(self, i: int) -> int:
         """Count what holds array ``i``; a tensor or a view is one more than what this class has."""
@@ -102,9 +101,10 @@ class Batch:
             return self
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self._tensors()))
 
-    def rows(self, begin: int, end: int) -> "Batch":
-        """Return the samples from ``begin`` to before ``end``; they share the memory."""
-        return Batch(*(t if t is None else t[begin:end] for t in self._tensors()))
+    def split(self, num_samples: int) -> "list[Batch]":
+        """Return the samples, so many at a time; they share the memory."""
+        parts = (itertools.repeat(None) if t is None else t.split(num_samples) for t in self._tensors())
+        return list(itertools.starmap(Batch, zip(*parts, strict=False)))
 
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked host memory."""

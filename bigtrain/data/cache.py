@@ -2,19 +2,20 @@
 
 A file gets its name only when it is complete; until then it is ``<name>.<size>.partial``, locked by the process that
 writes it. The lock is flock's and dies with the process: another one goes on where a killed one has stopped. Files
-that were not used for longest make room for new ones.
+that were not used for longest make room for new ones. Who waits for a partial file does not hang
+(:mod:`bigtrain.resilience.watchdog`).
 """
 
 import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bigtrain.data.locks import is_locked, locked
 from bigtrain.errors import DataError, ShardError
+from bigtrain.locks import is_locked, locked
 
 
 class NodeCache:
@@ -41,10 +42,7 @@ class NodeCache:
 
     def is_being_made(self, name: str) -> bool:
         """Return whether another process or thread is at a file of unknown size."""
-        try:
-            return is_locked(self.directory / f"{name}.0.partial")
-        except FileNotFoundError:
-            return False
+        return is_locked(self.directory / f"{name}.0.partial")
 
     def open(self, name: str) -> BinaryIO | None:
         """Return a file, open for reading, or None; it counts as used, and stays readable when it leaves the cache."""
@@ -78,6 +76,7 @@ class NodeCache:
                 yield None
             else:
                 self.make_room()
+                os.utime(handle.fileno())  # the watchdog sees by its time that somebody is at it
                 try:
                     yield handle
                 except ShardError:  # there is nothing to go on with
@@ -123,25 +122,22 @@ class Ahead:
     def __init__(self, fetch: Callable[[Any], None], num_threads: int) -> None:
         """Call ``fetch`` with what is wanted; what goes wrong is left to whoever needs it."""
         self._fetch = fetch
-        self._num_threads = num_threads
-        self._wanted: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._waiting: set[str] = set()
-        self._threads: list[threading.Thread] = []
+        self._wanted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiting: set[Any] = set()
+        # Daemons, so that the end of the process waits for no download; a killed one leaves nothing wrong.
+        for _ in range(num_threads):
+            threading.Thread(target=self._work, name="fetch", daemon=True).start()
 
-    def want(self, items: Mapping[str, Any]) -> None:
-        """Begin to fetch the items, unless they wait already under the same name."""
-        for name, item in items.items():
-            if name not in self._waiting:
-                self._waiting.add(name)
-                self._wanted.put((name, item))
-        while len(self._threads) < self._num_threads:
-            # Daemons, so that the end of the process waits for no download; a killed one leaves nothing wrong.
-            self._threads.append(threading.Thread(target=self._work, name="fetch", daemon=True))
-            self._threads[-1].start()
+    def want(self, items: Iterable[Hashable]) -> None:
+        """Begin to fetch the items, unless they wait already."""
+        for item in items:
+            if item not in self._waiting:
+                self._waiting.add(item)
+                self._wanted.put(item)
 
     def _work(self) -> None:
         while True:
-            name, item = self._wanted.get()
+            item = self._wanted.get()
             with contextlib.suppress(Exception):
                 self._fetch(item)
-            self._waiting.discard(name)
+            self._waiting.discard(item)

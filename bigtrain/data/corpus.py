@@ -6,13 +6,14 @@ A split is a row of shards, each holding whole documents; samples never cross a 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.index import CorpusIndex, SplitRecord, check_size, read_index, verify_file
 from bigtrain.data.order import derive_key, mix64
+from bigtrain.data.remote import ShardCache
 from bigtrain.errors import DataError, ShardError
 from bigtrain.files import FileRecord
 from bigtrain.log import get_logger
@@ -20,36 +21,16 @@ from bigtrain.log import get_logger
 SplitName = Literal["train", "validation"]
 
 
-class Split(Protocol):
-    """Shards of tokens; what the loader needs to know of data."""
+class LocalFiles:
+    """Files of a prepared corpus in a directory; those of a remote one are a :class:`ShardCache`."""
 
-    name: str
-    fingerprint: str
-    is_remote: bool
-    """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
-    shard_tokens: NDArray[np.int64]
-    """Number of tokens of each shard, int64 ``(num_shards,)``."""
-    counts_all: bool
-    """Whether every token counts as a target, and will whatever becomes of the shards."""
+    max_bytes = None
+    """How much is at hand at a time: everything."""
 
-    def documents(self, shard: int) -> NDArray[np.int64]:
-        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``."""
-
-    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
-        """Return the tokens of a shard, uint16 or uint32 ``(n,)``; do not keep it for longer than it is needed."""
-
-    def counted(self, shard: int) -> NDArray[np.uint8] | None:
-        """Return uint8 ``(n,)``, 1 where a token counts as a target, or None when all do."""
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Begin to fetch ``shards`` in the background, in this order; nothing to do for local ones."""
-
-
-class Files(Protocol):
-    """Where the files of a corpus are: a local directory or a cache of a remote one."""
-
-    max_bytes: int | None
-    """How much is at hand at a time; None: everything, nothing has to be fetched."""
+    def __init__(self, directory: Path, *, verify: bool) -> None:
+        """Take the files from ``directory``; ``verify`` compares the hash of each whenever it is opened."""
+        self.directory = directory
+        self._verify = verify
 
     def open(self, file: FileRecord) -> BinaryIO:
         """Return a file, open for reading, with just the content of its record.
@@ -58,26 +39,6 @@ class Files(Protocol):
             ShardError: it is missing or damaged and stays so.
             DataError: it cannot be read for another reason.
         """
-
-    def holds(self, file: FileRecord) -> bool:
-        """Return whether the file is at hand."""
-
-    def prefetch(self, files: Sequence[FileRecord]) -> None:
-        """Begin to fetch ``files`` in the background."""
-
-
-class LocalFiles:
-    """Files of a prepared corpus in a directory."""
-
-    max_bytes = None
-
-    def __init__(self, directory: Path, *, verify: bool) -> None:
-        """Take the files from ``directory``; ``verify`` compares the hash of each when it is first opened."""
-        self.directory = directory
-        self._verify = verify
-
-    def open(self, file: FileRecord) -> BinaryIO:
-        """See :class:`Files`."""
         path = self.directory / file.name
         check_size(self.directory, file)
         try:
@@ -87,19 +48,12 @@ class LocalFiles:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
 
-    def holds(self, file: FileRecord) -> bool:
-        """See :class:`Files`."""
-        return True
-
-    def prefetch(self, files: Sequence[FileRecord]) -> None:
-        """Do nothing."""
-
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """A prepared corpus."""
 
-    files: Files
+    files: LocalFiles | ShardCache
     """Where it lies."""
     index: CorpusIndex
     """What is in it."""
@@ -110,9 +64,8 @@ class Corpus:
     def open(cls, directory: str | Path, *, vocab_size: int, skip_bad_shards: bool = False) -> "Corpus":
         """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
 
-        Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are
-        not read (:func:`bigtrain.data.index.verify_hashes` does that). With ``skip_bad_shards``, each
-        shard is compared with its hash when it is first read.
+        Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are not read. With
+        ``skip_bad_shards``, each shard is compared with its hash when it is first read.
 
         Raises:
             DataError: a file is missing or damaged, or the tokenizer has more ids than the model.
@@ -147,7 +100,7 @@ def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
 
 
 class TokenSplit:
-    """Shards in memory."""
+    """Shards in memory; see :class:`FileSplit`."""
 
     is_remote = False
 
@@ -167,22 +120,20 @@ class TokenSplit:
         self._documents = documents or [np.array([0, len(shard)]) for shard in self._shards]
         self._counted = counted or [None] * len(self._shards)
         self.shard_tokens = np.array([len(shard) for shard in self._shards], dtype=np.int64)
-        self.counts_all = all(shard is None for shard in self._counted)
+        self.has_answers = any(shard is not None for shard in self._counted)
+        self.counts_all = not self.has_answers
 
     def documents(self, shard: int) -> NDArray[np.int64]:
-        """See :class:`Split`."""
+        """See :class:`FileSplit`."""
         return self._documents[shard]
 
     def read(self, shard: int) -> NDArray[np.unsignedinteger]:
-        """See :class:`Split`."""
+        """See :class:`FileSplit`."""
         return self._shards[shard]
 
     def counted(self, shard: int) -> NDArray[np.uint8] | None:
-        """See :class:`Split`."""
+        """See :class:`FileSplit`."""
         return self._counted[shard]
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Do nothing."""
 
 
 class FileSplit:
@@ -193,14 +144,19 @@ class FileSplit:
         self.name = name
         self.fingerprint = corpus.fingerprint
         self.is_remote = corpus.files.max_bytes is not None
+        """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
         self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
+        """Number of tokens of each shard, int64 ``(num_shards,)``."""
         self.skipped: set[int] = set()
         """Shards that could not be had so far and whose tokens do not count."""
         self._records = record.shards
         self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
         self._files = corpus.files
         self._skips = corpus.skip_bad_shards
-        self.counts_all = not self._skips and all(shard.counted is None for shard in record.shards)
+        self.has_answers = any(shard.counted for shard in record.shards)
+        """Whether there are tokens that do not count as targets."""
+        self.counts_all = not self._skips and not self.has_answers
+        """Whether every token counts as a target, and will whatever becomes of the shards."""
         self._open: dict[str, tuple[FileRecord, NDArray]] = {}
 
     @property
@@ -212,7 +168,7 @@ class FileSplit:
         return self._files.max_bytes // max(largest, 1)
 
     def documents(self, shard: int) -> NDArray[np.int64]:
-        """See :class:`Split`.
+        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``.
 
         Raises:
             DataError: the file cannot be fetched or is damaged; it is never skipped, for samples may depend on it.
@@ -228,7 +184,7 @@ class FileSplit:
         return offsets
 
     def read(self, shard: int) -> NDArray[np.unsignedinteger]:
-        """See :class:`Split`.
+        """Return the tokens of a shard, uint16 or uint32 ``(n,)``; do not keep it for longer than it is needed.
 
         Raises:
             ShardError: the shard is missing or damaged for good; unless such shards are skipped: then zeros.
@@ -238,7 +194,7 @@ class FileSplit:
         return self._nothing(shard, self._dtype) if tokens is None else tokens
 
     def counted(self, shard: int) -> NDArray[np.uint8] | None:
-        """See :class:`Split`; none of a skipped shard.
+        """Return uint8 ``(n,)``, 1 where a token counts as a target, or None when all do; none of a skipped shard does.
 
         Raises:
             DataError: what :meth:`read` raises.
@@ -251,7 +207,7 @@ class FileSplit:
         return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """See :class:`Split`."""
+        """Begin to fetch ``shards``, if they are remote, in the background and in this order."""
         self._files.prefetch([file for shard in shards for file in self._records[shard].files])
 
     def _nothing(self, shard: int, dtype: np.dtype) -> NDArray:
@@ -290,7 +246,7 @@ class SyntheticSplit:
     """Tokens lie in ``[0, vocab_size)``."""
     is_ragged: bool
     """Count only the first targets of each sample, a different number in each (at least one)."""
-    is_remote = False
+    is_remote = has_answers = False
 
     @property
     def fingerprint(self) -> str:
@@ -318,3 +274,6 @@ class SyntheticSplit:
     def _hash(self, values: NDArray[np.int64]) -> NDArray[np.uint64]:
         key = derive_key(*self.name.encode())
         return mix64(mix64(values.astype(np.uint64)) ^ np.uint64(key))
+
+
+Split = TokenSplit | FileSplit | SyntheticSplit

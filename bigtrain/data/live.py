@@ -7,6 +7,7 @@ training does not feel it, and the others read them; what a kill interrupts is m
 
 import hashlib
 import json
+import os
 import time
 import zipfile
 import zlib
@@ -26,7 +27,7 @@ from bigtrain.data.quality import rejection
 from bigtrain.data.records import document_fields
 from bigtrain.data.remote import patiently
 from bigtrain.data.sources import Part, SourceFile, read_part, source_fingerprint
-from bigtrain.data.tokenise import SPLITS, Coding, TokenBuffer, encoder, split_of
+from bigtrain.data.tokenise import SPLIT_BY, SPLITS, Coding, TokenBuffer, encoder, split_of
 from bigtrain.data.workers import Helpers
 from bigtrain.errors import DataError, UnreachableError
 from bigtrain.log import get_logger
@@ -53,6 +54,8 @@ class PartTokens(NamedTuple):
     """1 where a token counts as a target, ``(n,)``; None when all do."""
     left_out: NDArray[np.int64]
     """Documents of the part, of both splits: empty, left out by a filter, repaired."""
+    num_bytes: int
+    """Size of the part, both splits, in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer
         config.content.name,
         document_fields(config),
         to_dict(config.filters),
-        config.validation_fraction,
+        [SPLIT_BY, config.validation_fraction],
     ]
     sizes = {str(file.path): file.path.stat().st_size for file in files}
     # How large the shards of a streamed dataset are is not known, but they are seldom small.
@@ -123,8 +126,7 @@ class _Task(NamedTuple):
     """One part to be tokenised, for a helper."""
 
     name: str
-    cache: Path
-    max_bytes: int
+    cache: NodeCache
     config: DataConfig
     part: Part
     sizes: list[int]
@@ -144,8 +146,10 @@ class LiveParts:
         """
         plan = read_plan(directory)
         self.fingerprint = plan.fingerprint
-        self.num_parts, self.window_parts = len(plan.parts), plan.window_parts
-        self.counts_all = config.content is Content.text
+        self.num_parts = len(plan.parts)
+        self.window_parts = config.shuffle_window_shards or plan.window_parts
+        """Parts that are shuffled together."""
+        self.has_answers = config.content is not Content.text
         self._plan = plan
         self._directory = directory
         self._config = config
@@ -179,8 +183,21 @@ class LiveParts:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Begin to tokenise parts in this order; what goes wrong is left to :meth:`load`."""
-        names = {self._name(number): number for number in numbers}
-        self._ahead.want({name: number for name, number in names.items() if not self._cache.holds(name)})
+        self._ahead.want(number for number in numbers if not self._cache.holds(self._name(number)))
+
+    def require_room(self, window: Sequence[PartTokens]) -> None:
+        """Refuse a window that does not fit into the cache: its parts would be tokenised again and again.
+
+        Raises:
+            DataError: it does not.
+        """
+        num_bytes = sum(part.num_bytes for part in window)
+        if num_bytes > self._cache.max_bytes:
+            raise DataError(
+                f"data.cache_gib={self._config.cache_gib}: too small for the tokens of the {len(window)} parts of "
+                f"{self._config.path} that are shuffled at a time; use at least {1.1 * num_bytes / 2**30:.2g} or a smaller "
+                "data.shuffle_window_shards"
+            )
 
     def _name(self, number: int) -> str:
         return f"{self._index.identity[:32]}-{number}"
@@ -189,8 +206,7 @@ class LiveParts:
         part = self._plan.parts[number]
         task = _Task(
             name=self._name(number),
-            cache=self._cache.directory,
-            max_bytes=self._cache.max_bytes,
+            cache=self._cache,
             config=self._config,
             part=part,
             sizes=[self._plan.sizes[str(file.path)] for file in part.files],
@@ -212,8 +228,7 @@ def make_part(task: _Task) -> None:
     Raises:
         DataError: what the source raises; it is not what it was; the cache cannot be written.
     """
-    cache = NodeCache(task.cache, task.max_bytes)
-    with explained(task.cache), cache.making(task.name, 0, wait=False) as handle:
+    with explained(task.cache.directory), task.cache.making(task.name, 0, wait=False) as handle:
         if handle is None:
             return
         where = f"data.path={task.config.path}"
@@ -249,8 +264,9 @@ def _tokenise(task: _Task) -> dict[str, NDArray]:
 def _read(handle: BinaryIO, split: str) -> PartTokens:
     """Read what :func:`make_part` has written; every array is compared with its checksum."""
     with np.load(handle, allow_pickle=False) as arrays:
-        counted = arrays.get(f"{split}.counted")
-        return PartTokens(arrays[f"{split}.tokens"], arrays[f"{split}.lengths"], counted, arrays["left_out"])
+        tokens, lengths, left_out = arrays[f"{split}.tokens"], arrays[f"{split}.lengths"], arrays["left_out"]
+        num_bytes = os.fstat(handle.fileno()).st_size
+        return PartTokens(tokens, lengths, arrays.get(f"{split}.counted"), left_out, num_bytes)
 
 
 def join(parts: Sequence[PartTokens], fingerprint: str, split: str) -> TokenSplit:

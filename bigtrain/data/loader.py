@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -20,7 +21,7 @@ from bigtrain.data.stream import SampleStream
 from bigtrain.errors import DataError
 
 _IDS_AT_ONCE = 4096
-_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 65_536, 64
+_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
 """Small steps are loaded several at a time: whenever this thread works, the one that trains waits for Python's lock."""
 
 
@@ -64,16 +65,16 @@ class TrainLoader:
         prefetch_steps: int,
         pin_memory: bool,
     ) -> None:
-        """Start to prepare ``prefetch_steps`` steps in the background.
+        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background.
 
         Args:
             stream: Where the samples are.
             global_batch_size: Samples per optimizer step over all ranks.
             micro_batch_size: Samples per micro-batch of this rank.
-            dp_rank: Position of this rank among those that split the data.
-            dp_size: Number of such ranks.
+            dp_rank: Position of this rank among the ``dp_size`` that split the data.
+            dp_size: See ``dp_rank``.
             start: Where to begin.
-            prefetch_steps: Steps kept ready, at least 1.
+            prefetch_steps: Steps kept ready.
             pin_memory: Put the batches into page-locked memory.
 
         Raises:
@@ -148,11 +149,8 @@ class TrainLoader:
             self._wanted.get()
 
     def _load_some(self) -> list[StepBatch]:
-        """Return the next steps; just the next one if the data ends, or a local shard is damaged, after it."""
-        try:
-            ids = self._ids(self._cursor.samples, self._steps_at_once)
-        except DataError:
-            ids = self._ids(self._cursor.samples, 1)
+        """Return the next steps; just the next one if a local shard is damaged after it."""
+        ids = self._ids(self._cursor.samples)
         self._stream.prefetch(self._cursor.samples)
         try:
             return self._load(self._cursor, ids)
@@ -168,15 +166,13 @@ class TrainLoader:
         num_targets, global_num_targets = self._count_targets(samples, len(ids))
         if self._pin_memory:
             samples = samples.pin_memory()
+        micro_batches = iter(samples.split(self._slices[0].stop - self._slices[0].start))
         batches = []
         for number, step_ids in enumerate(ids):
-            first = number * (mine.stop - mine.start) - mine.start
-            micro_batches = [samples.rows(first + part.start, first + part.stop) for part in self._slices]
+            own = list(islice(micro_batches, len(self._slices)))
             digest = chain_digest(cursor.digest, step_ids, self._stream.content)
             after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), digest)
-            batches.append(
-                StepBatch(cursor.step, micro_batches, num_targets[number], global_num_targets, cursor, after)
-            )
+            batches.append(StepBatch(cursor.step, own, num_targets[number], global_num_targets, cursor, after))
             cursor = after
         return batches
 
@@ -189,15 +185,16 @@ class TrainLoader:
         is_counted = samples.targets.numpy() != IGNORE_INDEX
         return np.count_nonzero(is_counted.reshape(num_steps, -1), axis=1).tolist(), None
 
-    def _ids(self, first: int, num_steps: int) -> NDArray[np.int64]:
-        """Return the samples of some steps, one row each, from a block of more: one by one costs more."""
-        count = num_steps * self._global_batch_size
-        if not self._block_first <= first <= self._block_first + len(self._block) - count:
-            num_blocks = 1 if self._stream.is_live else max(_IDS_AT_ONCE // count, 1)
-            end, data_end = first + num_blocks * count, self._stream.mixture.num_positions
-            end = end if data_end is None else max(min(end, data_end), first + count)
-            self._block_first, self._block = first, self._stream.ids(first, end - first)
-        return self._block[first - self._block_first :][:count].reshape(num_steps, -1)
+    def _ids(self, first: int) -> NDArray[np.int64]:
+        """Return the samples of the next steps, one row each, from a block of more: one by one costs more."""
+        size = self._global_batch_size
+        if not self._block_first <= first < self._block_first + len(self._block):
+            num_steps = 1 if self._stream.is_live else max(_IDS_AT_ONCE // size, self._steps_at_once)
+            try:
+                self._block_first, self._block = first, self._stream.ids(first, num_steps * size)
+            except DataError:  # near the end of the data
+                self._block_first, self._block = first, self._stream.ids(first, size)
+        return self._block[first - self._block_first :][: self._steps_at_once * size].reshape(-1, size)
 
 
 def validation_batches(

@@ -13,6 +13,7 @@ over any window its share is off by less than 1. Errors of a remainder go down t
 <= 1 + H_j-1 samples (H: harmonic numbers): less than 1 with two components, than 4 with eleven.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
@@ -79,7 +80,7 @@ class Mixture:
         Args:
             shares: Of the components, at least one.
             origin: Position at which the mixture begins, above 0 when it was changed during a run.
-            counts: Samples of each component that were drawn before ``origin``; by default none.
+            counts: Samples of each component that were drawn before; by default none.
 
         Raises:
             DataError: weights need more than 9 digits.
@@ -115,10 +116,13 @@ class Mixture:
         """
         if self.num_positions is not None and first + count > self.num_positions:
             raise DataError(f"the mixture has {self.num_positions} samples, not the {first + count} that are asked for")
+        if self.num_components == 1:
+            begin = self.counts(first)[0]
+            return np.zeros(count, dtype=np.int64), np.arange(begin, begin + count)
         positions = np.arange(first, first + count + 1, dtype=np.int64)
         counts = np.empty((self.num_components, count + 1), dtype=np.int64)
         segments = np.maximum(np.searchsorted(self._starts, positions, side="right") - 1, 0)
-        for number in np.unique(segments).tolist():
+        for number in range(int(segments[0]), int(segments[-1]) + 1):
             inside = segments == number
             counts[:, inside] = self._segments[number].counts_at(positions[inside])
         components = np.diff(counts).argmax(axis=0)
@@ -152,11 +156,7 @@ def weight_at(share: Share, position: int) -> float:
 
 
 def _integers(weights: list[float]) -> NDArray[np.int64]:
-    """Return the smallest integers in the proportions of decimal ``weights``.
-
-    Raises:
-        DataError: they are too large for exact arithmetic.
-    """
+    """Return the smallest integers in the proportions of decimal ``weights``; too large ones are a DataError."""
     exact = [Fraction(repr(weight)) for weight in weights]
     denominator = lcm(*(weight.denominator for weight in exact))
     integers = [int(weight * denominator) for weight in exact]
@@ -174,11 +174,4 @@ def _first_exhausted(segment: Segment, limits: NDArray[np.int64], end: int) -> i
         counts = segment.counts_at(np.array([position]))[:, 0]
         return bool(np.any((counts >= limits) & (segment.weights > 0)))
 
-    low, high = segment.start, end  # counts never fall: bisect
-    while low < high:
-        middle = (low + high) // 2
-        if is_exhausted(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return segment.start + bisect_left(range(segment.start, end), True, key=is_exhausted)  # counts never fall

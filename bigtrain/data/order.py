@@ -167,12 +167,12 @@ def sample_ids(first: int, count: int, num_samples: int, seed: int) -> NDArray[n
 def _by_epoch(
     first: int, count: int, num_samples: int, order_epoch: Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 ) -> NDArray[np.int64]:
-    positions = np.arange(first, first + count, dtype=np.int64)
-    epochs, offsets = np.divmod(positions, num_samples)
-    ids = np.empty_like(positions)
-    for epoch in np.unique(epochs).tolist():
-        inside = epochs == epoch
-        ids[inside] = order_epoch(offsets[inside], epoch)
+    ids, done = np.empty(count, dtype=np.int64), 0
+    while done < count:
+        epoch, begin = divmod(first + done, num_samples)
+        end = min(begin + count - done, num_samples)
+        ids[done : done + end - begin] = order_epoch(np.arange(begin, end, dtype=np.int64), epoch)
+        done += end - begin
     return ids
 
 

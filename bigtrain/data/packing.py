@@ -13,10 +13,8 @@ Either way a place in a sample belongs to the document of its *target*: the end-
 it. With a document mask, positions count from 0 at each document, and the model attends within a document only.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -29,24 +27,7 @@ from bigtrain.data.corpus import Split, SyntheticSplit
 _SHARDS_KEPT = 64
 
 
-class PackedSplit(Protocol):
-    """A split cut into samples."""
-
-    sequence_length: int
-    """Tokens per sample."""
-    shard_samples: NDArray[np.int64]
-    """Samples in each shard, int64 ``(num_shards,)``."""
-    is_full: bool
-    """Whether every place of every sample is known to be a target that counts."""
-
-    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
-        """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other."""
-
-    def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """Return the shard of a sample, and the document of each of its T places, -1 for padding."""
-
-
-def build_packing(split: Split, sequence_length: int, packing: Packing, document_mask: bool) -> PackedSplit:
+def build_packing(split: Split, sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
     """Cut ``split`` into samples of ``sequence_length`` tokens; with ``document_mask`` they have positions."""
     if isinstance(split, SyntheticSplit):
         return SyntheticSamples(split, sequence_length, document_mask)
@@ -65,8 +46,12 @@ def too_short(split: str, sequence_length: int, component: str = "") -> str:
 class _ShardedSamples:
     """What both kinds of packing have in common: ids are looked up shard by shard."""
 
+    shard_samples: NDArray[np.int64]
+    """Samples in each shard, int64 ``(num_shards,)``."""
+    is_full: bool
+    """Whether every place of every sample is known to be a target that counts."""
+
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
-        self.shard_samples: NDArray[np.int64]
         self._split = split
         # Read from a file every time, and needed for every batch.
         self._documents = lru_cache(maxsize=_SHARDS_KEPT)(split.documents)
@@ -75,7 +60,7 @@ class _ShardedSamples:
         self._pool = ArrayPool()
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
-        """See :class:`PackedSplit`."""
+        """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other."""
         shards, local = self._locate(sample_ids)
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
@@ -105,7 +90,7 @@ class ConcatSamples(_ShardedSamples):
         self.shard_samples = np.maximum(split.shard_tokens - 1, 0) // sequence_length
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """See :class:`PackedSplit`."""
+        """Return the document of each of the T places of a sample, numbered within its shard, -1 for padding."""
         (shard,), (local,) = self._locate(np.array([sample_id]))
         targets = local * self.sequence_length + 1 + np.arange(self.sequence_length)
         return np.searchsorted(self._documents(int(shard)), targets, side="right") - 1
@@ -161,7 +146,7 @@ class BestFitSamples(_ShardedSamples):
         self.shard_samples = np.fromiter(counts, dtype=np.int64, count=num_shards)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """See :class:`PackedSplit`."""
+        """See :class:`ConcatSamples`."""
         (shard,), (local,) = self._locate(np.array([sample_id]))
         plan = self._plan(int(shard))
         pieces = slice(plan.first_piece[local], plan.first_piece[local + 1])
@@ -215,7 +200,7 @@ class SyntheticSamples:
         self.is_full = not split.is_ragged
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
-        """See :class:`PackedSplit`."""
+        """See :class:`ConcatSamples`."""
         windows = self._split.gather(sample_ids, self.sequence_length)
         targets = windows[:, 1:].copy()
         is_counted = self._split.counted_targets(sample_ids, self.sequence_length)
@@ -225,7 +210,7 @@ class SyntheticSamples:
         return Samples(windows[:, :-1].copy(), targets, positions)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """See :class:`PackedSplit`."""
+        """See :class:`ConcatSamples`."""
         return np.zeros(self.sequence_length, dtype=np.int64)
 
 
@@ -290,42 +275,26 @@ def pack_best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64
     has_bins = np.zeros(capacity + 1, dtype=np.bool_)
     order = np.argsort(-lengths, kind="stable")
     num_bins = 0
-
-    def keep(bins: NDArray[np.int64], room: int) -> None:
-        if len(bins):
-            bins_by_room[room].append(bins)
-            has_bins[room] = True
-
-    cuts = np.flatnonzero(np.diff(lengths[order])) + 1
-    for pieces in np.split(order, cuts) if len(order) else []:
+    for pieces in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if len(order) else []:
         length = int(lengths[pieces[0]])
-        for room in (np.flatnonzero(has_bins[length:]) + length).tolist():
+        for room in [*(np.flatnonzero(has_bins[length:]) + length).tolist(), capacity]:
             if not len(pieces):
                 break
-            bins = np.concatenate(bins_by_room[room])
-            bins_by_room[room], has_bins[room] = [], False
-            pieces = _fill(bin_of_piece, pieces, bins, length, room, keep)
-        num_new = -(-len(pieces) // (capacity // length))
-        _fill(bin_of_piece, pieces, np.arange(num_bins, num_bins + num_new), length, capacity, keep)
-        num_bins += num_new
+            num_wanted = -(-len(pieces) // (room // length))
+            if has_bins[room]:
+                bins, others = np.split(np.concatenate(bins_by_room[room]), [num_wanted])
+                bins_by_room[room], has_bins[room] = [others], len(others) > 0
+            else:
+                bins = np.arange(num_bins, num_bins + num_wanted)
+                num_bins += num_wanted
+            places = np.repeat(np.arange(len(bins)), room // length)[: len(pieces)]
+            bin_of_piece[pieces[: len(places)]] = bins[places]
+            pieces = pieces[len(places) :]
+            left = room - length * np.bincount(places)
+            for new_room in np.unique(left).tolist():
+                bins_by_room[new_room].append(bins[left == new_room])
+                has_bins[new_room] = True
     return bin_of_piece
 
 
-def _fill(
-    bin_of_piece: NDArray[np.int64],
-    pieces: NDArray[np.int64],
-    bins: NDArray[np.int64],
-    length: int,
-    room: int,
-    keep: Callable[[NDArray[np.int64], int], None],
-) -> NDArray[np.int64]:
-    """Put pieces of one length into bins with the same room, one bin after the other; return those that are left."""
-    per_bin = room // length
-    num_full, rest = divmod(min(len(pieces), len(bins) * per_bin), per_bin)
-    num_placed = num_full * per_bin + rest
-    bin_of_piece[pieces[:num_placed]] = np.repeat(bins, per_bin)[:num_placed]
-    keep(bins[:num_full], room - per_bin * length)
-    if rest:
-        keep(bins[num_full : num_full + 1], room - rest * length)
-    keep(bins[num_full + (rest > 0) :], room)
-    return pieces[num_placed:]
+PackedSplit = ConcatSamples | BestFitSamples | SyntheticSamples

@@ -39,20 +39,14 @@ from bigtrain.data.index import (
     write_index,
 )
 from bigtrain.data.live import PLAN_FILE, cache_directory, write_plan
-from bigtrain.data.locks import locked
 from bigtrain.data.progress import reporter
 from bigtrain.data.records import Document, document_fields
-from bigtrain.data.remote import (
-    RemoteDirectory,
-    ShardCache,
-    fetch_index,
-    is_url,
-    read_remote_index,
-)
+from bigtrain.data.remote import RemoteDirectory, ShardCache, fetch_index, is_url, read_remote_index
 from bigtrain.data.sources import Part, read_part, source_fingerprint, source_parts
 from bigtrain.data.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
 from bigtrain.data.tokenise import (
     PARTS_DIRECTORY,
+    SPLIT_BY,
     SPLITS,
     Coding,
     cross_entropy_nats,
@@ -63,9 +57,10 @@ from bigtrain.data.tokenise import (
     write_shard,
 )
 from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, num_ids
-from bigtrain.data.workers import run_tasks
+from bigtrain.data.workers import Run, workers
 from bigtrain.errors import DataError
 from bigtrain.files import sync
+from bigtrain.locks import locked
 from bigtrain.log import get_logger
 from bigtrain.schema import to_dict
 
@@ -129,32 +124,26 @@ def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | 
         DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
     """
     skips = config.on_bad_shard is OnBadShard.skip
-    if not (config.source is DataSource.prepared and is_url(config.path)):
+    if config.source is DataSource.prepared and is_url(config.path):
+        corpus = _open_remote(config, vocab_size, skips)
+    else:
         corpus = Corpus.open(directory or config.path, vocab_size=vocab_size, skip_bad_shards=skips)
-        _require_bytes(config, corpus.index)
-        return corpus
+    name = corpus.index.tokenizer.name
+    if config.tokenizer == "bytes" and name != "bytes":
+        raise DataError(f"data.tokenizer=bytes, but {config.path} was prepared with {name}; leave data.tokenizer out")
+    return corpus
+
+
+def _open_remote(config: DataConfig, vocab_size: int, skip_bad_shards: bool) -> Corpus:
     remote = RemoteDirectory(config.path)
     # Not the copy that rank 0 has fetched, which may lie on the disk of another node.
     index = parse_index(read_remote_index(remote), remote.url)
     require_vocab(index, vocab_size, config.path)
-    _require_bytes(config, index)
-    corpus = Corpus(ShardCache(remote, cache_directory(config), int(config.cache_gib * 2**30)), index, skips)
-    for split in (corpus.split("train"), corpus.split("validation")):
-        if split.cache_shards < 2:
-            raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
+    cache = ShardCache(remote, cache_directory(config), int(config.cache_gib * 2**30))
+    corpus = Corpus(cache, index, skip_bad_shards)
+    if min(corpus.split(name).cache_shards for name in SPLITS) < 2:
+        raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
     return corpus
-
-
-def _require_bytes(config: DataConfig, index: CorpusIndex) -> None:
-    """Refuse a prepared corpus of other tokens for a run that wants bytes.
-
-    Raises:
-        DataError: which tokenizer it has.
-    """
-    if config.tokenizer == "bytes" and index.tokenizer.name != "bytes":
-        raise DataError(
-            f"data.tokenizer=bytes, but {config.path} was prepared with {index.tokenizer.name}; leave data.tokenizer out"
-        )
 
 
 # Where
@@ -177,7 +166,7 @@ def _locate(config: DataConfig) -> _Target:
         "content": [config.content.name, document_fields(config)] if has_fields else None,
         "streaming": config.streaming and config.source is DataSource.datasets,
         "filters": to_dict(config.filters),
-        "validation_fraction": config.validation_fraction,
+        "validation": [SPLIT_BY, config.validation_fraction],
         "shard_tokens": config.shard_tokens,
         "tokenizer": _tokenizer_facts(config),
     } | ({"on_the_fly": True} if is_live(config) else {})
@@ -217,11 +206,7 @@ def _check(directory: Path, config: DataConfig, identity: str | None = None) -> 
 
 
 def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
-    """Make ``directory`` appear with what ``fill`` writes into another one, unless somebody else does.
-
-    Raises:
-        DataError: it cannot be written.
-    """
+    """Make ``directory`` appear with what ``fill`` writes into another one, unless somebody else does."""
     work = directory.with_name(f".{directory.name}.partial")
     lock = work.with_suffix(".lock")
     try:
@@ -255,26 +240,25 @@ def _publish(work: Path, directory: Path) -> None:
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
     """Write tokenizer, tokens and report into ``work`` and return their index."""
     parts = source_parts(config)
-    num_processes = _num_processes(config, parts)
-    survey = _survey(config, parts, progress)
-    built = build_tokenizer(config, _read_sample(config, parts, survey, num_processes))
-    _begin_parts(work, built, parts)
-    with reporter("tokenising", survey.num_text_bytes, progress) as advance:
-        ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
-        coding = Coding(_is_fast_exact(config, built, ends), built.eos_id, survey.validation_bound)
-        tasks = (
-            (config, part, i, kept, coding, work) for i, (part, kept) in enumerate(zip(parts, survey.kept, strict=True))
-        )
-        for text_bytes in run_tasks(tokenise_part, tasks, num_processes):
-            advance(text_bytes)
-    vocab_size = num_ids(built.tokenizer)
-    train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, num_processes)
-    validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, num_processes)
+    with workers(_num_processes(config, parts)) as run:
+        survey = _survey(config, parts, progress, run)
+        built = build_tokenizer(config, _read_sample(config, parts, survey, run))
+        index = _begin(work, config, target, built)
+        _begin_parts(work, parts, index.tokenizer.file.xxh3)
+        with reporter("tokenising", survey.num_text_bytes, progress) as advance:
+            ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
+            coding = Coding(_is_fast_exact(config, built, ends), built.eos_id, survey.validation_bound)
+            chosen = enumerate(zip(parts, survey.kept, strict=True))
+            tasks = ((config, part, i, kept, coding, work) for i, (part, kept) in chosen)
+            for text_bytes in run(tokenise_part, tasks):
+                advance(text_bytes)
+        vocab_size = index.tokenizer.vocab_size
+        train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, run)
+        validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, run)
     train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
     validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
     shutil.rmtree(work / PARTS_DIRECTORY)
     _write_report(work, survey, train, validation)
-    index = _empty_index(work, config, target, built)
     return dataclasses.replace(
         index,
         num_empty_documents=survey.num_empty_documents,
@@ -290,15 +274,15 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     if not parts:
         raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
     built = build_tokenizer(config, ())
-    (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
-    index = _empty_index(work, config, target, built)
+    index = _begin(work, config, target, built)
     is_fast = _is_fast_exact(config, built, [read_part(config, parts[i]) for i in (0, -1)])
     fingerprint = write_plan(work, config, parts, index.tokenizer.file.xxh3, is_fast)
     return dataclasses.replace(index, live=LiveRecord(plan=record_file(work / PLAN_FILE), fingerprint=fingerprint))
 
 
-def _empty_index(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
-    """Return the index of a corpus whose tokenizer has been written."""
+def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
+    """Write the tokenizer; return the index of a corpus that has nothing else."""
+    (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
     vocab_size = num_ids(built.tokenizer)
     nothing = SplitRecord(shards=[], num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0)
     return CorpusIndex(
@@ -324,11 +308,10 @@ def _num_processes(config: DataConfig, parts: list[Part]) -> int:
     return min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
 
 
-def _survey(config: DataConfig, parts: list[Part], progress: bool) -> Survey:
+def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> Survey:
     """Read the source for the first time."""
     with reporter("reading", None, progress) as advance:
-        tasks = ((config, part) for part in parts)
-        survey = combine(config, run_tasks(survey_part, tasks, _num_processes(config, parts)), advance)
+        survey = combine(config, run(survey_part, ((config, part) for part in parts)), advance)
     _report_survey(survey)
     return survey
 
@@ -342,32 +325,29 @@ def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
     def texts() -> Iterator[str]:
         for config in sources:
             parts = source_parts(config)
-            yield from _read_sample(config, parts, _survey(config, parts, progress), _num_processes(config, parts))
+            with workers(_num_processes(config, parts)) as run:
+                yield from _read_sample(config, parts, _survey(config, parts, progress, run), run)
 
     def fill(work: Path) -> CorpusIndex:
-        built = build_tokenizer(sources[0], list(texts()))
-        (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
-        return _empty_index(work, sources[0], targets[0], built)
+        return _begin(work, sources[0], targets[0], build_tokenizer(sources[0], list(texts())))
 
     if not directory.exists():
         _make(directory, fill)
     return directory
 
 
-def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, num_processes: int) -> list[str]:
+def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, run: Run) -> list[str]:
     """Return the texts that a BPE is trained on."""
     wanted: dict[int, list[Piece]] = {}
     for piece in survey.bpe_sample:
         wanted.setdefault(piece.part, []).append(piece)
     tasks = ((config, parts[number], survey.kept[number], pieces) for number, pieces in wanted.items())
-    return list(chain.from_iterable(run_tasks(sample_texts, tasks, min(num_processes, len(wanted)))))
+    return list(chain.from_iterable(run(sample_texts, tasks)))
 
 
-def _begin_parts(work: Path, built: BuiltTokenizer, parts: list[Part]) -> None:
-    """Write the tokenizer; an earlier preparation's tokens stay if they are of the same parts and tokenizer."""
-    text = built.tokenizer.to_str(pretty=True)
-    (work / TOKENIZER_FILE).write_text(text, encoding="utf-8")
-    basis = work / PARTS_DIRECTORY / hashlib.sha256(f"{parts} {text}".encode()).hexdigest()
+def _begin_parts(work: Path, parts: list[Part], tokenizer_hash: str) -> None:
+    """Keep the tokens of an earlier preparation only if they are of the same parts and tokenizer."""
+    basis = work / PARTS_DIRECTORY / hashlib.sha256(f"{parts} {tokenizer_hash}".encode()).hexdigest()
     if not basis.exists():
         shutil.rmtree(work / PARTS_DIRECTORY, ignore_errors=True)
         basis.parent.mkdir()
@@ -395,24 +375,23 @@ def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterato
 
 
 def _join_split(
-    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, num_processes: int
+    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, run: Run
 ) -> tuple[SplitRecord, np.ndarray]:
     """Put the shards of a split together; return its record, without entropy, and how often each token occurs."""
     directories = [part_directory(work, number) for number in range(num_parts)]
     lengths = [np.load(directory / f"{split}.lengths.npy") for directory in directories]
-    text_bytes = sum(int(np.load(directory / "text_bytes.npy")[SPLITS.index(split)]) for directory in directories)
     has_counted = any((directory / f"{split}.counted").exists() for directory in directories)
     plans = plan_shards(split, lengths, config.shard_tokens)
     tasks = ((work, plan, vocab_size, has_counted) for plan in plans)
     counts, shards = np.zeros(vocab_size, dtype=np.int64), list[ShardRecord]()
-    for shard, shard_counts in run_tasks(write_shard, tasks, min(num_processes, len(plans))):
+    for shard, shard_counts in run(write_shard, tasks):
         shards.append(shard)
         counts += shard_counts
     record = SplitRecord(
         shards=shards,
         num_tokens=sum(shard.num_tokens for shard in shards),
         num_documents=sum(shard.num_documents for shard in shards),
-        num_text_bytes=text_bytes,
+        num_text_bytes=sum(int(np.load(path / "text_bytes.npy")[SPLITS.index(split)]) for path in directories),
         unigram_nats_per_token=0.0,
     )
     return record, counts

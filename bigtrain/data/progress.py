@@ -22,20 +22,14 @@ def reporter(title: str, total_bytes: int | None, progress: bool) -> Iterator[Ca
             task = bar.add_task(title, total=total_bytes)
             yield lambda num_bytes: bar.advance(task, num_bytes)
     else:
-        yield _Ticker(title, total_bytes).advance
+        done_bytes, due = 0, time.monotonic() + _REPORT_SECONDS
+        total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
 
+        def advance(num_bytes: int) -> None:
+            nonlocal done_bytes, due
+            done_bytes += num_bytes
+            if time.monotonic() >= due:
+                get_logger().info("%s: %.0f%s MB", title, done_bytes / 1e6, total)
+                due = time.monotonic() + _REPORT_SECONDS
 
-class _Ticker:
-    """Progress as a line of the log every ten seconds."""
-
-    def __init__(self, title: str, total_bytes: int | None) -> None:
-        self._title = title
-        self._total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
-        self._done_bytes = 0
-        self._due = time.monotonic() + _REPORT_SECONDS
-
-    def advance(self, num_bytes: int) -> None:
-        self._done_bytes += num_bytes
-        if time.monotonic() >= self._due:
-            get_logger().info("%s: %.0f%s MB", self._title, self._done_bytes / 1e6, self._total)
-            self._due = time.monotonic() + _REPORT_SECONDS
+        yield advance

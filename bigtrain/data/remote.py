@@ -92,8 +92,8 @@ class RemoteDirectory:
             content = fsspec.asyn.sync(
                 self._file_system.loop, read, path, start=start, end=end, timeout=REQUEST_SECONDS
             )
-        else:
-            content = self._file_system.cat_file(path, start=start, end=end)
+        else:  # such as hf://; others read ahead, and each range opens the file anew
+            content = self._file_system.cat_file(path, start=start, end=end, cache_type="none")
         if end is None or len(content) == end - start:
             return content
         if len(content) < end:
@@ -206,7 +206,7 @@ class ShardCache:
 
     def prefetch(self, files: Sequence[FileRecord]) -> None:
         """Begin to fetch ``files`` in this order; what goes wrong is left to :meth:`open`."""
-        self._ahead.want({file.xxh3: file for file in files if not self.holds(file)})
+        self._ahead.want(file for file in files if not self.holds(file))
 
     def _cached(self, file: FileRecord) -> BinaryIO | None:
         handle = self._cache.open(file.xxh3)

@@ -39,6 +39,7 @@ _SUFFIXES = {
 _PART_BYTES = 8 << 20
 _PART_ROWS = 8192
 _ROWS_PER_READ = 1024
+_SMALLEST_PIECE_CHARACTERS = 1024
 
 
 class SourceFile(NamedTuple):
@@ -84,16 +85,14 @@ def source_parts(config: DataConfig) -> list[Part]:
     parts, small, num_bytes = [], [], 0
     for file in _source_files(config):
         size = file.path.stat().st_size
-        if size >= _PART_BYTES and (ranges := _file_ranges(config.source, file, size)):
-            parts += [Part(tuple(small))] if small else []
-            parts += ranges
-            small, num_bytes = [], 0
-            continue
-        small.append(file)
-        num_bytes += size
-        if num_bytes >= _PART_BYTES:
+        ranges = _file_ranges(config.source, file, size) if size >= _PART_BYTES else []
+        if not ranges:
+            small.append(file)
+            num_bytes += size
+        if small and (ranges or num_bytes >= _PART_BYTES):
             parts.append(Part(tuple(small)))
             small, num_bytes = [], 0
+        parts += ranges
     return parts + ([Part(tuple(small))] if small else [])
 
 
@@ -125,9 +124,6 @@ def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
     for file in part.files:
         with _readable(file.path):
             yield from read(file, part, config)
-
-
-SMALLEST_PIECE_CHARACTERS = 1024
 
 
 def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
@@ -248,11 +244,11 @@ def _text_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterat
         )
     text, is_repaired = decode(raw)
     is_alone = config.path is not None and Path(config.path).is_file()
-    if not is_alone or len(text) < 2 * SMALLEST_PIECE_CHARACTERS:
+    if not is_alone or len(text) < 2 * _SMALLEST_PIECE_CHARACTERS:
         yield Document(file.name, text, is_repaired)
         return
     # One file alone leaves no documents to choose from for validation: its hundredths are.
-    start, size = 0, max(len(text) // 100, SMALLEST_PIECE_CHARACTERS)
+    start, size = 0, max(len(text) // 100, _SMALLEST_PIECE_CHARACTERS)
     while start < len(text):
         end = text.find("\n", start + size) + 1 or len(text)
         yield Document(f"{file.name}#{start}", text[start:end], is_repaired and start == 0)
@@ -270,9 +266,8 @@ def _jsonl_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterat
         while (part.stop is None or offset < part.stop) and (raw := lines.readline()):
             line, is_repaired = decode(raw)
             if line.strip():
-                document_id = f"{file.name}@{offset}"
                 try:
-                    yield record_document(config, document_id, _parse(line), is_repaired)
+                    yield record_document(config, f"{file.name}@{offset}", _parse(line), is_repaired)
                 except ValueError as error:
                     raise DataError(f"{file.path}:{_line_number(file.path, offset)}: {error}") from error
             offset += len(raw)
@@ -369,10 +364,7 @@ def _streamed_documents(config: DataConfig, shard: Any, part: Part, where: str) 
 
     try:
         for row, record in enumerate(shard):
-            try:
-                yield record_document(config, f"{part.start}:{row}", record, False)
-            except ValueError as error:
-                raise DataError(f"{where}: shard {part.start}, row {row}: {error}") from error
+            yield _row_document(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
 
@@ -413,10 +405,7 @@ def _batch_documents(config: DataConfig, batch: Any, first_row: int, prefix: str
 
     if config.content is not Content.text:
         for row, record in enumerate(batch.to_pylist(), start=first_row):
-            try:
-                yield record_document(config, f"{prefix}{row}", record, False)
-            except ValueError as error:
-                raise DataError(f"{where}: row {row}: {error}") from error
+            yield _row_document(config, f"{prefix}{row}", record, f"{where}: row {row}")
         return
     column = batch.column(0)
     try:
@@ -425,3 +414,10 @@ def _batch_documents(config: DataConfig, batch: Any, first_row: int, prefix: str
         raise DataError(f"{where}: the text column has type {column.type}, not text") from error
     for row, raw in enumerate(values, start=first_row):
         yield Document(f"{prefix}{row}", *decode(raw or b"", "utf-8"))
+
+
+def _row_document(config: DataConfig, document_id: str, row: dict[str, Any], where: str) -> Document:
+    try:
+        return record_document(config, document_id, row, False)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error

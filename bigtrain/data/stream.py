@@ -3,7 +3,7 @@
 A sample of the stream has one number: the components' samples are numbered on end, in the order of their names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bigtrain.config import ComponentConfig, DataConfig
 from bigtrain.cursor import Cursor, DataState, chain_digest
 from bigtrain.data.batch import ArrayPool, Batch, build_batch, gather_groups
-from bigtrain.data.component import Component, StoredSamples
+from bigtrain.data.component import StoredSamples
 from bigtrain.data.corpus import Split
 from bigtrain.data.live import LiveParts
 from bigtrain.data.mixture import Mixture, Share
@@ -31,65 +31,63 @@ class SampleStream:
     def __init__(
         self,
         name: str,
-        fingerprint: str,
-        cut: str,
-        components: Mapping[str, Component],
-        shares: Mapping[str, Share],
+        splits: Mapping[str, Split | LiveParts],
+        data: DataConfig,
         *,
-        sequence_length: int,
-        origin_samples: int = 0,
-        origin_counts: Mapping[str, int] | None = None,
-        skipped: Sequence[Sequence[int]] = (),
+        seed: int,
+        global_batch_size: int,
+        previous: DataState | None = None,
     ) -> None:
-        """Put the components together.
+        """Put the splits of all components together as ``data`` says.
 
         Args:
-            name: Of the split, for messages.
-            fingerprint: What the sample ids are numbers of, and in which proportions they are drawn.
-            cut: How documents become samples.
-            components: By name, in the order of their names.
-            shares: Of the components in the mixture.
-            sequence_length: Tokens per sample, for messages.
-            origin_samples: Position at which the mixture begins, above 0 when it was changed during a run.
-            origin_counts: Samples of each component that were drawn before; by default none.
-            skipped: Ranges of positions that the run leaves out; see :mod:`bigtrain.data.skips`.
+            name: Of the splits: ``train`` or ``validation``.
+            splits: Of the components, in the order of their names.
+            data: The resolved section.
+            seed: Seed of the order, the same for all components: each is ordered as if it were alone.
+            global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
+            previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
+                where it ends.
         """
         self.name = name
-        self.fingerprint = fingerprint
-        self.content = f"{' '.join(component.fingerprint for component in components.values())} {cut}"
-        """What the sample ids are numbers of, for the hash of all samples."""
-        self.components = dict(components)
-        self.skipped = [list(positions) for positions in skipped]
-        self.sequence_length = sequence_length
+        self.sequence_length: int = data.sequence_length
         """Tokens per sample."""
-        self._list = list(components.values())
+        self.components = {part: _samples(part, split, data, seed, previous) for part, split in splits.items()}
+        self._list = list(self.components.values())
+        self._live = {part: c for part, c in self.components.items() if isinstance(c, LiveSamples)}
+        self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
+        self._remote = [(i, part) for i, part in self._stored if part.split.is_remote]
+        self.is_live = bool(self._live)
+        """Whether samples are made on the fly, so that to know ids may mean to tokenise."""
+        self.is_remote = bool(self._remote)
+        """Whether shards may have to be fetched."""
         self.is_full = all(component.is_full for component in self._list)
         """Whether every place of every sample is known to be a target that counts."""
-        self._origin_samples = origin_samples
-        self._origin_counts = {key: (origin_counts or {}).get(key, 0) for key in components}
-        in_order = [shares[key] for key in components]
-        self.mixture = Mixture(in_order, origin=origin_samples, counts=list(self._origin_counts.values()))
+        self.has_answers = any(split.has_answers for split in splits.values())
+        """Whether there is text of which only the answers count."""
+        self.fingerprint = _fingerprint(splits, data)
+        """What the sample ids are numbers of, and in which proportions they are drawn."""
+        cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
+        self.content = f"{' '.join(component.fingerprint for component in self._list)} {cut}"
+        """What the sample ids are numbers of, for the hash of all samples."""
+        self.skipped = [list(positions) for positions in previous.skipped] if previous else []
+        """Ranges of positions that the run leaves out; see :mod:`bigtrain.data.skips`."""
+        self._origin_samples, origin_counts = _origin(splits, self.fingerprint, previous)
+        self._origin_counts = {key: origin_counts.get(key, 0) for key in splits}
+        shares = [
+            _share(data.mixture.get(key, ComponentConfig()), component.num_ids, global_batch_size)
+            for key, component in self.components.items()
+        ]
+        self.mixture = Mixture(shares, origin=self._origin_samples, counts=list(self._origin_counts.values()))
         sizes = np.array([component.num_ids for component in self._list], dtype=np.int64)
         self._ends = np.cumsum(sizes)
         self._begins = self._ends - sizes
         self._pool = ArrayPool()
-        self._live = {name: part for name, part in components.items() if isinstance(part, LiveSamples)}
-        self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
 
     @property
     def num_samples(self) -> int:
         """Different samples of all components, which no sample id reaches; there may be fewer that are made on the fly."""
         return int(self._ends[-1])
-
-    @property
-    def is_live(self) -> bool:
-        """Whether samples are made on the fly, so that to know ids may mean to tokenise."""
-        return bool(self._live)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether shards may have to be fetched."""
-        return any(part.split.is_remote for _, part in self._stored)
 
     @property
     def skipped_shards(self) -> list[tuple[int, int]]:
@@ -113,11 +111,12 @@ class SampleStream:
         """Return the samples at the positions ``[first, first + count)`` of the order."""
         components, indices = self.mixture.locate(first, count)
         ids = np.empty(count, dtype=np.int64)
-        for number in np.unique(components).tolist():
-            inside = components == number
-            # The indices of one component are consecutive.
-            chosen = self._list[number].ids(int(indices[inside][0]), int(inside.sum()))
-            ids[inside] = chosen + self._begins[number]
+        for number, num_drawn in enumerate(np.bincount(components).tolist()):
+            if num_drawn:
+                inside = components == number
+                # The indices of one component are consecutive.
+                chosen = self._list[number].ids(int(indices[inside.argmax()]), num_drawn)
+                ids[inside] = chosen + self._begins[number]
         return ids
 
     def gather(self, sample_ids: NDArray[np.int64]) -> Batch:
@@ -132,9 +131,8 @@ class SampleStream:
 
     def prefetch(self, samples: int) -> None:
         """Begin to fetch what is needed after the first ``samples`` of the run."""
-        remote = [(i, part) for i, part in self._stored if part.split.is_remote]
-        counts = self.mixture.counts(self._position(samples)) if remote else []
-        for i, part in remote:
+        counts = self.mixture.counts(self._position(samples)) if self.is_remote else []
+        for i, part in self._remote:
             part.prefetch(counts[i])
 
     def origin_of(self, sample_id: int) -> tuple[str, NDArray[np.int64]]:
@@ -155,12 +153,7 @@ class SampleStream:
             raise DataError(too_short(self.name, self.sequence_length, which))
 
     def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
-        """Refuse a run that is longer than its data.
-
-        Args:
-            start: Where it begins.
-            steps: Optimizer steps at which it ends.
-            global_batch_size: Samples per step.
+        """Refuse a run from ``start`` to ``steps`` that is longer than its data.
 
         Raises:
             DataError: for how many steps there is data.
@@ -214,54 +207,25 @@ class SampleStream:
         return chain_digest(state.previous_digest, ids, self.content) == state.digest
 
 
-def build_stream(
-    name: str,
-    splits: Mapping[str, Split | LiveParts],
-    data: DataConfig,
-    *,
-    seed: int,
-    global_batch_size: int,
-    previous: DataState | None = None,
-) -> SampleStream:
-    """Put the splits of all components together as ``data`` says.
-
-    Args:
-        name: Of the splits: ``train`` or ``validation``.
-        splits: By the names of the components.
-        data: The resolved section.
-        seed: Seed of the order, the same for all components: each is ordered as if it were alone.
-        global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
-        previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
-            where it ends.
-    """
-    components: dict[str, Component] = {}
-    for part, split in splits.items():
-        if isinstance(split, LiveParts):
-            components[part] = _live_samples(part, split, data, seed, previous)
-        else:
-            components[part] = StoredSamples(split, data, seed)
-    shares = {
-        part: _share(data.mixture.get(part, ComponentConfig()), component.num_ids, global_batch_size)
-        for part, component in components.items()
-    }
-    fingerprint = _fingerprint(splits, data)
-    origin: dict = {"skipped": previous.skipped} if previous else {}
-    if previous and previous.fingerprint == fingerprint:
-        origin |= {"origin_samples": previous.origin_samples, "origin_counts": previous.origin_counts}
-    elif previous:
-        same = {part for part, split in splits.items() if previous.fingerprints.get(part) == split.fingerprint}
-        counts = {part: count for part, count in previous.counts.items() if part in same}
-        origin_position = pieces(previous.samples, 1, previous.skipped)[0][0]
-        origin |= {"origin_samples": origin_position, "origin_counts": counts}
-    cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
-    return SampleStream(name, fingerprint, cut, components, shares, sequence_length=data.sequence_length, **origin)
+def _samples(
+    name: str, split: Split | LiveParts, data: DataConfig, seed: int, previous: DataState | None
+) -> StoredSamples | LiveSamples:
+    if not isinstance(split, LiveParts):
+        return StoredSamples(split, data, seed)
+    is_same = previous and previous.fingerprints.get(name) == split.fingerprint
+    return LiveSamples(split, data, seed=seed, place=previous.places.get(name) if is_same else None)
 
 
-def _live_samples(name: str, parts: LiveParts, data: DataConfig, seed: int, previous: DataState | None) -> LiveSamples:
-    is_same = previous and previous.fingerprints.get(name) == parts.fingerprint
-    place = previous.places.get(name) if is_same else None
-    window_parts = data.shuffle_window_shards or parts.window_parts
-    return LiveSamples(parts, data, window_parts=window_parts, seed=seed, place=place)
+def _origin(
+    splits: Mapping[str, Split | LiveParts], fingerprint: str, previous: DataState | None
+) -> tuple[int, dict[str, int]]:
+    """Return at which position the mixture begins, and how much of each component was drawn before."""
+    if previous is None:
+        return 0, {}
+    if previous.fingerprint == fingerprint:
+        return previous.origin_samples, previous.origin_counts
+    same = [part for part, split in splits.items() if previous.fingerprints.get(part) == split.fingerprint]
+    return pieces(previous.samples, 1, previous.skipped)[0][0], {part: previous.counts[part] for part in same}
 
 
 def _share(component: ComponentConfig, num_samples: int, global_batch_size: int) -> Share:

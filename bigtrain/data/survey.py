@@ -1,6 +1,5 @@
 """A first pass over the documents: how much there is, what is left out, which are for validation, a BPE's sample."""
 
-import hashlib
 import heapq
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -36,12 +35,10 @@ class Piece(NamedTuple):
 class PartSurvey:
     """What one part of the source holds; arrays have one entry for each candidate: not empty, past the filters."""
 
-    positions: NDArray[np.uint64]
-    """:func:`document_hash` of each."""
     sizes: NDArray[np.int64]
     """Size of each as UTF-8."""
     hashes: NDArray[np.uint64]
-    """Hash of each text, ``(N, 2)``."""
+    """:func:`content_hash` of each, ``(N, 2)``."""
     signatures: list[Any]
     """MinHash of each, if near duplicates are looked for."""
     num_empty: int
@@ -71,7 +68,7 @@ class Survey:
     num_repaired_documents: int = 0
     """Documents with text that was not valid UTF-8."""
     validation_bound: int = 0
-    """A document is for validation if its :func:`document_hash` is below this."""
+    """A document is for validation if the first number of its :func:`content_hash` is below this."""
     bpe_sample: list[Piece] = field(default_factory=list)
     """Up to 10 M characters of training text, spread over the corpus; only for ``bpe``."""
     kept: list[NDArray[np.bool_]] = field(default_factory=list)
@@ -103,7 +100,7 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
         DataError: what the source raises.
     """
     num_empty = num_repaired = 0
-    positions, sizes, hashes, signatures, ids, pieces = [], [], [], [], [], []
+    sizes, hashes, signatures, ids, pieces = [], [], [], [], []
     dropped: dict[str, Dropped] = {}
     duplicates = config.filters.duplicates
     for document in read_part(config, part):
@@ -117,8 +114,7 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
             continue
         if config.tokenizer == "bpe":
             texts = enumerate(cut(document.text))
-            pieces.append([(document_hash(f"{document.id} {number}"), len(text)) for number, text in texts])
-        positions.append(document_hash(document.id))
+            pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
         sizes.append(text_bytes)
         hashes.append(content_hash(document.text))
         if duplicates is not Duplicates.keep:
@@ -126,7 +122,6 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
         if duplicates is Duplicates.near:
             signatures.append(minhash(document.text))
     return PartSurvey(
-        positions=np.array(positions, dtype=np.uint64),
         sizes=np.array(sizes, dtype=np.int64),
         hashes=np.array(hashes, dtype=np.uint64).reshape(-1, 2),
         signatures=signatures,
@@ -157,8 +152,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
             survey.dropped.setdefault(reason, Dropped()).merge(dropped)
         parts.append(part)
         advance(int(part.sizes.sum()))
-    sizes = _join([part.sizes for part in parts], np.int64)
-    positions = _join([part.positions for part in parts], np.uint64)
+    sizes = np.concatenate([np.empty(0, np.int64), *(part.sizes for part in parts)])
     hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part.hashes for part in parts)])
     is_exact = exact_duplicates(hashes)
     is_dropped = _duplicates(config, parts, is_exact, sizes, survey.dropped)
@@ -166,12 +160,12 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     survey.num_documents = int((~is_dropped).sum())
     survey.num_text_bytes = int(sizes[~is_dropped].sum())
     survey.kept = np.split(~is_dropped, np.cumsum([len(part.sizes) for part in parts])[:-1])
-    if survey.num_documents < 2:
-        raise DataError(_too_few(config, survey))
-    kept = positions[~is_dropped]
+    places = np.unique(hashes[~is_dropped, 0])
+    if len(places) < 2:
+        raise DataError(_too_few(config, survey, len(places)))
     # In a small corpus chance may leave a split empty: the lowest goes to validation, the highest to training.
-    bound = max(int(config.validation_fraction * 2**64), int(kept.min()) + 1)
-    survey.validation_bound = min(bound, int(kept.max()))
+    bound = max(int(config.validation_fraction * 2**64), int(places[0]) + 1)
+    survey.validation_bound = min(bound, int(places[-1]))
     survey.bpe_sample = _choose_sample(parts, survey)
     return survey
 
@@ -203,15 +197,16 @@ def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
     return [
         piece
         for _, piece, _ in sorted(heap, reverse=True)
-        if int(parts[piece.part].positions[piece.document]) >= survey.validation_bound
+        if int(parts[piece.part].hashes[piece.document, 0]) >= survey.validation_bound
     ]
 
 
-def _too_few(config: DataConfig, survey: Survey) -> str:
+def _too_few(config: DataConfig, survey: Survey, num_different: int) -> str:
     reasons = ", ".join(f"{reason} {dropped.documents}" for reason, dropped in survey.dropped.items())
     left_out = f" (left out by data.filters: {reasons})" if reasons else ""
+    equal = ", equal ones counted once" if num_different < survey.num_documents else ""
     return (
-        f"data={config.source.name} data.path={config.path}: {survey.num_documents} document(s) with text{left_out}, but "
+        f"data={config.source.name} data.path={config.path}: {num_different} document(s) with text{left_out}{equal}, but "
         "training and validation need at least one each; cut the text into several files or jsonl lines"
     )
 
@@ -238,15 +233,6 @@ def _duplicates(
         reason = "exact_duplicate" if is_exact[i] else "near_duplicate"
         dropped.setdefault(reason, Dropped()).add(ids[i], int(sizes[i]))
     return is_dropped
-
-
-def _join(arrays: list[NDArray], dtype: type) -> NDArray:
-    return np.concatenate([np.empty(0, dtype), *arrays])
-
-
-def document_hash(document_id: str) -> int:
-    """Return a number in [0, 2**64) that decides the split of a document, whatever else the corpus holds."""
-    return int.from_bytes(hashlib.sha256(b"bigtrain split " + document_id.encode()).digest()[:8])
 
 
 def cut(text: str) -> Iterator[str]:

@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 from bigtrain.config import DataConfig
 from bigtrain.data.encoder import Encode, fast_encoder, slow_encoder
 from bigtrain.data.index import ShardRecord, record_file
+from bigtrain.data.quality import content_hash
 from bigtrain.data.records import Document
 from bigtrain.data.sources import Part
-from bigtrain.data.survey import cut, document_hash, kept_documents
+from bigtrain.data.survey import cut, kept_documents
 from bigtrain.data.tokenizer import load_tokenizer, num_ids
 from bigtrain.errors import DataError
 from bigtrain.schema import from_dict, to_dict
 
 PARTS_DIRECTORY = "parts"
 SPLITS = ("train", "validation")
+SPLIT_BY = "content"
+"""What decides about the split of a document; part of the identity of a corpus."""
 _PIECE_TOKENS = 1 << 24
 
 
@@ -38,7 +41,7 @@ class Coding(NamedTuple):
     eos_id: int
     """Token that ends a document."""
     validation_bound: int
-    """Documents with a lower hash are for validation."""
+    """Documents whose text has a lower hash are for validation."""
 
 
 def tokenise_part(
@@ -89,8 +92,8 @@ def _write_part(
 
 
 def split_of(document: Document, coding: Coding) -> str:
-    """Return the split of a document, which depends on nothing but its id and the share of the validation."""
-    return "validation" if document_hash(document.id) < coding.validation_bound else "train"
+    """Return the split of a document: equal texts are never on both sides, whatever else the corpus holds."""
+    return "validation" if content_hash(document.text)[0] < coding.validation_bound else "train"
 
 
 class TokenBuffer:

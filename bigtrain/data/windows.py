@@ -41,25 +41,14 @@ class LiveSamples:
     num_ids = 1 << 56
     """Sample ids are below this; how many samples there are is not known."""
 
-    def __init__(
-        self, parts: LiveParts, data: DataConfig, *, window_parts: int, seed: int, place: WindowPlace | None = None
-    ) -> None:
-        """Begin where a checkpoint stands, or at the beginning.
-
-        Args:
-            parts: Of the source.
-            data: How documents become samples.
-            window_parts: Parts in a window.
-            seed: Of the order.
-            place: See :meth:`place`.
-        """
+    def __init__(self, parts: LiveParts, data: DataConfig, *, seed: int, place: WindowPlace | None = None) -> None:
+        """Begin where a checkpoint stands, or at the beginning."""
         self.fingerprint = parts.fingerprint
-        self.is_full = parts.counts_all and data.packing is Packing.concat
+        self.is_full = not parts.has_answers and data.packing is Packing.concat
         self._parts = parts
         self._data = data
-        self._window_parts = window_parts
         self._seed = seed
-        self._windows_per_epoch = -(-parts.num_parts // window_parts)
+        self._windows_per_epoch = -(-parts.num_parts // parts.window_parts)
         self._first_window = place.window if place else 0
         self._begins = [place.first_sample if place else 0]
         """First sample of every window from ``_first_window`` on, as far as it is known."""
@@ -130,6 +119,7 @@ class LiveSamples:
         chosen = self._numbers(number)
         self._parts.prefetch([*chosen, *self._numbers(number + 1)])
         parts = [self._parts.load(part, "train") for part in chosen]
+        self._parts.require_room(parts)
         num_empty, num_filtered, num_repaired = np.sum([part.left_out for part in parts], axis=0).tolist()
         if num_empty or num_filtered or num_repaired:
             get_logger().info(
@@ -148,6 +138,6 @@ class LiveSamples:
     def _numbers(self, number: int) -> list[int]:
         """Return the parts of a window."""
         epoch, window = divmod(number, self._windows_per_epoch)
-        first = window * self._window_parts
-        places = np.arange(first, min(first + self._window_parts, self._parts.num_parts))
+        first = window * self._parts.window_parts
+        places = np.arange(first, min(first + self._parts.window_parts, self._parts.num_parts))
         return permute(places, self._parts.num_parts, derive_key(self._seed, epoch, -1)).tolist()

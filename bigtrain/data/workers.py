@@ -1,4 +1,4 @@
-"""One function over many tasks on all cores, results in order."""
+"""Functions over many tasks on all cores, results in order."""
 
 import multiprocessing
 import os
@@ -8,39 +8,34 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from bigtrain.errors import DataError
 from bigtrain.log import get_logger
 
-Task = TypeVar("Task", bound=tuple)
 Result = TypeVar("Result")
+Run = Callable[[Callable[..., Result], Iterable[tuple]], Iterator[Result]]
 
 
-def run_tasks(function: Callable[..., Result], tasks: Iterable[Task], num_processes: int) -> Iterator[Result]:
-    """Yield ``function(*task)`` for every task, in order; with one process, in this one.
+@contextmanager
+def workers(num_processes: int) -> Iterator[Run]:
+    """Give a function that yields ``function(*task)`` for every task, in order; with one process, in this one.
 
-    Args:
-        function: module-level function.
-        tasks: picklable arguments; read so far ahead as the processes need.
-        num_processes: worker processes; they end when this process does, however it ends.
+    Functions are module-level ones; tasks are picklable and read so far ahead as the processes need. The
+    processes end when this one does, however it ends.
 
     Raises:
-        DataError: what ``function`` raises, or that a worker was killed.
+        DataError: a worker was killed.
     """
     # Processes of a daemon (ranks that a test has started) are not allowed.
     if num_processes < 2 or multiprocessing.current_process().daemon:
-        yield from (function(*task) for task in tasks)
+        yield lambda function, tasks: (function(*task) for task in tasks)
         return
     pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_begin)
-    running: deque[Future[Result]] = deque()
     try:
-        for task in tasks:
-            running.append(pool.submit(function, *task))
-            if len(running) >= 2 * num_processes:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        yield partial(_run, pool, 2 * num_processes)
     except BrokenProcessPool as error:
         raise DataError(
             "a process that prepared data was killed, perhaps for want of memory; the same command goes on where it "
@@ -50,14 +45,25 @@ def run_tasks(function: Callable[..., Result], tasks: Iterable[Task], num_proces
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _run(
+    pool: ProcessPoolExecutor, most: int, function: Callable[..., Result], tasks: Iterable[tuple]
+) -> Iterator[Result]:
+    running: deque[Future[Result]] = deque()
+    for task in tasks:
+        running.append(pool.submit(function, *task))
+        if len(running) >= most:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
 class Helpers:
-    """Processes that work for the threads of this one; they are started when they are first needed."""
+    """Processes that work for the threads of this one; they are started when they are needed."""
 
     def __init__(self, num_processes: int | None) -> None:
         """Start up to ``num_processes``, by default 2."""
         self.num_processes = num_processes or 2
-        self._lock = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool = ProcessPoolExecutor(self.num_processes, multiprocessing.get_context("spawn"), initializer=_begin)
         self._here = multiprocessing.current_process().daemon
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -65,16 +71,13 @@ class Helpers:
 
         Where there can be none, and when one was killed, it is computed in this one: the run goes on.
         """
-        with self._lock:
-            if self._pool is None and not self._here:
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(self.num_processes, context, initializer=_begin)
         try:
-            return function(*args) if self._here else self._pool.submit(function, *args).result()
+            if not self._here:
+                return self._pool.submit(function, *args).result()
         except BrokenProcessPool:
             get_logger().warning("a helper process was killed, perhaps for want of memory; its work is now done here")
             self._here = True
-            return function(*args)
+        return function(*args)
 
 
 def _begin() -> None:

@@ -73,13 +73,20 @@ class Launch:
             self.signal.at_once = True
             self.signal.__enter__()
 
-    def supervise(self, launch_id: str, local_rank: int, save: Callable[[str], None] | None = None) -> None:
+    def supervise(
+        self,
+        launch_id: str,
+        local_rank: int,
+        save: Callable[[str], None] | None = None,
+        cache: Path | None = None,
+    ) -> None:
         """Let the heartbeat be seen; the first rank of each node starts the watchdog.
 
         Args:
             launch_id: the same on all ranks, and no other launch's.
             local_rank: rank on this node.
             save: what this process saves when it hangs, under a name, before it is ended; in a thread.
+            cache: where data is fetched for the ranks of this node; to wait for it is no hang.
         """
         hang_seconds = self.config.hang_seconds
         place = beats_directory(f"{launch_id}-{self.rank - local_rank}")
@@ -101,9 +108,16 @@ class Launch:
                 threading.Thread(target=self._answer, args=(question_path(place, self.rank), save), daemon=True).start()
             if local_rank == 0:
                 interval = min(0.5, hang_seconds / 8) if hang_seconds else 0.5
-                self._watchdog = start_watchdog(
-                    Watch(str(place), str(self.directory), self.attempt, interval, hang_seconds > 0)
+                watch = Watch(
+                    beats=str(place),
+                    run=str(self.directory),
+                    attempt=self.attempt,
+                    interval_seconds=interval,
+                    kills=hang_seconds > 0,
+                    cache=str(cache or ""),
+                    fetch_seconds=self.config.first_hang_seconds,
                 )
+                self._watchdog = start_watchdog(watch)
         except OSError as error:
             get_logger().warning(f"no watchdog on this node: {error}")
 

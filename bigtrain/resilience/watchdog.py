@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bigtrain.locks import is_locked
 from bigtrain.processes import start_beside
 from bigtrain.resilience.attempt import has_decided, has_failed
 from bigtrain.resilience.failures import Failure, describe, record_failures
@@ -30,6 +31,12 @@ STACKS_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 PATIENT_LOOKS = 3
 """So many looks may find that the run has failed before the ranks of this node, which may wait for ever, are ended."""
+FED_PHASES = ("starting", "data", "validation")
+"""In these a rank may wait for a file that is being fetched or tokenised."""
+FETCHING_FILE = ".fetching"
+"""Touched in the run's directory while a rank waits for such a file, and its node's watchdog with it."""
+FRESH_SECONDS = 30.0
+"""Since when that must have been touched to count; the clocks of the nodes may differ by as much."""
 SAVE_SECONDS = 3.0
 """How long a hung rank may take to save what it knows; one whose interpreter is stuck cannot."""
 _STOPPED, _DEAD = "Tt", "ZX"
@@ -47,6 +54,10 @@ class Watch:
     interval_seconds: float
     kills: bool
     """Whether hung ranks are killed; deaths are recorded in any case."""
+    cache: str = ""
+    """Directory in which files are fetched and tokenised for the ranks of this node; empty if there is none."""
+    fetch_seconds: float = 0.0
+    """A file of which nothing has come for so long is not waited for any more."""
 
 
 def start_watchdog(watch: Watch) -> "subprocess.Popen[bytes]":
@@ -95,10 +106,15 @@ def watch_node(watch: Watch) -> None:
         now_ns = time.monotonic_ns()
         if all(state[beat.rank] in _STOPPED for beat in living):
             resumed_ns = now_ns  # somebody has suspended the whole job, which is no hang
+        suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
+        is_stopped = state[suspect.rank] in _STOPPED
+        if not is_stopped and _is_fed(watch, suspect, now_ns):
+            resumed_ns = now_ns  # nor do those hang who wait for it
         late = [b for b in living if now_ns - max(b.since_ns, resumed_ns) > b.deadline_ns - b.since_ns]
-        if late and watch.kills:
-            suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
-            _end_hung(watch, suspect, living, stopped=state[suspect.rank] in _STOPPED)
+        if late and _is_fresh(Path(watch.run, FETCHING_FILE), FRESH_SECONDS):
+            resumed_ns = now_ns
+        elif late and watch.kills:
+            _end_hung(watch, suspect, living, stopped=is_stopped)
         if now_ns > next_look_ns and watch.kills:
             next_look_ns = now_ns + int(LOOK_SECONDS * 1e9)
             num_looks = num_looks + 1 if has_failed(Path(watch.run), watch.attempt) else 0
@@ -128,6 +144,24 @@ class Deaths:
             if file in ready:
                 os.close(file)
                 self._files[pid] = -1
+
+
+def _is_fed(watch: Watch, suspect: Beat, now_ns: int) -> bool:
+    """Return whether a rank, for which others may wait, waits for data that somebody is at; tell other nodes if so."""
+    if not watch.cache or suspect.phase not in FED_PHASES:
+        return False
+    files = Path(watch.cache).glob("*.partial")
+    is_fed = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
+    if is_fed and now_ns - suspect.since_ns > 1e9:
+        with contextlib.suppress(OSError):
+            Path(watch.run, FETCHING_FILE).touch()
+    return is_fed
+
+
+def _is_fresh(path: Path, seconds: float) -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime < seconds
+    return False
 
 
 def _progress(beat: Beat) -> tuple[int, int, int]:

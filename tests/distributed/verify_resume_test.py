@@ -86,7 +86,7 @@ def skipped_sample(config: TrainConfig) -> int:
         batches = load(self, cursor, ids)
         for batch in batches:
             if batch.step == 4:
-                (other,) = load(self, batch.after, self._ids(batch.after.samples, 1))
+                (other,) = load(self, batch.after, self._ids(batch.after.samples)[:1])
                 batch.micro_batches[0] = other.micro_batches[0]
         return batches
 

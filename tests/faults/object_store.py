@@ -20,6 +20,7 @@ class FaultyStore:
     """(pattern of the path, fault): the first that fits a download is used once."""
     seen: list[tuple[str, str]] = field(default_factory=list)
     """(path, fault or "") of every download."""
+    hang_seconds: float = 5.0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -32,7 +33,7 @@ class FaultyStore:
             start_response(f"{fault} Injected", [("Content-Length", "0")])
             return []
         if fault == "hang":
-            time.sleep(5)
+            time.sleep(self.hang_seconds)
         body = self.application(environ, start_response)
         if fault == "slow":
             return self._pieces(body, seconds=0.02)

@@ -35,7 +35,7 @@ from bigtrain.data.index import read_index
 from bigtrain.data.live import LiveParts, validation_split
 from bigtrain.data.loader import TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare
-from bigtrain.data.stream import build_stream
+from bigtrain.data.stream import SampleStream
 from bigtrain.data.workers import Helpers
 from bigtrain.errors import DataError, UnreachableError
 
@@ -82,7 +82,7 @@ def open_parts(config, helpers=HERE):
 
 def stream_of(config, previous=None, seed=3, **others):
     splits = {"data": open_parts(config), **others} if is_live(config) else others
-    return build_stream(
+    return SampleStream(
         "train", dict(sorted(splits.items())), config, seed=seed, global_batch_size=8, previous=previous
     )
 
@@ -258,7 +258,7 @@ def test_validation_documents_come_from_the_first_parts_only_as_far_as_needed(pl
     assert 40 <= len(some.read(0)) < len(everything.read(0))
     assert np.array_equal(some.read(0), everything.read(0)[: len(some.read(0))])
     assert len(validation_split(parts, num_tokens=0, sequence_length=T).read(0)) == 0
-    stream = build_stream("validation", {"data": everything}, config, seed=0, global_batch_size=4)
+    stream = SampleStream("validation", {"data": everything}, config, seed=0, global_batch_size=4)
     batches = validation_batches(stream, batches=2, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1)
     assert sum((batch.targets != IGNORE_INDEX).sum().item() for batch in batches) > 40
 
@@ -296,7 +296,7 @@ def test_the_next_window_is_tokenised_before_it_is_needed(tmp_path):
     write_texts(tmp_path / "text.jsonl")
     helpers = SimpleNamespace(num_processes=2, call=HERE.call)
     parts = open_parts(config_in(tmp_path), helpers)
-    stream = build_stream("train", {"data": parts}, config_in(tmp_path), seed=3, global_batch_size=8)
+    stream = SampleStream("train", {"data": parts}, config_in(tmp_path), seed=3, global_batch_size=8)
     component = stream.components["data"]
     stream.ids(0, 1)
     wanted = [parts._name(number) for window in (0, 1) for number in component._numbers(window)]
@@ -334,13 +334,28 @@ def test_what_a_killed_process_left_is_made_again(tmp_path):
     assert np.array_equal(parts.load(0, "train").tokens, good) and path.stat().st_size == len(content)
 
 
-def test_a_cache_that_holds_nothing_is_slow_but_right(tmp_path):
+def test_a_cache_has_to_hold_a_window(tmp_path):
     write_texts(tmp_path / "text.jsonl")
     config = config_in(tmp_path)
     expected = stream_of(config).ids(0, 60)
-    small = dataclasses.replace(config, cache_gib=1e-9, cache_directory=str(tmp_path / "small"))
-    assert stream_of(small).ids(0, 60).tolist() == expected.tolist()
-    assert len([path for path in (tmp_path / "small").iterdir() if path.suffix != ".lock"]) <= 1
+    sizes = [path.stat().st_size for path in (tmp_path / "data/cache").iterdir() if path.suffix != ".lock"]
+    room = dataclasses.replace(config, cache_gib=3 * max(sizes) / 2**30, cache_directory=str(tmp_path / "room"))
+    assert stream_of(room).ids(0, 60).tolist() == expected.tolist()
+    assert len(list((tmp_path / "room").iterdir())) < len(sizes)
+    small = dataclasses.replace(config, cache_gib=2 * min(sizes) / 2**30, cache_directory=str(tmp_path / "small"))
+    with pytest.raises(DataError, match=r"data\.cache_gib=.*: too small for the tokens of the 3 parts .* use at least"):
+        stream_of(small).ids(0, 1)
+
+
+def test_equal_documents_are_never_in_both_splits(tmp_path):
+    texts = [f"text number {i % 30}" for i in range(150)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parts, found = open_parts(config_in(tmp_path, validation_fraction=0.3)), {}
+    for split in ("train", "validation"):
+        tokens = np.concatenate([parts.load(number, split).tokens for number in range(parts.num_parts)])
+        found[split] = bytes(np.where(tokens == END, 0, tokens).astype(np.uint8)).decode().split("\0")[:-1]
+    assert sorted(found["train"] + found["validation"]) == sorted(texts) and found["validation"]
+    assert not set(found["train"]) & set(found["validation"])
 
 
 def killed(signal_number):

@@ -13,7 +13,7 @@ from bigtrain.cursor import Cursor
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
-from bigtrain.data.stream import build_stream
+from bigtrain.data.stream import SampleStream
 from bigtrain.errors import DataError
 
 T = 4
@@ -33,7 +33,7 @@ def counting_split(num_tokens):
 
 def stream_of(split, global_batch_size=4, **data):
     config = DataConfig(sequence_length=T, **data)
-    return build_stream(split.name, {"data": split}, config, seed=3, global_batch_size=global_batch_size)
+    return SampleStream(split.name, {"data": split}, config, seed=3, global_batch_size=global_batch_size)
 
 
 def loader(split, *, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1, first_step=0, prefetch_steps=2):

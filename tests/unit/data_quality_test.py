@@ -41,10 +41,10 @@ def config_of(tmp_path, records, **changes):
     )
 
 
-def texts_of(directory):
+def texts_of(directory, splits=("train", "validation")):
     corpus, tokenizer = Corpus.open(directory, vocab_size=257), load_tokenizer(directory)
     texts = []
-    for split in map(corpus.split, ("train", "validation")):
+    for split in map(corpus.split, splits):
         for shard in range(len(split.shard_tokens)):
             offsets = split.documents(shard)
             tokens = split.read(shard)
@@ -121,6 +121,21 @@ def test_without_filters_nothing_is_left_out(tmp_path):
     directory = prepare(config_of(tmp_path, [{"text": text} for text in texts]), progress=False)
     assert texts_of(directory) == sorted(texts)
     assert json.loads((directory / "report.json").read_text())["unique_share"] == pytest.approx(105 / 121)
+
+
+def test_equal_documents_are_never_in_both_splits(tmp_path):
+    texts = [prose(i % 40, 10) for i in range(200)]
+    config = config_of(tmp_path, [{"text": text} for text in texts])
+    directory = prepare(config, progress=False)
+    train, validation = (texts_of(directory, [split]) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(texts)
+    assert len(set(train)) > 5 and len(set(validation)) > 5, "otherwise this shows little"
+    assert not set(train) & set(validation)
+    # A part of the text has the same sides, as do other data sets of a mixture with the same texts.
+    few = config_of(tmp_path, [{"text": text} for text in texts[:17]], shard_tokens=1000)
+    directory = prepare(few, progress=False)
+    assert set(texts_of(directory, ["train"])) <= set(train)
+    assert set(texts_of(directory, ["validation"])) <= set(validation)
 
 
 def test_filters_that_leave_nothing_are_explained(tmp_path):

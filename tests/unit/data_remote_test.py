@@ -147,6 +147,66 @@ class Ranges(WholeFiles):
         super().send_header(keyword, value)
 
 
+HUB = "/datasets/somebody/corpus/resolve/main/shards/"
+
+
+class Hub(Ranges):
+    """A Hugging Face hub with a data set repository, so far as the file system of its package asks for it."""
+
+    def do_GET(self):
+        address = self.path.partition("?")[0]
+        if address.startswith("/api/datasets/somebody/corpus/tree/main/shards"):
+            files = [path for path in Path(self.directory).iterdir() if path.is_file()]
+            kind = {"type": "file", "oid": "0" * 40}
+            self.answer([kind | {"path": f"shards/{path.name}", "size": path.stat().st_size} for path in files])
+        elif address in ("/api/datasets/somebody/corpus", "/api/datasets/somebody/corpus/revision/main"):
+            self.answer({"id": "somebody/corpus", "sha": "0" * 40, "siblings": []})
+        elif address.startswith(HUB):
+            self.path = f"/{address.removeprefix(HUB)}"
+            SimpleHTTPRequestHandler.do_GET(self)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+    def do_POST(self):
+        assert self.path == "/api/datasets/somebody/corpus/paths-info/main"
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer([])  # asked for files that the listing does not have
+
+    def answer(self, value):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+
+def test_a_hugging_face_hub_is_read_by_ranges(store, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(remote_module, "RANGE_BYTES", 1500)
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=store)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", address)  # as HF_ENDPOINT does
+        config = DataConfig(
+            source=DataSource.prepared,
+            path="hf://datasets/somebody/corpus/shards",
+            cache_directory=str(tmp_path / "cache"),
+        )
+        prepare(config, progress=False)
+        split = open_corpus(config, vocab_size=257).split("train")
+        before = Hub.num_bytes
+        assert tokens_of(split) == local_tokens(store)
+        assert Hub.num_bytes - before == sum(shard.tokens.num_bytes for shard in read_index(store).train.shards)
+        for path in ("datasets/somebody/corpus/shards/elsewhere", "datasets/somebody/else"):
+            with pytest.raises(DataError, match=rf"hf://{path}: no prepared corpus here"):
+                prepare(dataclasses.replace(config, path=f"hf://{path}"), progress=False)
+        server.shutdown()
+
+
 @pytest.mark.parametrize("handler", [WholeFiles, Ranges])
 def test_a_web_server_will_do(prepared, tmp_path, monkeypatch, handler):
     monkeypatch.setattr(remote_module, "RANGE_BYTES", 1500)

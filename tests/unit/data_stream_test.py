@@ -7,16 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.checks import check_data
-from bigtrain.config import ComponentConfig, DataConfig, DataSource, Packing, WeightChangeConfig, component_data
+from bigtrain.config import (
+    ComponentConfig,
+    Content,
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    Packing,
+    TrainConfig,
+    WeightChangeConfig,
+    component_data,
+)
 from bigtrain.cursor import Cursor, chain_digest
 from bigtrain.data import open_streams
 from bigtrain.data.batch import IGNORE_INDEX
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.loader import TrainLoader, validation_batches
 from bigtrain.data.prepare import prepare, prepare_components
-from bigtrain.data.stream import build_stream
+from bigtrain.data.stream import SampleStream
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
+from bigtrain.run_data import remarks
 from bigtrain.schema import from_dict, to_dict
 
 T = 4
@@ -64,7 +75,7 @@ def topologies(draw, global_batch_size):
 
 
 def stream_of(data, splits, **kwargs):
-    return build_stream("train", splits, data, **{"seed": 1, "global_batch_size": 12} | kwargs)
+    return SampleStream("train", splits, data, **{"seed": 1, "global_batch_size": 12} | kwargs)
 
 
 def steps_of(data, splits, topology, start, num_steps, prefetch_steps=1):
@@ -199,7 +210,7 @@ def test_the_end_of_the_data_is_told_before_the_run_begins():
 
 def test_validation_takes_every_component():
     data, splits = two_components(a=1.0, b=0.5)
-    stream = build_stream("validation", splits, data, seed=1, global_batch_size=10)
+    stream = SampleStream("validation", splits, data, seed=1, global_batch_size=10)
     batches = validation_batches(stream, batches=2, global_batch_size=10, micro_batch_size=5, dp_rank=0, dp_size=1)
     firsts = [token for batch in batches for token in batch.tokens[:, 0].tolist()]
     assert firsts == [1000 * (i // 10) + T * 10 * (i % 10) for i in range(20)]
@@ -311,3 +322,33 @@ def test_components_share_one_tokenizer(tmp_path):
     assert opened(first, alike).num_samples > 0
     with pytest.raises(DataError, match=r"different tokenizers \(part0: .*, part1: bytes\)"):
         opened(first, other)
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_what_is_odd_but_not_wrong_is_said(tmp_path, on_the_fly):
+    pairs = [json.dumps({"prompt": f"{i}+{i}=", "answer": f"{2 * i}"}) + "\n" for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs))
+    data = DataConfig(
+        source=DataSource.jsonl,
+        path=str(tmp_path / "pairs.jsonl"),
+        root=str(tmp_path / "data"),
+        content=Content.pairs,
+        tokenizer="bytes",
+        sequence_length=16,
+        prepare_processes=1,
+        on_the_fly=on_the_fly,
+    )
+    directories = dict(prepare_components(data, progress=False))
+
+    def said(packing, **model):
+        changed = dataclasses.replace(data, packing=packing)
+        config = TrainConfig(data=changed, model=ModelConfig(**model))
+        stream = open_streams(changed, directories, vocab_size=config.model.vocab_size, seed=0, global_batch_size=4)[
+            "train"
+        ]
+        return [remark.partition(" ")[0].rstrip(",") for remark in remarks(config, stream)]
+
+    assert said(Packing.concat, vocab_size=384) == ["data.packing=concat"]
+    assert said(Packing.best_fit, vocab_size=384) == [], "257 ids, padded to a multiple of 128"
+    assert said(Packing.best_fit, vocab_size=385) == ["model.vocab_size=385"]
+    assert said(Packing.best_fit, vocab_size=50257, init_from="gpt2") == [], "its weights have so many"

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 # From the bottom up; a unit imports only from rows below its own.
 FLOORS = [
-    ["choices", "cursor", "errors", "files", "processes", "rank_info", "redact"],
+    ["choices", "cursor", "errors", "files", "locks", "processes", "rank_info", "redact"],
     ["schema"],
     ["config"],
     ["checks"],

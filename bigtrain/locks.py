@@ -25,12 +25,14 @@ def locked(path: Path, *, wait: bool) -> Iterator[BinaryIO | None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether some process or thread holds the lock of a file."""
-    with open(path, "r+b") as handle:  # NFS locks only what can be written
-        try:
+    """Return whether there is such a file, and some process or thread holds its lock."""
+    try:
+        with open(path, "r+b") as handle:  # NFS locks only what can be written
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
     return False
 
 
