@@ -6,6 +6,7 @@ its inverse (see ``schema.py``). ``checks.py`` fills in derived values and finds
 """
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from bigtrain.choices import (
     Activation,
@@ -41,6 +42,11 @@ class RunConfig:
     """End this launch, saved and resumable, after so many optimizer steps."""
     max_minutes: float | None = None
     """End this launch, saved and resumable, so early that its last save is done after so many minutes."""
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the run."""
+        return Path(self.root) / str(self.name)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Files that have to be the same later: what one holds, and that it is on the disk."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -41,3 +42,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, parts: Iterable[memoryview]) -> FileRecord:
+    """Write a new file, hashed on the way, so that it is on the disk.
+
+    Raises:
+        OSError: it exists, or could not be written, for instance because the disk is full.
+    """
+    digest, num_bytes = xxhash.xxh3_128(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for part in parts:
+            for start in range(0, len(part), PIECE_BYTES):
+                piece = part[start : start + PIECE_BYTES]
+                digest.update(piece)
+                num_bytes += len(piece)
+                while piece:
+                    piece = piece[os.write(descriptor, piece) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(name=path.name, num_bytes=num_bytes, xxh3=digest.hexdigest())

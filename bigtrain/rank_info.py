@@ -34,3 +34,8 @@ class RankInfo:
         """Put into the environment what libraries read there; launchers leave it out for a single process."""
         for name, value in (("RANK", self.rank), ("WORLD_SIZE", self.world_size), ("LOCAL_RANK", self.local_rank)):
             os.environ.setdefault(name, str(value))
+
+
+def only_zero_is_success() -> bool:
+    """Return whether the launcher would report a stop's own code as a failure, and --max-restarts undo the stop."""
+    return bool(os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"})

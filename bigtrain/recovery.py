@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bigtrain import log
 from bigtrain.checkpoint.loader import load_checkpoint
-from bigtrain.checkpoint.store import discard_after, find_checkpoints, read_run_state, step_of
+from bigtrain.checkpoint.store import discard_after, find_checkpoints, newest_step, read_run_state
 from bigtrain.config import TrainConfig
 from bigtrain.cursor import Cursor
 from bigtrain.data.stream import SampleStream
@@ -30,9 +30,10 @@ def claim(launch: Launch) -> None:
 
     def take() -> int:
         with writing(launch.directory):
-            return launch.claim(max(map(step_of, find_checkpoints(launch.directory)), default=0))
+            return launch.claim(newest_step(launch.directory))
 
-    launch.begin(on_rank0(take))
+    if launch.attempt == 0:
+        launch.begin(on_rank0(take))
 
 
 def fill_state(config: TrainConfig, engine: Engine, checkpoint: Path | None, info: RankInfo) -> Cursor:

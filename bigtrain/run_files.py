@@ -27,11 +27,6 @@ from bigtrain.telemetry.files import EVENTS_FILE, JsonLines
 CONFIG_FILE = "config.yaml"
 
 
-def run_directory(config: TrainConfig) -> Path:
-    """Return the directory of a run."""
-    return Path(config.run.root) / str(config.run.name)
-
-
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
     """Turn what the system refuses into a ConfigError that says what to do."""
@@ -113,7 +108,7 @@ def find_resume(config: TrainConfig) -> Path | None:
         CheckpointError: there is one where there must be none, none where there must be one, none that is
             whole, or one of another model.
     """
-    directory, resume, verify = run_directory(config), config.checkpoint.resume, config.checkpoint.verify
+    directory, resume, verify = config.run.directory, config.checkpoint.resume, config.checkpoint.verify
     while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)]):
         if resume == "never":
             raise CheckpointError(

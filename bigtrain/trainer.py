@@ -18,7 +18,7 @@ import torch.distributed as dist
 from bigtrain import __version__, log
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
-from bigtrain.config import Precision, Preflight, TrainConfig
+from bigtrain.config import Precision, TrainConfig
 from bigtrain.cursor import Cursor
 from bigtrain.data.loader import StepBatch
 from bigtrain.data.stream import SampleStream
@@ -26,20 +26,21 @@ from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_gr
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine, require_hardware
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, PreflightError, of_all_ranks
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, of_all_ranks
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.rank_info import RankInfo
 from bigtrain.recovery import claim, fill_state, go_back
 from bigtrain.redact import redact
+from bigtrain.resilience.agreement import StopAgreement
 from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
 from bigtrain.resilience.heartbeat import Heartbeat
 from bigtrain.resilience.launch import Launch
-from bigtrain.resilience.signals import StopAgreement, StopLimits, StopSignal
+from bigtrain.resilience.signals import StopLimits, StopSignal
 from bigtrain.resilience.stragglers import Straggler, Stragglers
 from bigtrain.run_data import cache_of, check_continuation, count_skipped_shards, open_data, train_loader
-from bigtrain.run_files import find_resume, keep_tokenizer, run_directory, write_config, writing
+from bigtrain.run_files import find_resume, keep_tokenizer, write_config, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import repair
@@ -98,7 +99,14 @@ def run(config: TrainConfig) -> int:
     precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
     require_hardware(precision, device)
-    check_memory(config, info, device)
+    report = preflight(
+        config,
+        world_size=info.world_size,
+        local_world_size=info.local_world_size,
+        device_type=device.type,
+        precision=config.engine.precision,
+    )
+    report.require(config.preflight, "goes on regardless")
     init_process_group(info, device)
     # Rank 0's configuration is the configuration of the run.
     config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
@@ -109,29 +117,8 @@ def run(config: TrainConfig) -> int:
     return code
 
 
-def check_memory(config: TrainConfig, info: RankInfo, device: torch.device) -> None:
-    """Estimate the memory of the run before anything is allocated.
-
-    Raises:
-        PreflightError: it does not fit and ``preflight`` is ``stop``.
-    """
-    report = preflight(
-        config,
-        world_size=info.world_size,
-        local_world_size=info.local_world_size,
-        device_type=device.type,
-        precision=config.engine.precision,
-    )
-    if report.fits:
-        return
-    message = "\n".join([report.table(), *report.suggestions()])
-    if config.preflight is Preflight.stop:
-        raise PreflightError(f"{message}\npreflight=warn goes on regardless")
-    log.get_logger().warning(message)
-
-
 def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
-    directory = run_directory(config)
+    directory = config.run.directory
     with Launch(directory, info.rank, config.supervision) as launch, explained(config, directory, info, device):
         end = _train_run(config, info, device, launch)
         launch.end(end.code, end.reason)
@@ -384,7 +371,7 @@ def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
     Raises:
         ConfigError: the directory cannot be written.
     """
-    directory = run_directory(config)
+    directory = config.run.directory
     with writing(directory):
         write_config(directory, config)
         if tokenizer:
@@ -401,8 +388,8 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
 
     def open_files() -> None:
         nonlocal recorder
-        with writing(run_directory(config)):
-            recorder = Recorder(config, run_directory(config), first_step, gauges(config, engine, stream))
+        with writing(config.run.directory):
+            recorder = Recorder(config, config.run.directory, first_step, gauges(config, engine, stream))
 
     on_rank0(open_files)
     return recorder

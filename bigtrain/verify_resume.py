@@ -33,7 +33,6 @@ from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import BigtrainError
 from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.run_data import prepare_data
-from bigtrain.run_files import run_directory
 from bigtrain.telemetry.files import read_jsonl
 from bigtrain.telemetry.recorder import METRICS_FILE
 
@@ -130,12 +129,11 @@ def verify_resume(
     _launch_and_kill(killed, plan, root)
     say(f"resumed        {_where(resumed, plan.resume_world_size)}: steps {plan.before + 1} to {last}")
     resumed_samples = _launch(resumed, plan.resume_world_size, root / "resumed.log", run=resume)
-    is_bitwise = (resumed.engine.kind, plan.resume_world_size) == (whole.engine.kind, plan.world_size)
     return _compare(
-        Outcome.read(run_directory(whole), whole_samples, last),
-        Outcome.read(run_directory(resumed), resumed_samples, last),
+        Outcome.read(whole.run.directory, whole_samples, last),
+        Outcome.read(resumed.run.directory, resumed_samples, last),
         plan,
-        is_bitwise=is_bitwise,
+        is_bitwise=(plan.resume_engine, plan.resume_world_size) == (config.engine.kind, plan.world_size),
     )
 
 
@@ -188,8 +186,8 @@ def _launch_and_kill(config: TrainConfig, plan: Plan, root: Path) -> None:
     except BigtrainError:
         if not (root / MARKER_FILE).exists():
             raise
-    found = find_checkpoints(run_directory(config))
-    expected = checkpoint_path(run_directory(config), plan.before)
+    found = find_checkpoints(config.run.directory)
+    expected = checkpoint_path(config.run.directory, plan.before)
     assert found == [expected], f"the killed launch left {found}, expected {expected}"
 
 
@@ -230,9 +228,9 @@ def _digest(tokens: torch.Tensor) -> str:
 def _die(config: TrainConfig, root: Path) -> None:
     """Wait until the checkpoint, which is written in the background, is complete, and end like a lost machine."""
     deadline = time.monotonic() + SAVE_TIMEOUT_SECONDS
-    while not find_checkpoints(run_directory(config)):
+    while not find_checkpoints(config.run.directory):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no checkpoint in {run_directory(config)} after {SAVE_TIMEOUT_SECONDS:.0f} seconds")
+            raise TimeoutError(f"no checkpoint in {config.run.directory} after {SAVE_TIMEOUT_SECONDS:.0f} seconds")
         time.sleep(0.01)
     (root / MARKER_FILE).touch()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -246,8 +244,7 @@ class Outcome:
     """What a run leaves."""
 
     metrics: dict[int, dict[str, Any]]
-    """Records of ``metrics.jsonl`` by step."""
-    samples: Samples
+    """Records of ``metrics.jsonl``, and the samples, by step."""
     state: RunState
     tensors: TensorReader
     """Of the last checkpoint."""
@@ -256,8 +253,9 @@ class Outcome:
     def read(run: Path, samples: Samples, last: int) -> "Outcome":
         """Read the files of a run that ends with step ``last``."""
         final = checkpoint_path(run, last)
-        metrics = {record["step"]: record for record in read_jsonl(run / METRICS_FILE)}
-        return Outcome(metrics, samples, read_run_state(final), TensorReader(final))
+        records = {record["step"]: record for record in read_jsonl(run / METRICS_FILE)}
+        metrics = {step: records.get(step, {}) | {"samples": samples.get(step)} for step in range(1, last + 1)}
+        return Outcome(metrics, read_run_state(final), TensorReader(final))
 
 
 def _compare(whole: Outcome, parts: Outcome, plan: Plan, *, is_bitwise: bool) -> Verdict:
@@ -275,26 +273,21 @@ def _compare(whole: Outcome, parts: Outcome, plan: Plan, *, is_bitwise: bool) ->
     ]
     checks, differences = [], []
     for name, steps, allowed in quantities:
-        found = {step: _difference(_value(whole, name, step), _value(parts, name, step)) for step in steps}
+        found = {step: _difference(whole.metrics[step].get(name), parts.metrics[step].get(name)) for step in steps}
         checks.append(Check(name, f"{steps[0]} to {steps[-1]}", max(found.values()), allowed))
         differences += [(step, name) for step in steps if found[step] > allowed]
     first = None
     if differences:
         step, name = min(differences, key=lambda difference: difference[0])
-        first = f"step {step}, {name}: {_contrast(_value(whole, name, step), _value(parts, name, step))}"
+        first = f"step {step}, {name}: {_contrast(whole.metrics[step].get(name), parts.metrics[step].get(name))}"
         if step <= plan.before:
             first += "; that is before the kill: this training does not give the same numbers twice by itself"
-    for name, prefix in (("weights", MODEL), ("optimizer state", OPTIMIZER)):
-        if is_bitwise or prefix == MODEL:
-            difference, key = _compare_tensors(whole.tensors, parts.tensors, prefix)
-            checks.append(Check(name, str(last), difference, NORM_FACTOR * tolerance))
-            if not checks[-1].holds and first is None:
-                first = f"step {last}, {name}: {key} differs"
+    for name, prefix in [("weights", MODEL), ("optimizer state", OPTIMIZER)][: 2 if is_bitwise else 1]:
+        difference, key = _compare_tensors(whole.tensors, parts.tensors, prefix)
+        checks.append(Check(name, str(last), difference, NORM_FACTOR * tolerance))
+        if not checks[-1].holds and first is None:
+            first = f"step {last}, {name}: {key} differs"
     return Verdict(checks, first, is_bitwise)
-
-
-def _value(outcome: Outcome, name: str, step: int) -> Any:
-    return outcome.samples.get(step) if name == "samples" else outcome.metrics.get(step, {}).get(name)
 
 
 def _difference(value: Any, other: Any) -> float:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import hydra_cli
 
 from bigtrain.checks import check, fit_micro_batch, ignored_settings
-from bigtrain.config import Precision, Preflight, TrainConfig
-from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, PreflightError
+from bigtrain.config import Precision, TrainConfig
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 from bigtrain.redact import redact
 
 if TYPE_CHECKING:
@@ -158,17 +158,12 @@ def run(job: tuple[SubmitConfig, list[str]]) -> int:
         ConfigError: there is no sbatch here.
     """
     config, training_args = job
-    report = preflight(config)
-    if not report.fits:
-        message = "\n".join([report.table(), *report.suggestions()])
-        if config.preflight is Preflight.stop:
-            raise PreflightError(f"{message}\npreflight=warn submits it regardless")
-        print(message, file=sys.stderr)
+    preflight(config).require(config.preflight, "submits it regardless")
     script = render(config, training_args, Path.cwd())
     if config.dry_run:
         print(script, end="")
         return EXIT_FINISHED
-    directory = Path(config.run.root) / str(config.run.name)
+    directory = config.run.directory
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "job.sbatch"
     path.write_text(script)
@@ -253,11 +248,10 @@ def sbatch_options(config: SubmitConfig, directory: Path) -> list[str]:
 
 def instructions(config: SubmitConfig, number: str) -> str:
     """Return how to watch, stop and continue job ``number``."""
-    directory = f"{config.run.root}/{config.run.name}"
     world_size, per_node = world(config.cluster)
     return f"""\
-job {number}: {config.run.name} on {config.cluster.num_nodes} x {per_node} = {world_size} ranks, in {directory}
-  watch               tail -F slurm-{number}.log {shlex.quote(directory)}/log/train.log
+job {number}: {config.run.name} on {config.cluster.num_nodes} x {per_node} = {world_size} ranks, in {config.run.directory}
+  watch               tail -F slurm-{number}.log {shlex.quote(str(config.run.directory))}/log/train.log
                       squeue --job={number}
   save and stop       scancel --batch --signal=TERM {number}
   save, queue again   scancel --batch --signal=USR1 {number}

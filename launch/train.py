@@ -4,11 +4,18 @@ import json
 import os
 from pathlib import Path
 
+from bigtrain.resilience.signals import EarlyStop
+
+early_stop = EarlyStop() if __name__ == "__main__" else None  # before what follows, which takes seconds
+
 import hydra_cli
 
+from bigtrain.checkpoint.store import newest_step
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_RESUMABLE, BigtrainError
+from bigtrain.rank_info import only_zero_is_success
 from bigtrain.redact import redact
+from bigtrain.resilience.attempt import record_early_stop
 
 HELP = """\
 Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
@@ -51,6 +58,9 @@ MOST_USED = [
 
 def run(config: TrainConfig) -> int:
     """Train, and leave the first cause of a fault where torchrun looks for it."""
+    directory = config.run.directory
+    if early_stop:
+        early_stop.leave_word = lambda reason: record_early_stop(directory, newest_step(directory), reason)
     # Only now: --help and configuration errors answer without torch.
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -75,8 +85,7 @@ def run(config: TrainConfig) -> int:
 
 def _code_for_launcher(code: int) -> int:
     """Return 0 for 75: torchrun and accelerate would report a failure, and torchrun's --max-restarts undo the stop."""
-    is_launched = os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
-    return EXIT_FINISHED if is_launched and code == EXIT_RESUMABLE else code
+    return EXIT_FINISHED if code == EXIT_RESUMABLE and only_zero_is_success() else code
 
 
 def _redact_file(path: str | None) -> None:

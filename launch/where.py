@@ -1,13 +1,13 @@
 """Say where a run lives: ``python launch/where.py +model=gpt_nano``; batch scripts ask before they start ranks."""
 
 import contextlib
-from pathlib import Path
 
 import hydra_cli
 
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FINISHED
-from bigtrain.resilience.attempt import wait_until_free
+from bigtrain.resilience.attempt import ATTEMPT_FILE, is_restart
+from bigtrain.resilience.hold import take_hold
 
 HELP = """\
 Check the settings of a training run, for the world size in WORLD_SIZE and LOCAL_WORLD_SIZE, and print the directory
@@ -23,9 +23,11 @@ Takes the settings of launch/train.py. Exit codes: 0, or 2 with every problem of
 
 def run(config: TrainConfig) -> int:
     """Print the directory, when the run is free."""
-    directory = Path(config.run.root) / str(config.run.name)
-    with contextlib.suppress(OSError):  # the run itself says what is wrong with its directory
-        wait_until_free(directory)
+    directory = config.run.directory
+    if (directory / ATTEMPT_FILE).exists():
+        # The run itself would wait too, but its refusal would reach the batch script as a fault of torchrun's.
+        with contextlib.suppress(OSError):  # the run itself says what is wrong with its directory
+            take_hold(directory / ATTEMPT_FILE, patient=is_restart()).release()
     print(directory)
     return EXIT_FINISHED
 

@@ -1,6 +1,15 @@
 """What all tests share."""
 
 import os
+import shutil
+
+from bigtrain import local_ranks
 
 # Small tensors gain nothing from threads, and threads of several ranks wait for each other on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Ranks are forked from a server, and need not import what it has imported. With a GPU, DeepSpeed would look for it there.
+local_ranks.PRELOAD = (*local_ranks.PRELOAD, "hydra", "bigtrain.trainer")
+if not shutil.which("nvidia-smi"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    local_ranks.PRELOAD = (*local_ranks.PRELOAD, "deepspeed")

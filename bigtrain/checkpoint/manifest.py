@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
-from bigtrain.files import PIECE_BYTES, FileRecord, hash_content
+from bigtrain.files import FileRecord, hash_content
 from bigtrain.schema import from_dict
 
 MANIFEST_FILE = "manifest.json"
@@ -239,15 +239,6 @@ def hash_file(path: Path) -> str:
     """Return the XXH3 128-bit hash of a file's content."""
     with path.open("rb", buffering=0) as file:
         return hash_content(file)
-
-
-def write_hashed(descriptor: int, data: memoryview, digest: "xxhash.xxh3_128") -> None:
-    """Write ``data`` to an open file and add it to ``digest``."""
-    for start in range(0, len(data), PIECE_BYTES):
-        piece = data[start : start + PIECE_BYTES]
-        digest.update(piece)
-        while piece:
-            piece = piece[os.write(descriptor, piece) :]
 
 
 def _require_damage(error: OSError, path: Path) -> None:

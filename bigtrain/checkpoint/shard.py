@@ -6,17 +6,15 @@ The layout is a length, a JSON header and raw memory, so any safetensors reader 
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 
-from bigtrain.checkpoint.manifest import Chunk, TensorRecord, write_hashed
+from bigtrain.checkpoint.manifest import Chunk, TensorRecord
 from bigtrain.errors import CheckpointError
-from bigtrain.files import FileRecord
+from bigtrain.files import FileRecord, write_durably
 
 DTYPES = {
     "F64": torch.float64,
@@ -71,16 +69,7 @@ def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[T
     prefix = len(encoded).to_bytes(8, "little") + encoded
     for record in records:
         record.chunks[0].start_byte += len(prefix)
-    digest = xxhash.xxh3_128()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        write_hashed(descriptor, memoryview(prefix), digest)
-        for piece in pieces:
-            write_hashed(descriptor, _bytes_of(piece.tensor), digest)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return FileRecord(name=path.name, num_bytes=len(prefix) + position, xxh3=digest.hexdigest()), records
+    return write_durably(path, [memoryview(prefix), *(_bytes_of(piece.tensor) for piece in pieces)]), records
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from bigtrain.checkpoint.manifest import (
     MANIFEST_FILE,
     RUN_STATE_FILE,
@@ -22,12 +20,11 @@ from bigtrain.checkpoint.manifest import (
     read_manifest,
     read_verified,
     verify_file,
-    write_hashed,
 )
 from bigtrain.config import Verify
 from bigtrain.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
-from bigtrain.files import FileRecord, sync
+from bigtrain.files import FileRecord, sync, write_durably
 from bigtrain.schema import from_dict
 
 MIN_KEPT = 2
@@ -101,6 +98,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def newest_step(run_directory: Path) -> int:
+    """Return the step of the newest complete checkpoint of a run; 0 if there is none."""
+    return max(map(step_of, find_checkpoints(run_directory)), default=0)
+
+
 def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
     """Return the run state of a checkpoint; it is verified, so that nothing else is ever used.
 
@@ -172,9 +174,9 @@ def commit(
     if problems := [problem for file in files if (problem := verify_file(partial, file, content=False))]:
         raise CheckpointError(f"{problems[0]}; all nodes must share the file system of run.root")
     text = json.dumps(dataclasses.asdict(run_state), indent=1).encode()
-    state_file = _write_durably(partial / RUN_STATE_FILE, text)
+    state_file = write_durably(partial / RUN_STATE_FILE, [memoryview(text)])
     manifest = Manifest(files=[*files, state_file], tensors=_merge(tensors))
-    _write_durably(partial / MANIFEST_FILE, encode_manifest(manifest))
+    write_durably(partial / MANIFEST_FILE, [memoryview(encode_manifest(manifest))])
     sync(partial)
     if final.exists():
         raise FileExistsError(f"{final} exists; a checkpoint is never overwritten")
@@ -222,11 +224,7 @@ def prune(run_directory: Path, keep: str) -> None:
     remove_leftovers(run_directory)
     found = find_checkpoints(run_directory)
     kept = {path for rule in keep.split(",") for path in _kept_by(rule.split(), found)} | set(found[-MIN_KEPT:])
-    for path in found:
-        if path not in kept:
-            # Deleting takes a while; what is half deleted must not look complete.
-            os.rename(path, path.with_name(f"{path.name}.deleting"))
-    remove_leftovers(run_directory)
+    _delete(run_directory, [path for path in found if path not in kept])
 
 
 def discard_after(run_directory: Path, step: int) -> None:
@@ -235,12 +233,16 @@ def discard_after(run_directory: Path, step: int) -> None:
     Raises:
         CheckpointError: one cannot be deleted.
     """
-    for path in find_checkpoints(run_directory):
-        if step_of(path) > step:
-            try:
-                os.rename(path, path.with_name(f"{path.name}.deleting"))
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be deleted: {error.strerror}") from error
+    try:
+        _delete(run_directory, [path for path in find_checkpoints(run_directory) if step_of(path) > step])
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be deleted: {error.strerror}") from error
+
+
+def _delete(run_directory: Path, checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        # Deleting takes a while; what is half deleted must not look complete.
+        os.rename(path, path.with_name(f"{path.name}.deleting"))
     remove_leftovers(run_directory)
 
 
@@ -276,14 +278,3 @@ def _best(found: list[Path]) -> list[Path]:
             if loss is not None and not math.isnan(loss):
                 losses[path] = loss
     return [*unreadable, *([min(losses, key=losses.__getitem__)] if losses else [])]
-
-
-def _write_durably(path: Path, data: bytes) -> FileRecord:
-    digest = xxhash.xxh3_128()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        write_hashed(descriptor, memoryview(data), digest)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return FileRecord(name=path.name, num_bytes=len(data), xxh3=digest.hexdigest())

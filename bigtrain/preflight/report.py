@@ -8,7 +8,9 @@ from enum import Enum
 from typing import Any
 
 from bigtrain.checks import FSDP_KINDS, check
-from bigtrain.config import ActivationCheckpointing, EngineKind, ModelConfig, ModelKind, Offload, TrainConfig
+from bigtrain.config import ActivationCheckpointing, EngineKind, ModelConfig, ModelKind, Offload, Preflight, TrainConfig
+from bigtrain.errors import PreflightError
+from bigtrain.log import get_logger
 from bigtrain.models.sizes import ModelSizes
 from bigtrain.preflight.estimate import COMPONENTS, Estimate, estimate
 from bigtrain.preflight.machine import Machine
@@ -59,6 +61,19 @@ class Report:
             device_type=self.machine.device_type,
             measured=self.measured,
         )
+
+    def require(self, wish: Preflight, advice: str) -> None:
+        """Do what ``preflight`` says of a run that does not fit.
+
+        Raises:
+            PreflightError: it does not fit and ``preflight`` is ``stop``.
+        """
+        if self.fits:
+            return
+        message = "\n".join([self.table(), *self.suggestions()])
+        if wish is Preflight.stop:
+            raise PreflightError(f"{message}\npreflight=warn {advice}")
+        get_logger().warning(message)
 
     def needed_bytes(self, guess: Estimate) -> tuple[int, int]:
         """Return what a rank needs of its device and, besides, of the host, with margin and reserve."""

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bigtrain.errors import (
     EXIT_NO_RESTART,
     EXIT_RESUMABLE,
     EXIT_USER_ERROR,
+    BigtrainError,
     NoRestartError,
 )
 from bigtrain.log import get_logger
@@ -33,13 +35,14 @@ FAILURE_FILE = "failure.json"
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
-def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) -> tuple[int, Hold]:
+def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, patient: bool) -> tuple[int, Hold]:
     """Take the run for this launch; rank 0 calls it.
 
     Args:
         directory: of the run; it exists.
         newest_step: step of the newest complete checkpoint, 0 if there is none.
         max_failed_attempts: so many launches in a row that failed without a new checkpoint are restarted.
+        patient: as :func:`bigtrain.resilience.hold.take_hold`.
 
     Returns:
         The number of this launch, from 1, and its hold.
@@ -49,7 +52,7 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) ->
         NoRestartError: a launcher has restarted this run, and it has failed too often without a new checkpoint.
         OSError: the directory cannot be written.
     """
-    hold = take_hold(directory / ATTEMPT_FILE, patient=is_restart())
+    hold = take_hold(directory / ATTEMPT_FILE, patient=patient)
     try:
         last = read_json(directory / ATTEMPT_FILE)
         number = int(last.get("attempt", 0)) + 1
@@ -76,14 +79,13 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int) ->
     return number, hold
 
 
-def wait_until_free(directory: Path) -> None:
-    """Wait for a launch that may be cut off to let go of the run, as a restart does.
-
-    Raises:
-        ConfigError: another launch has the run and is alive.
-    """
-    if (directory / ATTEMPT_FILE).exists():
-        take_hold(directory / ATTEMPT_FILE, patient=is_restart()).release()
+def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
+    """Leave the record of a launch that is stopped before it has taken the run, unless another one has it."""
+    with contextlib.suppress(OSError, BigtrainError):
+        directory.mkdir(parents=True, exist_ok=True)
+        number, hold = claim_run(directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, patient=False)
+        write_exit(directory, code=EXIT_RESUMABLE, reason=reason, step=newest_step, attempt=number)
+        hold.release()
 
 
 def holds(directory: Path, attempt: int) -> bool:

@@ -26,6 +26,7 @@ _WINDOW = 200  # durations of a phase that are remembered
 _MIN_SEEN = 3
 _RECOMPUTE_EVERY = 16
 _ENDING = PHASES.index("ending")
+_ENDING_SECONDS = 60.0  # ranks wait there until rank 0 has closed its files and dashboards, which takes up to 20 s
 
 
 class Heartbeat:
@@ -49,7 +50,7 @@ class Heartbeat:
         self._num_seen = [0] * len(PHASES)
         self._total_ns = [0] * len(PHASES)
         self._limits_ns = [self._first_ns] * len(PHASES)
-        self._limits_ns[_ENDING] = 5 * self._floor_ns
+        self._limits_ns[_ENDING] = max(5 * self._floor_ns, int(_ENDING_SECONDS * 1e9))
         self._phase, self._since_ns = 0, time.monotonic_ns()
         self._slots = _map(path)
         self._slots[0], self._slots[1] = os.getpid(), rank

@@ -23,8 +23,9 @@ from bigtrain.log import get_logger
 BEAT_SECONDS = 3.0
 LEASE_SECONDS = 30.0
 """A holder without a sign of life for so long is cut off."""
-PATIENCE_SECONDS = 180.0
-"""So long a restart waits for a holder that is alive: the watchdogs of its nodes may have to notice that others are gone."""
+PATIENCE_SECONDS = 600.0
+"""So long a restart waits for a holder that is alive: its watchdog may have to notice that other nodes are gone, which
+takes three times the longest phase."""
 _LOOK_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -127,10 +128,15 @@ def _lock(file: int, path: Path) -> bool:
 
 
 def _is_at(path: Path, file: int) -> bool:
+    # Opened, because a client of a file server may answer stat from its cache for a minute.
     try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
+        found = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
+    try:
+        return os.path.samestat(os.fstat(found), os.fstat(file))
+    finally:
+        os.close(found)
 
 
 def _replace(path: Path, content: bytes) -> None:

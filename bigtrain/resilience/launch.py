@@ -15,7 +15,15 @@ from typing import TextIO
 from bigtrain.config import SupervisionConfig
 from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError
 from bigtrain.log import get_logger
-from bigtrain.resilience.attempt import FAILURE_FILE, claim_run, has_decided, has_failed, read_json, write_exit
+from bigtrain.resilience.attempt import (
+    FAILURE_FILE,
+    claim_run,
+    has_decided,
+    has_failed,
+    is_restart,
+    read_json,
+    write_exit,
+)
 from bigtrain.resilience.failures import describe, failure_of, record_failures
 from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
 from bigtrain.resilience.hold import Hold
@@ -52,26 +60,24 @@ class Launch:
         self._watchdog: subprocess.Popen[bytes] | None = None
 
     def claim(self, newest_step: int) -> int:
-        """Take the run, on rank 0, and return :attr:`attempt` for the other ranks; a second call does nothing.
+        """Take the run, on rank 0, and return the number of this launch, from 1.
 
         Raises:
             ConfigError: another launch has the run.
             NoRestartError: the run has failed too often without a new checkpoint.
             OSError: the directory cannot be written.
         """
-        if self.attempt == 0:
-            number, self._hold = claim_run(
-                self.directory, newest_step=newest_step, max_failed_attempts=self.config.max_failed_attempts
-            )
-            return number
-        return self.attempt
+        limit = self.config.max_failed_attempts
+        number, self._hold = claim_run(
+            self.directory, newest_step=newest_step, max_failed_attempts=limit, patient=is_restart()
+        )
+        return number
 
     def begin(self, attempt: int) -> None:
         """Know, on every rank, that the run has been taken; from now on signals stop it in order."""
-        if self.attempt == 0:
-            self.attempt = attempt
-            self.signal.at_once = True
-            self.signal.__enter__()
+        self.attempt = attempt
+        self.signal.at_once = True
+        self.signal.listen()
 
     def supervise(
         self,
@@ -154,7 +160,6 @@ class Launch:
         elif error is not None:
             self._record(error)
         self.heartbeat.enter("ending")
-        self.signal.__exit__(kind, error, trace)
         # After a fault the run is held until the process ends: other ranks may still be there.
         if self._hold is not None and (error is None or isinstance(error, BigtrainError)):
             self._hold.release()

@@ -1,15 +1,18 @@
-"""Stopping: a wish to stop is noted, and all ranks agree on the step boundary at which they stop."""
+"""Stopping: signals, a file and a time limit become a wish to stop; before the run is taken, a signal ends it at once.
+
+Nothing slow is imported here: a process is to end in order from its first moments on.
+"""
 
 import contextlib
+import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from bigtrain.errors import StopError
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, StopError
+from bigtrain.rank_info import RankInfo, only_zero_is_success
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REASONS = (
@@ -25,10 +28,39 @@ FORCE_AFTER_SECONDS = 2.0
 """A launcher repeats the terminal's Ctrl-C at once; only a later one means that the user insists."""
 
 
-class StopSignal:
-    """From entering on, SIGINT, SIGTERM and SIGUSR1 set a flag instead of ending the process.
+class EarlyStop:
+    """From its making until :class:`StopSignal` listens, SIGINT, SIGTERM and SIGUSR1 end this process with the code of a stop.
 
-    Leaving puts the handlers back, unless a stop is wanted or something has failed.
+    There is nothing to save and nobody to agree with, and libraries that are being imported may swallow exceptions: the
+    process ends where it stands.
+    """
+
+    def __init__(self) -> None:
+        self.leave_word: Callable[[str], None] = lambda reason: None
+        """Records the stop for a reason; for a single process, once it is known where.
+
+        To one of several ranks SIGTERM may be the launcher's answer to another one, which has failed without a record.
+        """
+        self._pid = os.getpid()
+        for number in SIGNALS:
+            # A batch script lets ranks ignore a signal that it repeats until all of them have begun.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        info, reason = RankInfo.from_env(), signal.Signals(number).name
+        if info.rank == 0 and os.getpid() == self._pid:
+            unless = "unless another rank has failed, " if info.world_size > 1 else ""
+            os.write(2, f"stopped by {reason} before the first step; {unless}the same command continues\n".encode())
+            if info.world_size == 1:
+                self.leave_word(reason)
+        os._exit(EXIT_FINISHED if only_zero_is_success() else EXIT_RESUMABLE)
+
+
+class StopSignal:
+    """Once it listens, SIGINT, SIGTERM and SIGUSR1 set a flag, until the process ends.
+
+    So what a launcher sends, or repeats, when the run has ended does not disturb its last words and its exit code.
     """
 
     def __init__(self) -> None:
@@ -38,17 +70,10 @@ class StopSignal:
         """Whether a signal raises a StopError too: there is nothing to save yet, and nobody who asks for the flag."""
         self._first_time = 0.0
 
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Then the process only has to end, and what a launcher sends, or repeats, must not disturb that.
-        if self.reason is None and error is None:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
+    def listen(self) -> None:
+        """Take the signals over."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
 
     def request(self, reason: str | None) -> None:
         """Want to stop without a signal, unless ``reason`` is None; the first reason stays."""
@@ -97,37 +122,3 @@ class StopLimits:
         """Remove the stop file, so that the next launch goes on."""
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
-
-
-class StopAgreement:
-    """Agreement of all ranks to stop at the same step, without waiting for each other.
-
-    The exchange that a rank starts after one step is read after the next one, when it has long
-    been completed in the background; so every rank learns of a wish at the same step boundary.
-    """
-
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-
-    def poll(self, reason: str | None) -> str | None:
-        """Return why a rank wanted to stop at the previous call, if one did; every rank calls this once per step.
-
-        Args:
-            reason: one of :data:`REASONS` if this rank wants to stop.
-        """
-        if dist.get_world_size() == 1:
-            return reason
-        agreed = self.settle()
-        wish = torch.tensor([0 if reason is None else 1 + REASONS.index(reason)])
-        self._pending = (dist.all_reduce(wish, dist.ReduceOp.MAX, group=self._group, async_op=True), wish)
-        return agreed
-
-    def settle(self) -> str | None:
-        """Wait for the exchange under way, if any, and return its result."""
-        if self._pending is None:
-            return None
-        work, wish = self._pending
-        work.wait()
-        self._pending = None
-        return REASONS[int(wish) - 1] if wish else None

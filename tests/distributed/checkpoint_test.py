@@ -1,5 +1,6 @@
 """A checkpoint is the state of the run: written under one engine and world size, it opens under any other."""
 
+import functools
 import hashlib
 import itertools
 import math
@@ -40,10 +41,16 @@ def variant_config(variant, world_size):
     return with_engine(config, engine, **fields)
 
 
+@functools.cache
+def stream():
+    """The samples, which are the same for all engines; to open them makes a process group."""
+    return open_data(variant_config("ddp", 1))["train"]
+
+
 def run_steps(engine, config, first, last):
     pending = []
     start = Cursor.at(first, config.train.global_batch_size)
-    with train_loader(open_data(config)["train"], config, engine, start=start) as loader:
+    with train_loader(stream(), config, engine, start=start) as loader:
         for batch in itertools.islice(loader, last - first):
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
             loss, norm = train_step(engine, batch, lr)

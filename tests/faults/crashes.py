@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bigtrain.checkpoint import store
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE, Manifest, encode_manifest
 from bigtrain.checkpoint.shard import Piece, write_shard
 from bigtrain.checkpoint.store import checkpoint_path, checkpoints_directory, find_checkpoints
+from bigtrain.files import write_durably
 from tests.faults import saves
 
 OPERATIONS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir")
@@ -64,9 +64,9 @@ def save_in_place(directory: Path, number: int) -> None:
     pieces = [Piece(key, e.shape, b.offsets, b.view) for key, e in state.items() for b in e.boxes]
     file, tensors = write_shard(path / "rank-00000.safetensors", pieces)
     run_state = json.dumps(dataclasses.asdict(saves.make_run_state(NEW))).encode()
-    state_file = store._write_durably(path / RUN_STATE_FILE, run_state)
+    state_file = write_durably(path / RUN_STATE_FILE, [memoryview(run_state)])
     manifest = encode_manifest(Manifest(files=[file, state_file], tensors=tensors))
-    store._write_durably(path / MANIFEST_FILE, manifest)
+    write_durably(path / MANIFEST_FILE, [memoryview(manifest)])
 
 
 def save_next(directory: Path) -> None:

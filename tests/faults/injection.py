@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra  # noqa: F401  forked ranks need not import it
 import torch
 
-import bigtrain.trainer  # noqa: F401
+from bigtrain import local_ranks
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import find_checkpoints
-from bigtrain.local_ranks import PRELOAD, _rank_environ
 from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
 from bigtrain.resilience.launch import Launch
 from tests.distributed.launches import LAUNCH, SMALL, environment
@@ -75,7 +73,7 @@ def train(
         log: beginning of the names of the files with what the ranks say.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, __name__])
+    context.set_forkserver_preload([*local_ranks.PRELOAD, __name__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -83,7 +81,7 @@ def train(
     own = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
     processes = []
     for rank, path in enumerate(logs):
-        variables = {**own, **(environ or {}), **_rank_environ(rank, world_size, port)}
+        variables = {**own, **(environ or {}), **local_ranks._rank_environ(rank, world_size, port)}
         work = (variables, cwd, path, [*SMALL, *args], [fault for fault in faults if fault.rank == rank], prepare)
         processes.append(context.Process(target=_rank_main, args=work, daemon=True))
         processes[-1].start()

@@ -175,13 +175,14 @@ def test_a_crash_in_native_code_leaves_its_stack(tmp_path: Path):
     assert "Fatal Python error: Segmentation fault" in found["detail"]
 
 
-def test_a_rank_that_runs_out_of_memory_while_it_is_set_up_ends_all_with_the_advice(tmp_path: Path):
+@pytest.mark.parametrize(("step", "phase"), [(0, "starting"), (4, "validation")])
+def test_a_rank_that_runs_out_of_memory_ends_all_with_the_advice(step: int, phase: str, tmp_path: Path):
     begin = time.monotonic()
-    ended = train(tmp_path, faults=[Fault("memory", 1, 0, "starting")])
+    ended = train(tmp_path, *SETTINGS, faults=[Fault("memory", 1, step, phase)])
     assert time.monotonic() - begin < GRACE_SECONDS + 20, "nobody has waited for the long time-out"
     assert ended.codes == [1, 2]
     found = failure(tmp_path / RUN)
-    assert (found["kind"], found["rank"], found["phase"]) == ("exception", 1, "starting")
+    assert (found["kind"], found["rank"], found["phase"], found["step"]) == ("exception", 1, phase, step)
     assert "memory has run out" in found["summary"]
     assert (exit_record(tmp_path / RUN)["code"], exit_record(tmp_path / RUN)["reason"]) == (2, found["summary"])
     message = ended.said[1].partition("[rank 1] memory has run out")[2]

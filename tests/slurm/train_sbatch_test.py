@@ -159,7 +159,7 @@ def test_the_time_limit_preemption_and_a_node_that_is_cut_off_queue_again(
     # Side by side, because Slurm looks at time limits every half minute only, and silence takes as long.
     for name in ("limited", "preempted", "cut"):
         (tmp_path / name).mkdir()
-    limits = ["--nodes=1", "--nodelist=node2", "--time=1", "--signal=B:USR1@5"]
+    limits = ["--nodes=1", "--nodelist=node2", "--time=1", "--signal=B:USR1@25"]
     limited = Job(cluster, tmp_path / "limited", *limits, args=TRAINING)
     preempted = Job(cluster, tmp_path / "preempted", "--nodes=1", "--nodelist=node1", args=TRAINING)
     cut_off = Job(cluster, tmp_path / "cut", "--nodes=1", "--exclude=node1,node2", args=TRAINING)
@@ -186,7 +186,8 @@ def check_queued_again(cluster: Cluster, job: Job, reasons: list[str]) -> None:
     assert int(job.wait_for("CANCELLED")["Restarts"]) >= len(reasons), job.trouble()
     stops = events(job.run, "stop")[: len(reasons)]
     assert [stop["reason"] for stop in stops] == reasons
-    assert [event["step"] for event in events(job.run, "resume")] == [stop["step"] for stop in stops]
+    resumes = events(job.run, "resume")[: len(reasons)]
+    assert [event["step"] for event in resumes] == [stop["step"] for stop in stops]
 
 
 def preempt(cluster: Cluster) -> None:
@@ -219,10 +220,17 @@ def test_three_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path
         'n=$(ls "$run/log/" | grep -c try); touch "$run/log/try$n"; ((n < 2)) && mkdir -p "$run/checkpoints/step-0$n"'
     )
     job = Job(cluster, tmp_path, "--nodes=1", args=TRAINING, bin=stand_in(tmp_path, f"{script}\nexit 1"))
+    # Nor does it go on for ever when a rank dies before the first step and torchrun's SIGTERM stops another one.
+    (tmp_path / "early").mkdir()
+    record = json.dumps({"code": 75, "reason": "SIGTERM", "step": 0, "attempt": 1})
+    script = f"[ -e $run/log/first ] && echo '{record}' >$run/exit.json; touch $run/log/first; exit 1"
+    early = Job(cluster, tmp_path / "early", "--nodes=1", args=TRAINING, bin=stand_in(tmp_path / "early", script))
     state = job.wait_for("FAILED", "COMPLETED")
     assert (state["ExitCode"], state["Restarts"]) == ("3:0", "1"), job.trouble()
     assert len(list(job.run.glob("log/try*"))) == 5
     assert "failed 3 times without a newer checkpoint than step-01" in job.log()
+    state = early.wait_for("FAILED", "COMPLETED")
+    assert (state["ExitCode"], state["Restarts"]) == ("3:0", "1"), early.trouble()
 
 
 def test_the_end_that_a_run_records_decides(cluster: Cluster, tmp_path: Path):

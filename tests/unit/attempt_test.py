@@ -19,7 +19,14 @@ import torch.distributed as dist
 from bigtrain.distributed import RankInfo, agree_on_name
 from bigtrain.errors import ConfigError, NoRestartError
 from bigtrain.resilience import hold, watchdog
-from bigtrain.resilience.attempt import ATTEMPT_FILE, claim_run, read_exit, wait_until_free, write_exit
+from bigtrain.resilience.attempt import (
+    ATTEMPT_FILE,
+    claim_run,
+    is_restart,
+    read_exit,
+    record_early_stop,
+    write_exit,
+)
 from bigtrain.resilience.failures import Failure, is_lost_connection, record_failures
 from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
 from bigtrain.resilience.watchdog import Watch, watch_node
@@ -27,20 +34,35 @@ from bigtrain.resilience.watchdog import Watch, watch_node
 
 def claim(directory: Path, *, newest_step: int = 0) -> int:
     """Take the run and let it go, as a launch that ends."""
-    number, held = claim_run(directory, newest_step=newest_step, max_failed_attempts=3)
+    number, held = take(directory, newest_step=newest_step)
     held.release()
     return number
 
 
+def take(directory: Path, *, newest_step: int = 0) -> tuple[int, hold.Hold]:
+    """Take the run, as a launch that begins."""
+    return claim_run(directory, newest_step=newest_step, max_failed_attempts=3, patient=is_restart())
+
+
 def test_a_run_is_held_until_it_is_released(tmp_path: Path):
-    _, held = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
+    _, held = take(tmp_path)
     write_exit(tmp_path, code=1, reason="still there", step=1, attempt=1)
     with pytest.raises(ConfigError, match=f"in use by another launch \\(process {os.getpid()} on "):
         claim(tmp_path)
-    assert read_exit(tmp_path)["reason"] == "still there", "a launch that is refused touches nothing"
+    record_early_stop(tmp_path, 0, "SIGTERM")
+    assert read_exit(tmp_path)["reason"] == "still there", "a launch that is refused, or stops early, touches nothing"
     held.release()
     assert claim(tmp_path) == 2
     assert read_exit(tmp_path) == {}
+
+
+def test_a_stop_before_the_run_is_taken_counts_as_a_launch(tmp_path: Path):
+    record_early_stop(tmp_path / "runs/new", 0, "SIGTERM")
+    found = read_exit(tmp_path / "runs/new")
+    assert (found["code"], found["reason"], found["step"], found["attempt"]) == (75, "SIGTERM", 0, 1)
+    assert claim(tmp_path / "runs/new") == 2
+    (tmp_path / "file").write_text("no directory")
+    record_early_stop(tmp_path / "file/run", 0, "SIGTERM")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
@@ -110,7 +132,7 @@ import signal, sys
 from pathlib import Path
 from bigtrain.resilience import attempt, hold
 hold.BEAT_SECONDS = 0.1
-attempt.claim_run(Path(sys.argv[1]), newest_step=0, max_failed_attempts=3)
+attempt.claim_run(Path(sys.argv[1]), newest_step=0, max_failed_attempts=3, patient=False)
 print("has it", flush=True)
 signal.pause()
 """
@@ -132,7 +154,7 @@ def test_a_restart_takes_over_from_a_launch_that_is_cut_off(
 ):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     holder.send_signal(signal.SIGSTOP)
-    number, taken = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
+    number, taken = take(tmp_path)
     assert number == 2
     holder.send_signal(signal.SIGCONT)
     assert holder.wait(10) == 3, "it ends before it writes anything more"
@@ -151,7 +173,7 @@ def test_a_restart_takes_over_from_a_launch_that_is_cut_off(
 def test_a_restart_is_refused_when_the_other_launch_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(ConfigError, match="in use by another launch"):
-        wait_until_free(tmp_path)
+        claim(tmp_path)
 
 
 @pytest.mark.usefixtures("quick")

@@ -23,7 +23,6 @@ from bigtrain.run_files import (
     keep_tokenizer,
     locate,
     read_config,
-    run_directory,
     write_config,
 )
 from bigtrain.schema import to_dict
@@ -50,7 +49,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 def save(config: TrainConfig, *steps: int) -> list[Path]:
     """Save a checkpoint of one tensor at every step."""
-    directory = run_directory(config)
+    directory = config.run.directory
     saver = Saver(directory, {f"{MODEL}w": whole_entry(torch.arange(6.0))}, CheckpointConfig(keep="all"))
     for step in steps:
         saver.save(RunState(step, 0, 0, "synthetic", to_dict(config), {}, 1))
@@ -76,11 +75,11 @@ def with_resume(config: TrainConfig, resume: str, **run: str) -> TrainConfig:
 
 
 def test_the_directory_follows_from_root_and_name(config: TrainConfig, tmp_path: Path):
-    assert run_directory(config) == tmp_path / "runs/first"
+    assert config.run.directory == tmp_path / "runs/first"
 
 
 def test_the_configuration_comes_back(config: TrainConfig):
-    directory = run_directory(config)
+    directory = config.run.directory
     write_config(directory, config)
     assert read_config(directory) == config
     write_config(directory, dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7)))
@@ -89,7 +88,7 @@ def test_the_configuration_comes_back(config: TrainConfig):
 
 
 def test_a_failed_write_leaves_the_old_configuration(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
-    directory = run_directory(config)
+    directory = config.run.directory
     write_config(directory, config)
 
     def full_disk(self: Path, text: str) -> None:
@@ -106,8 +105,8 @@ def test_a_failed_write_leaves_the_old_configuration(config: TrainConfig, monkey
 def test_secrets_are_not_written(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_API_KEY", "a-secret-canary")
     config.data.path = "s3://user:another-canary@host/a-secret-canary"
-    write_config(run_directory(config), config)
-    text = (run_directory(config) / "config.yaml").read_text()
+    write_config(config.run.directory, config)
+    text = (config.run.directory / "config.yaml").read_text()
     assert "canary" not in text
     assert "s3://***@host" in text
 
@@ -132,17 +131,17 @@ def test_tokenizer_and_index_are_kept(tmp_path: Path):
 
 def test_a_run_means_its_newest_checkpoint(config: TrainConfig):
     first, second = save(config, 9, 10)
-    assert locate(run_directory(config)) == (run_directory(config), second)
-    assert locate(first) == (run_directory(config), first)
+    assert locate(config.run.directory) == (config.run.directory, second)
+    assert locate(first) == (config.run.directory, first)
 
 
 def test_what_a_kill_left_is_no_checkpoint(config: TrainConfig):
     (whole,) = save(config, 9)
     shutil.copytree(whole, whole.with_name("step-00000012.tmp-0123abcd"))
-    assert locate(run_directory(config))[1] == whole
+    assert locate(config.run.directory)[1] == whole
     shutil.rmtree(whole)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        locate(run_directory(config))
+        locate(config.run.directory)
 
 
 # Which checkpoint a launch continues from
@@ -169,7 +168,7 @@ def test_never_and_must_refuse(config: TrainConfig):
 
 def test_a_path_starts_another_run_which_then_has_its_own(config: TrainConfig):
     first, second = save(config, 5, 6)
-    for path, expected in ((run_directory(config), second), (first, first)):
+    for path, expected in ((config.run.directory, second), (first, first)):
         assert find_resume(with_resume(config, str(path), name="second")) == expected
     (own,) = save(with_resume(config, "auto", name="second"), 7)
     assert find_resume(with_resume(config, str(first), name="second")) == own
@@ -191,7 +190,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert str(newer) in caplog.text
     assert not newer.exists()
     assert find_resume(config) == older
-    (event,) = read_jsonl(run_directory(config) / "events.jsonl")
+    (event,) = read_jsonl(config.run.directory / "events.jsonl")
     assert event["event"] == "damaged_checkpoint"
     assert event["path"].startswith(f"{newer}")
     assert any("safetensors" in problem for problem in event["problems"])
@@ -232,7 +231,7 @@ def test_another_shape_is_refused_with_all_differences(config: TrainConfig):
 
 
 def test_configuration_files_are_yaml_of_plain_values(config: TrainConfig):
-    write_config(run_directory(config), config)
-    values = yaml.safe_load((run_directory(config) / "config.yaml").read_text())
+    write_config(config.run.directory, config)
+    values = yaml.safe_load((config.run.directory / "config.yaml").read_text())
     assert values["data"]["source"] == "synthetic"
     assert values["model"]["head_dim"] == 8

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.local_ranks import run_ranks
 from bigtrain.rank_info import RankInfo
 from bigtrain.resilience import signals
-from bigtrain.resilience.signals import SIGNALS, STOP_FILE, StopAgreement, StopLimits, StopSignal
+from bigtrain.resilience.agreement import StopAgreement
+from bigtrain.resilience.signals import SIGNALS, STOP_FILE, StopLimits, StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -23,59 +26,78 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def stop() -> StopSignal:
+    listening = StopSignal()
+    listening.listen()
+    return listening
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)  # Python runs the handler between two instructions
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_sets_a_flag(number: signal.Signals):
-    with StopSignal() as stop:
-        assert stop.reason is None
-        send(number)
-        assert stop.reason == number.name
+def test_a_signal_sets_a_flag(stop: StopSignal, number: signal.Signals):
+    assert stop.reason is None
+    send(number)
+    assert stop.reason == number.name
 
 
-def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    with StopSignal():
-        assert [signal.getsignal(number) for number in SIGNALS] != before
-    assert [signal.getsignal(number) for number in SIGNALS] == before
-    with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGINT)
-
-
-def test_a_launcher_that_ends_the_ranks_does_not_cut_short_what_a_failed_one_says():
-    with pytest.raises(ZeroDivisionError), StopSignal():
-        raise ZeroDivisionError
+def test_the_first_signal_gives_the_name_and_others_disturb_nothing(stop: StopSignal):
     send(signal.SIGTERM)
-
-
-def test_a_repeated_signal_does_not_disturb_the_end():
-    with StopSignal() as stop:
-        send(signal.SIGINT)
     send(signal.SIGINT)
     send(signal.SIGTERM)
+    assert stop.reason == "SIGTERM"
+
+
+def test_a_repeated_interrupt_forces_only_later(stop: StopSignal, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(signals, "FORCE_AFTER_SECONDS", 0.2)
+    send(signal.SIGINT)
+    send(signal.SIGINT)  # torchrun passes the terminal's Ctrl-C on at once
+    time.sleep(0.25)
+    send(signal.SIGTERM)  # a launcher's end, not a person's insistence
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
     assert stop.reason == "SIGINT"
 
 
-def test_the_first_signal_gives_the_name():
-    with StopSignal() as stop:
-        send(signal.SIGTERM)
-        send(signal.SIGINT)
-        assert stop.reason == "SIGTERM"
+EARLY = """
+import os, signal, sys
+from bigtrain.resilience.signals import EarlyStop, StopSignal
+early = EarlyStop()
+early.leave_word = lambda reason: print("word of", reason, flush=True)
+if "listen" in sys.argv:
+    StopSignal().listen()
+os.kill(os.getpid(), int(sys.argv[1]))
+print("lives")
+"""
 
 
-def test_a_repeated_interrupt_forces_only_later(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(signals, "FORCE_AFTER_SECONDS", 0.2)
-    with StopSignal() as stop:
-        send(signal.SIGINT)
-        send(signal.SIGINT)  # torchrun passes the terminal's Ctrl-C on at once
-        time.sleep(0.25)
-        send(signal.SIGTERM)  # a launcher's end, not a person's insistence
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
-        assert stop.reason == "SIGINT"
+@pytest.mark.parametrize(
+    ("number", "rank", "arguments", "expected"),
+    [
+        (signal.SIGTERM, 0, [], (75, "word of SIGTERM", "stopped by SIGTERM before the first step")),
+        (signal.SIGINT, 0, [], (75, "word of SIGINT", "stopped by SIGINT before the first step")),
+        (signal.SIGTERM, 1, [], (75, "", "")),
+        (signal.SIGTERM, 0, ["listen"], (0, "lives", "")),
+        (signal.SIGUSR1, 0, [], (0, "lives", "")),  # a batch script lets them ignore it
+    ],
+)
+def test_an_early_signal_ends_the_process_with_a_word_of_rank_0(
+    number: signal.Signals, rank: int, arguments: list[str], expected: tuple[int, str, str]
+):
+    command = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", sys.executable, "-c", EARLY, str(int(number)), *arguments]
+    environ = {**os.environ, "RANK": str(rank)}
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr.partition(";")[0]) == expected
+
+
+def test_under_torchrun_an_early_stop_is_no_failure():
+    environ = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    command = [sys.executable, "-c", EARLY, str(int(signal.SIGTERM))]
+    assert subprocess.run(command, env=environ, capture_output=True, timeout=30, check=False).returncode == 0
 
 
 def poll_for_steps(wanting: dict[int, tuple[int, str]], num_steps: int) -> list[str | None]:
