@@ -102,8 +102,9 @@ class RemoteDirectory:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether a fault may pass: every one but a missing or forbidden file; each library has its own classes."""
-    return not isinstance(error, FileNotFoundError | PermissionError) and getattr(error, "status", 0) not in (401, 403)
+    """Return whether a fault may pass: not a missing or forbidden file; each library has its own classes."""
+    is_final = isinstance(error, FileNotFoundError | PermissionError) or type(error).__name__ == "NoCredentialsError"
+    return not is_final and getattr(error, "status", 0) not in (401, 403)
 
 
 def patiently(function: Callable[[], T], where: str, *, may_pass: Callable[[Exception], bool]) -> T:

@@ -49,13 +49,17 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
 
     Raises:
         ConfigError: another launch has the run.
-        NoRestartError: a launcher has restarted this run, and it has failed too often without a new checkpoint.
+        NoRestartError: a launcher has restarted this run, and it has failed too often without a new checkpoint, or
+            for a reason that a person has to look at.
         OSError: the directory cannot be written.
     """
     hold = take_hold(directory / ATTEMPT_FILE, patient=patient)
     try:
         last = read_json(directory / ATTEMPT_FILE)
         number = int(last.get("attempt", 0)) + 1
+        ended = read_exit(directory)
+        if is_restart() and ended.get("code") == EXIT_NO_RESTART:
+            raise NoRestartError(f"not restarted: {ended['reason']}")
         failures = _failures_in_a_row(directory, last, newest_step)
         if failures >= max_failed_attempts:
             reason = _exhausted(directory, failures, newest_step)

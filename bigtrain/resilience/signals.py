@@ -4,8 +4,10 @@ Nothing slow is imported here: a process is to end in order from its first momen
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,9 @@ FORCE_AFTER_SECONDS = 2.0
 """A launcher repeats the terminal's Ctrl-C at once; only a later one means that the user insists."""
 
 
+_PR_SET_PDEATHSIG = 1
+
+
 class EarlyStop:
     """From its making until :class:`StopSignal` listens, SIGINT, SIGTERM and SIGUSR1 end this process with the code of a stop.
 
@@ -42,6 +47,7 @@ class EarlyStop:
         To one of several ranks SIGTERM may be the launcher's answer to another one, which has failed without a record.
         """
         self._pid = os.getpid()
+        _stop_with_torchrun()
         for number in SIGNALS:
             # A batch script lets ranks ignore a signal that it repeats until all of them have begun.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -55,6 +61,12 @@ class EarlyStop:
             if info.world_size == 1:
                 self.leave_word(reason)
         os._exit(EXIT_FINISHED if only_zero_is_success() else EXIT_RESUMABLE)
+
+
+def _stop_with_torchrun() -> None:
+    """Have SIGTERM sent to this rank when torchrun ends without a word, as by kill -9 or SIGUSR1: else it would train on."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignal:

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
 from bigtrain.checkpoint.store import find_checkpoints
+from bigtrain.resilience.attempt import read_exit
 from tests.distributed.launches import LAUNCH, SMALL, TRAIN, Launch, events, fork, program, trajectory
 
 sys.path.append(str(LAUNCH))
@@ -49,6 +50,21 @@ def test_two_agents_start_all_ranks_again_when_one_dies(tmp_path: Path):
     assert events(run, "finished")[0]["step"] == 150
     assert fork("train.py", *TRAINING, "run.name=whole", cwd=tmp_path, world_size=2).code == 0
     assert trajectory(run) == trajectory(tmp_path / "runs/whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_save_and_stop_when_torchrun_is_gone(tmp_path: Path, number: int):
+    command = [program("torchrun"), "--standalone", "--nproc-per-node=2", TRAIN, *TRAINING, "train.steps=100000"]
+    run = tmp_path / "runs/gpt_nano"
+    with Launch(command, tmp_path, **AGENT_VARIABLES) as agent:
+        agent.wait_until(lambda: bool(find_checkpoints(run)))
+        ranks = rank_processes(agent)
+        agent.process.send_signal(number)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert (len(ranks), alive) == (2, [])
+    ended = read_exit(run)
+    assert (ended["code"], ended["reason"]) == (75, "SIGTERM")
+    assert find_checkpoints(run)[-1].name == f"step-{ended['step']:08d}"
 
 
 @pytest.fixture

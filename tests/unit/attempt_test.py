@@ -111,6 +111,17 @@ def test_too_many_are_refused_for_good(tmp_path: Path, monkeypatch: pytest.Monke
         assert read_exit(tmp_path)["code"] == 3
 
 
+def test_a_launcher_is_refused_where_a_person_has_to_look_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, newest_step=5)
+    write_exit(tmp_path, code=3, reason="it diverges", step=5, attempt=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(NoRestartError, match="not restarted: it diverges"):
+        claim(tmp_path, newest_step=5)
+    assert read_exit(tmp_path)["reason"] == "it diverges"
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert claim(tmp_path, newest_step=5) == 2
+
+
 def test_a_damaged_record_does_not_stop_a_run(tmp_path: Path):
     (tmp_path / ATTEMPT_FILE).write_text('{"attempt": 7, "st')
     assert claim(tmp_path) == 1
