@@ -255,7 +255,7 @@ job {number}: {config.run.name} on {config.cluster.num_nodes} x {per_node} = {wo
                       squeue --job={number}
   save and stop       scancel --batch --signal=TERM {number}
   save, queue again   scancel --batch --signal=USR1 {number}
-  stop at once        scancel {number}
+  stop at once        scancel {number}     (a save that takes less than Slurm's KillWait, 30 s, still succeeds)
   continue            the same command again; so it does by itself after the time limit, a preemption or a dead node"""
 
 
