@@ -8,10 +8,10 @@ from typing import Any
 MASK = "***"
 
 _SECRET_WORDS = (
-    r"password|passwd|pwd|secret|secrets|token|credential|credentials|authorization"
+    r"password|passwd|pwd|secret|secrets|(?<!per_)token|credential|credentials|authorization"
     r"|api_?key|apikey|access_?key|access_key_id|secret_key|private_?key|account_?key|signature"
 )
-# A whole word of the name must match: `hf_token` is a secret, `num_tokens` and `tokenizer` are not.
+# A whole word of the name must match: `hf_token` is a secret, `num_tokens`, `tokenizer` and `flops_per_token` are not.
 _SECRET_NAME = re.compile(rf"(?:^|[_\-. ])(?:{_SECRET_WORDS})(?:$|[_\-. ])", re.IGNORECASE)
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 

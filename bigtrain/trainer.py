@@ -170,6 +170,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
             end = train(parts)
             if isinstance(end, End):
                 return end
+            launch.heartbeat.enter("starting")
             resume = go_back(config, directory, end, streams["train"], start=parts.start, rollbacks=parts.rollbacks)
             bad = {"first_bad_step": end.first_step, "last_bad_step": end.last_step}
             parts.recorder.event("rollback", step=end.last_step, checkpoint=str(resume or ""), **bad)
@@ -331,6 +332,7 @@ def record_save(run: Run, report: SaveReport | None) -> None:
     """Record how a save has ended, if one has."""
     if report is None:
         return
+    run.heartbeat.took("checkpoint", report.seconds)
     if run.limits:
         run.limits.save_seconds = max(run.limits.save_seconds, report.seconds)
     if report.error is None:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from bigtrain import log
 from bigtrain.errors import DataError
-from bigtrain.log import get_logger
+from bigtrain.rank_info import RankInfo
 
 Result = TypeVar("Result")
 Run = Callable[[Callable[..., Result], Iterable[tuple]], Iterator[Result]]
@@ -75,12 +76,15 @@ class Helpers:
             if not self._here:
                 return self._pool.submit(function, *args).result()
         except BrokenProcessPool:
-            get_logger().warning("a helper process was killed, perhaps for want of memory; its work is now done here")
+            log.get_logger().warning(
+                "a helper process was killed, perhaps for want of memory; its work is now done here"
+            )
             self._here = True
         return function(*args)
 
 
 def _begin() -> None:
+    log.setup(RankInfo.from_env().rank)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process ends this one
         signal.signal(number, signal.SIG_IGN)

@@ -24,6 +24,7 @@ from bigtrain.errors import (
     BigtrainError,
     NoRestartError,
 )
+from bigtrain.locks import is_locked
 from bigtrain.log import get_logger
 from bigtrain.redact import redact
 from bigtrain.resilience.hold import Hold, take_hold
@@ -59,7 +60,8 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
         number = int(last.get("attempt", 0)) + 1
         ended = read_exit(directory)
         if is_restart() and ended.get("code") == EXIT_NO_RESTART:
-            raise NoRestartError(f"not restarted: {ended['reason']}")
+            write_exit(directory, code=EXIT_NO_RESTART, reason=ended["reason"], step=newest_step, attempt=number)
+            raise NoRestartError(f"not restarted, launched by hand it tries again: {ended['reason']}")
         failures = _failures_in_a_row(directory, last, newest_step)
         if failures >= max_failed_attempts:
             reason = _exhausted(directory, failures, newest_step)
@@ -84,8 +86,13 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
 
 
 def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
-    """Leave the record of a launch that is stopped before it has taken the run, unless another one has it."""
+    """Leave the record of a launch that is stopped before it has taken the run.
+
+    None is left if another launch has it or seems to, or where there is a verdict that a stop does not change.
+    """
     with contextlib.suppress(OSError, BigtrainError):
+        if is_locked(directory / ATTEMPT_FILE) or read_exit(directory).get("code") in (EXIT_FINISHED, EXIT_NO_RESTART):
+            return
         directory.mkdir(parents=True, exist_ok=True)
         number, hold = claim_run(directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, patient=False)
         write_exit(directory, code=EXIT_RESUMABLE, reason=reason, step=newest_step, attempt=number)

@@ -78,6 +78,10 @@ class Heartbeat:
         # The deadline goes first: whoever reads in between sees the old phase with more time, never with less.
         slots[5], slots[4], slots[2], slots[3] = now + self._limits_ns[new], now, new, self.step
 
+    def took(self, phase: str, seconds: float) -> None:
+        """Count what went on beside other phases as a time of ``phase``: it may have to be waited for the next time."""
+        self._durations[PHASES.index(phase)].append(int(seconds * 1e9))
+
     def during(self, phase: str, items: Iterable[T]) -> Iterator[T]:
         """Yield from ``items``; waiting for the next one is in ``phase``, of the step after this one."""
         iterator = iter(items)

@@ -59,7 +59,8 @@ class EarlyStop:
             unless = "unless another rank has failed, " if info.world_size > 1 else ""
             os.write(2, f"stopped by {reason} before the first step; {unless}the same command continues\n".encode())
             if info.world_size == 1:
-                self.leave_word(reason)
+                with contextlib.suppress(Exception):
+                    self.leave_word(reason)
         os._exit(EXIT_FINISHED if only_zero_is_success() else EXIT_RESUMABLE)
 
 

@@ -150,8 +150,10 @@ def _is_fed(watch: Watch, suspect: Beat, now_ns: int) -> bool:
     """Return whether a rank, for which others may wait, waits for data that somebody is at; tell other nodes if so."""
     if not watch.cache or suspect.phase not in FED_PHASES:
         return False
-    files = Path(watch.cache).glob("*.partial")
-    is_fed = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
+    is_fed = False
+    with contextlib.suppress(OSError):  # files of other people, and file servers that do not answer
+        files = Path(watch.cache).glob("*.partial")
+        is_fed = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
     if is_fed and now_ns - suspect.since_ns > 1e9:
         with contextlib.suppress(OSError):
             Path(watch.run, FETCHING_FILE).touch()

@@ -115,7 +115,7 @@ def test_a_launcher_is_refused_where_a_person_has_to_look_first(tmp_path: Path, 
     claim(tmp_path, newest_step=5)
     write_exit(tmp_path, code=3, reason="it diverges", step=5, attempt=1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(NoRestartError, match="not restarted: it diverges"):
+    with pytest.raises(NoRestartError, match="not restarted, launched by hand it tries again: it diverges"):
         claim(tmp_path, newest_step=5)
     assert read_exit(tmp_path)["reason"] == "it diverges"
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
@@ -272,6 +272,11 @@ def test_deadlines_follow_what_a_phase_usually_takes(tmp_path: Path, monkeypatch
     (beat,) = read_beats(tmp_path)
     assert (beat.pid, beat.rank, beat.phase, beat.step) == (os.getpid(), 3, "optimizer", 5)
     assert heart.seconds_in("data") == 12
+    heart.took("data", 50)  # beside other phases
+    for expected in (21, 150):
+        heart.enter("data")
+        assert allowed() == expected
+        heart.enter("optimizer")
 
 
 def test_waiting_for_a_batch_belongs_to_its_step():

@@ -64,7 +64,10 @@ def test_ordinary_settings_are_untouched() -> None:
     assert redact(plain, environ={"HF_TOKEN": "", "PATH": "/usr/bin", "MY_TOKEN": "short"}) == plain
 
 
-@pytest.mark.parametrize("name", ["tokens", "tokens_per_second", "tokenizer", "secretary", "keyboard", "passwordless"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokens", "tokens_per_second", "causal_flops_per_token", "tokenizer", "secretary", "keyboard", "passwordless"],
+)
 def test_names_that_only_contain_a_secret_word_are_not_secret(name: str) -> None:
     assert not is_secret_name(name)
 
