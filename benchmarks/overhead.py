@@ -219,7 +219,8 @@ def bare_torch_step(config: TrainConfig, device: torch.device, model: nn.Module)
     bf16, grad_clip = config.engine.precision.base is Precision.bf16, config.optimizer.grad_clip
     autocast: Callable[[], Any] = contextlib.nullcontext
     if config.engine.kind is EngineKind.ddp:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if dist.get_world_size() > 1:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else autocast
     else:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()

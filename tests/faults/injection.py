@@ -79,7 +79,7 @@ def train(
         port = free.getsockname()[1]
     logs = [cwd / f"{log}-{rank}.log" for rank in range(world_size)]
     own = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
-    processes = []
+    processes, begun = [], time.monotonic_ns()
     for rank, path in enumerate(logs):
         variables = {**own, **(environ or {}), **local_ranks._rank_environ(rank, world_size, port)}
         work = (variables, cwd, path, [*SMALL, *args], [fault for fault in faults if fault.rank == rank], prepare)
@@ -94,7 +94,9 @@ def train(
             process.kill()
             process.join()
     deadline = time.monotonic() + 4 * GRACE_SECONDS
-    while has_heartbeats({process.pid for process in processes}):  # the watchdog, which has the last word, removes them
+    while has_heartbeats(
+        {process.pid for process in processes}, begun
+    ):  # the watchdog, which has the last word, removes them
         assert time.monotonic() < deadline, "the watchdog does not end"
         time.sleep(0.05)
     return Ended([process.exitcode for process in processes], [path.read_text() for path in logs])
@@ -235,9 +237,10 @@ def state_hashes(run: Path) -> dict[str, str]:
     return {file.name: file.xxh3 for file in files if file.name.endswith(".safetensors")}
 
 
-def has_heartbeats(pids: set[int]) -> bool:
-    """Return whether the heartbeats of one of these processes are still there."""
-    return any(beat.pid in pids for place in Path("/dev/shm").glob("bigtrain-*") for beat in _beats(place))
+def has_heartbeats(pids: set[int], since_ns: int) -> bool:
+    """Return whether the heartbeats of one of these processes are still there; older ones are of others with their numbers."""
+    beats = [beat for place in Path("/dev/shm").glob("bigtrain-*") for beat in _beats(place)]
+    return any(beat.pid in pids and beat.since_ns >= since_ns for beat in beats)
 
 
 def _beats(place: Path) -> list[Beat]:

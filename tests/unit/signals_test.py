@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,15 @@ def test_an_early_signal_ends_the_process_with_a_word_of_rank_0(
 ):
     command = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", sys.executable, "-c", EARLY, str(int(number)), *arguments]
     environ = {**os.environ, "RANK": str(rank)}
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    ended = subprocess.run(
+        command,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # in the background a shell has it ignored
+    )
     assert (ended.returncode, ended.stdout.strip(), ended.stderr.partition(";")[0]) == expected
 
 
