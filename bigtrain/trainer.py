@@ -98,7 +98,7 @@ def run(config: TrainConfig) -> int:
     device = pick_device(info)
     precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
-    require_hardware(precision, device)
+    require_hardware(precision, device)  # before anything is prepared or written
     report = preflight(
         config,
         world_size=info.world_size,
