@@ -32,7 +32,9 @@ from bigtrain.resilience.hold import Hold, take_hold
 ATTEMPT_FILE = "attempt.json"
 EXIT_FILE = "exit.json"
 FAILURE_FILE = "failure.json"
+ROOM_FILE = ".room"
 
+_ROOM_BYTES = 2**18
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -78,6 +80,7 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
         }
         os.ftruncate(hold.file, 0)
         os.pwrite(hold.file, json.dumps(record).encode() + b"\n", 0)
+        (directory / ROOM_FILE).write_bytes(os.urandom(_ROOM_BYTES))
     except BaseException:
         hold.release()
         raise
@@ -104,10 +107,18 @@ def holds(directory: Path, attempt: int) -> bool:
     return read_json(directory / ATTEMPT_FILE).get("attempt", attempt) <= attempt
 
 
+def make_room(directory: Path, attempt: int) -> None:
+    """Free what a launch has kept of the disk, so that its last words can be written though the disk is full."""
+    if holds(directory, attempt):
+        with contextlib.suppress(OSError):
+            (directory / ROOM_FILE).unlink(missing_ok=True)
+
+
 def write_exit(directory: Path, *, code: int, reason: str, step: int, attempt: int) -> None:
     """Leave the record of how a launch ended, whole or not at all; a disk that refuses it costs a warning."""
     if not holds(directory, attempt):
         return
+    make_room(directory, attempt)
     values = {"code": code, "reason": redact(reason), "step": step, "attempt": attempt, "time": now()}
     try:
         write_json(directory / EXIT_FILE, values)

@@ -17,7 +17,7 @@ from typing import Any
 
 from bigtrain.errors import EXIT_FAULT
 from bigtrain.redact import redact
-from bigtrain.resilience.attempt import FAILURE_FILE, holds, now, read_json, write_exit, write_json
+from bigtrain.resilience.attempt import FAILURE_FILE, holds, make_room, now, read_json, write_exit, write_json
 from bigtrain.resilience.heartbeat import Beat
 
 _ORDER = ("exception", "hang", "died", "connection")
@@ -77,6 +77,7 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
     place = directory / "failures" / f"attempt-{attempt:05d}"
     host = socket.gethostname()
     records = [redact({**asdict(failure), "host": host, "time": now()}) for failure in failures]
+    make_room(directory, attempt)
     with contextlib.suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)
         for record in records:

@@ -16,6 +16,8 @@ import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.resilience import stragglers, watchdog
+from bigtrain.resilience.attempt import ROOM_FILE, claim_run, read_json
+from bigtrain.resilience.failures import Failure, record_failures
 from tests.distributed.launches import events, num_steps, trajectory
 from tests.faults.injection import GRACE_SECONDS, RUN, Fault, state_hashes, train
 
@@ -454,3 +456,19 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(whole: Path, tmp_path: Pa
     ended = train(tmp_path, *SETTINGS, faults=slow, meanwhile=fill)
     assert ended.codes == [0, 0]
     assert_same(tmp_path / RUN, whole)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_the_last_words_find_room_on_a_full_disk(tmp_path: Path, mount: Callable[..., None], has_room: bool):
+    mount(tmp_path, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    number, hold = claim_run(tmp_path, newest_step=0, max_failed_attempts=3, patient=False)
+    if not has_room:
+        (tmp_path / ROOM_FILE).unlink()
+    with contextlib.suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    error = Failure(kind="exception", rank=0, phase="checkpoint", step=4, error="OSError: no space left", detail="x" * 9999)
+    record_failures(tmp_path, number, [error], [])
+    hold.release()
+    found = [read_json(tmp_path / name).get("attempt") for name in ("failure.json", "exit.json")]
+    assert found == ([1, 1] if has_room else [None, None])
