@@ -23,6 +23,9 @@ HOME = Path(__file__).resolve().parent.parent
 GIB = 2**30
 # Slurm reads quotes in #SBATCH lines, but takes backslashes for itself, and a line ends where it ends.
 UNFIT = re.compile(r"[\\\x00-\x1f\x7f]")
+# man sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
+TIME_LIMIT = re.compile(r"(\d+)(:\d{1,2}){0,2}|\d+-\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+INTERFACE = re.compile(r"[^\s/:]{1,15}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,6 +138,14 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
         (
             cluster.save_before_end_seconds >= 1,
             f"cluster.save_before_end_seconds={cluster.save_before_end_seconds}: must be at least 1",
+        ),
+        (
+            cluster.time_limit is None or TIME_LIMIT.fullmatch(cluster.time_limit),
+            f"cluster.time_limit={cluster.time_limit}: Slurm takes minutes, 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)",
+        ),
+        (
+            cluster.interface is None or INTERFACE.fullmatch(cluster.interface),
+            f"cluster.interface={cluster.interface!r}: must be the name of a network interface, such as ib0",
         ),
         (
             all(option.startswith("-") for option in cluster.sbatch_options),

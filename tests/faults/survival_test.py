@@ -467,7 +467,9 @@ def test_the_last_words_find_room_on_a_full_disk(tmp_path: Path, mount: Callable
     with contextlib.suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
-    error = Failure(kind="exception", rank=0, phase="checkpoint", step=4, error="OSError: no space left", detail="x" * 9999)
+    error = Failure(
+        kind="exception", rank=0, phase="checkpoint", step=4, error="OSError: no space left", detail="x" * 9999
+    )
     record_failures(tmp_path, number, [error], [])
     hold.release()
     found = [read_json(tmp_path / name).get("attempt") for name in ("failure.json", "exit.json")]

@@ -52,17 +52,15 @@ def test_the_options_of_sbatch_follow_from_the_cluster():
 def test_every_value_survives_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     home = tmp_path / "a checkout's $HOME"
     (home / "slurm").mkdir(parents=True)
-    show = 'printf "%s\\0" "$@" "$BIGTRAIN_INTERFACE" "$BIGTRAIN_SRUN_OPTIONS" >arguments\n'
+    show = 'printf "%s\\0" "$@" "$BIGTRAIN_SRUN_OPTIONS" >arguments\n'
     (home / "slurm/train.sbatch").write_text(show)
     monkeypatch.setattr(submit, "HOME", home)
     plain = HOSTILE.replace("\\", "")
-    settings = [f"cluster.interface={plain}", f"cluster.container_image={plain}"]
-    script = rendered(f"data.path={HOSTILE}", "data=text", *settings, directory=tmp_path)
+    script = rendered(f"data.path={HOSTILE}", "data=text", f"cluster.container_image={plain}", directory=tmp_path)
     subprocess.run(["bash", "-eu"], input=script, text=True, cwd=tmp_path, check=True, timeout=20)
-    *args, interface, srun_options, end = (tmp_path / "arguments").read_text().split("\0")
+    *args, srun_options, end = (tmp_path / "arguments").read_text().split("\0")
     assert end == ""
     assert args == [JOB[0], JOB[-1], f"data.path={HOSTILE}", "data=text"]
-    assert interface == plain
     assert srun_options.splitlines()[0] == f"--container-image={plain}"
     assert not (tmp_path / "owned").exists()
 
@@ -93,6 +91,13 @@ def test_the_settings_are_checked_for_the_world_of_the_job():
     assert "does not divide by the world size 24" in problem("cluster.num_nodes=3", "train.global_batch_size=32")
     assert problem("train.stpes=1").startswith("train.stpes: unknown key; did you mean 'train.steps'?")
     assert "cluster.gpus_per_node=-1" in problem("cluster.gpus_per_node=-1", "cluster.num_nodes=0").splitlines()[1]
+    found = problem("cluster.time_limit=12h", "cluster.interface=10.0.0.1/24").splitlines()
+    assert [line.partition("=")[0] for line in found] == ["cluster.time_limit", "cluster.interface"]
+
+
+@pytest.mark.parametrize("limit", ["90", "90:30", "12:00:00", "2-12", "2-12:30", "2-00:00:00", "unlimited"])
+def test_time_limits_are_those_of_slurm(limit: str):
+    assert f"#SBATCH --time={limit}\n" in rendered(f"cluster.time_limit={limit}")
 
 
 def test_without_a_cluster_the_presets_are_listed():
