@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Builds the CPU image and lets two containers train together, as docker/compose.yaml does:
+# Builds the CPU image and lets two containers train together:
 #
 #   docker/test.sh
 #
-# With a Docker daemon that is all. Without one it needs root, buildah and runc, and no registry either: the
-# base image is then made of Debian's packages (mmdebstrap) and stands in for the one that the Dockerfile names. Takes
-# minutes and some GB in ${TMPDIR:-/tmp}; TEST_IMAGE_CACHE=<directory> keeps base and layers for the next time.
+# With a Docker daemon that is all (BASE_IMAGE=... builds on another base), and where docker has compose the two nodes of
+# docker/compose.yaml train, are stopped and go on. Without a daemon it needs root, buildah and runc, and no registry
+# either: the base image is then made of Debian's packages (mmdebstrap) and stands in for the one that the Dockerfile
+# names. Takes minutes and some GB in ${TMPDIR:-/tmp}; TEST_IMAGE_CACHE=<directory> keeps base and layers for the next
+# time.
 # Exit codes: 0 passed, 1 failed, 77 skipped, with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,11 +15,12 @@ cd "$(dirname "$0")/.."
 skip() { echo "skipped: $*" >&2; exit 77; }
 say() { printf '\n== %s\n' "$*"; }
 
-training=(/opt/bigtrain/launch/train.py +model=gpt_nano data=synthetic model.vocab_size=97 model.num_layers=2
-  model.hidden_dim=24 model.num_heads=3 model.max_positions=16 train.steps=20 train.global_batch_size=8 train.micro_batch_size=2)
+training=(+model=gpt_nano data=synthetic model.vocab_size=97 model.num_layers=2 model.hidden_dim=24 model.num_heads=3
+  model.max_positions=16 train.global_batch_size=8 train.micro_batch_size=2)
 agent=(torchrun --nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port=29517)
+node=(/opt/bigtrain/launch/train.py "${training[@]}" train.steps=20)
 checks='test "$(id -u)" != 0 && python -c "import bigtrain, torch, deepspeed; print(bigtrain.__file__, torch.__version__)"
-  ! ls -A /opt/bigtrain | grep -E "^\.git$|^\.env|^runs$|^tests$" && ! touch /opt/bigtrain/x 2>/dev/null'
+  test -z "$(find /opt/bigtrain -name ".*" -o -name runs -o -name tests)" && ! touch /opt/bigtrain/x 2>/dev/null'
 
 main() {
   scratch=$(mktemp --directory)
@@ -31,16 +34,56 @@ main() {
   say 'the image: not root, no stray files, nothing writable but /work'
   run_with_"$engine" sh -euc "$checks"
   say 'two containers train together'
-  run_with_"$engine" "${agent[@]}" --node-rank=1 "${training[@]}" >"$scratch/node1.log" 2>&1 &
+  run_with_"$engine" "${agent[@]}" --node-rank=1 "${node[@]}" >"$scratch/node1.log" 2>&1 &
   local other=$!
-  run_with_"$engine" "${agent[@]}" --node-rank=0 "${training[@]}"
+  run_with_"$engine" "${agent[@]}" --node-rank=0 "${node[@]}"
   wait "$other" || { cat "$scratch/node1.log"; exit 1; }
   grep --quiet '"world_size": 2' "$scratch/work/runs/gpt_nano/events.jsonl"
   grep --quiet '"event": "finished", "step": 20' "$scratch/work/runs/gpt_nano/events.jsonl"
+  if [ "$engine" = docker ] && docker compose version >/dev/null 2>&1; then test_compose; fi
   say passed
 }
 
-build_with_docker() { docker build --file docker/Dockerfile --tag bigtrain:test .; }
+build_with_docker() {
+  docker build ${BASE_IMAGE:+--build-arg "BASE_IMAGE=$BASE_IMAGE"} --file docker/Dockerfile --tag bigtrain:test .
+}
+
+# In a project of its own, which leaves other runs of compose.yaml alone.
+test_compose() {
+  say 'docker compose: two nodes train on their own network, are stopped, which saves, and go on'
+  export BIGTRAIN_IMAGE=bigtrain:test TRAINING="${training[*]} train.steps=1000000 checkpoint.every_steps=10"
+  compose=(docker compose --project-name bigtrain-test --file docker/compose.yaml)
+  local saved
+  "${compose[@]}" up --detach --no-build
+  wait_for_event checkpoint
+  no_way_in
+  "${compose[@]}" stop
+  saved=$(in_volume cat runs/gpt_nano/exit.json)
+  echo "$saved"
+  [[ $saved == *'"code": 75'* ]]
+  "${compose[@]}" up --detach --no-build
+  wait_for_event resume
+  "${compose[@]}" down --volumes
+}
+
+in_volume() { docker run --rm --volume bigtrain-test_work:/work:ro bigtrain:test "$@"; }
+
+wait_for_event() {
+  for _ in $(seq 60); do
+    if in_volume grep --no-messages "\"event\": \"$1\"" runs/gpt_nano/events.jsonl | cut --characters=-100; then return; fi
+    sleep 2
+  done
+  "${compose[@]}" logs
+  exit 1
+}
+
+# A container on Docker's usual network does not reach the node with the rendezvous.
+no_way_in() {
+  local address
+  address=$("${compose[@]}" exec -T node1 python -c "import socket; print(socket.gethostbyname('node0'))")
+  "${compose[@]}" exec -T node1 python -c "import socket; socket.create_connection(('$address', 29500), 5)"
+  ! docker run --rm bigtrain:test python -c "import socket; socket.create_connection(('$address', 29500), 5)" 2>/dev/null
+}
 
 run_with_docker() {
   timeout 300 docker run --rm --network host --env OMP_NUM_THREADS=1 --volume "$scratch/work:/work" bigtrain:test "$@"
@@ -101,6 +144,7 @@ run_with_buildah() {
 
 clean_up() {
   local mount
+  if [ -v compose ]; then "${compose[@]}" down --volumes --timeout 5 >/dev/null 2>&1 || true; fi
   # buildah leaves its layers mounted.
   awk -v root="$cache/" -v scratch="$scratch/" 'index($2, root) == 1 || index($2, scratch) == 1 { print $2 }' /proc/mounts |
     sort --reverse | while read -r mount; do umount "$mount" || true; done
