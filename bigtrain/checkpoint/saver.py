@@ -194,6 +194,6 @@ class Saver:
         if free >= needed:
             return None
         return (
-            f"{directory}: {free / 2**30:.2f} GiB are free, but {('one more checkpoint needs', 'two checkpoints need')[number - 1]} "
-            f"{needed / 2**30:.2f} GiB; make room, or choose another run.root"
+            f"{directory}: {free / 2**20:,.1f} MiB are free, but {('one more checkpoint needs', 'two checkpoints need')[number - 1]} "
+            f"{needed / 2**20:,.1f} MiB; make room, or choose another run.root"
         )

@@ -80,7 +80,8 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
         }
         os.ftruncate(hold.file, 0)
         os.pwrite(hold.file, json.dumps(record).encode() + b"\n", 0)
-        (directory / ROOM_FILE).write_bytes(os.urandom(_ROOM_BYTES))
+        with contextlib.suppress(OSError):
+            (directory / ROOM_FILE).write_bytes(os.urandom(_ROOM_BYTES))
     except BaseException:
         hold.release()
         raise

@@ -24,7 +24,7 @@ from bigtrain.resilience.attempt import (
     read_json,
     write_exit,
 )
-from bigtrain.resilience.failures import describe, failure_of, record_failures
+from bigtrain.resilience.failures import Failure, describe, failure_of, record_failures
 from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
 from bigtrain.resilience.hold import Hold
 from bigtrain.resilience.signals import StopSignal
@@ -156,6 +156,8 @@ class Launch:
         if isinstance(error, StopError):
             self._stop(error)
         elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
+            if self.rank == 0 and self._beats is not None:  # in training: no mere mistake in a setting
+                record_failures(self.directory, self.attempt, [self._failure(error)], [])
             self.end(error.exit_code, str(error).splitlines()[0])
         elif error is not None:
             self._record(error)
@@ -182,10 +184,12 @@ class Launch:
             time.sleep(_RECORD_SECONDS)
         return self.rank == 0 or has_decided(self.directory, self.attempt)
 
+    def _failure(self, error: BaseException) -> Failure:
+        return failure_of(error, rank=self.rank, phase=self.heartbeat.phase, step=self.heartbeat.step)
+
     def _record(self, error: BaseException) -> None:
         """Record a fault of ours or of the machine; no rank waits for another one any more."""
-        phase, step = self.heartbeat.phase, self.heartbeat.step
-        failure = failure_of(error, rank=self.rank, phase=phase, step=step)
+        failure = self._failure(error)
         if failure.kind == "connection" and has_decided(self.directory, self.attempt):
             return
         beats = read_beats(self._beats) if self._beats else []
@@ -195,7 +199,7 @@ class Launch:
             error.shared = False
         if failure.kind == "connection":
             text = (
-                f"rank {self.rank} has lost its connection to other ranks in {phase} of step {step}; "
+                f"rank {self.rank} has lost its connection to other ranks in {failure.phase} of step {failure.step}; "
                 f"the first cause is in {self.directory / FAILURE_FILE}"
             )
         with contextlib.suppress(OSError):

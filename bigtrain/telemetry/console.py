@@ -96,9 +96,13 @@ class Console:
     def message(self, text: str) -> None:
         """Show ``text``, which may have several lines."""
         text = redact(text)
-        for line in text.splitlines():
-            self._to_file(line)
+        self.keep(text)
         self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))
+
+    def keep(self, text: str) -> None:
+        """Write ``text`` to the log file alone; somebody else shows it."""
+        for line in redact(text).splitlines():
+            self._to_file(line)
 
     def _show(self, shown: Callable[[], Any]) -> None:
         if self._waiting.qsize() < _MAX_WAITING:

@@ -136,6 +136,7 @@ class Recorder(NullRecorder):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
+            self._console.keep(str(error))
             self.event("fault", step=self._last_step, error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS])
         self.close()
 

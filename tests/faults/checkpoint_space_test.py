@@ -157,7 +157,7 @@ def open_saver(directory: Path, num_existing: int, free_checkpoints: float) -> s
     ("num_existing", "free_checkpoints", "message"),
     [
         (0, 2.0, None),
-        (0, 1.9, "0.00 GiB are free, but two checkpoints need"),
+        (0, 1.9, "MiB are free, but two checkpoints need"),
         (1, 1.0, None),
         (1, 0.9, "one more checkpoint needs"),
         (2, 1.0, None),  # or the run that just fitted could not be continued
@@ -181,6 +181,7 @@ def assert_stopped_for_lack_of_room(result: Result, run: Path, reason: str) -> N
     assert result.code == 2
     assert "Traceback" not in result.err
     assert "failures in a row" in result.err
+    assert "failures in a row" in (run / "failure.json").read_text()
     assert reason in result.out + result.err
     failed = events(run, "checkpoint_failed")
     assert len(failed) >= 2

@@ -297,6 +297,8 @@ def test_a_run_that_diverges_again_and_again_stops_for_good(tmp_path: Path):
     assert len(events(tmp_path / RUN, "rollback")) == 2
     (fault,) = events(tmp_path / RUN, "fault")
     assert "has gone back 2 times already" in fault["error"]
+    assert "has gone back 2 times already" in read_json(tmp_path / RUN / "failure.json")["summary"]
+    assert "has gone back 2 times already" in (tmp_path / RUN / "log/train.log").read_text().splitlines()[-1]
     assert "has gone back 2 times already" in ended.said[0]
     assert "Traceback" not in ended.said[0] + ended.said[1]
 
