@@ -229,6 +229,8 @@ def test_three_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path
     assert (state["ExitCode"], state["Restarts"]) == ("3:0", "1"), job.trouble()
     assert len(list(job.run.glob("log/try*"))) == 5
     assert "failed 3 times without a newer checkpoint than step-01" in job.log()
+    record = json.loads((job.run / "exit.json").read_text())
+    assert (record["code"], record["step"]) == (3, 1), "the ranks have left no word"
     state = early.wait_for("FAILED", "COMPLETED")
     assert (state["ExitCode"], state["Restarts"]) == ("3:0", "1"), early.trouble()
 
