@@ -1,6 +1,7 @@
 """Submit a training run to Slurm: ``python launch/submit.py +model=gpt3_1b cluster=slurm_h100``; ``--help`` says more."""
 
 import dataclasses
+import math
 import re
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ GIB = 2**30
 UNFIT = re.compile(r"[\\\x00-\x1f\x7f]")
 # man sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 TIME_LIMIT = re.compile(r"(\d+)(:\d{1,2}){0,2}|\d+-\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+FIXED = re.compile(r"--(nodes|ntasks|ntasks-per-node|gpus|gpus-per-node|signal|array|no-requeue)(=|$)|-[NnGa]")
 INTERFACE = re.compile(r"[^\s/:]{1,15}")
 
 
@@ -59,7 +61,7 @@ class ClusterConfig:
     modules: list[str] = field(default_factory=list)
     """Environment modules that the job loads."""
     sbatch_options: list[str] = field(default_factory=list)
-    """More options of sbatch, such as ``--constraint=ib``."""
+    """More options of sbatch, on the command line ``'cluster.sbatch_options=["--constraint=ib"]'``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,12 +146,22 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
             f"cluster.time_limit={cluster.time_limit}: Slurm takes minutes, 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)",
         ),
         (
+            _seconds(cluster.time_limit) > cluster.save_before_end_seconds,
+            f"cluster.time_limit={cluster.time_limit}: must be longer than "
+            f"cluster.save_before_end_seconds={cluster.save_before_end_seconds}, or the job would only start and stop",
+        ),
+        (
             cluster.interface is None or INTERFACE.fullmatch(cluster.interface),
             f"cluster.interface={cluster.interface!r}: must be the name of a network interface, such as ib0",
         ),
         (
             all(option.startswith("-") for option in cluster.sbatch_options),
             f"cluster.sbatch_options={cluster.sbatch_options}: each begins with a dash, such as --constraint=ib",
+        ),
+        (
+            not (fixed := [option for option in cluster.sbatch_options if FIXED.match(option)]),
+            f"cluster.sbatch_options={fixed}: the job relies on its own; see cluster.num_nodes, cluster.gpus_per_node and "
+            "cluster.save_before_end_seconds",
         ),
     ]
     problems = [message for holds, message in rules if not holds]
@@ -159,6 +171,16 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
             if isinstance(text, str) and UNFIT.search(text):
                 problems.append(f"cluster.{name}={text!r}: no backslashes, line breaks or control characters, please")
     return problems
+
+
+def _seconds(limit: str | None) -> float:
+    """Return a time limit of Slurm's in seconds; endless if there is none, or if it is none of Slurm's."""
+    if limit is None or not TIME_LIMIT.fullmatch(limit) or limit[0].isalpha():
+        return math.inf
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
 
 
 def run(job: tuple[SubmitConfig, list[str]]) -> int:
