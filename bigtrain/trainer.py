@@ -428,8 +428,8 @@ def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
         problem = (
-            f"step {step} could not be saved, {run.saver.num_failures} failures in a row; the same command continues "
-            f"from {last[-1] if last else 'the beginning'} when the reason above is mended"
+            f"step {step} could not be saved, {run.saver.num_failures} failures in a row: {run.saver.last_error}; the same "
+            f"command continues from {last[-1] if last else 'the beginning'} when that is mended"
         )
         raise of_all_ranks(CheckpointError(problem))
     if run.limits:

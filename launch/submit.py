@@ -26,7 +26,8 @@ GIB = 2**30
 UNFIT = re.compile(r"[\\\x00-\x1f\x7f]")
 # man sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 TIME_LIMIT = re.compile(r"(\d+)(:\d{1,2}){0,2}|\d+-\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
-FIXED = re.compile(r"--(nodes|ntasks|ntasks-per-node|gpus|gpus-per-node|signal|array|no-requeue)(=|$)|-[NnGa]")
+SIGNAL_EARLY_SECONDS = 60
+FIXED = re.compile(r"--(nodes|ntasks|ntasks-per-node|time|signal|job-name|chdir|array|no-requeue)(=|$)|-[NntJDa]")
 INTERFACE = re.compile(r"[^\s/:]{1,15}")
 
 
@@ -49,7 +50,8 @@ class ClusterConfig:
     qos: str | None = None
     """Quality of service."""
     time_limit: str | None = None
-    """Longest time of one launch, as Slurm writes it: ``12:00:00``, ``2-00:00:00``. The run goes on in the next launch."""
+    """Longest time of one launch, as Slurm writes it: ``12:00:00``, ``2-00:00:00`` (in a preset in quotes, or YAML makes a
+    number of it). The run goes on in the next launch."""
     save_before_end_seconds: int = 300
     """So long before the time limit the run saves and is queued again."""
     interface: str | None = None
@@ -138,20 +140,20 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
         ),
         (cluster.host_memory_gib > 0, f"cluster.host_memory_gib={cluster.host_memory_gib}: say how much a node has"),
         (
-            cluster.save_before_end_seconds >= 1,
-            f"cluster.save_before_end_seconds={cluster.save_before_end_seconds}: must be at least 1",
+            1 <= cluster.save_before_end_seconds <= 65535,
+            f"cluster.save_before_end_seconds={cluster.save_before_end_seconds}: must be between 1 and 65535",
         ),
         (
             cluster.time_limit is None or TIME_LIMIT.fullmatch(cluster.time_limit),
             f"cluster.time_limit={cluster.time_limit}: Slurm takes minutes, 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)",
         ),
         (
-            _seconds(cluster.time_limit) > cluster.save_before_end_seconds,
-            f"cluster.time_limit={cluster.time_limit}: must be longer than "
-            f"cluster.save_before_end_seconds={cluster.save_before_end_seconds}, or the job would only start and stop",
+            _seconds(cluster.time_limit) > cluster.save_before_end_seconds + SIGNAL_EARLY_SECONDS,
+            f"cluster.time_limit={cluster.time_limit}: must be longer than cluster.save_before_end_seconds="
+            f"{cluster.save_before_end_seconds} and the minute by which Slurm's signal may be early",
         ),
         (
-            cluster.interface is None or INTERFACE.fullmatch(cluster.interface),
+            not cluster.interface or INTERFACE.fullmatch(cluster.interface),
             f"cluster.interface={cluster.interface!r}: must be the name of a network interface, such as ib0",
         ),
         (
@@ -160,8 +162,8 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
         ),
         (
             not (fixed := [option for option in cluster.sbatch_options if FIXED.match(option)]),
-            f"cluster.sbatch_options={fixed}: the job relies on its own; see cluster.num_nodes, cluster.gpus_per_node and "
-            "cluster.save_before_end_seconds",
+            f"cluster.sbatch_options={fixed}: the job has its own; see cluster.num_nodes, cluster.time_limit, "
+            "cluster.save_before_end_seconds and run.name",
         ),
     ]
     problems = [message for holds, message in rules if not holds]
@@ -174,13 +176,13 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
 
 
 def _seconds(limit: str | None) -> float:
-    """Return a time limit of Slurm's in seconds; endless if there is none, or if it is none of Slurm's."""
+    """Return a time limit of Slurm's in seconds; endless if there is none (0, too), or if it is none of Slurm's."""
     if limit is None or not TIME_LIMIT.fullmatch(limit) or limit[0].isalpha():
         return math.inf
     days, _, clock = limit.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
+    return 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False)) or math.inf
 
 
 def run(job: tuple[SubmitConfig, list[str]]) -> int:
@@ -242,6 +244,9 @@ def render(config: SubmitConfig, training_args: list[str], directory: Path) -> s
     if cluster.container_image:
         mounts = ",".join([f"{path}:{path}" for path in dict.fromkeys((HOME, directory))] + cluster.container_mounts)
         container = [f"--container-image={cluster.container_image}", f"--container-mounts={mounts}"]
+        # Where they are set in an image, enroot wants a GPU on every node; where they are not, it gives none.
+        gpus = ("all", "compute,utility") if cluster.gpus_per_node else ("void", "")
+        environ["NVIDIA_VISIBLE_DEVICES"], environ["NVIDIA_DRIVER_CAPABILITIES"] = gpus
         environ["BIGTRAIN_SRUN_OPTIONS"] = "\n".join([*container, f"--container-workdir={directory}"])
     lines = [
         "#!/usr/bin/env bash",

@@ -75,6 +75,7 @@ class Saver:
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.num_failures = 0
         """Failed saves since the last complete one."""
+        self.last_error: str | None = None
         self._check_room()
 
     def save(self, run_state: RunState) -> None:
@@ -103,6 +104,7 @@ class Saver:
             return None
         report, self._pending = self._pending.result(), None
         self.num_failures = self.num_failures + 1 if report.error else 0
+        self.last_error = report.error
         return report
 
     def _save(self, run_state: RunState, ready: torch.cuda.Event | None) -> SaveReport:
@@ -193,7 +195,8 @@ class Saver:
             return f"{directory} cannot be written: {error.strerror}"
         if free >= needed:
             return None
+        unit, size = ("GiB", 2**30) if needed >= 2**30 else ("MiB", 2**20)
         return (
-            f"{directory}: {free / 2**20:,.1f} MiB are free, but {('one more checkpoint needs', 'two checkpoints need')[number - 1]} "
-            f"{needed / 2**20:,.1f} MiB; make room, or choose another run.root"
+            f"{directory}: {free / size:.1f} {unit} are free, but {('one more checkpoint needs', 'two checkpoints need')[number - 1]} "
+            f"{needed / size:.1f} {unit}; make room, or choose another run.root"
         )

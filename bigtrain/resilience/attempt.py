@@ -34,7 +34,7 @@ EXIT_FILE = "exit.json"
 FAILURE_FILE = "failure.json"
 ROOM_FILE = ".room"
 
-_ROOM_BYTES = 2**18
+_ROOM_BYTES = 2**20
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -78,10 +78,10 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
             "pid": os.getpid(),
             "time": now(),
         }
-        os.ftruncate(hold.file, 0)
-        os.pwrite(hold.file, json.dumps(record).encode() + b"\n", 0)
-        with contextlib.suppress(OSError):
-            (directory / ROOM_FILE).write_bytes(os.urandom(_ROOM_BYTES))
+        content = json.dumps(record).encode() + b"\n"
+        os.pwrite(hold.file, content, 0)
+        os.ftruncate(hold.file, len(content))
+        keep_room(directory)
     except BaseException:
         hold.release()
         raise
@@ -106,6 +106,16 @@ def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
 def holds(directory: Path, attempt: int) -> bool:
     """Return whether no later launch has the run."""
     return read_json(directory / ATTEMPT_FILE).get("attempt", attempt) <= attempt
+
+
+def keep_room(directory: Path) -> None:
+    """Take a part of the disk, in ``.room``, for the last words of this launch, if there is as much."""
+    path = directory / ROOM_FILE
+    try:
+        path.write_bytes(os.urandom(_ROOM_BYTES))  # zeros would take nothing on a file system that compresses
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def make_room(directory: Path, attempt: int) -> None:

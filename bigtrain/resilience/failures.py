@@ -88,11 +88,11 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
     while (now_found := _read_records(place) or records) != found:
         found = now_found
         summary = _sum_up(found, attempt, states)
+        write_exit(directory, code=summary["code"], reason=summary["summary"], step=summary["step"], attempt=attempt)
         with contextlib.suppress(OSError):
-            write_json(place / FAILURE_FILE, summary)
             if holds(directory, attempt):
                 write_json(directory / FAILURE_FILE, summary)
-        write_exit(directory, code=summary["code"], reason=summary["summary"], step=summary["step"], attempt=attempt)
+            write_json(place / FAILURE_FILE, summary)
     return summary
 
 
@@ -128,7 +128,9 @@ def _read_records(place: Path) -> list[dict[str, Any]]:
 def _write_new(path: Path, record: dict[str, Any]) -> None:
     """Write the first record of a rank whole; a later one does not replace it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(record, indent=1))
-    with contextlib.suppress(FileExistsError):
-        os.link(partial, path)
-    partial.unlink()
+    try:
+        partial.write_text(json.dumps(record, indent=1))
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -156,7 +156,7 @@ class Launch:
         if isinstance(error, StopError):
             self._stop(error)
         elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
-            if self.rank == 0 and self._beats is not None:  # in training: no mere mistake in a setting
+            if self.rank == 0 and self._beats is not None:  # before that, exit.json says all there is to say
                 record_failures(self.directory, self.attempt, [self._failure(error)], [])
             self.end(error.exit_code, str(error).splitlines()[0])
         elif error is not None:

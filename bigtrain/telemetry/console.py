@@ -95,8 +95,8 @@ class Console:
 
     def message(self, text: str) -> None:
         """Show ``text``, which may have several lines."""
-        text = redact(text)
         self.keep(text)
+        text = redact(text)
         self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))
 
     def keep(self, text: str) -> None:

@@ -136,8 +136,9 @@ class Recorder(NullRecorder):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            self._console.keep(str(error))
-            self.event("fault", step=self._last_step, error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS])
+            text = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS]
+            self._console.keep(text)
+            self.event("fault", step=self._last_step, error=text)
         self.close()
 
     def close(self) -> None:

@@ -181,7 +181,8 @@ def assert_stopped_for_lack_of_room(result: Result, run: Path, reason: str) -> N
     assert result.code == 2
     assert "Traceback" not in result.err
     assert "failures in a row" in result.err
-    assert "failures in a row" in (run / "failure.json").read_text()
+    assert reason in (run / "failure.json").read_text()
+    assert reason in (run / "exit.json").read_text()
     assert reason in result.out + result.err
     failed = events(run, "checkpoint_failed")
     assert len(failed) >= 2

@@ -247,8 +247,11 @@ def test_the_end_that_a_run_records_decides(cluster: Cluster, tmp_path: Path):
     for name, ((code, reason, torchrun_code), _) in ends.items():
         (tmp_path / name).mkdir()
         record = json.dumps({"code": code, "reason": reason, "step": 1, "attempt": 1}, indent=2)
-        script = f"echo '{record}' >$run/exit.json; exit {torchrun_code}"
+        script = f"[ -e $run/exit.json ] && exit 1; echo '{record}' >$run/exit.json; exit {torchrun_code}"
         bin_directory = stand_in(tmp_path / name, script)
+        before = tmp_path / name / "runs/gpt_nano/exit.json"  # of a job that has given up; submitting anew forgives it
+        before.parent.mkdir(parents=True)
+        before.write_text('{"code": 3, "reason": "failed 3 times", "step": 1, "attempt": 1}')
         jobs[name] = Job(cluster, tmp_path / name, "--nodes=1", args=TRAINING, bin=bin_directory)
     for name, (_, expected) in ends.items():
         state = jobs[name].wait_for("FAILED", "COMPLETED")

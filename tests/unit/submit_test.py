@@ -96,14 +96,16 @@ def test_the_settings_are_checked_for_the_world_of_the_job():
 
 
 def test_what_the_job_relies_on_stays():
-    for limit in ("5", "4:59", "0:05:00", "0-00:05"):
+    for limit in ("6", "4:59", "0:05:00", "0-00:05"):
         assert "must be longer than cluster.save_before_end_seconds=300" in problem(f"cluster.time_limit={limit}")
     options = '["--constraint=ib","--nodes=7","-a1-3","--signal=B:TERM@9"]'
     found = problem(f"cluster.sbatch_options={options}")
     assert found.startswith("cluster.sbatch_options=['--nodes=7', '-a1-3', '--signal=B:TERM@9']")
 
 
-@pytest.mark.parametrize("limit", ["90", "90:30", "12:00:00", "2-12", "2-12:30", "2-00:00:00", "unlimited"])
+@pytest.mark.parametrize(
+    "limit", ["90", "90:30", "12:00:00", "2-12", "2-12:30", "2-00:00:00", "unlimited", "0", "6:01"]
+)
 def test_time_limits_are_those_of_slurm(limit: str):
     assert f"#SBATCH --time={limit}\n" in rendered(f"cluster.time_limit={limit}")
 
