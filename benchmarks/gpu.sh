@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs one GPU, in one call of at most eight minutes:
 #
-#   benchmarks/gpu.sh [directory]        by default benchmarks/results/<device>-<date>/
+#   benchmarks/gpu.sh [directory]                       by default benchmarks/results/<device>-<date>/
+#   ONLY='tests|checkpoint' benchmarks/gpu.sh rest      the parts whose names match, to catch up with what had no time left
 #
 # Needs python3 with torch and what bigtrain itself imports; no internet, no virtual environment (PYTHON=... takes another
 # interpreter). Each part has a time-out of its own, and one that fails leaves the others alone. The directory gets
@@ -29,6 +30,7 @@ has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(
 part() {
   local name=$1 limit=$2 begin=$SECONDS code state
   shift 2
+  [[ $name =~ ${ONLY:-.} ]] || return
   ((limit < DEADLINE - SECONDS)) || limit=$((DEADLINE - SECONDS))
   if ((limit < 5)); then
     printf '%s\tno time left\t0\n' "$name" | tee --append "$work/parts"
@@ -52,7 +54,6 @@ bench() { # bench <name> <seconds> <script> <options ...>
 main() {
   printf '%s, %s\n' "$device" "$(date --utc '+%F %T UTC')"
   nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv 2>/dev/null
-  has torchtitan || echo 'not installed: torchtitan'
   local tests=(-k 'not zero')
   has deepspeed && tests=() || echo 'not installed: deepspeed; zero1, zero2 and zero3 are left out'
   if [ "$TINY" ]; then tiny; else full; fi
@@ -70,16 +71,17 @@ full() {
   else
     bench 'step, gpt3_1b' 100 step.py "${gpt3[@]}" --batch 6 --turns 4 --steps 8 --sides nanogpt
   fi
+  # Beside two more sides it would not fit a smaller GPU.
+  [ "$large" ] || bench 'step, gpt3_1b, HF' 90 step.py "${gpt3[@]}" --batch 4 --turns 4 --steps 8 --sides hf-gpt2
   bench 'loss memory' 40 loss_memory.py --turns 3 --steps 3 --width 768
   part overhead 40 "$PYTHON" benchmarks/overhead.py --engine ddp --no-op --steps 400
-  bench engines 90 engines.py "${gpt2[@]}" --turns 4 --steps 10 --together 3
-  if has torchao; then
-    bench 'step, gpt3_1b, fp8' 80 step.py "${gpt3[@]}" --batch 6 --precision fp8 --turns 3 --steps 8 --sides bare
+  if has torchao; then # beside itself in bf16
+    bench 'step, gpt3_1b, fp8' 80 step.py "${gpt3[@]}" --batch 6 --precision fp8 --turns 3 --steps 8 --sides
   else
     echo 'not installed: torchao; fp8 is left out'
   fi
-  [ "$large" ] || bench 'step, gpt3_1b, HF' 100 step.py "${gpt3[@]}" --batch 4 --turns 4 --steps 8 --sides hf-gpt2
-  has pytest && part tests 90 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${tests[@]}"
+  bench engines 90 engines.py "${gpt2[@]}" --turns 4 --steps 10 --together 3
+  has pytest && part tests 180 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider "${tests[@]}"
   part checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --ranks 1 --rounds 2
 }
 

@@ -33,7 +33,7 @@ PURPOSES = {
     "attention": r"attention|flash|fmha|sdpa|cudnn.*(fprop|bprop)",
     "products": r"aten::(mm|addmm|bmm|baddbmm|_scaled_mm)$|gemm|cutlass|nvjet|cublas|xmma|mkl",
     "optimizer": r"adam",
-    "clipping": r"foreach_norm|vector_norm|foreach_mul|clamp",
+    "clipping": r"foreach_norm|vector_norm|lpnorm|foreach_mul|clamp",
     "loss": r"softmax|gather|scatter|nll_loss|cross_entropy",
     "norms": r"norm",
     "feed-forward's activation": r"gelu|silu",
@@ -94,6 +94,8 @@ def measure(config: TrainConfig, steps: int) -> tuple[float, float, float, dict[
     for event in profiled.key_averages():
         if on_gpu and event.device_type is not DeviceType.CUDA:
             continue  # the time of its kernels, which have events of their own
+        if getattr(event, "is_user_annotation", False):
+            continue  # on a GPU these span kernels too
         taken = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / steps
         spent[purpose_of(event.key)] = spent.get(purpose_of(event.key), 0.0) + taken
     shut_down()

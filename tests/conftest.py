@@ -8,6 +8,9 @@ from bigtrain import local_ranks
 # Small tensors gain nothing from threads, and threads of several ranks wait for each other on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# To ask torch whether there is a GPU, as test modules do, must not start CUDA: the server of ranks could not fork then.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 # Ranks are forked from a server, and need not import what it has imported. With a GPU, DeepSpeed would look for it there.
 local_ranks.PRELOAD = (*local_ranks.PRELOAD, "hydra", "bigtrain.trainer")
 if not shutil.which("nvidia-smi"):

@@ -46,7 +46,7 @@ class Engine(Protocol):
         A gradient that is not finite changes neither weights nor optimizer state, on any rank.
 
         Returns:
-            The global gradient norm before clipping (0-d tensor; not synchronised with the host).
+            The global gradient norm before clipping (0-d tensor; the native engines do not wait for it).
         """
         ...
 

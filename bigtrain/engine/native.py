@@ -86,7 +86,7 @@ class NativeEngine:
             factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
-        update_unless_bad(self.optimizer, norm, ask_host=self.device.type == "cpu")
+        update_unless_bad(self.optimizer, norm, ask_host=self._parameters[0].device.type == "cpu")
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         return norm
 
@@ -101,10 +101,14 @@ class NativeEngine:
         """Return the 2-norm of all gradients on all ranks.
 
         Norms of rows first: on a CPU, torch adds up a whole tensor in one fp32 sum, which is wrong by
-        1e-5 for a large one and depends on how it is sharded.
+        1e-5 for a large one and depends on how it is sharded. On a GPU it adds up in a tree, all tensors in one kernel.
         """
-        rows = [torch.linalg.vector_norm(g.view(-1, g.shape[-1]), dim=-1) for g in gradients if g.numel()]
-        squares = [torch.linalg.vector_norm(row).square() for row in rows]
+        gradients = [g for g in gradients if g.numel()]
+        if gradients and gradients[0].is_cuda:
+            squares = [torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()]
+        else:
+            rows = [torch.linalg.vector_norm(g.view(-1, g.shape[-1]), dim=-1) for g in gradients]
+            squares = [torch.linalg.vector_norm(row).square() for row in rows]
         total = torch.stack(squares).sum().to(self.device) if squares else torch.zeros((), device=self.device)
         if self.shard_group is not None:
             dist.all_reduce(total, group=self.shard_group)
@@ -148,8 +152,9 @@ def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, a
     Args:
         optimizer: SGD's kernels for sharded parameters are not fused and take no such number.
         norm: 0-d tensor.
-        ask_host: whether the host decides. On a GPU it would have to wait for the number; there a fused kernel
-            looks at it, as it does for gradient scalers.
+        ask_host: whether the host decides, as it has to where the weights are on the host: the kernel there would read a
+            GPU's number before it has come. On a GPU the host would have to wait; a fused kernel looks at it, as it
+            does for gradient scalers.
     """
     if ask_host or not getattr(optimizer, "_step_supports_amp_scaling", False):
         if math.isfinite(norm.item()):
