@@ -113,6 +113,7 @@ def cpu_seconds_per_step() -> dict[str, float]:
         OptimizerKind,
         Precision,
         TrainConfig,
+        TrainingConfig,
     )
     from bigtrain.data.batch import Batch
     from bigtrain.distributed import init_process_group, shut_down
@@ -130,6 +131,7 @@ def cpu_seconds_per_step() -> dict[str, float]:
                 model=ModelConfig(**MODEL),
                 engine=EngineConfig(kind=EngineKind.ddp, precision=Precision.bf16),
                 optimizer=OptimizerConfig(kind=OptimizerKind[kind]),
+                train=TrainingConfig(global_batch_size=BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE),
             )
         )
         engines[kind] = build_engine(config, lambda: build_model(config.model), info=info, device=device)  # noqa: B023
@@ -225,6 +227,8 @@ def plot(result: dict[str, Any]) -> None:
     left.axvline(result["share_of_steps"] * result["steps"], color="tab:blue", linestyle=":", linewidth=1)
     left.set(xlabel="step", ylabel="validation loss", ylim=(None, left.get_ylim()[0] + 3))
     right.set(xlabel="learning rate", ylabel="final validation loss", xscale="log")
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.set_xticks([], minor=True)
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
