@@ -94,9 +94,8 @@ def train(
             process.kill()
             process.join()
     deadline = time.monotonic() + 4 * GRACE_SECONDS
-    while has_heartbeats(
-        {process.pid for process in processes}, begun
-    ):  # the watchdog, which has the last word, removes them
+    pids = {process.pid for process in processes}
+    while has_heartbeats(pids, begun):  # the watchdog, which has the last word, removes them
         assert time.monotonic() < deadline, "the watchdog does not end"
         time.sleep(0.05)
     return Ended([process.exitcode for process in processes], [path.read_text() for path in logs])

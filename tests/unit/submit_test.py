@@ -110,6 +110,12 @@ def test_time_limits_are_those_of_slurm(limit: str):
     assert f"#SBATCH --time={limit}\n" in rendered(f"cluster.time_limit={limit}")
 
 
+@pytest.mark.parametrize(("num_gpus", "devices"), [(0, "void"), (8, "all")])
+def test_a_container_gets_the_gpus_that_the_nodes_have(num_gpus: int, devices: str):
+    gpus = [f"cluster.gpus_per_node={num_gpus}", "cluster.gpu_memory_gib=80", "train.micro_batch_size=1"]
+    assert f"export NVIDIA_VISIBLE_DEVICES={devices}\n" in rendered(*gpus, "cluster.container_image=/shared/x.sqsh")
+
+
 def test_without_a_cluster_the_presets_are_listed():
     with pytest.raises(ConfigError, match="cluster=slurm_h100"):
         submit.read(["+model=gpt_nano"])
