@@ -1,5 +1,6 @@
 # make install   the project and its tested dependencies into .venv (quick when nothing has changed)
-# make test      the whole test-suite
+# make test      the tests that a change needs: a quarter of an hour on two cores
+# make test-all  every test, for a night
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
 # make lint      formatting and lint
 #
@@ -16,12 +17,15 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test demo lint
+.PHONY: install test test-all demo lint
 
 install: $(INSTALLED)
 
 # Two files at a time: many tests wait for processes to start.
 test: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-all: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 demo: install
