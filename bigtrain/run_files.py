@@ -15,7 +15,7 @@ from bigtrain import log
 from bigtrain.checkpoint.loader import verify_checkpoint
 from bigtrain.checkpoint.store import RUN_STATE_FILE, find_checkpoints, find_damaged, read_run_state, set_aside
 from bigtrain.config import TrainConfig, Verify
-from bigtrain.data.index import INDEX_FILE
+from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
 from bigtrain.errors import CheckpointError, ConfigError
@@ -45,9 +45,12 @@ def write_config(directory: Path, config: TrainConfig) -> None:
 
 
 def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
-    """Copy the tokenizer and the index that says how to use it, so that a run generates text without its data."""
-    for name in (INDEX_FILE, TOKENIZER_FILE):
-        shutil.copyfile(corpus_directory / name, directory / name)
+    """Copy the tokenizer, whole, and the index that says how to use it: a run generates and exports without its data."""
+    published = (corpus_directory / PUBLISHED_DIRECTORY).rglob("*")
+    for path in (corpus_directory / INDEX_FILE, corpus_directory / TOKENIZER_FILE, *filter(Path.is_file, published)):
+        copy = directory / path.relative_to(corpus_directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def locate(path: Path) -> tuple[Path, Path]:

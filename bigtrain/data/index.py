@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigtrain.errors import ConfigError, DataError, ShardError
@@ -13,6 +13,8 @@ from bigtrain.files import FileRecord, hash_content
 from bigtrain.schema import from_dict
 
 INDEX_FILE = "index.json"
+PUBLISHED_DIRECTORY = "tokenizer"
+"""Beside the index of a corpus or run: the files that its tokenizer was published as."""
 FORMAT = 2
 
 
@@ -66,6 +68,8 @@ class TokenizerRecord:
     """Largest token id plus one."""
     eos_id: int
     """Token that ends a document."""
+    published: list[FileRecord] = field(default_factory=list)
+    """The files that it was published as, below ``tokenizer/``; none of ``bpe`` and ``bytes``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +112,11 @@ class CorpusIndex:
     @property
     def files(self) -> list[FileRecord]:
         """Every file of the corpus except the index."""
+        return [*self._deciding_files, *self.tokenizer.published]
+
+    @property
+    def _deciding_files(self) -> list[FileRecord]:
+        """Those that decide the tokens."""
         shards = [*self.train.shards, *self.validation.shards]
         others = [self.tokenizer.file, *([self.live.plan] if self.live else [])]
         return [*others, *(file for shard in shards for file in shard.files)]
@@ -117,7 +126,7 @@ class CorpusIndex:
         """Identity of the tokens, wherever and whenever they were prepared: 16 hexadecimal digits."""
         if self.live:
             return self.live.fingerprint
-        return hashlib.sha256("".join(file.xxh3 for file in self.files).encode()).hexdigest()[:16]
+        return hashlib.sha256("".join(file.xxh3 for file in self._deciding_files).encode()).hexdigest()[:16]
 
 
 def write_index(directory: Path, index: CorpusIndex) -> None:
@@ -242,7 +251,10 @@ def _check_index(index: CorpusIndex, where: str) -> None:
         raise DataError(f"{path}: dtype {index.dtype!r}, expected uint16 or uint32; {_way_out(where)}")
     for file in index.files:
         # An index that came from elsewhere must not point out of its own directory.
-        if file.name in ("", ".", "..", INDEX_FILE) or "\\" in file.name or Path(file.name).name != file.name:
+        name = file.name
+        if file in index.tokenizer.published:
+            name = name.removeprefix(f"{PUBLISHED_DIRECTORY}/").removeprefix("additional_chat_templates/")
+        if name in ("", ".", "..", INDEX_FILE) or "\\" in name or Path(name).name != name:
             raise DataError(f"{path}: {file.name!r} is not a plain file name")
     if len({file.name for file in index.files}) != len(index.files):
         raise DataError(f"{path}: two files have one name; {_way_out(where)}")

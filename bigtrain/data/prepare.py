@@ -56,7 +56,7 @@ from bigtrain.data.tokenise import (
     tokenise_part,
     write_shard,
 )
-from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, num_ids
+from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, keep_published, num_ids
 from bigtrain.data.workers import Run, workers
 from bigtrain.errors import DataError
 from bigtrain.files import sync
@@ -223,7 +223,7 @@ def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
 
 def _publish(work: Path, directory: Path) -> None:
     """Make the finished ``work`` appear as ``directory``, durably and at once."""
-    for path in (*work.iterdir(), work):
+    for path in (*work.rglob("*"), work):
         sync(path)
     try:
         work.rename(directory)
@@ -298,6 +298,7 @@ def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenize
             file=record_file(work / TOKENIZER_FILE),
             vocab_size=vocab_size,
             eos_id=built.eos_id,
+            published=keep_published(config.tokenizer, work),
         ),
         train=nothing,
         validation=nothing,

@@ -151,7 +151,7 @@ def read_remote_index(remote: RemoteDirectory) -> bytes:
 
 
 def fetch_index(url: str, cache: Path) -> Path:
-    """Copy index and tokenizer of a corpus at ``url`` below ``cache`` and return their directory.
+    """Copy the index and all files of the tokenizer of a corpus at ``url`` below ``cache``; return their directory.
 
     Raises:
         DataError: there is no index, it is damaged; the tokenizer is missing or not that of the index.
@@ -161,16 +161,19 @@ def fetch_index(url: str, cache: Path) -> Path:
     remote = RemoteDirectory(url)
     directory = cache / "indexes" / hashlib.sha256(remote.url.encode()).hexdigest()[:16]
     text = read_remote_index(remote)
-    file = parse_index(text, remote.url).tokenizer.file
-    tokenizer = remote.read(file.name)
-    if xxhash.xxh3_128_hexdigest(tokenizer) != file.xxh3:
-        raise DataError(f"{remote.url}/{file.name}: not the tokenizer that the corpus was prepared with")
+    record = parse_index(text, remote.url).tokenizer
+    contents = {INDEX_FILE: text}
+    for file in (record.file, *record.published):
+        contents[file.name] = remote.read(file.name)
+        if xxhash.xxh3_128_hexdigest(contents[file.name]) != file.xxh3:
+            raise DataError(f"{remote.url}/{file.name}: not the tokenizer that the corpus was prepared with")
     with explained(cache):
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in ((INDEX_FILE, text), (file.name, tokenizer)):
-            partial = directory / f"{name}.{os.getpid()}.partial"
+        for name, content in contents.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_bytes(content)
-            partial.replace(directory / name)
+            partial.replace(path)
     return directory
 
 

@@ -1,23 +1,43 @@
 """Tokenizers: every kind is one class, ``tokenizers.Tokenizer``, kept as ``tokenizer.json``.
 
+The files that a Hugging Face tokenizer is published as lie beside it, whole, in ``tokenizer/``: what else they say,
+such as a chat template, is for exports.
+
 ``bpe`` and ``bytes`` work on UTF-8 bytes without normalisation or added spaces, so decoding gives
 back any text exactly. The name of a special token inside a text is text: only bigtrain itself
 writes the end-of-text token.
 """
 
+import dataclasses
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bigtrain.config import DataConfig
-from bigtrain.data.index import INDEX_FILE, read_index
+from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY, read_index, record_file
 from bigtrain.errors import DataError, StopError
+from bigtrain.files import FileRecord
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+_PUBLISHED_FILES = (
+    "*token*.json",
+    "*.tokenizer",
+    "*vocab*.json",
+    "vocab*.txt",
+    "merges*.txt",
+    "normalizer.json",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+"""What the tokenizers of transformers, sentencepiece, tiktoken and mistral-common read; no code."""
 
 
 class BuiltTokenizer(NamedTuple):
@@ -62,6 +82,43 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the tokenizer: {error}") from error
     return _from_json(text, str(path))
+
+
+def keep_published(name: str, corpus: Path) -> list[FileRecord]:
+    """Copy the files that a tokenizer was published as below ``corpus``; return their records.
+
+    Args:
+        name: as in ``data.tokenizer``: ``bpe`` and ``bytes`` have none, a prepared corpus or run those that it has kept.
+        corpus: directory that is being made.
+
+    Raises:
+        DataError: they are on the hub, were not downloaded before, and cannot be had now.
+    """
+    records = []
+    source = _published_directory(name)
+    found = {path for pattern in _PUBLISHED_FILES if source for path in source.glob(pattern) if path.is_file()}
+    for path in sorted(found):
+        copy = corpus / PUBLISHED_DIRECTORY / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        records.append(dataclasses.replace(record_file(copy), name=copy.relative_to(corpus).as_posix()))
+    return records
+
+
+def _published_directory(name: str) -> Path | None:
+    directory = Path(name)
+    if name in ("bpe", "bytes"):
+        return None
+    if (directory / INDEX_FILE).is_file():
+        return directory / PUBLISHED_DIRECTORY
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_PUBLISHED_FILES)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.tokenizer={name}: its files cannot be had from the hub: {error}") from error
 
 
 def num_ids(tokenizer: "Tokenizer") -> int:
