@@ -37,10 +37,13 @@ ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
 OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
 OWN_TOKENIZERS = ("bpe", "bytes")
+SMALLEST_FP32 = 2.0**-126
+"""Smaller numbers lose bits in fp32, or are 0."""
 HOLDS: dict[str, Callable[[float], bool]] = {
     "must be at least 1": lambda value: value >= 1,
     "must be at least 8": lambda value: value >= 8,
     "must be positive": lambda value: value > 0,
+    "must be at least 1.2e-38; what is smaller is 0 in fp32": lambda value: value >= SMALLEST_FP32,
     "must not be negative": lambda value: value >= 0,
     "must be 0 (off) or positive": lambda value: value >= 0,
     "must be 0 (never) or positive": lambda value: value >= 0,
@@ -53,6 +56,9 @@ HOLDS: dict[str, Callable[[float], bool]] = {
 RANGES = {
     "run.stop_after_steps": "must be at least 1",
     "run.max_minutes": "must be positive",
+    "model.rope_theta": "must be positive",
+    "model.norm_eps": "must not be negative",
+    "model.init_std": "must not be negative",
     "data.shuffle_window_shards": "must be at least 1",
     "data.validation_fraction": "must be above 0 and below 1",
     "data.prefetch_steps": "must be at least 1",
@@ -68,7 +74,7 @@ RANGES = {
     "train.steps": "must be at least 1",
     "train.log_every_steps": "must be at least 1",
     "optimizer.lr": "must be positive",
-    "optimizer.eps": "must be positive",
+    "optimizer.eps": "must be at least 1.2e-38; what is smaller is 0 in fp32",
     "optimizer.weight_decay": "must be 0 (off) or positive",
     "optimizer.grad_clip": "must be 0 (off) or positive",
     "scheduler.warmup_steps": "must not be negative",
@@ -148,6 +154,11 @@ def _check_data(data: DataConfig) -> list[str]:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
             problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
+        if part.source is not DataSource.prepared and "://" in (part.path or ""):
+            problems.append(
+                f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; "
+                + ("write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine")
+            )
     if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
         problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
     problems += _check_tokenizer(data)
@@ -288,9 +299,9 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
     if config.profile.steps and config.profile.steps[0] > config.train.steps:
         ignored.append(f"profile.steps={config.profile.steps} is ignored: train.steps={config.train.steps}")
-    if (warmup := config.scheduler.warmup_steps) >= config.train.steps:
+    if (warmup := config.scheduler.warmup_steps) > config.train.steps:
         ignored.append(
-            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is not shorter than "
+            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is longer than "
             f"train.steps={config.train.steps}"
         )
     return ignored

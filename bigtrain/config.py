@@ -28,6 +28,7 @@ from bigtrain.choices import (
     Verify,
     WandbMode,
 )
+from bigtrain.schema import LocalPath, PathOrUrl
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +37,7 @@ class RunConfig:
 
     name: str | None = None
     """Directory of the run below ``root``; by default the name of the model preset."""
-    root: str = "runs"
+    root: LocalPath = "runs"
     """Directory that holds the runs."""
     stop_after_steps: int | None = None
     """End this launch, saved and resumable, after so many optimizer steps."""
@@ -67,13 +68,13 @@ class RopeScalingConfig:
 class ModelConfig:
     """Shape of the Transformer. Presets are in ``configs/model``."""
 
-    name: str | None = None
+    name: LocalPath | None = None
     """Preset name; with ``kind: hf`` a hub id or a local directory."""
     kind: ModelKind = ModelKind.native
     """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
     pretrained: bool = False
     """``hf`` only: start from the published weights."""
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
     vocab_size: int = 4096
     """Rows of the token embedding."""
@@ -135,7 +136,7 @@ class ComponentConfig:
     """Passes over the component after which it is left out; by default any number."""
     source: DataSource | None = None
     """See ``data.source``."""
-    path: str | None = None
+    path: PathOrUrl | None = None
     """See ``data.path``."""
     subset: str | None = None
     """See ``data.subset``."""
@@ -181,7 +182,7 @@ class DataConfig:
 
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
-    path: str | None = None
+    path: PathOrUrl | None = None
     """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     subset: str | None = None
     """``datasets`` only: the dataset's configuration name."""
@@ -203,9 +204,9 @@ class DataConfig:
     """Field with the answer of ``pairs``."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """What is left out of a corpus."""
-    root: str = "data"
+    root: LocalPath = "data"
     """Directory that holds prepared corpora."""
-    tokenizer: str = "bpe"
+    tokenizer: LocalPath = "bpe"
     """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary size of the trained ``bpe``."""
@@ -215,7 +216,7 @@ class DataConfig:
     """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
     validation_fraction: float = 0.02
     """Share of the documents that is kept for validation."""
-    cache_directory: str | None = None
+    cache_directory: LocalPath | None = None
     """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
     cache_gib: float = 100.0
     """Size of that cache; what was not used for longest makes room."""
@@ -369,7 +370,7 @@ class CheckpointConfig:
     """Steps between checkpoints, besides the one at the end; 0 = only at the end."""
     keep: str = "latest 2"
     """``all``, ``latest N``, ``every N`` (steps), ``best`` (validation loss), or several with commas; the two newest always are."""
-    resume: str = "auto"
+    resume: LocalPath = "auto"
     """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of a checkpoint."""
     verify: Verify = Verify.full
     """Before loading: ``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` trusts."""
@@ -413,10 +414,10 @@ class LoggingConfig:
 
     wandb: WandbMode = WandbMode.disabled
     """``auto`` is online with a key and offline without one."""
-    wandb_project: str = "bigtrain"
-    """Weights & Biases project."""
+    wandb_project: str | None = None
+    """Weights & Biases project; by default that of ``WANDB_PROJECT``, or ``bigtrain``."""
     wandb_entity: str | None = None
-    """Weights & Biases user or team."""
+    """Weights & Biases user or team; by default that of ``WANDB_ENTITY``, or your own."""
     tensorboard: bool = False
     """Write ``tensorboard/`` in the run directory."""
     layer_norms_every_steps: int = 100

@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 import xxhash
 
+RUN_FILES = ("config.yaml", "metrics.jsonl")
+"""A directory that has one of them is a run."""
 PIECE_BYTES = 1 << 22
 """Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
 
@@ -33,6 +35,13 @@ def hash_content(file: BinaryIO) -> str:
     while count := file.readinto(buffer):
         digest.update(view[:count])
     return digest.hexdigest()
+
+
+def such_as_runs(near: Path) -> str:
+    """Return ``", such as <run>, <run>"`` with runs in or beside ``near``, or in ``runs``; nothing if there are none."""
+    places = [near, *list(near.parents)[:2], Path("runs")]
+    found = next((runs for place in places if (runs := sorted(place.glob(f"*/{RUN_FILES[0]}")))), [])
+    return f", such as {', '.join(str(run.parent) for run in found[:4])}" if found else ""
 
 
 def sync(path: Path) -> None:

@@ -36,6 +36,31 @@ class RankInfo:
             os.environ.setdefault(name, str(value))
 
 
+LAUNCHERS = {
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+    "mpirun_rsh": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    "flux": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+}
+"""Programs that start processes of which each would take itself for a whole run, and how these know of each other."""
+
+
+def lone_ranks() -> str | None:
+    """Say why this process must not train by itself: it is one of several, and nobody has told them that they are ranks."""
+    if "RANK" in os.environ:
+        return None
+    for launcher, (size, rank) in LAUNCHERS.items():
+        number, count = os.environ.get(rank, ""), os.environ.get(size, "1")
+        if number.isdecimal() and count.isdecimal() and (int(number) > 0 or int(count) > 1):
+            return (
+                f"{launcher} has started several processes ({rank}={number}), each of which would train a run of its own: let "
+                "it start one torchrun per node, as slurm/train.sbatch does, and torchrun the ranks; with RANK=0 "
+                "WORLD_SIZE=1 in the environment a process trains by itself on purpose"
+            )
+    return None
+
+
 def only_zero_is_success() -> bool:
     """Return whether the launcher would report a stop's own code as a failure, and --max-restarts undo the stop."""
     return bool(os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"})

@@ -19,6 +19,7 @@ from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
 from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.files import such_as_runs
 from bigtrain.redact import redact
 from bigtrain.resilience.attempt import now
 from bigtrain.schema import from_dict, to_dict
@@ -63,7 +64,9 @@ def locate(path: Path) -> tuple[Path, Path]:
         return path.parent.parent, path
     found = find_checkpoints(path)
     if not found:
-        raise CheckpointError(f"{path} has no complete checkpoint; name the directory of a run, such as runs/gpt_nano")
+        raise CheckpointError(
+            f"{path} has no complete checkpoint; name the directory of a run that has one{such_as_runs(path)}"
+        )
     return path, found[-1]
 
 
@@ -96,7 +99,7 @@ def read_config(directory: Path) -> TrainConfig:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} is not a run: it has no {CONFIG_FILE}; name the directory of a run, as runs/gpt_nano"
+            f"{directory} is not a run: it has no {CONFIG_FILE}; name the directory of a run{such_as_runs(directory)}"
         )
     return from_dict(TrainConfig, yaml.safe_load(path.read_text()))
 

@@ -5,16 +5,32 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
+import os
 import re
 import textwrap
 import types
 import typing
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from bigtrain.errors import ConfigError
 
 T = TypeVar("T")
+
+
+class PathMark(Enum):
+    """Marks a field that holds a path (or, where names are allowed, a name in its place)."""
+
+    local = "a path on this machine"
+    any = "a path or a URL"
+
+
+LocalPath = Annotated[str, PathMark.local]
+PathOrUrl = Annotated[str, PathMark.any]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_VARIABLE = re.compile(r"\$(?:\{(?:oc\.env:)?([A-Za-z_]\w*)(?:,([^}]*))?\}|([A-Za-z_]\w*))")
 
 
 def to_dict(config: Any) -> Any:
@@ -38,17 +54,52 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = False) -> T:
     """Build the dataclass ``schema`` from plain data, strictly.
 
+    Args:
+        schema: what is built.
+        values: plain data.
+        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite.
+
     Raises:
-        ConfigError: listing every unknown key (with the nearest valid one) and every wrong type.
+        ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
+            URL, unset variable and infinite number.
     """
-    builder = _Builder(list(key_types(schema)))
+    builder = _Builder(list(key_types(schema)), from_user=from_user)
     config = builder.build(schema, values, "")
     if builder.problems:
         raise ConfigError("\n".join(builder.problems))
     return config
+
+
+def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
+    """Return a path with ``~``, ``$NAME``, ``${NAME}`` and ``${oc.env:NAME}`` (or ``${oc.env:NAME,default}``) expanded.
+
+    Raises:
+        ValueError: saying what is wrong: a URL where none is allowed, no such variable, no such home directory.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[3]
+        value = os.environ.get(name, match[2])
+        if value is None and os.path.lexists(text):
+            return match[0]  # what exists by that name is meant
+        if value is None:
+            raise ValueError(f"the environment variable {name} is not set")
+        return value
+
+    expanded = os.path.expanduser(_VARIABLE.sub(value_of, text))
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise ValueError("there is no such home directory")
+    if "${" in expanded:
+        raise ValueError("of what is in ${ } only environment variables are known, as ${oc.env:HOME}")
+    if mark is PathMark.local and _URL.match(expanded):
+        raise ValueError(
+            "a URL, where a path on this machine is meant; mount or copy what is there "
+            f"(a directory of that name is ./{expanded})"
+        )
+    return expanded
 
 
 def value_problems(schema: type, key: str, value: Any) -> list[str]:
@@ -141,15 +192,16 @@ def _section(hint: Any) -> tuple[str, type | None]:
 class _Builder:
     """Builds dataclasses from plain data and collects what is wrong with it."""
 
-    def __init__(self, valid_keys: list[str]) -> None:
+    def __init__(self, valid_keys: list[str], *, from_user: bool = False) -> None:
         self.valid_keys = valid_keys
+        self.from_user = from_user
         self.problems: list[str] = []
 
     def build(self, schema: type[T], values: Any, path: str) -> T | None:
         """Return ``schema`` filled with ``values``, or None where there are problems."""
         if not isinstance(values, dict):
             return self._problem(f"{path.rstrip('.')}: expected a section with keys, got {values!r}")
-        hints = typing.get_type_hints(schema)
+        hints = typing.get_type_hints(schema, include_extras=True)
         for key in values:
             if key not in hints:
                 self._problem(f"{path}{key}: unknown key; {nearest_key(f'{path}{key}', self.valid_keys)}")
@@ -164,6 +216,8 @@ class _Builder:
         if value is None and hint is not _without_none(hint):
             return None
         hint = _without_none(hint)
+        if typing.get_origin(hint) is Annotated:
+            return self._path(hint.__metadata__[0], self.convert(hint.__origin__, value, path), path)
         if dataclasses.is_dataclass(hint):
             return self.build(hint, value, f"{path}.")
         if typing.get_origin(hint) is list:
@@ -179,10 +233,20 @@ class _Builder:
                 return self._problem(f"{path}: unknown value {value!r}; {nearest(str(value), list(hint.__members__))}")
             return hint[value]
         if hint is float and type(value) is int:
-            return float(value)
+            value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is not hint:
             return self._problem(f"{path}: expected {hint.__name__}, got {value!r}")
+        if self.from_user and hint is float and not math.isfinite(value):
+            return self._problem(f"{path}={value}: must be a finite number")
         return value
+
+    def _path(self, mark: PathMark, text: str | None, path: str) -> str | None:
+        if text is None or not self.from_user:
+            return text
+        try:
+            return expand_path(text, mark)
+        except ValueError as error:
+            return self._problem(f"{path}={text}: {error}")
 
     def _problem(self, text: str) -> None:
         self.problems.append(text)

@@ -9,6 +9,7 @@ import hydra_cli
 
 from bigtrain.config import Verify
 from bigtrain.errors import EXIT_FINISHED, CheckpointError, ConfigError
+from bigtrain.schema import LocalPath
 
 if TYPE_CHECKING:
     from bigtrain.checkpoint.listing import Listed
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class CheckpointsConfig:
     """What is listed, and how far it is trusted."""
 
-    run: str
+    run: LocalPath
     """Directory of the run, or of one of its checkpoints; ``run=`` may be left out."""
     verify: Verify = Verify.full
     """``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` looks at the small files only."""

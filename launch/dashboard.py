@@ -12,10 +12,10 @@ from bigtrain.errors import EXIT_FINISHED, ConfigError
 class DashboardConfig:
     """Where the dashboard goes."""
 
-    project: str = "bigtrain"
-    """Weights & Biases project, as in ``logging.wandb_project``."""
+    project: str | None = None
+    """Weights & Biases project, as in ``logging.wandb_project``; by default that of ``WANDB_PROJECT``, or ``bigtrain``."""
     entity: str | None = None
-    """Weights & Biases user or team that the project belongs to."""
+    """Weights & Biases user or team that the project belongs to; by default that of ``WANDB_ENTITY``."""
     name: str = "bigtrain"
     """Name of the workspace."""
 
@@ -39,6 +39,7 @@ def read(args: list[str]) -> DashboardConfig:
         ConfigError: listing every problem.
     """
     config = hydra_cli.read(DashboardConfig, args)
+    config.entity = config.entity or os.environ.get("WANDB_ENTITY")
     if not config.entity:
         raise ConfigError("whose project? set entity=<user or team>")
     return config
@@ -47,12 +48,12 @@ def read(args: list[str]) -> DashboardConfig:
 def run(config: DashboardConfig) -> int:
     """Build the workspace and save it."""
     from bigtrain.telemetry.wandb_dashboard import build_dashboard
-    from bigtrain.telemetry.wandb_logger import has_api_key
+    from bigtrain.telemetry.wandb_logger import default_project, has_api_key
 
     if not has_api_key(os.environ):
         raise ConfigError("there is no key: set WANDB_API_KEY or run `wandb login`")
     try:
-        workspace = build_dashboard(config.project, str(config.entity), config.name)
+        workspace = build_dashboard(config.project or default_project(os.environ), str(config.entity), config.name)
     except ImportError as error:
         raise ConfigError(f"wandb-workspaces cannot be used ({error}): pip install wandb-workspaces") from error
     try:

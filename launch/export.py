@@ -8,15 +8,16 @@ import hydra_cli
 
 from bigtrain.config import Precision, WandbMode
 from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.schema import LocalPath
 
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     """What is written, and how."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Directory of a run (its newest checkpoint that verifies is taken), or of one of its checkpoints."""
-    out: str
+    out: LocalPath
     """Directory to be made; it must not exist."""
     dtype: Precision = Precision.fp32
     """``fp32`` is exactly what was trained; ``bf16`` is half as large."""

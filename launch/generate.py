@@ -7,13 +7,14 @@ from pathlib import Path
 import hydra_cli
 
 from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.schema import LocalPath
 
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     """What is generated, from what."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     prompt: str
     """Text to continue; taken as it is, without quoting for Hydra."""

@@ -36,7 +36,8 @@ from yaml import YAMLError
 from bigtrain.checks import check, check_data, fit_micro_batch, ignored_settings, resolve
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError, of_all_ranks
-from bigtrain.rank_info import RankInfo
+from bigtrain.files import RUN_FILES, such_as_runs
+from bigtrain.rank_info import RankInfo, lone_ranks
 from bigtrain.redact import redact
 from bigtrain.schema import (
     from_dict,
@@ -53,7 +54,6 @@ T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RUN_FILES = ("config.yaml", "metrics.jsonl")
 RANK_0_HEAD_START_SECONDS = 5.0
 
 
@@ -91,6 +91,8 @@ def read_run(args: list[str]) -> TrainConfig:
     Raises:
         ConfigError: listing every problem; no model is chosen; the values contradict each other.
     """
+    if problem := lone_ranks():
+        raise ConfigError(problem)
     info = RankInfo.from_env()
     config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
@@ -142,18 +144,16 @@ def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
     """Return the configuration of a launcher that looks at ``runs``, and what is wrong with them; what is no setting is one."""
     runs = [arg for arg in args if Path(arg).is_dir() or not (arg.startswith("-") or "=" in arg)]
     config = read(schema, [arg for arg in args if arg not in runs])
-    config.runs += runs
+    config.runs += from_dict(schema, {"runs": runs}, from_user=True).runs
     if not config.runs:
-        return config, ["which run? name its directory, such as runs/gpt_nano"]
+        return config, [f"which run? name its directory{such_as_runs(Path('runs'))}"]
     wrong = [run for run in map(Path, config.runs) if not any((run / name).is_file() for name in RUN_FILES)]
     return config, list(map(_not_a_run, wrong))
 
 
 def _not_a_run(path: Path) -> str:
-    near = [path, *path.parents][:3]
-    found = next((runs for place in near if (runs := sorted(place.glob(f"*/{RUN_FILES[0]}")))), [])
     what = f"not the directory of a run: it has no {RUN_FILES[0]}" if path.exists() else "there is no such directory"
-    return f"{path}: {what}; name one such as {', '.join(str(run.parent) for run in found[:4]) or 'runs/gpt_nano'}"
+    return f"{path}: {what}; name one{such_as_runs(path)}"
 
 
 def read_data(args: list[str]) -> TrainConfig:
@@ -213,7 +213,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
         problems = _problems(args, schema, _groups(config_name) if config_name else {})
         raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
     # Hydra lets `+train.stpes=1` into its structured config; this does not.
-    return from_dict(schema, values), choices
+    return from_dict(schema, values, from_user=True), choices
 
 
 def group_options(group: str) -> list[str]:

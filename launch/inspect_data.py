@@ -7,13 +7,14 @@ import hydra_cli
 
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.schema import LocalPath
 
 
 @dataclass(kw_only=True, slots=True)
 class InspectConfig:
     """Which step, and how much of it."""
 
-    directory: str | None = None
+    directory: LocalPath | None = None
     """Directory of a run; without one, the settings of launch/train.py say which data."""
     step: int = 1
     """Optimizer step, from 1, as in metrics.jsonl."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import hydra_cli
 
 from bigtrain import log
-from bigtrain.checks import check
+from bigtrain.checks import check, fit_micro_batch
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 
@@ -27,8 +27,8 @@ class ParityConfig(TrainConfig):
 
     engines: list[EngineKind] = field(default_factory=lambda: list(EngineKind))
     """Engines to compare."""
-    worlds: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of processes to compare; each engine runs with each of them."""
+    worlds: list[int] = field(default_factory=list)
+    """Numbers of processes to compare; each engine runs with each of them. By default 1 and the smallest from 2 to 8 that divides the batch."""
     steps: int = 20
     """Optimizer steps from the beginning of the run that are compared."""
 
@@ -66,15 +66,24 @@ def read(args: list[str]) -> ParityConfig:
     if misplaced := [arg for arg in args if keys[arg] in ("engine", "engine.kind")]:
         raise ConfigError(f"{misplaced[0]}: write 'engines=[{misplaced[0].partition('=')[2].strip('[]')}]'")
     config, _ = hydra_cli.compose(ParityConfig, args, config_name="train")
+    micro_batch_size = config.train.micro_batch_size
     # The front door of train.py does the rest, without what only holds for some of the cases.
     own = {f.name for f in dataclasses.fields(ParityConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
     run = hydra_cli.read_run([arg for arg in args if keys[arg].partition(".")[0] not in own | {"engine"}])
     shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(TrainConfig)} | {"engine": config.engine}
     config = dataclasses.replace(config, **shared)
+    config.train.micro_batch_size = micro_batch_size  # where it is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
+    if "worlds" not in keys.values():
+        config.worlds = default_worlds(config.train.global_batch_size)
     if problems := _problems(config):
         raise ConfigError("\n".join(problems))
     return config
+
+
+def default_worlds(global_batch_size: int) -> list[int]:
+    """Return the worlds that are compared where none are named: every batch divides by 1, many by another small one."""
+    return [1, *[size for size in range(2, 9) if global_batch_size % size == 0][:1]]
 
 
 def _problems(config: ParityConfig) -> list[str]:
@@ -91,6 +100,7 @@ def _problems(config: ParityConfig) -> list[str]:
     for engine in config.engines:
         for world_size in config.worlds:
             case_config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=engine))
+            case_config = fit_micro_batch(case_config, world_size)
             for problem in check(case_config, world_size=world_size, local_world_size=world_size):
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
     problems = [f"{', '.join(cases)}: {problem}" for problem, cases in cases_by_problem.items()]
@@ -140,7 +150,7 @@ def _check_gpus(config: ParityConfig) -> None:
 
 def _case(case_type: type["Case"], config: ParityConfig, engine: EngineKind, world_size: int) -> "Case":
     dp_shard = config.engine.dp_shard if engine is EngineKind.hsdp else None
-    return case_type(engine, world_size, config.train.micro_batch_size, dp_shard)
+    return case_type(engine, world_size, fit_micro_batch(config, world_size).train.micro_batch_size, dp_shard)
 
 
 def _compute(config: TrainConfig, case: "Case", num_steps: int, label: str) -> "Trajectory | None":

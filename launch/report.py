@@ -6,15 +6,16 @@ from pathlib import Path
 import hydra_cli
 
 from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.schema import LocalPath
 
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
     """Which runs, and where the report goes."""
 
-    runs: list[str] = field(default_factory=list)
+    runs: list[LocalPath] = field(default_factory=list)
     """Directories of runs; ``runs=`` is left out."""
-    out: str | None = None
+    out: LocalPath | None = None
     """File to write: ``.html``, or ``.svg``, ``.png`` or ``.pdf`` for the loss curve alone; by default ``report.html`` in the run, for several runs here."""
 
 

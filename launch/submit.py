@@ -16,6 +16,7 @@ from bigtrain.checks import check, fit_micro_batch, ignored_settings
 from bigtrain.config import Precision, TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 from bigtrain.redact import redact
+from bigtrain.schema import PathOrUrl
 
 if TYPE_CHECKING:
     from bigtrain.preflight import Report
@@ -56,9 +57,9 @@ class ClusterConfig:
     """So long before the time limit the run saves and is queued again."""
     interface: str | None = None
     """The only network interface that rendezvous and ranks listen on, such as ``ib0``; see docs/cluster.md."""
-    container_image: str | None = None
+    container_image: PathOrUrl | None = None
     """Image in which the ranks run, with the pyxis plugin."""
-    container_mounts: list[str] = field(default_factory=list)
+    container_mounts: list[PathOrUrl] = field(default_factory=list)
     """More directories that the container sees, ``from:to``; the checkout and the working directory always are."""
     modules: list[str] = field(default_factory=list)
     """Environment modules that the job loads."""

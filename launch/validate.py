@@ -7,13 +7,14 @@ from pathlib import Path
 import hydra_cli
 
 from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.schema import LocalPath
 
 
 @dataclass(kw_only=True, slots=True)
 class ValidateConfig:
     """What is validated, and on how much."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     batches: int | None = None
     """Global batches of validation data; by default as many as in the run's own validations."""

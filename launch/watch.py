@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hydra_cli
 
 from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.schema import LocalPath
 
 if TYPE_CHECKING:
     from bigtrain.telemetry.follow import FollowedRun
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class WatchConfig:
     """Which runs, and how often they are looked at."""
 
-    runs: list[str] = field(default_factory=list)
+    runs: list[LocalPath] = field(default_factory=list)
     """Directories of runs; ``runs=`` is left out."""
     every_seconds: float = 2.0
     """Seconds between two looks."""

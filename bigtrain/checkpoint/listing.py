@@ -17,6 +17,7 @@ from bigtrain.checkpoint.store import (
 )
 from bigtrain.config import Verify
 from bigtrain.errors import CheckpointError, UnreadableError
+from bigtrain.files import such_as_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def list_checkpoints(
     found = {other: "complete" for other in directory.glob("step-*") if is_complete(other)}
     found |= dict.fromkeys(find_damaged(path), "set aside") | dict.fromkeys(find_leftovers(path), "unfinished")
     if not found:
-        raise CheckpointError(f"{path} has no checkpoints; name the directory of a run, such as runs/gpt_nano")
+        raise CheckpointError(f"{path} has no checkpoints; name the directory of a run{such_as_runs(path)}")
     ordered = sorted(found, key=lambda other: (_step_in(other), other.name))
     return [_look_at(other, found[other], verify, progress) for other in ordered]
 

@@ -35,6 +35,13 @@ _INIT_SECONDS = 60  # then the server counts as away
 _MARGIN_SECONDS = 30
 _FINISH_SECONDS = 600  # of uploading after the end of the training
 _MAX_SAMPLES = 200
+_OVERRULED = {  # of wandb's variables; it reads the others itself
+    "WANDB_DIR": "its files go to wandb/ in the run",
+    "WANDB_RUN_ID": f"the id of the run is in its file {ID_FILE}",
+    "WANDB_RESUME": "a run is always continued",
+}
+_MODES = {mode: WandbMode[mode] for mode in ("online", "offline", "disabled")}
+_MODES |= {"run": WandbMode.online, "dryrun": WandbMode.offline}  # wandb's older words
 _ALERTS = {"fault": "ERROR", "hang": "ERROR", "finished": "INFO"}
 
 
@@ -54,12 +61,17 @@ def _request(run_directory: Path, config: TrainConfig) -> dict[str, Any]:
     return request_for(
         run_directory,
         "wandb",
-        name=str(config.run.name),
+        name=os.environ.get("WANDB_NAME") or str(config.run.name),
         config=redact(to_dict(config)),
         mode=config.logging.wandb.name,
-        project=config.logging.wandb_project,
+        project=config.logging.wandb_project or default_project(os.environ),
         entity=config.logging.wandb_entity,
     )
+
+
+def default_project(environ: Mapping[str, str]) -> str:
+    """Return the project where no setting names one."""
+    return environ.get("WANDB_PROJECT") or "bigtrain"
 
 
 def forget(run_directory: Path) -> None:
@@ -105,6 +117,8 @@ def _companion() -> int:
         except ImportError as error:
             say(f"cannot be used ({error}); the run goes on without")
             return 0
+        for name in sorted(_OVERRULED.keys() & environ.keys()):
+            say(f"{name} is not used: {_OVERRULED[name]}")
         signal.alarm(_INIT_SECONDS + _MARGIN_SECONDS)  # in case wandb's own time-out fails
         run = _init(wandb, request, environ, say)
         if run is None:
@@ -147,7 +161,7 @@ def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], s
     """Begin or continue the wandb run; offline if the server is away, None if that fails too."""
     mode = _resolve_mode(WandbMode[request["mode"]], environ)
     if mode is WandbMode.disabled:
-        say("switched off by WANDB_MODE")
+        say("switched off by WANDB_MODE or WANDB_DISABLED")
         return None
     if mode is WandbMode.online and not has_api_key(environ):
         say("logging.wandb=online, but there is no key (set WANDB_API_KEY or run `wandb login`); offline instead")
@@ -219,8 +233,10 @@ def _find_id(file: TextIO) -> str:
 def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:
     if mode is not WandbMode.auto:
         return mode
-    if environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return WandbMode[environ["WANDB_MODE"]]
+    if environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return WandbMode.disabled
+    if wanted := environ.get("WANDB_MODE"):
+        return _MODES.get(wanted, WandbMode.offline)
     return WandbMode.online if has_api_key(environ) else WandbMode.offline
 
 

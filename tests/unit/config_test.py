@@ -306,3 +306,118 @@ def test_a_changed_setting_that_has_no_effect_is_named(values: dict[str, Any], k
 )
 def test_settings_in_use_are_not_warned_about(values: dict[str, Any]):
     assert ignored_settings(changed(**values)) == []
+
+
+# Paths and numbers from a person
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("run.root=s3://bucket/runs", "run.root=s3://bucket/runs: a URL"),
+        ("run.root=gs:/bucket", "run.root=gs:/bucket: a URL"),
+        ("data.root=https://host/data", "data.root=https://host/data: a URL"),
+        ("data.cache_directory=s3://b", "data.cache_directory=s3://b: a URL"),
+        ("data.tokenizer=hf://gpt2", "data.tokenizer=hf://gpt2: a URL"),
+        ("model.init_from=https://huggingface.co/gpt2", "model.init_from=https://huggingface.co/gpt2: a URL"),
+        ("checkpoint.resume=gs://b/run", "checkpoint.resume=gs://b/run: a URL"),
+        ("run.root=${oc.env:NO_SUCH}/runs", "run.root=${oc.env:NO_SUCH}/runs: the environment variable NO_SUCH"),
+        ("data.path=$NO_SUCH/x", "data.path=$NO_SUCH/x: the environment variable NO_SUCH is not set"),
+        ("run.root=${now:%Y}", "run.root=${now:%Y}: of what is in ${ } only environment variables"),
+        ("run.root=~nobody_of_that_name/x", "run.root=~nobody_of_that_name/x: there is no such home directory"),
+        ("optimizer.lr=inf", "optimizer.lr=inf: must be a finite number"),
+        ("optimizer.weight_decay=1e400", "optimizer.weight_decay=inf: must be a finite number"),
+        ("optimizer.betas=[0.9,nan]", "optimizer.betas[1]=nan: must be a finite number"),
+        ("data.mixture.web.weight=inf", "data.mixture.web.weight=inf: must be a finite number"),
+        ("run.max_minutes=inf", "run.max_minutes=inf: must be a finite number"),
+    ],
+)
+def test_what_is_no_path_on_this_machine_and_no_number_is_refused_by_name(
+    setting: str, problem: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        compose(setting)
+    assert str(caught.value).startswith(problem)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_that_takes_a_path_expands_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = compose(
+        "run.root=~/runs",
+        "data.root=${oc.env:SCRATCH}/data",
+        "data.cache_directory=$SCRATCH",
+        "data.path=${SCRATCH}/*.txt",
+        "data.mixture.web.path=~/web",
+        "data.tokenizer=${oc.env:NO_SUCH,~/tokenizer}",
+        "model.name=~/model",
+        "checkpoint.resume=~/runs/a",
+    )
+    assert (config.run.root, config.data.root) == ("/home/me/runs", "/scratch/data")
+    assert (config.data.cache_directory, config.data.path) == ("/scratch", "/scratch/*.txt")
+    assert config.data.mixture["web"].path == "/home/me/web"
+    assert (config.data.tokenizer, config.model.name) == ("/home/me/tokenizer", "/home/me/model")
+    assert config.checkpoint.resume == "/home/me/runs/a"
+
+
+def test_a_name_that_exists_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("cash", raising=False)
+    for name in ("a$cash", "~draft"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert compose("data.path=a$cash").data.path == "a$cash"
+    assert compose("data.path=~draft").data.path == "~draft"
+    assert compose("data.path=./s3:/x").data.path == "./s3:/x"
+
+
+def test_what_a_run_has_recorded_is_taken_as_it_is():
+    config = from_dict(TrainConfig, {"run": {"root": "s3://x"}, "optimizer": {"lr": float("inf")}})
+    assert (config.run.root, config.optimizer.lr) == ("s3://x", float("inf"))
+
+
+def test_only_a_prepared_corpus_is_read_from_a_url():
+    assert problems(data__source="jsonl", data__path="s3://b/x")[0].startswith("data.path=s3://b/x: a URL, which only")
+    assert problems(data__source="prepared", data__path="s3://b/x") == []
+
+
+def test_an_eps_that_is_0_in_fp32_is_refused():
+    assert problems(optimizer__eps=1e-50) == [
+        "optimizer.eps=1e-50: must be at least 1.2e-38; what is smaller is 0 in fp32"
+    ]
+    assert problems(optimizer__eps=1e-37) == []
+
+
+@pytest.mark.parametrize(("warmup", "is_reached"), [(4, True), (5, False)])
+def test_a_peak_that_is_never_reached_is_told(warmup: int, is_reached: bool):
+    found = ignored_settings(changed(train__steps=4, scheduler__warmup_steps=warmup))
+    assert any("is never reached" in warning for warning in found) is not is_reached
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        {"SLURM_PROCID": "1"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+        {"PMI_RANK": "3", "PMI_SIZE": "4"},
+    ],
+)
+def test_ranks_that_do_not_know_of_each_other_are_refused(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="a run of its own: let it start one torchrun per node"):
+        hydra_cli.read_run(["+model=gpt_nano"])
+    monkeypatch.setenv("RANK", "0")
+    hydra_cli.read_run(["+model=gpt_nano"])
+
+
+def test_one_task_of_a_job_of_several_trains_by_itself(monkeypatch: pytest.MonkeyPatch):
+    # A batch script without srun, and a step of one task.
+    for environ in ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        hydra_cli.read_run(["+model=gpt_nano"])

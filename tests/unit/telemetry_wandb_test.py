@@ -163,6 +163,7 @@ def test_a_wandb_that_fails_costs_one_message(tmp_path: Path, command: tuple[str
     [
         (WandbMode.online, {}, "wandb: logging.wandb=online, but there is no key"),
         (WandbMode.auto, {"WANDB_MODE": "disabled"}, "wandb: switched off by WANDB_MODE"),
+        (WandbMode.auto, {"WANDB_DISABLED": "true"}, "wandb: switched off by WANDB_MODE or WANDB_DISABLED"),
     ],
 )
 def test_a_mode_that_cannot_be_had_is_told_and_never_asked_for(
@@ -174,6 +175,25 @@ def test_a_mode_that_cannot_be_had_is_told_and_never_asked_for(
     start(tmp_path, said, mode).close(timeout_seconds=30)
     assert said[0].startswith(message)
     assert len(said) == 1 or "logging offline" in said[1]
+
+
+def test_wandbs_own_variables_hold_where_no_setting_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"WANDB_PROJECT": "mine", "WANDB_ENTITY": "team", "WANDB_NAME": "shown", "WANDB_RUN_GROUP": "sweep"}
+    for name, value in {
+        **wanted,
+        "WANDB_TAGS": "a,b",
+        "WANDB_MODE": "dryrun",
+        "WANDB_DIR": str(tmp_path / "x"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    start(tmp_path, said).close(timeout_seconds=30)
+    assert said[0] == "wandb: WANDB_DIR is not used: its files go to wandb/ in the run"
+    (run,) = read_records(tmp_path, "run")[:1]
+    assert (run.project, run.entity, run.display_name, run.run_group) == tuple(wanted.values())
+    assert list(run.tags) == ["a", "b"]
 
 
 def test_a_server_that_is_away_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,6 @@ def test_a_directory_that_is_not_there_is_one_line(tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "missing: there is no such directory; name one such as runs/gpt_nano",
+        "missing: there is no such directory; name one",
         "every_seconds=0.0: must be positive",
     ]
