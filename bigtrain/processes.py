@@ -5,7 +5,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-_FOR_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What ends ranks in order: a closed terminal, its keys, a limit of CPU time, launchers and batch systems."""
 
 
 def start_beside(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
@@ -20,7 +21,7 @@ def start_beside(command: Sequence[str], **options: Any) -> "subprocess.Popen[An
     Raises:
         OSError: it cannot be started.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_RANKS)  # the new process has the same mask, for good
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process has the same mask, for good
     try:
         return subprocess.Popen(command, start_new_session=True, **options)
     finally:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from bigtrain import log
 from bigtrain.errors import DataError
+from bigtrain.processes import STOP_SIGNALS
 from bigtrain.rank_info import RankInfo
 
 Result = TypeVar("Result")
@@ -86,7 +87,7 @@ class Helpers:
 def _begin() -> None:
     log.setup(RankInfo.from_env().rank)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process ends this one
+    for number in STOP_SIGNALS:  # the main process ends this one
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, StopError
+from bigtrain.processes import STOP_SIGNALS
 from bigtrain.rank_info import RankInfo, only_zero_is_success
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REASONS = (
     "run.stop_after_steps",
     "run.max_minutes",
-    *(number.name for number in SIGNALS),
+    *(number.name for number in STOP_SIGNALS),
     "stop file",
     "checkpoint.max_failures",
 )
@@ -34,7 +34,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class EarlyStop:
-    """From its making until :class:`StopSignal` listens, SIGINT, SIGTERM and SIGUSR1 end this process with the code of a stop.
+    """From its making until :class:`StopSignal` listens, stop signals end this process with the code of a stop.
 
     There is nothing to save and nobody to agree with, and libraries that are being imported may swallow exceptions: the
     process ends where it stands.
@@ -48,7 +48,7 @@ class EarlyStop:
         """
         self._pid = os.getpid()
         _stop_with_torchrun()
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             # A batch script lets ranks ignore a signal that it repeats until all of them have begun.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._end)
@@ -57,7 +57,8 @@ class EarlyStop:
         info, reason = RankInfo.from_env(), signal.Signals(number).name
         if info.rank == 0 and os.getpid() == self._pid:
             unless = "unless another rank has failed, " if info.world_size > 1 else ""
-            os.write(2, f"stopped by {reason} before the first step; {unless}the same command continues\n".encode())
+            with contextlib.suppress(OSError):  # a terminal that is closed
+                os.write(2, f"stopped by {reason} before the first step; {unless}the same command continues\n".encode())
             if info.world_size == 1:
                 with contextlib.suppress(Exception):
                     self.leave_word(reason)
@@ -71,7 +72,7 @@ def _stop_with_torchrun() -> None:
 
 
 class StopSignal:
-    """Once it listens, SIGINT, SIGTERM and SIGUSR1 set a flag, until the process ends.
+    """Once it listens, stop signals set a flag, until the process ends.
 
     So what a launcher sends, or repeats, when the run has ended does not disturb its last words and its exit code.
     """
@@ -84,9 +85,10 @@ class StopSignal:
         self._first_time = 0.0
 
     def listen(self) -> None:
-        """Take the signals over."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        """Take the signals over; SIGHUP stays ignored where it is, as nohup wants."""
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def request(self, reason: str | None) -> None:
         """Want to stop without a signal, unless ``reason`` is None; the first reason stays."""

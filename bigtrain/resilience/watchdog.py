@@ -9,6 +9,7 @@ launcher starts them anew from the newest checkpoint.
 
 import contextlib
 import json
+import math
 import os
 import select
 import shutil
@@ -90,7 +91,7 @@ def watch_node(watch: Watch) -> None:
     """Watch until all ranks of this node have ended."""
     place, reported = Path(watch.beats), set()
     resumed_ns = next_look_ns = num_looks = 0
-    deaths = Deaths()
+    deaths, num_oom_kills = Deaths(), _num_oom_kills()
     while True:
         deaths.wait(watch.interval_seconds)
         beats = read_beats(place)
@@ -100,7 +101,7 @@ def watch_node(watch: Watch) -> None:
         dead = [b for b in beats if b not in living and b.phase != "ending" and b.rank not in reported]
         reported.update(beat.rank for beat in dead)
         if dead and not has_decided(Path(watch.run), watch.attempt):
-            _report(watch, [_death(place, beat) for beat in dead], beats)
+            _report(watch, [_death(place, beat, oom=_num_oom_kills() != num_oom_kills) for beat in dead], beats)
         if not living:
             break
         now_ns = time.monotonic_ns()
@@ -171,11 +172,20 @@ def _progress(beat: Beat) -> tuple[int, int, int]:
     return beat.step, PHASES.index(beat.phase), beat.since_ns
 
 
-def _death(place: Path, beat: Beat) -> Failure:
+def _death(place: Path, beat: Beat, *, oom: bool) -> Failure:
     stacks = _read_stacks(place, beat.rank)
-    why = "crashed in native code" if "Fatal Python error" in stacks else "killed (by the out-of-memory killer?)"
+    why = "killed (by the out-of-memory killer?)" if oom else "killed (by kill -9?)"
+    why = "crashed in native code" if "Fatal Python error" in stacks else why
     error = f"the process ended without a word: {why}"
     return Failure(kind="died", rank=beat.rank, phase=beat.phase, step=beat.step, error=error, detail=stacks)
+
+
+def _num_oom_kills() -> float:
+    """Return how often Linux has killed a process for want of memory since it was started; NaN if it does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return float(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+    return math.nan  # which differs from itself
 
 
 def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool) -> None:

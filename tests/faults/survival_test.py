@@ -327,6 +327,18 @@ def test_a_stop_file_and_a_time_limit_stop_and_save(whole: Path, tmp_path: Path)
     assert_same(run, whole)
 
 
+def test_a_closed_terminal_stops_and_saves(tmp_path: Path):
+    def hang_up(processes: list[Any]) -> None:
+        wait_for(lambda: num_steps(tmp_path / RUN) >= 1)
+        os.kill(processes[0].pid, signal.SIGHUP)
+
+    assert train(tmp_path, "train.steps=10000", meanwhile=hang_up, world_size=1).codes == [75]
+    found = exit_record(tmp_path / RUN)
+    assert found["reason"] == "SIGHUP"
+    assert find_checkpoints(tmp_path / RUN)[-1].name == f"step-{found['step']:08d}"
+    assert not (tmp_path / RUN / "failure.json").exists()
+
+
 def test_a_signal_before_the_first_step_is_a_stop(tmp_path: Path):
     ended = train(tmp_path, faults=[Fault("terminate", rank, 0, "starting") for rank in (0, 1)])
     assert ended.codes[0] == 75, ended

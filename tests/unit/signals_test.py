@@ -1,9 +1,11 @@
 """Signals set a flag, a second thought forces, and ranks agree on the step."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,15 +15,16 @@ import pytest
 
 from bigtrain.distributed import init_process_group, pick_device, shut_down
 from bigtrain.local_ranks import run_ranks
+from bigtrain.processes import STOP_SIGNALS
 from bigtrain.rank_info import RankInfo
 from bigtrain.resilience import signals
 from bigtrain.resilience.agreement import StopAgreement
-from bigtrain.resilience.signals import SIGNALS, STOP_FILE, StopLimits, StopSignal
+from bigtrain.resilience.signals import STOP_FILE, StopLimits, StopSignal
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -39,7 +42,7 @@ def send(number: int) -> None:
     time.sleep(0.01)  # Python runs the handler between two instructions
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_a_flag(stop: StopSignal, number: signal.Signals):
     assert stop.reason is None
     send(number)
@@ -84,12 +87,25 @@ print("lives")
         (signal.SIGTERM, 1, [], (75, "", "")),
         (signal.SIGTERM, 0, ["listen"], (0, "lives", "")),
         (signal.SIGUSR1, 0, [], (0, "lives", "")),  # a batch script lets them ignore it
+        (signal.SIGQUIT, 0, [], (75, "word of SIGQUIT", "stopped by SIGQUIT before the first step")),
+        (signal.SIGHUP, 0, [], (0, "lives", "")),  # nohup
+        (signal.SIGHUP, 0, ["listen"], (0, "lives", "")),
     ],
 )
 def test_an_early_signal_ends_the_process_with_a_word_of_rank_0(
     number: signal.Signals, rank: int, arguments: list[str], expected: tuple[int, str, str]
 ):
-    command = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", sys.executable, "-c", EARLY, str(int(number)), *arguments]
+    command = [
+        "bash",
+        "-c",
+        'trap "" USR1 HUP; exec "$@"',
+        "-",
+        sys.executable,
+        "-c",
+        EARLY,
+        str(int(number)),
+        *arguments,
+    ]
     environ = {**os.environ, "RANK": str(rank)}
     ended = subprocess.run(
         command,
@@ -101,6 +117,26 @@ def test_an_early_signal_ends_the_process_with_a_word_of_rank_0(
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # in the background a shell has it ignored
     )
     assert (ended.returncode, ended.stdout.strip(), ended.stderr.partition(";")[0]) == expected
+
+
+def test_a_terminal_that_is_closed_early_ends_the_process_with_its_record():
+    terminal, standard = os.openpty()
+    script = "import time\n" + EARLY.replace("os.kill(os.getpid(), int(sys.argv[1]))", "print('ready'); time.sleep(20)")
+    command = [sys.executable, "-u", "-c", script.replace('print("word of", reason, flush=True)', "os._exit(7)")]
+    with subprocess.Popen(
+        command, stdin=standard, stdout=standard, stderr=standard, preexec_fn=own_terminal
+    ) as process:
+        os.close(standard)
+        assert b"ready" in os.read(terminal, 100)
+        os.close(terminal)
+        assert process.wait(30) == 7, "to write to the terminal fails, and the record is left all the same"
+
+
+def own_terminal() -> None:
+    """Make standard input the terminal of a session of this process's own, as a terminal emulator does."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_under_torchrun_an_early_stop_is_no_failure():
