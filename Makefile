@@ -3,6 +3,7 @@
 # make test-all  every test, for a night
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
 # make lint      formatting and lint
+# make bench     install what the benchmarks compare with, too
 #
 # PYTHON=python3.12      another interpreter, 3.11 or 3.12
 # TORCH_BUILD=           PyPI's own build of torch (CUDA on Linux) on a machine without a GPU, such as a login node
@@ -17,7 +18,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test test-all demo lint
+.PHONY: install test test-all demo lint bench
 
 install: $(INSTALLED)
 
@@ -35,12 +36,23 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+bench: install
+	$(BIN)/pip install '.[bench]' --constraint constraints.txt
+	$(BIN)/pip install --no-deps --constraint constraints.txt litdata
+	$(BIN)/pip install --no-deps --editable .
+
 # torch first: pip must not choose its build while it resolves the rest. The configured indexes may
 # have the CPU build already; otherwise it comes from PyTorch's own.
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" 2>/dev/null \
-	  || $(BIN)/pip install --quiet "$(TORCH)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX) \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "$(PYTHON) is no Python 3.11 or 3.12 ($$($(PYTHON) --version 2>&1 | head -n 1)); make install PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "1 of 2: $(TORCH)$(TORCH_BUILD) into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install "$(TORCH)$(TORCH_BUILD)" || { echo "not there: asking $(TORCH_INDEX)"; \
+	  $(BIN)/pip install "$(TORCH)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX); } \
 	  || { echo "no $(TORCH)$(TORCH_BUILD) to be had; 'make install TORCH_BUILD=' takes PyPI's build" >&2; exit 1; }
-	$(BIN)/pip install --quiet --editable '.[test]' --constraint constraints.txt
-	touch $@
+	@echo "2 of 2: bigtrain and the other packages: a minute or two"
+	@$(BIN)/pip install --editable '.[test]' --constraint constraints.txt
+	@touch $@

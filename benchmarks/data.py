@@ -3,7 +3,7 @@
 The same tokens for all sides, shuffled, as int64 batches of tokens and targets. What counts is the CPU time of the
 loading process with its threads; sides take turns, figures are medians of their turns. A table for each length of
 samples: what a library does once per sample weighs on short ones, copying on long ones. Sides whose library is
-not installed are left out (``pip install -e '.[bench]'``).
+not installed are left out (``make bench``).
 """
 
 import argparse

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import hydra_cli  # noqa: E402
 
 LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py", "export.py", "verify_resume.py", "parity.py"]
 LAUNCHERS += ["submit.py", "where.py"]
+# What a launcher may import before it has work to do; torch alone is 2,000. benchmarks/startup.py has the seconds.
+MAX_IMPORTED_MODULES = 400
 
 # A launcher like the real ones whose work is a line of Python.
 STUB = """
@@ -101,17 +102,15 @@ def test_without_a_model_the_presets_are_listed(tmp_path: Path):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_help_and_mistakes_answer_quickly_and_without_torch(launcher: str, tmp_path: Path):
     for args, expected in ((["--help"], 0), (["foo.bar=1"], 2)):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-X", "importtime", str(LAUNCH / launcher), *args]
         process = start(command, tmp_path)
         out, err = process.communicate(timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process.returncode == expected
         assert (len(out) > 300) == (expected == 0)
         imported = set(re.findall(r"\| +([\w.]+)$", err, re.MULTILINE))
         assert "bigtrain.errors" in imported
         assert not {"torch", "numpy", "transformers", "deepspeed", "wandb"} & imported
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.0
+        assert len(imported) < MAX_IMPORTED_MODULES
 
 
 def test_help_names_presets_groups_and_the_most_used_settings(tmp_path: Path):

@@ -174,9 +174,7 @@ def test_preparing_again_finds_it_and_touches_nothing(config):
     directory = prepare(config, progress=False)
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert set(before) == {*FILES, "index.json", "report.json"}
-    started = time.monotonic()
     assert prepare(config, progress=True) == directory == directory_of(config)
-    assert time.monotonic() - started < 1
     assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 

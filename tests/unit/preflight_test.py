@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import json
 import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -249,15 +248,15 @@ def test_host_memory_counts_as_well():
     assert "host memory" in report(config, 24, host_gib=16).table()
 
 
-def test_preflight_is_quick_and_asks_this_machine():
-    start = time.monotonic()
+def test_preflight_asks_this_machine_and_allocates_nothing_of_a_model_that_does_not_fit():
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = preflight(
         run_config("llama3_405b"), world_size=2, local_world_size=2, device_type="cpu", precision=Precision.bf16
     )
     assert not found.fits
     assert found.table()
     assert found.suggestions()
-    assert time.monotonic() - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib < 2**20, "a GiB of 810"
     assert found.config.engine.precision is Precision.bf16
     assert 2**20 < found.machine.available_bytes < NO_LIMIT
 
