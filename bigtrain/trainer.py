@@ -239,7 +239,7 @@ def train(run: Run) -> End | RollBack:
             validation_loss = None
             if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
                 heartbeat.enter("validation")
-                validation_loss = record_validation(run, step)
+                validation_loss = record_validation(run, batch.after)
                 meter.skip()
             if saving:
                 heartbeat.enter("checkpoint")
@@ -301,10 +301,13 @@ def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def record_validation(run: Run, step: int) -> float:
+def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
-    loss = validate(run.engine, run.streams["validation"], run.config)
-    run.recorder.event("validation", step=step, loss=loss, perplexity=perplexity(loss))
+    loss, tokens = (
+        validate(run.engine, run.streams["validation"], run.config),
+        done.samples * run.config.data.sequence_length,
+    )
+    run.recorder.event("validation", step=done.step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
     return loss
 
 

@@ -6,8 +6,8 @@ companion follows ``metrics.jsonl``, ``events.jsonl`` and ``samples.jsonl``, so 
 nothing is lost when it is. It ends when the training process ends, however that happens, after it has logged what
 is in the files.
 
-``<run>/<backend>_cursor.json`` holds how far a run is logged: a resumed run continues, and steps that it repeats are
-not logged again. An environment variable holds what a companion is to do, as JSON; a line on standard input, or its
+``<run>/<backend>_cursor.json`` holds how far a run is logged: steps by their number, events by their place in the file.
+What a run that went back had logged is taken back, as far as the dashboard can. An environment variable holds what a companion is to do, as JSON; a line on standard input, or its
 end, says that the training has ended.
 """
 
@@ -27,7 +27,7 @@ from typing import Any, Protocol, TextIO
 from bigtrain.log import get_logger
 from bigtrain.processes import start_beside
 from bigtrain.telemetry import names
-from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, Tail
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, Tail, only_steps, read_jsonl
 
 REQUEST_VARIABLE = "BIGTRAIN_COMPANION_REQUEST"
 _POLL_SECONDS = 0.5
@@ -156,36 +156,66 @@ class Sink(Protocol):
     def samples(self, samples: list[dict[str, Any]]) -> None:
         """Take all generated texts so far, when there are new ones."""
 
+    def take_back(self, step: int, *, differs: bool) -> int | None:
+        """Void what was logged of steps after ``step``.
+
+        Args:
+            step: the last one that is still part of the run.
+            differs: whether the numbers of some of them are known to be others now, or may be.
+
+        Returns:
+            The step after which everything is to be logged again; None if what was logged may stay.
+        """
+
 
 class Follower:
     """Passes on what is new in the files of a run: each step, each event and each text once, in order."""
 
     def __init__(self, directory: Path, sink: Sink, cursor_path: Path) -> None:
         """Begin where the cursor is."""
-        self._metrics, self._events = Tail(directory / METRICS_FILE), Tail(directory / EVENTS_FILE)
+        self._directory, self._sink, self._cursor_path = directory, sink, cursor_path
         self._texts = Tail(directory / SAMPLES_FILE)
-        self._directory, self._begin = directory, time.time()
-        self._cursor_path, self._sink = cursor_path, sink
         self._samples: list[dict[str, Any]] = []
-        self._tokens_per_step = 0.0
-        self._cursor: dict[str, Any] = {"train": 0, "val": 0, "time": "", "num_samples": 0}
+        self._attempt: int | None = None
+        self._read_from_the_beginning()
+        self._cursor = self._load_cursor()
+
+    def _read_from_the_beginning(self) -> None:
+        self._metrics, self._events = Tail(self._directory / METRICS_FILE), Tail(self._directory / EVENTS_FILE)
+        self._num_events = 0  # that have been read, but for those of a step
+
+    def _load_cursor(self) -> dict[str, Any]:
+        cursor = {"train": 0, "validation": 0, "checkpoint": 0, "events": 0, "num_samples": 0}
         if self._cursor_path.exists():
-            self._cursor |= json.loads(self._cursor_path.read_text())
+            cursor |= json.loads(self._cursor_path.read_text())
+        path = self._directory / EVENTS_FILE
+        events = [e for e in read_jsonl(path) if e["event"] not in names.REPEATED_EVENTS] if path.exists() else []
+        if "time" in cursor:  # an older version's
+            time_passed_on, validated = cursor.pop("time"), cursor.pop("val")
+            cursor |= {"validation": validated, "checkpoint": cursor["train"]}
+            cursor["events"] = sum(event.get(names.TIME, "") <= time_passed_on for event in events)
+        if cursor["events"] > len(events):  # somebody has removed the file
+            cursor["events"] = 0
+        return cursor
 
     def log_new(self) -> None:
         """Pass on what was added to the files since the last call."""
-        while records := self._metrics.read():
-            self._tokens_per_step = records[-1].get(names.TOKENS, 0) / max(records[-1][names.STEP], 1)
-            self._log_after_cursor("train", records)
-        while events := self._events.read():
-            validations = [event for event in events if event["event"] == "validation"]
-            axis = [{names.TOKENS: self._tokens_per_step * event[names.STEP]} for event in validations]
-            self._log_after_cursor("val", [tokens | event for tokens, event in zip(axis, validations, strict=True)])
-            self._pass_on([event for event in events if event["event"] != "validation"])
+        while True:
+            metrics = self._metrics
+            # Events that say how steps are to be understood are written before them.
+            records = metrics.read()
+            while events := self._events.read():
+                for event in events:
+                    if self._pass_on(event):
+                        break
+            if metrics is self._metrics:
+                if not records:
+                    break
+                self._log_steps(records)
         while texts := self._texts.read():
             self._samples += texts
         if len(self._samples) > self._cursor["num_samples"]:
-            self._move_cursor("num_samples", len(self._samples))
+            self._move_cursor(num_samples=len(self._samples))
             self._sink.samples(self._samples)
 
     def tell_of_death(self) -> None:
@@ -195,40 +225,77 @@ class Follower:
         self._sink.event({"event": kind, "error": cause.get("summary", "the training process was killed or has died")})
 
     def _cause(self) -> dict[str, Any]:
-        """Return what the watchdog writes, which takes it a moment."""
-        path, deadline = self._directory / _FAILURE_FILE, time.monotonic() + _CAUSE_SECONDS
+        """Return what the watchdog writes of this launch, which takes it a moment."""
+        deadline = time.monotonic() + _CAUSE_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError):
-                if path.stat().st_mtime >= self._begin:
-                    return json.loads(path.read_text())
+                cause = json.loads((self._directory / _FAILURE_FILE).read_text())
+                if cause.get("attempt") == self._attempt:
+                    return cause
             time.sleep(0.1)
         return {}
 
-    def _log_after_cursor(self, section: str, records: list[dict[str, Any]]) -> None:
-        fresh = [record for record in records if record[names.STEP] > self._cursor[section]]
-        if not fresh:
-            return
-        self._move_cursor(section, max(record[names.STEP] for record in fresh))
-        for record in fresh:
-            self._sink.log({names.dashboard_name(key, section): value for key, value in _numbers(record).items()})
-
-    def _pass_on(self, events: list[dict[str, Any]]) -> None:
-        """Pass on events; a resumed run keeps the old ones, and the time tells which are new."""
-        fresh = [event for event in events if event.get(names.TIME, "") > self._cursor["time"]]
+    def _log_steps(self, records: list[dict[str, Any]]) -> None:
+        fresh = [record for record in only_steps(records) if record[names.STEP] > self._cursor["train"]]
         if fresh:
-            self._move_cursor("time", max(event[names.TIME] for event in fresh))
-        for event in fresh:
-            self._sink.event(event)
+            self._move_cursor(train=max(record[names.STEP] for record in fresh))
+        for record in fresh:
+            self._log(record, "train")
 
-    def _move_cursor(self, key: str, value: Any) -> None:
+    def _log(self, record: dict[str, Any], section: str) -> None:
+        self._sink.log({names.dashboard_name(key, section): value for key, value in _numbers(record).items()})
+
+    def _pass_on(self, event: dict[str, Any]) -> bool:
+        """Pass on an event, if it is new; return whether the files are read from the beginning again because of it."""
+        kind, step = event["event"], event.get(names.STEP) or 0
+        if kind in names.REPEATED_EVENTS:
+            if step > self._cursor[kind]:
+                self._move_cursor(**{kind: step})
+                self._log(event, "val") if kind == "validation" else self._sink.event(event)
+            return False
+        self._num_events += 1
+        if kind in names.LAUNCH_EVENTS:
+            self._attempt = event.get("attempt")
+        if self._num_events <= self._cursor["events"]:
+            return False
+        self._move_cursor(events=self._num_events)
+        has_gone_back = self._take_back(event, step)
+        self._sink.event(event)
+        return has_gone_back
+
+    def _take_back(self, event: dict[str, Any], step: int) -> bool:
+        """Let the dashboard take back what ``event`` says is not part of the run any more, if it has logged such steps."""
+        logged, differs = self._cursor["train"], True
+        if event["event"] in names.LAUNCH_EVENTS:
+            # Those that this launch compares with the new ones: see recorder.py.
+            differs = logged > step + event.get("superseded_steps", 0)
+        elif event["event"] == names.SUPERSEDED_EVENT:
+            step -= 1
+        elif event["event"] != "finished":
+            return False
+        if logged <= step or (after := self._sink.take_back(step, differs=differs)) is None:
+            return False
+        steps = {key: min(self._cursor[key], after) for key in ("train", *names.REPEATED_EVENTS)}
+        samples = {"num_samples": self._cursor["num_samples"] if after else 0}
+        self._cursor = self._load_cursor()  # a sink may keep something there, too
+        self._move_cursor(events=self._num_events, **steps, **samples)
+        self._read_from_the_beginning()
+        return True
+
+    def _move_cursor(self, **moved: int) -> None:
         # Before logging: after a crash in between, a step is missing on the dashboard rather than doubled.
-        self._cursor[key] = value
-        temporary = self._cursor_path.with_name(self._cursor_path.name + ".tmp")
-        with temporary.open("w") as file:
-            json.dump(self._cursor, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._cursor_path)
+        self._cursor |= moved
+        replace_json(self._cursor_path, self._cursor)
+
+
+def replace_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a small file, whole or not at all, and onto the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:

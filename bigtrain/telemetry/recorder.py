@@ -8,6 +8,7 @@ Starts, resumes, stops and faults did happen and stay.
 
 import math
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +19,7 @@ from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
-from bigtrain.telemetry.text import describe_communication
+from bigtrain.telemetry.text import describe_communication, number
 
 if TYPE_CHECKING:  # it imports torch
     from bigtrain.telemetry.gauges import Gauges
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # it imports torch
 LOG_FILE = "log/train.log"
 
 _MAX_ERROR_CHARACTERS = 2000
-_REPEATED_EVENTS = ("validation", "checkpoint")
+_SAME = 1e-5  # relative: what a repeated step may differ by from rounding in another world
 _DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
 
 
@@ -73,11 +74,13 @@ class Recorder(NullRecorder):
         """
         self._gauges, self._last_step = gauges, resume_step
         self._metrics = JsonLines(run_directory / METRICS_FILE)
-        self._facts: dict[str, Any] = {"superseded_steps": self._metrics.truncate_after(resume_step)}
+        self._given_up: dict[int, tuple[Any, ...]] = {}
+        self._facts: dict[str, Any] = {"superseded_steps": self._metrics.remove(partial(self._give_up, resume_step))}
         self._events = JsonLines(run_directory / EVENTS_FILE)
         self._events.remove(
             lambda event: (
-                event.get("event") in _REPEATED_EVENTS and (event.get(names.STEP, 0) > resume_step or resume_step == 0)
+                event.get("event") in names.REPEATED_EVENTS
+                and (event.get(names.STEP, 0) > resume_step or resume_step == 0)
             )
         )
         self._console = Console(config.train.steps, run_directory / LOG_FILE).__enter__()
@@ -101,10 +104,26 @@ class Recorder(NullRecorder):
         if self._gauges:
             records = [*records[:-1], records[-1] | self._gauges.read(records, phases or {})]
         for record in records:
+            self._compare(record)
             self._metrics.write(record)
         self._last_step = records[-1][names.STEP]
         self._metrics.flush()
         self._console.metrics({**records[-1], **_mean_pace(records)})
+
+    def _give_up(self, resume_step: int, record: dict[str, Any]) -> bool:
+        """Return whether a record is of a step that is done again; what it said is kept for comparison."""
+        step = record.get(names.STEP, 0)
+        if step > resume_step:
+            self._given_up[step] = _outcome(record)
+        return step > resume_step
+
+    def _compare(self, record: dict[str, Any]) -> None:
+        """Tell once, before they are in the files, that steps have other numbers than those which were given up."""
+        before = self._given_up.pop(record[names.STEP], None)
+        if before is not None and not _agree(before, _outcome(record)):
+            last = max(self._given_up, default=record[names.STEP])
+            self._given_up.clear()
+            self.event(names.SUPERSEDED_EVENT, step=record[names.STEP], last_step=last)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write that ``kind`` (start, resume, validation, checkpoint, stop, finished, fault ...) happened.
@@ -179,9 +198,24 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "profile":
             told = describe_communication(fields)
             return f"profile up to step {step}: {fields['path']}{f'; {told}' if told else ''}"
+        case names.SUPERSEDED_EVENT:
+            return f"steps {step} to {fields['last_step']} have other numbers than before the run went back"
         case "finished":
             return f"finished after step {step}"
     return None
+
+
+def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a step comes to, whoever computes it and how fast: the samples, then numbers."""
+    numbers = (number(record, key) for key in (names.TOKENS, names.LR, names.LOSS))
+    return record.get(names.DATA_DIGEST), *numbers
+
+
+def _agree(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    pairs = zip(before[1:], now[1:], strict=True)
+    return before[0] == now[0] and all(
+        math.isclose(a, b, rel_tol=_SAME) or not (math.isfinite(a) or math.isfinite(b)) for a, b in pairs
+    )
 
 
 def _mean_pace(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from bigtrain.telemetry.companion import Companion, follow_until_end, lock, read
 from bigtrain.telemetry.text import describe_event
 
 DIRECTORY = "tensorboard"
+_FILES = "events.out.tfevents.*"
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.tensorboard_logger")
 
 
@@ -25,7 +26,7 @@ def start_tensorboard(run_directory: Path) -> Companion:
 def forget(run_directory: Path) -> None:
     """Let the next companion begin anew, because the training does."""
     (run_directory / "tensorboard_cursor.json").unlink(missing_ok=True)
-    for path in (run_directory / DIRECTORY).glob("events.out.tfevents.*"):
+    for path in (run_directory / DIRECTORY).glob(_FILES):
         path.unlink()
 
 
@@ -37,9 +38,23 @@ def _companion() -> int:
         say(f"cannot be used ({error}); the run goes on without")
         return 0
     # The companion of a launch that was killed may not have logged the rest yet.
-    with lock(Path(request["log"])), SummaryWriter(f"{request['directory']}/{DIRECTORY}") as writer:
-        follow_until_end(_TensorboardSink(writer), request)
+    directory = Path(request["directory"], DIRECTORY)
+    with lock(Path(request["log"])):
+        before = sorted(directory.glob(_FILES))
+        # Without the suffix, a writer of the same second would overwrite the file.
+        with SummaryWriter(str(directory), filename_suffix=f".{os.getpid()}") as writer:
+            _put_last(directory, before)
+            follow_until_end(_TensorboardSink(writer), request)
     return 0
+
+
+def _put_last(directory: Path, before: list[Path]) -> None:
+    """Name the new file so that it is read after those of earlier launches, whose clocks may have been ahead."""
+    for path in set(directory.glob(_FILES)) - set(before):
+        *prefix, seconds, rest = path.name.split(".", 4)
+        newest = before[-1].name.split(".")[3] if before else ""
+        if newest.isdigit() and int(newest) >= int(seconds):
+            path.rename(path.with_name(".".join([*prefix, str(int(newest) + 1), rest])))
 
 
 class _TensorboardSink:
@@ -60,6 +75,14 @@ class _TensorboardSink:
         for sample in samples[-1:]:
             text = f"{sample.get('prompt', '')}{sample.get('text', '')}"
             self._writer.add_text("samples", text, sample.get(names.STEP) or 0)
+
+    def take_back(self, step: int, *, differs: bool) -> int:
+        """Let TensorBoard forget everything after ``step``, whether it differs or not: it is logged again anyway."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        void = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._writer.file_writer.add_event(void)
+        return step
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 In the training process wandb would replace ``sys.exit`` and ``sys.excepthook``, record the command line with whatever
 secrets are in it, and hold up the exit for seconds to minutes when its server is away.
 
-``<run>/wandb_id`` holds the id of the run, which a resumed run continues. The companion is
+``<run>/wandb_id`` holds the id of the run, which a resumed run continues; a copied directory gets an id of its own. So does
+a run that went back and then came to other numbers: nothing that is logged offline, or over axes of one's own, can be taken back (wandb's
+rewind), so the whole run is logged anew and the old one is named for what it is. The companion is
 ``python -m bigtrain.telemetry.wandb_logger``.
 """
 
@@ -22,13 +24,23 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
+from bigtrain.log import get_logger
 from bigtrain.redact import redact
 from bigtrain.schema import to_dict
 from bigtrain.telemetry import names
-from bigtrain.telemetry.companion import REQUEST_VARIABLE, Companion, follow_until_end, lock, read_request, request_for
+from bigtrain.telemetry.companion import (
+    REQUEST_VARIABLE,
+    Companion,
+    follow_until_end,
+    lock,
+    read_request,
+    replace_json,
+    request_for,
+)
 from bigtrain.telemetry.text import describe_event
 
 ID_FILE = "wandb_id"
+CURSOR_FILE = "wandb_cursor.json"  # of the companion; also of which id it is, and of which directory
 
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.wandb_logger")
 _INIT_SECONDS = 60  # then the server counts as away
@@ -76,7 +88,7 @@ def default_project(environ: Mapping[str, str]) -> str:
 
 def forget(run_directory: Path) -> None:
     """Let the next companion begin a new wandb run, because the training begins anew."""
-    for name in (ID_FILE, "wandb_cursor.json"):
+    for name in (ID_FILE, CURSOR_FILE):
         (run_directory / name).unlink(missing_ok=True)
 
 
@@ -96,7 +108,7 @@ def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: W
     if mode is WandbMode.online and not has_api_key(os.environ):  # wandb would ask for one
         mode = WandbMode.offline
     try:
-        run = _open_run(wandb, _request(run_directory, config), mode)
+        run = _open_run(wandb, _request(run_directory, config), mode, get_logger().info)
     except wandb.Error as error:
         return f"not made: {error}"
     with run:
@@ -124,18 +136,22 @@ def _companion() -> int:
         if run is None:
             return 0
         signal.alarm(0)
-        follow_until_end(_WandbSink(wandb, run), request)
+        sink = _WandbSink(wandb, run, request, environ, say)
+        follow_until_end(sink, request)
         signal.alarm(_FINISH_SECONDS)  # nobody waits for an upload without end; wandb's own files stay
-        run.finish()
+        sink.finish()
     return 0
 
 
 class _WandbSink:
     """See :class:`bigtrain.telemetry.companion.Sink`."""
 
-    def __init__(self, wandb: ModuleType, run: Any) -> None:
-        self._wandb = wandb
-        self._run = run
+    def __init__(
+        self, wandb: ModuleType, run: Any, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]
+    ) -> None:
+        self._wandb, self._run = wandb, run
+        self._request, self._environ, self._say = request, environ, say
+        self._launch: dict[str, Any] = {}
 
     def log(self, row: dict[str, float]) -> None:
         self._run.log(row)
@@ -145,7 +161,8 @@ class _WandbSink:
         if kind in names.LAUNCH_EVENTS:
             # The environment of the newest launch, and what MFU is computed from.
             facts = {key: value for key, value in event.items() if key not in ("event", names.STEP, names.TIME)}
-            self._run.config.update({"launch": redact(facts)}, allow_val_change=True)
+            self._launch = {"launch": redact(facts)}
+            self._run.config.update(self._launch, allow_val_change=True)
         is_warning = kind in names.ALARMS or event.get("after")  # a launch that tells why the one before it failed
         if level := _ALERTS.get(kind) or ("WARN" if is_warning else None):
             text = describe_event(event)
@@ -155,6 +172,23 @@ class _WandbSink:
         columns = [names.STEP, "prompt", "text"]
         rows = [[sample.get(column) for column in columns] for sample in samples[-_MAX_SAMPLES:]]
         self._run.log({"samples": self._wandb.Table(columns=columns, data=rows)})
+
+    def take_back(self, step: int, *, differs: bool) -> int | None:
+        if not differs:
+            return None
+        old = self._run
+        old.name = f"{self._request['name']} (given up after step {step})"
+        old.finish()
+        forget(Path(self._request["directory"]))
+        self._run = _init(self._wandb, self._request, self._environ, self._say)
+        if self._run is None:  # it has said why
+            sys.exit(0)
+        self._run.config.update({**self._launch, "supersedes": f"{old.id}, after step {step}"}, allow_val_change=True)
+        self._say(f"wandb run {old.id} has steps after {step} that were given up; {self._run.id} has the whole run")
+        return 0
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]) -> Any:
@@ -167,7 +201,7 @@ def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], s
         say("logging.wandb=online, but there is no key (set WANDB_API_KEY or run `wandb login`); offline instead")
         mode = WandbMode.offline
     try:
-        run = _open_run(wandb, request, mode)
+        run = _open_run(wandb, request, mode, say)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if mode is WandbMode.offline:
@@ -184,7 +218,7 @@ def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], s
     return run
 
 
-def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode) -> Any:
+def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: Callable[[str], None]) -> Any:
     wanted = {
         "console": "off",
         "silent": True,
@@ -196,9 +230,11 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode) -> An
     directory = Path(request["directory"])
     (directory / "wandb").mkdir(exist_ok=True)
     with lock(directory / ID_FILE) as id_file:  # an export may begin at the same time
+        run_id = _find_id(directory, id_file, say)
+        _wait_for_a_name(directory / "wandb", run_id)
         run = wandb.init(
             dir=request["directory"],
-            id=_find_id(id_file),
+            id=run_id,
             resume="allow",
             mode=mode.name,
             name=request["name"],
@@ -216,18 +252,54 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode) -> An
     return run
 
 
-def _find_id(file: TextIO) -> str:
-    """Return the id of the run, when wandb, which calls a directory after it and the second, has a name for one more."""
+def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
+    """Return the id of the run in ``directory``, a new one if it has none or is a copy; it is then logged from its beginning."""
     file.seek(0)
-    run_id = file.read().strip()
+    run_id, here, cursor = file.read().strip(), _place(directory), _read_cursor(directory)
+    if cursor.get("id", run_id) != run_id:
+        cursor = {}
+    if run_id and _is_copy(run_id, cursor.get("place"), here):
+        say(
+            f"{directory} is a copy of {cursor['place']['path']}, which stays wandb run {run_id}; the copy is a new one"
+        )
+        run_id = ""
     if not run_id:
-        run_id = secrets.token_hex(4)
+        run_id, cursor = secrets.token_hex(4), {}
+        file.truncate(0)
         file.write(f"{run_id}\n")
         file.flush()
-    wandb_directory = Path(file.name).parent / "wandb"
+    told = cursor | {"id": run_id, "place": here}
+    if told != cursor:  # a companion that runs has written it, and goes on writing it
+        replace_json(directory / CURSOR_FILE, told)
+    return run_id
+
+
+def _read_cursor(directory: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((directory / CURSOR_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _place(directory: Path) -> dict[str, Any]:
+    status = directory.stat()
+    return {"path": str(directory.resolve()), "device": status.st_dev, "inode": status.st_ino}
+
+
+def _is_copy(run_id: str, place: dict[str, Any] | None, here: dict[str, Any]) -> bool:
+    """Return whether a directory that was at ``place`` has not come from there by being moved."""
+    if place is None or here["path"] == place["path"] or here["inode"] == place["inode"]:
+        return False
+    if here["device"] == place["device"]:
+        return True
+    original = Path(place["path"], ID_FILE)  # moved between file systems, it is gone
+    return original.exists() and original.read_text().strip() == run_id
+
+
+def _wait_for_a_name(wandb_directory: Path, run_id: str) -> None:
+    """Wait until wandb, which calls a directory after the second and the id, has a name for one more."""
     while any(wandb_directory.glob(f"*run-{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
         time.sleep(0.05)
-    return run_id
 
 
 def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:

@@ -20,6 +20,7 @@ from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.profiling import communication_seconds
 from bigtrain.telemetry.wandb_dashboard import build_dashboard
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
+from tests.tensorboard_files import read_scalars
 from tests.wandb_files import read_history as read_wandb
 from tests.wandb_files import read_records
 
@@ -191,25 +192,11 @@ def test_the_trace_of_ranks_tells_their_communication():
         assert 0 < told["exposed_communication_seconds"] <= told["communication_seconds"]
 
 
-def test_tensorboard_holds_each_step_once(run: Path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    steps: list[int] = []
-    for path in sorted((run / "tensorboard").glob("events.out.*")):
-        for message in read_tfrecords(path.read_bytes()):
-            event = Event.FromString(message)
-            steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
-    assert steps == list(range(1, NUM_STEPS + 1))
-
-
-def read_tfrecords(data: bytes) -> list[bytes]:
-    """Return the messages of a TFRecord file: length, its checksum, the message, its checksum."""
-    messages, position = [], 0
-    while position + 12 <= len(data):
-        length = int.from_bytes(data[position : position + 8], "little")
-        messages.append(data[position + 12 : position + 12 + length])
-        position += 16 + length
-    return messages
+def test_tensorboard_shows_each_step_once_as_the_files_have_it(run: Path):
+    shown, records = read_scalars(run), metrics(run)
+    assert [step for step, _ in shown["train/loss"]] == list(range(1, NUM_STEPS + 1))
+    for name, key in (("train/loss", "loss"), ("tokens", "tokens"), ("perf/step_seconds", "step_seconds")):
+        assert dict(shown[name]) == pytest.approx({record["step"]: record[key] for record in records})
 
 
 def test_a_reader_of_the_files_knows_of_the_lost_work(run: Path):
