@@ -2,20 +2,19 @@
 
 import datetime
 import json
-import os
-import time
-import uuid
+import math
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from bigtrain import errors
-from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.errors import BigtrainError, ConfigError, NetworkError
 from bigtrain.rank_info import RankInfo
+from bigtrain.rendezvous import Patience, in_slices, meet, require_interfaces
 
 
 def pick_device(info: RankInfo) -> torch.device:
@@ -37,50 +36,29 @@ def pick_device(info: RankInfo) -> torch.device:
 
 
 def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
-    """Start the default process group: gloo for CPU tensors, and nccl for CUDA tensors on a GPU."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    rank_args: dict[str, Any] = {"rank": info.rank, "world_size": info.world_size}
-    if "MASTER_ADDR" not in os.environ:
-        rank_args["store"] = dist.HashStore()  # a plain `python launch/train.py` needs no port
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and info.world_size > 1:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
-        rank_args["store"] = dist.PrefixStore(agree_on_name(store, info, timeout_seconds=timeout_seconds), store)
-    dist.init_process_group(backend, timeout=timeout, **rank_args)
-
-
-def agree_on_name(store: dist.Store, info: RankInfo, *, timeout_seconds: float) -> str:
-    """Return a name for this process group that none before it had, the same on all ranks.
-
-    After a restart torchrun goes on with the store of the processes that are gone, and their addresses are still in
-    it (pytorch issue 135712); its count of restarts differs between nodes. So every rank asks under a name that
-    is new, rank 0 answers whoever asks, and is done when all have confirmed its answer: the dead never do.
+    """Start the default process group: gloo for CPU tensors, and nccl for CUDA tensors on a GPU.
 
     Raises:
-        TimeoutError: a rank has not come.
+        ConfigError: an address, a port or an interface is of no use, or another rank cannot begin.
+        NetworkError: ranks do not find or reach each other in time.
     """
-    deadline, own = time.monotonic() + timeout_seconds, uuid.uuid4().hex
-    if info.rank > 0:
-        store.set(f"bigtrain/ask/{info.rank}", own)
-        while not store.check([f"bigtrain/answer/{own}"]):
-            _wait_a_moment(deadline, "rank 0")
-        name = store.get(f"bigtrain/answer/{own}").decode()
-        store.set(f"bigtrain/confirm/{name}/{info.rank}", "")
-        return name
-    missing = set(range(1, info.world_size))
-    while missing:
-        for rank in sorted(missing):
-            if store.check([f"bigtrain/ask/{rank}"]):
-                store.set(f"bigtrain/answer/{store.get(f'bigtrain/ask/{rank}').decode()}", own)
-        missing -= {rank for rank in missing if store.check([f"bigtrain/confirm/{own}/{rank}"])}
-        _wait_a_moment(deadline, f"ranks {sorted(missing)}")
-    return own
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    require_interfaces(cuda=device.type == "cuda")
+    store = meet(info, timeout_seconds=timeout_seconds) if info.world_size > 1 else dist.HashStore()
 
+    def connect() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread would use GPU 0
+        dist.init_process_group(backend, timeout=timeout, rank=info.rank, world_size=info.world_size, store=store)
 
-def _wait_a_moment(deadline: float, who: str) -> None:
-    if time.monotonic() > deadline:
-        raise TimeoutError(f"no word from {who} in time")
-    time.sleep(0.01)
+    try:
+        in_slices(connect, Patience(math.inf), "connections to the other ranks")
+    except RuntimeError as error:
+        raise NetworkError(
+            f"{socket.gethostname()} cannot connect to the other ranks: {str(error).splitlines()[0]}; GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME choose the network interface"
+        ) from error
 
 
 def shut_down() -> None:

@@ -55,6 +55,12 @@ class PreflightError(BigtrainError):
     """The run does not fit the machine."""
 
 
+class NetworkError(BigtrainError):
+    """Ranks do not find or reach each other: a fault that a restart may mend."""
+
+    exit_code = EXIT_FAULT
+
+
 class NoRestartError(BigtrainError):
     """The run fails again and again, or diverges again and again; restarting it by machine would be for nothing."""
 

@@ -1,7 +1,10 @@
 """Who this process is: the only place that reads the launchers' environment variables. No torch."""
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from bigtrain.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +22,67 @@ class RankInfo:
 
     @staticmethod
     def from_env() -> "RankInfo":
-        """Read what torchrun, ``accelerate launch`` or ``deepspeed`` set; a plain process is rank 0 of 1."""
-        world_size = os.environ.get("WORLD_SIZE", "1")
+        """Read what torchrun, ``accelerate launch`` or ``deepspeed`` set; a plain process is rank 0 of 1.
+
+        Raises:
+            ConfigError: a variable is no number, or a rank is not below its world size.
+        """
+        world_size = _number("WORLD_SIZE", 1)
         # The deepspeed launcher has a name of its own for it.
-        local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-        return RankInfo(
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=int(world_size),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_world_size=int(local_world_size),
-        )
+        local_name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+        info = RankInfo(_number("RANK", 0), world_size, _number("LOCAL_RANK", 0), _number(local_name, world_size))
+        if info.rank >= info.world_size or info.local_rank >= info.local_world_size:
+            raise ConfigError(
+                f"RANK={info.rank} of WORLD_SIZE={info.world_size}, LOCAL_RANK={info.local_rank} of "
+                f"{local_name}={info.local_world_size}: ranks count from 0 and are below the sizes"
+            )
+        return info
 
     def publish(self) -> None:
         """Put into the environment what libraries read there; launchers leave it out for a single process."""
         for name, value in (("RANK", self.rank), ("WORLD_SIZE", self.world_size), ("LOCAL_RANK", self.local_rank)):
             os.environ.setdefault(name, str(value))
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not (value.isascii() and value.isdecimal()):
+        raise ConfigError(f"{name}={value} in the environment is no number; a launcher such as torchrun sets it")
+    return int(value)
+
+
+def master_address() -> tuple[str, int]:
+    """Return where the ranks find each other.
+
+    Raises:
+        ConfigError: the environment does not say so.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", 0)
+    if not host or not 0 < port < 2**16:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} needs MASTER_ADDR and MASTER_PORT (1 to 65535), the node of rank 0 and a "
+            "free port there, the same for all ranks; torchrun sets them"
+        )
+    return host, port
+
+
+def has_agent_store() -> bool:
+    """Return whether the store at :func:`master_address` is torchrun's, and rank 0 serves none."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def interface_names(present: Sequence[str], *, cuda: bool) -> Iterator[tuple[str, str, bool]]:
+    """Yield the variables that name network interfaces, their values, and whether those are among ``present``.
+
+    gloo takes names, NCCL the beginnings of names, or names after ``=``; what ``^`` excludes need not be there
+    (NCCL's documentation of NCCL_SOCKET_IFNAME).
+    """
+    if value := os.environ.get("GLOO_SOCKET_IFNAME"):
+        yield "GLOO_SOCKET_IFNAME", value, all(name.partition(":")[0] in present for name in value.split(","))
+    if (value := os.environ.get("NCCL_SOCKET_IFNAME")) and cuda and not value.startswith("^"):
+        exact, names = value.startswith("="), value.removeprefix("=").split(",")
+        found = (there == name or (not exact and there.startswith(name)) for there in present for name in names)
+        yield "NCCL_SOCKET_IFNAME", value, any(found)
 
 
 LAUNCHERS = {

@@ -11,6 +11,7 @@ The gradients' own connections are bound by NCCL_SOCKET_IFNAME and GLOO_SOCKET_I
 """
 
 import socket
+import sys
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, rendezvous_handler_registry
@@ -30,7 +31,7 @@ class BoundRendezvous(StaticTCPRendezvous):
 
         Raises:
             ValueError: ``--rdzv-conf=rank=`` is missing.
-            OSError: the address is not one of this node's, or the port is taken.
+            SystemExit: the address is not one of this node's, or the port is taken.
         """
         address, port = parse_rendezvous_endpoint(params.endpoint, default_port=29500)
         rank = params.get_as_int("rank")
@@ -39,7 +40,13 @@ class BoundRendezvous(StaticTCPRendezvous):
         timeout = params.get_as_int("timeout", TIMEOUT_SECONDS)
         super().__init__(address, port, rank, params.max_nodes, params.run_id, timeout)
         if rank == 0:
-            listener = socket.create_server((address, port))
+            try:
+                listener = socket.create_server((address, port))
+            except OSError as error:
+                sys.exit(
+                    f"--rdzv-endpoint={address}:{port} cannot be opened on {socket.gethostname()}: {error.strerror}; "
+                    "name an address of this node and a port that is free, the same on all nodes"
+                )
             self._store = TCPStore(
                 address,
                 port,

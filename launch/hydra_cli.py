@@ -35,7 +35,7 @@ from yaml import YAMLError
 
 from bigtrain.checks import check, check_data, fit_micro_batch, ignored_settings, resolve
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
-from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError, of_all_ranks
+from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.files import RUN_FILES, such_as_runs
 from bigtrain.rank_info import RankInfo, lone_ranks
 from bigtrain.redact import redact
@@ -75,11 +75,14 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     try:
         config = read(args)
     except BigtrainError as error:
-        _exit_with(of_all_ranks(error))  # they have the same command line
+        _exit_with(error)
     try:
         code = run(config)
     except BigtrainError as error:
         _exit_with(error)
+    except Exception as error:
+        _tell_other_ranks(f"{type(error).__name__}: {error}")
+        raise
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     leave(code or 0)
@@ -252,18 +255,32 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     """Show ``error`` and end the process; rank 0 goes first, if it may have the same to say.
 
     torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
-    is wrong, and only a rank that nobody has ended by then speaks for itself.
+    is wrong, and only a rank that nobody has ended by then, and that rank 0 does not speak for, speaks for itself.
     """
-    message = redact(str(error))
-    if rank() > 0:
+    message, begin = redact(str(error)), time.monotonic()
+    if is_first := "RANK" not in os.environ or os.environ["RANK"] == "0":
+        print(message, file=sys.stderr, flush=True)
+    else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    is_told = error.shared is None and _tell_other_ranks(message)
+    if not is_first:
         if error.shared is not False:
-            time.sleep(RANK_0_HEAD_START_SECONDS)
-        message = "" if error.shared else textwrap.indent(message, f"[rank {rank()}] ")
-    if message:
-        print(message, file=sys.stderr, flush=True)
+            time.sleep(max(0.0, begin + RANK_0_HEAD_START_SECONDS - time.monotonic()))
+        if not (is_told or error.shared):
+            print(textwrap.indent(message, f"[rank {rank()}] "), file=sys.stderr, flush=True)
     leave(error.exit_code)
+
+
+def _tell_other_ranks(reason: str) -> bool:
+    """Tell ranks that wait for this one that it cannot begin; return whether rank 0 has heard, and says it."""
+    with contextlib.suppress(ConfigError):  # what the launcher has set makes no sense
+        info = RankInfo.from_env()
+        if info.world_size > 1 and {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            from bigtrain.rendezvous import refuse
+
+            return refuse(info, redact(reason))
+    return False
 
 
 def leave(code: int) -> NoReturn:

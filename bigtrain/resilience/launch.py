@@ -24,7 +24,7 @@ from bigtrain.resilience.attempt import (
     read_json,
     write_exit,
 )
-from bigtrain.resilience.failures import Failure, describe, failure_of, record_failures
+from bigtrain.resilience.failures import Failure, describe, failure_of, is_lost_connection, record_failures
 from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
 from bigtrain.resilience.hold import Hold
 from bigtrain.resilience.signals import StopSignal
@@ -151,6 +151,8 @@ class Launch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.attempt == 0:
+            if error is not None and is_lost_connection(error):
+                get_logger().error(f"other ranks have ended before the first step: {str(error).splitlines()[0]}")
             return
         self.signal.at_once = False
         if isinstance(error, StopError):

@@ -1,4 +1,4 @@
-"""Launches of a run: one at a time, counted; heartbeats and their deadlines; names of process groups."""
+"""Launches of a run: one at a time, counted; heartbeats and their deadlines."""
 
 import errno
 import fcntl
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from bigtrain.distributed import RankInfo, agree_on_name
 from bigtrain.errors import ConfigError, NoRestartError
 from bigtrain.resilience import hold, watchdog
 from bigtrain.resilience.attempt import (
@@ -300,29 +299,3 @@ def test_ranks_that_wait_for_a_node_that_has_failed_are_ended(tmp_path: Path, mo
         watch_node(Watch(str(beats), str(run), attempt=1, interval_seconds=0.05, kills=True))
         assert waiting.wait(10) == -9
     assert not (run / "failure.json").exists()
-
-
-# Names of process groups
-
-
-def test_all_ranks_agree_on_a_name_that_dead_ones_did_not_have():
-    store = dist.HashStore()
-    names: list[str] = []
-    for _ in range(3):  # restarts, with all that the processes before them left in the store
-
-        def ask(rank: int) -> None:
-            time.sleep(0.02 * rank)
-            names.append(agree_on_name(store, RankInfo(rank, 3, rank, 3), timeout_seconds=10))
-
-        threads = [threading.Thread(target=ask, args=(rank,)) for rank in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(set(names[-3:])) == 1
-    assert len(set(names)) == 3
-
-
-def test_a_rank_that_does_not_come_is_named():
-    with pytest.raises(TimeoutError, match=r"no word from ranks \[1\]"):
-        agree_on_name(dist.HashStore(), RankInfo(0, 2, 0, 2), timeout_seconds=0.1)

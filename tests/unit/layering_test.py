@@ -11,11 +11,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 # From the bottom up; a unit imports only from rows below its own.
 FLOORS = [
-    ["choices", "cursor", "errors", "files", "locks", "processes", "rank_info", "redact"],
-    ["schema"],
+    ["choices", "cursor", "errors", "files", "locks", "processes", "redact"],
+    ["rank_info", "schema"],
     ["config"],
     ["checks"],
-    ["distributed", "local_ranks", "log"],
+    ["local_ranks", "log"],
+    ["rendezvous"],
+    ["distributed"],
     ["data", "models", "objective", "optim"],
     ["engine", "preflight"],
     ["checkpoint", "resilience", "telemetry"],
