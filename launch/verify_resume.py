@@ -66,7 +66,7 @@ def run(config: VerifyResumeConfig) -> int:
     from bigtrain.verify_resume import verify_resume
 
     log.setup(hydra_cli.rank())
-    plan = _plan(config)
+    plan = plan_of(config)
     config = fit_micro_batch(config, math.lcm(plan.world_size, plan.resume_world_size))
     training = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
     root = Path(config.run.root) / f"verify_resume-{config.run.name}-{uuid.uuid4().hex[:8]}"
@@ -94,7 +94,12 @@ def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}" if value < float("inf") else "differs"
 
 
-def _plan(config: VerifyResumeConfig) -> "Plan":
+def plan_of(config: VerifyResumeConfig) -> "Plan":
+    """Return what is launched on how many ranks.
+
+    Raises:
+        ConfigError: names all that stands against it.
+    """
     import torch
 
     from bigtrain.verify_resume import Plan

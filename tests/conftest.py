@@ -2,11 +2,17 @@
 
 import os
 import shutil
+import tempfile
 
 from bigtrain import local_ranks
 
 # Small tensors gain nothing from threads, and threads of several ranks wait for each other on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# torch takes compiled code for instructions that it is told not to use (or the other way around) out of the same cache.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 # To ask torch whether there is a GPU, as test modules do, must not start CUDA: the server of ranks could not fork then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -340,10 +340,14 @@ BF16 = {"precision": "bf16"}
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
     [
-        (1, {"kind": "ddp", **BF16, "batch": 8}),
+        pytest.param(1, {"kind": "ddp", **BF16, "batch": 8}, marks=pytest.mark.slow),
         (1, {"kind": "fsdp", **BF16, "model": GPT | LLAMA}),
-        (2, {"kind": "fsdp", **BF16, "batch": 16, "activation_checkpointing": "full"}),
-        (2, {"kind": "zero3", **BF16}),
+        (2, {"kind": "fsdp", "batch": 16, "activation_checkpointing": "full"}),
+        pytest.param(
+            2, {"kind": "fsdp", **BF16, "batch": 16, "activation_checkpointing": "full"}, marks=pytest.mark.slow
+        ),
+        (2, {"kind": "zero3"}),
+        pytest.param(2, {"kind": "zero3", **BF16}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
