@@ -257,7 +257,8 @@ def test_the_gate_catches_a_skipped_clip(engine, reference):
 
 def test_the_reference_is_what_the_training_command_computes(reference, tmp_path):
     settings = ["+model=gpt_nano", "data=synthetic", "data.synthetic_ragged=true", "data.sequence_length=64"]
-    settings += ["engine=ddp", "train.steps=20", f"train.global_batch_size={GLOBAL_BATCH_SIZE}"]
+    sizes = [f"train.{name}_batch_size={GLOBAL_BATCH_SIZE}" for name in ("global", "micro")]
+    settings += ["engine=ddp", "train.steps=20", *sizes]
     settings += ["scheduler.warmup_steps=5", "validation.every_steps=0", "engine.precision=fp32"]
     ended = fork("train.py", *settings, cwd=tmp_path)
     assert ended.code == 0, ended
