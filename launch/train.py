@@ -18,7 +18,7 @@ from bigtrain.redact import redact
 from bigtrain.resilience.attempt import record_early_stop
 
 HELP = """\
-Train a Transformer: the same run on a laptop or on a thousand GPUs, under any engine.
+Train a Transformer: the same run on one process or many, under any engine.
 
   python launch/train.py +model=gpt_nano                            one process
   torchrun --nproc-per-node=8 launch/train.py +model=gpt3_1b        one node with 8 GPUs

@@ -1,6 +1,7 @@
 """The floors of the house, held by reading the source: who may import whom, and when."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,3 +239,11 @@ def test_no_config_names_a_class_to_call():
     files = list((REPOSITORY / "configs").rglob("*.yaml"))
     assert len(files) > 20
     assert [str(path) for path in files if "_target_" in path.read_text(encoding="utf-8")] == []
+
+
+def test_the_architecture_page_draws_these_floors():
+    page = (REPOSITORY / "docs/architecture.md").read_text()
+    drawn = re.findall(
+        r"^ ?(\d+)  ((?:\w+ )*\w+)(?:  .*)?$", page.partition("## Floors")[2].partition("## ")[0], re.MULTILINE
+    )
+    assert [(int(number), names.split()) for number, names in reversed(drawn)] == list(enumerate(FLOORS))
