@@ -71,6 +71,8 @@ def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, bool]:
 
 
 def _chat_segments(messages: Any, name: str) -> list[tuple[str, bool]]:
+    if messages is None:
+        return []
     if not isinstance(messages, list):
         raise ValueError(f"field '{name}' is {type(messages).__name__}, not a list of messages")
     segments = []

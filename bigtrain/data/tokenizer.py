@@ -11,6 +11,7 @@ writes the end-of-text token.
 import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -194,6 +195,15 @@ def _hugging_face_tokenizer(name: str) -> BuiltTokenizer:
     try:
         wrapper = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
+        why = " ".join(str(error).split())
+        needs_sentencepiece = any(Path(name).glob("*.model")) and not find_spec("sentencepiece")
+        if isinstance(error, ImportError) or needs_sentencepiece:
+            package = "the Python package sentencepiece" if needs_sentencepiece else "a Python package"
+            raise DataError(f"{where}: it is there, but needs {package}, which is not installed: {why}") from error
+        if Path(name).is_dir():
+            raise DataError(
+                f"{where}: the directory is there, but no tokenizer can be loaded from it: {why}"
+            ) from error
         raise DataError(
             f"{where}: no such tokenizer here or on the Hugging Face hub; use bpe, bytes, the name of a model on the "
             f"hub, or a directory that holds {TOKENIZER_FILE} (offline: one that was downloaded before)\n{error}"

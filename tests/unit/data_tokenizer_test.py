@@ -1,3 +1,6 @@
+import json
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,5 +101,27 @@ def test_hugging_face_tokenizer_from_a_directory(tmp_path):
 def test_unsuitable_hugging_face_tokenizers_are_errors_with_a_way_out(tmp_path):
     with pytest.raises(DataError, match=r"no such tokenizer here or on the Hugging Face hub; use bpe, bytes"):
         build(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: the directory is there, but no tokenizer can be loaded from it"):
+        build(str(tmp_path / "empty"))
     with pytest.raises(DataError, match="no end-of-text token"):
         build(save_hugging_face(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "package"),
+    [
+        ("BertJapaneseTokenizer", "vocab.txt", "fugashi"),
+        ("XLMTokenizer", "vocab.json", "sacremoses"),
+        ("T5Tokenizer", "spiece.model", "sentencepiece"),
+    ],
+)
+def test_a_package_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch, kind, file, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / file).write_text("{}")
+    (tmp_path / "merges.txt").write_text("#version")
+    config = {"tokenizer_class": kind, "word_tokenizer_type": "mecab"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=rf"it is there, but needs .*{package}") as raised:
+        build(str(tmp_path))
+    assert "no such tokenizer" not in str(raised.value) and "\n" not in str(raised.value)
