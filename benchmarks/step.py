@@ -58,7 +58,7 @@ from bigtrain.models.flops import flops_per_token
 from bigtrain.models.hf_export import hf_config, hf_tensors
 from bigtrain.models.sizes import model_sizes
 from bigtrain.rank_info import RankInfo
-from bigtrain.recovery import fill_state
+from bigtrain.recovery import Start, fill_state
 from bigtrain.run_data import open_data
 from bigtrain.schema import from_dict
 from bigtrain.telemetry.files import METRICS_FILE
@@ -88,7 +88,7 @@ def ours(config: TrainConfig, pacer: Pacer) -> float | None:
     device = pick_device(info)
     init_process_group(info, device, timeout_seconds=turns.PATIENCE_SECONDS)
     engine = build_engine(config, lambda: make_model(config), info=info, device=device)
-    fill_state(config, engine, None, info)
+    fill_state(config, engine, Start(), info)
     pace(engine, pacer)
     directory, streams = Path(config.run.root) / str(config.run.name), open_data(config)
     run = trainer.Run(

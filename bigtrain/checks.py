@@ -20,6 +20,7 @@ from bigtrain.config import (
     DataSource,
     Duplicates,
     EngineKind,
+    Load,
     ModelKind,
     Offload,
     OptimizerKind,
@@ -37,6 +38,7 @@ ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
 OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
 OWN_TOKENIZERS = ("bpe", "bytes")
+RESUME_WORDS = ("auto", "never", "must")
 SMALLEST_FP32 = 2.0**-126
 """Smaller numbers lose bits in fp32, or are 0."""
 HOLDS: dict[str, Callable[[float], bool]] = {
@@ -445,6 +447,10 @@ def _check_training(config: TrainConfig) -> list[str]:
         (
             all(re.fullmatch(kept, rule.strip()) for rule in keep.split(",")),
             f"checkpoint.keep={keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of them with commas",
+        ),
+        (
+            config.checkpoint.load is Load.all or config.checkpoint.resume not in RESUME_WORDS,
+            "checkpoint.load=weights: of which run? name it with checkpoint.resume=<path>; a run's own are loaded whole",
         ),
         (
             first_hang >= hang,

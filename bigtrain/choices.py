@@ -107,6 +107,13 @@ class Precision(Enum):
         return {Precision.tf32: Precision.fp32, Precision.fp8: Precision.bf16}.get(self, self)
 
 
+class Load(Enum):
+    """What a run takes of another run's checkpoint."""
+
+    all = "all"
+    weights = "weights"
+
+
 class ActivationCheckpointing(Enum):
     """What is recomputed in the backward pass."""
 

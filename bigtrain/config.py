@@ -15,6 +15,7 @@ from bigtrain.choices import (
     DataSource,
     Duplicates,
     EngineKind,
+    Load,
     ModelKind,
     Norm,
     Offload,
@@ -371,7 +372,9 @@ class CheckpointConfig:
     keep: str = "latest 2"
     """``all``, ``latest N``, ``every N`` (steps), ``best`` (validation loss), or several with commas; the two newest always are."""
     resume: LocalPath = "auto"
-    """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of a checkpoint."""
+    """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of another run, or of one of its checkpoints, with which this one begins."""
+    load: Load = Load.all
+    """Of that other run: ``all`` goes on at its step; ``weights`` begins at step 0 with a fresh optimizer. A run's own checkpoints are always loaded whole."""
     verify: Verify = Verify.full
     """Before loading: ``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` trusts."""
     asynchronous: bool = True

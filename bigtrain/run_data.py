@@ -13,6 +13,7 @@ from bigtrain.data.live import cache_directory
 from bigtrain.data.loader import TrainLoader
 from bigtrain.data.prepare import prepare_components
 from bigtrain.data.stream import SampleStream
+from bigtrain.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from bigtrain.distributed import gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError
@@ -121,6 +122,26 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
         advice = "restore that, choose another run.name, or go on with data.allow_change=true"
         raise CheckpointError("\n  ".join([f"{problem}:", *what, advice]))
     return list(changed.values())
+
+
+def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
+    """Refuse text whose ids mean something else than those that a checkpoint was trained on; one rank calls this.
+
+    The run of the checkpoint keeps its tokenizer; a checkpoint that lies elsewhere does not say which it was.
+
+    Raises:
+        CheckpointError: the tokenizers differ, as the tokenizers library of today writes them.
+    """
+    run, new = checkpoint.parent.parent, stream.tokenizer_directory
+    if new is None or not (run / TOKENIZER_FILE).is_file():
+        return
+    if (run / TOKENIZER_FILE).read_bytes() == (new / TOKENIZER_FILE).read_bytes():
+        return
+    if load_tokenizer(run).to_str() != load_tokenizer(new).to_str():
+        raise CheckpointError(
+            f"the tokenizer of the data ({new / TOKENIZER_FILE}) is not the one that {checkpoint} was trained with "
+            f"({run / TOKENIZER_FILE}), so the same ids are other text; data.tokenizer={run} keeps that one for the new text"
+        )
 
 
 def count_skipped_shards(stream: SampleStream, config: TrainConfig) -> dict[str, int]:

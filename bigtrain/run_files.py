@@ -6,24 +6,35 @@
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from bigtrain import log
 from bigtrain.checkpoint.loader import verify_checkpoint
-from bigtrain.checkpoint.store import RUN_STATE_FILE, find_checkpoints, find_damaged, read_run_state, set_aside
-from bigtrain.config import TrainConfig, Verify
+from bigtrain.checkpoint.store import (
+    RUN_STATE_FILE,
+    checkpoints_directory,
+    find_checkpoints,
+    find_damaged,
+    read_run_state,
+    set_aside,
+    step_of,
+)
+from bigtrain.checks import RESUME_WORDS
+from bigtrain.config import Load, TrainConfig, Verify
 from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
 from bigtrain.files import such_as_runs
 from bigtrain.redact import redact
-from bigtrain.resilience.attempt import now
+from bigtrain.resilience.attempt import ATTEMPT_FILE, now, read_exit, read_json
 from bigtrain.schema import from_dict, to_dict
-from bigtrain.telemetry.files import EVENTS_FILE, JsonLines
+from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
 
 CONFIG_FILE = "config.yaml"
 
@@ -52,6 +63,19 @@ def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
         copy = directory / path.relative_to(corpus_directory)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+
+
+def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
+    """Put into the run's directory what it needs to be continued and used.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    directory = config.run.directory
+    with writing(directory):
+        write_config(directory, config)
+        if tokenizer:
+            keep_tokenizer(directory, tokenizer)
 
 
 def locate(path: Path) -> tuple[Path, Path]:
@@ -107,38 +131,94 @@ def read_config(directory: Path) -> TrainConfig:
 def find_resume(config: TrainConfig) -> Path | None:
     """Return the checkpoint that this launch continues from, as ``checkpoint.resume`` says; all ranks call this.
 
-    Every checkpoint is verified before it is chosen. A damaged one of this run is named and set aside, and
-    the one before it is tried.
+    Every checkpoint is verified before it is chosen (:func:`newest_whole`).
 
     Raises:
         CheckpointError: there is one where there must be none, none where there must be one, none that is
-            whole, or one of another model.
+            whole, none where there were some, or one of another model or optimizer.
     """
     directory, resume, verify = config.run.directory, config.checkpoint.resume, config.checkpoint.verify
-    while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)]):
-        if resume == "never":
-            raise CheckpointError(
-                f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
-            )
-        path = Path(found[-1])
-        if not (problems := verify_checkpoint(path, verify)):
-            return _same_model(config, path)
-        aside = on_rank0(lambda path=path, problems=problems: _set_aside(directory, path, problems))
-        log.get_logger().warning("\n  ".join([f"damaged checkpoint, set aside as {aside}:", *problems]))
-    if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory)]):
+    if resume == "never" and (found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)])):
         raise CheckpointError(
-            f"no whole checkpoint is left in {directory}, only damaged ones: {', '.join(damaged)}; to start anew, "
-            "or from elsewhere with checkpoint.resume=<path>, choose another run.name or delete them"
+            f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
         )
+    if path := newest_whole(directory, verify):
+        return _fitting(config, path, Load.all)
+    if reached := on_rank0(lambda: last_saved_step(directory)):
+        lost = f"{directory} had saved step {reached}, but {_without_checkpoints(directory)}"
+        if resume != "never":
+            raise CheckpointError(
+                f"{lost}; is a disk not mounted? checkpoint.resume=never starts anew at step 0, another run.name leaves "
+                "this run alone"
+            )
+        log.get_logger().warning(f"{lost}; checkpoint.resume=never: starts anew at step 0, and its metrics too")
     if resume == "must":
         raise CheckpointError(f"checkpoint.resume=must, but {directory} has no complete checkpoint")
-    if resume in ("auto", "never"):
+    if resume in RESUME_WORDS:
         return None
     # Another run's checkpoint starts this one; later launches continue from this run's own.
     path = Path(on_rank0(lambda: str(locate(Path(resume))[1])))
     if problems := verify_checkpoint(path, verify):
         raise CheckpointError("\n  ".join([f"checkpoint.resume={resume}: damaged:", *problems]))
-    return _same_model(config, path)
+    return _fitting(config, path, config.checkpoint.load)
+
+
+def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) -> Path | None:
+    """Return the newest checkpoint of a run, of a step below ``before``, that verifies; all ranks call this.
+
+    A damaged one is named and set aside, and the one before it is tried.
+
+    Raises:
+        CheckpointError: there are only damaged ones.
+    """
+    while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory) if step_of(path) < before]):
+        path = Path(found[-1])
+        if not (problems := verify_checkpoint(path, verify)):
+            return path
+        aside = on_rank0(lambda path=path, problems=problems: _set_aside(directory, path, problems))
+        log.get_logger().warning("\n  ".join([f"damaged checkpoint, set aside as {aside}:", *problems]))
+    if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory) if step_of(path) < before]):
+        raise CheckpointError(
+            f"no whole checkpoint is left in {directory}, only damaged ones: {', '.join(damaged)}; to start anew, "
+            "or from elsewhere with checkpoint.resume=<path>, choose another run.name or delete them"
+        )
+    return None
+
+
+def last_saved_step(directory: Path, *, before: int = sys.maxsize) -> int:
+    """Return the newest step below ``before`` that a run has recorded as saved and not gone back behind, 0 if none.
+
+    A run that was killed before its first checkpoint has recorded none, however many steps it had made.
+    """
+    if not (directory / EVENTS_FILE).is_file():
+        ended, attempt = read_exit(directory), read_json(directory / ATTEMPT_FILE)
+        steps = {
+            ended.get("step", 0) if ended.get("code") in (EXIT_FINISHED, EXIT_RESUMABLE) else 0,
+            attempt.get("step", 0),
+        }
+    else:
+        steps = _saved_steps(read_jsonl(directory / EVENTS_FILE))
+    return max((step for step in steps if step < before), default=0)
+
+
+def _saved_steps(events: list[dict[str, Any]]) -> set[int]:
+    steps: set[int] = set()
+    for event in events:
+        match event:
+            case {"event": "start"}:
+                steps.clear()
+            case {"event": "checkpoint", "step": int(step)}:
+                steps.add(step)
+            case {"event": "rollback", "first_bad_step": int(first)}:
+                steps = {step for step in steps if step < first}
+    return steps
+
+
+def _without_checkpoints(directory: Path) -> str:
+    place = checkpoints_directory(directory)
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {place.readlink()}, which is not there"
+    return f"{place} {'has no checkpoint now' if place.is_dir() else 'is not there'}"
 
 
 def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
@@ -151,17 +231,34 @@ def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
     return aside
 
 
-def _same_model(config: TrainConfig, path: Path) -> Path:
-    saved, wanted = read_run_state(path).config.get("model", {}), to_dict(config.model)
+def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
+    """Return ``path`` if its tensors are those of the run, as far as settings tell."""
+    saved = read_run_state(path).config
+    old, new = saved.get("model", {}), to_dict(config.model)
     ignored = {"name", "pretrained", "init_from", "dropout", "init_std"}
     differences = [
-        f"model.{key}: {saved.get(key)} in the checkpoint, {wanted[key]} now"
-        for key in wanted
-        if key not in ignored and saved.get(key) != wanted[key]
+        f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now"
+        for key in new
+        if key not in ignored and old.get(key) != new[key]
     ]
     if differences:
         raise CheckpointError(
             f"{path} holds another model; choose another run.name or the model of the checkpoint:\n  "
             + "\n  ".join(differences)
         )
+    if load is Load.all and (difference := _other_optimizer(saved.get("optimizer", {}), to_dict(config.optimizer))):
+        raise CheckpointError(
+            f"{path} holds the state of another optimizer ({difference}); restore that, or let another run.name begin with "
+            f"its weights: checkpoint.resume={path} checkpoint.load=weights"
+        )
     return path
+
+
+def _other_optimizer(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Say which setting makes the tensors of the optimizer's state other ones."""
+    if old.get("kind", new["kind"]) != new["kind"]:
+        return f"optimizer.kind: {old['kind']} in the checkpoint, {new['kind']} now"
+    momentum, wanted = (settings.get("betas", new["betas"])[0] for settings in (old, new))
+    if new["kind"] == "sgd" and (momentum > 0) != (wanted > 0):
+        return f"optimizer.betas[0]: {momentum} in the checkpoint, {wanted} now"
+    return None

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from bigtrain import __version__, log
 from bigtrain.checkpoint.saver import Saver, SaveReport
-from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
-from bigtrain.config import Precision, TrainConfig
+from bigtrain.checkpoint.store import Origin, RunState, find_checkpoints
+from bigtrain.config import Load, Precision, TrainConfig
 from bigtrain.cursor import Cursor
 from bigtrain.data.loader import StepBatch
 from bigtrain.data.stream import SampleStream
@@ -31,7 +31,7 @@ from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.rank_info import RankInfo
-from bigtrain.recovery import claim, fill_state, go_back
+from bigtrain.recovery import claim, discard, fill_state, find_start, go_back
 from bigtrain.redact import redact
 from bigtrain.resilience.agreement import StopAgreement
 from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
@@ -39,8 +39,15 @@ from bigtrain.resilience.heartbeat import Heartbeat
 from bigtrain.resilience.launch import Launch
 from bigtrain.resilience.signals import StopLimits, StopSignal
 from bigtrain.resilience.stragglers import Straggler, Stragglers
-from bigtrain.run_data import cache_of, check_continuation, count_skipped_shards, open_data, train_loader
-from bigtrain.run_files import find_resume, keep_tokenizer, write_config, writing
+from bigtrain.run_data import (
+    cache_of,
+    check_continuation,
+    count_skipped_shards,
+    open_data,
+    require_tokenizer,
+    train_loader,
+)
+from bigtrain.run_files import write_run_files, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import repair
@@ -68,6 +75,8 @@ class Run:
     saver: Saver
     start: Cursor
     """Where this launch begins, or what follows after going back."""
+    origin: Origin = field(default_factory=Origin)
+    """What the run began with."""
     rollbacks: int = 0
     """How often the run has gone back because of bad numbers."""
     signal: StopSignal = field(default_factory=StopSignal)
@@ -129,8 +138,8 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     directory = launch.directory
     if on_rank0(directory.is_dir):
         claim(launch)
-    resume = find_resume(config)
-    state = read_run_state(resume) if resume else None
+    start = find_start(config)
+    state = start.read_state()
     if state and state.step >= config.train.steps:
         log.get_logger().info(_nothing_to_do(directory, state.step, config.train.steps))
         on_rank0(lambda: repair(directory))
@@ -138,14 +147,16 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         return End(EXIT_FINISHED, "finished")
     streams = open_data(config, state.data if state else None)
     changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
-    start = state.cursor if state else Cursor()
-    streams["train"].require_steps(start, config.train.steps, config.train.global_batch_size)
+    if start.checkpoint:
+        on_rank0(lambda: require_tokenizer(start.checkpoint, streams["train"]))
+    begin = state.cursor if state else Cursor()
+    streams["train"].require_steps(begin, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
     claim(launch)
     cache = cache_of(config.data, streams["train"])
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    fill_state(config, engine, resume, info)
+    fill_state(config, engine, start, info)
     parts = Run(
         config=config,
         directory=directory,
@@ -153,7 +164,8 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         streams=streams,
         recorder=NullRecorder(),
         saver=Saver(directory, engine.state.entries, config.checkpoint),
-        start=start,
+        start=begin,
+        origin=start.origin,
         rollbacks=state.rollbacks if state else 0,
         signal=launch.signal,
         heartbeat=launch.heartbeat,
@@ -165,17 +177,23 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     while True:
         parts.recorder = open_recorder(config, parts.start.step, engine, streams["train"])
         with parts.recorder:
-            kind = "resume" if resume else "start"
-            parts.recorder.event(kind, step=parts.start.step, checkpoint=str(resume or ""), **facts)
+            kind = "resume" if start.read_state() else "start"
+            loaded = {"load": Load.weights.name} if start.weights_only else {}
+            parts.recorder.event(kind, step=parts.start.step, checkpoint=str(start.checkpoint or ""), **loaded, **facts)
+            if start.weights_only:
+                parts.recorder.message(f"beginning at step 0 with the weights of {start.checkpoint}")
             end = train(parts)
             if isinstance(end, End):
                 return end
             launch.heartbeat.enter("starting")
-            resume = go_back(config, directory, end, streams["train"], start=parts.start, rollbacks=parts.rollbacks)
+            begin, rollbacks = parts.start, parts.rollbacks
+            start = go_back(config, end, streams["train"], start=start, begin=begin, rollbacks=rollbacks)
             bad = {"first_bad_step": end.first_step, "last_bad_step": end.last_step}
-            parts.recorder.event("rollback", step=end.last_step, checkpoint=str(resume or ""), **bad)
+            # First the word, then the deed: what is recorded as saved, and not taken back, has to be there.
+            parts.recorder.event("rollback", step=end.last_step, checkpoint=str(start.checkpoint or ""), **bad)
+            discard(directory, end)
         parts.rollbacks += 1
-        parts.start = fill_state(config, engine, resume, info)
+        parts.start = fill_state(config, engine, start, info)
 
 
 def train(run: Run) -> End | RollBack:
@@ -303,10 +321,8 @@ def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
-    loss, tokens = (
-        validate(run.engine, run.streams["validation"], run.config),
-        done.samples * run.config.data.sequence_length,
-    )
+    loss = validate(run.engine, run.streams["validation"], run.config)
+    tokens = done.samples * run.config.data.sequence_length
     run.recorder.event("validation", step=done.step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
     return loss
 
@@ -327,6 +343,7 @@ def save(run: Run, batch: StepBatch, validation_loss: float | None) -> None:
             validation_loss=validation_loss,
             data=stream.state(batch.before, cursor),
             rollbacks=run.rollbacks,
+            origin=run.origin,
         )
     )
 
@@ -368,19 +385,6 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
-
-
-def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
-    """Put into the run's directory what it needs to be continued and used.
-
-    Raises:
-        ConfigError: the directory cannot be written.
-    """
-    directory = config.run.directory
-    with writing(directory):
-        write_config(directory, config)
-        if tokenizer:
-            keep_tokenizer(directory, tokenizer)
 
 
 def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:

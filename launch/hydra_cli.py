@@ -287,8 +287,11 @@ def leave(code: int) -> NoReturn:
     """End the process at once.
 
     To look through everything once more takes Python a while; helper processes would be waited for; and a process group
-    that is torn down while others use it aborts, with another code.
+    that is torn down while others use it aborts, with another code. Only semaphores are given back, of which the system
+    would complain otherwise.
     """
+    if "multiprocessing.util" in sys.modules:
+        sys.modules["multiprocessing.util"]._run_finalizers(0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -14,6 +14,9 @@ from bigtrain.distributed import broadcast_json, gather_json
 from bigtrain.engine.state import Box, Entry
 from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks
 
+MOST_DIFFERENCES = 5
+"""So many tensors are named that are missing or other ones."""
+
 
 def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
     """Compare the files of a checkpoint with its manifest, each rank its share of them.
@@ -51,7 +54,9 @@ def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
     manifest = read_manifest(path)
     tensors = {tensor.key: tensor for tensor in manifest.tensors}
     if problems := list(_differences(entries, manifest)):
-        raise CheckpointError(f"{path} belongs to another model or optimizer:\n  " + "\n  ".join(problems))
+        more = [f"and {len(problems) - MOST_DIFFERENCES} more"] if len(problems) > MOST_DIFFERENCES else []
+        problem = [f"{path} belongs to another model or optimizer:", *problems[:MOST_DIFFERENCES], *more]
+        raise CheckpointError("\n  ".join(problem))
     reader = ShardReader(path)
     with torch.no_grad():
         for key, entry in entries.items():

@@ -6,6 +6,7 @@ Staging runs beside the next forward and backward passes, which leave the state 
 :meth:`Saver.wait_until_staged` before it changes anything.
 """
 
+import math
 import shutil
 import threading
 import time
@@ -123,6 +124,8 @@ class Saver:
                 pieces = self._stage(ready)
             finally:
                 self._staged.set()
+            if problem := _not_finite(pieces):
+                raise CheckpointError(problem)
             partial.mkdir(parents=True, exist_ok=True)
             file, tensors = write_shard(partial / f"rank-{dist.get_rank():05d}.safetensors", pieces)
             return {"file": to_dict(file), "tensors": to_dict(tensors)}
@@ -144,7 +147,7 @@ class Saver:
             return "; ".join(errors)
         try:
             prune(self._run_directory, self._config.keep)
-        except OSError as error:  # the checkpoint is whole all the same
+        except (OSError, CheckpointError) as error:  # the checkpoint is whole all the same
             log.get_logger().warning(f"old checkpoints could not be deleted: {error}")
         return None
 
@@ -192,7 +195,10 @@ class Saver:
             number = max(1, 2 - len(find_checkpoints(self._run_directory)))
             free, needed = shutil.disk_usage(directory).free, number * num_bytes
         except OSError as error:
-            return f"{directory} cannot be written: {error.strerror}"
+            where = f" (a link to {directory.readlink()}, which is not there)" if directory.is_symlink() else ""
+            return f"{directory}{where} cannot be written: {error.strerror}"
+        except CheckpointError as error:
+            return str(error)
         if free >= needed:
             return None
         unit, size = ("GiB", 2**30) if needed >= 2**30 else ("MiB", 2**20)
@@ -200,3 +206,13 @@ class Saver:
             f"{directory}: {free / size:.1f} {unit} are free, but {('one more checkpoint needs', 'two checkpoints need')[number - 1]} "
             f"{needed / size:.1f} {unit}; make room, or choose another run.root"
         )
+
+
+def _not_finite(pieces: list[Piece]) -> str | None:
+    """Say which tensor holds a number that is not finite, which nobody wants to continue from; one pass over memory."""
+    for key, tensor in ((piece.key, piece.tensor) for piece in pieces if piece.tensor.is_floating_point()):
+        if math.isfinite(tensor.sum().item()):  # it is not if a number is not, or if it overflows
+            continue
+        if count := tensor.numel() - int(tensor.isfinite().sum()):
+            return f"{count} numbers of {key} are not finite"
+    return None

@@ -32,6 +32,18 @@ MIN_KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run began with, and begins with again when it has to go back and has no checkpoint to go back to."""
+
+    checkpoint: str | None = None
+    """Another run's checkpoint; None for initial values."""
+    weights_only: bool = False
+    """Of that checkpoint only the weights were taken."""
+    published: str | None = None
+    """The published weights that the initial values were; None for random ones."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """Everything besides tensors that a run continues from."""
 
@@ -55,6 +67,8 @@ class RunState:
     """Where the data stands, with the proof; None in checkpoints from before there was one."""
     rollbacks: int = 0
     """How often the run has gone back because of bad numbers."""
+    origin: Origin | None = None
+    """What the run began with; None in checkpoints from before that was recorded."""
 
     @property
     def cursor(self) -> Cursor:
@@ -74,7 +88,7 @@ def checkpoint_path(run_directory: Path, step: int) -> Path:
 
 def find_checkpoints(run_directory: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first; what a kill left behind has other names."""
-    return sorted(filter(is_complete, checkpoints_directory(run_directory).glob("step-*")), key=step_of)
+    return sorted(filter(is_complete, _in_checkpoints(run_directory)), key=step_of)
 
 
 def is_complete(path: Path) -> bool:
@@ -84,18 +98,29 @@ def is_complete(path: Path) -> bool:
 
 def find_damaged(run_directory: Path) -> list[Path]:
     """Return the checkpoints of a run that were set aside."""
-    return sorted(checkpoints_directory(run_directory).glob("step-*.damaged-*"))
+    return sorted(path for path in _in_checkpoints(run_directory) if ".damaged-" in path.name)
 
 
 def find_leftovers(run_directory: Path) -> list[Path]:
     """Return what killed saves and killed deletions left behind."""
-    found = checkpoints_directory(run_directory).glob("step-*")
+    found = _in_checkpoints(run_directory)
     return sorted(path for path in found if ".tmp-" in path.name or path.name.endswith(".deleting"))
 
 
+def _in_checkpoints(run_directory: Path) -> list[Path]:
+    """Return all that lies among the checkpoints of a run; a directory that cannot be read is not taken for an empty one."""
+    directory = checkpoints_directory(run_directory)
+    try:
+        return [directory / name for name in os.listdir(directory) if name.startswith("step-")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableError(f"{directory}: cannot be read: {error.strerror}") from error
+
+
 def step_of(path: Path) -> int:
-    """Return the step of a checkpoint's directory."""
-    return int(path.name.removeprefix("step-"))
+    """Return the step of a checkpoint's directory, also of one that was set aside."""
+    return int(path.name.removeprefix("step-").partition(".")[0])
 
 
 def newest_step(run_directory: Path) -> int:

@@ -157,11 +157,16 @@ def initialise(state: EngineState, values: Mapping[str, InitialValue], *, num_th
     names = [key.removeprefix(MODEL) for key in state.entries if key.startswith(MODEL)]
     with ThreadPoolExecutor(num_threads) as pool, torch.no_grad():
         list(pool.map(fill, names))
+    clear_optimizer(state)
+    state.commit()
+
+
+def clear_optimizer(state: EngineState) -> None:
+    """Zero the optimizer state on this rank, as it is before the first step."""
     for key, entry in state.entries.items():
         if key.startswith(OPTIMIZER):
             for box in entry.boxes:
                 box.view.zero_()
-    state.commit()
 
 
 def canonical_name(name: str) -> str:

@@ -28,7 +28,7 @@ LOG_FILE = "log/train.log"
 
 _MAX_ERROR_CHARACTERS = 2000
 _SAME = 1e-5  # relative: what a repeated step may differ by from rounding in another world
-_DURABLE_EVENTS = ("checkpoint", "finished", "stop", "fault")
+_DURABLE_EVENTS = ("checkpoint", "rollback", "finished", "stop", "fault")
 
 
 class NullRecorder:

@@ -275,6 +275,32 @@ def test_resume_never_and_must(stopped: Path, tmp_path: Path):
     assert num_steps(cwd / RUN) == 5
 
 
+def test_a_run_whose_checkpoints_are_gone_says_so_and_stops(stopped: Path, tmp_path: Path):
+    cwd = copy_of(stopped, tmp_path)
+    shutil.rmtree(cwd / RUN / "checkpoints")
+    for _ in range(2):
+        result = train(cwd)
+        assert_refused(result, f"{RUN} had saved step 4, but {RUN}/checkpoints is not there", "checkpoint.resume=never")
+    result = train(cwd, "checkpoint.resume=never", "run.stop_after_steps=1")
+    assert result.code == 75 and "starts anew at step 0, and its metrics too" in result.err + result.out
+    assert [step for step, *_ in trajectory(cwd / RUN)] == [1]
+    assert train(cwd, "run.stop_after_steps=1").code == 75  # as any other run that has a checkpoint
+    assert num_steps(cwd / RUN) == 2
+
+
+def test_another_optimizer_begins_with_the_weights(stopped: Path, tmp_path: Path):
+    cwd = copy_of(stopped, tmp_path)
+    assert_refused(train(cwd, "optimizer=sgd"), "optimizer.kind: adamw in the checkpoint, sgd now", "load=weights")
+    assert not (cwd / RUN / "failure.json").exists()
+    settings = ["optimizer=sgd", f"checkpoint.resume={RUN}", "checkpoint.load=weights", "run.name=new"]
+    first = train(cwd, *settings, "run.stop_after_steps=2")
+    assert f"beginning at step 0 with the weights of {RUN}/checkpoints/step-00000004" in first.out
+    assert train(cwd, *settings, "run.stop_after_steps=2").code == 75
+    (_step, loss, *_), *_ = new = trajectory(cwd / "runs/new")
+    assert [step for step, *_ in new] == [1, 2, 3, 4]
+    assert loss < trajectory(cwd / RUN)[0][1] - 0.01, "no better than random weights"
+
+
 @pytest.mark.parametrize("path", [RUN, RUN / "checkpoints/step-00000004"], ids=["run", "checkpoint"])
 def test_a_new_run_starts_from_a_path_and_then_continues_itself(
     path: Path, stopped: Path, finished: tuple[Path, Result], tmp_path: Path

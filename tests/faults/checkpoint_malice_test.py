@@ -242,6 +242,7 @@ def test_whatever_stands_anywhere_in_a_document_is_accepted_or_refused(name: str
         "versions",
         "world_size",
         "validation_loss",
+        "origin",
     }
     assert {place[0] for place in accepted} <= free
 

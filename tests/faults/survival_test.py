@@ -288,6 +288,21 @@ def test_a_spike_goes_back_and_leaves_out_its_samples(tmp_path: Path):
     assert_same(run, tmp_path / "runs/skipped")  # the spike's update is undone: unlike that of a NaN, it was made
 
 
+def test_a_seeded_run_without_a_checkpoint_of_its_own_goes_back_to_the_seed(tmp_path: Path):
+    assert train(tmp_path, "engine=ddp", "train.steps=12", "run.name=seed").codes == [0, 0]
+    settings = ["engine=ddp", "train.steps=20", "checkpoint.every_steps=0", "checkpoint.resume=runs/seed"]
+    bad = [Fault("nan", 1, 15, "data"), Fault("nan", 0, 16, "data")]
+    bounds = ["bad_numbers.max_bad_steps=1", "train.log_every_steps=2"]
+    ended = train(tmp_path, *settings, *bounds, faults=bad, prepare=partial(once, "nan"))
+    assert ended.codes == [0, 0], ended
+    run, seed = tmp_path / RUN, tmp_path / "runs/seed"
+    (back,) = events(run, "rollback")
+    assert back["checkpoint"].endswith("runs/seed/checkpoints/step-00000012")
+    assert [event["step"] for event in events(run, "resume")] == [12, 12]
+    (step, loss, *_), *_ = trajectory(run)
+    assert step == 13 and abs(loss - trajectory(seed)[-1][1]) < 0.5 * trajectory(seed)[0][1]
+
+
 def test_a_run_that_diverges_again_and_again_stops_for_good(tmp_path: Path):
     ended = train(tmp_path, *ROLL_BACK, "bad_numbers.max_rollbacks=2", faults=BAD)
     assert ended.codes[0] == 3

@@ -1,10 +1,15 @@
 """The directory of a run: where it is, what is in it, and which checkpoint a launch continues from."""
 
 import dataclasses
+import errno
+import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +18,19 @@ import yaml
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.checks import resolve
-from bigtrain.config import CheckpointConfig, DataConfig, DataSource, ModelConfig, RunConfig, TrainConfig
+from bigtrain.config import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    Load,
+    ModelConfig,
+    OptimizerKind,
+    RunConfig,
+    TrainConfig,
+)
 from bigtrain.distributed import init_process_group, shut_down
 from bigtrain.engine.state import MODEL, whole_entry
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, UnreadableError
 from bigtrain.rank_info import RankInfo
 from bigtrain.run_files import (
     find_resume,
@@ -26,7 +40,7 @@ from bigtrain.run_files import (
     write_config,
 )
 from bigtrain.schema import to_dict
-from bigtrain.telemetry.files import read_jsonl
+from bigtrain.telemetry.files import JsonLines, read_jsonl
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,6 +180,75 @@ def test_never_and_must_refuse(config: TrainConfig):
         find_resume(with_resume(config, "never"))
 
 
+def record(directory: Path, *records: dict[str, object]) -> None:
+    events = JsonLines(directory / "events.jsonl")
+    for event in records:
+        events.write(event)
+    events.close()
+
+
+def saved(step: int) -> dict[str, object]:
+    return {"event": "checkpoint", "step": step, "path": f"runs/first/checkpoints/step-{step:08d}"}
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew_by_itself(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("bigtrain"), "propagate", True)
+    directory = config.run.directory
+    record(directory, {"event": "start", "step": 0}, saved(4), saved(8), {"event": "fault", "step": 9})
+    place = directory / "checkpoints"
+    for where in (f"{place} is not there", f"{place} has no checkpoint now", f"{place} is a link to away, which"):
+        for resume in ("auto", "must", "elsewhere"):
+            with pytest.raises(CheckpointError, match=rf"first had saved step 8, but {re.escape(where)}") as caught:
+                find_resume(with_resume(config, resume))
+            assert "checkpoint.resume=never starts anew" in str(caught.value) and "\n" not in str(caught.value)
+        assert find_resume(with_resume(config, "never")) is None
+        assert "starts anew at step 0, and its metrics too" in caplog.text
+        if place.is_dir():
+            place.rmdir()
+            place.symlink_to("away")
+        elif not place.is_symlink():
+            place.mkdir()
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [{"event": "start", "step": 0}],
+        [{"event": "start"}, saved(4), {"event": "start"}],
+        [{"event": "start"}, saved(8), {"event": "rollback", "step": 9, "first_bad_step": 7, "checkpoint": ""}],
+        [{"event": "resume", "step": 60, "checkpoint": "seed"}, {"event": "checkpoint_failed", "step": 64}],
+    ],
+    ids=["killed before its first", "begun anew", "gone back to its beginning", "seeded, killed before its first"],
+)
+def test_a_run_that_has_saved_nothing_starts_again_by_itself(events: list[dict[str, object]], config: TrainConfig):
+    record(config.run.directory, *events)
+    assert find_resume(config) is None
+
+
+@pytest.mark.parametrize(("code", "starts"), [(0, False), (75, False), (1, True), (2, True)])
+def test_without_events_the_last_word_of_the_run_counts(code: int, starts: bool, config: TrainConfig):
+    config.run.directory.mkdir(parents=True)
+    (config.run.directory / "exit.json").write_text(json.dumps({"code": code, "step": 9, "attempt": 1}))
+    if starts:
+        assert find_resume(config) is None
+    else:
+        with pytest.raises(CheckpointError, match="had saved step 9"):
+            find_resume(config)
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    save(config, 5)
+
+    def stale(path: Path) -> list[str]:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(os, "listdir", stale)
+    with pytest.raises(UnreadableError, match="checkpoints: cannot be read: Stale file handle"):
+        find_resume(config)
+
+
 def test_a_path_starts_another_run_which_then_has_its_own(config: TrainConfig):
     first, second = save(config, 5, 6)
     for path, expected in ((config.run.directory, second), (first, first)):
@@ -217,6 +300,39 @@ def test_what_is_no_part_of_the_shape_may_change(field: str, config: TrainConfig
     (path,) = save(config, 5)
     changed = dataclasses.replace(config.model, **{field: "other" if field == "name" else 0.5})
     assert find_resume(dataclasses.replace(config, model=changed)) == path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ({}, {"kind": OptimizerKind.sgd}, "optimizer.kind: adamw in the checkpoint, sgd now"),
+        ({"kind": OptimizerKind.muon}, {}, "optimizer.kind: muon in the checkpoint, adamw now"),
+        ({"kind": OptimizerKind.sgd}, {"kind": OptimizerKind.sgd, "betas": [0.0, 0.95]}, "optimizer.betas[0]: 0.9 in"),
+    ],
+)
+def test_another_optimizer_is_refused_with_the_way_out(
+    old: dict[str, Any], new: dict[str, Any], what: str, config: TrainConfig
+):
+    (path,) = save(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **old)), 5)
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **new))
+    with pytest.raises(CheckpointError, match=re.escape(f"another optimizer ({what}")) as caught:
+        find_resume(other)
+    assert str(caught.value).endswith(f"checkpoint.resume={path} checkpoint.load=weights")
+    assert "\n" not in str(caught.value)
+    seeded = with_resume(other, str(path), name="second")
+    seeded.checkpoint.load = Load.weights
+    assert find_resume(seeded) == path
+    # Its own checkpoints are loaded whole, whatever the command says.
+    save(with_resume(config, "auto", name="second"), 7)
+    if old == {}:
+        with pytest.raises(CheckpointError, match="another optimizer"):
+            find_resume(seeded)
+
+
+def test_rates_of_the_optimizer_may_change(config: TrainConfig):
+    (path,) = save(config, 5)
+    changed = dataclasses.replace(config.optimizer, lr=1.0, betas=[0.0, 0.5], weight_decay=0.0)
+    assert find_resume(dataclasses.replace(config, optimizer=changed)) == path
 
 
 def test_another_shape_is_refused_with_all_differences(config: TrainConfig):
