@@ -36,7 +36,15 @@ from bigtrain.config import (
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
-OF_PREPARATION = ("tokenizer", "tokenizer_vocab_size", "validation_fraction", "shard_tokens", "content", "filters")
+OF_PREPARATION = (
+    "tokenizer",
+    "tokenizer_vocab_size",
+    "validation_fraction",
+    "shard_tokens",
+    "content",
+    "filters",
+    "on_bad_row",
+)
 OWN_TOKENIZERS = ("bpe", "bytes")
 RESUME_WORDS = ("auto", "never", "must")
 SMALLEST_FP32 = 2.0**-126
@@ -265,7 +273,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
         (data.source not in (DataSource.stdlib, DataSource.synthetic), "data.path", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
-        (data.source is DataSource.datasets, "data.split", f"by data={data.source.name}"),
+        (data.source in (DataSource.datasets, DataSource.arrow), "data.split", f"by data={data.source.name}"),
         (data.source is DataSource.datasets or data.mixture, "data.streaming", f"by data={data.source.name}"),
         *(
             (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")

@@ -67,8 +67,8 @@ class Duplicates(Enum):
     near = "near"
 
 
-class OnBadShard(Enum):
-    """What happens when a shard is missing or damaged and stays so."""
+class OnBad(Enum):
+    """What happens when a shard is missing or damaged and stays so, or a row or file of a source is damaged."""
 
     stop = "stop"
     skip = "skip"

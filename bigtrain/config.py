@@ -19,7 +19,7 @@ from bigtrain.choices import (
     ModelKind,
     Norm,
     Offload,
-    OnBadShard,
+    OnBad,
     OptimizerKind,
     Packing,
     Positions,
@@ -187,8 +187,8 @@ class DataConfig:
     """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     subset: str | None = None
     """``datasets`` only: the dataset's configuration name."""
-    split: str = "train"
-    """``datasets`` only: the dataset's split."""
+    split: str | None = None
+    """``datasets`` and ``arrow`` only: the dataset's split; by default the only one, of ``datasets`` train."""
     streaming: bool = False
     """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
     on_the_fly: bool = False
@@ -223,7 +223,9 @@ class DataConfig:
     """Size of that cache; what was not used for longest makes room."""
     verify: Verify = Verify.full
     """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
-    on_bad_shard: OnBadShard = OnBadShard.stop
+    on_bad_row: OnBad = OnBad.stop
+    """``skip`` leaves out rows that are no documents and files that cannot be read to their end, and counts them."""
+    on_bad_shard: OnBad = OnBad.stop
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: int | None = None
     """Tokens per sample; by default the model's ``max_positions``."""

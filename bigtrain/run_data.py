@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import DataConfig, OnBadShard, Packing, TrainConfig
+from bigtrain.config import DataConfig, OnBad, Packing, TrainConfig
 from bigtrain.cursor import Cursor, DataState
 from bigtrain.data import open_streams
 from bigtrain.data.index import read_index
@@ -146,7 +146,7 @@ def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
 
 def count_skipped_shards(stream: SampleStream, config: TrainConfig) -> dict[str, int]:
     """Return, as a metric, how many shards any rank has skipped, on rank 0; all ranks call this."""
-    if config.data.on_bad_shard is not OnBadShard.skip:
+    if config.data.on_bad_shard is not OnBad.skip:
         return {}
     found = gather_json(stream.skipped_shards)
     return {names.SKIPPED_SHARDS: len({tuple(shard) for shards in found for shard in shards})}

@@ -19,14 +19,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import Content, DataConfig
+from bigtrain.config import Content, DataConfig, OnBad
 from bigtrain.data.cache import Ahead, NodeCache, explained
 from bigtrain.data.corpus import TokenSplit
+from bigtrain.data.files import SourceFile
 from bigtrain.data.index import CorpusIndex
-from bigtrain.data.quality import rejection
+from bigtrain.data.quality import Dropped, rejection
 from bigtrain.data.records import document_fields
 from bigtrain.data.remote import patiently
-from bigtrain.data.sources import Part, SourceFile, read_part, source_fingerprint
+from bigtrain.data.sources import Part, read_part, source_fingerprint
 from bigtrain.data.tokenise import SPLIT_BY, SPLITS, Coding, TokenBuffer, encoder, split_of
 from bigtrain.data.workers import Helpers
 from bigtrain.errors import DataError, UnreachableError
@@ -54,6 +55,8 @@ class PartTokens(NamedTuple):
     """1 where a token counts as a target, ``(n,)``; None when all do."""
     left_out: NDArray[np.int64]
     """Documents of the part, of both splits: empty, left out by a filter, repaired."""
+    bad: Dropped
+    """What ``data.on_bad_row=skip`` has left out of the part."""
     num_bytes: int
     """Size of the part, both splits, in the cache."""
 
@@ -89,6 +92,7 @@ def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer
         document_fields(config),
         to_dict(config.filters),
         [SPLIT_BY, config.validation_fraction],
+        *["on_bad_row"] * (config.on_bad_row is OnBad.skip),
     ]
     sizes = {str(file.path): file.path.stat().st_size for file in files}
     # How large the shards of a streamed dataset are is not known, but they are seldom small.
@@ -245,7 +249,8 @@ def _tokenise(task: _Task) -> dict[str, NDArray]:
     encode = encoder(task.tokenizer, task.coding.is_fast)
     buffers = {split: TokenBuffer(np.dtype(task.dtype)) for split in SPLITS}
     num_empty = num_filtered = num_repaired = 0
-    for document in read_part(task.config, task.part):
+    bad = Dropped()
+    for document in read_part(task.config, task.part, bad):
         if not document.text:
             num_empty += 1
         elif rejection(document.text, task.config.filters):
@@ -254,6 +259,8 @@ def _tokenise(task: _Task) -> dict[str, NDArray]:
             num_repaired += document.is_repaired
             buffers[split_of(document, task.coding)].add(document, encode, task.coding.eos_id)
     arrays = {"left_out": np.array([num_empty, num_filtered, num_repaired])}
+    if bad.documents:
+        arrays |= {"bad": np.array(bad.documents), "bad_examples": np.array(bad.examples)}
     for split, buffer in buffers.items():
         tokens, counted = buffer.take()
         arrays |= {f"{split}.tokens": tokens, f"{split}.lengths": np.array(buffer.lengths, dtype=np.int64)}
@@ -265,8 +272,11 @@ def _read(handle: BinaryIO, split: str) -> PartTokens:
     """Read what :func:`make_part` has written; every array is compared with its checksum."""
     with np.load(handle, allow_pickle=False) as arrays:
         tokens, lengths, left_out = arrays[f"{split}.tokens"], arrays[f"{split}.lengths"], arrays["left_out"]
+        bad = Dropped()
+        if "bad" in arrays:
+            bad = Dropped(documents=int(arrays["bad"]), examples=arrays["bad_examples"].tolist())
         num_bytes = os.fstat(handle.fileno()).st_size
-        return PartTokens(tokens, lengths, arrays.get(f"{split}.counted"), left_out, num_bytes)
+        return PartTokens(tokens, lengths, arrays.get(f"{split}.counted"), left_out, bad, num_bytes)
 
 
 def join(parts: Sequence[PartTokens], fingerprint: str, split: str) -> TokenSplit:

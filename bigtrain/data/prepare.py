@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigtrain.config import DataConfig, DataSource, OnBadShard, Verify, component_data, is_live
+from bigtrain.config import DataConfig, DataSource, OnBad, Verify, component_data, is_live
 from bigtrain.data.corpus import Corpus, require_vocab
 from bigtrain.data.encoder import agrees, fast_encoder, slow_encoder
+from bigtrain.data.files import LeftOut, find_files, tell_left_out
 from bigtrain.data.index import (
     FORMAT,
     CorpusIndex,
@@ -40,6 +41,7 @@ from bigtrain.data.index import (
 )
 from bigtrain.data.live import PLAN_FILE, cache_directory, write_plan
 from bigtrain.data.progress import reporter
+from bigtrain.data.quality import tell_bad_rows
 from bigtrain.data.records import Document, document_fields
 from bigtrain.data.remote import RemoteDirectory, ShardCache, fetch_index, is_url, read_remote_index
 from bigtrain.data.sources import Part, read_part, source_fingerprint, source_parts
@@ -123,7 +125,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | 
     Raises:
         DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
     """
-    skips = config.on_bad_shard is OnBadShard.skip
+    skips = config.on_bad_shard is OnBad.skip
     if config.source is DataSource.prepared and is_url(config.path):
         corpus = _open_remote(config, vocab_size, skips)
     else:
@@ -170,6 +172,8 @@ def _locate(config: DataConfig) -> _Target:
         "shard_tokens": config.shard_tokens,
         "tokenizer": _tokenizer_facts(config),
     } | ({"on_the_fly": True} if is_live(config) else {})
+    if config.on_bad_row is OnBad.skip:
+        facts["on_bad_row"] = "skip"
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     vocab_size = str(config.tokenizer_vocab_size) if config.tokenizer == "bpe" else ""
     parts = [*["live"] * is_live(config), config.source.name, _slug(config.tokenizer) + vocab_size, identity[:8]]
@@ -196,7 +200,7 @@ def _slug(path: str) -> str:
 
 def _check(directory: Path, config: DataConfig, identity: str | None = None) -> Path:
     """Compare a local corpus with its index, so far as its shards are not looked at one by one in the run."""
-    verify = Verify.off if config.on_bad_shard is OnBadShard.skip else config.verify
+    verify = Verify.off if config.on_bad_shard is OnBad.skip else config.verify
     index = read_index(directory, check_sizes=verify is not Verify.off)
     if identity not in (None, index.identity):
         raise DataError(f"{directory}: made from another source or with other settings; remove it")
@@ -239,6 +243,7 @@ def _publish(work: Path, directory: Path) -> None:
 
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
     """Write tokenizer, tokens and report into ``work`` and return their index."""
+    left_out = _report_files(config)
     parts = source_parts(config)
     with workers(_num_processes(config, parts)) as run:
         survey = _survey(config, parts, progress, run)
@@ -258,7 +263,7 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
     train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
     validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
     shutil.rmtree(work / PARTS_DIRECTORY)
-    _write_report(work, survey, train, validation)
+    _write_report(work, survey, left_out, train, validation)
     return dataclasses.replace(
         index,
         num_empty_documents=survey.num_empty_documents,
@@ -270,6 +275,7 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
 
 def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     """Write the tokenizer and the plan of a source that is tokenised while training, and return their index."""
+    _report_files(config)
     parts = source_parts(config)
     if not parts:
         raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
@@ -398,7 +404,7 @@ def _join_split(
     return record, counts
 
 
-def _write_report(work: Path, survey: Survey, train: SplitRecord, validation: SplitRecord) -> None:
+def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRecord, validation: SplitRecord) -> None:
     report: dict[str, Any] = {
         "documents": survey.num_documents,
         "text_bytes": survey.num_text_bytes,
@@ -409,6 +415,10 @@ def _write_report(work: Path, survey: Survey, train: SplitRecord, validation: Sp
         "repaired_documents": survey.num_repaired_documents,
         "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
     }
+    if left_out:
+        report["files_left_out"] = left_out
+    if survey.bad.documents:
+        report["bad_rows"] = {"count": survey.bad.documents, "examples": survey.bad.examples}
     (work / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -420,3 +430,15 @@ def _report_survey(survey: Survey) -> None:
         remarks.append(f"invalid UTF-8 in {survey.num_repaired_documents} documents replaced by U+FFFD")
     remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]
     get_logger().info("; ".join(remarks))
+    if survey.bad.documents:
+        get_logger().warning(tell_bad_rows(survey.bad))
+
+
+def _report_files(config: DataConfig) -> LeftOut:
+    """Name the files that ``data.path`` leads to and that are not read, and return them."""
+    if config.source is DataSource.datasets:  # which says itself what it reads
+        return {}
+    left_out = find_files(config).left_out
+    if left_out:
+        get_logger().warning(f"data.path={config.path}: not read: {tell_left_out(left_out)}")
+    return left_out

@@ -45,6 +45,12 @@ class Dropped:
         self.examples = (self.examples + other.examples)[:_NUM_EXAMPLES]
 
 
+def tell_bad_rows(bad: Dropped) -> str:
+    """Return what ``data.on_bad_row=skip`` has left out as one line."""
+    more = "; ..." * (bad.documents > len(bad.examples))
+    return f"data.on_bad_row=skip: {bad.documents} bad rows or files left out: {'; '.join(bad.examples)}{more}"
+
+
 def rejection(text: str, filters: FilterConfig) -> str | None:
     """Return the name of the first filter that leaves ``text`` out, or None."""
     if len(text) < filters.min_characters:

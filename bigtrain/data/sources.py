@@ -8,47 +8,48 @@ the documents is that of the parts. What becomes of odd input, for every source 
 - Empty and null documents are yielded as empty text (the caller drops and counts them).
 - A missing path, an unreadable or damaged file, a binary file given as text, a line that is not
   a JSON object, a missing field and a field that is not text are a :class:`DataError` that names
-  the file and the line or row.
+  the file and the line or row. With ``data.on_bad_row=skip`` such a row, and a file that cannot be
+  read to its end, is left out whole and counted: whether it is depends on its content alone.
 """
 
-import glob
 import gzip
 import hashlib
 import io
 import json
 import os
 import sys
-import sysconfig
 import tokenize
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from bigtrain.config import Content, DataConfig, DataSource
+from bigtrain.config import Content, DataConfig, DataSource, OnBad
+from bigtrain.data.files import SourceFile, find_files
+from bigtrain.data.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
+from bigtrain.data.quality import Dropped
 from bigtrain.data.records import Document, decode, document_fields, record_document
+from bigtrain.data.saved import choose_split, read_state, split_name
 from bigtrain.errors import DataError, UnreachableError
 
-_NOT_STDLIB = frozenset({"__pycache__", "site-packages", "dist-packages"})
-_SUFFIXES = {
-    DataSource.jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
-    DataSource.parquet: (".parquet",),
-    DataSource.arrow: (".arrow",),
-}
 _PART_BYTES = 8 << 20
 _PART_ROWS = 8192
 _ROWS_PER_READ = 1024
 _SMALLEST_PIECE_CHARACTERS = 1024
+_HEAD_BYTES = 4096
+_BLOCK_BYTES = 1 << 20
 
 
-class SourceFile(NamedTuple):
-    """One file of a source."""
+class BadRow(NamedTuple):
+    """A row or file that ``data.on_bad_row`` decides about."""
 
-    name: str
-    """Path relative to the root of the source, with '/' on every system."""
-    path: Path
-    """Where it is."""
+    problem: str
+    """What is wrong, with file and line or row."""
+
+
+Rows = Iterator[Document | BadRow]
 
 
 class Part(NamedTuple):
@@ -59,7 +60,7 @@ class Part(NamedTuple):
     start: int = 0
     """First byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)."""
     stop: int | None = None
-    """End of that range; None: to the end."""
+    """End of that range; None: to the end. Of a text only if it is all that a directory or a pattern holds."""
     first_row: int = 0
     """Rows before the range."""
 
@@ -82,10 +83,13 @@ def source_parts(config: DataConfig) -> list[Part]:
     """
     if config.source is DataSource.datasets:
         return _dataset_parts(config)
+    files = find_files(config).files
+    if config.source is DataSource.text and len(files) == 1 and not Path(config.path).is_file():
+        return [Part(tuple(files), stop=files[0].path.stat().st_size)]
     parts, small, num_bytes = [], [], 0
-    for file in _source_files(config):
+    for file in files:
         size = file.path.stat().st_size
-        ranges = _file_ranges(config.source, file, size) if size >= _PART_BYTES else []
+        ranges = _file_ranges(config, file, size) if size >= _PART_BYTES else []
         if not ranges:
             small.append(file)
             num_bytes += size
@@ -96,34 +100,63 @@ def source_parts(config: DataConfig) -> list[Part]:
     return parts + ([Part(tuple(small))] if small else [])
 
 
-def _file_ranges(source: DataSource, file: SourceFile, size: int) -> list[Part]:
+def _file_ranges(config: DataConfig, file: SourceFile, size: int) -> list[Part]:
     """Return the ranges in which a large file is read, none if it can only be read as a whole."""
+    source = config.source
     if source is DataSource.jsonl and file.name.endswith(".jsonl"):
         return [Part((file,), start, min(start + _PART_BYTES, size)) for start in range(0, size, _PART_BYTES)]
     if source is DataSource.parquet:
         from pyarrow import parquet
 
-        with _readable(file.path), parquet.ParquetFile(file.path) as table:
-            rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        try:
+            with _readable(file.path), parquet.ParquetFile(file.path) as table:
+                rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        except DataError:
+            if config.on_bad_row is OnBad.skip:
+                return []  # whoever reads it will leave it out
+            raise
         return [Part((file,), i, i + 1, sum(rows[:i])) for i in range(len(rows))]
     return []
 
 
-def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
-    """Yield the documents of one part; raises as :func:`iterate_documents`."""
-    if config.source is DataSource.datasets:
-        yield from _dataset_documents(config, part)
-        return
-    read: Callable[[SourceFile, Part, DataConfig], Iterator[Document]] = {
+def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Iterator[Document]:
+    """Yield the documents of one part; raises as :func:`iterate_documents`.
+
+    Args:
+        config: the source.
+        part: one of its parts.
+        bad: counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
+    """
+    skips = config.on_bad_row is OnBad.skip
+    for row in _dataset_rows(config, part) if config.source is DataSource.datasets else _file_rows(config, part, skips):
+        if isinstance(row, Document):
+            yield row
+        elif not skips:
+            raise DataError(row.problem)
+        elif bad is not None:
+            bad.add(row.problem, 0)
+
+
+def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
+    read: Callable[[SourceFile, Part, DataConfig], Rows] = {
         DataSource.stdlib: _python_documents,
         DataSource.text: _text_documents,
-        DataSource.jsonl: _jsonl_documents,
-        DataSource.parquet: _parquet_documents,
-        DataSource.arrow: _arrow_documents,
+        DataSource.jsonl: _jsonl_rows,
+        DataSource.parquet: _parquet_rows,
+        DataSource.arrow: _arrow_rows,
     }[config.source]
     for file in part.files:
-        with _readable(file.path):
-            yield from read(file, part, config)
+        may_break = config.source in (DataSource.parquet, DataSource.arrow) or _packing(file.path)
+        try:
+            with _readable(file.path):
+                if skips and may_break:
+                    deque(read(file, part, config), maxlen=0)  # half a file has no rows
+                yield from read(file, part, config)
+        except DataError as error:
+            # What the system says of a disk or a right may be another thing on another node.
+            if not skips or getattr(error.__cause__, "errno", None):
+                raise
+            yield BadRow(str(error))
 
 
 def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
@@ -141,73 +174,18 @@ def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
         DataError: the source is missing.
     """
     if config.source is DataSource.datasets and not Path(config.path).exists():
-        return _sha256_of([config.path, config.subset, config.split])
-    files = [(file.name, os.stat(file.path)) for file in _source_files(config)]
+        return _sha256_of([config.path, config.subset, config.split or "train"])
+    files = [(file.name, os.stat(file.path)) for file in find_files(config).files]
     if config.source is DataSource.stdlib:
         return _sha256_of([sys.version, [(name, stat.st_size) for name, stat in files]])
     facts = [(name, stat.st_size, stat.st_mtime_ns * with_times) for name, stat in files]
     if config.source is DataSource.datasets:  # of a directory, too, only one split is read
-        return _sha256_of([facts, config.subset, config.split])
+        return _sha256_of([facts, config.subset, config.split or "train"])
     return _sha256_of(facts)
 
 
 def _sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-# Files
-
-
-def _source_files(config: DataConfig) -> list[SourceFile]:
-    if config.source is DataSource.stdlib:
-        return _files_below(Path(sysconfig.get_paths()["stdlib"]), (".py",), _NOT_STDLIB)
-    path = Path(config.path)
-    suffixes = _SUFFIXES.get(config.source, ("",))
-    if path.is_dir():
-        return _files_below(path, suffixes)
-    if path.exists():
-        return [SourceFile(path.name, path)]
-    root = _glob_root(path)
-    matches = [Path(match) for match in glob.glob(config.path, recursive=True)]
-    files = [SourceFile(match.relative_to(root).as_posix(), match) for match in matches if match.is_file()]
-    if not files:
-        raise DataError(f"data.path={config.path}: no such file or directory, and no file matches it as a pattern")
-    return sorted(files)
-
-
-def _glob_root(pattern: Path) -> Path:
-    """Return the part of ``pattern`` before the first wildcard."""
-    root = Path(pattern.anchor)
-    for part in pattern.parts[bool(pattern.anchor) :]:
-        if glob.has_magic(part):
-            break
-        root /= part
-    return root
-
-
-def _files_below(root: Path, suffixes: tuple[str, ...], ignored: frozenset[str] = frozenset()) -> list[SourceFile]:
-    """Return the files below ``root`` that end in one of ``suffixes``, sorted by name.
-
-    Hidden files and directories, and directories with an ``ignored`` name, are left out.
-    Links to directories are followed, each directory once, so that a loop of links ends.
-    """
-    files, visited = [], set()
-    for directory, children, names in os.walk(root, followlinks=True):
-        identity = os.path.realpath(directory)
-        if identity in visited:
-            children.clear()
-            continue
-        visited.add(identity)
-        children[:] = sorted(c for c in children if not c.startswith(".") and c not in ignored)
-        prefix = Path(directory).relative_to(root).as_posix().removeprefix(".")
-        for name in names:
-            path = os.path.join(directory, name)
-            if name.endswith(suffixes) and not name.startswith(".") and os.path.isfile(path):
-                files.append(SourceFile(f"{prefix}/{name}".removeprefix("/"), Path(path)))
-    if not files:
-        wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise DataError(f"{root}: no file {wanted} in this directory or below it")
-    return sorted(files)
 
 
 @contextmanager
@@ -220,7 +198,9 @@ def _readable(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "pyarrow":
             raise
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        with open(path, "rb") as file:
+            what = foreign_format(file.read(_HEAD_BYTES))
+        raise DataError(f"{path}: cannot be read: {error}" + (f"; it begins as {what}" if what else "")) from error
 
 
 # Text
@@ -235,15 +215,16 @@ def _python_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Ite
     yield Document(file.name, text, is_repaired)
 
 
-def _text_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterator[Document]:
+def _text_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:
     raw = file.path.read_bytes()
-    if b"\0" in raw:
+    if b"\0" in raw or raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        what = foreign_format(raw) or "has zero bytes, so it is binary or UTF-16"
         raise DataError(
-            f"{file.path}: has zero bytes, so it is binary or UTF-16, not UTF-8 text; "
-            f"choose the text files by a pattern such as data.path='{file.path.parent}/**/*.txt'"
+            f"{file.path}: {what}, not text in UTF-8; choose the text files by a pattern such as "
+            f"data.path='{file.path.parent}/**/*.txt'"
         )
     text, is_repaired = decode(raw)
-    is_alone = config.path is not None and Path(config.path).is_file()
+    is_alone = part.stop is not None or Path(config.path).is_file()
     if not is_alone or len(text) < 2 * _SMALLEST_PIECE_CHARACTERS:
         yield Document(file.name, text, is_repaired)
         return
@@ -255,35 +236,51 @@ def _text_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterat
         start = end
 
 
-def _jsonl_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:
+def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
     if file.path.stat().st_size == 0:
-        if not file.name.endswith(".jsonl"):
+        if _packing(file.path):
             raise DataError(f"{file.path}: empty, not even the header of a compressed file; was it copied to the end?")
         yield Document(file.name, "", False)  # so that it is counted
         return
     with _open_lines(file.path) as lines:
-        offset = _next_line(lines, part.start)
+        if what := foreign_json(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
+            raise DataError(
+                f"{file.path}: {what}, not JSON lines in UTF-8, plain or packed by gzip (.gz) or zstd (.zst)"
+            )
+        offset = begin = _next_line(lines, part.start)
+        number, before, is_first = 0, None, begin == 0
         while (part.stop is None or offset < part.stop) and (raw := lines.readline()):
             line, is_repaired = decode(raw)
-            if line.strip():
-                try:
-                    yield record_document(config, f"{file.name}@{offset}", _parse(line), is_repaired)
-                except ValueError as error:
-                    raise DataError(f"{file.path}:{_line_number(file.path, offset)}: {error}") from error
+            number += 1
+            try:
+                if line.strip():
+                    record = parse_object(line, lambda: lines.peek(_HEAD_BYTES))
+                    yield record_document(config, f"{file.name}@{offset}", record, is_repaired)
+            except ValueError as error:
+                before = _num_lines(file.path, begin) if before is None else before
+                problem = f"{file.path}:{before + number}: {error}"
+                if is_first and isinstance(error, SeveralLinesError):
+                    raise DataError(problem) from error  # the whole file is written so
+                yield BadRow(problem)
+            is_first = is_first and not line.strip()
             offset += len(raw)
 
 
-def _open_lines(path: Path) -> BinaryIO:
-    if path.name.endswith(".gz"):
+def _packing(path: Path) -> str | None:
+    return {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+
+
+def _open_lines(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    if _packing(path) == "gzip":
         return gzip.open(path, "rb")
-    if path.name.endswith(".zst"):
+    if _packing(path) == "zstd":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return open(path, "rb")
 
 
-def _next_line(lines: BinaryIO, start: int) -> int:
+def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:
     """Go to the first line that begins at or after ``start`` and return where it does."""
     if start == 0:
         return 0
@@ -291,25 +288,16 @@ def _next_line(lines: BinaryIO, start: int) -> int:
     return start - 1 + len(lines.readline())
 
 
-def _line_number(path: Path, offset: int) -> int:
+def _num_lines(path: Path, end: int) -> int:
+    """Return the number of lines before the byte ``end``."""
     with _open_lines(path) as lines:
-        return lines.read(offset).count(b"\n") + 1
-
-
-def _parse(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    return record
+        return sum(lines.read(min(_BLOCK_BYTES, end - at)).count(b"\n") for at in range(0, end, _BLOCK_BYTES))
 
 
 # Tables
 
 
-def _parquet_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:
+def _parquet_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
     from pyarrow import parquet
 
     with parquet.ParquetFile(file.path) as table:
@@ -317,11 +305,11 @@ def _parquet_documents(file: SourceFile, part: Part, config: DataConfig) -> Iter
         groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
         first_row = part.first_row
         for batch in table.iter_batches(batch_size=_ROWS_PER_READ, columns=fields, row_groups=list(groups)):
-            yield from _batch_documents(config, batch, first_row, f"{file.name}:", str(file.path))
+            yield from _batch_rows(config, batch, first_row, f"{file.name}:", str(file.path))
             first_row += len(batch)
 
 
-def _arrow_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterator[Document]:
+def _arrow_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
     import pyarrow
     from pyarrow import ipc
 
@@ -336,7 +324,7 @@ def _arrow_documents(file: SourceFile, _part: Part, config: DataConfig) -> Itera
         fields = _require_columns(config, reader.schema.names, str(file.path))
         first_row = 0
         for batch in batches:
-            yield from _batch_documents(config, batch.select(fields), first_row, f"{file.name}:", str(file.path))
+            yield from _batch_rows(config, batch.select(fields), first_row, f"{file.name}:", str(file.path))
             first_row += len(batch)
 
 
@@ -347,24 +335,24 @@ def _dataset_parts(config: DataConfig) -> list[Part]:
     return [Part(start=row, stop=min(row + _PART_ROWS, len(dataset))) for row in range(0, len(dataset), _PART_ROWS)]
 
 
-def _dataset_documents(config: DataConfig, part: Part) -> Iterator[Document]:
+def _dataset_rows(config: DataConfig, part: Part) -> Rows:
     where = f"data.path={config.path}"
     dataset = _load_dataset(config)
     if config.streaming:
-        yield from _streamed_documents(config, dataset.shard(dataset.num_shards, part.start), part, where)
+        yield from _streamed_rows(config, dataset.shard(dataset.num_shards, part.start), part, where)
         return
     rows = dataset.select_columns(_require_columns(config, dataset.column_names, where)).with_format("arrow")
     for first_row in range(part.start, part.stop, _ROWS_PER_READ):
         table = rows[first_row : min(first_row + _ROWS_PER_READ, part.stop)]
-        yield from _batch_documents(config, table, first_row, "", where)
+        yield from _batch_rows(config, table, first_row, "", where)
 
 
-def _streamed_documents(config: DataConfig, shard: Any, part: Part, where: str) -> Iterator[Document]:
+def _streamed_rows(config: DataConfig, shard: Any, part: Part, where: str) -> Rows:
     import datasets
 
     try:
         for row, record in enumerate(shard):
-            yield _row_document(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
+            yield _row(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
 
@@ -376,17 +364,22 @@ def _load_dataset(config: DataConfig) -> Any:
     saved = [Path(config.path, name) for name in ("dataset_dict.json", "state.json")]
     try:
         if not any(file.exists() for file in saved):
-            return datasets.load_dataset(config.path, config.subset, split=config.split, streaming=config.streaming)
+            split = config.split or "train"
+            return datasets.load_dataset(config.path, config.subset, split=split, streaming=config.streaming)
         dataset = datasets.load_from_disk(config.path)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         may_pass = config.streaming and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         raise (UnreachableError if may_pass else DataError)(
-            f"{where}: cannot load this dataset (data.subset={config.subset}, data.split={config.split}): {error}"
+            f"{where}: cannot load this dataset (data.subset={config.subset}, data.split={config.split or 'train'}): {error}"
         ) from error
+    directory = Path(config.path)
     if isinstance(dataset, datasets.DatasetDict):
-        if config.split not in dataset:
-            raise DataError(f"{where}: no split '{config.split}'; set data.split to one of {sorted(dataset)}")
-        dataset = dataset[config.split]  # one saved as a single split is that one
+        is_default = config.split is None and "train" in dataset
+        split = "train" if is_default else choose_split(list(dataset), config) or next(iter(dataset))
+        dataset, directory = dataset[split], directory / split
+    else:
+        choose_split([split_name(dataset.split)] if dataset.split else [], config)
+    read_state(directory)
     return dataset.to_iterable_dataset() if config.streaming else dataset
 
 
@@ -399,13 +392,13 @@ def _require_columns(config: DataConfig, columns: list[str], where: str) -> list
     return list(fields.values())
 
 
-def _batch_documents(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Iterator[Document]:
+def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:
     """Yield the documents of an Arrow table or record batch."""
     import pyarrow
 
     if config.content is not Content.text:
         for row, record in enumerate(batch.to_pylist(), start=first_row):
-            yield _row_document(config, f"{prefix}{row}", record, f"{where}: row {row}")
+            yield _row(config, f"{prefix}{row}", record, f"{where}: row {row}")
         return
     column = batch.column(0)
     try:
@@ -416,8 +409,8 @@ def _batch_documents(config: DataConfig, batch: Any, first_row: int, prefix: str
         yield Document(f"{prefix}{row}", *decode(raw or b"", "utf-8"))
 
 
-def _row_document(config: DataConfig, document_id: str, row: dict[str, Any], where: str) -> Document:
+def _row(config: DataConfig, document_id: str, row: dict[str, Any], where: str) -> Document | BadRow:
     try:
         return record_document(config, document_id, row, False)
     except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
+        return BadRow(f"{where}: {error}")

@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig, Duplicates
-from bigtrain.data.quality import Dropped, content_hash, exact_duplicates, minhash, near_duplicates, rejection
+from bigtrain.data.quality import (
+    Dropped,
+    content_hash,
+    exact_duplicates,
+    minhash,
+    near_duplicates,
+    rejection,
+    tell_bad_rows,
+)
 from bigtrain.data.records import Document
 from bigtrain.data.sources import Part, read_part
 from bigtrain.errors import DataError
@@ -47,6 +55,8 @@ class PartSurvey:
     """Documents with text that was not valid UTF-8."""
     dropped: dict[str, Dropped]
     """What the filters have left out."""
+    bad: Dropped
+    """What ``data.on_bad_row=skip`` has left out."""
     ids: list[str]
     """Id of each, if duplicates are looked for."""
     pieces: list[list[tuple[int, int]]]
@@ -75,6 +85,8 @@ class Survey:
     """Of each part: which of its candidates are kept."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """What was left out, by reason."""
+    bad: Dropped = field(default_factory=Dropped)
+    """What ``data.on_bad_row=skip`` has left out."""
 
 
 def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
@@ -102,8 +114,9 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
     num_empty = num_repaired = 0
     sizes, hashes, signatures, ids, pieces = [], [], [], [], []
     dropped: dict[str, Dropped] = {}
+    bad = Dropped()
     duplicates = config.filters.duplicates
-    for document in read_part(config, part):
+    for document in read_part(config, part, bad):
         num_repaired += document.is_repaired
         num_empty += not document.text
         if not document.text:
@@ -128,6 +141,7 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
         num_empty=num_empty,
         num_repaired=num_repaired,
         dropped=dropped,
+        bad=bad,
         ids=ids,
         pieces=pieces,
     )
@@ -148,6 +162,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     for part in found:
         survey.num_empty_documents += part.num_empty
         survey.num_repaired_documents += part.num_repaired
+        survey.bad.merge(part.bad)
         for reason, dropped in part.dropped.items():
             survey.dropped.setdefault(reason, Dropped()).merge(dropped)
         parts.append(part)
@@ -204,6 +219,7 @@ def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
 def _too_few(config: DataConfig, survey: Survey, num_different: int) -> str:
     reasons = ", ".join(f"{reason} {dropped.documents}" for reason, dropped in survey.dropped.items())
     left_out = f" (left out by data.filters: {reasons})" if reasons else ""
+    left_out += f" ({tell_bad_rows(survey.bad)})" if survey.bad.documents else ""
     equal = ", equal ones counted once" if num_different < survey.num_documents else ""
     return (
         f"data={config.source.name} data.path={config.path}: {num_different} document(s) with text{left_out}{equal}, but "

@@ -21,6 +21,7 @@ from bigtrain.data.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.live import LiveParts, join
 from bigtrain.data.order import derive_key, permute
 from bigtrain.data.packing import PackedSplit, build_packing, too_short
+from bigtrain.data.quality import Dropped, tell_bad_rows
 from bigtrain.errors import DataError
 from bigtrain.log import get_logger
 
@@ -126,6 +127,11 @@ class LiveSamples:
                 f"window {number} of the text: {num_empty} empty documents and {num_filtered} by data.filters left out, "
                 f"invalid UTF-8 in {num_repaired} replaced by U+FFFD"
             )
+        bad = Dropped()
+        for part in parts:
+            bad.merge(part.bad)
+        if bad.documents:
+            get_logger().warning(f"window {number} of the text: {tell_bad_rows(bad)}")
         split = join(parts, self.fingerprint, "train")
         packed = build_packing(split, self._data.sequence_length, self._data.packing, self._data.document_mask)
         digest = xxhash.xxh3_64(split.read(0).tobytes())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigtrain.config import DataConfig, DataSource, OnBadShard
+from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data import remote as remote_module
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.prepare import open_corpus, prepare
@@ -82,7 +82,7 @@ def test_faults_on_the_way_change_nothing(store, corpus, tmp_path, fault):
 def test_a_store_that_keeps_failing_ends_the_run_and_names_the_shard(store, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_module, "NUM_ATTEMPTS", 2)
     monkeypatch.setattr(remote_module, "REQUEST_SECONDS", 0.5)
-    split = open_corpus(config_of(tmp_path, on_bad_shard=OnBadShard.skip), vocab_size=257).split("train")
+    split = open_corpus(config_of(tmp_path, on_bad_shard=OnBad.skip), vocab_size=257).split("train")
     store.faults += [("train-00001.bin", "hang")] * 100
     with pytest.raises(DataError, match=r"s3://bucket/some/corpus/train-00001\.bin: .*given up after 2 tries"):
         split.read(1)
@@ -103,7 +103,7 @@ def test_a_shard_that_is_bad_in_the_bucket_stops_or_is_skipped(store, corpus, tm
             file_system.pipe(path, content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ShardError, match=r"corpus/train-00002\.bin: .*data\.on_bad_shard=skip goes on without"):
             tokens_of(open_corpus(config_of(tmp_path), vocab_size=257))
-        split = open_corpus(config_of(tmp_path, on_bad_shard=OnBadShard.skip), vocab_size=257).split("train")
+        split = open_corpus(config_of(tmp_path, on_bad_shard=OnBad.skip), vocab_size=257).split("train")
         assert not split.counted(2).any() and split.skipped == {2} and split.counted(1) is None
     finally:
         file_system.pipe(path, content)

@@ -1,6 +1,7 @@
 """Text that is tokenised while training: the same samples, however often the run is interrupted."""
 
 import dataclasses
+import gzip
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from bigtrain.config import (
     DataSource,
     Duplicates,
     FilterConfig,
+    OnBad,
     Packing,
     TrainConfig,
     is_live,
@@ -429,6 +431,45 @@ def test_odd_documents_are_counted_and_none_is_lost(tmp_path, caplog):
     )
     assert (targets != IGNORE_INDEX).sum() == num_tokens
     assert "2 empty documents and 1 by data.filters left out, invalid UTF-8 in 1 replaced" in caplog.text
+
+
+def test_bad_rows_and_files_are_left_out_the_same_for_any_world(tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    texts = write_texts(tmp_path / "in" / "a.jsonl")
+    lines = (tmp_path / "in" / "a.jsonl").read_text().splitlines()
+    lines[7], lines[40] = "no JSON", '{"body": "x"}'
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines))
+    packed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "in" / "half.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    good = Counter(text for number, text in enumerate(texts) if number not in (7, 40))
+    changes = {"path": str(tmp_path / "in"), "validation_fraction": 1e-9, "packing": Packing.best_fit}
+    config = config_in(tmp_path, **changes, on_bad_row=OnBad.skip)
+    config.sequence_length = 80
+    stream = stream_of(config)
+    assert documents_in(stream, epoch_of(stream)) == good
+    told = "\n".join(line for line in caplog.messages if "data.on_bad_row=skip" in line)
+    assert all(place in told for place in ("a.jsonl:8: not valid", "a.jsonl:41: no field", "half.jsonl.gz: cannot"))
+    ranks = []
+    for rank in range(2):
+        loader = TrainLoader(
+            stream_of(config),
+            global_batch_size=8,
+            micro_batch_size=2,
+            dp_rank=rank,
+            dp_size=2,
+            start=Cursor(),
+            prefetch_steps=2,
+            pin_memory=False,
+        )
+        with loader:
+            ranks.append([next(loader).after.digest for _ in range(4)])
+    cursor, digests = Cursor(), []
+    for _ in range(4):
+        cursor = step(stream, cursor)
+        digests.append(cursor.digest)
+    assert ranks == [digests, digests]
+    with pytest.raises(DataError, match=r"a\.jsonl:8: not valid JSON|half\.jsonl\.gz"):
+        epoch_of(stream_of(dataclasses.replace(config, on_bad_row=OnBad.stop)))
 
 
 def test_a_source_that_does_not_answer_is_waited_for(place, tmp_path, monkeypatch):

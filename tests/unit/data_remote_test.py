@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigtrain.config import DataConfig, DataSource, OnBadShard
+from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data import remote as remote_module
 from bigtrain.data.cache import NodeCache
 from bigtrain.data.index import INDEX_FILE, read_index
@@ -354,7 +354,7 @@ def test_faults_that_pass_are_waited_out(prepared, tmp_path, monkeypatch, caplog
 def test_faults_that_stay_end_after_a_bounded_number_of_tries(prepared, tmp_path, monkeypatch):
     fail_sometimes(monkeypatch, [OSError("500")] * 1000)
     # Even with skip: a store that does not answer says nothing about the shard.
-    for policy in OnBadShard:
+    for policy in OnBad:
         with pytest.raises(DataError, match=r"train-00000\.bin: OSError: 500; given up after 8 tries") as caught:
             open_train(prepared, tmp_path, on_bad_shard=policy).read(0)
         assert not isinstance(caught.value, ShardError)
@@ -393,7 +393,7 @@ def test_a_bad_shard_is_named_and_stops_the_run(store, tmp_path, damage):
 def test_a_bad_shard_can_be_skipped_without_changing_the_order(store, tmp_path, damage, is_remote):
     expected = local_tokens(store)
     BAD[damage](store / "train-00002.bin")
-    config = config_of(store, tmp_path, on_bad_shard=OnBadShard.skip)
+    config = config_of(store, tmp_path, on_bad_shard=OnBad.skip)
     if not is_remote:
         config.path = str(store)
     prepare(config, progress=False)

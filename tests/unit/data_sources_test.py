@@ -319,4 +319,7 @@ def test_one_text_alone_is_cut_into_documents_at_line_ends(tmp_path):
     assert len(found) > 10 and len({document.id for document in found}) == len(found)
     assert "".join(document.text for document in found) == text
     assert all(document.text.endswith("\n") for document in found)
-    assert len(read("text", str(tmp_path))) == 1, "a directory's files are its documents"
+    for path in (tmp_path, tmp_path / "*.txt"):
+        assert read("text", path) == found, "all that a directory or a pattern holds is as the file by its own name"
+    write(tmp_path / "other.txt", text)
+    assert len(read("text", tmp_path)) == 2, "a directory's files are its documents"

@@ -1,0 +1,121 @@
+"""Which Arrow files in a directory that the datasets library has written are the data, and of which split."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from bigtrain.config import DataConfig
+from bigtrain.errors import DataError
+
+DICTIONARY = "dataset_dict.json"
+DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")
+"""What is used, though it is no data."""
+Listing = dict[str, str | None]
+"""The files of a directory that are data, and the split that each is of, if that is known."""
+
+
+class _File(Protocol):
+    name: str
+    path: Path
+
+
+AnyFile = TypeVar("AnyFile", bound=_File)
+
+
+def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
+    """Return those of ``files`` that are data of the configured split; Arrow files of other origin have no split.
+
+    ``state.json`` says which files ``save_to_disk`` has written; ``map`` and ``shuffle`` keep their caches beside them.
+
+    Raises:
+        DataError: the split is not there, or missing among several; a file that is listed is not there.
+    """
+    is_named = Path(config.path).is_file()
+    listings = {directory: _listing(directory) for directory in {file.path.parent for file in files}}
+    by_split: dict[str | None, list[AnyFile]] = {}
+    for file in files:
+        listing = listings[file.path.parent]
+        if listing is None or file.path.name in listing or is_named:
+            by_split.setdefault((listing or {}).get(file.path.name), []).append(file)
+        else:
+            left_out["not listed as data by state.json or dataset_info.json beside it"].append(file.name)
+    split = choose_split([name for name in by_split if name is not None], config)
+    chosen = [file for name in by_split if split in (None, name) for file in by_split[name]]
+    if split is not None:
+        left_out[f"of no split, and data.split={split}"] += [file.name for file in by_split.get(None, [])]
+    for directory in {file.path.parent for file in chosen}:
+        for name in listings[directory] or {}:
+            if not (directory / name).is_file():
+                raise DataError(f"{directory / name}: is not there, but {directory} lists it as data; copy it again")
+    return chosen
+
+
+def choose_split(there: list[str], config: DataConfig) -> str | None:
+    """Return the split among those ``there`` that is read; None: all, for there are not several.
+
+    Raises:
+        DataError: it is not there, or missing among several.
+    """
+    where = f"data.path={config.path}"
+    if config.split is None and len(there) > 1:
+        raise DataError(f"{where}: holds the splits {', '.join(sorted(there))}; set data.split to one of them")
+    if config.split is None or (config.split == "train" and not there):
+        return None
+    if not there:
+        raise DataError(f"{where}: has no splits, so no '{config.split}'; leave data.split out")
+    if config.split not in there:
+        raise DataError(f"{where}: no split '{config.split}'; set data.split to one of {sorted(there)}")
+    return config.split
+
+
+def split_name(split: object) -> str | None:
+    """Return the name of the split that a dataset is of or was cut from, as in ``train[:10%]``."""
+    return None if split is None else re.sub(r"\[.*?\]", "", str(split))
+
+
+def _listing(directory: Path) -> Listing | None:
+    """Return what the datasets library says of the files in a directory, None if it has not written them."""
+    if (directory / "state.json").is_file():
+        state = read_state(directory)
+        places = [place for place in (directory, directory.resolve()) if (place.parent / DICTIONARY).is_file()]
+        splits = [place.name for place in places if place.name in _read(place.parent / DICTIONARY)["splits"]]
+        if places and not splits:
+            return {}
+        split = splits[0] if splits else split_name(state.get("_split"))
+        return {Path(file["filename"]).name: split for file in state["_data_files"]}
+    info = directory / "dataset_info.json"  # of the library's cache: <dataset>-<split>[-00000-of-00002].arrow
+    splits = (_read(info).get("splits") or {}) if info.is_file() else {}
+    names = [path.name for path in directory.iterdir()]
+    found = {
+        name: split
+        for split in splits
+        for name in names
+        if re.fullmatch(rf"([^-].*-)?{re.escape(split)}(-\d{{5}}-of-\d{{5}})?\.arrow", name)
+    }
+    return found or None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Return ``state.json`` of a saved dataset.
+
+    Raises:
+        DataError: it cannot be read, or is of an old version whose selection of rows is not read any more.
+    """
+    state = _read(directory / "state.json")
+    if any(value for key, value in state.items() if key.startswith("_indices")):
+        raise DataError(
+            f"{directory}: saved by an old version of datasets with a selection of rows, which is not read any more; "
+            "load it with that version and save it again after flatten_indices()"
+        )
+    return {"_data_files": [], **state}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: cannot be read: not a JSON object")
+    return {"splits": [], **values}
