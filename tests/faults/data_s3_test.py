@@ -40,8 +40,9 @@ def server(corpus):
     with serve() as (endpoint, store), pytest.MonkeyPatch.context() as patch:
         for name, value in (settings | {"AWS_ENDPOINT_URL": endpoint}).items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # it would remember the server of another module
         file_system = fsspec.filesystem("s3")
-        file_system.mkdir("bucket")
+        file_system.makedirs("bucket", exist_ok=True)
         file_system.put(f"{corpus}/", f"{URL}/", recursive=True)
         yield store
 

@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ def serve() -> Iterator[tuple[str, FaultyStore]]:
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    # Its first answer loads the service, which on a busy machine takes longer than clients are patient.
+    urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/moto-api/data.json", timeout=120).close()
     try:
         yield f"http://127.0.0.1:{server.server_port}", store
     finally:
