@@ -32,6 +32,7 @@ from bigtrain.config import (
     component_data,
     is_live,
 )
+from bigtrain.schema import MAX_NAME_BYTES
 
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
@@ -318,11 +319,14 @@ def ignored_settings(config: TrainConfig) -> list[str]:
 
 
 def _check_run(config: TrainConfig) -> list[str]:
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name or ""):
-        return []
-    return [
-        f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"
-    ]
+    name = config.run.name or ""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return [f"run.name={name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"]
+    if len(name) > MAX_NAME_BYTES:
+        return [
+            f"run.name={name[:20]}...: {len(name)} characters; the name of a directory has {MAX_NAME_BYTES} at most"
+        ]
+    return []
 
 
 def _check_model(config: TrainConfig) -> list[str]:

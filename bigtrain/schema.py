@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -29,6 +30,9 @@ class PathMark(Enum):
 LocalPath = Annotated[str, PathMark.local]
 PathOrUrl = Annotated[str, PathMark.any]
 
+MAX_NAME_BYTES = 255
+"""Of a file, on the usual file systems."""
+_MAX_PATH_BYTES = 4095 - 200  # what a run, a corpus and a checkpoint put below it fits, too
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _VARIABLE = re.compile(r"\$(?:\{(?:oc\.env:)?([A-Za-z_]\w*)(?:,([^}]*))?\}|([A-Za-z_]\w*))")
 
@@ -90,6 +94,8 @@ def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
         return value
 
     expanded = os.path.expanduser(_VARIABLE.sub(value_of, text))
+    if not _URL.match(expanded) and (wrong := _refused_name(expanded)):
+        raise ValueError(wrong)
     if expanded.startswith("~") and not os.path.lexists(expanded):
         raise ValueError("there is no such home directory")
     if "${" in expanded:
@@ -102,6 +108,17 @@ def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
     return expanded
 
 
+def _refused_name(path: str) -> str:
+    """Return why no file system takes a path; empty if one may."""
+    encoded = path.encode(errors="surrogateescape")
+    if b"\0" in encoded:
+        return "a NUL character is in no file name"
+    if len(encoded) > _MAX_PATH_BYTES:
+        return f"a path of {len(encoded)} bytes; {_MAX_PATH_BYTES} are possible"
+    long = max(map(len, encoded.split(b"/")))
+    return f"a name of {long} bytes; {MAX_NAME_BYTES} are possible" if long > MAX_NAME_BYTES else ""
+
+
 def value_problems(schema: type, key: str, value: Any) -> list[str]:
     """Return what is wrong with plain ``value`` for the dotted ``key`` of ``schema``."""
     types_by_key = key_types(schema)
@@ -110,6 +127,7 @@ def value_problems(schema: type, key: str, value: Any) -> list[str]:
     return builder.problems
 
 
+@functools.cache
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
     """Return the type of every dotted key of ``schema``, sections included: ``train``, ``train.steps``, ...
 
@@ -135,6 +153,12 @@ def generic_key(schema: type, key: str) -> str:
         if key.startswith(f"{named}."):
             return re.sub(rf"^{re.escape(named)}\.[^.]+", f"{named}.*", key)
     return key
+
+
+def is_text(schema: type, key: str) -> bool:
+    """Return whether a dotted key holds text, or a list of texts."""
+    hint = _without_none(key_types(schema).get(generic_key(schema, key)))
+    return hint is str or hint == list[str]
 
 
 def key_docs(schema: type, prefix: str = "") -> dict[str, str]:

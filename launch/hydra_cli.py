@@ -24,11 +24,12 @@ from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import hydra
+import overrides
+import std_streams
+import yaml_source
 from hydra.conf import HydraConf, RunDir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -41,20 +42,21 @@ from bigtrain.rank_info import RankInfo, lone_ranks
 from bigtrain.redact import redact
 from bigtrain.schema import (
     from_dict,
-    generic_key,
     key_docs,
     key_types,
-    named_sections,
     nearest,
     nearest_key,
     value_problems,
 )
+
+std_streams.open_closed()  # before a file of ours has the number of one
 
 T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RANK_0_HEAD_START_SECONDS = 5.0
+TORCHRUN_OPTION = re.compile(r"--(nproc|nnodes|node[-_]rank|master|rdzv|standalone|max[-_]restarts)")
 
 
 def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]) -> NoReturn:
@@ -65,19 +67,15 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
         run: does the work and returns the exit code; None counts as 0.
         help_page: text of ``--help``.
     """
+    std_streams.guard()
     sys.excepthook = _show_fault
     # Imports leave no garbage, but to look for it as often as Python does takes a quarter of their time.
     gc.set_threshold(100_000, 50, 100)
     args = [arg for arg in sys.argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]
-    if {"-h", "--help"} & set(args):
-        print(help_page())
-        sys.exit(0)
     try:
-        config = read(args)
-    except BigtrainError as error:
-        _exit_with(error)
-    try:
-        code = run(config)
+        code = _read_and_run(args, read, run, help_page)
+        if code == 0:
+            sys.stdout.flush()  # what was to be written is not
     except BigtrainError as error:
         _exit_with(error)
     except Exception as error:
@@ -85,7 +83,20 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
         raise
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    leave(code or 0)
+    leave(code)
+
+
+def _read_and_run(
+    args: list[str], read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]
+) -> int:
+    if {"-h", "--help"} & set(args):
+        print(help_page())
+        return 0
+    try:
+        config = read(args)
+    except SystemExit:  # Hydra has answered --cfg, --info or the like
+        return 0
+    return run(config) or 0
 
 
 def read_run(args: list[str]) -> TrainConfig:
@@ -193,7 +204,8 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
             "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
             "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
         )
-    args = [_nest(_quote_text(arg, schema), schema) for arg in args]
+    args = overrides.prepare(args, schema)
+    yaml_source.keep_text(schema)
     composed: list[tuple[DictConfig, dict[str, str]]] = []
     store = ConfigStore.instance()
     store.store(group="hydra", name="config", node=_quiet_hydra())
@@ -259,7 +271,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     """
     message, begin = redact(str(error)), time.monotonic()
     if is_first := "RANK" not in os.environ or os.environ["RANK"] == "0":
-        print(message, file=sys.stderr, flush=True)
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -292,8 +304,9 @@ def leave(code: int) -> NoReturn:
     """
     if "multiprocessing.util" in sys.modules:
         sys.modules["multiprocessing.util"]._run_finalizers(0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -328,56 +341,14 @@ def _hydra_command_line(args: list[str]) -> Iterator[None]:
         if stop.code != EXIT_USER_ERROR:  # the code of argparse
             raise
         reason = said.getvalue().strip().rpartition("error: ")[2]
-        raise ConfigError(f"{reason}; settings are written key=value, without dashes") from stop
+        advice = "settings are written key=value, without dashes"
+        if TORCHRUN_OPTION.search(reason):
+            advice = "torchrun's options go in front of the script"
+        raise ConfigError(f"{reason}; {advice}") from stop
     finally:
         sys.argv = before
     if rank() == 0:
         sys.stderr.write(said.getvalue())
-
-
-def _quote_text(arg: str, schema: type) -> str:
-    """Quote the value of a setting that is text, so that ``prompt=Hello, world (1)`` needs no quotes of Hydra's.
-
-    ``null`` for a setting that may be null, ``${train.seed}`` and values in quotes keep their meaning.
-    """
-    key, equals, value = arg.partition("=")
-    keys = key_types(schema)
-    hint = keys.get(generic_key(schema, key.lstrip("+")))
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if not equals or hint not in (str, str | None) or quoted or (value == "null" and hint is not str):
-        return arg
-
-    def escape(match: re.Match[str]) -> str:
-        return match[0] if match[2] in keys else f"{match[1] * 2}\\${{"
-
-    value = re.sub(r"(\\*)\$\{(?=([\w.]+)\}|)", escape, value)
-    return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
-
-
-def _nest(arg: str, schema: type) -> str:
-    """Write a setting of a section by name as Hydra merges it, whether the section is new or not.
-
-    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``
-    """
-    key, equals, value = arg.partition("=")
-    for named in named_sections(schema):
-        if equals and key.lstrip("+").startswith(f"{named}."):
-            for name in reversed(key.lstrip("+").removeprefix(f"{named}.").split(".")):
-                value = f"{{{name}:{value}}}"
-            return f"++{named}={value}"
-        if equals and key == named:
-            return f"++{arg}"
-    return arg
-
-
-def _parsed(args: list[str]) -> Iterator[Override]:
-    """Yield the settings among ``args`` that are well formed and not Hydra's own."""
-    parser = OverridesParser.create()
-    for arg in args:
-        with contextlib.suppress(HydraException):
-            override = parser.parse_override(arg)
-            if not override.is_hydra_override() and not arg.startswith("-"):
-                yield override
 
 
 def _groups(config_name: str = "train") -> dict[str, str | None]:
@@ -395,7 +366,7 @@ def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> l
     """Return what is wrong with the settings on the command line: plus signs of groups, keys, values."""
     problems = []
     valid = list(key_types(schema))
-    for override in _parsed(args):
+    for override in overrides.parsed(args):
         key, value = override.key_or_group, override.value()
         plus = override.is_add() or override.is_force_add()
         if key in groups:
@@ -405,9 +376,13 @@ def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> l
                 problems.append(f"{override.input_line}: write +{key}={value}; there is no default to replace")
         elif key not in valid:
             problems.append(f"{key}: unknown key; {nearest_key(key, valid)}")
+        elif override.is_delete():
+            problems.append(
+                f"~{key}: nothing is removed here; leave the setting out for its default, or write {key}=null where it may be null"
+            )
         elif override.is_sweep_override():
             problems.append(f"{override.input_line}: one value, please; a list is written {key}=[1,2]")
-        elif not override.is_delete() and "${" not in str(value):
+        elif "${" not in str(value):
             problems += value_problems(schema, key, value)
     return problems
 

@@ -51,8 +51,8 @@ class ClusterConfig:
     qos: str | None = None
     """Quality of service."""
     time_limit: str | None = None
-    """Longest time of one launch, as Slurm writes it: ``12:00:00``, ``2-00:00:00`` (in a preset in quotes, or YAML makes a
-    number of it). The run goes on in the next launch."""
+    """Longest time of one launch, as Slurm writes it: ``12:00:00``, ``2-00:00:00``. The run
+    goes on in the next launch."""
     save_before_end_seconds: int = 300
     """So long before the time limit the run saves and is queued again."""
     interface: str | None = None

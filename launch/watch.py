@@ -1,7 +1,6 @@
 """Look at runs while they run: ``python launch/watch.py runs/a runs/b``; ``--help`` says more."""
 
 import contextlib
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,5 +109,4 @@ def help_page() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     hydra_cli.main(read, run, help_page)

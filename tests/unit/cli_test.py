@@ -288,3 +288,103 @@ def test_text_keeps_what_hydra_offers():
         TrainConfig, ["run.name='a b'", "data.path=null", "run.root=x/${train.seed}"], config_name="train"
     )
     assert (config.run.name, config.data.path, config.run.root) == ("a b", None, "x/0")
+
+
+PRESET_TEXTS = ["010", "12_34", "1e3", "yes", "on", "1:30", "2024-01-01", "8"]
+
+
+def test_text_in_a_preset_is_what_is_written_there(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("source: text\npath: 1e3\n")
+    (tmp_path / "model" / "010.yaml").write_text("hidden_dim: 64\nnum_heads: 0x4\n")
+    for number, text in enumerate(PRESET_TEXTS):
+        content = f"# @package _global_\ndefaults:\n  - /model: 010\nrun:\n  name: {text}\ntrain: {{steps: 010}}\n"
+        (tmp_path / "experiment" / f"e{number}.yaml").write_text(content)
+        config, choices = hydra_cli.compose(
+            TrainConfig, [f"--config-dir={tmp_path}", f"+experiment=e{number}", "data=mine"], config_name="train"
+        )
+        assert (config.run.name, config.data.path, choices["model"]) == (text, "1e3", "010")
+        assert (config.train.steps, config.model.hidden_dim, config.model.num_heads) == (8, 64, 4), "numbers are YAML's"
+    (tmp_path / "experiment" / "m.yaml").write_text(
+        "# @package _global_\ndata:\n  mixture:\n    010: &one {path: 010, weight: 2}\n    b: {<<: *one, source: jsonl}\n"
+        "run:\n  name: null\n  root: '1_0'\n"
+    )
+    config, _ = hydra_cli.compose(TrainConfig, [f"--config-dir={tmp_path}", "+experiment=m"], config_name="train")
+    assert {name: part.path for name, part in config.data.mixture.items()} == {"010": "010", "b": "010"}
+    assert (config.run.name, config.run.root) == (None, "1_0")
+
+
+def test_a_number_in_a_section_on_the_command_line_is_no_text():
+    assert problem("+model=gpt_nano", "run={name:12_34}").startswith("run.name: expected str, got 1234; text that")
+    assert "data.mixture.a.path" in problem("+model=gpt_nano", "data.mixture={a:{path:1e3,source:text}}")
+    config, _ = hydra_cli.compose(TrainConfig, ["run={name:'12_34',root:x}"], config_name="train")
+    assert config.run.name == "12_34"
+
+
+@pytest.mark.parametrize("option", ["--config-dir {0}", "-cd {0}", "--config-dir={0}"])
+def test_options_may_stand_between_settings(option: str, tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  log_every_steps: 3\n")
+    written = option.format(tmp_path).split(" ")
+    settings_ = ["+model=gpt_nano", "+experiment=mine", "train.steps=2"]
+    for place in range(len(settings_) + 1):
+        config = hydra_cli.read_run([*settings_[:place], *written, *settings_[place:]])
+        assert (config.train.log_every_steps, config.train.steps) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["~data.filters"], "~data.filters: nothing is removed here; leave the setting out"),
+        (["~run.name"], "~run.name: nothing is removed here"),
+        (["--nproc-per-node=2"], "unrecognized arguments: --nproc-per-node=2; torchrun's options go in front"),
+        (
+            [f"run.name={'a' * 300}"],
+            "run.name=aaaaaaaaaaaaaaaaaaaa...: 300 characters; the name of a directory has 255",
+        ),
+        ([f"run.root=x/{'é' * 200}"], f"run.root=x/{'é' * 200}: a name of 400 bytes; 255 are possible"),
+        ([f"data.path={'a/' * 2100}", "data=text"], f"data.path={'a/' * 2100}: a path of 4200 bytes"),
+    ],
+)
+def test_what_no_parser_or_file_system_takes_is_named(args: list[str], message: str):
+    found = problem("+model=gpt_nano", *args)
+    assert found.startswith(message) and "\n" not in found
+    assert problem("+model=gpt_nano", f"run.name={'a' * 256}").startswith("run.name=")
+    assert hydra_cli.read_run(["+model=gpt_nano", f"run.name={'a' * 255}"]).run.name == "a" * 255
+
+
+CLOSED = ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"]
+
+
+@pytest.mark.parametrize("streams", CLOSED)
+def test_a_run_trains_though_nobody_can_hear_of_it(streams: str, tmp_path: Path):
+    small = "model.num_layers=1 data.sequence_length=16 data=synthetic engine=ddp train.global_batch_size=4"
+    command = f"exec {sys.executable} {LAUNCH}/train.py +model=gpt_nano {small} train.steps=3 {streams}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), timeout=120, check=False)
+    assert done.returncode == 0
+    assert len((tmp_path / "runs/gpt_nano/metrics.jsonl").read_text().splitlines()) == 3
+    assert '"code": 0' in (tmp_path / "runs/gpt_nano/exit.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "streams", "code", "err"),
+    [
+        ("where.py +model=gpt_nano", ">&-", 0, ""),
+        ("watch.py --help", "<&- >&-", 0, ""),
+        ("train.py --cfg job", ">&-", 0, ""),
+        ("where.py +model=nope", "2>&-", 2, ""),
+        ("where.py +model=gpt_nano", ">/dev/full", 1, "standard output cannot be written: No space left on device\n"),
+        ("report.py --help", ">/dev/full", 1, "standard output cannot be written: No space left on device\n"),
+        ("where.py +model=nope", ">/dev/full 2>/dev/full", 2, ""),
+        ("train.py --help", "| true; exit ${PIPESTATUS[0]}", None, ""),
+    ],
+)
+def test_closed_and_full_streams(command: str, streams: str, code: int | None, err: str, tmp_path: Path):
+    shell = f"{sys.executable} {LAUNCH}/{command} {streams}"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env=environment(), timeout=60, check=False, capture_output=True, text=True
+    )
+    assert code in (None, done.returncode)
+    assert done.stderr == err

@@ -1,0 +1,72 @@
+"""Standard streams that may be closed, full or gone: nobody's work ends because nobody can hear of it."""
+
+import contextlib
+import io
+import os
+import sys
+from typing import Any
+
+from bigtrain.errors import EXIT_FAULT, BigtrainError
+
+
+class OutputError(BigtrainError, OSError):
+    """Standard output takes no more: a full disk, or a reader that has ended."""
+
+    exit_code = EXIT_FAULT
+    shared = True  # rank 0's is the one that somebody reads
+
+
+class _Output(io.TextIOWrapper):
+    """Says in a sentence that it cannot be written."""
+
+    def write(self, text: str) -> int:
+        with _said():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _said():
+            super().flush()
+
+
+class _Errors(io.TextIOWrapper):
+    """Drops what it cannot write: there is nobody else to tell."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+@contextlib.contextmanager
+def _said() -> Any:
+    try:
+        yield
+    except OSError as error:
+        gone = isinstance(error, BrokenPipeError)  # as of `| head`: somebody has seen enough
+        raise OutputError("" if gone else f"standard output cannot be written: {error.strerror}") from error
+
+
+def open_closed() -> None:
+    """Open what was closed (``>&-``) as ``/dev/null``, before a file of ours gets its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
+
+
+def guard() -> None:
+    """Let standard output fail in a sentence, and standard error never."""
+    for name, kind in (("stdout", _Output), ("stderr", _Errors)):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError):  # a stand-in, without a number
+            raw = io.FileIO(stream.fileno(), "w", closefd=False)
+            buffered = io.BufferedWriter(raw)
+            is_lines = name == "stderr" or stream.isatty()
+            setattr(sys, name, kind(buffered, stream.encoding, "replace", line_buffering=is_lines))
