@@ -418,8 +418,8 @@ def _nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:
 
 
 def _profiler(run: Run) -> Profiler:
-    settings, record = run.config.profile, run.recorder.event
-    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record)
+    settings, record, begin = run.config.profile, run.recorder.event, partial(run.heartbeat.enter, "profile")
+    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record, begin=begin)
 
 
 def _last_step_of_launch(run: Run) -> int | None:

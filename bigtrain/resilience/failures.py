@@ -1,4 +1,8 @@
-"""What failed first: every rank that fails leaves a record, and whoever writes one sums them all up anew.
+"""What failed first: every rank that fails leaves a record, and few of them sum up.
+
+When all ranks of a large job fail at once, and each would read what the others have left, they would read ranks² files. So the
+first record of each kind is summed up with all others by its writer, and once more by the watchdog of rank 0's node
+when the ranks of that node are gone; everybody else reads the sum alone.
 
 ``failures/attempt-00003/rank-00001.json`` is one rank's record, ``failure.json`` in the run's directory the
 sum of the newest attempt that failed. The first cause is not the earliest record: when a rank dies
@@ -20,6 +24,7 @@ from bigtrain.redact import redact
 from bigtrain.resilience.attempt import FAILURE_FILE, holds, make_room, now, read_json, write_exit, write_json
 from bigtrain.resilience.heartbeat import Beat
 
+_ROUNDS = 3
 _ORDER = ("exception", "hang", "died", "connection")
 _CONNECTION_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _CONNECTION_WORDS = ("gloo/transport", "connection closed by peer", "connection reset by peer", "nccl", "tcpstore")
@@ -61,7 +66,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def record_failures(directory: Path, attempt: int, failures: list[Failure], beats: list[Beat]) -> dict[str, Any]:
-    """Write the records, sum up all of this attempt, and leave ``failure.json`` and ``exit.json``.
+    """Write the records, and, if one is the first of its kind, sum up all of this attempt.
 
     Never raises: what cannot be written is returned all the same.
 
@@ -72,9 +77,10 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
         beats: what the ranks of this node do.
 
     Returns:
-        The sum: the first cause with ``summary``, a line about it, and ``others``, what the other ranks did.
+        The sum: the first cause with ``summary``, a line about it, and ``others``, what the other ranks did; as others have
+        left it if it is not summed up anew.
     """
-    place = directory / "failures" / f"attempt-{attempt:05d}"
+    place = _place(directory, attempt)
     host = socket.gethostname()
     records = [redact({**asdict(failure), "host": host, "time": now()}) for failure in failures]
     make_room(directory, attempt)
@@ -82,18 +88,58 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
         place.mkdir(parents=True, exist_ok=True)
         for record in records:
             _write_new(place / f"rank-{record['rank']:05d}.json", record)
-    states = [{"host": host, "rank": beat.rank, "phase": beat.phase, "step": beat.step} for beat in beats]
+    if not any([_is_first_of_kind(place, kind) for kind in {record["kind"] for record in records}]):
+        return read_json(place / FAILURE_FILE) or _sum_up(records, attempt, _states(beats))
+    return sum_up(directory, attempt, beats, records)
+
+
+def sum_up(
+    directory: Path, attempt: int, beats: list[Beat], records: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Read all records of an attempt, leave ``failure.json`` and ``exit.json``, and return the sum; nothing without records.
+
+    Args:
+        directory: of the run.
+        attempt: number of the launch.
+        beats: what the ranks of this node do.
+        records: what counts when none can be read.
+    """
+    place = _place(directory, attempt)
     found: list[dict[str, Any]] = []
-    # Whoever writes last has seen all records, though nobody waits for anybody.
-    while (now_found := _read_records(place) or records) != found:
+    summary: dict[str, Any] = {}
+    for _ in range(_ROUNDS):  # others may record what they know meanwhile, and nobody waits for anybody
+        if (now_found := _read_records(place) or records or []) == found:
+            break
         found = now_found
-        summary = _sum_up(found, attempt, states)
+        summary = _sum_up(found, attempt, _states(beats))
+        if summary == read_json(place / FAILURE_FILE):
+            break
         write_exit(directory, code=summary["code"], reason=summary["summary"], step=summary["step"], attempt=attempt)
         with contextlib.suppress(OSError):
             if holds(directory, attempt):
                 write_json(directory / FAILURE_FILE, summary)
             write_json(place / FAILURE_FILE, summary)
     return summary
+
+
+def _place(directory: Path, attempt: int) -> Path:
+    return directory / "failures" / f"attempt-{attempt:05d}"
+
+
+def _states(beats: list[Beat]) -> list[dict[str, Any]]:
+    host = socket.gethostname()
+    return [{"host": host, "rank": beat.rank, "phase": beat.phase, "step": beat.step} for beat in beats]
+
+
+def _is_first_of_kind(place: Path, kind: str) -> bool:
+    """Return whether nobody has asked that before, or it cannot be known."""
+    try:
+        os.close(os.open(place / f".{kind}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def describe(run: str, summary: dict[str, Any]) -> str:

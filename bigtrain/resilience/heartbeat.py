@@ -5,7 +5,6 @@ watches (:mod:`bigtrain.resilience.watchdog`) only compares clocks. All times ar
 processes of a node share and which nobody can set back.
 """
 
-import math
 import mmap
 import os
 import tempfile
@@ -18,14 +17,24 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PHASES = ("starting", "data", "forward_backward", "optimizer", "logging", "validation", "checkpoint", "ending")
-"""In the order in which a step goes through them."""
+PHASES = (
+    "starting",
+    "data",
+    "forward_backward",
+    "optimizer",
+    "logging",
+    "validation",
+    "checkpoint",
+    "profile",
+    "ending",
+)
+"""In the order in which a step goes through them. In ``profile``, rank 0 begins or exports a trace, and all others wait."""
 _FIELDS = ("pid", "rank", "phase", "step", "since_ns", "deadline_ns")
 _NUM_BYTES = 8 * len(_FIELDS)
 _WINDOW = 200  # durations of a phase that are remembered
 _MIN_SEEN = 3
 _RECOMPUTE_EVERY = 16
-_ENDING = PHASES.index("ending")
+_PROFILE, _ENDING = PHASES.index("profile"), PHASES.index("ending")
 _ENDING_SECONDS = 60.0  # ranks wait there until rank 0 has closed its files and dashboards, which takes up to 20 s
 
 
@@ -40,8 +49,8 @@ class Heartbeat:
         Args:
             path: file that a watchdog reads; None if there is none.
             rank: global rank.
-            hang_seconds: a phase may always take so long, and three times its 99th percentile.
-            first_hang_seconds: a phase that has been seen fewer than three times may take so long.
+            hang_seconds: a phase may always take so long, and three times the longest of its last times.
+            first_hang_seconds: a phase that has been seen fewer than three times may take so long, and a profile always.
         """
         self.step = 0
         """The optimizer step under way, from 1."""
@@ -50,7 +59,7 @@ class Heartbeat:
         self._num_seen = [0] * len(PHASES)
         self._total_ns = [0] * len(PHASES)
         self._limits_ns = [self._first_ns] * len(PHASES)
-        self._limits_ns[_ENDING] = max(5 * self._floor_ns, int(_ENDING_SECONDS * 1e9))
+        self._limits_ns[_ENDING] = max(self._floor_ns, int(_ENDING_SECONDS * 1e9))
         self._phase, self._since_ns = 0, time.monotonic_ns()
         self._slots = _map(path)
         self._slots[0], self._slots[1] = os.getpid(), rank
@@ -68,8 +77,8 @@ class Heartbeat:
         durations.append(now - self._since_ns)
         self._total_ns[old] += now - self._since_ns
         self._num_seen[old] = seen
-        if (seen < _RECOMPUTE_EVERY or seen % _RECOMPUTE_EVERY == 0) and seen >= _MIN_SEEN:
-            self._limits_ns[old] = max(self._floor_ns, 3 * _percentile99(durations))
+        if (seen < _RECOMPUTE_EVERY or seen % _RECOMPUTE_EVERY == 0) and seen >= _MIN_SEEN and old != _PROFILE:
+            self._limits_ns[old] = max(self._floor_ns, 3 * max(durations))  # what is rare, as read-back, is usual too
         if step is not None:
             self.step = step
         new = self._phase = PHASES.index(phase)
@@ -144,8 +153,3 @@ def _map(path: Path | None) -> memoryview:
         return memoryview(mmap.mmap(file, _NUM_BYTES)).cast("q")
     finally:
         os.close(file)
-
-
-def _percentile99(durations: Iterable[int]) -> int:
-    ordered = sorted(durations)
-    return ordered[math.ceil(0.99 * len(ordered)) - 1]

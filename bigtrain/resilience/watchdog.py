@@ -23,7 +23,7 @@ from pathlib import Path
 from bigtrain.locks import is_locked
 from bigtrain.processes import start_beside
 from bigtrain.resilience.attempt import has_decided, has_failed
-from bigtrain.resilience.failures import Failure, describe, record_failures
+from bigtrain.resilience.failures import Failure, describe, record_failures, sum_up
 from bigtrain.resilience.heartbeat import PHASES, Beat, read_beats
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -35,7 +35,7 @@ PATIENT_LOOKS = 3
 FED_PHASES = ("starting", "data", "validation")
 """In these a rank may wait for a file that is being fetched or tokenised."""
 FETCHING_FILE = ".fetching"
-"""Touched in the run's directory while a rank waits for such a file, and its node's watchdog with it."""
+"""Touched in the run's directory while others may wait for a rank, for such a file or a profile, and its watchdog with it."""
 FRESH_SECONDS = 30.0
 """Since when that must have been touched to count; the clocks of the nodes may differ by as much."""
 SAVE_SECONDS = 3.0
@@ -109,7 +109,7 @@ def watch_node(watch: Watch) -> None:
             resumed_ns = now_ns  # somebody has suspended the whole job, which is no hang
         suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
         is_stopped = state[suspect.rank] in _STOPPED
-        if not is_stopped and _is_fed(watch, suspect, now_ns):
+        if not is_stopped and _is_waited_for(watch, suspect, now_ns):
             resumed_ns = now_ns  # nor do those hang who wait for it
         late = [b for b in living if now_ns - max(b.since_ns, resumed_ns) > b.deadline_ns - b.since_ns]
         if late and _is_fresh(Path(watch.run, FETCHING_FILE), FRESH_SECONDS):
@@ -122,7 +122,7 @@ def watch_node(watch: Watch) -> None:
             if num_looks > PATIENT_LOOKS:  # on another node, and nobody has told this one
                 reported.update(beat.rank for beat in living)
                 _kill(living)
-    shutil.rmtree(place, ignore_errors=True)
+    _end(watch, beats)
 
 
 class Deaths:
@@ -147,18 +147,17 @@ class Deaths:
                 self._files[pid] = -1
 
 
-def _is_fed(watch: Watch, suspect: Beat, now_ns: int) -> bool:
-    """Return whether a rank, for which others may wait, waits for data that somebody is at; tell other nodes if so."""
-    if not watch.cache or suspect.phase not in FED_PHASES:
-        return False
-    is_fed = False
-    with contextlib.suppress(OSError):  # files of other people, and file servers that do not answer
-        files = Path(watch.cache).glob("*.partial")
-        is_fed = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
-    if is_fed and now_ns - suspect.since_ns > 1e9:
+def _is_waited_for(watch: Watch, suspect: Beat, now_ns: int) -> bool:
+    """Return whether others may wait for a rank that has time: for data that somebody is at, or a profile; tell other nodes."""
+    has_time = suspect.phase == "profile" and now_ns < suspect.deadline_ns
+    if watch.cache and suspect.phase in FED_PHASES:
+        with contextlib.suppress(OSError):  # files of other people, and file servers that do not answer
+            files = Path(watch.cache).glob("*.partial")
+            has_time = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
+    if has_time and now_ns - suspect.since_ns > 1e9:
         with contextlib.suppress(OSError):
             Path(watch.run, FETCHING_FILE).touch()
-    return is_fed
+    return has_time
 
 
 def _is_fresh(path: Path, seconds: float) -> bool:
@@ -198,7 +197,7 @@ def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool)
         _send(beat.pid, signal.SIGCONT)  # a stopped process shows nothing
     _wait_for_stacks([stacks_path(place, beat.rank) for beat in living])
     how = "stopped (SIGSTOP)" if stopped else "hung"
-    error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s; all ranks of the node are ended"
+    error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s (supervision.hang_seconds); all ranks of the node are ended"
     stacks = "\n".join(f"rank {beat.rank}:\n{_read_stacks(place, beat.rank)}" for beat in living)
     failure = Failure(
         kind="hang", rank=suspect.rank, phase=suspect.phase, step=suspect.step, error=error, detail=stacks
@@ -207,8 +206,16 @@ def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool)
     _report(watch, [failure], living)
     while any(_process_state(beat.pid) not in _DEAD for beat in living):
         time.sleep(0.05)
-    shutil.rmtree(place, ignore_errors=True)
+    _end(watch, living)
     sys.exit(0)
+
+
+def _end(watch: Watch, beats: list[Beat]) -> None:
+    """Sum up, on the node of rank 0, what ranks have recorded since somebody did, and leave nothing behind."""
+    run = Path(watch.run)
+    if any(beat.rank == 0 for beat in beats) and not has_decided(run, watch.attempt):
+        sum_up(run, watch.attempt, beats)
+    shutil.rmtree(watch.beats, ignore_errors=True)
 
 
 def _kill(living: list[Beat]) -> None:

@@ -23,16 +23,32 @@ class Profiler:
     """Traces the steps ``first`` to ``last`` of ``profile.steps`` on rank 0; a context manager."""
 
     def __init__(
-        self, config: ProfileConfig, run_directory: Path, *, rank: int, first_step: int, say: Callable[..., None]
+        self,
+        config: ProfileConfig,
+        run_directory: Path,
+        *,
+        rank: int,
+        first_step: int,
+        say: Callable[..., None],
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """Describe what is traced; ``first_step`` steps are done, and ``say`` takes the event when files are written."""
+        """Describe what is traced.
+
+        Args:
+            config: which steps, and whether allocations too.
+            run_directory: gets the files.
+            rank: of this process.
+            first_step: so many steps are done.
+            say: takes the event when files are written.
+            begin: called before what may take minutes, while all other ranks wait.
+        """
         wanted = config.steps if rank == 0 else []
         self._first, self._last = wanted or (0, 0)
         self._wants_memory = config.memory and rank == 0
         self._memory = self._wants_memory and torch.cuda.is_available()
         self._directory = run_directory / DIRECTORY
         self._done_steps = self._begun_after = first_step
-        self._say = say
+        self._say, self._begin = say, begin
         self._profile: profile | None = None
 
     def __enter__(self) -> Self:
@@ -60,6 +76,7 @@ class Profiler:
             self._write(step)
             return True
         if self._last and step + 1 == self._first:
+            self._begin()
             on_cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *on_cuda], record_shapes=True, profile_memory=self._memory
@@ -70,6 +87,7 @@ class Profiler:
         return False
 
     def _write(self, last: int) -> None:
+        self._begin()
         traced, self._profile = self._profile, None
         traced.stop()
         self._directory.mkdir(parents=True, exist_ok=True)

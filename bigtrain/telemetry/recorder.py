@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from bigtrain.config import TrainConfig, WandbMode
+from bigtrain.config import SupervisionConfig, TrainConfig, WandbMode
 from bigtrain.redact import redact
 from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
@@ -86,6 +86,7 @@ class Recorder(NullRecorder):
         self._console = Console(config.train.steps, run_directory / LOG_FILE).__enter__()
         if gauges:
             self._console.message(gauges.sentence())
+            self._console.message(_watched(config.supervision))
             self._facts |= gauges.describe()
         self._dashboards = _start_dashboards(config, run_directory, is_new=resume_step == 0)
         self._is_closed = False
@@ -203,6 +204,15 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "finished":
             return f"finished after step {step}"
     return None
+
+
+def _watched(config: SupervisionConfig) -> str:
+    if config.hang_seconds == 0:
+        return "hangs are not looked for: supervision.hang_seconds=0"
+    return (
+        f"a rank that is in one phase of a step for {config.hang_seconds:g} s (supervision.hang_seconds), and for three times "
+        f"the longest before, hangs; {config.first_hang_seconds:g} s until the phase was seen three times"
+    )
 
 
 def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -99,6 +99,20 @@ def test_ranks_that_wait_for_a_file_and_those_that_wait_for_them_are_left_alone(
     assert (tmp_path / "run" / FETCHING_FILE).exists()
 
 
+@pytest.mark.parametrize("phase", ["profile", "logging"])
+def test_a_profile_has_a_limit_of_its_own_and_others_wait_for_it(tmp_path: Path, phase: str):
+    with watched(tmp_path, "data", "forward_backward") as ranks:
+        exporting = Heartbeat(tmp_path / "beats/00000.beat", hang_seconds=LIMIT, first_hang_seconds=20 * LIMIT)
+        exporting._slots[0] = ranks[0].pid
+        for _ in range(4 if phase == "logging" else 1):  # by now it has the limit of a phase that is known
+            exporting.enter("data", 2)
+            exporting.enter(phase)
+        if phase == "profile":
+            assert live_on(ranks, 4 * LIMIT)
+            exporting.enter("data", 3)
+        end(ranks)
+
+
 def test_a_rank_that_computes_may_not_hang_while_files_are_fetched(tmp_path: Path):
     with fetched(tmp_path), watched(tmp_path, "optimizer", "forward_backward") as ranks:
         end(ranks)

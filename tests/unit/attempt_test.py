@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from bigtrain.errors import ConfigError, NoRestartError
-from bigtrain.resilience import hold, watchdog
+from bigtrain.resilience import failures, hold, watchdog
 from bigtrain.resilience.attempt import (
     ATTEMPT_FILE,
     claim_run,
@@ -299,3 +300,42 @@ def test_ranks_that_wait_for_a_node_that_has_failed_are_ended(tmp_path: Path, mo
         watch_node(Watch(str(beats), str(run), attempt=1, interval_seconds=0.05, kills=True))
         assert waiting.wait(10) == -9
     assert not (run / "failure.json").exists()
+
+
+# A storm: all ranks of a large job fail at once
+
+
+NUM_RANKS, RANKS_PER_NODE = 128, 8
+
+
+def storm(directory: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let all ranks fail at the same time, then the watchdogs end; return how many records were read."""
+    num_read, lock, read = 0, threading.Lock(), failures.read_json
+
+    def counted(path: Path) -> dict[str, object]:
+        nonlocal num_read
+        with lock:
+            num_read += path.name.startswith("rank-")
+        return read(path)
+
+    monkeypatch.setattr(failures, "read_json", counted)
+    kinds = ["exception" if rank == 77 else "connection" for rank in range(NUM_RANKS)]
+    with ThreadPoolExecutor(NUM_RANKS) as pool:
+        list(pool.map(lambda rank: record_failures(directory, 1, [failure(kinds[rank], rank)], []), range(NUM_RANKS)))
+    for node in range(NUM_RANKS // RANKS_PER_NODE):
+        ranks = range(node * RANKS_PER_NODE, (node + 1) * RANKS_PER_NODE)
+        watch = Watch(str(directory / "beats"), str(directory), attempt=1, interval_seconds=1.0, kills=True)
+        watchdog._end(watch, [Beat(1, rank, "data", 3, 0, 0) for rank in ranks])
+    monkeypatch.undo()
+    return num_read
+
+
+def test_a_storm_of_failing_ranks_reads_few_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert storm(tmp_path, monkeypatch) <= 8 * NUM_RANKS
+    found = json.loads((tmp_path / "failure.json").read_text())
+    assert (found["rank"], found["error"]) == (77, "exception of 77")
+    assert [other["rank"] for other in found["others"]] == [rank for rank in range(NUM_RANKS) if rank != 77]
+    assert read_exit(tmp_path)["reason"] == found["summary"]
+    # Negative control: when everybody sums up, they read ranks² records or so.
+    monkeypatch.setattr(failures, "_is_first_of_kind", lambda place, kind: True)
+    assert storm(tmp_path / "all", monkeypatch) > 40 * NUM_RANKS
