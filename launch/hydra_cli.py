@@ -111,6 +111,10 @@ def read_run(args: list[str]) -> TrainConfig:
     config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
+    if config.model.kind is ModelKind.hf:
+        from bigtrain.models.probe import require_positions
+
+        require_positions(config.model, config.data.sequence_length)
     if rank() == 0:
         for warning in ignored_settings(config):
             print(f"warning: {warning}", file=sys.stderr)

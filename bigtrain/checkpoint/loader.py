@@ -11,7 +11,7 @@ from bigtrain.checkpoint.shard import ShardReader
 from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
 from bigtrain.distributed import broadcast_json, gather_json
-from bigtrain.engine.state import Box, Entry
+from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry
 from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks
 
 MOST_DIFFERENCES = 5
@@ -108,6 +108,9 @@ def _differences(entries: Mapping[str, Entry], manifest: Manifest) -> Iterator[s
         elif tuple(stored[key].shape) != entry.shape:
             yield f"{key}: shape {tuple(stored[key].shape)} in the checkpoint, expected {entry.shape}"
     halves = {key.split(".")[0] for key in entries}
+    trained = {key.rpartition(".")[0] for key in entries}
     for key in stored.keys() - entries.keys():
-        if key.split(".")[0] in halves:
+        parameter = key.rpartition(".")[0]
+        is_frozen = parameter not in trained and parameter.replace(OPTIMIZER, MODEL, 1) in entries  # since then
+        if key.split(".")[0] in halves and not is_frozen:
             yield f"{key}: in the checkpoint, but not expected"

@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bigtrain.config import EngineKind, OptimizerKind, Precision, TrainConfig
-from bigtrain.distributed import build_mesh
+from bigtrain.config import EngineKind, ModelKind, OptimizerKind, Precision, TrainConfig
+from bigtrain.distributed import broadcast_json, build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, of_all_ranks
+from bigtrain.log import get_logger
 from bigtrain.rank_info import RankInfo
 
 CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
@@ -41,6 +42,8 @@ def build_engine(
     """
     precision = config.engine.precision
     require_hardware(precision, device)
+    if config.model.kind is ModelKind.hf:
+        build_model = with_unreached_frozen(build_model)
     # Explicit, because containers change the default of a whole process by environment variables.
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
     if precision is Precision.fp8:
@@ -53,6 +56,56 @@ def build_engine(
         dtype = torch.float32 if precision in (Precision.fp32, Precision.tf32) else torch.bfloat16
         hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)
     return engine
+
+
+def with_unreached_frozen(build_model: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return a builder of the same model, on the meta device, whose parameters that the loss does not reach are frozen.
+
+    Otherwise each engine treats them in its own way: DDP waits for their gradients, DeepSpeed lets them decay.
+    """
+    from bigtrain.models.probe import outermost, unreached_parameters
+
+    def build() -> nn.Module:
+        model = build_model()
+        try:
+            names = unreached_parameters(model)
+        except NotImplementedError as error:
+            get_logger().warning(f"which parameters the loss reaches cannot be told before training: {error}")
+            return model
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+        if names:
+            get_logger().info(
+                f"the loss does not reach {len(names)} parameters, which stay as they are: {', '.join(outermost(model, names))}"
+            )
+        return model
+
+    return build
+
+
+def require_causal(engine: Engine, config: TrainConfig) -> None:
+    """Make sure that a model of transformers, with its weights, does not see later tokens; all ranks call this.
+
+    Raises:
+        ConfigError: earlier logits move when later tokens change.
+    """
+    if config.model.kind is not ModelKind.hf or config.data.sequence_length < 2:
+        return
+    from bigtrain.models.probe import LONG_ENOUGH, direction_settings, look_ahead
+
+    engine.module.eval()
+    length = min(config.data.sequence_length, LONG_ENOUGH)
+    moved = broadcast_json(look_ahead(engine.module, config.model.vocab_size, length, engine.device))
+    # Experts of a causal model compute a token beside others, which rounds otherwise.
+    noise = 1e-4 if config.engine.precision is Precision.fp32 else 1e-2
+    if moved > noise:
+        raise of_all_ranks(
+            ConfigError(
+                f"model.name={config.model.name} looks ahead: its logits of earlier tokens change when only later tokens "
+                f"do, so it would learn to read the answer; its config.json has {direction_settings(config.model.name)}; "
+                "a decoder needs is_decoder=true, or whatever makes this architecture causal"
+            )
+        )
 
 
 def _build(

@@ -27,6 +27,7 @@ from bigtrain.engine.state import (
     canonical_name,
     create_optimizer_state,
     flat_boxes,
+    whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.objective import Batch, gradient_scale, loss_sum
@@ -82,6 +83,9 @@ class Zero12State:
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.places: dict[str, Place] = {}
+        for parameter in _frozen(module):
+            entry = whole_entry(parameter, replica=dist.get_rank(), num_replicas=dist.get_world_size())
+            self.entries[MODEL + self._names[parameter]] = entry
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
@@ -127,6 +131,8 @@ class Zero3State:
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.places: dict[str, Place] = {}
+        for parameter in _frozen(module):
+            self.entries |= self._entries(parameter, self._place(parameter, parameter.ds_tensor, 0), {})
         for i, (parameters, flat) in enumerate(
             zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True)
         ):
@@ -137,12 +143,16 @@ class Zero3State:
             group["params"] = []
             offset = 0
             for parameter in parameters:
-                part_numel = parameter.partition_numel()
-                start = dist.get_rank(parameter.ds_process_group) * part_numel
-                name, numel = self._names[parameter], max(0, min(part_numel, parameter.ds_numel - start))
-                place = self.places[name] = Place(flat, offset, start, numel)
-                self.entries |= _entries(name, tuple(parameter.ds_shape), place, self._zero.optimizer.state[flat])
-                offset += part_numel
+                place = self.places[self._names[parameter]] = self._place(parameter, flat, offset)
+                self.entries |= self._entries(parameter, place, self._zero.optimizer.state[flat])
+                offset += parameter.partition_numel()
+
+    def _place(self, parameter: nn.Parameter, holder: torch.Tensor, begin: int) -> Place:
+        start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
+        return Place(holder, begin, start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start)))
+
+    def _entries(self, parameter: nn.Parameter, place: Place, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
+        return dict(_entries(self._names[parameter], tuple(parameter.ds_shape), place, state))
 
     def commit(self) -> None:
         """Refresh the partitioned parameters from the masters, and gather the small ones that stay gathered."""
@@ -158,6 +168,10 @@ class Zero3State:
             for j, parameter in enumerate(parameters):
                 start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
                 yield self._names[parameter], parts[i][j][: max(0, parameter.ds_numel - start)]
+
+
+def _frozen(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in module.module.parameters() if not parameter.requires_grad)
 
 
 def _entries(
@@ -196,15 +210,30 @@ def build_for_deepspeed(
     """Return model and optimizer as ``deepspeed.initialize`` wants them."""
     with torch.device("meta"):
         model = build_model()
+    wrap_blocks(model, config.engine)
     if config.engine.kind is EngineKind.zero3:
-        # The model on the meta device was for its imports: under zero.Init, which patches torch, some fail.
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = build_model()
-        wrap_blocks(model, config.engine)
+        _partition(deepspeed, model, settings, device)
     else:
-        wrap_blocks(model, config.engine)
         materialise(model, device)
     return model, build_optimizer(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)
+
+
+def _partition(deepspeed: Any, model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+    """Give the parameters memory one at a time, each cut into this rank's part before the next one.
+
+    To build the model within ``zero.Init`` would let its own initialisation code meet parameters that are cut already.
+    """
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+    parts: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in model.modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in parts:
+                part = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                init._convert_to_zero_parameters([part])
+                parts[parameter] = part
+            setattr(owner, name, parts[parameter])
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
 
 
 def hide_gathering(module: nn.Module) -> None:

@@ -177,6 +177,8 @@ class NativeState:
         self._parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         for name, parameter in self._parameters.items():
             entry = self.entries[MODEL + name] = _entry(parameter, mesh)
+            if not parameter.requires_grad:
+                continue
             start = flat_start(entry.shape, entry.boxes[0].offsets) if entry.boxes else 0
             self.places[name] = Place(parameter, 0, start, _local(parameter).numel())
             for key, value in optimizer.state[parameter].items():

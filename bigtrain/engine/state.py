@@ -69,7 +69,7 @@ class EngineState(Protocol):
     entries: Mapping[str, Entry]
     """``model.<name>`` (fp32 master weights) and ``optim.state.<name>.<key>``, the same keys on every rank."""
     places: Mapping[str, Place]
-    """By name of the parameter."""
+    """By name of the parameter, of those that are trained."""
 
     def commit(self) -> None:
         """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""

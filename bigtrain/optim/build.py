@@ -11,9 +11,14 @@ from bigtrain.optim.muon import Muon, is_hidden_matrix
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Split parameters into matrices, which decay, and vectors, which do not; Muon has its matrices apart."""
+    """Split parameters into matrices, which decay, and vectors, which do not; Muon has its matrices apart.
+
+    Frozen parameters are in none.
+    """
     hidden, decay, no_decay = [], [], []
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         num_dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters
         by_muon = config.kind is OptimizerKind.muon and is_hidden_matrix(name, num_dims)
         (hidden if by_muon else decay if num_dims >= 2 else no_decay).append(parameter)

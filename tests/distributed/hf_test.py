@@ -1,13 +1,17 @@
 """Models of the Llama family, our own and transformers', train under every kind of engine with the same numbers."""
 
 import dataclasses
+import math
 
 import pytest
+import torch
 
 from bigtrain.checks import resolve
 from bigtrain.config import Activation, EngineKind, ModelConfig, ModelKind, Norm, Positions
+from bigtrain.local_ranks import run_ranks
+from bigtrain.models import build_initial_values
 from bigtrain.models.hf import with_hf_shape
-from bigtrain.parity import Case, compare, compute
+from bigtrain.parity import Case, compare, compute, configure, trace
 from tests.distributed.ranks import small_config
 
 
@@ -55,3 +59,56 @@ def test_engines_agree_on_a_llama(kind, tiny_llama):
         print(engine, difference)
         assert max(difference.loss, difference.grad_norm) <= 1e-5
         assert difference.parameters <= 1e-4
+
+
+def peculiar_models():
+    """Yield models whose own initialisation or parameters are not those of a plain decoder."""
+    from transformers import Gemma3Config, LlamaConfig, MambaConfig, RoFormerConfig
+
+    small = dict(vocab_size=97, hidden_size=24, num_hidden_layers=2)
+    heads = dict(small, num_attention_heads=4, intermediate_size=40, max_position_embeddings=16)
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    yield "padding row", LlamaConfig(**heads, pad_token_id=96)
+    yield "scan", MambaConfig(**small, state_size=4)
+    yield "tower", Gemma3Config(text_config=dict(heads, head_dim=6), vision_config=vision, mm_tokens_per_image=4)
+    yield "sinusoids", RoFormerConfig(**heads, embedding_size=24, is_decoder=True)
+
+
+def _traces(configs):
+    return [trace(config) for config in configs]
+
+
+@pytest.mark.parametrize(
+    "engines", [["ddp", "zero3"], pytest.param(["ddp", "fsdp", "zero1", "zero2"], marks=pytest.mark.slow)], ids=",".join
+)
+def test_engines_agree_on_peculiar_models(engines, tmp_path):
+    """Padding rows, parameters that no loss reaches and frozen tables are the same under every engine."""
+    runs = {}
+    for name, model in peculiar_models():
+        model.save_pretrained(tmp_path / name)
+        shape = with_hf_shape(ModelConfig(kind=ModelKind.hf, name=str(tmp_path / name)))
+        runs[name] = resolve(dataclasses.replace(small_config(), model=shape))
+    found = {}
+    for engine in map(EngineKind.__getitem__, engines):
+        configs = [configure(config, Case(engine, 2, 2)) for config in runs.values()]
+        found[engine] = dict(zip(runs, run_ranks(_traces, 2, configs, timeout_seconds=200)[0], strict=True))
+    for name, config in runs.items():
+        reference = found[EngineKind.ddp][name]
+        assert reference.losses[-1] < reference.losses[0]
+        for engine, trajectories in found.items():
+            difference = compare(trajectories[name], reference)
+            assert max(difference.loss, difference.grad_norm) <= 1e-5, (name, engine)
+            assert difference.parameters <= 1e-4, (name, engine)
+        values = build_initial_values(config.model, config.train.seed)
+        frozen = {"tower": "vision_tower", "sinusoids": "embed_positions"}.get(name)
+        for engine, trajectories in found.items():
+            kept = [n for n, p in trajectories[name].parameters.items() if (p == _whole(values[n], p.shape)).all()]
+            assert kept == [n for n in values if frozen and (frozen in n or "multi_modal" in n)], (name, engine)
+
+
+def _whole(value, shape):
+    flat = torch.empty(math.prod(shape))
+    value.fill(0, flat)
+    return flat.view(shape).numpy()

@@ -1,0 +1,211 @@
+"""What a model of transformers computes, found by running it: its configuration and class are not believed.
+
+A dry run takes a model whose parameters are on the meta device. Everything that depends on a parameter is computed on
+the meta device too, as shapes; everything else (positions, masks, tables) is computed for real. So a model of any size
+is run in a fraction of a second and without memory, and an index beyond a table of positions is still found.
+
+Shape suffixes: B batch, T tokens, V vocabulary.
+"""
+
+import contextlib
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from bigtrain.config import ModelConfig, ModelKind
+from bigtrain.errors import ConfigError
+from bigtrain.models.hf import build_hf_model, read_hf_config
+
+SHORT = 16
+"""Tokens of a dry run that is not about the length of samples."""
+_LENGTHS = re.compile(r"position|seq|ctx|context")
+"""Settings of transformers' configurations that may be a largest length have names like these."""
+_DIRECTIONS = re.compile(r"decoder$|causal|bidirectional|attn_type")
+LONG_ENOUGH = 32
+"""Tokens of a sample in which a model that looks ahead is seen to do so."""
+
+
+class _DryRun(TorchDispatchMode):
+    """Computes on the meta device what depends on meta tensors, and for real what does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        tensors = list(_tensors((args, kwargs)))
+        if not any(tensor.is_meta for tensor in tensors):
+            with contextlib.suppress(NotImplementedError):  # written for another device than the CPU
+                return func(*tree_map(_off_meta, args), **tree_map(_off_meta, kwargs))
+        if name == "aten::_local_scalar_dense":  # the host asks for a number that nobody knows
+            return torch.ones((), dtype=tensors[0].dtype).item()
+        if name == "aten::_grouped_mm":  # experts; its meta kernel insists on bf16
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
+        if name.endswith("_") and not tensors[0].is_meta:  # a real buffer keeps its values
+            return tensors[0]
+        _check_indices(name, args)
+        return func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, tree)
+    return iter(found)
+
+
+def _off_meta(leaf: Any) -> Any:
+    """Let what a model makes on the device of its parameters be real."""
+    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+
+def _on_meta(leaf: Any) -> Any:
+    if isinstance(leaf, torch.device):
+        return torch.device("meta")
+    if isinstance(leaf, Tensor) and not leaf.is_meta:
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    return leaf
+
+
+def _check_indices(name: str, args: tuple[Any, ...]) -> None:
+    """Do what kernels of the meta device leave out: compare real indices with the size of what they select from."""
+    pairs: list[tuple[Any, int]] = []
+    if name == "aten::embedding":
+        pairs = [(args[1], 0)]
+    elif name in ("aten::index_select", "aten::gather"):
+        pairs = [(args[2], args[1])]
+    elif name == "aten::index":
+        pairs = [(index, dim) for dim, index in enumerate(args[1])]
+    for index, dim in pairs:
+        if index is None or index.is_meta or index.dtype == torch.bool or not index.numel():
+            continue
+        if index.max() >= args[0].shape[dim] or index.min() < -args[0].shape[dim]:
+            raise IndexError(f"index {int(index.max())} of {args[0].shape[dim]}")
+
+
+def _dry_run(model: nn.Module, length: int) -> Tensor:
+    """Return the logits of one sample on the meta device."""
+    padding = getattr(model.causal_lm.config.get_text_config(), "pad_token_id", None) or 0  # has no position
+    tokens_BT = torch.full((1, length), (padding + 1) % model.vocab_size, device="cpu")
+    with _DryRun(), torch.enable_grad():
+        return model.train()(tokens_BT)
+
+
+def unreached_parameters(model: nn.Module) -> list[str]:
+    """Return the names of parameters that the loss does not depend on, such as those of a tower for images.
+
+    Args:
+        model: an HFCausalLM with its parameters on the meta device.
+
+    Raises:
+        NotImplementedError: the model decides by its numbers what it computes, so that it cannot be run without them.
+    """
+    try:
+        run = copy.deepcopy(model)  # some models keep tables for the longest sample that they have seen
+        logits_BTV = _dry_run(run, SHORT)
+    except Exception as error:
+        raise NotImplementedError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+    reached, nodes, seen = set(), [logits_BTV.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(getattr(node, "variable", None))
+            nodes += [following for following, _ in node.next_functions]
+    return [name for name, parameter in run.named_parameters() if parameter not in reached]
+
+
+def outermost(model: nn.Module, names: list[str]) -> list[str]:
+    """Return ``names`` of parameters in few words: modules whose parameters all are among them, numbers as ``*``."""
+
+    def found(module: nn.Module, prefix: str) -> Iterator[str]:
+        of_module = {f"{prefix}{name}" for name, _ in module.named_parameters()}
+        if of_module and of_module <= wanted:
+            yield prefix.removesuffix(".")
+        elif of_module & wanted:
+            yield from (prefix + name for name, _ in module.named_parameters(recurse=False) if prefix + name in wanted)
+            for name, child in module.named_children():
+                yield from found(child, f"{prefix}{name}.")
+
+    wanted = set(names)
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found(model, "")))
+
+
+def may_be_too_long(text_config: Any, length: int) -> bool:
+    """Return whether a setting of transformers' configuration could mean that samples have to be shorter."""
+    settings = text_config.to_dict().items()
+    # Some tables of positions have a few rows that are no positions.
+    return any(
+        _LENGTHS.search(key) and type(value) is int and SHORT <= value < length + SHORT for key, value in settings
+    )
+
+
+def require_positions(config: ModelConfig, length: int) -> None:
+    """Make sure that the model has positions for samples of ``length`` tokens, if it is one of transformers.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if config.kind is not ModelKind.hf or not may_be_too_long(read_hf_config(config.name).get_text_config(), length):
+        return
+    with torch.device("meta"):
+        model = build_hf_model(config)
+    if (longest := longest_sample(model, length)) < length:
+        raise ConfigError(
+            f"data.sequence_length={length} is longer than the {longest} positions that model.name={config.name} has; "
+            f"use data.sequence_length<={longest}, or a model with more"
+        )
+
+
+def direction_settings(name: str) -> str:
+    """Return what the configuration of a model of transformers says about the direction in which it reads."""
+    settings = read_hf_config(name).get_text_config().to_dict().items()
+    found = [f"{key}={json.dumps(value)}" for key, value in settings if _DIRECTIONS.search(key)]
+    return ", ".join(found) or "no setting of its direction"
+
+
+def longest_sample(model: nn.Module, length: int) -> int:
+    """Return ``length``, or the most tokens per sample for which the model has positions if those are fewer.
+
+    Args:
+        model: an HFCausalLM with its parameters on the meta device.
+        length: tokens per sample that are wanted.
+    """
+
+    def fits(tokens: int) -> bool:
+        try:
+            _dry_run(copy.deepcopy(model), tokens)
+        except Exception:  # an index, a broadcast, a check of the model's own: whatever stops it
+            return False
+        return True
+
+    if fits(length) or not fits(short := min(SHORT, length)):  # cannot be run for another reason
+        return length
+    while length - short > 1:
+        middle = (short + length) // 2
+        short, length = (middle, length) if fits(middle) else (short, middle)
+    return short
+
+
+@torch.no_grad()
+def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: int, device: torch.device) -> float:
+    """Return how much logits change with *later* tokens, as a part of the change at those tokens: 0 if a model is causal.
+
+    Args:
+        logits_of: the model, ``(B, T)`` tokens to ``(B, T, V)`` logits; no dropout.
+        vocab_size: tokens are below it.
+        length: tokens per sample, at least 2.
+        device: of the tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)
+    first = length // 2
+    # The same token everywhere, so that an average over later tokens moves as far as one of them.
+    tokens_BT[:, first:] = torch.randperm(vocab_size, generator=generator)[:2, None]
+    with torch.compiler.set_stance("force_eager"):  # what is compiled is for the samples of training
+        logits_BTV = logits_of(tokens_BT.to(device)).float()
+    change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
+    return (change_T[:first].max() / change_T[first:].max()).item()
