@@ -39,8 +39,10 @@ class HFCausalLM(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder layers: the longest ``ModuleList`` that is not inside another (experts are)."""
-        return max(_outermost_module_lists(self.causal_lm), key=len)
+        """The decoder layers: the longest ``ModuleList`` with something to train that is not inside another (experts are)."""
+        lists = list(_outermost_module_lists(self.causal_lm))
+        trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
+        return max(trained or lists, key=len)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: HFCache | None = None) -> Tensor:
         """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar."""
@@ -86,9 +88,23 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if _has_own_code(name):
+            raise ConfigError(
+                f"{setting}={name!r} needs code of its own (auto_map in its config.json), and code that comes with a model "
+                "is never run here; choose an architecture that transformers has"
+            ) from error
         raise ConfigError(unreadable(name, error, setting=setting)) from error
+
+
+def _has_own_code(name: str) -> bool:
+    from transformers import PreTrainedConfig
+
+    try:
+        return "auto_map" in PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError):
+        return False
 
 
 def build_hf_model(config: ModelConfig) -> HFCausalLM:
@@ -99,19 +115,34 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     Raises:
         ConfigError: if the description cannot be had, or is not of a causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
     hf_config = read_hf_config(config.name)
-    hf_config.use_cache = False
-    on_meta = torch.empty(0).is_meta
     try:
-        with parameters_on_meta() if on_meta else contextlib.nullcontext():
-            return HFCausalLM(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
+        causal_lm = build_causal_lm(hf_config)
     except (ValueError, ImportError) as error:
         raise ConfigError(
             f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
             f"{_first_line(error)}; choose a decoder-only architecture"
         ) from error
+    if config.pretrained:
+        from bigtrain.models.hf_init import read_buffers
+
+        with torch.device("cpu"):
+            read_buffers(causal_lm, config)
+    return HFCausalLM(causal_lm)
+
+
+def build_causal_lm(hf_config: Any) -> nn.Module:
+    """Build the causal language model of a transformers configuration; see :func:`build_hf_model`.
+
+    Raises:
+        ValueError: there is none, or its code is not transformers' own.
+        ImportError: it needs a package that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_config.use_cache = False
+    with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
+        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
 
 
 def unreadable(name: str | None, error: Exception, *, setting: str = "model.name") -> str:
@@ -125,18 +156,23 @@ def unreadable(name: str | None, error: Exception, *, setting: str = "model.name
 
 
 @contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
     """Within this context, modules keep their parameters on the meta device and their buffers on the CPU.
 
     Buffers such as rotary frequencies are computed when a model is constructed and are stored in no
     checkpoint, so on the meta device they would be lost. Ties survive: a parameter that is already on
     the meta device is registered as it is. Each parameter exists for a moment, as untouched memory.
+
+    Args:
+        keep_elements: what parameters of at most so many elements hold at that moment is kept in their ``constructed``.
     """
     register_parameter = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:
+            held = param.detach() if param.numel() <= keep_elements else None
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param.constructed = held
         register_parameter(module, name, param)
 
     nn.Module.register_parameter = register_on_meta

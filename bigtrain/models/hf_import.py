@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
-from bigtrain.models.hf import read_hf_config
+from bigtrain.models.hf import build_causal_lm, read_hf_config
 from bigtrain.models.hf_export import HFTensor, described, hf_config, hf_tensors
-from bigtrain.models.hf_init import StoredTensor, stored_tensors
+from bigtrain.models.hf_files import StoredTensor
+from bigtrain.models.hf_load import published
 from bigtrain.models.init import InitialValue
 
 
@@ -57,21 +60,12 @@ def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialV
     Raises:
         ConfigError: the files cannot be had, or are of another model; lists the differences.
     """
-    _check_same_model(config)
-    stored = stored_tensors(config.init_from, setting="model.init_from")
+    with torch.device("meta"):
+        causal_lm = build_causal_lm(_same_model(config))
+    stored = published(causal_lm, config.init_from, setting="model.init_from")
     parts: dict[str, list[InitialValue]] = {}
-    problems = []
     for tensor in hf_tensors(config):
-        # Files of the bare decoder, such as gpt2's, leave the first part of the name out.
-        found = stored.get(tensor.name) or stored.get(tensor.name.partition(".")[2])
-        if found is None:
-            problems.append(f"{tensor.name} is not in the files")
-        elif found.shape != tensor.shape:
-            problems.append(f"{tensor.name} is {found.shape} in the files, {tensor.shape} in this model")
-        else:
-            parts.setdefault(tensor.native, []).append(_value(tensor, found))
-    if problems:
-        raise ConfigError(f"model.init_from={config.init_from!r} does not fit:\n  " + "\n  ".join(problems))
+        parts.setdefault(tensor.native, []).append(_value(tensor, stored[tensor.name]))
     return {
         name: Stacked(tuple(parts[name])) if len(parts[name]) > 1 else parts[name][0]
         for name, _ in model.named_parameters()
@@ -82,8 +76,11 @@ def _value(tensor: HFTensor, found: StoredTensor) -> InitialValue:
     return Transposed(found) if tensor.is_transposed else found
 
 
-def _check_same_model(config: ModelConfig) -> None:
-    """Compare what decides the function of both models: shapes alone would let another rotary base or norm pass."""
+def _same_model(config: ModelConfig) -> Any:
+    """Return the model's transformers configuration, which is that of ``config.init_from`` in all that decides its function.
+
+    Shapes alone would let another rotary base or norm pass.
+    """
     from transformers import AutoConfig
 
     wanted = AutoConfig.for_model(**hf_config(config))
@@ -97,3 +94,4 @@ def _check_same_model(config: ModelConfig) -> None:
     there, here = described(found), described(wanted)
     if problems := [f"model.{key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
         raise ConfigError(f"model.init_from={config.init_from!r} is another model:\n  " + "\n  ".join(problems))
+    return wanted

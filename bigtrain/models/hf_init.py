@@ -1,70 +1,39 @@
 """Initial values of Hugging Face models: their own rules, or slices of their published files."""
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
-from bigtrain.models.hf import HFCausalLM, unreadable
+from bigtrain.models.hf import HFCausalLM, parameters_on_meta
+from bigtrain.models.hf_load import published, stored_buffers
 from bigtrain.models.init import Given, InitialValue, Normal, seed_of
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor in a safetensors file, of which only the rows asked for are read."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-
-    def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
-        from safetensors import safe_open
-
-        stop, row = start + out.numel(), math.prod(self.shape[1:])
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            first = start // row
-            rows = file.get_slice(self.key)[first : -(-stop // row)] if self.shape else file.get_tensor(self.key)
-            out.copy_(rows.flatten()[start - first * row : stop - first * row])
 
 
 def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
     """Return every parameter's place in the safetensors files of ``config.name``.
 
-    Buffers that are stored with the weights are read at once: they are small, and in memory already.
+    Raises:
+        ConfigError: if there are no such files, or they are not those of this model.
+    """
+    values = published(model.causal_lm, config.name, setting="model.name")
+    return {name: values[name.removeprefix("causal_lm.")] for name, _ in model.named_parameters()}
+
+
+def read_buffers(model: nn.Module, config: ModelConfig) -> None:
+    """Give a causal language model of transformers the buffers that are stored with its published weights, if it has any.
 
     Raises:
-        ConfigError: if there are no such files, or a parameter is missing in them or has another shape.
+        ConfigError: see :func:`published_values`.
     """
-    stored = stored_tensors(config.name)
-    base = model.causal_lm.base_model_prefix + "."
-    aliases: dict[int, list[str]] = {}
-    for name, param in model.causal_lm.named_parameters(remove_duplicate=False):
-        # Files of the bare decoder, such as gpt2's, leave its prefix out.
-        aliases.setdefault(id(param), []).extend([name, name.removeprefix(base), base + name])
-    values, problems = {}, []
-    for name, param in model.named_parameters():
-        found = next((stored[alias] for alias in aliases[id(param)] if alias in stored), None)
-        if found is None:
-            problems.append(f"{name} is not in the files")
-        elif found.shape != tuple(param.shape):
-            problems.append(f"{name} is {found.shape} in the files and {tuple(param.shape)} in the model")
-        else:
-            values[name] = found
-    if problems:
-        raise ConfigError(
-            f"model.name={config.name!r}: {len(problems)} parameters do not fit the published weights, first: "
-            f"{problems[0]}; if transformers converts this architecture while loading, load it there once, "
-            "call save_pretrained(<directory>, save_original_format=False) and give that directory"
-        )
-    _read_buffers(model, stored)
-    return values
+    if buffers := dict(stored_buffers(model)):
+        values = published(model, config.name, setting="model.name")
+        for name in buffers.keys() & values.keys():
+            flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
+            values[name].fill(0, flat)
+            buffers[name].copy_(flat.view(buffers[name].shape))
 
 
 def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
@@ -78,7 +47,7 @@ def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
     matrices, others = set(), []
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
-            if _is_matrix(module, name, param):
+            if param.requires_grad and _is_matrix(module, name, param):  # not a table of sinusoids
                 matrices.add(f"{prefix}.{name}")
             else:
                 others.append((module, f"{prefix}.{name}"))
@@ -113,9 +82,31 @@ def _own_values(model: HFCausalLM, owned: list[tuple[nn.Module, str]], seed: int
     values: dict[str, InitialValue] = {fqn: Given(model.get_parameter(fqn).detach()) for fqn in meta}
     for module, fqn in owned:
         setattr(module, fqn.rpartition(".")[2], meta[fqn])
-    for fqn, value in values.items():
-        assert not value.values.isnan().any(), f"transformers does not say what {fqn} starts from"
+    if unsaid := [fqn for fqn, value in values.items() if value.values.isnan().any()]:
+        values |= _constructed(model, unsaid)
     return values
+
+
+def _constructed(model: HFCausalLM, names: list[str]) -> dict[str, InitialValue]:
+    """Return what the constructors of the model's modules give to parameters of which their own initialisation says nothing.
+
+    Raises:
+        ConfigError: they give nothing, so that every rank would start from what its memory happened to hold.
+    """
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # memory that nobody writes is NaN then
+    try:
+        with parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
+            again = HFCausalLM(type(model.causal_lm)(model.causal_lm.config))
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic)
+    values = {name: again.get_parameter(name).constructed for name in names}
+    if unsaid := [name for name, value in values.items() if value.isnan().any()]:
+        raise ConfigError(
+            f"{type(model.causal_lm).__name__} does not say what {', '.join(unsaid)} start from; start from published "
+            "weights (model.pretrained=true)"
+        )
+    return {name: Given(value.float()) for name, value in values.items()}
 
 
 def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
@@ -126,52 +117,3 @@ def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
     for child in module.children():
         _initialise_as_transformers(child, owner)
     owner._init_weights(module)
-
-
-def _read_buffers(model: HFCausalLM, stored: dict[str, StoredTensor]) -> None:
-    for name, buffer in model.causal_lm.named_buffers():
-        if name in stored:
-            flat = torch.empty(buffer.numel(), dtype=torch.float32, device="cpu")
-            stored[name].fill(0, flat)
-            buffer.copy_(flat.view(buffer.shape))
-
-
-def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, StoredTensor]:
-    """Return every tensor in the safetensors files of ``name``, a hub id or a local directory.
-
-    Raises:
-        ConfigError: if there are no such files; it names the ``setting`` that the name is from.
-    """
-    from safetensors import safe_open
-
-    stored = {}
-    for path in _weight_files(_weights_directory(name, setting)):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                stored[key] = StoredTensor(path, key, tuple(file.get_slice(key).get_shape()))
-    return stored
-
-
-def _weights_directory(name: str, setting: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", "model*.safetensors.index.json"]))
-    except (OSError, ValueError) as error:
-        raise ConfigError(unreadable(name, error, setting=setting)) from error
-
-
-def _weight_files(directory: Path) -> Iterator[Path]:
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        if not (directory / name).exists():
-            raise ConfigError(
-                f"{directory} has no {name}; only safetensors files are read: "
-                "load the model with transformers and call save_pretrained(<directory>) to make them"
-            )
-        yield directory / name

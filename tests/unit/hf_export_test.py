@@ -27,8 +27,8 @@ from bigtrain.export import export
 from bigtrain.files import FileRecord
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.models.hf_export import hf_config, hf_tensors
+from bigtrain.models.hf_files import StoredTensor
 from bigtrain.models.hf_import import Stacked, Transposed
-from bigtrain.models.hf_init import StoredTensor
 from bigtrain.schema import from_dict, to_dict
 from tests.modules import initialise, materialise
 

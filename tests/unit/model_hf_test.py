@@ -216,5 +216,5 @@ def test_weights_that_do_not_fit_are_named(damage, tmp_path):
     config = described(tmp_path, pretrained=True)
     with torch.device("meta"):
         model = build_model(config)
-    with pytest.raises(ConfigError, match=r"1 parameters do not fit.*model.norm.weight"):
+    with pytest.raises(ConfigError, match=r"1 tensors do not fit.*model.norm.weight"):
         initial_values(model, config, seed=0)
