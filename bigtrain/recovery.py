@@ -21,6 +21,7 @@ from bigtrain.cursor import Cursor
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import on_rank0
 from bigtrain.engine.base import Engine
+from bigtrain.engine.build import require_causal
 from bigtrain.engine.state import MODEL, clear_optimizer, initialise
 from bigtrain.errors import CheckpointError, NoRestartError, of_all_ranks
 from bigtrain.models import build_initial_values
@@ -91,7 +92,17 @@ def _published(model: dict[str, Any]) -> str | None:
 
 
 def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
-    """Give the engine what the run begins with; return how far the run is with it."""
+    """Give the engine what the run begins with; return how far the run is with it.
+
+    Raises:
+        ConfigError: with these weights the model looks ahead.
+    """
+    cursor = _fill(config, engine, start, info)
+    require_causal(engine, config)
+    return cursor
+
+
+def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
     entries = engine.state.entries
     if start.checkpoint is None:
         values = build_initial_values(config.model, config.train.seed)

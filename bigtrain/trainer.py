@@ -24,7 +24,7 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.data.stream import SampleStream
 from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_group, on_rank0, pick_device, shut_down
 from bigtrain.engine.base import Engine
-from bigtrain.engine.build import build_engine, require_causal, require_hardware
+from bigtrain.engine.build import build_engine, require_hardware
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, of_all_ranks
 from bigtrain.models import build_model
@@ -157,7 +157,6 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     fill_state(config, engine, start, info)
-    require_causal(engine, config)
     parts = Run(
         config=config,
         directory=directory,
