@@ -95,7 +95,7 @@ def _dry_run(model: nn.Module, length: int) -> Tensor:
 
 
 def unreached_parameters(model: nn.Module) -> list[str]:
-    """Return the names of parameters that the loss does not depend on, such as those of a tower for images.
+    """Return the names of trainable parameters that the loss does not depend on, such as those of a tower for images.
 
     Args:
         model: an HFCausalLM with its parameters on the meta device.
@@ -115,7 +115,7 @@ def unreached_parameters(model: nn.Module) -> list[str]:
             seen.add(node)
             reached.add(getattr(node, "variable", None))
             nodes += [following for following, _ in node.next_functions]
-    return [name for name, parameter in run.named_parameters() if parameter not in reached]
+    return [name for name, parameter in run.named_parameters() if parameter.requires_grad and parameter not in reached]
 
 
 def outermost(model: nn.Module, names: list[str]) -> list[str]:
