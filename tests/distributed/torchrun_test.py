@@ -7,19 +7,18 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
+from bigtrain import torchrun
 from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.resilience.attempt import read_exit
-from tests.distributed.launches import LAUNCH, SMALL, TRAIN, Launch, events, fork, program, trajectory
-
-sys.path.append(str(LAUNCH))
-
-import bound_torchrun
+from tests.distributed.launches import SMALL, TRAIN, Launch, events, fork, program, trajectory
 
 # By default torchrun's agents keep one store for all restarts, and ranks read the addresses of dead ones in it.
 AGENT_VARIABLES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -68,7 +67,7 @@ def test_ranks_save_and_stop_when_torchrun_is_gone(tmp_path: Path, number: int):
 
 
 @pytest.fixture
-def bound() -> bound_torchrun.BoundRendezvous:
+def bound() -> torchrun.BoundRendezvous:
     port = free_port()
     params = RendezvousParameters("bound", f"127.0.0.2:{port}", "id", min_nodes=2, max_nodes=2, rank="0", timeout="20")
     return rendezvous_handler_registry.create_handler(params)
@@ -79,14 +78,14 @@ def listening(port: int) -> list[str]:
     return [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
 
 
-def test_a_bound_rendezvous_listens_on_its_address_only(bound: bound_torchrun.BoundRendezvous):
+def test_a_bound_rendezvous_listens_on_its_address_only(bound: torchrun.BoundRendezvous):
     assert listening(bound.master_port) == ["127.0.0.2"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", bound.master_port), timeout=5)
     endpoint = f"127.0.0.2:{bound.master_port}"
     other = RendezvousParameters("bound", endpoint, "id", min_nodes=2, max_nodes=2, rank="1", timeout="20")
     bound.next_rendezvous().store.set("key", "value")
-    info = bound_torchrun.build_bound_rendezvous(other).next_rendezvous()
+    info = torchrun.build_bound_rendezvous(other).next_rendezvous()
     assert (info.rank, info.world_size, info.store.get("key")) == (1, 2, b"value")
 
 
@@ -98,4 +97,16 @@ def test_torchruns_own_rendezvous_listens_everywhere():
 
 def test_a_bound_rendezvous_needs_the_rank():
     with pytest.raises(ValueError, match="rank="):
-        bound_torchrun.build_bound_rendezvous(RendezvousParameters("bound", "127.0.0.2:1", "id", 1, 1))
+        torchrun.build_bound_rendezvous(RendezvousParameters("bound", "127.0.0.2:1", "id", 1, 1))
+
+
+@pytest.mark.parametrize(("script", "hooked"), [(TRAIN, True), ("elsewhere/train.py", False)])
+def test_only_the_run_speaks_of_a_signal(script: str, hooked: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", ["torchrun", "--standalone", script, "+model=gpt_nano"])
+    assert torchrun.bound_handler() is torchrun.build_bound_rendezvous
+    assert (sys.excepthook is torchrun.leave_the_run_the_last_word) is hooked
+    torchrun.leave_the_run_the_last_word(SignalException, SignalException("got signal", signal.SIGINT), None)
+    assert capsys.readouterr().err == ""
+    torchrun.leave_the_run_the_last_word(ValueError, ValueError("another fault"), None)
+    assert capsys.readouterr().err == "ValueError: another fault\n"

@@ -17,7 +17,7 @@ FLOORS = [
     ["config"],
     ["checks"],
     ["local_ranks", "log"],
-    ["rendezvous"],
+    ["rendezvous", "torchrun"],
     ["distributed"],
     ["data", "models", "objective", "optim"],
     ["engine", "preflight"],
