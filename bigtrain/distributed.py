@@ -50,7 +50,10 @@ def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds:
     def connect() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a new thread would use GPU 0
-        dist.init_process_group(backend, timeout=timeout, rank=info.rank, world_size=info.world_size, store=store)
+        gpu = device if device.type == "cuda" else None  # NCCL would guess it in the first collective
+        dist.init_process_group(
+            backend, timeout=timeout, rank=info.rank, world_size=info.world_size, store=store, device_id=gpu
+        )
 
     try:
         in_slices(connect, Patience(math.inf), "connections to the other ranks")

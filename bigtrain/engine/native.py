@@ -259,6 +259,7 @@ def _data_parallel(model: nn.Module, device: torch.device, accumulates: bool) ->
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         init_sync=False,  # it would broadcast weights that are overwritten right afterwards
+        broadcast_buffers=False,  # tables that every rank computes alike
     )
 
 
@@ -274,11 +275,14 @@ def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn
         if engine.offload is Offload.cpu
         else OffloadPolicy(),
     }
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=engine.fsdp.reshard_after_forward, **kwargs)
+    for i, block in enumerate(model.blocks, start=1):
+        # The backward pass begins with the last block: to reshard it would be to gather it again at once.
+        reshard = engine.fsdp.reshard_after_forward and i < len(model.blocks)
+        fully_shard(block, reshard_after_forward=reshard, **kwargs)
     if (num_ahead := engine.fsdp.prefetch_blocks) > 1:  # one is what FSDP2 does by itself
         for i, block in enumerate(model.blocks):
             block.set_modules_to_forward_prefetch(list(model.blocks[i + 1 : i + 1 + num_ahead]))
             block.set_modules_to_backward_prefetch(list(model.blocks[max(i - num_ahead, 0) : i])[::-1])
-    # The backward pass begins with what the root itself holds (the head): to reshard it would be to gather it again.
+    # So does what the root itself holds, the head; embeddings in a unit of their own would be out of reach of a head that
+    # is tied to them, and of models that use their weights elsewhere.
     return fully_shard(model, reshard_after_forward=False, **kwargs)

@@ -141,6 +141,8 @@ def build_causal_lm(hf_config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     hf_config.use_cache = False
+    if getattr(hf_config, "rescale_every", 0):
+        hf_config.rescale_every = 0  # RWKV, for fp16's sake: it would divide its weights in every evaluation
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
 

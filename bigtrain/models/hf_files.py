@@ -97,7 +97,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
             raise ConfigError(f"{index} is no index of weight files ({error!r}); copy or download it again") from error
         if WEIGHTS not in names and (directory / WEIGHTS).exists():
             raise ConfigError(
-                f"{directory} has both {WEIGHTS} and an {INDEX} of other files; remove the one that is old"
+                f"{directory} has both {WEIGHTS} and {INDEX}, which lists other files; remove the one that is old"
             )
     for name in names:
         if not (directory / name).exists():

@@ -1,0 +1,50 @@
+"""What the native engines communicate."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigtrain.data.batch import Batch
+from bigtrain.local_ranks import run_ranks
+from tests.distributed.ranks import small_config, start_engine
+
+LAYERS = 3
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them."""
+
+    def __enter__(self):
+        self.counts = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(configs):
+    """Return how many collectives of each kind the third step of every configuration begins."""
+    counts = []
+    for config in configs:
+        engine = start_engine(config)
+        if isinstance(engine.module, DistributedDataParallel):  # as if the model had one
+            engine.module.modules_buffers = [torch.zeros(4)]
+        tokens = torch.arange(16)[None]
+        for _ in range(3):  # DDP agrees on its buckets in the second step
+            with Collectives() as mode:
+                engine.micro_step(Batch(tokens, tokens), num_targets=32, last=True)
+            engine.step(1e-3)
+        counts.append(mode.counts)
+    return counts
+
+
+def test_a_micro_batch_communicates_no_more_than_it_has_to():
+    model = {"num_layers": LAYERS}
+    configs = [small_config("fsdp", model=model), small_config("ddp", model=model)]
+    fsdp, ddp = run_ranks(collectives, 2, configs, timeout_seconds=100)[0]
+    # The root and every block in the forward pass; in the backward pass neither the root nor the last block again.
+    assert fsdp == {"_allgather_base_": 1 + LAYERS + LAYERS - 1, "_reduce_scatter_base_": 1 + LAYERS}
+    assert "broadcast_" not in ddp, "buffers are alike on all ranks"
