@@ -19,11 +19,14 @@ from bigtrain.config import CheckpointConfig, OptimizerKind, Verify
 from bigtrain.cursor import Cursor
 from bigtrain.distributed import all_reduce_sum
 from bigtrain.engine import deepspeed_zero, native
+from bigtrain.engine.state import whole_entry
+from bigtrain.errors import CheckpointError
 from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.optim.schedule import lr_at
 from bigtrain.run_data import open_data, train_loader
 from bigtrain.trainer import read_back, train_step
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
+from tests.faults import saves
 
 STEP = 3
 LAST_STEP = STEP + 10
@@ -240,3 +243,23 @@ def test_torchs_own_loader_is_told_of_damage(saved, tmp_path):
     file.write_bytes(data)
     with pytest.raises(RankFailedError, match="its hash is"):
         run_ranks(load_with_dcp, 2, copy)
+
+
+def _load_what_was_frozen_since(directory):
+    saves.join()
+    keys = [
+        key.format(name) for name in ("a", "b") for key in ("model.{}", "optim.state.{}.exp_avg", "optim.state.{}.step")
+    ]
+    old = {key: whole_entry(torch.full((3,), float(i))) for i, key in enumerate(keys)}
+    Saver(directory, old, CheckpointConfig(asynchronous=False)).save(saves.make_run_state(1))
+    now = {key: whole_entry(torch.zeros(3)) for key in keys if not key.startswith("optim.state.b.")}
+    load_checkpoint(checkpoint_path(directory, 1), now)
+    assert all(torch.equal(entry.boxes[0].view, old[key].boxes[0].view) for key, entry in now.items())
+    for lost in ("optim.state.a.step", "model.b"):
+        rest = {key: entry for key, entry in now.items() if key != lost}
+        with pytest.raises(CheckpointError, match=r"in the checkpoint, but not expected"):
+            load_checkpoint(checkpoint_path(directory, 1), rest)
+
+
+def test_optimizer_state_of_parameters_that_were_frozen_since_is_left_out(tmp_path):
+    run_ranks(_load_what_was_frozen_since, 1, tmp_path, timeout_seconds=60)
