@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra_cli
 
 from bigtrain import log
+from bigtrain.checks import ignored_settings
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, TrainConfig, component_data, is_live
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
@@ -42,6 +43,9 @@ def run(config: TrainConfig) -> int:
     from bigtrain.data.prepare import prepare_components
 
     log.setup(hydra_cli.rank())
+    for warning in ignored_settings(config):
+        if warning.startswith("data."):
+            log.get_logger().warning(f"warning: {warning}")
     num_tokens = 0
     for name, directory in prepare_components(config.data, progress=True):
         if config.data.mixture:
@@ -57,6 +61,7 @@ def run(config: TrainConfig) -> int:
 
 def describe(directory: Path) -> int:
     """Print what a corpus holds and what was left out of it; return the tokens to train on."""
+    from bigtrain.data.files import tell_left_out
     from bigtrain.data.index import read_index
     from bigtrain.data.prepare import REPORT_FILE
 
@@ -80,6 +85,12 @@ def describe(directory: Path) -> int:
                 f"left out    {reason}: {dropped['documents']:,} documents, {dropped['text_bytes'] / 1e6:.1f} MB, "
                 f"such as {examples}"
             )
+        if "bad_rows" in report:
+            print(
+                f"left out    {report['bad_rows']['count']:,} bad rows or files: {'; '.join(report['bad_rows']['examples'])}"
+            )
+        if "files_left_out" in report:
+            print(f"not read    {tell_left_out(report['files_left_out'])}")
     return index.train.num_tokens
 
 

@@ -76,6 +76,8 @@ def parse_object(line: str, following: Callable[[], bytes]) -> dict[str, Any]:
 
 def _not_json(line: str, error: json.JSONDecodeError) -> str:
     problem = f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    if error.msg == "Extra data":
+        return f"{problem}; {_ONE_PER_LINE}, and this line goes on after it"
     if line.lstrip()[:1] in "{[":
         return problem
     return f"{problem}; {_ONE_PER_LINE}, and this line begins {line.strip()[:_QUOTED_CHARACTERS]!r}"
@@ -88,9 +90,8 @@ def _goes_on(line: str, following: bytes) -> bool:
         return False
     text = (start + following.decode(errors="replace")).rstrip()
     try:
-        json.JSONDecoder().raw_decode(text)
+        return json.JSONDecoder().raw_decode(text)[1] > len(start.rstrip())
     except json.JSONDecodeError as error:  # where what is known of it ends, or in its middle
         return error.pos >= len(text) or error.msg.startswith("Unterminated string")
     except (RecursionError, ValueError):
         return False
-    return True

@@ -139,6 +139,10 @@ def test_json_over_several_lines_is_named(tmp_path, text, what):
         ('{"text": "cut of', "not valid JSON: Invalid control character at character 17"),
         ('{"text": "a\0b"}', "not valid JSON: Invalid control character at character 12"),
         ('[{"text": "x"}]', "expected a JSON object, found list; one object per line is meant"),
+        (
+            '{"text": "x"} {"text": "y"}',
+            "not valid JSON: Extra data at character 15; one object per line is meant, and",
+        ),
         ('"x"', "expected a JSON object, found str"),
         ("text,label", "not valid JSON: Expecting value at character 1; one object per line is meant, and this line"),
         ('{"text": 3}', "field 'text' is int, not text"),

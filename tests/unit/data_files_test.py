@@ -12,6 +12,7 @@ import pytest
 
 from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data.files import find_files, tell_left_out
+from bigtrain.data.live import read_plan
 from bigtrain.data.prepare import prepare
 from bigtrain.data.sources import iterate_documents, source_fingerprint
 from bigtrain.errors import DataError
@@ -270,6 +271,16 @@ def test_splits_of_a_saved_dataset(saved, place):
     for split, expected in {"train": range(6), "validation": [6, 7], "test": [8, 9]}.items():
         found = texts("arrow", saved / place, split=split)
         assert sorted(set(found)) == [f"row {i}" for i in expected]
+
+
+def test_on_the_fly_splits_are_chosen_too(saved, tmp_path):
+    config = config_of("arrow", saved / "dict", tokenizer="bytes", root=str(tmp_path), on_the_fly=True)
+    with pytest.raises(DataError, match=r"holds the splits test, train, validation;"):
+        prepare(config, progress=False)
+    directories = [prepare(dataclasses.replace(config, split=split), progress=False) for split in ("train", "test")]
+    for split, directory in zip(("train", "test"), directories, strict=True):
+        (part,) = read_plan(directory).parts
+        assert [file.name for file in part.files] == [f"{split}/data-00000-of-00001.arrow"]
 
 
 def test_a_split_of_its_own(saved):

@@ -427,7 +427,9 @@ def test_a_place_that_cannot_be_written_is_an_error(config, tmp_path):
 def test_prepare_tells_what_there_is_and_whether_it_is_enough(config, tmp_path):
     (tmp_path / "texts" / "00b.txt").write_bytes((tmp_path / "texts" / "00.txt").read_bytes())
     settings = [f"data.path={config.path}", f"data.root={config.root}", "data.tokenizer=bytes"]
-    settings += ["data.filters.duplicates=exact", "+model=gpt_nano"]
+    settings += ["data.filters.duplicates=exact", "+model=gpt_nano", "data.on_bad_row=skip", "data.split=test"]
+    (tmp_path / "texts" / "bad.bin").write_bytes(b"\0")
+    (tmp_path / "texts" / ".hidden").touch()
     done = subprocess.run(
         [sys.executable, LAUNCH / "prepare.py", "data=text", *settings],
         capture_output=True,
@@ -438,6 +440,8 @@ def test_prepare_tells_what_there_is_and_whether_it_is_enough(config, tmp_path):
     assert done.returncode == 0, done.stderr
     train = re.search(r"train +(\d+) documents, .* ([\d,]+) tokens in 1 shard", done.stdout)
     assert train and "left out    exact_duplicate: 1 documents, 0.0 MB, such as 00b.txt" in done.stdout
+    assert "bad rows or files: " in done.stdout and "bad.bin: has zero bytes" in done.stdout
+    assert "not read    .hidden (hidden)" in done.stdout and "data.split is ignored by data=text" in done.stderr
     found = re.search(r"enough\? +([\d.]+) tokens per parameter of gpt_nano \(([\d,]+)\)", done.stdout)
     num_tokens, num_parameters = (int(text.replace(",", "")) for text in (train[2], found[2]))
     assert float(found[1]) == pytest.approx(num_tokens / num_parameters, abs=0.01)
