@@ -1,12 +1,13 @@
 """Say where a run lives: ``python launch/where.py +model=gpt_nano``; batch scripts ask before they start ranks."""
 
 import contextlib
+import os
 
 import hydra_cli
 
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FINISHED
-from bigtrain.resilience.attempt import ATTEMPT_FILE, is_restart
+from bigtrain.resilience.attempt import ATTEMPT_FILE, COUNTS_FAILURES, is_restart
 from bigtrain.resilience.hold import take_hold
 
 HELP = """\
@@ -16,6 +17,8 @@ one that may be cut off, and takes the run from it when it gives no sign of life
 
   python launch/where.py +model=gpt_nano
   WORLD_SIZE=32 LOCAL_WORLD_SIZE=8 python launch/where.py +model=gpt3_1b engine=hsdp run.name=first
+
+With BIGTRAIN_COUNTS_FAILURES=1, which slurm/train.sbatch sets, a second line is supervision.max_failed_attempts.
 
 Takes the settings of launch/train.py. Exit codes: 0, or 2 with every problem of the settings, or the run is in use.
 """
@@ -29,6 +32,8 @@ def run(config: TrainConfig) -> int:
         with contextlib.suppress(OSError):  # the run itself says what is wrong with its directory
             take_hold(directory / ATTEMPT_FILE, patient=is_restart()).release()
     print(directory)
+    if COUNTS_FAILURES in os.environ:
+        print(config.supervision.max_failed_attempts)
     return EXIT_FINISHED
 
 

@@ -33,6 +33,8 @@ ATTEMPT_FILE = "attempt.json"
 EXIT_FILE = "exit.json"
 FAILURE_FILE = "failure.json"
 ROOM_FILE = ".room"
+COUNTS_FAILURES = "BIGTRAIN_COUNTS_FAILURES"
+"""Set by whoever restarts launches and counts those that failed, also those that have never claimed the run."""
 
 _ROOM_BYTES = 2**20
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -195,7 +197,7 @@ def is_restart() -> bool:
 
 def _failures_in_a_row(directory: Path, last: dict[str, Any], newest_step: int) -> int:
     """Return how many launches up to now failed one after the other without a new checkpoint."""
-    if not last or not is_restart():
+    if not last or not is_restart() or COUNTS_FAILURES in os.environ:
         return 0
     code = read_exit(directory).get("code")
     if code in (EXIT_FINISHED, EXIT_RESUMABLE) or newest_step > int(last.get("step", 0)):

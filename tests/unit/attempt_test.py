@@ -21,6 +21,7 @@ from bigtrain.errors import ConfigError, NoRestartError
 from bigtrain.resilience import failures, hold, watchdog
 from bigtrain.resilience.attempt import (
     ATTEMPT_FILE,
+    COUNTS_FAILURES,
     claim_run,
     is_restart,
     read_exit,
@@ -194,6 +195,17 @@ def test_a_restart_waits_for_the_end_of_the_other_launch(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     threading.Timer(0.5, holder.kill).start()
     assert claim(tmp_path) == 2
+
+
+def test_failures_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By whoever restarts launches, if that counts those that never claimed the run too; else here."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv(COUNTS_FAILURES, "1")
+    assert [claim(tmp_path) for _ in range(5)] == [1, 2, 3, 4, 5]
+    monkeypatch.delenv(COUNTS_FAILURES)
+    with pytest.raises(NoRestartError, match="3 launches in a row"):
+        for _ in range(4):
+            claim(tmp_path)
 
 
 # First cause

@@ -290,6 +290,12 @@ def test_text_keeps_what_hydra_offers():
     assert (config.run.name, config.data.path, config.run.root) == ("a b", None, "x/0")
 
 
+def test_a_batch_script_that_counts_failures_is_told_the_limit(tmp_path: Path):
+    command = ("where.py", "+model=gpt_nano", "supervision.max_failed_attempts=7")
+    assert run(*command, cwd=tmp_path, BIGTRAIN_COUNTS_FAILURES="1") == (0, "runs/gpt_nano\n7\n", "")
+    assert run(*command, cwd=tmp_path) == (0, "runs/gpt_nano\n", "")
+
+
 PRESET_TEXTS = ["010", "12_34", "1e3", "yes", "on", "1:30", "2024-01-01", "8"]
 
 
