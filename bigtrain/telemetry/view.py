@@ -50,7 +50,9 @@ class RunView:
         self.last = record
 
     def add_event(self, event: dict[str, Any]) -> None:
-        """Take an event; the same one again changes nothing."""
+        """Take an event; the same one again changes nothing, and a launch voids what was after its first step."""
+        if event.get("event") in names.LAUNCH_EVENTS:
+            self._events = {key: kept for key, kept in self._events.items() if not _is_void(kept, event)}
         self._events[event.get("event"), event.get(names.STEP), event.get(names.TIME)] = event
         if len(self._events) > _MAX_EVENTS:
             del self._events[next(iter(self._events))]
@@ -112,6 +114,11 @@ class RunView:
         validations = [event for event in self.events if event.get("event") == "validation"]
         last = f"  validation {validations[-1]['loss']:.4f}" if validations and validations[-1].get("loss") else ""
         return f"{sparkline(losses)}{last}"
+
+
+def _is_void(event: dict[str, Any], launch: dict[str, Any]) -> bool:
+    is_repeated = event.get("event") in names.REPEATED_EVENTS
+    return is_repeated and (event.get(names.STEP) or 0) > (launch.get(names.STEP) or 0)
 
 
 def sparkline(values: Sequence[float], columns: int = _SPARKLINE_COLUMNS) -> str:

@@ -18,8 +18,9 @@ from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.resilience import stragglers, watchdog
 from bigtrain.resilience.attempt import ROOM_FILE, claim_run, read_json
 from bigtrain.resilience.failures import Failure, record_failures
-from tests.distributed.launches import events, num_steps, trajectory
+from tests.distributed.launches import events, metrics, num_steps, trajectory
 from tests.faults.injection import RUN, Fault, state_hashes, train
+from tests.tensorboard_files import read_scalars
 
 SETTINGS = ["model.dropout=0.1", "train.steps=12", "checkpoint.every_steps=2", "validation.every_steps=4"]
 
@@ -273,7 +274,13 @@ def once(kind: str) -> None:
 def test_a_spike_goes_back_and_leaves_out_its_samples(tmp_path: Path):
     spikes = ["bad_numbers.spike_zscore=6", "bad_numbers.spike_window_steps=8", "bad_numbers.max_bad_steps=0"]
     settings = ["engine=ddp", "train.steps=12", "checkpoint.every_steps=2", *spikes]
-    ended = train(tmp_path, *settings, faults=[Fault("spike", 1, 9, "data")], prepare=partial(once, "spike"))
+    ended = train(
+        tmp_path,
+        *settings,
+        "logging.tensorboard=true",
+        faults=[Fault("spike", 1, 9, "data")],
+        prepare=partial(once, "spike"),
+    )
     assert ended.codes == [0, 0], ended
     run = tmp_path / RUN
     (bad,) = events(run, "bad_step")
@@ -283,6 +290,9 @@ def test_a_spike_goes_back_and_leaves_out_its_samples(tmp_path: Path):
     assert (back["first_bad_step"], back["last_bad_step"]) == (9, 9)
     assert back["checkpoint"].endswith("step-00000008")
     assert [event["step"] for event in events(run, "resume")] == [8]
+    # The step that is given up, of which two dashboards in a row were told, is on none of them.
+    shown = {record["step"]: pytest.approx(record["loss"]) for record in metrics(run)}
+    wait_for(lambda: dict(read_scalars(run).get("train/loss", [])) == shown)
     skip = partial(skip_from_the_beginning, 64, 72)
     assert train(tmp_path, *settings, "run.name=skipped", prepare=skip).codes == [0, 0]
     assert_same(run, tmp_path / "runs/skipped")  # the spike's update is undone: unlike that of a NaN, it was made

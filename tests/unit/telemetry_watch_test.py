@@ -73,6 +73,18 @@ def test_a_resumed_run_takes_its_steps_back():
     assert len(view._losses) == 5 and "step 7/20" in drawn(view) and "grad norm nan" in drawn(view)
 
 
+def test_a_resumed_run_takes_its_validations_back():
+    view = RunView(20)
+    for kind, step in (("start", 0), ("validation", 5), ("fault", 12), ("validation", 10), ("resume", 8)):
+        view.add_event({"event": kind, "step": step, "loss": 0.5})
+    assert [(event["event"], event["step"]) for event in view.events] == [
+        ("start", 0),
+        ("validation", 5),
+        ("fault", 12),
+        ("resume", 8),
+    ]
+
+
 def test_a_sparkline_falls_with_the_loss(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     line = sparkline([8 - i / 10 for i in range(80)], 8)
