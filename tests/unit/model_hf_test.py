@@ -7,6 +7,7 @@ from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
+from bigtrain.models.hf import with_hf_shape
 from bigtrain.models.init import initial_values
 from tests.modules import initialise, materialise
 
@@ -218,3 +219,31 @@ def test_weights_that_do_not_fit_are_named(damage, tmp_path):
         model = build_model(config)
     with pytest.raises(ConfigError, match=r"1 tensors do not fit.*model.norm.weight"):
         initial_values(model, config, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        # (hidden_dim, num_layers, num_heads, num_kv_heads, head_dim, ffn_dim)
+        (CONFIGS["gpt2"], (32, 3, 4, 4, 8, 128)),
+        (CONFIGS["llama"], (32, 3, 4, 2, 8, 48)),
+        # Wider heads where attention is global; as many neurons as a layer says; nothing but inner configurations.
+        (
+            transformers.Gemma4TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, global_head_dim=16),
+            (32, 3, 4, 2, 16, 48),
+        ),
+        (
+            transformers.Gemma3nTextConfig(
+                **SMALL | {"intermediate_size": [48, 48, 64]}, num_key_value_heads=2, head_dim=8, num_kv_shared_layers=0
+            ),
+            (32, 3, 4, 2, 8, 64),
+        ),
+        (transformers.BltConfig(), (2048, 25, 16, 16, 128, 5632)),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, transformers.PreTrainedConfig) else "",
+)
+def test_shape_of_layers_that_differ_is_the_largest(tmp_path, config, shape):
+    config.save_pretrained(tmp_path)
+    model = with_hf_shape(described(tmp_path))
+    found = (model.hidden_dim, model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, model.ffn_dim)
+    assert found == shape
