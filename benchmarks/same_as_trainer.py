@@ -1,0 +1,72 @@
+"""Does a run have the losses of transformers' Trainer on the same ids, in the same order, from the same weights?
+
+    python benchmarks/same_as_trainer.py
+    python benchmarks/same_as_trainer.py --only llama --engine zero3
+
+Small models (``small_configs.py``) in fp32 without dropout: ours on two ranks, Trainer in one process that accumulates
+two micro-batches, each with AdamW at a constant rate. The ids are those that our loader hands out; Trainer shifts the
+labels by itself.
+
+Shape suffixes: B batch, T tokens.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Ranks are forked from a server that is not started in this directory, but has to find these modules.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from small_runs import call
+from trainer_losses import STEPS, WORLD_SIZE, our_losses, prepare, trainer_losses
+
+from bigtrain.config import EngineKind
+from bigtrain.errors import ConfigError
+
+MODELS = ("gpt2", "llama", "mamba")
+TOLERANCE = 1e-4
+
+
+def compare(family: str, engine: EngineKind) -> tuple[list[float], list[float]]:
+    """Return our losses and Trainer's.
+
+    Raises:
+        ConfigError: bigtrain refuses the model.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{family}-") as temporary:
+        directory = Path(temporary)
+        call(prepare, 1, family, directory)
+        (ours, refusal), (theirs, _) = (
+            call(our_losses, WORLD_SIZE, directory, engine),
+            call(trainer_losses, 1, directory),
+        )
+        if refusal:
+            raise ConfigError(refusal)
+        return ours, theirs
+
+
+def main() -> int:
+    """Print a row a model; return 0 if all agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(MODELS), help="families, with commas")
+    parser.add_argument("--engine", default="fsdp", choices=[engine.name for engine in EngineKind])
+    parser.add_argument("--json", type=Path, help="keeps the losses")
+    args = parser.parse_args()
+    print(f"{'family':<12} {'first loss':>10} {f'loss {STEPS}':>10} {'largest difference':>18}")
+    rows, num_different = {}, 0
+    for family in args.only.split(","):
+        ours, theirs = compare(family, EngineKind[args.engine])
+        difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        rows[family] = {"ours": ours, "trainer": theirs, "difference": difference}
+        num_different += not difference <= TOLERANCE  # a NaN is different
+        print(f"{family:<12} {ours[0]:>10.4f} {ours[-1]:>10.4f} {difference:>18.1e}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(num_different > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

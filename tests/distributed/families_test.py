@@ -1,0 +1,54 @@
+"""Models of transformers train as transformers computes them: a sample of what ``benchmarks/families.py`` tries."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *args: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *args]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=600, check=False)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def test_families_from_weights_under_an_engine_that_builds_in_pieces(tmp_path: Path):
+    """A tower of images that the loss does not reach, experts that are stored one by one; and an encoder."""
+    names = ["gemma3", "mixtral", "bert (encoder)"]
+    options = [f"--only={','.join(names)}", "--engines=zero3", "--starts=pretrained"]
+    output = run("families.py", *options, f"--json={tmp_path / 'figures'}", f"--table={tmp_path / 'table.md'}")
+    figures = json.loads((tmp_path / "figures").read_text())
+    for name in names[:2]:
+        assert figures[name].keys() >= {"pretrained logits", "pretrained zero3", "export"}, output
+        assert not figures[name]["failed"] | figures[name]["refused"], output
+    assert "is_decoder" in figures["bert (encoder)"]["refused"]["pretrained zero3"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| mixtral |" in table.partition("## Refused")[0]
+    assert "| bert (encoder) |" in table.partition("## Refused")[2]
+
+
+def test_a_difference_is_seen():
+    script = """
+from families import relative_difference, verdict
+figures = {"refused": {}, "failed": {}}
+assert verdict(figures | {"export": 9e-6}) == "equal"
+assert verdict(figures | {"export": 2e-5}) == "differs"
+assert verdict(figures | {"failed": {"export": "KeyError"}}) == "fails"
+assert verdict(figures | {"failed": {"build": "KeyError"}}) == "not built"
+nothing = float("nan")
+assert relative_difference([2.0, 4.0], [2.0, 4.0004]) > 9e-5
+assert relative_difference([nothing], [1.0]) == relative_difference([], [1.0]) == float("inf")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=BENCHMARKS, timeout=120, check=True)
+
+
+def test_losses_are_those_of_transformers_trainer(tmp_path: Path):
+    output = run("same_as_trainer.py", "--only=llama", "--engine=zero1", f"--json={tmp_path / 'losses'}")
+    losses = json.loads((tmp_path / "losses").read_text())["llama"]
+    assert len(losses["ours"]) == len(losses["trainer"]) == 20, output
+    assert losses["difference"] <= 1e-4
+    # The comparison means something: from one step to the next they change by more than that.
+    assert max(abs(a - b) for a, b in zip(losses["ours"], losses["trainer"][1:], strict=False)) > 1e-2
