@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from bigtrain.checkpoint.reader import TensorReader
 from bigtrain.checkpoint.shard import NAMES
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
-from bigtrain.data.index import read_index
+from bigtrain.data.index import PUBLISHED_DIRECTORY, TokenizerRecord, read_index, verify_file
 from bigtrain.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
-from bigtrain.files import sync
+from bigtrain.files import sync, write_durably
 from bigtrain.models import build_model
-from bigtrain.models.hf import read_hf_config
+from bigtrain.models.hf import HFCausalLM, published_directory
+from bigtrain.models.hf_disk import disk_config, disk_tensors
 from bigtrain.models.hf_export import HFTensor, hf_config, hf_tensors
-from bigtrain.models.init import initial_values
-from bigtrain.run_files import find_whole
+from bigtrain.models.hf_load import stored_buffers
+from bigtrain.run_files import DESCRIPTION_FILES, find_whole, own_model
 from bigtrain.schema import from_dict
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
-"""All are the end-of-text token, which stands between documents: it begins, ends and pads a text."""
+OWN_ROLES = ("bos_token", "eos_token")
+"""Of a tokenizer that bigtrain has made: both are the end-of-text token, which stands between documents."""
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -66,8 +70,9 @@ class Exported:
 def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int) -> Exported:
     """Write ``out`` so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of transformers open it.
 
-    Weights are read and written one tensor at a time. The tokenizer is the run's own; it encodes as in
-    training with ``add_special_tokens=False``, which makes no difference to one that bigtrain has made.
+    Weights are read and written one tensor at a time. A published tokenizer and the configuration of a Hugging Face
+    model are what the run was started from, byte for byte where it has not changed them; a tokenizer of bigtrain's
+    encodes as in training.
 
     Args:
         path: directory of a run, of which the newest checkpoint that verifies is taken, or of one checkpoint.
@@ -85,18 +90,17 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         raise ConfigError(f"out={out} exists; nothing is overwritten: choose another name, or remove it")
     run, checkpoint = find_whole(path)
     model = from_dict(TrainConfig, read_run_state(checkpoint).config).model
-    list_parts = _native_parts if model.kind is ModelKind.native else _hugging_face_parts
-    parts = list_parts(model, checkpoint, DTYPES[precision])
-    eos_id = _eos_id(run)
-    config = _config(model, eos_id) | {"torch_dtype": str(DTYPES[precision]).removeprefix("torch.")}
+    tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
+    describe = _native if model.kind is ModelKind.native else _hugging_face
+    parts, descriptions = describe(model, run, checkpoint, DTYPES[precision], tokenizer)
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", {f"{role}_id": config.get(f"{role}_id") for role in ROLES})
+        for name, content in descriptions.items():
+            write_durably(partial / name, [memoryview(content)])
         _write_weights(partial, parts, max_shard_bytes)
-        if eos_id is not None:
-            _write_tokenizer(run, partial, eos_id, max_positions=model.max_positions)
+        if tokenizer:
+            _write_tokenizer(run, partial, tokenizer, max_positions=model.max_positions)
         sync(partial)
         os.rename(partial, out)
         sync(out.parent)
@@ -104,63 +108,108 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         raise ConfigError(f"out={out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(checkpoint, sum(math.prod(part.shape) for part in parts), has_tokenizer=eos_id is not None)
+    return Exported(checkpoint, sum(math.prod(part.shape) for part in parts), has_tokenizer=tokenizer is not None)
 
 
 # What is written
 
 
-def _native_parts(model: ModelConfig, checkpoint: Path, dtype: torch.dtype) -> list[Part]:
+def _native(
+    model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+) -> tuple[list[Part], dict[str, bytes]]:
+    """Return the tensors of a native model and the files that describe it."""
     reader = TensorReader(checkpoint)
     read = functools.lru_cache(maxsize=1)(reader.read)  # query, key and value are parts of one tensor
 
     def part(tensor: HFTensor) -> Part:
         return Part(tensor.name, tensor.shape, dtype, lambda: tensor.cut_from(read(MODEL + tensor.native)))
 
-    return [part(tensor) for tensor in hf_tensors(model)]
+    ids = _token_ids(run, tokenizer)
+    config = hf_config(model) | ids | {"torch_dtype": _name(dtype)}
+    return [part(tensor) for tensor in hf_tensors(model)], {CONFIG: _json(config), GENERATION: _json(ids)}
 
 
-def _hugging_face_parts(model: ModelConfig, checkpoint: Path, dtype: torch.dtype) -> list[Part]:
-    """Return the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
-    reader = TensorReader(checkpoint)
-    keys = [key for key in reader.records if key.startswith(MODEL)]
-    parts = [
-        Part(
-            key.removeprefix(f"{MODEL}causal_lm."),
-            tuple(reader.records[key].shape),
-            dtype,
-            functools.partial(reader.read, key),
-        )
-        for key in keys
-    ]
+def _hugging_face(
+    model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+) -> tuple[list[Part], dict[str, bytes]]:
+    """Return the tensors of a transformers model and the files that describe it, as they are on disk."""
+    own = own_model(model, run)
     with torch.device("meta"):
-        causal_lm = build_model(model)
-    stored = causal_lm.state_dict().keys()
-    buffers = {name: buffer for name, buffer in causal_lm.named_buffers() if name in stored}
-    if buffers and model.pretrained:
-        initial_values(causal_lm, model, seed=0)  # reads the published buffers
-    for name, buffer in buffers.items():
-        kept = dtype if buffer.is_floating_point() else buffer.dtype
-        parts.append(Part(name.removeprefix("causal_lm."), tuple(buffer.shape), kept, lambda buffer=buffer: buffer))
-    return parts
+        built = build_model(own)
+    published = published_directory(own.name, list(DESCRIPTION_FILES))
+    files = {name: (published / name).read_bytes() for name in DESCRIPTION_FILES if (published / name).is_file()}
+    architecture = type(built.causal_lm).__name__
+    config = disk_config(json.loads(files[CONFIG]), architecture=architecture, dtype=_name(dtype))
+    if tokenizer and os.path.realpath(tokenizer.name) != os.path.realpath(str(model.name)):
+        ids = _token_ids(run, tokenizer)
+        config = _with_ids(config, ids)
+        if GENERATION in files:
+            files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
+    files[CONFIG] = _json(config)
+    return list(_disk_parts(built, TensorReader(checkpoint), dtype)), files
 
 
-def _config(model: ModelConfig, eos_id: int | None) -> dict[str, Any]:
-    """Return the content of ``config.json`` without the dtype."""
-    if model.kind is ModelKind.native:
-        return hf_config(model) | {f"{role}_id": eos_id for role in ROLES}
-    published = json.loads(read_hf_config(model.name).to_json_string())
-    own = {} if eos_id is None else {f"{role}_id": eos_id for role in ROLES}
-    return {key: value for key, value in published.items() if key != "dtype"} | own
+def _disk_parts(model: HFCausalLM, reader: TensorReader, dtype: torch.dtype) -> Iterator[Part]:
+    """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
+    prefix = f"{MODEL}causal_lm."
+    parameters = [key.removeprefix(prefix) for key in reader.records if key.startswith(prefix)]
+    buffers = dict(stored_buffers(model.causal_lm))
+
+    @functools.lru_cache(maxsize=1)  # the experts of a layer are parts of one tensor
+    def read(number: int) -> dict[str, torch.Tensor]:
+        group = groups[number]
+        own = {name: buffers[name] if name in buffers else reader.read(prefix + name) for name in group.sources}
+        return group.convert(own)
+
+    groups = disk_tensors(model.causal_lm, [*parameters, *buffers])
+    # Buffers stay what they are: programs that compute in bf16 keep them apart for their precision.
+    for number, group in enumerate(groups):
+        kept = next((buffers[name].dtype for name in group.sources if name in buffers), dtype)
+        for name, shape in group.shapes.items():
+            load = functools.partial(lambda number, name: read(number)[name], number, name)
+            yield Part(name, shape, kept, load)
 
 
-def _eos_id(run: Path) -> int | None:
-    """Return the id of the run's end-of-text token; None if its data were synthetic, without a tokenizer."""
-    return read_index(run, check_sizes=False).tokenizer.eos_id if (run / TOKENIZER_FILE).is_file() else None
+def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | None]:
+    """Return what the run's tokenizer says of the tokens that begin, end and pad a text; None where it says nothing."""
+    if tokenizer is None:
+        return {f"{role}_id": None for role in ROLES}
+    own = dict.fromkeys(OWN_ROLES, load_tokenizer(run).id_to_token(tokenizer.eos_id))
+    roles = _published_roles(run) if tokenizer.published else own
+    ids = {f"{role}_id": load_tokenizer(run).token_to_id(roles.get(role) or "") for role in ROLES}
+    return ids | {"eos_token_id": tokenizer.eos_id}
 
 
-def _write_tokenizer(run: Path, directory: Path, eos_id: int, *, max_positions: int) -> None:
-    tokens = dict.fromkeys(ROLES, load_tokenizer(run).id_to_token(eos_id))
+def _published_roles(run: Path) -> dict[str, str]:
+    """Return the special tokens by their roles, as the files of a published tokenizer say."""
+    roles = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = run / PUBLISHED_DIRECTORY / name
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        contents = {role: token["content"] if isinstance(token, dict) else token for role, token in told.items()}
+        roles |= {role: contents[role] for role in ROLES if isinstance(contents.get(role), str)}
+    return roles
+
+
+def _with_ids(described: dict[str, Any], ids: dict[str, int | None]) -> dict[str, Any]:
+    """Put the ids of another tokenizer in; what it does not say stays, and a list of ids that has the tokenizer's."""
+
+    def fits(name: str) -> bool:
+        told = described.get(name)
+        return ids[name] in (None, *(told if isinstance(told, list) else [told]))
+
+    return described | {name: value for name, value in ids.items() if not fits(name)}
+
+
+def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, *, max_positions: int) -> None:
+    if tokenizer.published:
+        for file in tokenizer.published:
+            verify_file(run, file)
+            copy = directory / Path(file.name).relative_to(PUBLISHED_DIRECTORY)
+            copy.parent.mkdir(exist_ok=True)
+            write_durably(copy, [memoryview((run / file.name).read_bytes())])
+        return
+    tokens = dict.fromkeys(OWN_ROLES, load_tokenizer(run).id_to_token(tokenizer.eos_id))
     behaviour = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_positions,
@@ -169,38 +218,31 @@ def _write_tokenizer(run: Path, directory: Path, eos_id: int, *, max_positions: 
         "split_special_tokens": True,
     }
     shutil.copyfile(run / TOKENIZER_FILE, directory / TOKENIZER_FILE)
-    _write_json(directory / "special_tokens_map.json", tokens)
-    _write_json(directory / "tokenizer_config.json", tokens | behaviour)
+    for name, content in (("special_tokens_map.json", tokens), ("tokenizer_config.json", tokens | behaviour)):
+        write_durably(directory / name, [memoryview(_json(content))])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # How it is written
 
 
 def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int) -> None:
-    shards = list(_shards(parts, max_shard_bytes))
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        _write_safetensors(directory / name, shard)
-    _write_json(
-        directory / "model.safetensors.index.json",
-        {
-            "metadata": {"total_size": sum(part.num_bytes for part in parts)},
-            "weight_map": {part.name: name for name, shard in zip(names, shards, strict=True) for part in shard},
-        },
+    """Write the tensors into files with the names that transformers gives them."""
+    by_name = {part.name: part for part in parts}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda part: part.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
-
-
-def _shards(parts: list[Part], max_shard_bytes: int) -> Iterator[list[Part]]:
-    """Cut the list of tensors into files."""
-    shard: list[Part] = []
-    for part in parts:
-        if shard and sum(other.num_bytes for other in shard) + part.num_bytes > max_shard_bytes:
-            yield shard
-            shard = []
-        shard.append(part)
-    yield shard
+    for file, names in split.filename_to_tensors.items():
+        _write_safetensors(directory / file, [by_name[name] for name in names])
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_durably(directory / "model.safetensors.index.json", [memoryview(_json(index))])
 
 
 def _write_safetensors(path: Path, parts: list[Part]) -> None:
@@ -224,8 +266,5 @@ def _write_safetensors(path: Path, parts: list[Part]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -1,5 +1,6 @@
 """The data of a run: prepared once, opened on every rank, continued where a checkpoint stopped."""
 
+import dataclasses
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from bigtrain.checkpoint.store import RunState
 from bigtrain.config import DataConfig, OnBad, Packing, TrainConfig
 from bigtrain.cursor import Cursor, DataState
 from bigtrain.data import open_streams
-from bigtrain.data.index import read_index
+from bigtrain.data.index import INDEX_FILE, read_index
 from bigtrain.data.live import cache_directory
 from bigtrain.data.loader import TrainLoader
 from bigtrain.data.prepare import prepare_components
@@ -44,10 +45,11 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         config: of the run.
         previous: of the checkpoint that is continued.
     """
-    directories = on_rank0(lambda: prepare_data(config.data), patience=PREPARATION)
+    data = with_own_tokenizer(config.data, config.run.directory)
+    directories = on_rank0(lambda: prepare_data(data), patience=PREPARATION)
     train, validation = config.train, config.validation
     streams = open_streams(
-        config.data,
+        data,
         directories,
         vocab_size=config.model.vocab_size,
         seed=train.seed,
@@ -58,6 +60,15 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     for remark in remarks(config, streams["train"]):
         get_logger().warning(remark)
     return streams
+
+
+def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
+    """Return ``data`` with the tokenizer that a run has kept in place of the same one that is not here (any more)."""
+    if Path(data.tokenizer).is_dir() or not (directory / INDEX_FILE).is_file():
+        return data
+    kept = read_index(directory, check_sizes=False).tokenizer
+    is_same = kept.facts is not None and kept.name == data.tokenizer
+    return dataclasses.replace(data, tokenizer=str(directory)) if is_same else data
 
 
 def cache_of(data: DataConfig, stream: SampleStream) -> Path | None:

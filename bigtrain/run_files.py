@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from bigtrain import log
 from bigtrain.checkpoint.loader import verify_checkpoint
@@ -25,18 +28,31 @@ from bigtrain.checkpoint.store import (
     step_of,
 )
 from bigtrain.checks import RESUME_WORDS
-from bigtrain.config import Load, TrainConfig, Verify
+from bigtrain.config import Load, ModelConfig, ModelKind, TrainConfig, Verify
 from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed import on_rank0
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
 from bigtrain.files import such_as_runs
+from bigtrain.models import build_model
+from bigtrain.models.hf import published_directory, read_hf_config
+from bigtrain.models.hf_init import BUFFERS_FILE
+from bigtrain.models.hf_load import stored_buffers
 from bigtrain.redact import redact
 from bigtrain.resilience.attempt import ATTEMPT_FILE, now, read_exit, read_json
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
 
 CONFIG_FILE = "config.yaml"
+MODEL_DIRECTORY = "model"
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""What the directory of a Hugging Face model says besides weights and tokenizer; the first one is needed."""
 
 
 @contextlib.contextmanager
@@ -46,6 +62,26 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
+
+
+def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
+    """Put into the run's directory what it needs to be continued and used, elsewhere and without what it began with.
+
+    Args:
+        config: of this launch.
+        tokenizer: directory of a corpus, if it has a tokenizer.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    directory = config.run.directory
+    with writing(directory):
+        is_described = continued_model(config.model, directory) is not config.model
+        write_config(directory, config)
+        if tokenizer:
+            keep_tokenizer(directory, tokenizer)
+        if not is_described:
+            keep_model(directory, config.model)
 
 
 def write_config(directory: Path, config: TrainConfig) -> None:
@@ -65,17 +101,58 @@ def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
         shutil.copyfile(path, copy)
 
 
-def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
-    """Put into the run's directory what it needs to be continued and used.
+def keep_model(directory: Path, model: ModelConfig) -> None:
+    """Copy what describes a Hugging Face model, and its stored buffers: a run goes on, generates and exports without it.
 
     Raises:
-        ConfigError: the directory cannot be written.
+        ConfigError: the description cannot be had.
     """
-    directory = config.run.directory
-    with writing(directory):
-        write_config(directory, config)
-        if tokenizer:
-            keep_tokenizer(directory, tokenizer)
+    if model.kind is not ModelKind.hf:
+        return
+    published, own = published_directory(model.name, list(DESCRIPTION_FILES)), directory / MODEL_DIRECTORY
+    own.mkdir(parents=True, exist_ok=True)
+    for name in DESCRIPTION_FILES:
+        (own / name).unlink(missing_ok=True)
+        if (published / name).is_file():
+            shutil.copyfile(published / name, own / name)
+    with torch.device("meta"):
+        buffers = dict(stored_buffers(build_model(model).causal_lm)) if model.pretrained else {}
+    if buffers:
+        save_file(buffers, own / BUFFERS_FILE)
+
+
+def own_model(model: ModelConfig, directory: Path) -> ModelConfig:
+    """Return ``model`` as a run describes it itself: with its own copy as name, if it has one."""
+    own = directory / MODEL_DIRECTORY
+    return dataclasses.replace(model, name=str(own)) if (own / DESCRIPTION_FILES[0]).is_file() else model
+
+
+def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
+    """Return the description that a launch builds: the run's own once it has a checkpoint, else what is named.
+
+    Raises:
+        ConfigError: what is named is another model now.
+    """
+    own = own_model(model, directory)
+    if own is model or not find_checkpoints(directory):
+        return model
+    recorded = directory / CONFIG_FILE
+    same_name = recorded.is_file() and yaml.safe_load(recorded.read_text())["model"]["name"] == model.name
+    if same_name and not Path(str(model.name), DESCRIPTION_FILES[0]).is_file():
+        return own
+    try:
+        named = read_hf_config(model.name).to_dict()
+    except ConfigError:
+        return own  # it is gone, or this is not where the run was begun
+    kept = read_hf_config(own.name).to_dict()
+    of_no_weight = {"_name_or_path", "transformers_version", "dtype", "architectures"}
+    keys = [key for key in sorted(kept.keys() | named.keys()) if kept.get(key) != named.get(key)]
+    if differing := [key for key in keys if key not in of_no_weight]:
+        raise ConfigError(
+            f"model.name={model.name}: another model than that of {directory}, which keeps its description in "
+            f"{own.name}; {', '.join(differing)} differ: choose another run.name, or name the model that the run has"
+        )
+    return own
 
 
 def locate(path: Path) -> tuple[Path, Path]:
@@ -115,7 +192,7 @@ def find_whole(path: Path) -> tuple[Path, Path]:
 
 
 def read_config(directory: Path) -> TrainConfig:
-    """Return the configuration of a run.
+    """Return the configuration of a run, where it is now, with the Hugging Face model that it has kept.
 
     Raises:
         CheckpointError: ``directory`` is not a run.
@@ -125,7 +202,10 @@ def read_config(directory: Path) -> TrainConfig:
         raise CheckpointError(
             f"{directory} is not a run: it has no {CONFIG_FILE}; name the directory of a run{such_as_runs(directory)}"
         )
-    return from_dict(TrainConfig, yaml.safe_load(path.read_text()))
+    config = from_dict(TrainConfig, yaml.safe_load(path.read_text()))
+    place = Path(os.path.abspath(directory))
+    run = dataclasses.replace(config.run, root=str(place.parent), name=place.name)
+    return dataclasses.replace(config, run=run, model=own_model(config.model, directory))
 
 
 def find_resume(config: TrainConfig) -> Path | None:

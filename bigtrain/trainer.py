@@ -47,7 +47,7 @@ from bigtrain.run_data import (
     require_tokenizer,
     train_loader,
 )
-from bigtrain.run_files import write_run_files, writing
+from bigtrain.run_files import continued_model, write_run_files, writing
 from bigtrain.schema import from_dict, to_dict
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import repair
@@ -109,7 +109,7 @@ def run(config: TrainConfig) -> int:
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
     require_hardware(precision, device)  # before anything is prepared or written
     report = preflight(
-        config,
+        dataclasses.replace(config, model=continued_model(config.model, config.run.directory)),
         world_size=info.world_size,
         local_world_size=info.local_world_size,
         device_type=device.type,
@@ -151,11 +151,12 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         on_rank0(lambda: require_tokenizer(start.checkpoint, streams["train"]))
     begin = state.cursor if state else Cursor()
     streams["train"].require_steps(begin, config.train.steps, config.train.global_batch_size)
+    model = continued_model(config.model, directory)
     on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
     claim(launch)
     cache = cache_of(config.data, streams["train"])
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
-    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
+    engine = build_engine(config, lambda: build_model(model), info=info, device=device)
     fill_state(config, engine, start, info)
     parts = Run(
         config=config,
@@ -406,6 +407,7 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
 
 def gauges(config: TrainConfig, engine: Engine, stream: SampleStream) -> Gauges:
     """Return what rank 0 reads at logging steps."""
+    config = dataclasses.replace(config, model=continued_model(config.model, config.run.directory))
     weights = [entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)]
     num_parameters = sum(math.prod(entry.shape) for entry in weights)
     return Gauges(config, engine.device, dist.get_world_size(), num_parameters, stream.progress)

@@ -6,6 +6,7 @@ did wrong ends in one short message on standard error and exit code 2. Nothing h
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -113,8 +114,9 @@ def read_run(args: list[str]) -> TrainConfig:
         raise ConfigError("\n".join(problems))
     if config.model.kind is ModelKind.hf:
         from bigtrain.models.probe import require_positions
+        from bigtrain.run_files import continued_model
 
-        require_positions(config.model, config.data.sequence_length)
+        require_positions(continued_model(config.model, config.run.directory), config.data.sequence_length)
     if rank() == 0:
         for warning in ignored_settings(config):
             print(f"warning: {warning}", file=sys.stderr)
@@ -134,8 +136,10 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
         config.model.name = config.model.name or choices["model"]
     elif config.model.name:
         from bigtrain.models.hf import with_hf_shape
+        from bigtrain.run_files import continued_model
 
-        shaped = with_hf_shape(config.model)
+        described = continued_model(config.model, resolve(config).run.directory)
+        shaped = dataclasses.replace(with_hf_shape(described), name=config.model.name)
         if given := [key for key in key_types(type(shaped)) if _is_other_shape(config.model, shaped, key)]:
             names = ", ".join(f"model.{key}" for key in given)
             raise ConfigError(f"{names}: the config.json of model.name={config.model.name} decides; change it there")

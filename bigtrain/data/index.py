@@ -68,6 +68,8 @@ class TokenizerRecord:
     """Largest token id plus one."""
     eos_id: int
     """Token that ends a document."""
+    facts: str | None = None
+    """Of a published one, JSON: what tells it from others, which stays with those who have it from this corpus."""
     published: list[FileRecord] = field(default_factory=list)
     """The files that it was published as, below ``tokenizer/``; none of ``bpe`` and ``bytes``."""
 

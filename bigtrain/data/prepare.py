@@ -28,6 +28,7 @@ from bigtrain.data.encoder import agrees, fast_encoder, slow_encoder
 from bigtrain.data.files import LeftOut, find_files, tell_left_out
 from bigtrain.data.index import (
     FORMAT,
+    INDEX_FILE,
     CorpusIndex,
     LiveRecord,
     ShardRecord,
@@ -176,7 +177,8 @@ def _locate(config: DataConfig) -> _Target:
         facts["on_bad_row"] = "skip"
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     vocab_size = str(config.tokenizer_vocab_size) if config.tokenizer == "bpe" else ""
-    parts = [*["live"] * is_live(config), config.source.name, _slug(config.tokenizer) + vocab_size, identity[:8]]
+    name = _slug(_tokenizer_name(config)) + vocab_size
+    parts = [*["live"] * is_live(config), config.source.name, name, identity[:8]]
     if config.source is not DataSource.stdlib:
         parts.insert(-2, _slug(config.path))
     return _Target(Path(config.root, "-".join(parts)), identity, fingerprint)
@@ -185,11 +187,26 @@ def _locate(config: DataConfig) -> _Target:
 def _tokenizer_facts(config: DataConfig) -> object:
     if config.tokenizer == "bpe":
         return ["bpe", config.tokenizer_vocab_size]
+    if kept := _kept_tokenizer(config):
+        return json.loads(kept.facts)
     path = Path(config.tokenizer)
     if not path.is_dir():
         return config.tokenizer
     parts = [file for file in path.iterdir() if re.search("token|vocab|merges", file.name)]
     return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in parts)
+
+
+def _kept_tokenizer(config: DataConfig) -> TokenizerRecord | None:
+    """Return the record of a published tokenizer that comes from a corpus or a run which knows what it is."""
+    if not Path(config.tokenizer, INDEX_FILE).is_file():
+        return None
+    record = read_index(config.tokenizer, check_sizes=False).tokenizer
+    return record if record.facts else None
+
+
+def _tokenizer_name(config: DataConfig) -> str:
+    kept = _kept_tokenizer(config)
+    return kept.name if kept else config.tokenizer
 
 
 def _slug(path: str) -> str:
@@ -289,6 +306,7 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
 def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
     """Write the tokenizer; return the index of a corpus that has nothing else."""
     (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
+    published = keep_published(config.tokenizer, work)
     vocab_size = num_ids(built.tokenizer)
     nothing = SplitRecord(shards=[], num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0)
     return CorpusIndex(
@@ -300,11 +318,12 @@ def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenize
         num_empty_documents=0,
         num_repaired_documents=0,
         tokenizer=TokenizerRecord(
-            name=config.tokenizer,
+            name=_tokenizer_name(config),
+            facts=json.dumps(_tokenizer_facts(config)) if published else None,
             file=record_file(work / TOKENIZER_FILE),
             vocab_size=vocab_size,
             eos_id=built.eos_id,
-            published=keep_published(config.tokenizer, work),
+            published=published,
         ),
         train=nothing,
         validation=nothing,

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,6 +157,22 @@ def build_causal_lm(hf_config: Any) -> nn.Module:
         hf_config.rescale_every = 0  # RWKV, for fp16's sake: it would divide its weights in every evaluation
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+
+
+def published_directory(name: str | None, patterns: list[str], *, setting: str = "model.name") -> Path:
+    """Return a directory with the files of ``name`` (a hub id or a local directory), of the hub's those asked for.
+
+    Raises:
+        ConfigError: if they cannot be had; it names the ``setting`` that the name is from.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(str(name)).is_dir():
+        return Path(str(name))
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ConfigError(unreadable(name, error, setting=setting)) from error
 
 
 def unreadable(name: str | None, error: Exception, *, setting: str = "model.name") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bigtrain.errors import ConfigError
-from bigtrain.models.hf import unreadable
+from bigtrain.models.hf import published_directory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -51,8 +51,8 @@ def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, Store
             ``setting`` that the name is from.
     """
     stored: dict[str, StoredTensor] = {}
-    for path in _weight_files(_weights_directory(name, setting)):
-        for tensor in _tensors_of(path):
+    for path in _weight_files(published_directory(name, ["model*.safetensors", INDEX], setting=setting)):
+        for tensor in tensors_of(path):
             if tensor.key in stored:
                 raise ConfigError(
                     f"{tensor.key} is both in {stored[tensor.key].path} and in {path}; remove one of them"
@@ -61,30 +61,23 @@ def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, Store
     return stored
 
 
-def _tensors_of(path: Path) -> Iterator[StoredTensor]:
+def tensors_of(path: Path) -> list[StoredTensor]:
+    """Return every tensor in one safetensors file.
+
+    Raises:
+        ConfigError: it is cut off or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-            tensors = [StoredTensor(path, k, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()]
+            return [StoredTensor(path, k, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()]
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"{path} is cut off or damaged ({error}): its {path.stat().st_size} bytes are not those that its header "
             "announces; copy or download it again"
         ) from error
-    yield from tensors
-
-
-def _weights_directory(name: str, setting: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", INDEX]))
-    except (OSError, ValueError) as error:
-        raise ConfigError(unreadable(name, error, setting=setting)) from error
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:

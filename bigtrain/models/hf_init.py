@@ -1,6 +1,7 @@
 """Initial values of Hugging Face models: their own rules, or slices of their published files."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,8 +9,12 @@ from torch import nn
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf import HFCausalLM, parameters_on_meta
+from bigtrain.models.hf_files import tensors_of
 from bigtrain.models.hf_load import published, stored_buffers
 from bigtrain.models.init import Given, InitialValue, Normal, seed_of
+
+BUFFERS_FILE = "buffers.safetensors"
+"""Stored buffers of a model that a run was started from; checkpoints hold parameters."""
 
 
 def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
@@ -25,11 +30,15 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
 def read_buffers(model: nn.Module, config: ModelConfig) -> None:
     """Give a causal language model of transformers the buffers that are stored with its published weights, if it has any.
 
+    A run has them in a file of their own.
+
     Raises:
         ConfigError: see :func:`published_values`.
     """
     if buffers := dict(stored_buffers(model)):
-        values = published(model, config.name, setting="model.name")
+        own = Path(str(config.name), BUFFERS_FILE)
+        of_run = {tensor.key: tensor for tensor in tensors_of(own)} if own.is_file() else None
+        values = of_run or published(model, config.name, setting="model.name")
         for name in buffers.keys() & values.keys():
             flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
             values[name].fill(0, flat)

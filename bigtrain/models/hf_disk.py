@@ -1,0 +1,111 @@
+"""A model of transformers as the files of its architecture say it, for every program and version that reads them.
+
+transformers 5 has names, shapes and settings of its own for what lies on disk (the experts of a layer are one tensor,
+all settings of rotary positions one section). Programs that read the files, older versions among them, know those
+on disk.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTensors:
+    """Tensors on disk that are made of some of the model's own, and of no others."""
+
+    model: nn.Module
+    """The ``PreTrainedModel``, on the meta device."""
+    sources: tuple[str, ...]
+    """Names in the model."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each tensor on disk, by its name there."""
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors on disk, by their names there, of those of the model, by theirs."""
+        return _convert(self.model, tensors)
+
+
+def disk_tensors(model: nn.Module, names: Iterable[str]) -> list[DiskTensors]:
+    """Return what stands on disk for the tensors ``names`` of a ``PreTrainedModel``, in as small groups as possible.
+
+    What belongs together is tried out: names of which the conversion of each alone makes a tensor of the same name.
+    """
+    own = model.state_dict(keep_vars=True)
+    group_of: dict[str, list[str]] = {}
+    for name in names:
+        targets = _convert(model, {name: own[name]})
+        groups = {id(group_of[target]): group_of[target] for target in targets if target in group_of}
+        merged = [*(member for group in groups.values() for member in group), name]
+        taken = [target for target, group in group_of.items() if id(group) in groups] if groups else []
+        group_of |= dict.fromkeys([*taken, *targets], merged)
+    groups = {id(group): group for group in group_of.values()}
+    return [_disk_tensors(model, {name: own[name] for name in group}) for group in groups.values()]
+
+
+def _disk_tensors(model: nn.Module, own: Mapping[str, Tensor]) -> DiskTensors:
+    converted = _convert(model, own)
+    return DiskTensors(model, tuple(own), {name: tuple(tensor.shape) for name, tensor in converted.items()})
+
+
+def _convert(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(tensors))
+
+
+def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) -> dict[str, Any]:
+    """Return the content of ``config.json`` for a model that was trained from ``published``.
+
+    Everything stays but the type of the weights, a quantisation and references to code; older forms of the settings
+    of rotary positions are added.
+
+    Args:
+        published: content of the model's own ``config.json``.
+        architecture: class of the model.
+        dtype: of the weights, as ``float32``.
+    """
+    config = _with_dtype(_with_older_names(published), dtype)
+    for key in ("quantization_config", "auto_map"):
+        config.pop(key, None)
+    return config | {"architectures": [architecture], "torch_dtype": dtype}
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    types = {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
+    sections = {key: _with_dtype(value, dtype) for key, value in config.items() if isinstance(value, dict)}
+    return {**config, **sections, **types}
+
+
+def _with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say again in the names of transformers 4 what transformers 5 renamed; what is said already stays."""
+    config = {key: _with_older_names(value) if isinstance(value, dict) else value for key, value in config.items()}
+    older = _older_rope(config["rope_parameters"], config) if isinstance(config.get("rope_parameters"), dict) else {}
+    if config.get("model_type", "").startswith("qwen3") and "num_local_experts" in config:
+        older["num_experts"] = config["num_local_experts"]
+    return older | config
+
+
+def _older_rope(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    local, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
+    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
+    names = _OLDER_NAMES.get(config.get("model_type", ""), {})
+    older |= {name: rope[key] for key, name in names.items() if key in rope}
+    if "rope_theta" in local:
+        older["local_rope_theta" if names is _MODERNBERT else "rope_local_base_freq"] = local["rope_theta"]
+    return older
+
+
+_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+_MODERNBERT = {"rope_theta": "global_rope_theta"}
+_OLDER_NAMES = {
+    "gpt_neox": _NEOX,
+    "gpt_neox_japanese": _NEOX,
+    "modernbert": _MODERNBERT,
+    "modernbert-decoder": _MODERNBERT,
+}
+"""Names of transformers 4 that are not those within ``rope_parameters``, by ``model_type``."""
