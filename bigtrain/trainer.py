@@ -394,23 +394,18 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
     Raises:
         ConfigError: the run's directory cannot be written; on all ranks.
     """
-    recorder = NullRecorder()
+    directory, recorder = config.run.directory, NullRecorder()
+    described = dataclasses.replace(config, model=continued_model(config.model, directory))
+    num_parameters = sum(math.prod(e.shape) for key, e in engine.state.entries.items() if key.startswith(MODEL))
 
     def open_files() -> None:
         nonlocal recorder
-        with writing(config.run.directory):
-            recorder = Recorder(config, config.run.directory, first_step, gauges(config, engine, stream))
+        with writing(directory):
+            gauges = Gauges(described, engine.device, dist.get_world_size(), num_parameters, stream.progress)
+            recorder = Recorder(config, directory, first_step, gauges)
 
     on_rank0(open_files)
     return recorder
-
-
-def gauges(config: TrainConfig, engine: Engine, stream: SampleStream) -> Gauges:
-    """Return what rank 0 reads at logging steps."""
-    config = dataclasses.replace(config, model=continued_model(config.model, config.run.directory))
-    weights = [entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)]
-    num_parameters = sum(math.prod(entry.shape) for entry in weights)
-    return Gauges(config, engine.device, dist.get_world_size(), num_parameters, stream.progress)
 
 
 def _nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:

@@ -28,7 +28,6 @@ from bigtrain.data.encoder import agrees, fast_encoder, slow_encoder
 from bigtrain.data.files import LeftOut, find_files, tell_left_out
 from bigtrain.data.index import (
     FORMAT,
-    INDEX_FILE,
     CorpusIndex,
     LiveRecord,
     ShardRecord,
@@ -59,7 +58,15 @@ from bigtrain.data.tokenise import (
     tokenise_part,
     write_shard,
 )
-from bigtrain.data.tokenizer import TOKENIZER_FILE, BuiltTokenizer, build_tokenizer, keep_published, num_ids
+from bigtrain.data.tokenizer import (
+    TOKENIZER_FILE,
+    BuiltTokenizer,
+    build_tokenizer,
+    keep_published,
+    num_ids,
+    tokenizer_facts,
+    tokenizer_name,
+)
 from bigtrain.data.workers import Run, workers
 from bigtrain.errors import DataError
 from bigtrain.files import sync
@@ -171,42 +178,17 @@ def _locate(config: DataConfig) -> _Target:
         "filters": to_dict(config.filters),
         "validation": [SPLIT_BY, config.validation_fraction],
         "shard_tokens": config.shard_tokens,
-        "tokenizer": _tokenizer_facts(config),
+        "tokenizer": tokenizer_facts(config),
     } | ({"on_the_fly": True} if is_live(config) else {})
     if config.on_bad_row is OnBad.skip:
         facts["on_bad_row"] = "skip"
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     vocab_size = str(config.tokenizer_vocab_size) if config.tokenizer == "bpe" else ""
-    name = _slug(_tokenizer_name(config)) + vocab_size
+    name = _slug(tokenizer_name(config)) + vocab_size
     parts = [*["live"] * is_live(config), config.source.name, name, identity[:8]]
     if config.source is not DataSource.stdlib:
         parts.insert(-2, _slug(config.path))
     return _Target(Path(config.root, "-".join(parts)), identity, fingerprint)
-
-
-def _tokenizer_facts(config: DataConfig) -> object:
-    if config.tokenizer == "bpe":
-        return ["bpe", config.tokenizer_vocab_size]
-    if kept := _kept_tokenizer(config):
-        return json.loads(kept.facts)
-    path = Path(config.tokenizer)
-    if not path.is_dir():
-        return config.tokenizer
-    parts = [file for file in path.iterdir() if re.search("token|vocab|merges", file.name)]
-    return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in parts)
-
-
-def _kept_tokenizer(config: DataConfig) -> TokenizerRecord | None:
-    """Return the record of a published tokenizer that comes from a corpus or a run which knows what it is."""
-    if not Path(config.tokenizer, INDEX_FILE).is_file():
-        return None
-    record = read_index(config.tokenizer, check_sizes=False).tokenizer
-    return record if record.facts else None
-
-
-def _tokenizer_name(config: DataConfig) -> str:
-    kept = _kept_tokenizer(config)
-    return kept.name if kept else config.tokenizer
 
 
 def _slug(path: str) -> str:
@@ -318,8 +300,8 @@ def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenize
         num_empty_documents=0,
         num_repaired_documents=0,
         tokenizer=TokenizerRecord(
-            name=_tokenizer_name(config),
-            facts=json.dumps(_tokenizer_facts(config)) if published else None,
+            name=tokenizer_name(config),
+            facts=json.dumps(tokenizer_facts(config)) if published else None,
             file=record_file(work / TOKENIZER_FILE),
             vocab_size=vocab_size,
             eos_id=built.eos_id,

@@ -9,6 +9,8 @@ writes the end-of-text token.
 """
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bigtrain.config import DataConfig
-from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY, read_index, record_file
+from bigtrain.data.index import INDEX_FILE, PUBLISHED_DIRECTORY, TokenizerRecord, read_index, record_file
 from bigtrain.errors import DataError, StopError
 from bigtrain.files import FileRecord
 
@@ -120,6 +122,31 @@ def _published_directory(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=list(_PUBLISHED_FILES)))
     except (OSError, ValueError) as error:
         raise DataError(f"data.tokenizer={name}: its files cannot be had from the hub: {error}") from error
+
+
+def tokenizer_name(config: DataConfig) -> str:
+    """Return what a tokenizer is called: a published one that comes from a corpus or a run, as it was called there."""
+    kept = _kept_tokenizer(config.tokenizer)
+    return kept.name if kept else config.tokenizer
+
+
+def tokenizer_facts(config: DataConfig) -> object:
+    """Return plain data that tell a tokenizer from others."""
+    if config.tokenizer == "bpe":
+        return ["bpe", config.tokenizer_vocab_size]
+    if kept := _kept_tokenizer(config.tokenizer):
+        return json.loads(kept.facts)
+    path = Path(config.tokenizer)
+    if not path.is_dir():
+        return config.tokenizer
+    parts = [file for file in path.iterdir() if re.search("token|vocab|merges", file.name)]
+    return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in parts)
+
+
+def _kept_tokenizer(name: str) -> TokenizerRecord | None:
+    """Return the record of a published tokenizer that comes from a corpus or a run which knows what it is."""
+    record = read_index(name, check_sizes=False).tokenizer if Path(name, INDEX_FILE).is_file() else None
+    return record if record and record.facts else None
 
 
 def num_ids(tokenizer: "Tokenizer") -> int:

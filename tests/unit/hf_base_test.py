@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, Precision, RunConfig, TrainConfig
+from bigtrain.data.index import read_index
 from bigtrain.data.prepare import prepare
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.export import export
 from bigtrain.models import build_model
+from bigtrain.run_data import with_own_tokenizer
 from bigtrain.run_files import continued_model, own_model, read_config, write_run_files
 from tests.hf_families import FAMILIES, build_family
 from tests.unit.hf_export_test import save, started
 
 TOKENS = ("<|begin|>", "<|end|>", "<|turn|>", "<|fill|>")
+TEXT = "how many eggs are there, text user assistant: seven of sixty, which is not very long 0123456789 <|>"
 TEMPLATE = "{% for m in messages %}{{ bos_token + m.role + ': ' + m.content }}<|turn|>{% endfor %}\r\n"
 SETTINGS = {"bos_token": "<|begin|>", "eos_token": "<|turn|>", "pad_token": "<|fill|>"}
 CHAT = [{"role": "user", "content": "how many eggs"}, {"role": "assistant", "content": "seven <|end|>"}]
@@ -35,7 +38,7 @@ def write_tokenizer(directory: Path, roles: dict[str, str]) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        [], trainers.BpeTrainer(vocab_size=90, special_tokens=list(TOKENS), show_progress=False)
+        [TEXT], trainers.BpeTrainer(vocab_size=90, special_tokens=list(TOKENS), show_progress=False)
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     (directory / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), indent=7))
@@ -68,13 +71,15 @@ def make_run(tmp_path: Path, base: Path, *, tokenizer: str | None = None, pretra
     data = DataConfig(source=DataSource.text, path=str(tmp_path / "*.txt"), root=str(tmp_path / "data"))
     data.tokenizer = tokenizer or str(base)
     model = ModelConfig(kind=ModelKind.hf, name=str(base), pretrained=pretrained)
+    corpus = prepare(data, progress=False)
     config = TrainConfig(model=model, data=data, run=RunConfig(root=str(tmp_path / "runs"), name="x"))
-    write_run_files(config, prepare(data, progress=False))
+    write_run_files(config, corpus)
     built = started(model)
     save(config.run.directory, built, model)
     shutil.move(config.run.directory, tmp_path / "moved")
     shutil.move(base, tmp_path / "gone")
-    return SimpleNamespace(directory=tmp_path / "moved", base=tmp_path / "gone", model=built.causal_lm, config=config)
+    places = {"directory": tmp_path / "moved", "base": tmp_path / "gone", "corpus": corpus}
+    return SimpleNamespace(**places, model=built.causal_lm, config=config)
 
 
 def exported(run: SimpleNamespace, **fields) -> Path:
@@ -220,6 +225,23 @@ def test_a_run_with_a_checkpoint_goes_on_with_its_own_description(tmp_path: Path
     # Without a checkpoint nothing has been trained: what is named counts.
     shutil.rmtree(run.directory / "checkpoints")
     assert continued_model(renamed, run.directory) is renamed
+
+
+def test_a_tokenizer_that_is_gone_is_the_same_from_the_run(tmp_path: Path):
+    write_base(tmp_path / "base")
+    run = make_run(tmp_path, tmp_path / "base")
+    data = with_own_tokenizer(run.config.data, run.directory)
+    assert data.tokenizer == str(run.directory)
+    assert prepare(data, progress=False) == run.corpus
+    # Where the corpus is not, it becomes the same.
+    anew = dataclasses.replace(data, root=str(tmp_path / "anew"))
+    expected, found = (read_index(directory) for directory in (run.corpus, prepare(anew, progress=False)))
+    assert (found.identity, found.fingerprint) == (expected.identity, expected.fingerprint)
+    assert found.tokenizer == expected.tokenizer
+    # One that is there, or another one, stays what is named.
+    for name in (str(run.base), "another/one", "bytes"):
+        other = dataclasses.replace(run.config.data, tokenizer=name)
+        assert with_own_tokenizer(other, run.directory) is other
 
 
 def test_a_run_from_before_is_opened_by_the_name_of_its_base(tmp_path: Path):
