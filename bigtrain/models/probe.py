@@ -23,7 +23,7 @@ from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf import build_hf_model, read_hf_config
 
-SHORT = 16
+SHORT = 8
 """Tokens of a dry run that is not about the length of samples."""
 _LENGTHS = re.compile(r"position|seq|ctx|context")
 """Settings of transformers' configurations that may be a largest length have names like these."""

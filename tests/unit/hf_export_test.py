@@ -409,6 +409,19 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path):
     assert "transformer.ln_f.bias is (5,) in the files, (24,) in this model" in str(caught.value)
 
 
+def test_tensors_of_which_the_native_model_has_no_use_are_named(tmp_path: Path):
+    model = MODELS["llama tied scaled"]
+    out = exported(tmp_path, native(model), model)
+    weights = load_file(out / "model.safetensors")
+    for name, rows, said in (
+        ("model.layers.0.self_attn.sinks", 3, "no use"),
+        ("lm_head.weight", 97, "tie_word_embeddings"),
+    ):
+        save_file(weights | {name: torch.ones(rows, model.hidden_dim)}, out / "model.safetensors")
+        with pytest.raises(ConfigError, match=rf"model.init_from=.*1 tensors do not fit.*{name}.*{said}"):
+            started(shape(**{**to_dict(model), "init_from": str(out)}))
+
+
 def test_files_of_the_bare_decoder_can_be_read(tmp_path: Path):
     model = native(MODELS["gpt2 tied"])
     theirs = opened(exported(tmp_path, model, MODELS["gpt2 tied"]))
