@@ -1,5 +1,6 @@
 """List and verify the checkpoints of a run: ``python launch/checkpoints.py runs/gpt_nano``."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def read(args: list[str]) -> CheckpointsConfig:
         ConfigError: listing every problem.
     """
     named = [
-        f"run={arg}" if Path(arg).exists() or (not arg.startswith("-") and "=" not in arg) else arg for arg in args
+        f"run={arg}" if os.path.exists(arg) or (not arg.startswith("-") and "=" not in arg) else arg for arg in args
     ]
     if sum(arg.startswith("run=") for arg in named) > 1:
         raise ConfigError("one run at a time, please")

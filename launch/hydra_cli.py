@@ -164,7 +164,7 @@ def read(schema: type[T], args: list[str]) -> T:
 
 def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
     """Return the configuration of a launcher that looks at ``runs``, and what is wrong with them; what is no setting is one."""
-    runs = [arg for arg in args if Path(arg).is_dir() or not (arg.startswith("-") or "=" in arg)]
+    runs = [arg for arg in args if os.path.isdir(arg) or not (arg.startswith("-") or "=" in arg)]
     config = read(schema, [arg for arg in args if arg not in runs])
     config.runs += from_dict(schema, {"runs": runs}, from_user=True).runs
     if not config.runs:

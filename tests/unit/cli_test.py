@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from bigtrain.errors import ConfigError
 LAUNCH = Path(__file__).parents[2] / "launch"
 sys.path.append(str(LAUNCH))
 
+import checkpoints  # noqa: E402
 import generate  # noqa: E402
 import hydra_cli  # noqa: E402
+import report  # noqa: E402
+import watch  # noqa: E402
 
 LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py", "export.py", "verify_resume.py", "parity.py"]
 LAUNCHERS += ["submit.py", "where.py"]
@@ -359,6 +363,12 @@ def test_what_no_parser_or_file_system_takes_is_named(args: list[str], message: 
     assert found.startswith(message) and "\n" not in found
     assert problem("+model=gpt_nano", f"run.name={'a' * 256}").startswith("run.name=")
     assert hydra_cli.read_run(["+model=gpt_nano", f"run.name={'a' * 255}"]).run.name == "a" * 255
+
+
+@pytest.mark.parametrize("read", [checkpoints.read, report.read, watch.read], ids=["checkpoints", "report", "watch"])
+def test_the_name_of_a_run_that_no_file_system_takes_is_named(read: Callable[[list[str]], object]):
+    with pytest.raises(ConfigError, match="a name of 300 bytes; 255 are possible"):
+        read(["a" * 300])
 
 
 CLOSED = ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"]
