@@ -102,7 +102,7 @@ def require_causal(engine: Engine, config: TrainConfig) -> None:
         raise of_all_ranks(
             ConfigError(
                 f"model.name={config.model.name} looks ahead: its logits of earlier tokens change when only later tokens "
-                f"do, so it would learn to read the answer; its config.json has {direction_settings(config.model.name)}; "
+                f"do, so it would learn to read the answer; its config.json has {direction_settings(engine.module)}; "
                 "a decoder needs is_decoder=true, or whatever makes this architecture causal"
             )
         )

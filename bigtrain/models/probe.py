@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
-from bigtrain.models.hf import build_hf_model, read_hf_config
+from bigtrain.models.hf import HFCausalLM, build_hf_model, read_hf_config
 
 SHORT = 8
 """Tokens of a dry run that is not about the length of samples."""
@@ -160,9 +160,10 @@ def require_positions(config: ModelConfig, length: int) -> None:
         )
 
 
-def direction_settings(name: str) -> str:
-    """Return what the configuration of a model of transformers says about the direction in which it reads."""
-    settings = read_hf_config(name).get_text_config().to_dict().items()
+def direction_settings(model: nn.Module) -> str:
+    """Return what the configuration of an HFCausalLM, wrapped or not, says about the direction in which it reads."""
+    causal_lm = next(module.causal_lm for module in model.modules() if isinstance(module, HFCausalLM))
+    settings = causal_lm.config.get_text_config().to_dict().items()
     found = [f"{key}={json.dumps(value)}" for key, value in settings if _DIRECTIONS.search(key)]
     return ", ".join(found) or "no setting of its direction"
 
