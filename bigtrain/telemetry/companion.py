@@ -189,7 +189,7 @@ class Follower:
         if self._cursor_path.exists():
             cursor |= json.loads(self._cursor_path.read_text())
         path = self._directory / EVENTS_FILE
-        events = [e for e in read_jsonl(path) if e["event"] not in names.REPEATED_EVENTS] if path.exists() else []
+        events = [e for e in read_jsonl(path) if e.get("event") not in names.REPEATED_EVENTS] if path.exists() else []
         if "time" in cursor:  # an older version's
             time_passed_on, validated = cursor.pop("time"), cursor.pop("val")
             cursor |= {"validation": validated, "checkpoint": cursor["train"]}
@@ -205,6 +205,8 @@ class Follower:
             # Events that say how steps are to be understood are written before them.
             records = metrics.read()
             while events := self._events.read():
+                if self._events.began_anew:
+                    self._num_events = 0
                 for event in events:
                     if self._pass_on(event):
                         break

@@ -114,6 +114,8 @@ class Tail:
         self._path = path
         self._inode = 0
         self._position_bytes = 0
+        self.began_anew = False
+        """Whether the last records are the first of the file, which may have been replaced."""
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records of the whole lines added since the last call; of a long file, those of some MB."""
@@ -126,6 +128,7 @@ class Tail:
             if status.st_ino != self._inode or status.st_size < self._position_bytes:
                 self._inode, self._position_bytes = status.st_ino, 0  # replaced: read it again
             file.seek(self._position_bytes)
+            self.began_anew = self._position_bytes == 0
             data = file.read(_TAIL_BYTES)
         data = data[: data.rfind(b"\n") + 1]
         self._position_bytes += len(data)

@@ -147,6 +147,16 @@ def test_logged_steps_that_nobody_compares_are_taken_back(tmp_path: Path, case: 
         assert shown.taken_back == [(8, True)]
 
 
+def test_files_that_are_replaced_under_a_reader_are_read_on_at_the_same_place(tmp_path: Path) -> None:
+    shown = Shown()
+    follower = Follower(tmp_path, shown, tmp_path / "cursor.json")
+    for first, last, kind in ((0, 12, "start"), (8, 16, "resume"), (12, 20, "resume")):
+        launch(tmp_path, None, first, last, kind=kind, lr=1e-3 * last)
+        follower.log_new()
+    assert shown.events == ["start", "stop", *["resume", "superseded", "stop"] * 2]
+    assert of_rows(shown.rows["train"]) == of_files(tmp_path)
+
+
 def test_events_are_passed_on_by_their_place_whatever_the_clock_says(tmp_path: Path) -> None:
     shown = Shown()
     launch(tmp_path, shown, 0, 4, kind="start")
