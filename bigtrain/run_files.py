@@ -223,6 +223,8 @@ def find_resume(config: TrainConfig) -> Path | None:
             f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
         )
     if path := newest_whole(directory, verify):
+        if lost := on_rank0(lambda: _newer_than(path, directory)):
+            log.get_logger().warning(f"step {lost} was saved too, and is not there any more; continuing from {path}")
         return _fitting(config, path, Load.all)
     if reached := on_rank0(lambda: last_saved_step(directory)):
         lost = f"{directory} had saved step {reached}, but {_without_checkpoints(directory)}"
@@ -237,6 +239,11 @@ def find_resume(config: TrainConfig) -> Path | None:
     if resume in RESUME_WORDS:
         return None
     # Another run's checkpoint starts this one; later launches continue from this run's own.
+    if not on_rank0(Path(resume).is_dir):
+        raise CheckpointError(
+            f"checkpoint.resume={resume}: there is no such directory; give auto, never, must, or another run or checkpoint"
+            f"{such_as_runs(directory)}"
+        )
     path = Path(on_rank0(lambda: str(locate(Path(resume))[1])))
     if problems := verify_checkpoint(path, verify):
         raise CheckpointError("\n  ".join([f"checkpoint.resume={resume}: damaged:", *problems]))
@@ -279,6 +286,12 @@ def last_saved_step(directory: Path, *, before: int = sys.maxsize) -> int:
     else:
         steps = _saved_steps(read_jsonl(directory / EVENTS_FILE))
     return max((step for step in steps if step < before), default=0)
+
+
+def _newer_than(path: Path, directory: Path) -> int:
+    """Return the newest step that a run has recorded as saved if it is after ``path`` and was not set aside, else 0."""
+    step = last_saved_step(directory)
+    return step if step > max(step_of(path), *map(step_of, find_damaged(directory)), 0) else 0
 
 
 def _saved_steps(events: list[dict[str, Any]]) -> set[int]:

@@ -33,7 +33,7 @@ PathOrUrl = Annotated[str, PathMark.any]
 MAX_NAME_BYTES = 255
 """Of a file, on the usual file systems."""
 _MAX_PATH_BYTES = 4095 - 200  # what a run, a corpus and a checkpoint put below it fits, too
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(r"[^/]+:/")  # s3://bucket, cache::s3://bucket, me@host:/path
 _VARIABLE = re.compile(r"\$(?:\{(?:oc\.env:)?([A-Za-z_]\w*)(?:,([^}]*))?\}|([A-Za-z_]\w*))")
 
 
@@ -102,7 +102,7 @@ def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
         raise ValueError("of what is in ${ } only environment variables are known, as ${oc.env:HOME}")
     if mark is PathMark.local and _URL.match(expanded):
         raise ValueError(
-            "a URL, where a path on this machine is meant; mount or copy what is there "
+            "a URL or another machine, where a path on this machine is meant; mount or copy what is there "
             f"(a directory of that name is ./{expanded})"
         )
     return expanded

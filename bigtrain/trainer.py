@@ -181,8 +181,6 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
             kind = "resume" if start.read_state() else "start"
             loaded = {"load": Load.weights.name} if start.weights_only else {}
             parts.recorder.event(kind, step=parts.start.step, checkpoint=str(start.checkpoint or ""), **loaded, **facts)
-            if start.weights_only:
-                parts.recorder.message(f"beginning at step 0 with the weights of {start.checkpoint}")
             end = train(parts)
             if isinstance(end, End):
                 return end
@@ -433,7 +431,7 @@ def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
         last = find_checkpoints(run.directory)
         problem = (
             f"step {step} could not be saved, {run.saver.num_failures} failures in a row: {run.saver.last_error}; the same "
-            f"command continues from {last[-1] if last else 'the beginning'} when that is mended"
+            f"command continues from {last[-1] if last else run.origin.checkpoint or 'the beginning'} when that is mended"
         )
         raise of_all_ranks(CheckpointError(problem))
     if run.limits:

@@ -192,6 +192,8 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "resume":
             changes = [f"changed since the checkpoint: {change}" for change in fields.get("changed", [])]
             return "\n".join([*changes, f"continuing after step {step} from {fields.get('checkpoint')}"])
+        case "start" if fields.get("load") == "weights":
+            return f"beginning at step 0 with the weights of {fields['checkpoint']}"
         case "validation":
             return f"validation after step {step}: loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.4g}"
         case "checkpoint":

@@ -316,6 +316,8 @@ def test_settings_in_use_are_not_warned_about(values: dict[str, Any]):
     [
         ("run.root=s3://bucket/runs", "run.root=s3://bucket/runs: a URL"),
         ("run.root=gs:/bucket", "run.root=gs:/bucket: a URL"),
+        ("run.root=simplecache::s3://bucket", "run.root=simplecache::s3://bucket: a URL"),
+        ("data.root=me@node1:/data", "data.root=me@node1:/data: a URL or another machine"),
         ("data.root=https://host/data", "data.root=https://host/data: a URL"),
         ("data.cache_directory=s3://b", "data.cache_directory=s3://b: a URL"),
         ("data.tokenizer=hf://gpt2", "data.tokenizer=hf://gpt2: a URL"),

@@ -258,8 +258,22 @@ def test_a_path_starts_another_run_which_then_has_its_own(config: TrainConfig):
 
 
 def test_a_path_without_a_checkpoint_is_refused(config: TrainConfig, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="elsewhere has no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="elsewhere: there is no such directory; give auto, never, must"):
         find_resume(with_resume(config, str(tmp_path / "elsewhere")))
+    with pytest.raises(CheckpointError, match=r"has no complete checkpoint; name the directory of a run that has one$"):
+        find_resume(with_resume(config, str(tmp_path)))
+
+
+def test_a_newer_checkpoint_that_is_gone_is_told(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("bigtrain"), "propagate", True)
+    older, newer = save(config, 4, 8)
+    record(config.run.directory, {"event": "start", "step": 0}, saved(4), saved(8))
+    assert find_resume(config) == newer and caplog.text == ""
+    shutil.rmtree(newer)
+    assert find_resume(config) == older
+    assert f"step 8 was saved too, and is not there any more; continuing from {older}" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
