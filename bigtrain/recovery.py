@@ -1,6 +1,8 @@
 """How a launch takes a run, what it begins with, and how a run goes back."""
 
+import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from bigtrain.models import build_initial_values
 from bigtrain.rank_info import RankInfo
 from bigtrain.resilience.bad_numbers import RollBack
 from bigtrain.resilience.launch import Launch
-from bigtrain.run_files import find_resume, last_saved_step, newest_whole, writing
+from bigtrain.run_files import find_resume, last_saved_step, newest_whole, write_run_files, writing
 from bigtrain.schema import to_dict
 
 
@@ -62,6 +64,42 @@ def claim(launch: Launch) -> None:
 
     if launch.attempt == 0:
         launch.begin(on_rank0(take))
+
+
+def follow(config: TrainConfig, find: Callable[[], Path], stream: SampleStream) -> Path:
+    """Return where the run's directory is now; one that was removed becomes that of a run again. All ranks call this.
+
+    Args:
+        config: of the run.
+        find: :meth:`Launch.follow`.
+        stream: the samples of the run.
+
+    Raises:
+        ConfigError: the directory was removed and cannot be made anew.
+    """
+
+    def found() -> str:
+        with writing(config.run.directory):
+            place = find()
+        if place != config.run.directory:
+            settings = dataclasses.replace(config.run, root=str(place.parent), name=place.name)
+            write_run_files(dataclasses.replace(config, run=settings), stream.tokenizer_directory)
+        return str(place)
+
+    return Path(on_rank0(found))
+
+
+def nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:
+    """Say why a run is not trained."""
+    if step > wanted_steps:
+        return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
+    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"
+
+
+def has_moved(config: TrainConfig, place: Path) -> str:
+    """Say how to go on with a run whose directory is now ``place``."""
+    how = f"run.root={place.parent} run.name={place.name} continue from there"
+    return f"{config.run.directory} was renamed or removed; {how}"
 
 
 def find_start(config: TrainConfig) -> Start:

@@ -26,12 +26,12 @@ from bigtrain.distributed import all_reduce_sum, broadcast_json, init_process_gr
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine, require_hardware
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, of_all_ranks
+from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, EXIT_RESUMABLE, CheckpointError, of_all_ranks
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.preflight import preflight
 from bigtrain.rank_info import RankInfo
-from bigtrain.recovery import claim, discard, fill_state, find_start, go_back
+from bigtrain.recovery import claim, discard, fill_state, find_start, follow, go_back, has_moved, nothing_to_do
 from bigtrain.redact import redact
 from bigtrain.resilience.agreement import StopAgreement
 from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
@@ -83,6 +83,8 @@ class Run:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     limits: StopLimits | None = None
     """What besides signals ends this launch; on rank 0."""
+    follow: Callable[[], Path] | None = None
+    """Tells on rank 0 where the directory is now, should somebody have renamed or removed it; None if nobody looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     start = find_start(config)
     state = start.read_state()
     if state and state.step >= config.train.steps:
-        log.get_logger().info(_nothing_to_do(directory, state.step, config.train.steps))
+        log.get_logger().info(nothing_to_do(directory, state.step, config.train.steps))
         on_rank0(lambda: repair(directory))
         launch.heartbeat.step = state.step
         return End(EXIT_FINISHED, "finished")
@@ -164,7 +166,8 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         engine=engine,
         streams=streams,
         recorder=NullRecorder(),
-        saver=Saver(directory, engine.state.entries, config.checkpoint),
+        saver=Saver(directory, engine.state.entries, config.checkpoint, is_ours=launch.is_here),
+        follow=launch.follow,
         start=begin,
         origin=start.origin,
         rollbacks=state.rollbacks if state else 0,
@@ -203,7 +206,7 @@ def train(run: Run) -> End | RollBack:
     """
     config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
     signal = run.signal
-    steps, last_launch_step = config.train.steps, _last_step_of_launch(run)
+    steps, last_launch_step = config.train.steps, run.start.step + (config.run.stop_after_steps or math.inf)
     meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
     norms = LayerNorms(engine, config.logging.layer_norms_every_steps)
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
@@ -260,7 +263,7 @@ def train(run: Run) -> End | RollBack:
                 meter.skip()
             if saving:
                 heartbeat.enter("checkpoint")
-                save(run, batch, validation_loss)
+                save(run, batch, validation_loss, last=finished or stopping is not None)
                 meter.skip()
             if profiler.step_done(step):
                 meter.skip()
@@ -326,9 +329,11 @@ def record_validation(run: Run, done: Cursor) -> float:
     return loss
 
 
-def save(run: Run, batch: StepBatch, validation_loss: float | None) -> None:
-    """Begin to save a checkpoint of the step that ``batch`` was for."""
+def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: bool) -> None:
+    """Begin to save a checkpoint of the step that ``batch`` was for; the last one goes where the directory is by then."""
     record_save(run, run.saver.finish())
+    if last and run.follow:
+        run.directory = run.saver.run_directory = follow(run.config, run.follow, run.streams["train"])
     stream, cursor = run.streams["train"], batch.after
     run.saver.save(
         RunState(
@@ -406,20 +411,9 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
     return recorder
 
 
-def _nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:
-    if step > wanted_steps:
-        return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
-    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"
-
-
 def _profiler(run: Run) -> Profiler:
     settings, record, begin = run.config.profile, run.recorder.event, partial(run.heartbeat.enter, "profile")
     return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record, begin=begin)
-
-
-def _last_step_of_launch(run: Run) -> int | None:
-    after = run.config.run.stop_after_steps
-    return None if after is None else run.start.step + after
 
 
 def _is_due(step: int, every_steps: int) -> bool:
@@ -440,6 +434,9 @@ def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
         run.recorder.event("finished", step=step)
         return End(EXIT_FINISHED, "finished")
     run.recorder.event("stop", step=step, reason=reason)
+    if run.directory != run.config.run.directory:
+        run.recorder.message(f"stopped by {reason} after step {step}: {has_moved(run.config, run.directory)}")
+        return End(EXIT_NO_RESTART, str(reason))
     run.recorder.message(
         f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."
     )

@@ -80,7 +80,8 @@ def run(config: TrainConfig) -> int:
         faults.record_exception(error)
         _redact_file(os.environ.get("TORCHELASTIC_ERROR_FILE"))
         raise
-    return _code_for_launcher(code)
+    # Nor may torchrun start a run anew whose directory was renamed.
+    return EXIT_FINISHED if only_zero_is_success() else code
 
 
 def _code_for_launcher(code: int) -> int:

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +55,27 @@ class SaveReport:
 class Saver:
     """Saves the state of one run, one checkpoint at a time."""
 
-    def __init__(self, run_directory: Path, entries: Mapping[str, Entry], config: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        entries: Mapping[str, Entry],
+        config: CheckpointConfig,
+        *,
+        is_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Prepare; every rank calls this, and all other methods, in the same order.
+
+        Args:
+            run_directory: of the run; it may be set to another one between two saves.
+            entries: the state.
+            config: when and how to save.
+            is_ours: whether the directory is still that of this launch; rank 0 asks before a checkpoint appears in it.
 
         Raises:
             CheckpointError: there is no room for two checkpoints.
         """
-        self._run_directory = run_directory
+        self.run_directory = run_directory
+        self._is_ours = is_ours
         self._entries = entries
         self._config = config
         # A new thread would use GPU 0, whichever GPU this rank has: its stream would wait for the wrong one.
@@ -110,7 +124,7 @@ class Saver:
 
     def _save(self, run_state: RunState, ready: torch.cuda.Event | None) -> SaveReport:
         begin = time.monotonic()
-        final = checkpoint_path(self._run_directory, run_state.step)
+        final = checkpoint_path(self.run_directory, run_state.step)
         partial = final.with_name(f"{final.name}.tmp-{self._launch}")
         votes = gather_json(self._write(partial, ready), group=self._group)
         error = self._decide(votes, partial, final, run_state) if dist.get_rank() == 0 else None
@@ -126,7 +140,9 @@ class Saver:
                 self._staged.set()
             if problem := _not_finite(pieces):
                 raise CheckpointError(problem)
-            partial.mkdir(parents=True, exist_ok=True)
+            if dist.get_rank() == 0:
+                partial.parent.mkdir(exist_ok=True)  # but not the run's directory, which somebody may have renamed
+            partial.mkdir(parents=dist.get_rank() > 0, exist_ok=True)
             file, tensors = write_shard(partial / f"rank-{dist.get_rank():05d}.safetensors", pieces)
             return {"file": to_dict(file), "tensors": to_dict(tensors)}
         except Exception as error:
@@ -135,6 +151,8 @@ class Saver:
     def _decide(self, votes: list[dict[str, Any]], partial: Path, final: Path, run_state: RunState) -> str | None:
         """Commit if every rank has succeeded, else remove what was written; on rank 0 only."""
         errors = [str(vote["error"]) for vote in votes if "error" in vote]
+        if not errors and not self._is_ours():
+            errors = [f"{self.run_directory} was renamed or removed, or another launch has taken the run over"]
         if not errors:
             try:
                 files = [FileRecord(**vote["file"]) for vote in votes]
@@ -146,7 +164,7 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
             return "; ".join(errors)
         try:
-            prune(self._run_directory, self._config.keep)
+            prune(self.run_directory, self._config.keep)
         except (OSError, CheckpointError) as error:  # the checkpoint is whole all the same
             log.get_logger().warning(f"old checkpoints could not be deleted: {error}")
         return None
@@ -187,12 +205,12 @@ class Saver:
 
     def _make_room(self, num_bytes: int) -> str | None:
         """Remove leftovers and return what is wrong if then there is too little room; on rank 0 only."""
-        directory = checkpoints_directory(self._run_directory)
+        directory = checkpoints_directory(self.run_directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self._run_directory)
+            remove_leftovers(self.run_directory)
             # A run that continues has some of its checkpoints already, but the next one always comes on top.
-            number = max(1, 2 - len(find_checkpoints(self._run_directory)))
+            number = max(1, 2 - len(find_checkpoints(self.run_directory)))
             free, needed = shutil.disk_usage(directory).free, number * num_bytes
         except OSError as error:
             where = f" (a link to {directory.readlink()}, which is not there)" if directory.is_symlink() else ""

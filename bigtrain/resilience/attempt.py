@@ -9,8 +9,8 @@ that restart read it: ``{"code", "reason", "step", "attempt", "time"}`` with a c
 import contextlib
 import json
 import os
-import socket
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from bigtrain.errors import (
     BigtrainError,
     NoRestartError,
 )
-from bigtrain.locks import is_locked
 from bigtrain.log import get_logger
 from bigtrain.redact import redact
 from bigtrain.resilience.hold import Hold, take_hold
@@ -40,7 +39,15 @@ _ROOM_BYTES = 2**20
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
-def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, patient: bool) -> tuple[int, Hold]:
+def claim_run(
+    directory: Path,
+    *,
+    newest_step: int,
+    max_failed_attempts: int,
+    patient: bool,
+    hurry: bool = False,
+    on_move: Callable[[], None] = lambda: None,
+) -> tuple[int, Hold]:
     """Take the run for this launch; rank 0 calls it.
 
     Args:
@@ -48,6 +55,8 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
         newest_step: step of the newest complete checkpoint, 0 if there is none.
         max_failed_attempts: so many launches in a row that failed without a new checkpoint are restarted.
         patient: as :func:`bigtrain.resilience.hold.take_hold`.
+        hurry: the same.
+        on_move: called when the directory is found renamed or removed.
 
     Returns:
         The number of this launch, from 1, and its hold.
@@ -58,7 +67,7 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
             for a reason that a person has to look at.
         OSError: the directory cannot be written.
     """
-    hold = take_hold(directory / ATTEMPT_FILE, patient=patient)
+    hold = take_hold(directory / ATTEMPT_FILE, patient=patient, hurry=hurry)
     try:
         last = read_json(directory / ATTEMPT_FILE)
         number = int(last.get("attempt", 0)) + 1
@@ -72,22 +81,12 @@ def claim_run(directory: Path, *, newest_step: int, max_failed_attempts: int, pa
             write_exit(directory, code=EXIT_NO_RESTART, reason=reason, step=newest_step, attempt=number)
             raise NoRestartError(reason)
         (directory / EXIT_FILE).unlink(missing_ok=True)
-        record = {
-            "attempt": number,
-            "failures_without_progress": failures,
-            "step": newest_step,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": now(),
-        }
-        content = json.dumps(record).encode() + b"\n"
-        os.pwrite(hold.file, content, 0)
-        os.ftruncate(hold.file, len(content))
+        hold.write({"attempt": number, "failures_without_progress": failures, "step": newest_step, "time": now()})
         keep_room(directory)
     except BaseException:
         hold.release()
         raise
-    hold.keep()
+    hold.keep(on_move)
     return number, hold
 
 
@@ -97,10 +96,12 @@ def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
     None is left if another launch has it or seems to, or where there is a verdict that a stop does not change.
     """
     with contextlib.suppress(OSError, BigtrainError):
-        if is_locked(directory / ATTEMPT_FILE) or read_exit(directory).get("code") in (EXIT_FINISHED, EXIT_NO_RESTART):
+        if read_exit(directory).get("code") in (EXIT_FINISHED, EXIT_NO_RESTART):
             return
         directory.mkdir(parents=True, exist_ok=True)
-        number, hold = claim_run(directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, patient=False)
+        number, hold = claim_run(
+            directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, patient=False, hurry=True
+        )
         write_exit(directory, code=EXIT_RESUMABLE, reason=reason, step=newest_step, attempt=number)
         hold.release()
 

@@ -85,7 +85,8 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
     records = [redact({**asdict(failure), "host": host, "time": now()}) for failure in failures]
     make_room(directory, attempt)
     with contextlib.suppress(OSError):
-        place.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(exist_ok=True)  # but not the run's directory, which somebody may have renamed
+        place.mkdir(exist_ok=True)
         for record in records:
             _write_new(place / f"rank-{record['rank']:05d}.json", record)
     if not any([_is_first_of_kind(place, kind) for kind in {record["kind"] for record in records}]):

@@ -27,7 +27,7 @@ from bigtrain.resilience.attempt import (
 from bigtrain.resilience.failures import Failure, describe, failure_of, is_lost_connection, record_failures
 from bigtrain.resilience.heartbeat import Heartbeat, beats_directory, read_beats
 from bigtrain.resilience.hold import Hold
-from bigtrain.resilience.signals import StopSignal
+from bigtrain.resilience.signals import MOVED, StopSignal
 from bigtrain.resilience.watchdog import STACK_SIGNAL, Watch, question_path, stacks_path, start_watchdog
 
 _RECORD_SECONDS = 1.0
@@ -69,9 +69,34 @@ class Launch:
         """
         limit = self.config.max_failed_attempts
         number, self._hold = claim_run(
-            self.directory, newest_step=newest_step, max_failed_attempts=limit, patient=is_restart()
+            self.directory,
+            newest_step=newest_step,
+            max_failed_attempts=limit,
+            patient=is_restart(),
+            on_move=self._stop_when_moved,
         )
         return number
+
+    def _stop_when_moved(self) -> None:
+        if self.signal.reason is None:
+            get_logger().warning(
+                f"{self.directory} was renamed or removed while it is in use: this launch saves and stops"
+            )
+            self.signal.request(MOVED)
+
+    def is_here(self) -> bool:
+        """Return whether the directory of the run is still that which rank 0 has taken; another rank cannot tell."""
+        return self._hold is None or self._hold.is_here()
+
+    def follow(self) -> Path:
+        """Return on rank 0 where the directory of the run is now, and leave the last words there.
+
+        Raises:
+            OSError: it was removed and cannot be made anew.
+        """
+        if self._hold is not None:
+            self.directory = self._hold.follow()
+        return self.directory
 
     def begin(self, attempt: int) -> None:
         """Know, on every rank, that the run has been taken; from now on signals stop it in order."""
@@ -155,6 +180,8 @@ class Launch:
                 get_logger().error(f"other ranks have ended before the first step: {str(error).splitlines()[0]}")
             return
         self.signal.at_once = False
+        with contextlib.suppress(OSError):
+            self.follow()
         if isinstance(error, StopError):
             self._stop(error)
         elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):

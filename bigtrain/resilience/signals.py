@@ -23,6 +23,7 @@ REASONS = (
     *(number.name for number in STOP_SIGNALS),
     "stop file",
     "checkpoint.max_failures",
+    MOVED := "renamed or removed directory",
 )
 """Why a run stops before its end; where ranks have different reasons, the last of these counts."""
 STOP_FILE = "STOP"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints
-from bigtrain.resilience import stragglers, watchdog
+from bigtrain.resilience import hold, stragglers, watchdog
 from bigtrain.resilience.attempt import ROOM_FILE, claim_run, read_json
 from bigtrain.resilience.failures import Failure, record_failures
 from tests.distributed.launches import events, metrics, num_steps, trajectory
@@ -379,6 +379,52 @@ def test_a_signal_that_answers_a_failure_is_no_stop(tmp_path: Path):
     assert exit_record(tmp_path / RUN)["code"] == 1
     assert failure(tmp_path / RUN)["rank"] == 1
     assert "ended by SIGTERM; the first cause is in runs/gpt_nano/failure.json" in ended.said[0]
+
+
+def look_often() -> None:
+    hold.BEAT_SECONDS = 0.2
+
+
+def test_a_renamed_directory_stops_the_launch_saved_and_leaves_the_name_to_another(tmp_path: Path):
+    run, kept, second = tmp_path / RUN, tmp_path / RUN.with_name("keep"), []
+
+    def rename(processes: list[Any]) -> None:
+        wait_for(lambda: num_steps(run) >= 3)
+        run.rename(kept)
+        second.append(train(tmp_path, world_size=1, log="second"))
+
+    # Many saves, of which none may reach the new directory.
+    often = ["train.steps=100000", "checkpoint.every_steps=2", "checkpoint.max_failures=1000"]
+    first = train(tmp_path, *often, prepare=look_often, meanwhile=rename)
+    assert first.codes == [3, 3], first.said
+    found = exit_record(kept)
+    assert (found["code"], found["reason"]) == (3, "renamed or removed directory")
+    assert find_checkpoints(kept)[-1].name == f"step-{found['step']:08d}"
+    assert num_steps(kept) == found["step"]
+    assert "runs/gpt_nano was renamed or removed while it is in use: this launch saves and stops" in first.said[0]
+    assert f"run.root={kept.parent} run.name=keep continue from there" in first.said[0]
+    assert second[0].codes == [0], second[0].said
+    assert [step for step, *_ in trajectory(run)] == list(range(1, 9))
+    assert exit_record(run)["attempt"] == 1
+    assert train(tmp_path, "run.name=keep", f"train.steps={found['step'] + 1}", world_size=1).codes == [0]
+    assert exit_record(kept)["step"] == found["step"] + 1
+
+
+def test_a_removed_directory_costs_no_step(tmp_path: Path):
+    run, rescued = tmp_path / RUN, tmp_path / RUN.with_name("gpt_nano-rescued")
+
+    def remove(processes: list[Any]) -> None:
+        wait_for(lambda: num_steps(run) >= 3)
+        run.rename(tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+
+    ended = train(tmp_path, "train.steps=100000", prepare=look_often, meanwhile=remove, world_size=1)
+    assert ended.codes == [3], ended.said
+    assert not run.exists()
+    step = exit_record(rescued)["step"]
+    assert find_checkpoints(rescued)[-1].name == f"step-{step:08d}"
+    assert train(tmp_path, "run.name=gpt_nano-rescued", f"train.steps={step + 1}", world_size=1).codes == [0]
+    assert [record[0] for record in trajectory(rescued)] == [step + 1]
 
 
 def test_a_second_launch_is_refused_and_a_clock_may_jump(whole: Path, tmp_path: Path):

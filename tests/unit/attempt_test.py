@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from bigtrain.data.cache import NodeCache
 from bigtrain.errors import ConfigError, NoRestartError
+from bigtrain.locks import is_locked
 from bigtrain.resilience import failures, hold, watchdog
 from bigtrain.resilience.attempt import (
     ATTEMPT_FILE,
@@ -74,6 +76,28 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(logging.getLogger("bigtrain"), "propagate", True)
     assert claim(tmp_path) == 1
     assert "has no locks (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_has_caches_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flock, own = fcntl.flock, tmp_path / "cache"
+
+    def refuse_there(file: int, operation: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{file}")).is_relative_to(own):
+            raise OSError(number, os.strerror(number))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse_there)
+    cache = NodeCache(own, max_bytes=100)
+    with cache.making("file", 3, wait=True) as handle:
+        assert cache.making("file", 3, wait=False).__enter__() is None, (
+            "processes of a machine still exclude each other"
+        )
+        assert is_locked(own / "file.3.partial")
+        handle.write(b"abc")
+    assert cache.open("file").read() == b"abc"
 
 
 @pytest.mark.parametrize(
@@ -350,4 +374,5 @@ def test_a_storm_of_failing_ranks_reads_few_records(tmp_path: Path, monkeypatch:
     assert read_exit(tmp_path)["reason"] == found["summary"]
     # Negative control: when everybody sums up, they read ranks² records or so.
     monkeypatch.setattr(failures, "_is_first_of_kind", lambda place, kind: True)
+    (tmp_path / "all").mkdir()
     assert storm(tmp_path / "all", monkeypatch) > 40 * NUM_RANKS

@@ -12,12 +12,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 # From the bottom up; a unit imports only from rows below its own.
 FLOORS = [
-    ["choices", "cursor", "errors", "files", "locks", "processes", "redact"],
+    ["choices", "cursor", "errors", "files", "processes", "redact"],
     ["rank_info", "schema"],
     ["config"],
     ["checks"],
     ["local_ranks", "log"],
-    ["rendezvous", "torchrun"],
+    ["locks", "rendezvous", "torchrun"],
     ["distributed"],
     ["data", "models", "objective", "optim"],
     ["engine", "preflight"],
