@@ -25,7 +25,7 @@ from bigtrain.engine.deepspeed_zero import (
     deepspeed_settings,
     import_deepspeed,
 )
-from bigtrain.engine.native import NativeEngine, allocate_gradients
+from bigtrain.engine.native import NativeEngine, allocate_gradients, share_no_buffers
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
@@ -56,7 +56,7 @@ def _build_ddp(
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     expected = DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
     _assert_built(accelerator, expected, info.world_size)
@@ -70,6 +70,7 @@ def _build_ddp(
     module = accelerator.prepare_model(model)
     if not isinstance(module, DistributedDataParallel):
         raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DistributedDataParallel")
+    share_no_buffers(module)
     return NativeEngine(
         module,
         build_optimizer(parameter_groups(module.named_parameters(), config.optimizer), config.optimizer),

@@ -254,13 +254,19 @@ def allocate_gradients(model: nn.Module) -> None:
 def _data_parallel(model: nn.Module, device: torch.device, accumulates: bool) -> DistributedDataParallel:
     if accumulates:
         allocate_gradients(model)
-    return DistributedDataParallel(
+    module = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         init_sync=False,  # it would broadcast weights that are overwritten right afterwards
-        broadcast_buffers=False,  # tables that every rank computes alike
     )
+    share_no_buffers(module)
+    return module
+
+
+def share_no_buffers(module: DistributedDataParallel) -> None:
+    """Let the ranks keep their buffers, tables that all compute alike; the argument's name depends on torch's version."""
+    module.broadcast_buffers = False
 
 
 def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
