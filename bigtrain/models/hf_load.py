@@ -102,13 +102,16 @@ def published(model: nn.Module, name: str, *, setting: str) -> dict[str, Initial
         problems += _problems(names[0], tensor, candidates)
         if candidates:
             values[names[0]] = candidates[0]
-    assert not found, found
-    problems += [
-        f"{key} is in the files, but the model of the config.json has no use for it" for key in _unexpected(left, model)
+    left = [(target, tensor) for target, tensor in left if not _is_derived(tensor)]
+    unexpected = _unexpected({target for target, _ in left}, model)
+    useless = [
+        *(tensor.key for target, tensor in left if target in unexpected),
+        *(other.key for other in found.values()),
     ]
+    problems += [f"{key} is in the files, but the model of the config.json has no use for it" for key in useless]
     if problems:
         raise ConfigError(f"{where}: {len(problems)} tensors do not fit the published weights: {_some(problems)}")
-    if ignored := [key for keys in left.values() for key in keys if not _is_derived(key)]:
+    if ignored := [tensor.key for _, tensor in left]:
         get_logger().warning(f"{where}: {len(ignored)} tensors are left out, as transformers does: {_some(ignored)}")
     return values
 
@@ -131,8 +134,8 @@ def stored_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _assigned(
     model: nn.Module, stored: dict[str, StoredTensor], where: str
-) -> tuple[dict[str, StoredTensor | Converted], dict[str, list[str]]]:
-    """Return what transformers makes of the files by name in the model, and what it has no use for by name there."""
+) -> tuple[dict[str, StoredTensor | Converted], list[tuple[str, StoredTensor]]]:
+    """Return what transformers makes of the files by name in the model, and what it has no use for, with names there."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -142,13 +145,13 @@ def _assigned(
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found: dict[str, StoredTensor | Converted] = {}
     conversions: dict[str, Conversion] = {}
-    left: dict[str, list[str]] = {}
+    left: list[tuple[str, StoredTensor]] = []
     for key in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
         if target not in expected and key in expected:
             target, pattern = key, None
         if target not in expected:
-            left.setdefault(target, []).append(key)
+            left.append((target, stored[key]))
         elif pattern is not None:
             conversion = conversions.setdefault(target, Conversion(model, by_pattern[pattern], target))
             conversion.parts.append((pattern, stored[key]))
@@ -207,18 +210,22 @@ def _is_equal(a: InitialValue, b: InitialValue) -> bool:
     return True
 
 
-def _unexpected(left: dict[str, list[str]], model: nn.Module) -> list[str]:
-    """Return those of the tensors left over that transformers would not leave out without a word."""
+def _unexpected(names: set[str], model: nn.Module) -> set[str]:
+    """Return those of the names of tensors left over that transformers would not leave out without a word."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
-    info = LoadStateDictInfo(set(), set(left), set(), [], {}, set())
+    info = LoadStateDictInfo(set(), names, set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(info)
-    return [key for target in left if target in info.unexpected_keys for key in left[target]]
+    return info.unexpected_keys
 
 
-def _is_derived(key: str) -> bool:
-    """Return whether a tensor is a table that models compute, as old files have them."""
-    return key.endswith(("inv_freq", "position_ids", "attn.bias", "attention.bias", "masked_bias"))
+def _is_derived(tensor: StoredTensor) -> bool:
+    """Return whether a tensor is a table that models compute, as files of older versions have them."""
+    shape = tensor.shape
+    is_mask = shape in ((), (1,)) or (len(shape) > 2 and shape[-1] == shape[-2] and set(shape[:-2]) == {1})
+    if tensor.key.endswith(("attn.bias", "attention.bias", "masked_bias", "causal_mask")):
+        return is_mask
+    return tensor.key.endswith((".inv_freq", "position_ids"))
 
 
 def _some(names: Iterable[str]) -> str:

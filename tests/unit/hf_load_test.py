@@ -129,6 +129,21 @@ def test_what_can_be_derived_may_be_left_over(tmp_path):
         torch.testing.assert_close(built(tmp_path)(TOKENS_BT), theirs(TOKENS_BT).logits)
 
 
+def test_masks_in_old_files_may_be_left_over_and_biases_may_not(tmp_path):
+    shape = dict(vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=4)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "transformer.h.0.attn.{}"
+    masks = {"bias": torch.ones(1, 1, 16, 16).tril(), "masked_bias": torch.tensor(-1e4)}
+    tensors = load_file(path) | {name.format(key): mask for key, mask in masks.items()}
+    save_file(tensors, path)
+    with torch.no_grad():
+        torch.testing.assert_close(built(tmp_path)(TOKENS_BT), theirs(TOKENS_BT).logits)
+    save_file(tensors | {name.format("masked_bias"): torch.ones(32)}, path)
+    with pytest.raises(ConfigError, match=r"1 tensors do not fit.*masked_bias"):
+        built(tmp_path)
+
+
 def test_quantised_weights_are_refused(tmp_path):
     changed(
         tmp_path, lambda tensors: None, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
