@@ -104,6 +104,8 @@ RANGES = {
     "bad_numbers.spike_window_steps": "must be at least 8",
 }
 """What must hold of a number by itself; unset ones (null) are right."""
+PATHLESS = {DataSource.stdlib, DataSource.synthetic}
+"""Sources that ignore ``data.path``."""
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
     DataSource.prepared: "directory or URL of a prepared corpus",
@@ -161,11 +163,11 @@ def _check_data(data: DataConfig) -> list[str]:
     problems = _check_mixture(data)
     for name, part in component_data(data).items():
         where = f"data.mixture.{name}" if data.mixture else "data"
-        if part.source not in (DataSource.stdlib, DataSource.synthetic) and not part.path:
+        if part.source not in PATHLESS and not part.path:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
             problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
-        if part.source is not DataSource.prepared and "://" in (part.path or ""):
+        if part.source not in PATHLESS | {DataSource.prepared} and "://" in (part.path or ""):
             problems.append(
                 f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; "
                 + ("write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine")

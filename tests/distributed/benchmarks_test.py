@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def run(script: str, *args: str) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120, check=False)
+    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, check=False)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
 

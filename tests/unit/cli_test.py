@@ -172,10 +172,13 @@ def test_settings_without_effect_are_named_by_rank_0(tmp_path: Path):
 # Ranks
 
 
-def test_a_mistake_on_the_command_line_is_named_by_rank_0_only(tmp_path: Path):
+def test_a_mistake_on_the_command_line_is_named_by_rank_0_at_once_and_later_by_a_rank_that_is_alone_with_it(
+    tmp_path: Path,
+):
     script = stub(tmp_path, "pass")
     assert run(script, "lr=1", cwd=tmp_path, RANK="0", WORLD_SIZE="2")[2].startswith("lr: unknown key")
-    assert run(script, "lr=1", cwd=tmp_path, RANK="1", WORLD_SIZE="2") == (2, "", "")
+    code, out, err = run(script, "lr=1", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (code, out, err.startswith("[rank 1] lr: unknown key")) == (2, "", True)
 
 
 def test_a_rank_that_fails_alone_speaks_for_itself(tmp_path: Path):

@@ -68,13 +68,14 @@ def test_a_repeated_interrupt_forces_only_later(stop: StopSignal, monkeypatch: p
 
 
 EARLY = """
-import os, signal, sys
+import os, signal, sys, time
 from bigtrain.resilience.signals import EarlyStop, StopSignal
 early = EarlyStop()
 early.leave_word = lambda reason: print("word of", reason, flush=True)
 if "listen" in sys.argv:
     StopSignal().listen()
 os.kill(os.getpid(), int(sys.argv[1]))
+time.sleep(0.3)
 print("lives")
 """
 
@@ -106,7 +107,7 @@ def test_an_early_signal_ends_the_process_with_a_word_of_rank_0(
         str(int(number)),
         *arguments,
     ]
-    environ = {**os.environ, "RANK": str(rank)}
+    environ = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(rank + 1)}
     ended = subprocess.run(
         command,
         env=environ,

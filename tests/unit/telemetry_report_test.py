@@ -178,8 +178,8 @@ def test_a_picture_of_the_loss_alone(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], "missing: there is no such directory; name one such as begun, run"),
-        (["empty"], "empty: not the directory of a run: it has no config.yaml; name one such as begun, run"),
+        (["missing"], "missing: there is no such directory; name one, such as begun, run"),
+        (["empty"], "empty: not the directory of a run: it has no config.yaml; name one, such as begun, run"),
         (["begun"], "begun: no step is finished yet"),
         ([], "which run?"),
         (["run", "out=x.doc"], ".html"),
