@@ -289,6 +289,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (is_remote or any_live, "data.cache_directory", "unless data.path is a URL or data.on_the_fly=true"),
         (is_remote or any_live, "data.cache_gib", "unless data.path is a URL or data.on_the_fly=true"),
         (data.content is Content.chat, "data.messages_field", "unless data.content=chat"),
+        (data.content is Content.chat, "data.chat_template", "unless data.content=chat"),
         (data.content is Content.pairs, "data.prompt_field", "unless data.content=pairs"),
         (data.content is Content.pairs, "data.answer_field", "unless data.content=pairs"),
         (looks_for_near, "data.filters.near_similarity", "unless data.filters.duplicates=near"),

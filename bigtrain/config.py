@@ -153,6 +153,8 @@ class ComponentConfig:
     """See ``data.text_field``."""
     messages_field: str | None = None
     """See ``data.messages_field``."""
+    chat_template: str | None = None
+    """See ``data.chat_template``."""
     prompt_field: str | None = None
     """See ``data.prompt_field``."""
     answer_field: str | None = None
@@ -199,6 +201,8 @@ class DataConfig:
     """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: str = "messages"
     """Field with the messages of a ``chat``."""
+    chat_template: str | None = None
+    """File of the Jinja template that writes a ``chat``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
     prompt_field: str = "prompt"
     """Field with the prompt of ``pairs``."""
     answer_field: str = "answer"

@@ -1,6 +1,8 @@
 """Text from a trained run, in one process."""
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +15,11 @@ from bigtrain.engine.wrap import materialise
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
-from bigtrain.run_files import find_whole, read_config
+from bigtrain.run_files import MODEL_DIRECTORY, find_whole, read_config
 from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def sample_run(
@@ -54,8 +59,9 @@ def sample_run(
     materialise(model, device)
     load_checkpoint(checkpoint, {MODEL + name: whole_entry(p) for name, p in model.named_parameters()})
     model.eval()
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    eos_id = read_index(run, check_sizes=False).tokenizer.eos_id
+    adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
+    ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)
+    ends = end_ids(run, is_pretrained=config.model.pretrained)
     generator = torch.Generator().manual_seed(seed)
     texts = []
     for _ in range(num_samples):
@@ -67,11 +73,37 @@ def sample_run(
             top_k=top_k,
             top_p=top_p,
             generator=generator,
-            eos_id=eos_id,
+            eos_id=ends,
         )
-        texts.append(tokenizer.decode(new_ids))
+        texts.append(continuation(tokenizer, ids, new_ids))
     _keep(run, step_of(checkpoint), prompt, texts)
     return texts
+
+
+def prompt_ids(tokenizer: "Tokenizer", prompt: str, *, adds_special: bool) -> list[int]:
+    """Return the prompt as the beginning of a text: with BOS where the tokenizer writes it, but nothing that ends a text."""
+    encoding = tokenizer.encode(prompt, add_special_tokens=adds_special)
+    ids, written = encoding.ids, encoding.special_tokens_mask
+    while ids and written[len(ids) - 1] and 0 in written:
+        ids = ids[:-1]
+    return ids
+
+
+def continuation(tokenizer: "Tokenizer", ids: list[int], new_ids: list[int]) -> str:
+    """Return the text of ``new_ids`` behind that of ``ids``; alone, its first word loses the space in front in some."""
+    prompt, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *new_ids])
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else tokenizer.decode(new_ids)
+
+
+def end_ids(run: Path, *, is_pretrained: bool) -> set[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of a pretrained model's own settings."""
+    record = read_index(run, check_sizes=False).tokenizer
+    ids = {record.eos_id}
+    for name in ("config.json", "generation_config.json") if is_pretrained and record.published else ():
+        path = run / MODEL_DIRECTORY / name
+        own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        ids |= {own} if isinstance(own, int) else set(own or ())
+    return ids
 
 
 def _keep(run: Path, step: int, prompt: str, texts: list[str]) -> None:

@@ -47,11 +47,17 @@ def run(config: GenerateConfig) -> int:
     """Generate and print the texts."""
     if config.num_samples < 1:
         raise ConfigError(f"num_samples={config.num_samples}: must be at least 1")
+    from bigtrain.data.records import decode
+    from bigtrain.log import get_logger
     from bigtrain.sampling import sample_run
 
+    # The bytes of a command line that are not valid UTF-8 are lone surrogates here.
+    prompt, is_repaired = decode(config.prompt.encode("utf-8", "surrogateescape"), "utf-8")
+    if is_repaired:
+        get_logger().warning("prompt: it is not valid UTF-8; each bad sequence is taken as U+FFFD")
     texts = sample_run(
         Path(config.checkpoint),
-        prompt=config.prompt,
+        prompt=prompt,
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -60,7 +66,7 @@ def run(config: GenerateConfig) -> int:
         seed=config.seed,
     )
     for number, text in enumerate(texts, start=1):
-        print(f"--- {number} of {len(texts)} ---\n{config.prompt}{text}")
+        print(f"--- {number} of {len(texts)} ---\n{prompt}{text}")
     return EXIT_FINISHED
 
 

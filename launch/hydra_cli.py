@@ -70,6 +70,8 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     """
     std_streams.guard()
     sys.excepthook = _show_fault
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Imports leave no garbage, but to look for it as often as Python does takes a quarter of their time.
     gc.set_threshold(100_000, 50, 100)
     args = [arg for arg in sys.argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]

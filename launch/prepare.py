@@ -17,7 +17,7 @@ Tokenise a corpus once, so that no run has to wait for it. Training prepares wha
   python launch/prepare.py data=text data.path='books/*.txt'
   python launch/prepare.py data=datasets data.path=roneneldan/TinyStories data.tokenizer=gpt2
   python launch/prepare.py data=jsonl data.path=web.jsonl.zst data.filters.duplicates=near +model=gpt3_1b
-  python launch/prepare.py data=jsonl data.path=chats.jsonl data.content=chat
+  python launch/prepare.py data=jsonl data.path=chats.jsonl data.content=chat data.tokenizer=Qwen/Qwen3-0.6B
 
 Use the same data settings as the training; all others are allowed and have no effect, but a +model is told how many
 tokens there are per parameter. Killed and started again, it goes on where it was. The directory can be copied

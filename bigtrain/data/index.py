@@ -70,6 +70,10 @@ class TokenizerRecord:
     """Token that ends a document."""
     facts: str | None = None
     """Of a published one, JSON: what tells it from others, which stays with those who have it from this corpus."""
+    adds_special: bool = False
+    """Whether each document is encoded as a whole, with what the tokenizer writes around it (BOS); else in pieces, bare."""
+    reads_special: bool = False
+    """Whether the name of a special token inside a text is that token; else it is text."""
     published: list[FileRecord] = field(default_factory=list)
     """The files that it was published as, below ``tokenizer/``; none of ``bpe`` and ``bytes``."""
 

@@ -5,6 +5,7 @@ a part go through a cache on the node's disk: one process of the node makes them
 training does not feel it, and the others read them; what a kill interrupts is made again.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from bigtrain.config import Content, DataConfig, OnBad
 from bigtrain.data.cache import Ahead, NodeCache, explained
+from bigtrain.data.chat import CHAT_FILE
 from bigtrain.data.corpus import TokenSplit
 from bigtrain.data.files import SourceFile
 from bigtrain.data.index import CorpusIndex
@@ -156,11 +158,14 @@ class LiveParts:
         self.has_answers = config.content is not Content.text
         self._plan = plan
         self._directory = directory
-        self._config = config
+        # What the template was when the plan was made, wherever the file of the settings is now.
+        chat = directory / CHAT_FILE
+        self._config = dataclasses.replace(config, chat_template=str(chat)) if chat.exists() else config
         self._index = index
         self._helpers = helpers
         self._cache = NodeCache(cache_directory(config), int(config.cache_gib * 2**30))
-        self._coding = Coding(plan.is_fast, index.tokenizer.eos_id, int(config.validation_fraction * 2**64))
+        record, bound = index.tokenizer, int(config.validation_fraction * 2**64)
+        self._coding = Coding(plan.is_fast, record.eos_id, bound, record.adds_special, record.reads_special)
         self._ahead = Ahead(self._make, helpers.num_processes)
 
     def load(self, number: int, split: str) -> PartTokens:
@@ -246,7 +251,7 @@ def _tokenise(task: _Task) -> dict[str, NDArray]:
     for file, size in zip(task.part.files, task.sizes, strict=True):
         if not file.path.exists() or file.path.stat().st_size != size:
             raise DataError(f"{file.path}: no longer the file of {size} bytes that it was when this launch began")
-    encode = encoder(task.tokenizer, task.coding.is_fast)
+    encode = encoder(task.tokenizer, task.coding)
     buffers = {split: TokenBuffer(np.dtype(task.dtype)) for split in SPLITS}
     num_empty = num_filtered = num_repaired = 0
     bad = Dropped()

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigtrain.config import DataConfig, DataSource, OnBad, Verify, component_data, is_live
+from bigtrain.config import Content, DataConfig, DataSource, OnBad, Verify, component_data, is_live
+from bigtrain.data.chat import build_coding, coding_hash, encoding_facts, keep_chat
 from bigtrain.data.corpus import Corpus, require_vocab
 from bigtrain.data.encoder import agrees, fast_encoder, slow_encoder
 from bigtrain.data.files import LeftOut, find_files, tell_left_out
@@ -61,7 +62,6 @@ from bigtrain.data.tokenise import (
 from bigtrain.data.tokenizer import (
     TOKENIZER_FILE,
     BuiltTokenizer,
-    build_tokenizer,
     keep_published,
     num_ids,
     tokenizer_facts,
@@ -180,8 +180,7 @@ def _locate(config: DataConfig) -> _Target:
         "shard_tokens": config.shard_tokens,
         "tokenizer": tokenizer_facts(config),
     } | ({"on_the_fly": True} if is_live(config) else {})
-    if config.on_bad_row is OnBad.skip:
-        facts["on_bad_row"] = "skip"
+    facts |= ({"on_bad_row": "skip"} if config.on_bad_row is OnBad.skip else {}) | encoding_facts(config)
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     vocab_size = str(config.tokenizer_vocab_size) if config.tokenizer == "bpe" else ""
     name = _slug(tokenizer_name(config)) + vocab_size
@@ -243,15 +242,17 @@ def _publish(work: Path, directory: Path) -> None:
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
     """Write tokenizer, tokens and report into ``work`` and return their index."""
     left_out = _report_files(config)
+    given, config = config, keep_chat(config, work)
     parts = source_parts(config)
     with workers(_num_processes(config, parts)) as run:
         survey = _survey(config, parts, progress, run)
-        built = build_tokenizer(config, _read_sample(config, parts, survey, run))
-        index = _begin(work, config, target, built)
-        _begin_parts(work, parts, index.tokenizer.file.xxh3)
+        built = build_coding(config, _read_sample(config, parts, survey, run))
+        index = _begin(work, given, target, built)
+        _begin_parts(work, parts, index.tokenizer.file.xxh3 + coding_hash(config, built))
         with reporter("tokenising", survey.num_text_bytes, progress) as advance:
             ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
-            coding = Coding(_is_fast_exact(config, built, ends), built.eos_id, survey.validation_bound)
+            is_fast = _is_fast_exact(config, built, ends)
+            coding = Coding(is_fast, built.eos_id, survey.validation_bound, built.adds_special, built.reads_special)
             chosen = enumerate(zip(parts, survey.kept, strict=True))
             tasks = ((config, part, i, kept, coding, work) for i, (part, kept) in chosen)
             for text_bytes in run(tokenise_part, tasks):
@@ -278,17 +279,18 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     parts = source_parts(config)
     if not parts:
         raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
-    built = build_tokenizer(config, ())
-    index = _begin(work, config, target, built)
+    given, config = config, keep_chat(config, work)
+    built = build_coding(config, ())
+    index = _begin(work, given, target, built)
     is_fast = _is_fast_exact(config, built, [read_part(config, parts[i]) for i in (0, -1)])
-    fingerprint = write_plan(work, config, parts, index.tokenizer.file.xxh3, is_fast)
+    fingerprint = write_plan(work, config, parts, index.tokenizer.file.xxh3 + coding_hash(config, built), is_fast)
     return dataclasses.replace(index, live=LiveRecord(plan=record_file(work / PLAN_FILE), fingerprint=fingerprint))
 
 
 def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
     """Write the tokenizer; return the index of a corpus that has nothing else."""
     (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
-    published = keep_published(config.tokenizer, work)
+    published = keep_published(config.tokenizer, work, config.chat_template)
     vocab_size = num_ids(built.tokenizer)
     nothing = SplitRecord(shards=[], num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0)
     return CorpusIndex(
@@ -305,6 +307,8 @@ def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenize
             file=record_file(work / TOKENIZER_FILE),
             vocab_size=vocab_size,
             eos_id=built.eos_id,
+            adds_special=built.adds_special,
+            reads_special=built.reads_special,
             published=published,
         ),
         train=nothing,
@@ -320,7 +324,7 @@ def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> 
     """Read the source for the first time."""
     with reporter("reading", None, progress) as advance:
         survey = combine(config, run(survey_part, ((config, part) for part in parts)), advance)
-    _report_survey(survey)
+    _report_survey(survey, config.content)
     return survey
 
 
@@ -337,7 +341,7 @@ def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
                 yield from _read_sample(config, parts, _survey(config, parts, progress, run), run)
 
     def fill(work: Path) -> CorpusIndex:
-        return _begin(work, sources[0], targets[0], build_tokenizer(sources[0], list(texts())))
+        return _begin(work, sources[0], targets[0], build_coding(sources[0], list(texts())))
 
     if not directory.exists():
         _make(directory, fill)
@@ -364,7 +368,7 @@ def _begin_parts(work: Path, parts: list[Part], tokenizer_hash: str) -> None:
 
 def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterator[Document]]) -> bool:
     """Return whether the fast encoder gives the right ids, as tried on documents from both ends of this very corpus."""
-    fast, slow = fast_encoder(built.tokenizer), slow_encoder(built.tokenizer)
+    fast, slow = (build(built.tokenizer, adds_special=built.adds_special) for build in (fast_encoder, slow_encoder))
     if fast is None:
         return False
 
@@ -423,10 +427,11 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
     (work / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _report_survey(survey: Survey) -> None:
+def _report_survey(survey: Survey, content: Content) -> None:
     remarks = [f"{survey.num_documents} documents, {survey.num_text_bytes / 1e6:.1f} MB of text"]
     if survey.num_empty_documents:
-        remarks.append(f"{survey.num_empty_documents} empty documents left out")
+        what = "empty documents" if content is Content.text else "documents without an answer that counts"
+        remarks.append(f"{survey.num_empty_documents} {what} left out")
     if survey.num_repaired_documents:
         remarks.append(f"invalid UTF-8 in {survey.num_repaired_documents} documents replaced by U+FFFD")
     remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]

@@ -2,10 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from bigtrain.config import Content, DataConfig
-
-ANSWERING_ROLE = "assistant"
-_ROLES = ("system", "user", ANSWERING_ROLE, "tool")
+from bigtrain.config import Content, DataConfig, DataSource
+from bigtrain.data.chat import chat_of
 
 
 class Document(NamedTuple):
@@ -18,7 +16,9 @@ class Document(NamedTuple):
     is_repaired: bool
     """Whether something that is not valid Unicode was replaced."""
     answers: tuple[tuple[int, int], ...] | None = None
-    """Ranges of characters that count in the loss; None: all of them."""
+    """Ranges of characters that count in the loss, in order; None: all of them."""
+    is_templated: bool = False
+    """Whether a chat template has written it, with all special tokens: none is added, and what ends it does not count."""
 
 
 def document_fields(config: DataConfig) -> dict[str, str]:
@@ -31,12 +31,21 @@ def document_fields(config: DataConfig) -> dict[str, str]:
     return {setting: getattr(config, setting) for setting in settings}
 
 
+def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
+    """Return the columns of a table that are read."""
+    columns = list(document_fields(config).values())
+    if config.content is Content.chat:
+        columns += [
+            name for name in chat_of(config.tokenizer, config.chat_template).columns(names) if name not in columns
+        ]
+    return columns
+
+
 def record_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
     """Return the document that a record holds.
 
-    A chat is written as ChatML, in plain text: ``<|im_start|>role``, a new line, the content, ``<|im_end|>`` and a
-    new line for each message; what the assistant says counts, with the ``<|im_end|>`` that ends it. Of a pair,
-    prompt and answer follow each other directly and the answer counts.
+    A chat is written by its template; see :mod:`bigtrain.data.chat`. Of a pair, prompt and answer follow each other
+    directly and the answer counts.
 
     Raises:
         ValueError: a field is missing or not what it should be.
@@ -45,19 +54,15 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
     for setting, name in fields.items():
         if name not in record:
             raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}")
-    if config.content is Content.text:
-        segments = [(_text(record[config.text_field], config.text_field), True)]
-    elif config.content is Content.pairs:
-        prompt, answer = (_text(record[name], name) for name in (config.prompt_field, config.answer_field))
-        segments = [(prompt, False), (answer, True)] if prompt and answer else []
-    else:
-        segments = _chat_segments(record[config.messages_field], config.messages_field)
-    repaired = [(*_join_surrogates(text), counts) for text, counts in segments]
-    is_repaired = is_repaired or any(was_repaired for _, was_repaired, _ in repaired)
+    if config.content is Content.chat:
+        return _chat_document(config, document_id, record, is_repaired)
     text, answers = "", []
-    for part, _, counts in repaired:
-        if counts:
-            answers.append((len(text), len(text) + len(part)))
+    for name in fields.values():
+        part, was_repaired = _join_surrogates(_text(record[name], name))
+        is_repaired |= was_repaired
+        answers = [(len(text), len(text) + len(part))]  # the last is what counts
+        if config.content is Content.pairs and not part:
+            return Document(document_id, "", is_repaired, ())
         text += part
     return Document(document_id, text, is_repaired, None if config.content is Content.text else tuple(answers))
 
@@ -70,22 +75,22 @@ def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, bool]:
         return raw.decode(encoding, errors="replace"), True
 
 
-def _chat_segments(messages: Any, name: str) -> list[tuple[str, bool]]:
-    if messages is None:
-        return []
-    if not isinstance(messages, list):
-        raise ValueError(f"field '{name}' is {type(messages).__name__}, not a list of messages")
-    segments = []
-    for number, message in enumerate(messages):
-        where = f"field '{name}', message {number}"
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{where}: expected an object with role and content")
-        role, content = message["role"], _text(message["content"], f"{name}[{number}].content")
-        if role not in _ROLES:
-            raise ValueError(f"{where}: role {role!r} is none of {', '.join(_ROLES)}")
-        segments += [(f"<|im_start|>{role}\n", False), (f"{content}<|im_end|>\n", role == ANSWERING_ROLE)]
-    # Nothing to learn from, like an empty text.
-    return segments if any(counts for _, counts in segments) else []
+def _chat_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
+    if record[config.messages_field] is None:
+        return Document(document_id, "", is_repaired, ())
+    chat = chat_of(config.tokenizer, config.chat_template)
+    repaired = _repair(record)
+    is_repaired |= repaired != record
+    text, answers = chat.write(repaired, config.messages_field, is_table=config.source is not DataSource.jsonl)
+    return Document(document_id, text if answers else "", is_repaired, tuple(answers), not chat.is_plain)
+
+
+def _repair(value: Any) -> Any:
+    if isinstance(value, str):
+        return _join_surrogates(value)[0]
+    if isinstance(value, dict):
+        return {_repair(key): _repair(item) for key, item in value.items()}
+    return [_repair(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(value: Any, name: str) -> str:

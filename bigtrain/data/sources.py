@@ -30,7 +30,7 @@ from bigtrain.config import Content, DataConfig, DataSource, OnBad
 from bigtrain.data.files import SourceFile, find_files
 from bigtrain.data.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
 from bigtrain.data.quality import Dropped
-from bigtrain.data.records import Document, decode, document_fields, record_document
+from bigtrain.data.records import Document, columns_to_read, decode, document_fields, record_document
 from bigtrain.data.saved import choose_split, read_state, split_name
 from bigtrain.errors import DataError, UnreachableError
 
@@ -389,7 +389,7 @@ def _require_columns(config: DataConfig, columns: list[str], where: str) -> list
         if name not in columns:
             setting = next(key for key, value in fields.items() if value == name)
             raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}")
-    return list(fields.values())
+    return columns_to_read(config, columns)
 
 
 def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import DataConfig, Duplicates
+from bigtrain.config import Content, DataConfig, Duplicates
 from bigtrain.data.quality import (
     Dropped,
     content_hash,
@@ -221,9 +221,15 @@ def _too_few(config: DataConfig, survey: Survey, num_different: int) -> str:
     left_out = f" (left out by data.filters: {reasons})" if reasons else ""
     left_out += f" ({tell_bad_rows(survey.bad)})" if survey.bad.documents else ""
     equal = ", equal ones counted once" if num_different < survey.num_documents else ""
+    where = f"data={config.source.name} data.path={config.path}"
+    if config.content is not Content.text and not num_different and not left_out:
+        return f"{where}: no target that counts: nothing is answered (by the assistant, without weight 0)"
+    what, advice = "an answer that counts", "use more of them"
+    if config.content is Content.text:
+        what, advice = "text", "cut the text into several files or jsonl lines"
     return (
-        f"data={config.source.name} data.path={config.path}: {num_different} document(s) with text{left_out}{equal}, but "
-        "training and validation need at least one each; cut the text into several files or jsonl lines"
+        f"{where}: {num_different} document(s) with {what}{left_out}{equal}, but "
+        f"training and validation need at least one each; {advice}"
     )
 
 

@@ -7,8 +7,8 @@ shard is written, hashed and renamed by itself. So whatever is finished survives
 
 import json
 import shutil
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig
-from bigtrain.data.encoder import Encode, fast_encoder, slow_encoder
+from bigtrain.data.encoder import Coded, encode_pieces, encode_whole, fast_encoder, slow_encoder
 from bigtrain.data.index import ShardRecord, record_file
 from bigtrain.data.quality import content_hash
 from bigtrain.data.records import Document
 from bigtrain.data.sources import Part
-from bigtrain.data.survey import cut, kept_documents
+from bigtrain.data.survey import kept_documents
 from bigtrain.data.tokenizer import load_tokenizer, num_ids
 from bigtrain.errors import DataError
 from bigtrain.schema import from_dict, to_dict
@@ -42,6 +42,13 @@ class Coding(NamedTuple):
     """Token that ends a document."""
     validation_bound: int
     """Documents whose text has a lower hash are for validation."""
+    adds_special: bool = False
+    """See :class:`bigtrain.data.index.TokenizerRecord`."""
+    reads_special: bool = False
+    """See there."""
+
+
+EncodeDocument = Callable[[Document], Coded]
 
 
 def tokenise_part(
@@ -58,7 +65,7 @@ def tokenise_part(
         partial = directory.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_part(partial, config, kept_documents(config, part, kept), coding, encoder(work, coding.is_fast))
+        _write_part(partial, config, kept_documents(config, part, kept), coding, encoder(work, coding))
         partial.rename(directory)
     return int(np.load(directory / "text_bytes.npy").sum())
 
@@ -69,14 +76,16 @@ def part_directory(work: Path, number: int) -> Path:
 
 
 @lru_cache(maxsize=8)
-def encoder(work: Path, is_fast: bool) -> Encode:
-    """Return how the tokenizer in a directory encodes."""
-    tokenizer = load_tokenizer(work)
-    return fast_encoder(tokenizer) if is_fast else slow_encoder(tokenizer)
+def encoder(work: Path, coding: Coding) -> EncodeDocument:
+    """Return how the tokenizer in a directory encodes documents."""
+    tokenizer = load_tokenizer(work, reads_special=coding.reads_special)
+    build = fast_encoder if coding.is_fast else slow_encoder
+    encode = build(tokenizer, adds_special=coding.adds_special)
+    return partial(encode_whole, tokenizer, encode) if coding.adds_special else partial(encode_pieces, encode)
 
 
 def _write_part(
-    directory: Path, config: DataConfig, documents: Iterator[Document], coding: Coding, encode: Encode
+    directory: Path, config: DataConfig, documents: Iterator[Document], coding: Coding, encode: EncodeDocument
 ) -> None:
     dtype = token_dtype(num_ids(load_tokenizer(directory.parents[1])))
     buffers = {split: TokenBuffer(dtype) for split in SPLITS}
@@ -107,18 +116,14 @@ class TokenBuffer:
         self._tokens: list[NDArray] = []
         self._counted: list[NDArray[np.uint8]] = []
 
-    def add(self, document: Document, encode: Encode, eos_id: int) -> None:
+    def add(self, document: Document, encode: EncodeDocument, eos_id: int) -> None:
         """Tokenise a document and put it at the end."""
-        first = len(self._tokens)
-        for text, counts in _segments(document):
-            for piece in cut(text):
-                self._tokens.append(encode(piece).astype(self._dtype))
-                if document.answers is not None:
-                    self._counted.append(np.full(len(self._tokens[-1]), counts, dtype=np.uint8))
-        self._tokens.append(np.array([eos_id], dtype=self._dtype))
-        if document.answers is not None:
-            self._counted.append(np.ones(1, dtype=np.uint8))  # an answer has to end
-        self.lengths.append(sum(map(len, self._tokens[first:])))
+        tokens, counted = encode(document)
+        self._tokens += [tokens.astype(self._dtype), np.array([eos_id], dtype=self._dtype)]
+        if counted is not None:
+            # Of a pair, the answer has to end; a template has written how it ends.
+            self._counted += [counted, np.array([not document.is_templated], dtype=np.uint8)]
+        self.lengths.append(len(tokens) + 1)
         self.text_bytes += len(document.text.encode())
         self.num_pending += self.lengths[-1]
 
@@ -135,18 +140,6 @@ def _append(directory: Path, split: str, buffer: TokenBuffer) -> None:
         if array is not None and len(array):
             with open(directory / f"{split}.{name}", "ab") as file:
                 array.tofile(file)
-
-
-def _segments(document: Document) -> Iterator[tuple[str, bool]]:
-    """Yield the text of a document in segments that count or do not; they are tokenised one by one."""
-    end = 0
-    for start, stop in [(0, len(document.text))] if document.answers is None else document.answers:
-        if end < start:
-            yield document.text[end:start], False
-        yield document.text[start:stop], True
-        end = stop
-    if end < len(document.text):
-        yield document.text[end:], False
 
 
 class ShardPlan(NamedTuple):

@@ -4,6 +4,7 @@ Shape suffixes: V vocabulary.
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
 ) -> list[int]:
     """Continue a prompt.
 
-    Ends after ``max_new_tokens`` tokens, at ``eos_id``, or when prompt and continuation together
+    Ends after ``max_new_tokens`` tokens, at an ``eos_id``, or when prompt and continuation together
     reach ``model.max_positions``: nothing slides, since a model has not seen a text without a start.
 
     Args:
@@ -37,10 +38,10 @@ def generate(
             after temperature and ``top_k`` (nucleus sampling, Holtzman et al. 2020).
         generator: source of randomness, on the CPU, where sampling happens whatever the model's
             device; torch's default if not given.
-        eos_id: token that ends a text.
+        eos_id: token that ends a text, or several of which any does.
 
     Returns:
-        The new tokens, without the prompt and without ``eos_id``.
+        The new tokens, without the prompt and without the token that ends the text.
 
     Raises:
         ConfigError: listing every option that makes no sense, or an empty or too long prompt.
@@ -50,6 +51,7 @@ def generate(
     limit = len(prompt_ids) + max_new_tokens
     if model.max_positions is not None:
         limit = min(limit, model.max_positions)
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     ids = list(prompt_ids)
     cache = model.new_cache(limit)
     was_training = model.training
@@ -59,7 +61,7 @@ def generate(
             unseen = ids if cache is None or len(ids) == len(prompt_ids) else ids[-1:]
             logits_V = _next_logits(model, unseen, cache)
             token = sample(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            if token == eos_id:
+            if token in ends:
                 break
             ids.append(token)
     finally:

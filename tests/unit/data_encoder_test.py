@@ -91,6 +91,23 @@ def test_the_name_of_a_special_token_is_text():
     assert fast(END_OF_TEXT).tolist() == slow(END_OF_TEXT).tolist() and len(fast(END_OF_TEXT)) > 1
 
 
+@pytest.mark.parametrize("reads", [False, True])
+@given(text=texts, places=st.lists(st.integers(0, 200), max_size=3))
+@settings(deadline=None)
+def test_special_tokens_around_and_inside_a_text(reads, text, places):
+    from tokenizers import processors
+
+    for place in places:
+        text = text[:place] + END_OF_TEXT + text[place:]
+    tokenizer = changed(lambda values: None)
+    tokenizer.encode_special_tokens = not reads
+    around = f"{END_OF_TEXT} $A {END_OF_TEXT}"
+    tokenizer.post_processor = processors.TemplateProcessing(around, "$A $B", [(END_OF_TEXT, 0)])
+    fast, slow = (build(tokenizer, adds_special=True) for build in (fast_encoder, slow_encoder))
+    assert fast(text).tolist() == slow(text).tolist() == tokenizer.encode(text).ids
+    assert (0 in fast(text)[1:-1]) is (reads and END_OF_TEXT in text)
+
+
 @pytest.mark.parametrize(
     "change",
     [

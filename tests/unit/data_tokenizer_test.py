@@ -25,7 +25,7 @@ BUILT = {"bpe": build("bpe", tokenizer_vocab_size=400), "bytes": build("bytes")}
 @given(text=texts)
 @settings(deadline=None)
 def test_decoding_gives_back_any_text(kind, text):
-    tokenizer, eos_id = BUILT[kind]
+    tokenizer, eos_id, *_ = BUILT[kind]
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
     assert eos_id not in ids
@@ -33,7 +33,7 @@ def test_decoding_gives_back_any_text(kind, text):
 
 @pytest.mark.parametrize("kind", BUILT)
 def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
-    tokenizer, eos_id = BUILT[kind]
+    tokenizer, eos_id, *_ = BUILT[kind]
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
     text = f"  two spaces\r\n{END_OF_TEXT} is text here \x00\x7f\u200b 🙂"
@@ -46,7 +46,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
 
 
 def test_ids_of_the_bytes_tokenizer_are_the_bytes():
-    tokenizer, eos_id = BUILT["bytes"]
+    tokenizer, eos_id, *_ = BUILT["bytes"]
     text = "aé東🙂\n\x00"
     assert tokenizer.encode(text).ids == list(text.encode())
     assert (eos_id, num_ids(tokenizer)) == (256, 257)
@@ -62,7 +62,7 @@ def test_bpe_has_the_size_asked_for_and_is_the_same_every_time():
 
 @pytest.mark.parametrize("kind", BUILT)
 def test_long_texts_are_cut_without_changing_the_ids(kind):
-    tokenizer, _ = BUILT[kind]
+    tokenizer = BUILT[kind].tokenizer
     text = "".join(f"    value_{i} = {i}\n\n\n# naïve {'x' * (i % 50)}!\ndef f():\n" for i in range(8000))
     pieces = list(cut(text))
     assert len(pieces) > 2 and "".join(pieces) == text
@@ -91,11 +91,17 @@ def save_hugging_face(directory, **special_tokens):
     return str(directory)
 
 
-def test_hugging_face_tokenizer_from_a_directory(tmp_path):
-    tokenizer, eos_id = build(save_hugging_face(tmp_path, eos_token=END_OF_TEXT))
-    assert eos_id == BUILT["bpe"].eos_id
-    assert tokenizer.encode(SAMPLE[0]).ids == BUILT["bpe"].tokenizer.encode(SAMPLE[0]).ids
-    assert eos_id not in tokenizer.encode(END_OF_TEXT).ids
+@pytest.mark.parametrize("splits", [False, True])
+def test_hugging_face_tokenizer_from_a_directory(tmp_path, splits):
+    """Whether the name of a special token in a text is that token or text is said by the tokenizer itself."""
+    from transformers import AutoTokenizer
+
+    directory = save_hugging_face(tmp_path, eos_token=END_OF_TEXT, split_special_tokens=splits)
+    tokenizer, eos_id, adds_special, reads_special = build(directory)
+    assert (eos_id, adds_special, reads_special) == (BUILT["bpe"].eos_id, True, not splits)
+    for text in (SAMPLE[0], f"a{END_OF_TEXT} b"):
+        assert tokenizer.encode(text).ids == AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
+    assert (eos_id in tokenizer.encode(END_OF_TEXT).ids) is not splits
 
 
 def test_unsuitable_hugging_face_tokenizers_are_errors_with_a_way_out(tmp_path):

@@ -63,6 +63,9 @@ def test_ends_at_the_end_token_which_is_left_out(model):
     full = generate(model, PROMPT, max_new_tokens=10, temperature=0)
     stop = full.index(full[4])
     assert generate(model, PROMPT, max_new_tokens=10, temperature=0, eos_id=full[4]) == full[:stop]
+    several = [-1, *full[4:6]]
+    first = min(full.index(token) for token in several[1:])
+    assert generate(model, PROMPT, max_new_tokens=10, temperature=0, eos_id=several) == full[:first]
 
 
 def test_ends_where_the_positions_end(model):
