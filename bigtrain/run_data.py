@@ -11,7 +11,8 @@ from bigtrain.cursor import Cursor, DataState
 from bigtrain.data import open_streams
 from bigtrain.data.index import INDEX_FILE, read_index
 from bigtrain.data.live import cache_directory
-from bigtrain.data.loader import TrainLoader
+from bigtrain.data.loader import TrainLoader, require_validation_targets
+from bigtrain.data.packing import unanswered
 from bigtrain.data.prepare import prepare_components
 from bigtrain.data.stream import SampleStream
 from bigtrain.data.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -57,7 +58,13 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
         previous=previous,
     )
-    for remark in remarks(config, streams["train"]):
+    if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
+        sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
+        require_validation_targets(streams["validation"], **sizes)
+    found, stream = remarks(config, streams["train"]), streams["train"]
+    if stream.num_left_out and stream.num_samples:
+        found.append(unanswered(stream.num_left_out, stream.num_left_out + stream.num_samples))
+    for remark in found:
         get_logger().warning(remark)
     return streams
 

@@ -42,7 +42,7 @@ def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> float
         num_targets = int((batch.targets != IGNORE_INDEX).sum())
         total += torch.tensor([loss.item(), num_targets], dtype=torch.float64)
     loss_sum, num_targets = all_reduce_sum(total).tolist()
-    return loss_sum / num_targets
+    return loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
 
 
 def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:

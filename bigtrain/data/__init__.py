@@ -1,6 +1,6 @@
 """From text to batches, in stages; each is a module that knows only those above it.
 
-1. ``sources``    parts of a source and their documents (``records``), in an order fixed by names.
+1. ``sources``    parts of a source and their documents (``records``, ``chat``), in an order fixed by names.
 2. ``survey``     first pass: sizes, filters and duplicates (``quality``), train or validation, BPE sample.
 3. ``tokenizer``  bpe, bytes or Hugging Face, always as one ``tokenizer.json``.
 4. ``prepare``    second pass (``tokenise``, ``encoder``), on all cores (``workers``): tokens on end,
@@ -86,13 +86,28 @@ def open_streams(
         # Those of different components hold different samples.
         return SyntheticSplit(f"{name}/{which}" if data.mixture else which, vocab_size, parts[name].synthetic_ragged)
 
-    streams = {}
-    for which in SPLITS:
-        splits = {name: split(name, which) for name in parts}
-        streams[which] = SampleStream(
-            which, splits, data, seed=seed, global_batch_size=global_batch_size, previous=previous
-        )
-        streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
+    def open_all(keeps_all: bool) -> dict[str, SampleStream]:
+        streams = {}
+        for which in SPLITS:
+            splits = {name: split(name, which) for name in parts}
+            streams[which] = SampleStream(
+                which,
+                splits,
+                data,
+                seed=seed,
+                global_batch_size=global_batch_size,
+                previous=previous,
+                keeps_all=keeps_all or which == "validation",
+            )
+            streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
+        return streams
+
+    streams = open_all(keeps_all=False)
+    train = streams["train"]
+    if previous and train.has_answers and train.fingerprint == previous.fingerprint and not train.continues(previous):
+        # A run that began before samples without a target were left out goes on with them.
+        as_before = open_all(keeps_all=True)
+        streams = as_before if as_before["train"].continues(previous) else streams
     return streams
 
 

@@ -3,6 +3,9 @@
 This one is of a prepared corpus; :mod:`bigtrain.data.windows` has that of text that is tokenised while training.
 """
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigtrain.config import DataConfig
 from bigtrain.data.corpus import Split
 from bigtrain.data.order import Order
@@ -16,8 +19,8 @@ WINDOW_SHARDS = 8
 class StoredSamples:
     """Samples of a prepared corpus, or synthetic ones: all are known from the beginning."""
 
-    def __init__(self, split: Split, data: DataConfig, seed: int) -> None:
-        """Cut the split into samples.
+    def __init__(self, split: Split, data: DataConfig, seed: int, *, keeps_all: bool = False) -> None:
+        """Cut the split into samples; those without a target that counts are left out unless ``keeps_all``.
 
         Raises:
             DataError: a shard cannot be had, or the cache is too small.
@@ -28,14 +31,30 @@ class StoredSamples:
         packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
         self.fingerprint = split.fingerprint
         self.split = split
-        self.order = Order(packed.shard_samples, seed, window)
-        self.num_ids, self.is_full = self.order.num_samples, packed.is_full
-        self.ids, self.gather, self.documents = self.order.ids, packed.gather, packed.documents
+        self.num_ids, self.is_full = int(packed.shard_samples.sum()), packed.is_full
+        self._answered = None if keeps_all else packed.answered()
+        ends = np.cumsum(packed.shard_samples)
+        drawn = (
+            np.diff(np.searchsorted(self._answered, [0, *ends])) if self._answered is not None else packed.shard_samples
+        )
+        self.order = Order(drawn, seed, window)
+        self.num_samples = self.order.num_samples
+        self.gather, self.documents = packed.gather, packed.documents
         self._fetching: list[int] = []
+
+    @property
+    def num_left_out(self) -> int:
+        """Samples without a target that counts."""
+        return self.num_ids - self.num_samples
+
+    def ids(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions ``[first, first + count)``, int64 ``(count,)``."""
+        ids = self.order.ids(first, count)
+        return ids if self._answered is None else self._answered[ids]
 
     def epochs(self, count: int) -> float:
         """Return how many passes the first ``count`` samples are, which have been drawn."""
-        return count / max(self.num_ids, 1)
+        return count / max(self.num_samples, 1)
 
     def prefetch(self, first: int) -> None:
         """Begin to fetch what is needed from a position on: this window of shards and the next, if they are remote."""

@@ -102,7 +102,7 @@ def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
 class TokenSplit:
     """Shards in memory; see :class:`FileSplit`."""
 
-    is_remote = False
+    is_remote = may_skip = False
 
     def __init__(
         self,
@@ -152,10 +152,11 @@ class FileSplit:
         self._records = record.shards
         self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
         self._files = corpus.files
-        self._skips = corpus.skip_bad_shards
+        self.may_skip = corpus.skip_bad_shards
+        """Whether shards that cannot be had are left out."""
         self.has_answers = any(shard.counted for shard in record.shards)
         """Whether there are tokens that do not count as targets."""
-        self.counts_all = not self._skips and not self.has_answers
+        self.counts_all = not self.may_skip and not self.has_answers
         """Whether every token counts as a target, and will whatever becomes of the shards."""
         self._open: dict[str, tuple[FileRecord, NDArray]] = {}
 
@@ -199,7 +200,7 @@ class FileSplit:
         Raises:
             DataError: what :meth:`read` raises.
         """
-        if self._skips:
+        if self.may_skip:
             self.read(shard)
         file, counted = self._records[shard].counted, None
         if file is not None:
@@ -224,7 +225,7 @@ class FileSplit:
                 # An empty file cannot be mapped.
                 mapped = np.memmap(handle, dtype, mode="r").view(np.ndarray) if file.num_bytes else np.empty(0, dtype)
         except ShardError as error:
-            if not self._skips:
+            if not self.may_skip:
                 raise ShardError(f"{error}; data.on_bad_shard=skip goes on without it") from error
             self.skipped.add(shard)
             num_tokens, so_far = self.shard_tokens[shard], len(self.skipped)
@@ -246,7 +247,7 @@ class SyntheticSplit:
     """Tokens lie in ``[0, vocab_size)``."""
     is_ragged: bool
     """Count only the first targets of each sample, a different number in each (at least one)."""
-    is_remote = has_answers = False
+    is_remote = has_answers = may_skip = False
 
     @property
     def fingerprint(self) -> str:

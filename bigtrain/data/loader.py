@@ -230,6 +230,29 @@ def validation_batches(
             yield batch
 
 
+def require_validation_targets(stream: SampleStream, *, batches: int, global_batch_size: int) -> None:
+    """Refuse to validate on samples of which no target counts.
+
+    Args:
+        stream: of the validation split.
+        batches: as for :func:`validation_batches`.
+        global_batch_size: as there.
+
+    Raises:
+        DataError: none counts, or the split is shorter than one sample.
+    """
+    stream.require_samples()
+    if not stream.has_answers:
+        return
+    whole = {"global_batch_size": global_batch_size, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    if not any((batch.targets != IGNORE_INDEX).any() for batch in validation_batches(stream, batches=batches, **whole)):
+        raise DataError(
+            f"no target that counts is in the samples of {stream.sequence_length} tokens that validation.batches={batches} "
+            f"takes of {stream.num_samples}, only prompts whose answers are elsewhere; use more of them, a larger "
+            "data.sequence_length, data.validation_fraction or data.packing=best_fit"
+        )
+
+
 def _rank_slices(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[slice]:
     num_micro_batches = global_batch_size // (dp_size * micro_batch_size)
     return [rank_slice(global_batch_size, micro_batch_size, dp_rank, dp_size, i) for i in range(num_micro_batches)]

@@ -35,11 +35,25 @@ def build_packing(split: Split, sequence_length: int, packing: Packing, document
     return kind(split, sequence_length, document_mask)
 
 
-def too_short(split: str, sequence_length: int, component: str = "") -> str:
-    """Return what to say of a split without a single sample."""
+def no_samples(split: str, sequence_length: int, num_unanswered: int, component: str = "") -> str:
+    """Return what to say of a split without a single sample that has a target."""
+    if num_unanswered:
+        return (
+            f"the {split} split{component} has no target that counts: in none of its {num_unanswered} samples of "
+            f"{sequence_length} tokens is any of an answer, which long prompts leave behind; use more data, a larger "
+            "data.sequence_length or data.packing=best_fit"
+        )
     return (
         f"the {split} split{component} is shorter than one sample of {sequence_length} + 1 tokens; use more text, a "
         "larger share (data.validation_fraction) or a smaller data.sequence_length"
+    )
+
+
+def unanswered(num_left_out: int, num_samples: int, where: str = "") -> str:
+    """Return what to say of samples that are left out."""
+    return (
+        f"{num_left_out} of {num_samples} training samples{where} have no target that counts (long prompts "
+        "without their answers) and are left out; a larger data.sequence_length or data.packing=best_fit has fewer of them"
     )
 
 
@@ -68,6 +82,21 @@ class _ShardedSamples:
             return self._pool.samples(0, self.sequence_length, self._document_mask)
         return gather_groups(shards, lambda shard, rows: self._gather_shard(shard, local[rows]), self._pool)
 
+    def answered(self) -> NDArray[np.int64] | None:
+        """Return the samples with a target that counts, ascending; None when all are, or shards may turn out missing."""
+        if not self._split.has_answers or self._split.may_skip:
+            return None
+        has_target = [self._has_target(shard) for shard in range(len(self.shard_samples))]
+        found = np.flatnonzero(np.concatenate([np.empty(0, dtype=np.bool_), *has_target]))
+        return None if len(found) == self.shard_samples.sum() else found
+
+    def _has_target(self, shard: int) -> NDArray[np.bool_]:
+        """Return of each sample of a shard whether a target of it counts."""
+        counted, num_samples = self._split.counted(shard), int(self.shard_samples[shard])
+        if counted is None or not num_samples:
+            return np.ones(num_samples, dtype=np.bool_)
+        return self._any_counted(shard, counted)
+
     def _locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if len(self.shard_samples) == 1:
             return np.zeros_like(sample_ids), sample_ids
@@ -78,6 +107,9 @@ class _ShardedSamples:
         return shards, sample_ids - (ends - self.shard_samples)[shards]
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
+        raise NotImplementedError
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
         raise NotImplementedError
 
 
@@ -106,6 +138,9 @@ class ConcatSamples(_ShardedSamples):
         if self._document_mask:
             samples.positions = self._positions(shard, local)
         return samples
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return (_windows(counted, self.sequence_length)[:, 1:] != 0).any(axis=1)
 
     def _positions(self, shard: int, local: NDArray[np.int64]) -> NDArray[np.int64]:
         begins = self._documents(shard)
@@ -188,6 +223,13 @@ class BestFitSamples(_ShardedSamples):
             samples.positions = positions_from_begins(is_begin)
         return samples
 
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        plan = self._plan(shard)
+        in_order = np.argsort(plan.starts)  # pieces on end are the shard
+        in_piece = np.empty(len(plan.starts), dtype=np.uint8)
+        in_piece[in_order] = np.maximum.reduceat(counted, plan.starts[in_order])
+        return np.maximum.reduceat(in_piece, plan.first_piece[:-1]) != 0
+
 
 class SyntheticSamples:
     """Samples that are computed; each is a document of its own."""
@@ -208,6 +250,9 @@ class SyntheticSamples:
             targets[~is_counted] = IGNORE_INDEX
         positions = np.tile(np.arange(self.sequence_length), (len(sample_ids), 1)) if self._document_mask else None
         return Samples(windows[:, :-1].copy(), targets, positions)
+
+    def answered(self) -> None:
+        """Every sample has a target that counts."""
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
         """See :class:`ConcatSamples`."""

@@ -16,7 +16,7 @@ from bigtrain.data.component import StoredSamples
 from bigtrain.data.corpus import Split
 from bigtrain.data.live import LiveParts
 from bigtrain.data.mixture import Mixture, Share
-from bigtrain.data.packing import too_short
+from bigtrain.data.packing import no_samples
 from bigtrain.data.skips import extend, pieces
 from bigtrain.data.windows import LiveSamples
 from bigtrain.errors import DataError
@@ -37,6 +37,7 @@ class SampleStream:
         seed: int,
         global_batch_size: int,
         previous: DataState | None = None,
+        keeps_all: bool = False,
     ) -> None:
         """Put the splits of all components together as ``data`` says.
 
@@ -48,11 +49,15 @@ class SampleStream:
             global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
             previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
                 where it ends.
+            keeps_all: Whether samples without a target that counts are drawn: in validation, and in runs that began before
+                they were left out.
         """
         self.name = name
         self.sequence_length: int = data.sequence_length
         """Tokens per sample."""
-        self.components = {part: _samples(part, split, data, seed, previous) for part, split in splits.items()}
+        self.components = {
+            part: _samples(part, split, data, seed, previous, keeps_all) for part, split in splits.items()
+        }
         self._list = list(self.components.values())
         self._live = {part: c for part, c in self.components.items() if isinstance(c, LiveSamples)}
         self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
@@ -75,7 +80,7 @@ class SampleStream:
         self._origin_samples, origin_counts = _origin(splits, self.fingerprint, previous)
         self._origin_counts = {key: origin_counts.get(key, 0) for key in splits}
         shares = [
-            _share(data.mixture.get(key, ComponentConfig()), component.num_ids, global_batch_size)
+            _share(data.mixture.get(key, ComponentConfig()), component.num_samples, global_batch_size)
             for key, component in self.components.items()
         ]
         self.mixture = Mixture(shares, origin=self._origin_samples, counts=list(self._origin_counts.values()))
@@ -86,8 +91,13 @@ class SampleStream:
 
     @property
     def num_samples(self) -> int:
-        """Different samples of all components, which no sample id reaches; there may be fewer that are made on the fly."""
-        return int(self._ends[-1])
+        """Different samples of all components that are drawn; there may be fewer that are made on the fly."""
+        return sum(component.num_samples for component in self._list)
+
+    @property
+    def num_left_out(self) -> int:
+        """Samples without a target that counts, so far as they are known."""
+        return sum(component.num_left_out for component in self._list)
 
     @property
     def skipped_shards(self) -> list[tuple[int, int]]:
@@ -147,10 +157,11 @@ class SampleStream:
         Raises:
             DataError: which is too short, and what would help.
         """
-        short = [name for name, component in self.components.items() if component.num_ids < 1]
+        short = [name for name, component in self.components.items() if component.num_samples < 1]
         if short and (self.name == "train" or not self.num_samples):
             which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
-            raise DataError(too_short(self.name, self.sequence_length, which))
+            num_left_out = self.components[short[0]].num_left_out
+            raise DataError(no_samples(self.name, self.sequence_length, num_left_out, which))
 
     def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
         """Refuse a run from ``start`` to ``steps`` that is longer than its data.
@@ -208,12 +219,13 @@ class SampleStream:
 
 
 def _samples(
-    name: str, split: Split | LiveParts, data: DataConfig, seed: int, previous: DataState | None
+    name: str, split: Split | LiveParts, data: DataConfig, seed: int, previous: DataState | None, keeps_all: bool
 ) -> StoredSamples | LiveSamples:
     if not isinstance(split, LiveParts):
-        return StoredSamples(split, data, seed)
+        return StoredSamples(split, data, seed, keeps_all=keeps_all)
     is_same = previous and previous.fingerprints.get(name) == split.fingerprint
-    return LiveSamples(split, data, seed=seed, place=previous.places.get(name) if is_same else None)
+    place = previous.places.get(name) if is_same else None
+    return LiveSamples(split, data, seed=seed, place=place, keeps_all=keeps_all)
 
 
 def _origin(

@@ -20,7 +20,7 @@ from bigtrain.cursor import WindowPlace
 from bigtrain.data.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.live import LiveParts, join
 from bigtrain.data.order import derive_key, permute
-from bigtrain.data.packing import PackedSplit, build_packing, too_short
+from bigtrain.data.packing import PackedSplit, build_packing, no_samples, unanswered
 from bigtrain.data.quality import Dropped, tell_bad_rows
 from bigtrain.errors import DataError
 from bigtrain.log import get_logger
@@ -31,6 +31,8 @@ _INDEX_BITS = 28
 
 class _Window(NamedTuple):
     packed: PackedSplit
+    answered: NDArray[np.int64] | None
+    """Samples with a target that counts, which are drawn; None: all."""
     num_samples: int
     content: str
     """Hash of the window's tokens and documents."""
@@ -39,16 +41,27 @@ class _Window(NamedTuple):
 class LiveSamples:
     """The samples of one source in the order of the run, without end."""
 
-    num_ids = 1 << 56
+    num_ids = num_samples = 1 << 56
     """Sample ids are below this; how many samples there are is not known."""
+    num_left_out = 0
+    """Samples without a target are found while going; see :class:`bigtrain.data.component.StoredSamples`."""
 
-    def __init__(self, parts: LiveParts, data: DataConfig, *, seed: int, place: WindowPlace | None = None) -> None:
-        """Begin where a checkpoint stands, or at the beginning."""
+    def __init__(
+        self,
+        parts: LiveParts,
+        data: DataConfig,
+        *,
+        seed: int,
+        place: WindowPlace | None = None,
+        keeps_all: bool = False,
+    ) -> None:
+        """Begin where a checkpoint stands, or at the beginning; ``keeps_all`` as in ``StoredSamples``."""
         self.fingerprint = parts.fingerprint
         self.is_full = not parts.has_answers and data.packing is Packing.concat
         self._parts = parts
         self._data = data
         self._seed = seed
+        self._keeps_all = keeps_all
         self._windows_per_epoch = -(-parts.num_parts // parts.window_parts)
         self._first_window = place.window if place else 0
         self._begins = [place.first_sample if place else 0]
@@ -69,7 +82,11 @@ class LiveSamples:
             begin, end = (self._begins[number - self._first_window + i] for i in (0, 1))
             taken = min(count, end - first)
             places = np.arange(first - begin, first - begin + taken)
-            found.append((number << _INDEX_BITS) + permute(places, end - begin, derive_key(self._seed, number)))
+            local, answered = (
+                permute(places, end - begin, derive_key(self._seed, number)),
+                self._window(number).answered,
+            )
+            found.append((number << _INDEX_BITS) + (local if answered is None else answered[local]))
             first, count = first + taken, count - taken
         return np.concatenate(found)
 
@@ -108,7 +125,7 @@ class LiveSamples:
             self._begins.append(self._begins[-1] + self._window(number).num_samples)
             epoch_ago = len(self._begins) - 1 - self._windows_per_epoch
             if epoch_ago >= 0 and self._begins[epoch_ago] == self._begins[-1]:
-                raise DataError(too_short("train", self._data.sequence_length))
+                raise DataError(no_samples("train", self._data.sequence_length, self.num_left_out))
         return self._known(position)
 
     def _known(self, position: int) -> int:
@@ -139,7 +156,12 @@ class LiveSamples:
         if (counted := split.counted(0)) is not None:
             digest.update(counted.tobytes())
         self._contents[number] = digest.hexdigest()
-        return _Window(packed, int(packed.shard_samples.sum()), self._contents[number])
+        answered, num_samples = None if self._keeps_all else packed.answered(), int(packed.shard_samples.sum())
+        if answered is not None:
+            self.num_left_out += num_samples - len(answered)
+            get_logger().warning(unanswered(num_samples - len(answered), num_samples, f" in window {number}"))
+            num_samples = len(answered)
+        return _Window(packed, answered, num_samples, self._contents[number])
 
     def _numbers(self, number: int) -> list[int]:
         """Return the parts of a window."""
