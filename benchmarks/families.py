@@ -208,7 +208,9 @@ def main() -> int:
             flush=True,
         )
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            partial = args.json.with_suffix(".tmp")
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+            partial.replace(args.json)
     if args.table:
         args.table.write_text(table({name: results[name] for name in known if name in results}))
     return int(any(verdict(results[name]) in ("differs", "fails") for name in wanted))

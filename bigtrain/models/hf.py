@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.loss import sum_cross_entropy_of_logits
+from bigtrain.models.sizes import hf_setting
 
 
 class HFCache:
@@ -66,29 +67,18 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
         ConfigError: if the description cannot be had.
     """
     text = read_hf_config(config.name).get_text_config()
-    hidden_dim, num_heads = _setting(text, "hidden_size"), _setting(text, "num_attention_heads") or 1
+    hidden_dim, num_heads = hf_setting(text, "hidden_size"), hf_setting(text, "num_attention_heads") or 1
     return dataclasses.replace(
         config,
         vocab_size=text.vocab_size,
-        num_layers=_setting(text, "num_hidden_layers"),
+        num_layers=hf_setting(text, "num_hidden_layers"),
         hidden_dim=hidden_dim,
         num_heads=num_heads,
-        num_kv_heads=_setting(text, "num_key_value_heads") or num_heads,
-        head_dim=_setting(text, "head_dim") or hidden_dim // num_heads,
-        ffn_dim=_setting(text, "intermediate_size") or _setting(text, "n_inner") or 4 * hidden_dim,
-        max_positions=_setting(text, "max_position_embeddings") or config.max_positions,
+        num_kv_heads=hf_setting(text, "num_key_value_heads") or num_heads,
+        head_dim=hf_setting(text, "head_dim") or hidden_dim // num_heads,
+        ffn_dim=hf_setting(text, "intermediate_size") or hf_setting(text, "n_inner") or 4 * hidden_dim,
+        max_positions=hf_setting(text, "max_position_embeddings") or config.max_positions,
     )
-
-
-def _setting(text: Any, name: str) -> int | None:
-    """Return a number of a transformers configuration, the largest where layers or inner configurations have their own."""
-    try:
-        value = getattr(text, name, None)
-    except RuntimeError:  # so transformers refuses to name one number for all layers
-        value = [getattr(layer, name) for layer in text.per_layer_config]
-    if value is None:
-        value = [found for inner in text.sub_configs if (found := getattr(getattr(text, inner), name, None))]
-    return max(value, default=None) if isinstance(value, list | tuple) else value
 
 
 def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:

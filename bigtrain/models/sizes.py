@@ -88,6 +88,22 @@ class ActivationBytes:
     """Added while one checkpointed block is recomputed in the backward pass."""
 
 
+def hf_setting(hf_config: Any, name: str) -> Any:
+    """Return a setting of a ``transformers`` configuration, or None.
+
+    Where layers differ, or only inner configurations have it, it is the largest of theirs.
+    """
+    try:
+        value = getattr(hf_config, name, None)
+    except RuntimeError:  # transformers refuses to name one for all layers
+        value = [getattr(layer, name) for layer in hf_config.per_layer_config]
+    if value is None:
+        value = [getattr(getattr(hf_config, inner), name, None) for inner in hf_config.sub_configs]
+    if not isinstance(value, list | tuple):
+        return value
+    return max((found for found in value if found is not None), default=None)
+
+
 def native_shape(hf_config: Any) -> ModelConfig:
     """Return the native shape that is most like the one a ``transformers`` text configuration describes.
 
@@ -96,14 +112,15 @@ def native_shape(hf_config: Any) -> ModelConfig:
     """
 
     def read(default: Any, *names: str) -> Any:
-        return next((value for name in names if (value := getattr(hf_config, name, None)) is not None), default)
+        return next((value for name in names if (value := hf_setting(hf_config, name)) is not None), default)
 
-    inner = read(4 * hf_config.hidden_size, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
+    hidden_dim = read(None, "hidden_size")
+    inner = read(4 * hidden_dim, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
     return ModelConfig(
         kind=ModelKind.hf,
         vocab_size=hf_config.vocab_size,
         num_layers=read(1, "num_hidden_layers"),
-        hidden_dim=hf_config.hidden_size,
+        hidden_dim=hidden_dim,
         num_heads=read(1, "num_attention_heads"),
         num_kv_heads=read(None, "num_key_value_heads"),
         head_dim=read(None, "head_dim"),

@@ -9,6 +9,7 @@ from bigtrain.models import build_model
 from bigtrain.models.generation import generate
 from bigtrain.models.hf import with_hf_shape
 from bigtrain.models.init import initial_values
+from bigtrain.models.sizes import native_shape
 from tests.modules import initialise, materialise
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
@@ -247,3 +248,5 @@ def test_shape_of_layers_that_differ_is_the_largest(tmp_path, config, shape):
     model = with_hf_shape(described(tmp_path))
     found = (model.hidden_dim, model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, model.ffn_dim)
     assert found == shape
+    estimated = native_shape(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert (estimated.hidden_dim, estimated.num_layers, estimated.ffn_dim) == (shape[0], shape[1], shape[5])
