@@ -139,7 +139,12 @@ def result(name: str, tree: Path, where: Path, text: Path, *, begun_by: Path | N
     case, runs = CASES[name], where / "runs"
     shutil.rmtree(runs / label, ignore_errors=True)
     settings = [setting.format(text=text) for setting in case.settings]
-    settings += [*COMMON, f"run.name={label}", f"run.root={runs}", f"data.root={where / 'data'}"]
+    settings += [
+        *COMMON,
+        f"run.name={label}",
+        f"run.root={runs}",
+        f"data.root={where / ('data-begun' if begun_by else 'data')}",
+    ]
     if begun_by:
         train(begun_by, case.world_size, [*settings, f"run.stop_after_steps={STEPS // 2}"])
     train(tree, case.world_size, settings)
