@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 # From the bottom up; a unit imports only from rows below its own.
 FLOORS = [
-    ["choices", "cursor", "errors", "files", "processes", "redact"],
+    ["bounds", "choices", "cursor", "errors", "files", "processes", "redact", "watch_config"],
     ["rank_info", "schema"],
     ["config"],
     ["checks"],

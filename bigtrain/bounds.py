@@ -1,0 +1,71 @@
+"""What must hold of each number of the configuration by itself."""
+
+from collections.abc import Callable
+from operator import attrgetter
+
+SMALLEST_FP32 = 2.0**-126
+"""Smaller numbers lose bits in fp32, or are 0."""
+HOLDS: dict[str, Callable[[float], bool]] = {
+    "must be at least 1": lambda value: value >= 1,
+    "must be at least 8": lambda value: value >= 8,
+    "must be positive": lambda value: value > 0,
+    "must be at least 1.2e-38; what is smaller is 0 in fp32": lambda value: value >= SMALLEST_FP32,
+    "must not be negative": lambda value: value >= 0,
+    "must be 0 (off) or positive": lambda value: value >= 0,
+    "must be 0 (never) or positive": lambda value: value >= 0,
+    "must be 0 (only at the end) or positive": lambda value: value >= 0,
+    "must be 0 (off) or more than 1": lambda value: value == 0 or value > 1,
+    "must be from 0 to 1": lambda value: 0 <= value <= 1,
+    "must be above 0 and at most 1": lambda value: 0 < value <= 1,
+    "must be above 0 and below 1": lambda value: 0 < value < 1,
+}
+RANGES = {
+    "run.stop_after_steps": "must be at least 1",
+    "run.max_minutes": "must be positive",
+    "model.rope_theta": "must be positive",
+    "model.norm_eps": "must not be negative",
+    "model.init_std": "must not be negative",
+    "data.shuffle_window_shards": "must be at least 1",
+    "data.validation_fraction": "must be above 0 and below 1",
+    "data.prefetch_steps": "must be at least 1",
+    "data.shard_tokens": "must be at least 1",
+    "data.cache_gib": "must be positive",
+    "data.prepare_processes": "must be at least 1",
+    "data.filters.max_repeated_line_share": "must be from 0 to 1",
+    "data.filters.max_symbol_share": "must be from 0 to 1",
+    "data.filters.near_similarity": "must be above 0 and at most 1",
+    "engine.fsdp.prefetch_blocks": "must be at least 1",
+    "engine.activation_checkpointing_every": "must be at least 1",
+    "train.seed": "must not be negative",
+    "train.steps": "must be at least 1",
+    "train.log_every_steps": "must be at least 1",
+    "optimizer.lr": "must be positive",
+    "optimizer.eps": "must be at least 1.2e-38; what is smaller is 0 in fp32",
+    "optimizer.weight_decay": "must be 0 (off) or positive",
+    "optimizer.grad_clip": "must be 0 (off) or positive",
+    "scheduler.warmup_steps": "must not be negative",
+    "scheduler.min_lr_ratio": "must be from 0 to 1",
+    "validation.every_steps": "must be 0 (never) or positive",
+    "validation.batches": "must be at least 1",
+    "logging.layer_norms_every_steps": "must be 0 (never) or positive",
+    "checkpoint.every_steps": "must be 0 (only at the end) or positive",
+    "checkpoint.max_failures": "must be at least 1",
+    "supervision.hang_seconds": "must be 0 (off) or positive",
+    "supervision.straggler_factor": "must be 0 (off) or more than 1",
+    "supervision.max_failed_attempts": "must be at least 1",
+    "bad_numbers.max_bad_steps": "must not be negative",
+    "bad_numbers.max_rollbacks": "must not be negative",
+    "bad_numbers.spike_zscore": "must be 0 (off) or positive",
+    "bad_numbers.spike_window_steps": "must be at least 8",
+}
+"""What must hold of a number by itself; unset ones (null) are right."""
+
+
+def out_of_range(name: str, section: object) -> list[str]:
+    """Return which numbers of a section of the configuration are not as :data:`RANGES` says."""
+    numbers = [
+        (key, bound, attrgetter(key.removeprefix(f"{name}."))(section))
+        for key, bound in RANGES.items()
+        if key.startswith(f"{name}.")
+    ]
+    return [f"{key}={value}: {bound}" for key, bound, value in numbers if value is not None and not HOLDS[bound](value)]
