@@ -4,8 +4,8 @@
     python benchmarks/same_as_trainer.py --only llama --engine zero3
 
 Small models (``small_configs.py``) in fp32 without dropout: ours on two ranks, Trainer in one process that accumulates
-two micro-batches, each with AdamW at a constant rate. The ids are those that our loader hands out; Trainer shifts the
-labels by itself.
+two micro-batches, each with AdamW at a constant rate. The order is our loader's, and so are the ids of texts; ids and
+labels of chats are those of transformers' ``apply_chat_template``. Trainer shifts the labels by itself.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -26,19 +26,20 @@ from trainer_losses import STEPS, WORLD_SIZE, our_losses, prepare, trainer_losse
 from bigtrain.config import EngineKind
 from bigtrain.errors import ConfigError
 
-MODELS = ("gpt2", "llama", "mamba")
+MODELS = ("gpt2", "llama", "mamba", "llama with chats")
 TOLERANCE = 1e-4
 
 
-def compare(family: str, engine: EngineKind) -> tuple[list[float], list[float]]:
+def compare(model: str, engine: EngineKind) -> tuple[list[float], list[float]]:
     """Return our losses and Trainer's.
 
     Raises:
         ConfigError: bigtrain refuses the model.
     """
-    with tempfile.TemporaryDirectory(prefix=f"{family}-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="same-") as temporary:
         directory = Path(temporary)
-        call(prepare, 1, family, directory)
+        family, _, chats = model.partition(" with ")
+        call(prepare, 1, family, bool(chats), directory)
         (ours, refusal), (theirs, _) = (
             call(our_losses, WORLD_SIZE, directory, engine),
             call(trainer_losses, 1, directory),
@@ -51,18 +52,18 @@ def compare(family: str, engine: EngineKind) -> tuple[list[float], list[float]]:
 def main() -> int:
     """Print a row a model; return 0 if all agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(MODELS), help="families, with commas")
+    parser.add_argument("--only", default=",".join(MODELS), help="models, with commas")
     parser.add_argument("--engine", default="fsdp", choices=[engine.name for engine in EngineKind])
     parser.add_argument("--json", type=Path, help="keeps the losses")
     args = parser.parse_args()
-    print(f"{'family':<12} {'first loss':>10} {f'loss {STEPS}':>10} {'largest difference':>18}")
+    print(f"{'model':<16} {'first loss':>10} {f'loss {STEPS}':>10} {'largest difference':>18}")
     rows, num_different = {}, 0
-    for family in args.only.split(","):
-        ours, theirs = compare(family, EngineKind[args.engine])
+    for model in args.only.split(","):
+        ours, theirs = compare(model, EngineKind[args.engine])
         difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        rows[family] = {"ours": ours, "trainer": theirs, "difference": difference}
+        rows[model] = {"ours": ours, "trainer": theirs, "difference": difference}
         num_different += not difference <= TOLERANCE  # a NaN is different
-        print(f"{family:<12} {ours[0]:>10.4f} {ours[-1]:>10.4f} {difference:>18.1e}", flush=True)
+        print(f"{model:<16} {ours[0]:>10.4f} {ours[-1]:>10.4f} {difference:>18.1e}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(num_different > 0)

@@ -9,22 +9,55 @@ from typing import Any
 import torch
 import transformers
 from small_runs import batches, run_config, run_losses, write_models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from bigtrain.config import DataConfig, DataSource, EngineKind, TrainConfig, TrainingConfig
+from bigtrain.config import Content, DataConfig, DataSource, EngineKind, Packing, TrainConfig, TrainingConfig
 from bigtrain.models.loss import IGNORE_INDEX
 
-STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 32
-NUM_TEXTS = 400
+STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 48
+NUM_DOCUMENTS = 200
+CHAT_TEMPLATE = """\
+<s>{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>\
+{% generation %}{{ message.content }}<|end|>{% endgeneration %}\
+{% else %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endif %}{% endfor %}"""
+SPECIAL_TOKENS = ["<s>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def prepare(family: str, directory: Path) -> None:
-    """Write ``pretrained/`` and ``text.jsonl``."""
+def prepare(family: str, with_chats: bool, directory: Path) -> None:
+    """Write ``pretrained/``, and ``text.jsonl`` or, with a tokenizer beside the model, ``chats.jsonl``."""
     write_models(family, {}, directory)
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(50)]
-    texts = (" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(NUM_TEXTS))
-    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = (" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(NUM_DOCUMENTS))
+    rows = [{"text": text} for text in texts]
+    if with_chats:
+        tokenizer = write_tokenizer(directory / "pretrained", words)
+        rows = []
+        while len(rows) < NUM_DOCUMENTS:
+            messages = [
+                {"role": role, "content": " ".join(draw.choices(words, k=draw.randint(3, 12)))}
+                for role in ("user", "assistant")
+            ]
+            if TOKENS // 2 < len(tokenizer.apply_chat_template(messages, return_dict=False)) < TOKENS - 1:
+                rows.append({"messages": messages})  # one fits into a sample, two do not
+    path = directory / ("chats.jsonl" if with_chats else "text.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_tokenizer(directory: Path, words: list[str]) -> Any:
+    """Write and return a small byte-level tokenizer with a chat template that marks what the model says."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(words)], trained)
+    wrapper = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+    wrapper.save_pretrained(directory)
+    return wrapper
 
 
 def our_losses(directory: Path, engine: EngineKind) -> list[float]:
@@ -73,15 +106,36 @@ def trainer_losses(directory: Path) -> list[float]:
 
 
 def list_samples(config: TrainConfig) -> list[dict[str, Tensor]]:
-    """Return the samples of a run in their order, as Trainer wants them: with labels that it shifts by itself."""
+    """Return the samples of the run in their order, as Trainer wants them: with labels that it shifts by itself."""
+    of_template = rendered_chats(config) if config.data.content is Content.chat else None
     samples = []
     for batch in batches(config):
         for tokens_T, targets_T in zip(batch.tokens, batch.targets, strict=True):
             # The last target is the input of no position; a causal model's logits do not change with it.
-            last = targets_T[-1:].clamp(min=0)
+            ids = torch.cat([tokens_T, targets_T[-1:].clamp(min=0)])
             labels = torch.cat([torch.tensor([IGNORE_INDEX]), targets_T])
-            samples.append({"input_ids": torch.cat([tokens_T, last]), "labels": labels})
+            if (
+                of_template
+            ):  # our loader says which chat it is; behind the token that opens a document all is the template's
+                chat, counts = of_template[tuple(tokens_T[1 : TOKENS // 2].tolist())]
+                ids[1 : len(chat) + 1] = chat
+                labels = torch.full_like(ids, IGNORE_INDEX)
+                labels[1 : len(chat) + 1] = torch.where(counts > 0, chat, IGNORE_INDEX)
+            samples.append({"input_ids": ids, "labels": labels})
     return samples
+
+
+def rendered_chats(config: TrainConfig) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
+    """Return ids and mask of every chat as transformers renders it, by their beginning."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.data.tokenizer)
+    chats = {}
+    for line in Path(config.data.path).read_text().splitlines():
+        done = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, counts = torch.tensor(done["input_ids"]), torch.tensor(done["assistant_masks"])
+        chats[tuple(ids[: TOKENS // 2 - 1].tolist())] = (ids, counts)
+    return chats
 
 
 def configuration(directory: Path, engine: EngineKind, *, world_size: int) -> TrainConfig:
@@ -90,12 +144,11 @@ def configuration(directory: Path, engine: EngineKind, *, world_size: int) -> Tr
     Raises:
         ConfigError: listing every problem.
     """
-    data = DataConfig(
-        source=DataSource.jsonl,
-        path=str(directory / "text.jsonl"),
-        tokenizer="bytes",
-        sequence_length=TOKENS,
-        root=str(directory / "data"),
-    )
+    data = DataConfig(source=DataSource.jsonl, sequence_length=TOKENS, root=str(directory / "data"))
+    if (directory / "chats.jsonl").exists():
+        data.path, data.tokenizer = str(directory / "chats.jsonl"), str(directory / "pretrained")
+        data.content, data.packing = Content.chat, Packing.best_fit
+    else:
+        data.path, data.tokenizer = str(directory / "text.jsonl"), "bytes"
     train = TrainingConfig(steps=STEPS, global_batch_size=BATCH)
     return run_config(directory, "pretrained", engine, data, train, world_size=world_size)
