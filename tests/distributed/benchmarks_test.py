@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -29,6 +31,7 @@ def test_the_sides_of_a_step_take_turns_and_do_the_same_work(tmp_path: Path):
     assert len(re.findall(r"^\S.* +[\d,]+ +[\d.]+x .* +[\d.]+$", output, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 def test_the_loss_in_chunks_is_that_of_all_logits_in_less_memory():
     output = run(
         "loss_memory.py", "--batch=1", "--sequence-length=2048", "--vocabulary=16000", "--width=4", "--turns=1"

@@ -17,6 +17,7 @@ def settings(engine):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_fsdp_and_zero3_reach_the_same_validation_loss(tmp_path):
     assert launch(torchrun(2, TRAIN, *settings("fsdp")), tmp_path, 250).code == 0
