@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -244,7 +244,7 @@ def _connect(address: tuple[str, int], patience: Patience) -> dist.Store:
             problem = getattr(error, "strerror", None) or str(error)
         else:
             num_tries += 1
-            with contextlib.suppress(NetworkError, RuntimeError):
+            with contextlib.suppress(NetworkError, RuntimeError), _quiet_stderr():
                 return in_slices(lambda: _client(address), Patience(ANSWER_SECONDS, quiet=True), where)
             if num_tries == _NUM_TRIES or patience.waited > ANSWER_SECONDS:
                 raise ConfigError(
@@ -252,6 +252,19 @@ def _connect(address: tuple[str, int], patience: Patience) -> dist.Store:
                     "for all ranks"
                 )
         patience.pause(f"rank 0 at {where}: {problem}")
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep to itself what torch's C++ says of a server that is no store: two stacks per try, and no reason."""
+    with open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _client(address: tuple[str, int]) -> dist.Store:

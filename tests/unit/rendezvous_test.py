@@ -120,7 +120,9 @@ def test_a_port_that_is_taken_is_named(port: int):
 
 
 @pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.0 400 Bad Request\r\n\r\n"], ids=["silent", "closes", "http"])
-def test_another_program_at_the_port_is_named(answer: bytes | None, port: int, monkeypatch: pytest.MonkeyPatch):
+def test_another_program_at_the_port_is_named(
+    answer: bytes | None, port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", port)) as server:
 
@@ -140,6 +142,7 @@ def test_another_program_at_the_port_is_named(answer: bytes | None, port: int, m
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} answers, but not as rank 0 does: another program"):
             meet(RankInfo(1, 2, 1, 2), timeout_seconds=30)
         server.shutdown(socket.SHUT_RDWR)
+    assert "frame #" not in capfd.readouterr().err, "stacks of torch's C++ say less than the error"
 
 
 def test_a_name_that_nobody_knows_is_named(port: int, monkeypatch: pytest.MonkeyPatch):
