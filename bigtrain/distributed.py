@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigtrain import errors
-from bigtrain.errors import BigtrainError, ConfigError, NetworkError
+from bigtrain.errors import BigtrainError, ConfigError, NetworkError, first_line
 from bigtrain.rank_info import RankInfo
 from bigtrain.rendezvous import Patience, in_slices, meet, require_interfaces
 
@@ -59,7 +59,7 @@ def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds:
         in_slices(connect, Patience(math.inf), "connections to the other ranks")
     except RuntimeError as error:
         raise NetworkError(
-            f"{socket.gethostname()} cannot connect to the other ranks: {str(error).splitlines()[0]}; GLOO_SOCKET_IFNAME and "
+            f"{socket.gethostname()} cannot connect to the other ranks: {first_line(error)}; GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME choose the network interface"
         ) from error
 

@@ -27,6 +27,11 @@ def of_all_ranks(error: BigtrainError) -> BigtrainError:
     return error
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(BigtrainError):
     """The configuration is wrong; the message lists every problem found."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, first_line
 from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting
 
@@ -123,7 +123,7 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     except (ValueError, ImportError) as error:
         raise ConfigError(
             f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
-            f"{_first_line(error)}; choose a decoder-only architecture"
+            f"{first_line(error)}; choose a decoder-only architecture"
         ) from error
     if config.pretrained:
         from bigtrain.models.hf_init import read_buffers
@@ -169,7 +169,7 @@ def unreadable(name: str | None, error: Exception, *, setting: str = "model.name
     """Say why a model could not be read from a directory or the hub, and the way out."""
     return (
         f"{setting}={name!r}: neither a directory with a config.json here nor a model that the Hugging Face hub "
-        f"hands out ({_first_line(error)}); give a local directory, or check the spelling of the hub id; "
+        f"hands out ({first_line(error)}); give a local directory, or check the spelling of the hub id; "
         f"without a network, run `hf download {name}` where there is one and copy the directory; "
         "a gated model needs HF_TOKEN"
     )
@@ -209,7 +209,3 @@ def _outermost_module_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield child
         else:
             yield from _outermost_module_lists(child)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, first_line
 from bigtrain.log import get_logger
 from bigtrain.models.hf_files import FLOATS, StoredTensor, stored_tensors
 from bigtrain.models.init import InitialValue
@@ -175,7 +175,7 @@ def _converted(conversion: Conversion, newest: _Newest, where: str) -> Iterator[
         made = conversion.run(lambda stored: torch.empty(stored.shape, device="meta"))
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{where}: transformers cannot make {conversion.target} of {_some(keys)} ({str(error).partition(chr(10))[0]})"
+            f"{where}: transformers cannot make {conversion.target} of {_some(keys)} ({first_line(error)})"
         ) from error
     for name, tensor in made.items():
         yield Converted(conversion, name, tuple(tensor.shape), newest, keys[0], odd)

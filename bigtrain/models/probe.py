@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from bigtrain.config import ModelConfig, ModelKind
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, first_line
 from bigtrain.models.hf import HFCausalLM, build_hf_model, read_hf_config
 
 SHORT = 8
@@ -107,7 +107,7 @@ def unreached_parameters(model: nn.Module) -> list[str]:
         run = copy.deepcopy(model)  # some models keep tables for the longest sample that they have seen
         logits_BTV = _dry_run(run, SHORT)
     except Exception as error:
-        raise NotImplementedError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        raise NotImplementedError(first_line(error)) from error
     reached, nodes, seen = set(), [logits_BTV.grad_fn], set()
     while nodes:
         node = nodes.pop()

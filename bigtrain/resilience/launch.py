@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TextIO
 
 from bigtrain.config import SupervisionConfig
-from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError
+from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError, first_line
 from bigtrain.log import get_logger
 from bigtrain.resilience.attempt import (
     FAILURE_FILE,
@@ -177,7 +177,7 @@ class Launch:
     ) -> None:
         if self.attempt == 0:
             if error is not None and is_lost_connection(error):
-                get_logger().error(f"other ranks have ended before the first step: {str(error).splitlines()[0]}")
+                get_logger().error(f"other ranks have ended before the first step: {first_line(error)}")
             return
         self.signal.at_once = False
         with contextlib.suppress(OSError):
@@ -187,7 +187,7 @@ class Launch:
         elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
             if self.rank == 0 and self._beats is not None:  # before that, exit.json says all there is to say
                 record_failures(self.directory, self.attempt, [self._failure(error)], [])
-            self.end(error.exit_code, str(error).splitlines()[0])
+            self.end(error.exit_code, first_line(error))
         elif error is not None:
             self._record(error)
         self.heartbeat.enter("ending")
