@@ -43,7 +43,7 @@ def is_locked(path: Path) -> bool:
 
 
 def try_lock(file: int, path: Path, *, wait: bool = False) -> bool | None:
-    """Lock an open file; return whether that is done, False if it is taken, None, and say so once, if there are no locks.
+    """Lock an open file; return True, False if it is taken, or None, saying so once, if there are no locks.
 
     Raises:
         OSError: neither.

@@ -96,7 +96,7 @@ LAUNCHERS = {
 
 
 def lone_ranks() -> str | None:
-    """Say why this process must not train by itself: it is one of several, and nobody has told them that they are ranks."""
+    """Say why this process must not train by itself: it is one of several that were not told to be ranks."""
     if "RANK" in os.environ:
         return None
     for launcher, (size, rank) in LAUNCHERS.items():

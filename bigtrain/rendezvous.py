@@ -1,7 +1,7 @@
-"""The rendezvous: how the ranks of a launch find each other before there is a process group, and how one that cannot begin tells them.
+"""The rendezvous: how ranks find each other before there is a process group, and hear of one that cannot begin.
 
-The store is torchrun's own or one that rank 0 serves at MASTER_ADDR:MASTER_PORT. All waiting is done in slices in Python, so
-that a signal ends it at once, and every 10 s whoever is missing is named.
+The store is torchrun's own or one that rank 0 serves at MASTER_ADDR:MASTER_PORT. All waiting is done in slices in
+Python, so that a signal ends it at once, and every 10 s whoever is missing is named.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ def meet(info: RankInfo, *, timeout_seconds: float, refusal: str = "", quiet: bo
 
 
 def refuse(info: RankInfo, reason: str) -> bool:
-    """Let the other ranks know that this one cannot begin, if they are waiting; return whether rank 0 has heard and says it."""
+    """Tell ranks that wait that this one cannot begin; return whether rank 0 has heard, and says it."""
     if info.world_size == 1 or dist.is_initialized() or (info.rank == 0 and has_agent_store()):
         return False  # torchrun ends all ranks when rank 0 has ended
     with contextlib.suppress(BigtrainError, RuntimeError, OSError):
@@ -130,7 +130,7 @@ def agree_on_name(store: dist.Store, info: RankInfo, patience: Patience, *, refu
 
 
 def _gather(store: dist.Store, info: RankInfo, patience: Patience, name: str, refusal: str) -> None:
-    """Answer on rank 0 until all others have confirmed, or, if one cannot begin, until those have heard who are there."""
+    """Answer on rank 0 until all others have confirmed; if one cannot begin, those that are there."""
     verdict = refusal and f"rank 0 on {socket.gethostname()}: {refusal}"
     if verdict:
         store.set(f"bigtrain/verdict/{name}", verdict)
@@ -220,8 +220,8 @@ def _serve(port: int) -> dist.Store:
         listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=2048)
     except OSError as error:
         raise ConfigError(
-            f"MASTER_PORT={port} cannot be opened on {socket.gethostname()}: {os.strerror(error.errno)}; set another one, the same for all "
-            "ranks"
+            f"MASTER_PORT={port} cannot be opened on {socket.gethostname()}: {os.strerror(error.errno)}; set another one, "
+            "the same for all ranks"
         ) from error
     bound = listener.getsockname()[1]
     return dist.TCPStore("localhost", bound, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

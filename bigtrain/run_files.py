@@ -93,7 +93,7 @@ def write_config(directory: Path, config: TrainConfig) -> None:
 
 
 def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
-    """Copy the tokenizer, whole, and the index that says how to use it: a run generates and exports without its data."""
+    """Copy the tokenizer, whole, and the index that says how to use it, so that a run generates without its data."""
     published = (corpus_directory / PUBLISHED_DIRECTORY).rglob("*")
     for path in (corpus_directory / INDEX_FILE, corpus_directory / TOKENIZER_FILE, *filter(Path.is_file, published)):
         copy = directory / path.relative_to(corpus_directory)
@@ -102,7 +102,7 @@ def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
 
 
 def keep_model(directory: Path, model: ModelConfig) -> None:
-    """Copy what describes a Hugging Face model, and its stored buffers: a run goes on, generates and exports without it.
+    """Copy what describes a Hugging Face model, and its stored buffers: a run goes on and generates without it.
 
     Raises:
         ConfigError: the description cannot be had.

@@ -1,4 +1,4 @@
-"""What torchrun itself takes of this package, by the entry point ``torchrun.handlers`` or in ``launch/bound_torchrun.py``.
+"""What torchrun itself takes of this package: by the entry point ``torchrun.handlers``, or ``launch/bound_torchrun.py``.
 
 A rendezvous that listens on one address; and silence where torchrun would show, below the run's last word, a traceback
 of its own: after Ctrl-C or SIGTERM it raises in the agent, when the ranks have long said that they are saved.
@@ -69,7 +69,7 @@ LAUNCHERS = Path(__file__).resolve().parents[1] / "launch"
 
 
 def bound_handler() -> RendezvousHandlerCreator:
-    """Return how torchrun makes the rendezvous of ``--rdzv-backend=bound``; it asks when it begins, whatever it runs."""
+    """Return the maker of ``--rdzv-backend=bound``; torchrun asks for it when it begins, whatever it runs."""
     if any(Path(arg).resolve().parent == LAUNCHERS for arg in sys.argv[1:]):
         sys.excepthook = leave_the_run_the_last_word
     return build_bound_rendezvous

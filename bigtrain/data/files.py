@@ -117,8 +117,6 @@ def _some(names: list[str]) -> str:
 def _nothing(config: DataConfig, path: Path, left_out: LeftOut) -> str:
     if path.is_dir():
         what = f"{path}: no file {_endings(_SUFFIXES.get(config.source, ('',)))} in this directory or below it"
-    elif "://" in config.path:
-        what = f"data.path={config.path}: data={config.source.name} reads local files only; data=datasets also others"
     else:
         what = f"data.path={config.path}: no such file or directory, and no file matches it as a pattern"
     told = tell_left_out(left_out)

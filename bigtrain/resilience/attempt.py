@@ -146,7 +146,7 @@ def read_exit(directory: Path) -> dict[str, Any]:
 
 
 def has_decided(directory: Path, attempt: int) -> bool:
-    """Return whether a launch has said that it ends, by itself; ranks that still wait are then ended, or lose their peers."""
+    """Return whether a launch has said that it ends; ranks that still wait then lose their peers."""
     found = read_exit(directory)
     return found.get("attempt") == attempt and found.get("code") != EXIT_FAULT
 

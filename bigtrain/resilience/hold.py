@@ -1,8 +1,8 @@
-"""The hold of a launch on its run: signs of life for those who meet it, a lock where there are locks, and who may take over.
+"""The hold of a launch on its run: signs of life, a lock where there are locks, and who may take over.
 
-A lock is not enough: it may be local to a node or without effect (Lustre ``localflock``, NFS ``local_lock``), and a node
-that is cut off may keep it while Slurm has queued the job again elsewhere. So the file says who has the run, and its holder
-counts up a number in it every 3 s. A lock that is taken proves that its holder is there; one that is free proves
+A lock is not enough: it may be local to a node or without effect (Lustre ``localflock``, NFS ``local_lock``), and a
+node that is cut off may keep it while Slurm has queued the job again elsewhere. So the file says who has the run, and
+its holder counts up a number in it every 3 s. A lock that is taken proves that its holder is there; one that is free proves
 nothing but on the machine that had it. Otherwise whoever comes watches the number, with no clock but its own, and takes
 over when it has stood still for 30 s.
 
@@ -92,7 +92,7 @@ class Hold:
             return True
 
     def follow(self) -> Path:
-        """Return where the run's directory is now, and hold it there; one that was removed is made anew beside its old place.
+        """Return where the run's directory is now, and hold it there; a removed one is made anew beside its old place.
 
         Raises:
             OSError: it cannot be made.
@@ -187,7 +187,7 @@ def take_hold(path: Path, *, patient: bool, hurry: bool = False) -> Hold:
             if hold := _seize(path, content, newest + 1):
                 return hold
             continue
-        # The clock of another machine only decides whether a lock that is taken is waited for; who looks takes it for a moment.
+        # Another machine's clock only decides whether a taken lock is waited for; who looks takes it for a moment.
         seems_silent = (
             lock != "taken" or _is_released(_parse(content)) or time.time() - (touched or 0) / 1e9 > LEASE_SECONDS
         )

@@ -206,7 +206,7 @@ class Launch:
             self.end(error.exit_code, str(self.signal.reason))
 
     def _is_said_by_rank0(self) -> bool:
-        """Return whether rank 0 ends the launch with an error of its own, perhaps the same, before there is a watchdog."""
+        """Return whether rank 0, before there is a watchdog, ends the launch with an error, perhaps the same."""
         if self._beats is not None:
             return False
         if self.rank > 0:

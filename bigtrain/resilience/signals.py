@@ -67,7 +67,7 @@ class EarlyStop:
 
 
 def _stop_with_torchrun() -> None:
-    """Have SIGTERM sent to this rank when torchrun ends without a word, as by kill -9 or SIGUSR1: else it would train on."""
+    """Have SIGTERM sent to this rank when torchrun ends without a word (kill -9, SIGUSR1): it would train on."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -226,11 +226,6 @@ def test_a_path_that_the_system_refuses_is_named():
         texts("jsonl", "x" * 5000)
 
 
-def test_a_url_is_not_taken_for_a_path():
-    with pytest.raises(DataError, match=r"data=jsonl reads local files only"):
-        texts("jsonl", "s3://bucket/rows/*.jsonl")
-
-
 # Saved datasets
 
 
