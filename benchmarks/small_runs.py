@@ -111,6 +111,7 @@ def run_config(
         run=RunConfig(name=f"{start}-{engine.name}", root=str(directory / "runs")),
     )
     config.checkpoint.asynchronous = False
+    config.engine.deepspeed.persistence_threshold_elements = 0  # or ZeRO-3 would not shard what is so small
     config = resolve(config)
     if problems := check(config, world_size=world_size, local_world_size=world_size):
         raise ConfigError("\n".join(problems))

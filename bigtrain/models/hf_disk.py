@@ -5,6 +5,8 @@ all settings of rotary positions one section). Programs that read the files, old
 on disk.
 """
 
+import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +69,30 @@ def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) 
         architecture: class of the model.
         dtype: of the weights, as ``float32``.
     """
-    config = _with_dtype(_with_older_names(published), dtype)
+    config = _with_older_names(published)
+    if _rope_as_read(config) != _rope_as_read(published):
+        config = published  # an architecture that transformers 4 does not know; 5 takes the older form for another
+    config = _with_dtype(config, dtype)
     for key in ("quantization_config", "auto_map"):
         config.pop(key, None)
     return config | {"architectures": [architecture], "torch_dtype": dtype}
+
+
+def _rope_as_read(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of rotary positions that transformers reads from a ``config.json``; None if it refuses it."""
+    from transformers import CONFIG_MAPPING
+
+    def rope_of(section: Mapping[str, Any]) -> dict[str, Any]:
+        inner = {key: rope_of(value) for key, value in section.items() if isinstance(value, dict)}
+        own = {"rope_parameters": section["rope_parameters"]} if "rope_parameters" in section else {}
+        return {key: value for key, value in inner.items() if value} | own
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the older form
+        try:
+            return rope_of(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))).to_dict())
+        except (KeyError, ValueError, TypeError):
+            return None
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -77,3 +77,12 @@ def test_every_family_says_its_rotary_positions_in_both_forms():
         assert ("rope_theta" in found) is (getattr(config, "rope_parameters", None) is not None), family
         again, own = (c.to_dict() for c in (transformers.AutoConfig.for_model(**found), config))
         assert {key for key in own if again[key] != own[key]} <= {"architectures", "dtype"}, family
+
+
+def test_older_names_that_transformers_takes_for_another_position_are_left_out():
+    """Its full attention has a type of scaling that the older form cannot say beside that of the sliding one."""
+    published = transformers.Gemma4TextConfig(num_hidden_layers=2).to_dict()
+    found = disk_config(published, architecture="X", dtype="float32")
+    assert "rope_scaling" not in found
+    again = transformers.Gemma4TextConfig.from_dict(found)
+    assert again.rope_parameters == published["rope_parameters"]
