@@ -218,7 +218,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (engine.kind in (*ZERO_KINDS, EngineKind.accelerate), "engine.deepspeed", f"by engine={engine.kind.name}"),
         (engine.kind is EngineKind.hsdp, "engine.dp_shard", f"by engine={engine.kind.name}"),
         (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
-        (data.source not in (DataSource.stdlib, DataSource.synthetic), "data.path", f"by data={data.source.name}"),
+        (data.source not in PATHLESS, "data.path", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
         (data.source in (DataSource.datasets, DataSource.arrow), "data.split", f"by data={data.source.name}"),
         (data.source is DataSource.datasets or data.mixture, "data.streaming", f"by data={data.source.name}"),

@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from bigtrain.data.cache import NodeCache
-from bigtrain.errors import ConfigError, NoRestartError
+from bigtrain.errors import ConfigError, NoRestartError, first_line
 from bigtrain.locks import is_locked
 from bigtrain.resilience import failures, hold, watchdog
 from bigtrain.resilience.attempt import (
@@ -376,3 +376,8 @@ def test_a_storm_of_failing_ranks_reads_few_records(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(failures, "_is_first_of_kind", lambda place, kind: True)
     (tmp_path / "all").mkdir()
     assert storm(tmp_path / "all", monkeypatch) > 40 * NUM_RANKS
+
+
+def test_an_error_that_says_nothing_has_a_first_line():
+    assert first_line(NoRestartError()) == "NoRestartError"
+    assert first_line(NoRestartError("\nwhat\nmore")) == "what"
