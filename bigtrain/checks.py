@@ -204,6 +204,9 @@ def _check_mixture(data: DataConfig) -> list[str]:
     return problems
 
 
+WITH_SPLITS = (DataSource.datasets, DataSource.arrow, DataSource.parquet, DataSource.jsonl)
+
+
 def ignored_settings(config: TrainConfig) -> list[str]:
     """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
     engine, data, defaults = config.engine, config.data, TrainConfig()
@@ -220,7 +223,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
         (data.source not in PATHLESS, "data.path", f"by data={data.source.name}"),
         (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
-        (data.source in (DataSource.datasets, DataSource.arrow), "data.split", f"by data={data.source.name}"),
+        (data.source in WITH_SPLITS, "data.split", f"by data={data.source.name}"),
         (data.source is DataSource.datasets or data.mixture, "data.streaming", f"by data={data.source.name}"),
         *(
             (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")

@@ -192,7 +192,7 @@ class DataConfig:
     subset: str | None = None
     """``datasets`` only: the dataset's configuration name."""
     split: str | None = None
-    """``datasets`` and ``arrow`` only: the dataset's split; by default the only one, of ``datasets`` train."""
+    """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet``: the split; by default the only one, of ``datasets`` train."""
     streaming: bool = False
     """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
     on_the_fly: bool = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bigtrain.config import DataConfig, DataSource, OnBad
-from bigtrain.data.saved import DESCRIPTIONS, saved_files
+from bigtrain.data.saved import DESCRIPTIONS, files_of_split, saved_files
 from bigtrain.errors import DataError
 
 LeftOut = dict[str, list[str]]
@@ -88,6 +88,8 @@ def _find(config: DataConfig) -> Found:
     files = _once(files, left_out)
     if config.source is DataSource.arrow:
         files = saved_files(files, config, left_out)
+    elif config.source in (DataSource.jsonl, DataSource.parquet):
+        files = files_of_split(files, config, left_out)
     if config.on_bad_row is OnBad.skip:
         left_out["not readable"] += [file.name for file in files if not os.access(file.path, os.R_OK)]
         files = [file for file in files if os.access(file.path, os.R_OK)]

@@ -11,6 +11,8 @@ from bigtrain.errors import DataError
 DICTIONARY = "dataset_dict.json"
 DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")
 """What is used, though it is no data."""
+_SHARD = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|dev|eval|test)-\d{5}-of-\d{5}\..*")
+"""Names of the hub's files of a split. Before such numbers other words stand too, as for the parts of a corpus."""
 Listing = dict[str, str | None]
 """The files of a directory that are data, and the split that each is of, if that is known."""
 
@@ -40,7 +42,11 @@ def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, li
             by_split.setdefault((listing or {}).get(file.path.name), []).append(file)
         else:
             left_out["not listed as data by state.json or dataset_info.json beside it"].append(file.name)
-    split = choose_split([name for name in by_split if name is not None], config)
+    root = Path(config.path)
+    listed = _read(root / DICTIONARY)["splits"] if (root / DICTIONARY).is_file() else []
+    split = choose_split(sorted({*listed, *by_split} - {None}), config)
+    if split in listed and split not in by_split:
+        raise DataError(f"{root / split}: is not there, but {root / DICTIONARY} lists it; copy it again")
     chosen = [file for name in by_split if split in (None, name) for file in by_split[name]]
     if split is not None:
         left_out[f"of no split, and data.split={split}"] += [file.name for file in by_split.get(None, [])]
@@ -49,6 +55,30 @@ def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, li
             if not (directory / name).is_file():
                 raise DataError(f"{directory / name}: is not there, but {directory} lists it as data; copy it again")
     return chosen
+
+
+def files_of_split(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
+    """Return those of ``files`` that are of the configured split, as the hub names them: ``train-00000-of-00002.parquet``.
+
+    Raises:
+        DataError: the split is not there, or missing among several.
+    """
+    matches = [_SHARD.fullmatch(file.path.name) for file in files]
+    splits = [match[1] if match else None for match in matches]
+    if Path(config.path).is_file() or not (any(splits) or config.split):
+        return files
+    if not any(splits):
+        raise DataError(
+            f"data.path={config.path}: no file is named after a split, as train-00000-of-00002.parquet is; leave "
+            f"data.split={config.split} out, and choose by a pattern in data.path"
+        )
+    split = choose_split(sorted({name for name in splits if name}), config)
+    if split is None:
+        return files
+    left_out[f"not of data.split={split}"] += [
+        file.name for file, own in zip(files, splits, strict=True) if own != split
+    ]
+    return [file for file, own in zip(files, splits, strict=True) if own == split]
 
 
 def choose_split(there: list[str], config: DataConfig) -> str | None:

@@ -66,7 +66,12 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
     Raises:
         ConfigError: if the description cannot be had.
     """
-    text = read_hf_config(config.name).get_text_config()
+    hf_config = read_hf_config(config.name)
+    text = hf_config.get_text_config()
+    if not getattr(text, "vocab_size", 0):
+        raise ConfigError(
+            f"model.name={config.name!r} ({hf_config.model_type}) has no vocabulary; choose a language model"
+        )
     hidden_dim, num_heads = hf_setting(text, "hidden_size"), hf_setting(text, "num_attention_heads") or 1
     return dataclasses.replace(
         config,
@@ -91,11 +96,15 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a config.json holds anything, and what its classes check raises anything
         if _has_own_code(name):
             raise ConfigError(
                 f"{setting}={name!r} needs code of its own (auto_map in its config.json), and code that comes with a model "
                 "is never run here; choose an architecture that transformers has"
+            ) from error
+        if (path := Path(str(name), "config.json")).is_file():
+            raise ConfigError(
+                f"{path} is not read by transformers: {_reason(error)}; correct it or copy it again"
             ) from error
         raise ConfigError(unreadable(name, error, setting=setting)) from error
 
@@ -120,10 +129,10 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     hf_config = read_hf_config(config.name)
     try:
         causal_lm = build_causal_lm(hf_config)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # constructors meet what the configuration says, and do not expect everything
         raise ConfigError(
             f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
-            f"{first_line(error)}; choose a decoder-only architecture"
+            f"{_reason(error)}; choose a decoder-only architecture, or correct its config.json"
         ) from error
     if config.pretrained:
         from bigtrain.models.hf_init import read_buffers
@@ -209,3 +218,9 @@ def _outermost_module_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield child
         else:
             yield from _outermost_module_lists(child)
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong on one line, with the kind of error where its text alone says nothing (``KeyError: 'x'``)."""
+    text = first_line(error.__cause__ or error)
+    return text if isinstance(error, ValueError | ImportError | OSError) and text else f"{type(error).__name__}: {text}"

@@ -86,7 +86,8 @@ def _weight_files(directory: Path) -> Iterator[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = ["".join([name]) for name in names]  # nothing but text
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{index} is no index of weight files ({error!r}); copy or download it again") from error
         if WEIGHTS not in names and (directory / WEIGHTS).exists():
             raise ConfigError(

@@ -374,3 +374,33 @@ def test_files_that_were_right_before_have_the_fingerprint_that_they_had(tmp_pat
     expected = "f6683a1fec8c2f44ceb9b33cbec5bf043dd4abda2b26f2b7078da9a747e4b71f"
     assert source_fingerprint(config_of("jsonl", tmp_path)) == expected
     assert source_fingerprint(config_of("jsonl", tmp_path, on_bad_row=OnBad.skip)) == expected
+
+
+def test_files_that_are_named_after_splits_are_chosen_by_the_split(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write(tmp_path / "hub" / f"{name}.jsonl", rows(name))
+    write(tmp_path / "plain/arxiv-00000-of-00002.jsonl", rows("a"))
+    write(tmp_path / "plain/books-00001-of-00002.jsonl", rows("b"))
+    write(tmp_path / "one/c4-train-00000-of-00001.jsonl", rows("c"))
+    for path in ("hub", "hub/*.jsonl"):
+        with pytest.raises(DataError, match=r"holds the splits test, train; set data.split to one of them"):
+            account("jsonl", tmp_path / path)
+    names, left_out = account("jsonl", tmp_path / "hub", split="train")
+    assert names == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert left_out == {"not of data.split=train": ["test-00000-of-00001.jsonl"]}
+    assert len(account("jsonl", tmp_path / "plain")[0]) == 2 and len(account("jsonl", tmp_path / "one")[0]) == 1
+    with pytest.raises(DataError, match=r"no split 'other'; set data.split to one of \['test', 'train'\]"):
+        account("jsonl", tmp_path / "hub", split="other")
+    with pytest.raises(DataError, match=r"no file is named after a split.*leave data.split=train out"):
+        account("jsonl", tmp_path / "plain", split="train")
+
+
+def test_a_split_that_is_listed_and_gone_is_named(tmp_path):
+    write_arrow(tmp_path / "test/data-00000-of-00001.arrow", "a", "b")
+    write(tmp_path / "test/state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    write(tmp_path / "dataset_dict.json", json.dumps({"splits": ["train", "test"]}))
+    with pytest.raises(DataError, match=r"holds the splits test, train"):
+        account("arrow", tmp_path)
+    with pytest.raises(DataError, match=r"train: is not there, but .*dataset_dict.json lists it; copy it again"):
+        account("arrow", tmp_path, split="train")
+    assert account("arrow", tmp_path, split="test")[0] == ["test/data-00000-of-00001.arrow"]

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,8 @@ from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
-from bigtrain.models.hf import with_hf_shape
+from bigtrain.models.hf import build_hf_model, with_hf_shape
+from bigtrain.models.hf_files import stored_tensors
 from bigtrain.models.init import initial_values
 from bigtrain.models.sizes import native_shape
 from tests.modules import initialise, materialise
@@ -250,3 +253,31 @@ def test_shape_of_layers_that_differ_is_the_largest(tmp_path, config, shape):
     assert found == shape
     estimated = native_shape(transformers.AutoConfig.from_pretrained(tmp_path))
     assert (estimated.hidden_dim, estimated.num_layers, estimated.ffn_dim) == (shape[0], shape[1], shape[5])
+
+
+BROKEN_CONFIGS = [
+    (dict(hidden_size="64"), r"config.json is not read by transformers: .*expected int, got str.*; correct it"),
+    (dict(num_attention_heads=0), r"config.json is not read by transformers: ZeroDivisionError"),
+    (dict(num_attention_heads=5), r"config.json is not read by transformers: .*not a multiple"),
+    (
+        dict(hidden_act="nope"),
+        r"cannot be trained as a causal language model: KeyError: 'nope'; .*correct its config.json",
+    ),
+    (dict(model_type="vit", vocab_size=None), r"\(vit\) has no vocabulary; choose a language model"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), BROKEN_CONFIGS)
+def test_a_configuration_that_cannot_be_is_said_in_a_sentence(tmp_path, settings, said):
+    config = dict(model_type="llama", hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(ConfigError, match=said):
+        model = with_hf_shape(ModelConfig(kind=ModelKind.hf, name=str(tmp_path)))
+        with torch.device("meta"):
+            build_hf_model(model)
+
+
+def test_an_index_of_weight_files_that_names_none_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(ConfigError, match=r"index.json is no index of weight files"):
+        stored_tensors(str(tmp_path))
