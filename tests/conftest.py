@@ -4,7 +4,13 @@ import os
 import shutil
 import tempfile
 
+from hypothesis import settings
+
 from bigtrain import local_ranks
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("bigtrain", deadline=None)
+settings.load_profile("bigtrain")
 
 # Small tensors gain nothing from threads, and threads of several ranks wait for each other on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

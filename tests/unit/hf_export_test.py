@@ -320,6 +320,7 @@ TEXTS = [
 # What somebody does who has never heard of this project.
 STRANGER = """
 import json, sys
+sys.modules["bigtrain"] = None  # torch would import what torchrun takes of it, as of every package with such an entry point
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
 texts = json.loads(sys.argv[1])
@@ -331,7 +332,7 @@ print(json.dumps({
     "texts": [tokenizer.decode(i) for i in ids],
     "eos": [tokenizer.eos_token, tokenizer.eos_token_id, model.generation_config.eos_token_id],
     "new": new.tolist(),
-    "ours": sorted(name for name in sys.modules if name.startswith("bigtrain")),
+    "ours": sorted(name for name in sys.modules if name.startswith("bigtrain.")),
 }))
 """
 
@@ -342,7 +343,8 @@ def test_a_stranger_opens_it(kind: str, name: str, tmp_path: Path):
 
     config = shape(**{**to_dict(MODELS[name]), "vocab_size": 300})
     model = native(config)
-    tokenizer, eos_id = give_tokenizer(tmp_path / "run", kind)
+    built = give_tokenizer(tmp_path / "run", kind)
+    tokenizer, eos_id = built.tokenizer, built.eos_id
     exported(tmp_path, model, config)
     command = [sys.executable, "-I", "-c", STRANGER, json.dumps(TEXTS)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)

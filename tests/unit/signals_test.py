@@ -8,7 +8,6 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,6 +79,12 @@ print("lives")
 """
 
 
+def with_signals_of_a_terminal() -> None:
+    """Heed what a shell has ignored by the processes that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "rank", "arguments", "expected"),
     [
@@ -115,7 +120,7 @@ def test_an_early_signal_ends_the_process_with_a_word_of_rank_0(
         text=True,
         timeout=30,
         check=False,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # in the background a shell has it ignored
+        preexec_fn=with_signals_of_a_terminal,
     )
     assert (ended.returncode, ended.stdout.strip(), ended.stderr.partition(";")[0]) == expected
 
