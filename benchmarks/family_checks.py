@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def prepare(family: str, changes: dict[str, Any], directory: Path) -> dict[str, 
     model = write_models(family, changes, directory)
     vocab_size = model.config.get_text_config().vocab_size
     model.train()(input_ids=torch.randint(vocab_size, (BATCH, TOKENS)), use_cache=False)
+    with contextlib.suppress(ValueError):  # some write a configuration of which AutoModelForCausalLM knows nothing
+        again = AutoModelForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32)
+        others = [name for name, p in again.named_parameters() if not torch.equal(p, model.get_parameter(name))]
+        assert not others, f"transformers itself loads other values than it has saved: {', '.join(others)}"
     return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
 
 

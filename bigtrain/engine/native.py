@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -269,6 +270,15 @@ def share_no_buffers(module: DistributedDataParallel) -> None:
     module.broadcast_buffers = False
 
 
+def _blocks_of_their_own(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that share no parameter with another block: FSDP2 ties parameters within one unit only.
+
+    The others (Zamba has one transformer in many of its blocks) stay in the unit of the root.
+    """
+    uses = Counter(parameter for block in model.blocks for parameter in block.parameters())
+    return [block for block in model.blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
+
+
 def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
     if engine.precision.base is Precision.bf16:
@@ -281,14 +291,15 @@ def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn
         if engine.offload is Offload.cpu
         else OffloadPolicy(),
     }
-    for i, block in enumerate(model.blocks, start=1):
+    units = _blocks_of_their_own(model)
+    for i, block in enumerate(units, start=1):
         # The backward pass begins with the last block: to reshard it would be to gather it again at once.
-        reshard = engine.fsdp.reshard_after_forward and i < len(model.blocks)
+        reshard = engine.fsdp.reshard_after_forward and i < len(units)
         fully_shard(block, reshard_after_forward=reshard, **kwargs)
     if (num_ahead := engine.fsdp.prefetch_blocks) > 1:  # one is what FSDP2 does by itself
-        for i, block in enumerate(model.blocks):
-            block.set_modules_to_forward_prefetch(list(model.blocks[i + 1 : i + 1 + num_ahead]))
-            block.set_modules_to_backward_prefetch(list(model.blocks[max(i - num_ahead, 0) : i])[::-1])
+        for i, block in enumerate(units):
+            block.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + num_ahead])
+            block.set_modules_to_backward_prefetch(units[max(i - num_ahead, 0) : i][::-1])
     # So does what the root itself holds, the head; embeddings in a unit of their own would be out of reach of a head that
     # is tied to them, and of models that use their weights elsewhere.
     return fully_shard(model, reshard_after_forward=False, **kwargs)

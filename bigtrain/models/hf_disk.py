@@ -5,10 +5,12 @@ all settings of rotary positions one section). Programs that read the files, old
 on disk.
 """
 
-import copy
+import json
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,18 +82,19 @@ def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) 
 
 def _rope_as_read(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the settings of rotary positions that transformers reads from a ``config.json``; None if it refuses it."""
-    from transformers import CONFIG_MAPPING
+    from transformers import AutoConfig
 
     def rope_of(section: Mapping[str, Any]) -> dict[str, Any]:
         inner = {key: rope_of(value) for key, value in section.items() if isinstance(value, dict)}
         own = {"rope_parameters": section["rope_parameters"]} if "rope_parameters" in section else {}
         return {key: value for key, value in inner.items() if value} | own
 
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the older form
+        (Path(directory) / "config.json").write_text(json.dumps(config))
         try:
-            return rope_of(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))).to_dict())
-        except (KeyError, ValueError, TypeError):
+            return rope_of(AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict())
+        except Exception:  # whatever its class objects to
             return None
 
 

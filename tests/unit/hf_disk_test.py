@@ -1,5 +1,7 @@
 """What stands in the files of a transformers model: the names and shapes on disk, and a config.json for all versions."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -86,3 +88,10 @@ def test_older_names_that_transformers_takes_for_another_position_are_left_out()
     assert "rope_scaling" not in found
     again = transformers.Gemma4TextConfig.from_dict(found)
     assert again.rope_parameters == published["rope_parameters"]
+
+
+def test_older_names_stand_beside_settings_that_are_infinite(tmp_path):
+    transformers.BambaConfig().save_pretrained(tmp_path)
+    published = json.loads((tmp_path / "config.json").read_text())
+    assert "Infinity" in str(published["time_step_limit"])
+    assert disk_config(published, architecture="X", dtype="float32")["rope_theta"] == 10000.0
