@@ -79,6 +79,10 @@ def trainer_losses(directory: Path) -> list[float]:
             losses.append(loss.item())
             return loss
 
+        def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+            # By name, Trainer would let Mamba's vector D decay; of GPT-2 and Llama it chooses the same as this.
+            return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
         def _get_train_sampler(self, *_args: Any) -> torch.utils.data.Sampler:
             return torch.utils.data.SequentialSampler(samples)
 
