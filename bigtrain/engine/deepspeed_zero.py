@@ -213,6 +213,9 @@ def build_for_deepspeed(
     wrap_blocks(model, config.engine)
     if config.engine.kind is EngineKind.zero3:
         _partition(deepspeed, model, settings, device)
+        for module in model.modules():
+            if hasattr(module, "experts"):  # so transformers calls them; which are run depends on a rank's tokens,
+                deepspeed.utils.set_z3_leaf_module(module, True)  # and all ranks have to gather the same
     else:
         materialise(model, device)
     return model, build_optimizer(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)

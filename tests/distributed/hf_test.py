@@ -63,7 +63,7 @@ def test_engines_agree_on_a_llama(kind, tiny_llama):
 
 def peculiar_models():
     """Yield models whose own initialisation or parameters are not those of a plain decoder."""
-    from transformers import Gemma3Config, LlamaConfig, MambaConfig, RoFormerConfig
+    from transformers import DbrxConfig, Gemma3Config, LlamaConfig, MambaConfig, RoFormerConfig
 
     small = dict(vocab_size=97, hidden_size=24, num_hidden_layers=2)
     heads = dict(small, num_attention_heads=4, intermediate_size=40, max_position_embeddings=16)
@@ -73,6 +73,10 @@ def peculiar_models():
     yield "padding row", LlamaConfig(**heads, pad_token_id=96)
     yield "scan", MambaConfig(**small, state_size=4)
     yield "tower", Gemma3Config(text_config=dict(heads, head_dim=6), vision_config=vision, mm_tokens_per_image=4)
+    experts = dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=1)  # with few tokens, not all by each rank
+    attention = dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4)
+    sizes = dict(vocab_size=97, d_model=24, n_heads=4, n_layers=2, max_seq_len=16)
+    yield "experts", DbrxConfig(**sizes, attn_config=attention, ffn_config=experts)
     yield "sinusoids", RoFormerConfig(**heads, embedding_size=24, is_decoder=True)
 
 
