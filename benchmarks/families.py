@@ -107,6 +107,7 @@ def last_words(text: str) -> str:
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
     places = [line.strip() for line in lines if line.lstrip().startswith("File ")]
     place = places[-1].split("site-packages/")[-1].replace('"', "").removeprefix("File ") if places else ""
+    place = re.sub(r"^/.*/(?=(benchmarks|bigtrain)/)", "", place)
     return f"{errors[-1][:200]}{f' ({place})' if place else ''}"
 
 
