@@ -16,14 +16,13 @@ def run(script: str, *args: str) -> str:
 
 
 def test_families_from_weights_under_engines_that_shard_them(tmp_path: Path):
-    """A tower of images that the loss does not reach, a transformer that two blocks have in common; and an encoder."""
-    names = ["gemma3", "zamba", "bert (encoder)"]
+    """A transformer that two blocks have in common; and an encoder, which is refused."""
+    names = ["zamba", "bert (encoder)"]
     options = [f"--only={','.join(names)}", "--engines=fsdp,zero3", "--starts=pretrained"]
     output = run("families.py", *options, f"--json={tmp_path / 'figures'}", f"--table={tmp_path / 'table.md'}")
     figures = json.loads((tmp_path / "figures").read_text())
-    for name in names[:2]:
-        assert figures[name].keys() >= {"pretrained logits", "pretrained fsdp", "pretrained zero3", "export"}, output
-        assert not figures[name]["failed"] | figures[name]["refused"], output
+    assert figures["zamba"].keys() >= {"pretrained logits", "pretrained fsdp", "pretrained zero3", "export"}, output
+    assert not figures["zamba"]["failed"] | figures["zamba"]["refused"], output
     assert "is_decoder" in figures["bert (encoder)"]["refused"]["pretrained zero3"]
     table = (tmp_path / "table.md").read_text()
     assert "| zamba |" in table.partition("## Refused")[0]
