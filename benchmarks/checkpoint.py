@@ -38,10 +38,10 @@ from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig, Verify
-from bigtrain.distributed import init_process_group, shut_down
+from bigtrain.distributed.collectives import init_process_group, shut_down
 from bigtrain.engine.state import Box, Entry
-from bigtrain.local_ranks import run_ranks
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
+from bigtrain.testing.ranks import run_ranks
 
 NUM_BLOCKS, HIDDEN_DIM = 12, 1024
 OURS, OURS_SYNC = "bigtrain", "bigtrain, blocking"

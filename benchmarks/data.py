@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from bigtrain.config import DataConfig
-from bigtrain.cursor import Cursor
-from bigtrain.data.corpus import TokenSplit
-from bigtrain.data.loader import TrainLoader
-from bigtrain.data.stream import SampleStream
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.corpus import TokenSplit
+from bigtrain.data.read.loader import TrainLoader
+from bigtrain.data.read.stream import SampleStream
 
 Batches = Iterator[Any]
 FLOOR = "gather with a cast"

@@ -37,7 +37,7 @@ from small_runs import call
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bigtrain.config import EngineKind
-from bigtrain.local_ranks import RankFailedError
+from bigtrain.testing.ranks import RankFailedError
 
 ENGINES = (EngineKind.ddp, EngineKind.fsdp, EngineKind.zero1, EngineKind.zero3)
 BUILT_ALIKE = (EngineKind.ddp, EngineKind.fsdp, EngineKind.zero1)

@@ -18,9 +18,9 @@ from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.config import DataConfig, DataSource, EngineKind, ModelConfig, Precision, TrainConfig, TrainingConfig
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
-from bigtrain.export import export
 from bigtrain.models import build_initial_values, build_model
-from bigtrain.run_files import find_whole
+from bigtrain.run.directory import find_whole
+from bigtrain.run.export import export
 
 STEPS, WORLD_SIZE, BATCH, TOKENS = 3, 2, 4, 16
 

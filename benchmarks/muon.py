@@ -104,7 +104,6 @@ def cpu_seconds_per_step() -> dict[str, float]:
     """Return the median CPU time of an optimizer step under each optimizer, in turns in this process."""
     import torch
 
-    from bigtrain.checks import resolve
     from bigtrain.config import (
         EngineConfig,
         EngineKind,
@@ -115,12 +114,13 @@ def cpu_seconds_per_step() -> dict[str, float]:
         TrainConfig,
         TrainingConfig,
     )
-    from bigtrain.data.batch import Batch
-    from bigtrain.distributed import init_process_group, shut_down
+    from bigtrain.config.check import resolve
+    from bigtrain.data.read.batch import Batch
+    from bigtrain.distributed.collectives import init_process_group, shut_down
     from bigtrain.engine.build import build_engine
     from bigtrain.engine.state import initialise
     from bigtrain.models import build_initial_values, build_model
-    from bigtrain.rank_info import RankInfo
+    from bigtrain.processes import RankInfo
 
     info, device = RankInfo.from_env(), torch.device("cpu")
     init_process_group(info, device)

@@ -33,9 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from turns import machine
 
-from bigtrain import trainer
 from bigtrain.checkpoint.saver import Saver
-from bigtrain.checks import check, resolve
 from bigtrain.config import (
     DataConfig,
     DataSource,
@@ -49,20 +47,22 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.cursor import Cursor
-from bigtrain.data.batch import Batch
-from bigtrain.distributed import init_process_group, pick_device, shut_down
+from bigtrain.config.check import check, resolve
+from bigtrain.config.convert import from_dict
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.deepspeed_zero import STAGES, deepspeed_settings, import_deepspeed
 from bigtrain.engine.state import initialise
 from bigtrain.engine.wrap import wrap_blocks
-from bigtrain.local_ranks import run_ranks
-from bigtrain.models import build_model
-from bigtrain.models.init import InitialValue, Normal, initial_values
-from bigtrain.rank_info import RankInfo
-from bigtrain.schema import from_dict
+from bigtrain.models import build_model, initial_values
+from bigtrain.models.init import InitialValue, Normal
+from bigtrain.processes import RankInfo
+from bigtrain.run import trainer
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.recorder import NullRecorder
+from bigtrain.testing.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRESETS = sorted(path.stem for path in (REPOSITORY / "configs/model").glob("*.yaml") if path.stem != "hf")

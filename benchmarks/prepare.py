@@ -21,11 +21,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 
 from bigtrain.config import DataConfig
-from bigtrain.data.encoder import fast_encoder
-from bigtrain.data.prepare import prepare
-from bigtrain.data.sources import iterate_documents
-from bigtrain.data.survey import cut
-from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.encoder import fast_encoder
+from bigtrain.data.prepare.sources import iterate_documents
+from bigtrain.data.prepare.survey import cut
+from bigtrain.data.read.tokenizer import load_tokenizer
 
 BATCH_DOCUMENTS = 50
 

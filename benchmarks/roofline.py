@@ -20,13 +20,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bigtrain.config import EngineKind, TrainConfig
-from bigtrain.data.batch import Batch
-from bigtrain.distributed import init_process_group, pick_device, shut_down
-from bigtrain.local_ranks import run_ranks
+from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
 from bigtrain.models.flops import flops_per_token
 from bigtrain.models.sizes import model_sizes
-from bigtrain.rank_info import RankInfo
-from bigtrain.run_data import open_data
+from bigtrain.processes import RankInfo
+from bigtrain.run.data import open_data
+from bigtrain.testing.ranks import run_ranks
 
 # The first that matches says what an operation is for.
 PURPOSES = {

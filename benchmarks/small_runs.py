@@ -21,8 +21,6 @@ from small_configs import small_config
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from bigtrain import trainer
-from bigtrain.checks import check, resolve
 from bigtrain.config import (
     DataConfig,
     EngineConfig,
@@ -37,12 +35,14 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.cursor import Cursor
-from bigtrain.data.batch import Batch
+from bigtrain.config.check import check, resolve
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.batch import Batch
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.local_ranks import run_ranks
-from bigtrain.models.hf import with_hf_shape
-from bigtrain.run_data import open_data, train_loader
+from bigtrain.models.hf.build import with_hf_shape
+from bigtrain.run import trainer
+from bigtrain.run.data import open_data, train_loader
+from bigtrain.testing.ranks import run_ranks
 
 TIMEOUT_SECONDS = 120.0
 """For one call; a rank that waits for another one in vain is ended."""

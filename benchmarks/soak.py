@@ -171,8 +171,6 @@ def work(root: Path, args: argparse.Namespace) -> None:
         os.write(file, line.encode() + b"\n")
 
     note("process", begun=BEGIN)
-    from bigtrain import trainer
-    from bigtrain.checks import resolve
     from bigtrain.config import (
         CheckpointConfig,
         DataConfig,
@@ -186,9 +184,11 @@ def work(root: Path, args: argparse.Namespace) -> None:
         TrainConfig,
         TrainingConfig,
     )
-    from bigtrain.resilience.failures import is_lost_connection
-    from bigtrain.resilience.heartbeat import Heartbeat
-    from bigtrain.resilience.launch import Launch
+    from bigtrain.config.check import resolve
+    from bigtrain.run import trainer
+    from bigtrain.supervise.failures import is_lost_connection
+    from bigtrain.supervise.heartbeat import Heartbeat
+    from bigtrain.supervise.launch import Launch
 
     shape = {"vocab_size": 97, "num_layers": 2, "hidden_dim": 24, "num_heads": 3, "max_positions": 16, "dropout": 0.1}
     config = TrainConfig(

@@ -32,10 +32,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from turns import Measured, Pacer
 
-from bigtrain import trainer
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState
-from bigtrain.checks import check, resolve
 from bigtrain.config import (
     DataConfig,
     DataSource,
@@ -49,18 +47,20 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.cursor import Cursor
-from bigtrain.data.batch import Batch
-from bigtrain.distributed import init_process_group, pick_device, shut_down
+from bigtrain.config.check import check, resolve
+from bigtrain.config.convert import from_dict
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.wrap import wrap_blocks
 from bigtrain.models.flops import flops_per_token
-from bigtrain.models.hf_export import hf_config, hf_tensors
+from bigtrain.models.hf.native import hf_config, hf_tensors
 from bigtrain.models.sizes import model_sizes
-from bigtrain.rank_info import RankInfo
-from bigtrain.recovery import Start, fill_state
-from bigtrain.run_data import open_data
-from bigtrain.schema import from_dict
+from bigtrain.processes import RankInfo
+from bigtrain.run import trainer
+from bigtrain.run.data import open_data
+from bigtrain.run.recovery import Start, fill_state
 from bigtrain.telemetry.files import METRICS_FILE
 
 PRESETS = sorted(path.stem for path in (turns.REPOSITORY / "configs/model").glob("*.yaml") if path.stem != "hf")

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from bigtrain.config import Precision
-from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.telemetry.peak import published_peak
+from bigtrain.testing.ranks import RankFailedError, run_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 7200.0

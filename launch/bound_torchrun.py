@@ -13,7 +13,7 @@ The gradients' own connections are bound by NCCL_SOCKET_IFNAME and GLOO_SOCKET_I
 from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 from torch.distributed.run import main
 
-from bigtrain.torchrun import BACKEND, build_bound_rendezvous
+from bigtrain.distributed.torchrun import BACKEND, build_bound_rendezvous
 
 rendezvous_handler_registry.register(BACKEND, build_bound_rendezvous)
 

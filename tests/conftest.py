@@ -6,7 +6,7 @@ import tempfile
 
 from hypothesis import settings
 
-from bigtrain import local_ranks
+from bigtrain.testing import ranks as local_ranks
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("bigtrain", deadline=None)
@@ -24,7 +24,7 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # Ranks are forked from a server, and need not import what it has imported. With a GPU, DeepSpeed would look for it there.
-local_ranks.PRELOAD = (*local_ranks.PRELOAD, "hydra", "bigtrain.trainer")
+local_ranks.PRELOAD = (*local_ranks.PRELOAD, "hydra", "bigtrain.run.trainer")
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     local_ranks.PRELOAD = (*local_ranks.PRELOAD, "deepspeed")

@@ -10,7 +10,7 @@ from bigtrain.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from bigtrain.checkpoint.shard import ShardReader
 from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
-from bigtrain.distributed import broadcast_json, gather_json
+from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry
 from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks
 

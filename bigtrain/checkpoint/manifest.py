@@ -17,9 +17,9 @@ from typing import Any
 
 import xxhash
 
+from bigtrain.config.convert import from_dict
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.files import FileRecord, hash_content
-from bigtrain.schema import from_dict
 
 MANIFEST_FILE = "manifest.json"
 RUN_STATE_FILE = "run_state.json"

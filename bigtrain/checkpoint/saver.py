@@ -33,11 +33,11 @@ from bigtrain.checkpoint.store import (
     remove_leftovers,
 )
 from bigtrain.config import CheckpointConfig
-from bigtrain.distributed import broadcast_json, gather_json
+from bigtrain.config.convert import to_dict
+from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.state import Entry
 from bigtrain.errors import CheckpointError, of_all_ranks
 from bigtrain.files import FileRecord
-from bigtrain.schema import to_dict
 
 
 @dataclass(frozen=True, slots=True)

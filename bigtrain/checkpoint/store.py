@@ -22,10 +22,10 @@ from bigtrain.checkpoint.manifest import (
     verify_file,
 )
 from bigtrain.config import Verify
-from bigtrain.cursor import NO_SAMPLES, Cursor, DataState
+from bigtrain.config.convert import from_dict
+from bigtrain.data.order.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.files import FileRecord, sync, write_durably
-from bigtrain.schema import from_dict
 
 MIN_KEPT = 2
 """So many of the newest are kept whatever ``keep`` says: the newest may turn out to be damaged."""

@@ -1,121 +1,15 @@
-"""From text to batches, in stages; each is a module that knows only those above it.
+"""From text to batches, in three rooms of which each knows only those named before it.
 
-1. ``sources``    parts of a source and their documents (``records``, ``chat``), in an order fixed by names.
-2. ``survey``     first pass: sizes, filters and duplicates (``quality``), train or validation, BPE sample.
-3. ``tokenizer``  bpe, bytes or Hugging Face, always as one ``tokenizer.json``.
-4. ``prepare``    second pass (``tokenise``, ``encoder``), on all cores (``workers``): tokens on end,
-                  end-of-text after each document, in shards of whole documents, and ``index.json``
-                  (``index``) with sizes and hashes.
-   ------------------------------------------------------------------ once; below: every run
-5. ``corpus``     shards of tokens with their documents, in memory maps, from a directory or, by way
-                  of a ``cache``, from a URL (``remote``). Or synthetic samples. Or, without 2 and 4, parts of a
-                  source that are tokenised when they are needed (``live``).
-6. ``packing``    shards cut into samples: sample id -> tokens, targets and, for a document mask, positions.
-7. ``order``      position -> sample id of one data set (``component``); global batch -> this rank's part. Of text
-                  that is tokenised while training: window by window (``windows``).
-8. ``mixture``    position in the run -> which data set, and which of its samples.
-9. ``stream``     6 to 8 put together: position in the run -> sample ids -> ``batch``.
-10. ``loader``    steps, prepared ahead in a background thread; ``state`` is what a checkpoint keeps of it.
+``order``    position in the run -> which component of a mixture, which of its samples: pure functions of the seed, the
+             same for every world size and micro-batch. No state but a cursor (steps, samples, their hash).
+``read``     what every run does. ``corpus``: shards of tokens with their documents in memory maps, from a directory or by
+             way of a ``cache`` from a URL (``remote``); or synthetic samples; or parts of a source that are tokenised
+             when they are needed (``live``, ``windows``). ``packing``: a sample's tokens, targets and, for a document mask,
+             positions. ``stream``: position in the run -> sample ids -> ``batch``. ``loader``: steps, prepared ahead in
+             a background thread. ``tokenizer``: bpe, bytes or Hugging Face, always as one ``tokenizer.json``.
+``prepare``  what is done once. ``sources``: parts of a source and their documents (``records``, ``chat``), in an order
+             fixed by names. ``survey``: sizes, filters and duplicates (``quality``), train or validation, BPE sample.
+             ``corpus``: tokens on end (``tokenise``, ``encoder``), in shards of whole documents, and ``index.json``.
 
-No state but a cursor (steps, samples, their hash): order is a pure function, the same for every world
-size and micro-batch. Ranks arrive as plain integers; nothing here knows of process groups.
+``streams`` opens what a run reads. Ranks arrive as plain integers; nothing here knows of process groups.
 """
-
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from bigtrain.config import DataConfig, component_data
-from bigtrain.cursor import DataState
-from bigtrain.data.corpus import Corpus, Split, SyntheticSplit
-from bigtrain.data.live import LiveParts, validation_split
-from bigtrain.data.prepare import open_corpus
-from bigtrain.data.tokenise import SPLITS
-from bigtrain.data.workers import Helpers
-from bigtrain.errors import DataError
-
-if TYPE_CHECKING:
-    from bigtrain.data.stream import SampleStream
-
-
-def open_streams(
-    data: DataConfig,
-    directories: Mapping[str, str | Path],
-    *,
-    vocab_size: int,
-    seed: int,
-    global_batch_size: int,
-    validation_samples: int = 0,
-    previous: DataState | None = None,
-) -> dict[str, "SampleStream"]:
-    """Open both splits of all components as streams of samples.
-
-    Args:
-        data: The resolved section.
-        directories: Where :func:`bigtrain.data.prepare.prepare` has put each component that is not synthetic.
-        vocab_size: Rows of the model's embedding.
-        seed: As in :class:`SampleStream`, like what follows.
-        global_batch_size: Samples per optimizer step.
-        validation_samples: So many are looked for in text that is tokenised while training.
-        previous: State of the checkpoint that is continued, if any.
-
-    Raises:
-        DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others.
-    """
-    from bigtrain.data.stream import SampleStream  # torch: those who only prepare do not wait for it
-
-    parts = component_data(data)
-    corpora = {
-        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory)
-        for name, directory in directories.items()
-    }
-    _require_one_tokenizer(corpora)
-    helpers = Helpers(data.prepare_processes)
-    live = {
-        name: LiveParts(Path(directories[name]), parts[name], corpus.index, helpers)
-        for name, corpus in corpora.items()
-        if corpus.index.live
-    }
-    num_tokens = validation_samples * (data.sequence_length + 1)
-
-    def split(name: str, which: str) -> Split | LiveParts:
-        if name in live and which == "validation":
-            return validation_split(live[name], num_tokens=num_tokens, sequence_length=data.sequence_length)
-        if name in corpora:
-            return live.get(name) or corpora[name].split(which)
-        # Those of different components hold different samples.
-        return SyntheticSplit(f"{name}/{which}" if data.mixture else which, vocab_size, parts[name].synthetic_ragged)
-
-    def open_all(keeps_all: bool) -> dict[str, SampleStream]:
-        streams = {}
-        for which in SPLITS:
-            splits = {name: split(name, which) for name in parts}
-            streams[which] = SampleStream(
-                which,
-                splits,
-                data,
-                seed=seed,
-                global_batch_size=global_batch_size,
-                previous=previous,
-                keeps_all=keeps_all or which == "validation",
-            )
-            streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
-        return streams
-
-    streams = open_all(keeps_all=False)
-    train = streams["train"]
-    if previous and train.has_answers and train.fingerprint == previous.fingerprint and not train.continues(previous):
-        # A run that began before samples without a target were left out goes on with them.
-        as_before = open_all(keeps_all=True)
-        streams = as_before if as_before["train"].continues(previous) else streams
-    return streams
-
-
-def _require_one_tokenizer(corpora: Mapping[str, Corpus]) -> None:
-    """Refuse a mixture in which the same number is another token in another component."""
-    tokenizers = {name: corpus.index.tokenizer for name, corpus in corpora.items()}
-    if len({tokenizer.file.xxh3 for tokenizer in tokenizers.values()}) > 1:
-        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in tokenizers.items())
-        raise DataError(
-            f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
-        )

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
-from bigtrain.distributed import build_mesh
+from bigtrain.distributed.collectives import build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.deepspeed_zero import (
     ZeroEngine,
@@ -30,7 +30,7 @@ from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 from bigtrain.optim.build import build_optimizer, parameter_groups
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 
 
 def build_accelerated(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bigtrain.engine.state import EngineState
-from bigtrain.objective import Batch
+from bigtrain.tasks.causal_lm import Batch
 
 
 class Engine(Protocol):

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from bigtrain.config import EngineKind, ModelKind, OptimizerKind, Precision, TrainConfig
-from bigtrain.distributed import broadcast_json, build_mesh
+from bigtrain.distributed.collectives import broadcast_json, build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 
 CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
 """Compute capability from which on GPUs have matrix products in these."""

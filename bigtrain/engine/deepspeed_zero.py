@@ -30,9 +30,9 @@ from bigtrain.engine.state import (
     whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import Batch, gradient_scale, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
+from bigtrain.tasks.causal_lm import Batch, gradient_scale, loss_sum
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 

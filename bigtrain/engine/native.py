@@ -28,8 +28,8 @@ from bigtrain.engine.state import (
     whole_entry,
 )
 from bigtrain.engine.wrap import materialise, wrap_blocks
-from bigtrain.objective import Batch, gradient_scale, loss_sum
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
+from bigtrain.tasks.causal_lm import Batch, gradient_scale, loss_sum
 
 
 class NativeEngine:

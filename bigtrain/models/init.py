@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bigtrain.config import ModelConfig, ModelKind
+from bigtrain.config import ModelConfig
 
 BLOCK_ELEMENTS = 2**16
 """Elements per random generator; part of the definition of the initial weights."""
@@ -74,36 +74,6 @@ class Given:
         out.copy_(self.values.flatten()[start : start + out.numel()])
 
 
-def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
-    """Return the initial value of every parameter of a model from :func:`build_model`.
-
-    Native models follow GPT-2: normal numbers with ``config.init_std``, divided by
-    ``sqrt(2 * num_layers)`` where a block writes to the residual stream, norms 1, biases 0; or they
-    are read from the GPT-2 or Llama that ``config.init_from`` names. Hugging Face models follow their
-    own rules, or are read from their published weights.
-
-    Args:
-        model: as built, before any wrapping; on the meta device or not.
-        config: what it was built from.
-        seed: of the random numbers.
-
-    Returns:
-        One value per name of ``model.named_parameters()``; tied parameters appear once.
-
-    Raises:
-        ConfigError: if published weights are wanted but missing or do not fit.
-    """
-    if config.kind is ModelKind.native and config.init_from:
-        from bigtrain.models import hf_import
-
-        return hf_import.imported_values(model, config)
-    if config.kind is ModelKind.native:
-        return {name: _native_value(name, config, seed) for name, _ in model.named_parameters()}
-    from bigtrain.models import hf_init
-
-    return hf_init.published_values(model, config) if config.pretrained else hf_init.fresh_values(model, seed)
-
-
 def seed_of(*parts: str | int) -> int:
     """Return a 63-bit seed that depends on all ``parts``."""
     text = "\0".join(str(part) for part in parts)
@@ -114,7 +84,8 @@ def _generator(seed: int, fqn: str, block: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed_of(seed, fqn, block))
 
 
-def _native_value(name: str, config: ModelConfig, seed: int) -> InitialValue:
+def native_value(name: str, config: ModelConfig, seed: int) -> InitialValue:
+    """Return what a parameter of the native model starts from, as in GPT-2: see :func:`bigtrain.models.initial_values`."""
     if name.endswith("bias"):
         return Constant(0.0)
     if name.endswith("norm.weight"):

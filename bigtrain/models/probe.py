@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError, first_line
-from bigtrain.models.hf import HFCausalLM, build_hf_model, read_hf_config
+from bigtrain.models.hf.build import HFCausalLM, build_hf_model, read_hf_config
 
 SHORT = 8
 """Tokens of a dry run that is not about the length of samples."""

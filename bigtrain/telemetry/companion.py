@@ -31,7 +31,7 @@ from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, Ta
 
 REQUEST_VARIABLE = "BIGTRAIN_COMPANION_REQUEST"
 _POLL_SECONDS = 0.5
-_FAILURE_FILE = "failure.json"  # see resilience/failures.py
+_FAILURE_FILE = "failure.json"  # see supervise/failures.py
 _CAUSE_SECONDS = 3.0  # that the watchdog is given to write it
 
 

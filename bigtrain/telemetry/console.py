@@ -15,8 +15,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TextIO
 
-from bigtrain.log import get_logger
-from bigtrain.redact import redact
+from bigtrain.log import get_logger, redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.text import describe, format_duration
 from bigtrain.telemetry.view import RunView

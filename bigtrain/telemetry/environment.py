@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bigtrain import __version__
-from bigtrain.redact import redact
+from bigtrain.log import redact
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers")
 _GIT_SECONDS = 5

@@ -145,7 +145,7 @@ def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) ->
     """Return the operations per token, or None for a model whose shape does not give its number of parameters."""
     shape = model
     if model.kind is ModelKind.hf:
-        from bigtrain.models.hf import read_hf_config
+        from bigtrain.models.hf.build import read_hf_config
 
         shape = hf_shape(read_hf_config(model.name).get_text_config())
     if abs(model_sizes(shape).total / max(num_parameters, 1) - 1) > _SAME_MODEL:

@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
+from bigtrain.config.convert import flatten
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, DataError
-from bigtrain.schema import flatten
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, only_steps, read_jsonl
 from bigtrain.telemetry.text import format_duration, number
 
 CONFIG_FILE = "config.yaml"
-# See resilience/attempt.py: whoever has a run touches the one every 3 s, and leaves the other at its end.
+# See supervise/attempt.py: whoever has a run touches the one every 3 s, and leaves the other at its end.
 _ATTEMPT_FILE, _EXIT_FILE = "attempt.json", "exit.json"
 _SIGN_SECONDS = 10.0
 

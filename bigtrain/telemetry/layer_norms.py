@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.distributed import all_reduce_sum
+from bigtrain.distributed.collectives import all_reduce_sum
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL
 from bigtrain.telemetry import names

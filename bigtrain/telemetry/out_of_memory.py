@@ -9,8 +9,8 @@ import torch
 
 from bigtrain.config import TrainConfig
 from bigtrain.errors import PreflightError
-from bigtrain.preflight import preflight
-from bigtrain.rank_info import RankInfo
+from bigtrain.plan import preflight
+from bigtrain.processes import RankInfo
 from bigtrain.telemetry.profiling import DIRECTORY, is_out_of_memory, memory_facts, save_memory_snapshot
 from bigtrain.telemetry.text import format_bytes
 

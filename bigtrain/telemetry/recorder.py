@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from bigtrain.config import SupervisionConfig, TrainConfig, WandbMode
-from bigtrain.redact import redact
+from bigtrain.log import redact
 from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bigtrain.redact import redact
+from bigtrain.log import redact
 from bigtrain.telemetry import figures, names
 from bigtrain.telemetry.history import History, differences
 from bigtrain.telemetry.text import describe_communication, format_count, format_duration, number

@@ -24,9 +24,8 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
-from bigtrain.log import get_logger
-from bigtrain.redact import redact
-from bigtrain.schema import to_dict
+from bigtrain.config.convert import to_dict
+from bigtrain.log import get_logger, redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import (
     REQUEST_VARIABLE,

@@ -16,15 +16,15 @@ from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig, OptimizerKind, Verify
-from bigtrain.cursor import Cursor
-from bigtrain.distributed import all_reduce_sum
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.distributed.collectives import all_reduce_sum
 from bigtrain.engine import deepspeed_zero, native
 from bigtrain.engine.state import whole_entry
 from bigtrain.errors import CheckpointError
-from bigtrain.local_ranks import RankFailedError, run_ranks
 from bigtrain.optim.schedule import lr_at
-from bigtrain.run_data import open_data, train_loader
-from bigtrain.trainer import read_back, train_step
+from bigtrain.run.data import open_data, train_loader
+from bigtrain.run.trainer import read_back, train_step
+from bigtrain.testing.ranks import RankFailedError, run_ranks
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
 from tests.faults import saves
 

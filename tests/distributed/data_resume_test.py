@@ -9,7 +9,7 @@ import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
 from bigtrain.config import DataConfig, DataSource
-from bigtrain.data.prepare import prepare
+from bigtrain.data.prepare.corpus import prepare
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
 
 STEPS = 40

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bigtrain.data.batch import Batch
-from bigtrain.local_ranks import run_ranks
+from bigtrain.data.read.batch import Batch
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.ranks import small_config, start_engine
 
 NUM_STEPS = 3

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from bigtrain.checks import resolve
 from bigtrain.config import Activation, EngineKind, ModelConfig, ModelKind, Norm, Positions
-from bigtrain.local_ranks import run_ranks
+from bigtrain.config.check import resolve
 from bigtrain.models import build_initial_values
-from bigtrain.models.hf import with_hf_shape
-from bigtrain.parity import Case, compare, compute, configure, trace
+from bigtrain.models.hf.build import with_hf_shape
+from bigtrain.testing.parity import Case, compare, compute, configure, trace
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.ranks import small_config
 
 

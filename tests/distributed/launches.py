@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from bigtrain.local_ranks import run_ranks
+from bigtrain.testing.ranks import run_ranks
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TRAIN = str(LAUNCH / "train.py")
@@ -141,8 +141,7 @@ def _run_script(script: str, args: tuple[str, ...], cwd: Path) -> Result:
     torch.set_num_threads(1)
     os.chdir(cwd)
     sys.argv = [script, *args]
-    sys.path.insert(0, str(LAUNCH))
-    import hydra_cli
+    from bigtrain.cli import hydra_cli
 
     hydra_cli.RANK_0_HEAD_START_SECONDS = 0.5
     hydra_cli.leave = sys.exit  # this process has to tell how it went

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain import trainer
 from bigtrain.config import OptimizerKind, TrainConfig
-from bigtrain.cursor import Cursor
-from bigtrain.local_ranks import run_ranks
-from bigtrain.parity import whole_parameters
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.run import trainer
 from bigtrain.telemetry.layer_norms import LayerNorms, layer_of
+from bigtrain.testing.parity import whole_parameters
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.ranks import small_config, start_engine, with_engine
 
 LR = 1e-2

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bigtrain.config import Activation, Norm, OptimizerKind, Positions, Precision
-from bigtrain.data.batch import Batch
+from bigtrain.data.read.batch import Batch
 from bigtrain.engine.state import MODEL, OPTIMIZER
-from bigtrain.local_ranks import run_ranks
 from bigtrain.optim import muon
-from bigtrain.parity import compare, trace, zero_environ
+from bigtrain.testing.parity import compare, trace, zero_environ
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
 
 OFFLOADED = tuple(f"{engine} offload" for engine in ("fsdp", "zero1", "zero2", "zero3"))

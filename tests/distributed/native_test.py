@@ -4,8 +4,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain.data.batch import Batch
-from bigtrain.local_ranks import run_ranks
+from bigtrain.data.read.batch import Batch
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.ranks import small_config, start_engine
 
 LAYERS = 3

@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 
-from bigtrain.checks import resolve
 from bigtrain.config import (
     ActivationCheckpointing,
     DataConfig,
@@ -21,10 +20,11 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.distributed import all_reduce_sum
-from bigtrain.local_ranks import run_ranks
-from bigtrain.parity import Case, compare, compute, configure, trace, zero_environ
-from bigtrain.schema import from_dict
+from bigtrain.config.check import resolve
+from bigtrain.config.convert import from_dict
+from bigtrain.distributed.collectives import all_reduce_sum
+from bigtrain.testing.parity import Case, compare, compute, configure, trace, zero_environ
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import fork, metrics
 
 GLOBAL_BATCH_SIZE = 8

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from bigtrain.checks import check, resolve
 from bigtrain.config import (
     DataConfig,
     DataSource,
@@ -17,12 +16,13 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.distributed import init_process_group, pick_device
+from bigtrain.config.check import check, resolve
+from bigtrain.distributed.collectives import init_process_group, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
 from bigtrain.models import build_initial_values, build_model
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 

@@ -10,11 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bigtrain import trainer
 from bigtrain.config import TrainConfig
+from bigtrain.run import trainer
 from tests.distributed.launches import LAUNCH, SMALL, TRAIN, Launch, Result, environment, fork, launch, num_steps
-
-PYTHONPATH = f"{LAUNCH}:{LAUNCH.parent}"
 
 ENVIRONMENT = {
     "WANDB_API_KEY": "c0ffee00canary1234567890abcdef1234567890",
@@ -97,19 +95,18 @@ def test_what_is_said_of_a_mistake_holds_no_secret(tmp_path: Path):
 def test_a_fault_is_shown_without_secrets(tmp_path: Path):
     script = tmp_path / "fault.py"
     script.write_text(
-        "import hydra_cli\n"
+        "from bigtrain.cli import hydra_cli\n"
         f"def run(config): raise RuntimeError('cannot reach https://me:{PASSWORD}@host.example')\n"
         "hydra_cli.main(hydra_cli.read_run, run, lambda: '')\n"
     )
-    result = launch([sys.executable, str(script), *SMALL], tmp_path, **ENVIRONMENT, PYTHONPATH=PYTHONPATH)
+    result = launch([sys.executable, str(script), *SMALL], tmp_path, **ENVIRONMENT)
     assert result.code == 1
     assert "RuntimeError: cannot reach https://***@host.example" in result.err
     assert said(result) == []
 
 
 def test_what_torchrun_shows_of_a_fault_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(LAUNCH))
-    import train
+    from bigtrain.cli import train
 
     def fail(config: TrainConfig) -> int:
         raise RuntimeError(f"cannot reach https://me:{PASSWORD}@host.example")

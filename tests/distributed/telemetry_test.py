@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.distributed import init_process_group
-from bigtrain.local_ranks import run_ranks
-from bigtrain.rank_info import RankInfo
+from bigtrain.distributed.collectives import init_process_group
+from bigtrain.processes import RankInfo
 from bigtrain.telemetry import names
 from bigtrain.telemetry.follow import FollowedRun
 from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.profiling import communication_seconds
 from bigtrain.telemetry.wandb_dashboard import build_dashboard
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps
 from tests.tensorboard_files import read_scalars
 from tests.wandb_files import read_history as read_wandb

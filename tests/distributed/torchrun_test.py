@@ -15,9 +15,9 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
-from bigtrain import torchrun
 from bigtrain.checkpoint.store import find_checkpoints
-from bigtrain.resilience.attempt import read_exit
+from bigtrain.distributed import torchrun
+from bigtrain.supervise.attempt import read_exit
 from tests.distributed.launches import SMALL, TRAIN, Launch, events, fork, program, trajectory
 
 # By default torchrun's agents keep one store for all restarts, and ranks read the addresses of dead ones in it.

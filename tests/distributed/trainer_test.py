@@ -15,12 +15,11 @@ import yaml
 
 from bigtrain.checkpoint.store import find_checkpoints, step_of
 from bigtrain.config import TrainConfig
-from bigtrain.local_ranks import run_ranks
+from bigtrain.config.convert import from_dict
 from bigtrain.optim.schedule import lr_at
-from bigtrain.schema import from_dict
-from bigtrain.validation import validate_run
+from bigtrain.run.validation import validate_run
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import (
-    LAUNCH,
     SMALL,
     TRAIN,
     Launch,
@@ -421,10 +420,8 @@ def test_preflight_warn_goes_on(tmp_path: Path):
 
 
 FAULTY = """
-import sys
-sys.path.insert(0, {launch!r})
-import hydra_cli, train
-from bigtrain import trainer
+from bigtrain.cli import hydra_cli, train
+from bigtrain.run import trainer
 
 whole_step = trainer.train_step
 
@@ -440,7 +437,7 @@ hydra_cli.main(hydra_cli.read_run, train.run, train.help_page)
 
 def test_a_fault_of_one_rank_ends_all_and_is_shown(tmp_path: Path):
     script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.format(launch=str(LAUNCH)))
+    script.write_text(FAULTY)
     result = launch(torchrun(2, str(script), *SMALL, "checkpoint.every_steps=2"), tmp_path)
     assert result.code == 1
     # torchrun's report names the earliest fault, but in whole seconds; rank 0's lost connection may share one.

@@ -9,23 +9,21 @@ from typing import Any
 
 import pytest
 
-from bigtrain import recovery, trainer
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig, EngineKind, TrainConfig
-from bigtrain.cursor import Cursor
-from bigtrain.data.loader import StepBatch, TrainLoader
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.loader import StepBatch, TrainLoader
 from bigtrain.engine.base import Engine
 from bigtrain.errors import BigtrainError
-from bigtrain.local_ranks import run_ranks
 from bigtrain.optim.schedule import lr_at
-from bigtrain.verify_resume import Check, Plan, Verdict, verify_resume
+from bigtrain.run import recovery, trainer
+from bigtrain.testing.ranks import run_ranks
+from bigtrain.testing.resume import Check, Plan, Verdict, verify_resume
 from tests.distributed.checkpoint_test import state_hashes
 from tests.distributed.launches import LAUNCH, SMALL, launch
 from tests.distributed.ranks import small_config, start_engine
-
-sys.path.append(str(LAUNCH))
 
 
 def verify(tmp_path: Path, config: TrainConfig, *, after: int = 4, world: int, **plan: Any) -> Verdict:
@@ -211,18 +209,17 @@ def test_the_command_verifies_and_cleans_up(tmp_path: Path):
 
 
 def read(*args: str) -> Any:
-    import hydra_cli
-    import verify_resume
+    from bigtrain.cli import hydra_cli, verify_resume
 
     return hydra_cli.compose_run(verify_resume.VerifyResumeConfig, ["+model=gpt_nano", *args])
 
 
 def test_the_command_says_what_differs_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    import verify_resume
+    from bigtrain.cli import verify_resume
 
     checks = [Check("loss", "1 to 6", 0.0, 0.0), Check("loss", "7 to 12", 3e-4, 1e-6)]
     verdict = Verdict(checks, "step 7, loss: 2.0 uninterrupted, 2.0006 resumed", is_bitwise=False)
-    monkeypatch.setattr("bigtrain.verify_resume.verify_resume", lambda *_args, **_kwargs: verdict)
+    monkeypatch.setattr("bigtrain.testing.resume.verify_resume", lambda *_args, **_kwargs: verdict)
     assert verify_resume.run(read("world=1")) == 1
     out = capsys.readouterr().out
     assert "3.0e-04       1.0e-06   <--" in out
@@ -230,7 +227,7 @@ def test_the_command_says_what_differs_and_fails(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_verified_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
-    import verify_resume
+    from bigtrain.cli import verify_resume
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     args = ["world=2", "resume_world=3", "before=1", "after=0", "model.dropout=0.1", "checkpoint.resume=must"]
@@ -251,7 +248,7 @@ def test_what_cannot_be_verified_is_refused_at_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_holds_for_the_worlds_asked_for_is_accepted():
-    import verify_resume
+    from bigtrain.cli import verify_resume
 
     plan = verify_resume.plan_of(read("engine=hsdp", "engine.dp_shard=2", "world=2", "resume_engine=ddp"))
     assert plan == Plan(before=6, after=6, world_size=2, resume_world_size=2, resume_engine=EngineKind.ddp)

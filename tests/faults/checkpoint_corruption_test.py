@@ -16,10 +16,10 @@ from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE
 from bigtrain.checkpoint.store import checkpoint_path, checkpoints_directory, find_checkpoints, read_run_state
 from bigtrain.config import RunConfig, TrainConfig, Verify
+from bigtrain.config.convert import to_dict
 from bigtrain.errors import CheckpointError
-from bigtrain.local_ranks import run_ranks
-from bigtrain.run_files import find_resume
-from bigtrain.schema import to_dict
+from bigtrain.run.directory import find_resume
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import SMALL, Result, events, fork, trajectory
 from tests.distributed.ranks import small_config
 from tests.faults import saves

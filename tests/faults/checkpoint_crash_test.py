@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.local_ranks import RankFailedError, run_ranks
+from bigtrain.testing.ranks import RankFailedError, run_ranks
 from tests.faults import crashes, saves
 from tests.faults.crashes import NEW, NEXT, OLD
 

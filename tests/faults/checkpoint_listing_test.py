@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.checkpoint.store import checkpoint_path, checkpoints_directory, set_aside
-from bigtrain.local_ranks import run_ranks
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import LAUNCH, Result, environment, launch
 from tests.faults import saves
 

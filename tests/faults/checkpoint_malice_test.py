@@ -17,7 +17,7 @@ from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE, read_man
 from bigtrain.checkpoint.store import checkpoint_path, read_run_state
 from bigtrain.config import Verify
 from bigtrain.errors import CheckpointError
-from bigtrain.local_ranks import run_ranks
+from bigtrain.testing.ranks import run_ranks
 from tests.faults import saves
 from tests.unit.layering_test import FORBIDDEN_IMPORTS, REPOSITORY
 

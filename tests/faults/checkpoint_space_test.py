@@ -16,7 +16,7 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import checkpoint_path, checkpoints_directory, find_checkpoints
 from bigtrain.config import CheckpointConfig
 from bigtrain.errors import CheckpointError
-from bigtrain.local_ranks import run_ranks
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import SMALL, TRAIN, Result, events, fork, launch, num_steps
 from tests.faults import saves
 

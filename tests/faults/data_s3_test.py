@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from bigtrain.config import DataConfig, DataSource, OnBad
-from bigtrain.data import remote as remote_module
-from bigtrain.data.corpus import Corpus
-from bigtrain.data.prepare import open_corpus, prepare
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.read import remote as remote_module
+from bigtrain.data.read.corpus import Corpus, open_corpus
 from bigtrain.errors import DataError, ShardError
 from tests.faults.object_store import FaultyStore, serve
 
@@ -123,8 +123,8 @@ def test_processes_share_the_cache_while_the_server_misbehaves(store, corpus, tm
     store.faults += [("train-0000[012]", fault) for fault in ("500", "truncated", "slow", "503")]
     code = f"""
         from bigtrain.config import DataConfig, DataSource
-        from bigtrain.data import remote
-        from bigtrain.data.prepare import open_corpus
+        from bigtrain.data.read import remote
+        from bigtrain.data.prepare.corpus import open_corpus
         remote.FIRST_WAIT_SECONDS = 0.01
         config = DataConfig(source=DataSource.prepared, path="{URL}", cache_directory="{tmp_path}/cache")
         split = open_corpus(config, vocab_size=257).split("train")

@@ -14,11 +14,11 @@ from typing import TextIO
 
 import pytest
 
-from bigtrain.data import loader
-from bigtrain.data.stream import SampleStream
-from bigtrain.resilience import watchdog
-from bigtrain.resilience.heartbeat import Heartbeat
-from bigtrain.resilience.watchdog import FETCHING_FILE, Watch, watch_node
+from bigtrain.data.read import loader
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.supervise import watchdog
+from bigtrain.supervise.heartbeat import Heartbeat
+from bigtrain.supervise.watchdog import FETCHING_FILE, Watch, watch_node
 from tests.distributed.launches import metrics, num_steps
 from tests.faults.data_s3_test import URL, corpus, server, store  # noqa: F401  fixtures
 from tests.faults.injection import RUN, train

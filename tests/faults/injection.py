@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from bigtrain import local_ranks
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import find_checkpoints
-from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
-from bigtrain.resilience.launch import Launch
+from bigtrain.supervise.heartbeat import Beat, Heartbeat, read_beats
+from bigtrain.supervise.launch import Launch
+from bigtrain.testing import ranks as local_ranks
 from tests.distributed.launches import LAUNCH, SMALL, environment
 
 TIMEOUT_SECONDS = 90.0
@@ -126,8 +126,7 @@ def _rank_main(
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    sys.path.insert(0, str(LAUNCH))
-    import hydra_cli
+    from bigtrain.cli import hydra_cli
 
     hydra_cli.RANK_0_HEAD_START_SECONDS = 0.5
     if prepare:

@@ -18,9 +18,9 @@ from bigtrain.checkpoint.manifest import MANIFEST_FILE, RUN_STATE_FILE
 from bigtrain.checkpoint.saver import Saver, SaveReport
 from bigtrain.checkpoint.store import RunState, checkpoints_directory, read_run_state
 from bigtrain.config import CheckpointConfig, Verify
-from bigtrain.distributed import init_process_group
+from bigtrain.distributed.collectives import init_process_group
 from bigtrain.engine.state import Box, Entry
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 
 SHAPES = {
     "model.weight": (64, 48),

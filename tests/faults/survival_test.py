@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints
-from bigtrain.resilience import hold, stragglers, watchdog
-from bigtrain.resilience.attempt import ROOM_FILE, claim_run, read_json
-from bigtrain.resilience.failures import Failure, record_failures
+from bigtrain.supervise import lease, stragglers, watchdog
+from bigtrain.supervise.attempt import ROOM_FILE, claim_run, read_json
+from bigtrain.supervise.failures import Failure, record_failures
 from tests.distributed.launches import events, metrics, num_steps, trajectory
 from tests.faults.injection import RUN, Fault, state_hashes, train
 from tests.tensorboard_files import read_scalars
@@ -227,7 +227,7 @@ BAD = [Fault("nan", 1, 6, "data"), Fault("nan", 0, 7, "data")]
 
 def skip_from_the_beginning(first: int, end: int) -> None:
     """Let the run leave out these samples from its first step on."""
-    from bigtrain import trainer
+    from bigtrain.run import trainer
 
     open_data = trainer.open_data
 
@@ -382,7 +382,7 @@ def test_a_signal_that_answers_a_failure_is_no_stop(tmp_path: Path):
 
 
 def look_often() -> None:
-    hold.BEAT_SECONDS = 0.2
+    lease.BEAT_SECONDS = 0.2
 
 
 def test_a_renamed_directory_stops_the_launch_saved_and_leaves_the_name_to_another(tmp_path: Path):

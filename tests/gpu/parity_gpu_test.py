@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigtrain.config import EngineKind
-from bigtrain.parity import Case, Trajectory, compare, compute
+from bigtrain.testing.parity import Case, Trajectory, compare, compute
 from tests.distributed.parity_test import GLOBAL_BATCH_SIZE, gate_config, wrapped_type
 
 pytestmark = [

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from bigtrain.config import ActivationCheckpointing, EngineKind, Positions, Precision, TrainConfig
-from bigtrain.cursor import Cursor
-from bigtrain.local_ranks import run_ranks
+from bigtrain.data.order.cursor import Cursor
 from bigtrain.models.loss import sum_cross_entropy, sum_cross_entropy_of_logits
-from bigtrain.parity import Case, compare, compute
-from bigtrain.run_data import open_data, train_loader
-from bigtrain.trainer import train_step
+from bigtrain.run.data import open_data, train_loader
+from bigtrain.run.trainer import train_step
+from bigtrain.testing.parity import Case, compare, compute
+from bigtrain.testing.ranks import run_ranks
 from tests.distributed.parity_test import gate_config
 from tests.distributed.ranks import start_engine
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigtrain.checks import resolve
 from bigtrain.config import DataConfig, DataSource, Precision, TrainConfig
+from bigtrain.config.check import resolve
 from bigtrain.errors import PreflightError
 from bigtrain.models.sizes import model_sizes
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 from bigtrain.telemetry import names
 from bigtrain.telemetry.gauges import Gauges
 from bigtrain.telemetry.meter import StepMeter

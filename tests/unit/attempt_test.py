@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from bigtrain.data.cache import NodeCache
+from bigtrain.data.read.cache import NodeCache
 from bigtrain.errors import ConfigError, NoRestartError, first_line
-from bigtrain.locks import is_locked
-from bigtrain.resilience import failures, hold, watchdog
-from bigtrain.resilience.attempt import (
+from bigtrain.files import is_locked
+from bigtrain.supervise import failures, lease, watchdog
+from bigtrain.supervise.attempt import (
     ATTEMPT_FILE,
     COUNTS_FAILURES,
     claim_run,
@@ -30,9 +30,9 @@ from bigtrain.resilience.attempt import (
     record_early_stop,
     write_exit,
 )
-from bigtrain.resilience.failures import Failure, is_lost_connection, record_failures
-from bigtrain.resilience.heartbeat import Beat, Heartbeat, read_beats
-from bigtrain.resilience.watchdog import Watch, watch_node
+from bigtrain.supervise.failures import Failure, is_lost_connection, record_failures
+from bigtrain.supervise.heartbeat import Beat, Heartbeat, read_beats
+from bigtrain.supervise.watchdog import Watch, watch_node
 
 
 def claim(directory: Path, *, newest_step: int = 0) -> int:
@@ -42,7 +42,7 @@ def claim(directory: Path, *, newest_step: int = 0) -> int:
     return number
 
 
-def take(directory: Path, *, newest_step: int = 0) -> tuple[int, hold.Hold]:
+def take(directory: Path, *, newest_step: int = 0) -> tuple[int, lease.Lease]:
     """Take the run, as a launch that begins."""
     return claim_run(directory, newest_step=newest_step, max_failed_attempts=3, patient=is_restart())
 
@@ -160,14 +160,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let leases be short."""
     times = {"BEAT_SECONDS": 0.1, "LEASE_SECONDS": 0.6, "PATIENCE_SECONDS": 1.5, "_LOOK_SECONDS": 0.1}
     for name, seconds in times.items():
-        monkeypatch.setattr(hold, name, seconds)
+        monkeypatch.setattr(lease, name, seconds)
 
 
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from bigtrain.resilience import attempt, hold
-hold.BEAT_SECONDS = 0.1
+from bigtrain.supervise import attempt, lease
+lease.BEAT_SECONDS = 0.1
 attempt.claim_run(Path(sys.argv[1]), newest_step=0, max_failed_attempts=3, patient=False)
 print("has it", flush=True)
 signal.pause()

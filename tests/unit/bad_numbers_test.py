@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigtrain.config import BadNumbersConfig
-from bigtrain.data.skips import extend, pieces
+from bigtrain.data.order.skips import extend, pieces
 from bigtrain.engine.native import update_unless_bad
-from bigtrain.resilience.bad_numbers import BadNumbers, RollBack
+from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
 
 
 def records(losses: list[float], *, first: int = 1) -> list[dict[str, float]]:

@@ -13,17 +13,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bigtrain.cli import checkpoints, generate, hydra_cli, report, watch
 from bigtrain.config import TrainConfig
 from bigtrain.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-sys.path.append(str(LAUNCH))
-
-import checkpoints  # noqa: E402
-import generate  # noqa: E402
-import hydra_cli  # noqa: E402
-import report  # noqa: E402
-import watch  # noqa: E402
 
 LAUNCHERS = ["train.py", "prepare.py", "validate.py", "generate.py", "export.py", "verify_resume.py", "parity.py"]
 LAUNCHERS += ["submit.py", "where.py"]
@@ -33,7 +27,7 @@ MAX_IMPORTED_MODULES = 400
 # A launcher like the real ones whose work is a line of Python.
 STUB = """
 import os, sys
-import hydra_cli
+from bigtrain.cli import hydra_cli
 from bigtrain.errors import DataError
 hydra_cli.RANK_0_HEAD_START_SECONDS = {head_start}
 def run(config):
@@ -45,7 +39,7 @@ hydra_cli.main(hydra_cli.read_run, run, lambda: "help")
 def environment(**changes: str) -> dict[str, str]:
     launcher_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HYDRA_FULL_ERROR")
     kept = {key: value for key, value in os.environ.items() if key not in launcher_variables}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCH)} | changes
+    return kept | {"OMP_NUM_THREADS": "1"} | changes
 
 
 def start(command: list[str], cwd: Path, **env: str) -> subprocess.Popen[str]:

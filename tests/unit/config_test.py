@@ -1,5 +1,4 @@
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +6,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from bigtrain import config as config_module
-from bigtrain.checks import check, ignored_settings, resolve
+from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, RopeScalingConfig, TrainConfig
+from bigtrain.config.check import check, ignored_settings, resolve
+from bigtrain.config.convert import from_dict, key_docs, key_types, nearest, nearest_key, to_dict
 from bigtrain.errors import ConfigError
-from bigtrain.schema import from_dict, key_docs, key_types, nearest, nearest_key, to_dict
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.append(str(REPOSITORY / "launch"))
-
-import hydra_cli  # noqa: E402
 
 
 def compose(*args: str) -> TrainConfig:

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import Content, DataConfig, DataSource, Packing
-from bigtrain.cursor import Cursor, chain_digest
-from bigtrain.data import open_streams
-from bigtrain.data.batch import IGNORE_INDEX
-from bigtrain.data.corpus import TokenSplit
-from bigtrain.data.index import read_index
-from bigtrain.data.live import LiveParts
-from bigtrain.data.loader import require_validation_targets
-from bigtrain.data.packing import build_packing
-from bigtrain.data.prepare import prepare
-from bigtrain.data.stream import SampleStream
-from bigtrain.data.workers import Helpers
+from bigtrain.data.order.cursor import Cursor, chain_digest
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.live import open_live
+from bigtrain.data.read.batch import IGNORE_INDEX
+from bigtrain.data.read.corpus import TokenSplit
+from bigtrain.data.read.index import read_index
+from bigtrain.data.read.loader import require_validation_targets
+from bigtrain.data.read.packing import build_packing
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.workers import Helpers
+from bigtrain.data.streams import open_streams
 from bigtrain.errors import DataError
 
 T = 16
@@ -94,12 +94,12 @@ def test_a_run_that_began_with_all_samples_goes_on_with_them(tmp_path):
 
 
 def test_on_the_fly_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 900)
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 900)
     config = config_in(tmp_path, [90] * 40, on_the_fly=True, shuffle_window_shards=2)
     directory = prepare(config, progress=False)
 
     def stream(previous=None):
-        parts = LiveParts(directory, config, read_index(directory), Helpers(1))
+        parts = open_live(directory, config, read_index(directory), Helpers(1))
         return SampleStream("train", {"data": parts}, config, seed=3, global_batch_size=4, previous=previous)
 
     whole = stream()

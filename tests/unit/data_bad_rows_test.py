@@ -11,12 +11,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bigtrain.checks import ignored_settings
 from bigtrain.config import Content, DataConfig, DataSource, OnBad, TrainConfig
-from bigtrain.data import live
-from bigtrain.data.prepare import prepare
-from bigtrain.data.quality import Dropped
-from bigtrain.data.sources import iterate_documents, read_part, source_fingerprint, source_parts
+from bigtrain.config.check import ignored_settings
+from bigtrain.data.prepare import live
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.sources import iterate_documents, read_part, source_fingerprint, source_parts
+from bigtrain.data.read.dropped import Dropped
 from bigtrain.errors import DataError
 
 
@@ -199,7 +199,7 @@ def test_half_a_file_gives_none_of_its_rows(tmp_path):
 
 @pytest.mark.parametrize("part_bytes", [1, 1 << 20])
 def test_half_a_table_gives_none_of_its_rows(tmp_path, monkeypatch, part_bytes):
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", part_bytes)
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", part_bytes)
     table = pyarrow.table({"text": [f"row {i}" for i in range(3000)]})
     parquet.write_table(table, tmp_path / "whole.parquet", row_group_size=1000, compression="none")
     raw = (tmp_path / "whole.parquet").read_bytes()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from bigtrain.config import Content, DataConfig, DataSource
-from bigtrain.data.chat import chat_of
-from bigtrain.data.index import read_index
-from bigtrain.data.prepare import prepare
-from bigtrain.data.sources import iterate_documents
+from bigtrain.data.prepare.chat import chat_of
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.sources import iterate_documents
+from bigtrain.data.read.index import read_index
 from bigtrain.errors import DataError
 
 SAMPLE = ["the cat sat on a mat", "what is the weather", "it is cold", "user assistant system model", "seven eggs"] * 9
@@ -155,7 +155,7 @@ def test_ids_and_counts_are_those_of_transformers(tmp_path, style):
 
 
 def test_several_processes_and_a_template_of_ones_own_write_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 600)
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 600)
     tokenizer = published(tmp_path / "model", "llama", template=None)
     template = tmp_path / "own.jinja"
     template.write_text(LLAMA)
@@ -321,8 +321,8 @@ def test_pairs_and_texts_have_the_ids_of_the_whole(tmp_path):
 
 @pytest.mark.parametrize(("style", "prompt"), [("mistral", "the cat"), ("llama", "the cat"), ("phi", "the cat ")])
 def test_a_continuation_keeps_the_space_at_the_seam(tmp_path, style, prompt):
-    from bigtrain.data.tokenizer import build_tokenizer
-    from bigtrain.sampling import continuation, prompt_ids
+    from bigtrain.data.read.tokenizer import build_tokenizer
+    from bigtrain.run.sampling import continuation, prompt_ids
 
     built = build_tokenizer(DataConfig(tokenizer=published(tmp_path, style)), ())
     ids = prompt_ids(built.tokenizer, prompt, adds_special=True)
@@ -334,8 +334,8 @@ def test_a_continuation_keeps_the_space_at_the_seam(tmp_path, style, prompt):
 def test_a_prompt_does_not_end_as_a_text_does(tmp_path):
     from tokenizers import processors
 
-    from bigtrain.data.tokenizer import build_tokenizer
-    from bigtrain.sampling import prompt_ids
+    from bigtrain.data.read.tokenizer import build_tokenizer
+    from bigtrain.run.sampling import prompt_ids
 
     tokenizer = build_tokenizer(DataConfig(tokenizer=published(tmp_path, "llama")), ()).tokenizer
     special = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
@@ -346,7 +346,7 @@ def test_a_prompt_does_not_end_as_a_text_does(tmp_path):
 
 
 def test_a_pretrained_model_ends_a_text_as_its_own_settings_say(tmp_path):
-    from bigtrain.sampling import end_ids
+    from bigtrain.run.sampling import end_ids
 
     prepared(tmp_path, published(tmp_path / "base", "llama"), [{"messages": CHAT}, {"messages": CHAT[:2]}])
     (run,) = (path.parent for path in (tmp_path / "data").glob("*/index.json"))

@@ -11,10 +11,10 @@ import pyarrow
 import pytest
 
 from bigtrain.config import DataConfig, DataSource, OnBad
-from bigtrain.data.files import find_files, tell_left_out
-from bigtrain.data.live import read_plan
-from bigtrain.data.prepare import prepare
-from bigtrain.data.sources import iterate_documents, source_fingerprint
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.files import find_files, tell_left_out
+from bigtrain.data.prepare.live import read_plan
+from bigtrain.data.prepare.sources import iterate_documents, source_fingerprint
 from bigtrain.errors import DataError
 
 

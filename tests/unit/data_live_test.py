@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.checks import check_data, ignored_settings
 from bigtrain.config import (
     ComponentConfig,
     Content,
@@ -29,16 +28,19 @@ from bigtrain.config import (
     TrainConfig,
     is_live,
 )
-from bigtrain.cursor import Cursor, chain_digest
-from bigtrain.data import live, remote, sources
-from bigtrain.data.batch import IGNORE_INDEX
-from bigtrain.data.corpus import Corpus
-from bigtrain.data.index import read_index
-from bigtrain.data.live import LiveParts, validation_split
-from bigtrain.data.loader import TrainLoader, validation_batches
-from bigtrain.data.prepare import prepare
-from bigtrain.data.stream import SampleStream
-from bigtrain.data.workers import Helpers
+from bigtrain.config.check import check_data, ignored_settings
+from bigtrain.data.order.cursor import Cursor, chain_digest
+from bigtrain.data.prepare import live, sources
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.live import open_live
+from bigtrain.data.read import remote
+from bigtrain.data.read.batch import IGNORE_INDEX
+from bigtrain.data.read.corpus import Corpus
+from bigtrain.data.read.index import read_index
+from bigtrain.data.read.live import validation_split
+from bigtrain.data.read.loader import TrainLoader, validation_batches
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.workers import Helpers
 from bigtrain.errors import DataError, UnreachableError
 
 T = 16
@@ -79,7 +81,7 @@ def config_in(directory, **changes):
 
 def open_parts(config, helpers=HERE):
     directory = prepare(config, progress=False)
-    return LiveParts(directory, config, read_index(directory), helpers)
+    return open_live(directory, config, read_index(directory), helpers)
 
 
 def stream_of(config, previous=None, seed=3, **others):

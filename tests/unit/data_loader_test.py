@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import DataConfig
-from bigtrain.cursor import Cursor
-from bigtrain.data.batch import IGNORE_INDEX
-from bigtrain.data.corpus import SyntheticSplit, TokenSplit
-from bigtrain.data.loader import TrainLoader, validation_batches
-from bigtrain.data.stream import SampleStream
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.batch import IGNORE_INDEX
+from bigtrain.data.read.corpus import SyntheticSplit, TokenSplit
+from bigtrain.data.read.loader import TrainLoader, validation_batches
+from bigtrain.data.read.stream import SampleStream
 from bigtrain.errors import DataError
 
 T = 4
@@ -150,7 +150,7 @@ def read_ahead(prefetch_steps):
 
 
 def test_batches_are_prepared_while_the_consumer_works(monkeypatch):
-    monkeypatch.setattr("bigtrain.data.loader._STEPS_AT_ONCE", 1)
+    monkeypatch.setattr("bigtrain.data.read.loader._STEPS_AT_ONCE", 1)
     assert read_ahead(8) >= read_ahead(1) + 4
 
 

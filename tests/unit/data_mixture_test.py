@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.mixture import Mixture, Share
+from bigtrain.data.order.mixture import Mixture, Share
 from bigtrain.errors import DataError
 from tests.ratios import times_as_long
 

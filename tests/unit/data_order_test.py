@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.order import Order, derive_key, permute, rank_slice, sample_ids
+from bigtrain.data.order.permutation import Order, derive_key, permute, rank_slice, sample_ids
 
 seeds = st.integers(-(2**70), 2**70)
 

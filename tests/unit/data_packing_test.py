@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import Packing
-from bigtrain.data.batch import IGNORE_INDEX, ArrayPool
-from bigtrain.data.corpus import SyntheticSplit, TokenSplit
-from bigtrain.data.packing import build_packing, pack_best_fit
+from bigtrain.data.read.batch import IGNORE_INDEX, ArrayPool
+from bigtrain.data.read.corpus import SyntheticSplit, TokenSplit
+from bigtrain.data.read.packing import build_packing, pack_best_fit
 
 T = 8
 END = 0

@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigtrain.checks import check_data, ignored_settings
 from bigtrain.config import Content, DataConfig, DataSource, FilterConfig, TrainConfig
-from bigtrain.data import tokenise
-from bigtrain.data.corpus import Corpus
-from bigtrain.data.index import read_index, verify_hashes
-from bigtrain.data.prepare import _locate, open_corpus, prepare
-from bigtrain.data.sources import source_parts
-from bigtrain.data.tokenise import token_dtype
-from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.data.workers import workers
+from bigtrain.config.check import check_data, ignored_settings
+from bigtrain.config.convert import to_dict
+from bigtrain.data.prepare import tokenise
+from bigtrain.data.prepare.corpus import _locate, prepare
+from bigtrain.data.prepare.sources import source_parts
+from bigtrain.data.prepare.tokenise import token_dtype
+from bigtrain.data.read.corpus import Corpus, open_corpus
+from bigtrain.data.read.index import read_index, verify_hashes
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.data.read.workers import workers
 from bigtrain.errors import DataError
-from bigtrain.schema import to_dict
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 FILES = (
@@ -82,8 +82,8 @@ def prepare_in_process(config, *, before):
     code = f"""
         from pathlib import Path
         from bigtrain.config import DataConfig
-        from bigtrain.schema import from_dict
-        from bigtrain.data.prepare import prepare
+        from bigtrain.config.convert import from_dict
+        from bigtrain.data.prepare.corpus import prepare
         {before}
         print(prepare(from_dict(DataConfig, {to_dict(config)!r}), progress=False))
     """
@@ -250,7 +250,7 @@ def stop_after(monkeypatch, name, num_calls):
 
 
 def test_what_was_finished_before_a_kill_is_used(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 4000)
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 4000)
     config.shard_tokens, config.prepare_processes = 1000, 1
     whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other")), progress=False)
     num_parts, num_shards = len(source_parts(config)), sum(len(split.shards) for split in splits(read_index(whole)))
@@ -274,7 +274,7 @@ def test_what_was_finished_before_a_kill_is_used(config, tmp_path, monkeypatch):
 def test_tokens_of_other_parts_or_another_tokenizer_are_not_used(config, tmp_path, monkeypatch):
     whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other")), progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bigtrain.data.sources._PART_BYTES", 4000)
+        patch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 4000)
         config.prepare_processes = 1
         stop_after(patch, "_write_part", 3)
         prepare(config, progress=False)
@@ -282,7 +282,7 @@ def test_tokens_of_other_parts_or_another_tokenizer_are_not_used(config, tmp_pat
 
 
 def test_killed_for_good_it_goes_on(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 4000)
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 4000)
     whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other"), shard_tokens=1000), progress=False)
     config.shard_tokens, config.prepare_processes = 1000, 2
     before = "from bigtrain.data import sources, tokenise, prepare as module; sources._PART_BYTES = 4000; "
@@ -299,7 +299,7 @@ def test_killed_for_good_it_goes_on(config, tmp_path, monkeypatch):
 def test_workers_end_with_a_killed_main_process(tmp_path):
     code = """
         import multiprocessing, time
-        from bigtrain.data.workers import workers
+        from bigtrain.data.read.workers import workers
         with workers(2) as run:
             tasks = run(time.sleep, ((seconds,) for seconds in (0, 0, 60, 60, 60, 60)))
             next(tasks)
@@ -334,7 +334,7 @@ def test_a_failure_says_what_and_the_next_try_succeeds(config, tmp_path):
 
 def test_the_number_of_processes_changes_nothing(config, tmp_path, monkeypatch):
     expected = read_index(prepare(config, progress=False))
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 4000)  # several parts
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 4000)  # several parts
     config = dataclasses.replace(config, root=str(tmp_path / "other"), prepare_processes=2)
     assert read_index(prepare(config, progress=False)) == expected
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigtrain.config import Content, DataConfig, DataSource, Duplicates, FilterConfig
-from bigtrain.data.corpus import Corpus
-from bigtrain.data.prepare import open_corpus, prepare
-from bigtrain.data.quality import (
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.prepare.quality import (
     exact_duplicates,
     minhash,
     near_duplicates,
@@ -18,8 +17,9 @@ from bigtrain.data.quality import (
     repeated_line_share,
     symbol_share,
 )
-from bigtrain.data.sources import source_parts
-from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.prepare.sources import source_parts
+from bigtrain.data.read.corpus import Corpus, open_corpus
+from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 
 WORDS = [f"word{i}" for i in range(2000)]
@@ -97,7 +97,7 @@ def test_very_short_documents_can_be_compared():
 
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 8000)  # several parts, for two processes
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 8000)  # several parts, for two processes
     kept = [prose(i) for i in range(20)]
     texts = [*kept, "short", kept[3], "-" * 500, "same line\n" * 50, kept[5].replace("word7 ", "other "), ""]
     filters = FilterConfig(

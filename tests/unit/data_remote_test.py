@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from bigtrain.config import DataConfig, DataSource, OnBad
-from bigtrain.data import remote as remote_module
-from bigtrain.data.cache import NodeCache
-from bigtrain.data.index import INDEX_FILE, read_index
-from bigtrain.data.prepare import open_corpus, prepare
-from bigtrain.data.remote import RemoteDirectory, ShardCache
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.read import remote as remote_module
+from bigtrain.data.read.cache import NodeCache
+from bigtrain.data.read.corpus import open_corpus
+from bigtrain.data.read.index import INDEX_FILE, read_index
+from bigtrain.data.read.remote import RemoteDirectory, ShardCache
 from bigtrain.errors import DataError, ShardError
 
 SHARD_TOKENS = 2000
@@ -287,8 +288,8 @@ def test_a_killed_download_is_continued(prepared, tmp_path, requests, monkeypatc
     code = f"""
         import time
         from pathlib import Path
-        from bigtrain.data import remote
-        from bigtrain.data.index import read_index
+        from bigtrain.data.read import remote
+        from bigtrain.data.read.index import read_index
         remote.RANGE_BYTES = 500
         read_once = remote.RemoteDirectory._read_once
         def stuck(self, name, start, end):

@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from bigtrain.config import Content, DataConfig, DataSource
-from bigtrain.data.records import Document
-from bigtrain.data.sources import iterate_documents, read_part, source_fingerprint, source_parts
+from bigtrain.data.prepare.records import Document
+from bigtrain.data.prepare.sources import iterate_documents, read_part, source_fingerprint, source_parts
 from bigtrain.errors import DataError
 
 
@@ -244,7 +244,7 @@ def test_parts_hold_every_document_once_and_in_order(tmp_path, monkeypatch, part
     for source, path in (("jsonl", tmp_path), ("parquet", tmp_path), ("text", tmp_path / "texts")):
         whole = read(source, path)
         with monkeypatch.context() as patch:
-            patch.setattr("bigtrain.data.sources._PART_BYTES", part_bytes)
+            patch.setattr("bigtrain.data.prepare.sources._PART_BYTES", part_bytes)
             config = DataConfig(source=DataSource[source], path=str(path))
             parts = source_parts(config)
             assert (len(parts) > 1) == (part_bytes < 1 << 20) or source == "text"
@@ -255,7 +255,7 @@ def test_lines_are_named_by_number_in_any_part(tmp_path, monkeypatch):
     path = numbered_jsonl(tmp_path / "a.jsonl", 50)
     with open(path, "a") as file:
         file.write("{broken\n")
-    monkeypatch.setattr("bigtrain.data.sources._PART_BYTES", 100)
+    monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 100)
     with pytest.raises(DataError, match=r"a\.jsonl:76: not valid JSON"):
         read("jsonl", path)
 

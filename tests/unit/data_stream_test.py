@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.checks import check_data
 from bigtrain.config import (
     ComponentConfig,
     Content,
@@ -18,17 +17,18 @@ from bigtrain.config import (
     WeightChangeConfig,
     component_data,
 )
-from bigtrain.cursor import Cursor, chain_digest
-from bigtrain.data import open_streams
-from bigtrain.data.batch import IGNORE_INDEX
-from bigtrain.data.corpus import TokenSplit
-from bigtrain.data.loader import TrainLoader, validation_batches
-from bigtrain.data.prepare import prepare, prepare_components
-from bigtrain.data.stream import SampleStream
-from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.config.check import check_data
+from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.data.order.cursor import Cursor, chain_digest
+from bigtrain.data.prepare.corpus import prepare, prepare_components
+from bigtrain.data.read.batch import IGNORE_INDEX
+from bigtrain.data.read.corpus import TokenSplit
+from bigtrain.data.read.loader import TrainLoader, validation_batches
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.data.streams import open_streams
 from bigtrain.errors import DataError
-from bigtrain.run_data import remarks
-from bigtrain.schema import from_dict, to_dict
+from bigtrain.run.data import remarks
 
 T = 4
 

@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from bigtrain.config import DataConfig, DataSource, Verify
-from bigtrain.data.index import read_index
-from bigtrain.data.prepare import prepare
-from bigtrain.data.tokenizer import build_tokenizer
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.read.index import read_index
+from bigtrain.data.read.tokenizer import build_tokenizer
 from bigtrain.errors import DataError
-from bigtrain.run_files import keep_tokenizer
+from bigtrain.run.directory import keep_tokenizer
 
 CONTENT = {
     # As nobody's serialiser writes it: what is kept are bytes.

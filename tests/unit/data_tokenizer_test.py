@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import DataConfig
-from bigtrain.data.survey import cut
-from bigtrain.data.tokenizer import END_OF_TEXT, build_tokenizer, load_tokenizer, num_ids
+from bigtrain.data.prepare.survey import cut
+from bigtrain.data.read.tokenizer import END_OF_TEXT, build_tokenizer, load_tokenizer, num_ids
 from bigtrain.errors import DataError
 
 SAMPLE = ["def add(a, b):\n    return a + b\n", "class Thing:\n\tpass\r\n", "naïve café — 東京 🙂\n"] * 20

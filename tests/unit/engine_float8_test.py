@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-from bigtrain.checks import check, resolve
 from bigtrain.config import DataConfig, EngineConfig, EngineKind, ModelConfig, Precision, TrainConfig
+from bigtrain.config.check import check, resolve
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.float8 import is_faster, with_float8
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 
 WIDE = ModelConfig(num_layers=1, hidden_dim=2048, num_heads=16, vocab_size=50257)
 FP8 = EngineConfig(precision=Precision.fp8, compile=True)

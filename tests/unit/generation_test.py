@@ -3,9 +3,8 @@ import torch
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.errors import ConfigError
-from bigtrain.models import build_model
+from bigtrain.models import build_model, initial_values
 from bigtrain.models.generation import generate, sample, sampling_probabilities
-from bigtrain.models.init import initial_values
 from tests.modules import initialise
 
 GPT = ModelConfig(vocab_size=50, num_layers=2, hidden_dim=32, num_heads=4, max_positions=24, init_std=0.3)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, Precision, RunConfig, TrainConfig
-from bigtrain.data.index import read_index
-from bigtrain.data.prepare import prepare
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.read.index import read_index
 from bigtrain.errors import ConfigError, DataError
-from bigtrain.export import export
 from bigtrain.models import build_model
-from bigtrain.run_data import with_own_tokenizer
-from bigtrain.run_files import continued_model, own_model, read_config, write_run_files
+from bigtrain.run.data import with_own_tokenizer
+from bigtrain.run.directory import continued_model, own_model, read_config, write_run_files
+from bigtrain.run.export import export
 from tests.hf_families import FAMILIES, build_family
 from tests.unit.hf_export_test import save, started
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bigtrain.models.hf_disk import disk_config, disk_tensors
+from bigtrain.models.hf.disk import disk_config, disk_tensors
 from tests.hf_families import FAMILIES, build_family
 
 

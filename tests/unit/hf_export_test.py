@@ -14,22 +14,22 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bigtrain import export as export_module
 from bigtrain.checkpoint.shard import Piece, write_shard
 from bigtrain.checkpoint.store import RunState, checkpoint_path, commit
-from bigtrain.checks import check, resolve
 from bigtrain.config import DataConfig, ModelConfig, ModelKind, Precision, TrainConfig
-from bigtrain.data.index import FORMAT, CorpusIndex, SplitRecord, TokenizerRecord, write_index
-from bigtrain.data.tokenizer import END_OF_TEXT, build_tokenizer
+from bigtrain.config.check import check, resolve
+from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.data.read.index import FORMAT, CorpusIndex, SplitRecord, TokenizerRecord, write_index
+from bigtrain.data.read.tokenizer import END_OF_TEXT, build_tokenizer
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import CheckpointError, ConfigError
-from bigtrain.export import export
 from bigtrain.files import FileRecord
 from bigtrain.models import build_initial_values, build_model
-from bigtrain.models.hf_export import hf_config, hf_tensors
-from bigtrain.models.hf_files import StoredTensor
-from bigtrain.models.hf_import import Stacked, Transposed
-from bigtrain.schema import from_dict, to_dict
+from bigtrain.models.hf.files import StoredTensor
+from bigtrain.models.hf.native import hf_config, hf_tensors
+from bigtrain.models.hf.native_values import Stacked, Transposed
+from bigtrain.run import export as export_module
+from bigtrain.run.export import export
 from tests.modules import initialise, materialise
 
 STEP = 7

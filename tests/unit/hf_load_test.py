@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
-from bigtrain.models import build_initial_values, build_model
-from bigtrain.models.init import initial_values
+from bigtrain.models import build_initial_values, build_model, initial_values
 from tests.modules import initialise, materialise
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from bigtrain.config import ModelConfig, ModelKind, Precision
-from bigtrain.export import export
-from bigtrain.models.hf import HFCausalLM
+from bigtrain.models.hf.build import HFCausalLM
+from bigtrain.run.export import export
 from tests.hf_families import FAMILIES, build_family
 from tests.unit.hf_export_test import save
 

@@ -8,8 +8,9 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigtrain.checks import resolve
 from bigtrain.config import Activation, ModelConfig, Norm, Positions, TrainConfig
+from bigtrain.config.check import resolve
+from bigtrain.config.convert import from_dict
 from bigtrain.models import build_model
 from bigtrain.models.flops import (
     causal_pairs,
@@ -21,7 +22,6 @@ from bigtrain.models.flops import (
     training_flops,
 )
 from bigtrain.models.sizes import model_sizes
-from bigtrain.schema import from_dict
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
 

@@ -7,11 +7,10 @@ from safetensors.torch import load_file, save_file
 
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
-from bigtrain.models import build_model
+from bigtrain.models import build_model, initial_values
 from bigtrain.models.generation import generate
-from bigtrain.models.hf import build_hf_model, with_hf_shape
-from bigtrain.models.hf_files import stored_tensors
-from bigtrain.models.init import initial_values
+from bigtrain.models.hf.build import build_hf_model, with_hf_shape
+from bigtrain.models.hf.files import stored_tensors
 from bigtrain.models.sizes import native_shape
 from tests.modules import initialise, materialise
 

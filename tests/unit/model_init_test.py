@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
-from bigtrain.models import build_model
-from bigtrain.models.init import BLOCK_ELEMENTS, Constant, Normal, initial_values
+from bigtrain.models import build_model, initial_values
+from bigtrain.models.init import BLOCK_ELEMENTS, Constant, Normal
 from tests.modules import initialise, materialise
 
 GPT = ModelConfig(vocab_size=500, num_layers=3, hidden_dim=64, num_heads=4, max_positions=100, init_std=0.05)

@@ -9,7 +9,7 @@ from bigtrain.config import DataConfig, EngineConfig, ModelConfig, ModelKind, Pr
 from bigtrain.engine import build
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
-from bigtrain.models.hf import build_causal_lm
+from bigtrain.models.hf.build import build_causal_lm
 from bigtrain.models.probe import longest_sample, look_ahead, outermost, require_positions, unreached_parameters
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)

@@ -6,8 +6,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
-from bigtrain.models import build_model
-from bigtrain.models.init import initial_values
+from bigtrain.models import build_model, initial_values
 from tests.modules import initialise, materialise
 
 LLAMA = ModelConfig(

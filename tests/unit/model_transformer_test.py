@@ -7,11 +7,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions, RopeScalingConfig
-from bigtrain.models import build_model
-from bigtrain.models.init import initial_values
+from bigtrain.models import build_model, initial_values
 from bigtrain.models.loss import sum_cross_entropy
 from bigtrain.models.transformer import rope_table, rotate
-from bigtrain.objective import loss_sum
+from bigtrain.tasks.causal_lm import loss_sum
 from tests.modules import initialise
 
 

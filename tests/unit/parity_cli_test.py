@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.cli import parity
 from bigtrain.config import EngineKind, Precision
 from bigtrain.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-sys.path.append(str(LAUNCH))
-
-import parity  # noqa: E402
 
 SMALL = [
     "+model=gpt_nano",

@@ -13,7 +13,6 @@ import yaml
 
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState
-from bigtrain.checks import check, resolve
 from bigtrain.config import (
     DataConfig,
     EngineConfig,
@@ -24,18 +23,19 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.data.batch import Batch
-from bigtrain.distributed import init_process_group
+from bigtrain.config.check import check, resolve
+from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.collectives import init_process_group
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
-from bigtrain.local_ranks import run_ranks
 from bigtrain.models import build_initial_values, build_model
-from bigtrain.preflight import Machine, Report, estimate, preflight
-from bigtrain.preflight.estimate import COMPONENTS, measure_model
-from bigtrain.preflight.machine import NO_LIMIT, cgroup_headroom_bytes
-from bigtrain.preflight.report import GIB, with_settings
-from bigtrain.rank_info import RankInfo
-from bigtrain.schema import from_dict, to_dict
+from bigtrain.plan import Machine, Report, estimate, preflight
+from bigtrain.plan.estimate import COMPONENTS, measure_model
+from bigtrain.plan.machine import NO_LIMIT, cgroup_headroom_bytes
+from bigtrain.plan.report import GIB, with_settings
+from bigtrain.processes import RankInfo
+from bigtrain.testing.ranks import run_ranks
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 
-from bigtrain.checks import resolve
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
+from bigtrain.config.check import resolve
+from bigtrain.config.convert import from_dict
 from bigtrain.models import build_model
 from bigtrain.models.sizes import model_sizes
-from bigtrain.schema import from_dict
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
 

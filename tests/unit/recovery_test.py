@@ -11,18 +11,18 @@ import torch
 
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import Origin, RunState, checkpoint_path
-from bigtrain.checks import resolve
 from bigtrain.config import CheckpointConfig, DataConfig, DataSource, Load, ModelConfig, RunConfig, TrainConfig
-from bigtrain.cursor import Cursor
-from bigtrain.data.tokenizer import build_tokenizer
-from bigtrain.distributed import init_process_group, shut_down
+from bigtrain.config.check import resolve
+from bigtrain.config.convert import to_dict
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.tokenizer import build_tokenizer
+from bigtrain.distributed.collectives import init_process_group, shut_down
 from bigtrain.engine.state import MODEL, OPTIMIZER, whole_entry
 from bigtrain.errors import CheckpointError, NoRestartError
-from bigtrain.rank_info import RankInfo
-from bigtrain.recovery import Start, fill_state, find_start, go_back
-from bigtrain.resilience.bad_numbers import RollBack
-from bigtrain.run_data import require_tokenizer
-from bigtrain.schema import to_dict
+from bigtrain.processes import RankInfo
+from bigtrain.run.data import require_tokenizer
+from bigtrain.run.recovery import Start, fill_state, find_start, go_back
+from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.telemetry.files import JsonLines
 
 INFO = RankInfo(0, 1, 0, 1)

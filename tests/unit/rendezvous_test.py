@@ -12,10 +12,19 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from bigtrain import rank_info, rendezvous
+from bigtrain import processes
+from bigtrain.distributed import rendezvous
+from bigtrain.distributed.rendezvous import (
+    Patience,
+    agree_on_name,
+    in_slices,
+    meet,
+    refuse,
+    require_interfaces,
+    spell_ranks,
+)
 from bigtrain.errors import BigtrainError, ConfigError, NetworkError
-from bigtrain.rank_info import RankInfo
-from bigtrain.rendezvous import Patience, agree_on_name, in_slices, meet, refuse, require_interfaces, spell_ranks
+from bigtrain.processes import RankInfo
 from tests.distributed.launches import SMALL, TRAIN, Launch
 
 
@@ -171,7 +180,7 @@ def test_what_a_launcher_sets_is_checked(
         monkeypatch.setenv(name, value)
     try:
         RankInfo.from_env()
-        rank_info.master_address()
+        processes.master_address()
     except ConfigError as error:
         assert problem
         assert problem in str(error)

@@ -17,7 +17,6 @@ import yaml
 
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
-from bigtrain.checks import resolve
 from bigtrain.config import (
     CheckpointConfig,
     DataConfig,
@@ -28,18 +27,19 @@ from bigtrain.config import (
     RunConfig,
     TrainConfig,
 )
-from bigtrain.distributed import init_process_group, shut_down
+from bigtrain.config.check import resolve
+from bigtrain.config.convert import to_dict
+from bigtrain.distributed.collectives import init_process_group, shut_down
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.errors import CheckpointError, UnreadableError
-from bigtrain.rank_info import RankInfo
-from bigtrain.run_files import (
+from bigtrain.processes import RankInfo
+from bigtrain.run.directory import (
     find_resume,
     keep_tokenizer,
     locate,
     read_config,
     write_config,
 )
-from bigtrain.schema import to_dict
 from bigtrain.telemetry.files import JsonLines, read_jsonl
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.distributed import init_process_group, pick_device, shut_down
-from bigtrain.local_ranks import run_ranks
-from bigtrain.processes import STOP_SIGNALS
-from bigtrain.rank_info import RankInfo
-from bigtrain.resilience import signals
-from bigtrain.resilience.agreement import StopAgreement
-from bigtrain.resilience.signals import STOP_FILE, StopLimits, StopSignal
+from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
+from bigtrain.processes import STOP_SIGNALS, RankInfo
+from bigtrain.supervise import signals
+from bigtrain.supervise.agreement import StopAgreement
+from bigtrain.supervise.signals import STOP_FILE, StopLimits, StopSignal
+from bigtrain.testing.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ def test_a_repeated_interrupt_forces_only_later(stop: StopSignal, monkeypatch: p
 
 EARLY = """
 import os, signal, sys, time
-from bigtrain.resilience.signals import EarlyStop, StopSignal
+from bigtrain.supervise.signals import EarlyStop, StopSignal
 early = EarlyStop()
 early.leave_word = lambda reason: print("word of", reason, flush=True)
 if "listen" in sys.argv:

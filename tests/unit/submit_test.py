@@ -1,18 +1,14 @@
 """Jobs for Slurm: what is refused, what is rendered, and that every value survives the shell."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from bigtrain.cli import hydra_cli, submit
 from bigtrain.errors import ConfigError, PreflightError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-sys.path.append(str(LAUNCH))
-
-import hydra_cli  # noqa: E402
-import submit  # noqa: E402
 
 JOB = ["+model=gpt3_1b", "cluster=slurm_h100", "dry_run=true", "train.global_batch_size=128"]
 HOSTILE = 'it\'s $(touch owned) `touch owned` "a" # b; * \\ é'

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigtrain.checks import resolve
 from bigtrain.config import TrainConfig
+from bigtrain.config.check import resolve
 from bigtrain.models.flops import TokenFlops, document_pairs, flops_per_token
 from bigtrain.models.sizes import model_sizes
 from bigtrain.telemetry.gauges import find_flops, utilisation

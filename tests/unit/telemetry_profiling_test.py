@@ -10,18 +10,10 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bigtrain.checks import check, fit_micro_batch, resolve
-from bigtrain.config import (
-    DataConfig,
-    DataSource,
-    EngineConfig,
-    ModelConfig,
-    Precision,
-    ProfileConfig,
-    TrainConfig,
-)
+from bigtrain.config import DataConfig, DataSource, EngineConfig, ModelConfig, Precision, ProfileConfig, TrainConfig
+from bigtrain.config.check import check, fit_micro_batch, resolve
 from bigtrain.errors import PreflightError
-from bigtrain.rank_info import RankInfo
+from bigtrain.processes import RankInfo
 from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler, communication_seconds
 

@@ -7,9 +7,9 @@ import pytest
 
 from bigtrain import log
 from bigtrain.config import TrainConfig
-from bigtrain.redact import is_secret_name, redact
-from bigtrain.resilience.attempt import write_exit
-from bigtrain.schema import to_dict
+from bigtrain.config.convert import to_dict
+from bigtrain.log import is_secret_name, redact
+from bigtrain.supervise.attempt import write_exit
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.recorder import Recorder
 

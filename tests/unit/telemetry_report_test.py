@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from bigtrain.config import TrainConfig
-from bigtrain.schema import to_dict
+from bigtrain.config.convert import to_dict
 from bigtrain.telemetry.history import differences, read_history
 from bigtrain.telemetry.report import render
 

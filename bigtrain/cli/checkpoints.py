@@ -1,0 +1,112 @@
+"""List and verify the checkpoints of a run: ``python launch/checkpoints.py runs/gpt_nano``."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config import Verify
+from bigtrain.config.convert import LocalPath
+from bigtrain.errors import EXIT_FINISHED, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from bigtrain.checkpoint.listing import Listed
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointsConfig:
+    """What is listed, and how far it is trusted."""
+
+    run: LocalPath
+    """Directory of the run, or of one of its checkpoints; ``run=`` may be left out."""
+    verify: Verify = Verify.full
+    """``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` looks at the small files only."""
+
+
+HELP = """\
+List the checkpoints of a run: step, tokens, size, what wrote them, validation loss, and whether they are whole.
+
+  python launch/checkpoints.py runs/gpt_nano
+  python launch/checkpoints.py runs/gpt3_1b verify=off
+  python launch/checkpoints.py runs/gpt3_1b/checkpoints/step-00020000
+
+Settings, with their defaults:
+{settings}
+
+Exit code: 0, or 2 if a checkpoint that the run could continue from is damaged.
+"""
+
+TRUST = {Verify.full: "whole", Verify.sizes: "sizes right", Verify.off: "not verified"}
+COLUMNS = "{:>10} {:>18} {:>11}  {:<16} {:>10}  {}"
+
+
+def read(args: list[str]) -> CheckpointsConfig:
+    """Return the configuration; a directory by itself is the run.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    named = [
+        f"run={arg}" if os.path.exists(arg) or (not arg.startswith("-") and "=" not in arg) else arg for arg in args
+    ]
+    if sum(arg.startswith("run=") for arg in named) > 1:
+        raise ConfigError("one run at a time, please")
+    return hydra_cli.read(CheckpointsConfig, named)
+
+
+def run(config: CheckpointsConfig) -> int:
+    """Print the table.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a damaged one.
+    """
+    from bigtrain.checkpoint.listing import list_checkpoints
+
+    found = list_checkpoints(Path(config.run), config.verify, progress=show_progress)
+    show_progress(None)
+    print(COLUMNS.format("step", "tokens", "size", "written by", "validation", "state"))
+    for item in found:
+        print(row(item, config.verify))
+        for problem in item.problems:
+            print(f"{'':>10} {problem}")
+    complete = [item for item in found if item.status == "complete"]
+    if damaged := [item for item in complete if item.problems]:
+        raise CheckpointError(
+            f"{len(damaged)} of {len(complete)} checkpoints damaged; a launch that comes to one sets it aside"
+        )
+    return EXIT_FINISHED
+
+
+def row(item: "Listed", verify: Verify) -> str:
+    """Return the line of a checkpoint."""
+    state, written_by, loss = item.run_state, "", ""
+    if state:
+        written_by = f"{state.config.get('engine', {}).get('kind', 'unknown')} x {state.world_size}"
+        loss = "" if state.validation_loss is None else f"{state.validation_loss:.4f}"
+    condition = "DAMAGED" if item.problems else TRUST[verify]
+    if item.status == "set aside":
+        condition = f"{condition.lower()}, set aside as {item.path.name}"
+    elif item.status == "unfinished":
+        condition = f"unfinished ({item.path.name}), deleted by the next launch"
+    tokens = f"{state.tokens:,}" if state else ""
+    size = f"{item.num_bytes / 2**30:.2f} GiB" if item.num_bytes >= 2**30 else f"{item.num_bytes / 2**20:.2f} MiB"
+    return COLUMNS.format(item.step, tokens, size, written_by, loss, condition)
+
+
+def show_progress(file: str | None) -> None:
+    """Say on a terminal what is being read; None clears the line."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{f'verifying {file}' if file else ''}")
+        sys.stderr.flush()
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(CheckpointsConfig))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(read, run, help_page)

@@ -1,0 +1,79 @@
+"""Write a run's weights for transformers: ``python launch/export.py checkpoint=runs/gpt_nano out=exported``."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config import Precision, WandbMode
+from bigtrain.config.convert import LocalPath
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """What is written, and how."""
+
+    checkpoint: LocalPath
+    """Directory of a run (its newest checkpoint that verifies is taken), or of one of its checkpoints."""
+    out: LocalPath
+    """Directory to be made; it must not exist."""
+    dtype: Precision = Precision.fp32
+    """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
+    max_shard_gb: float = 4.0
+    """Largest file of weights in gigabytes (10^9 bytes), unless a single tensor is larger."""
+    wandb: WandbMode = WandbMode.disabled
+    """Make the export an artifact of the run on Weights & Biases: ``auto``, ``online`` or ``offline``."""
+
+
+HELP = """\
+Write the weights, the configuration and the tokenizer of a run so that transformers opens them, with no code of ours:
+
+  python launch/export.py checkpoint=runs/gpt_nano out=exported/gpt_nano
+  python launch/export.py checkpoint=runs/llama3_1b/checkpoints/step-00020000 out=exported/llama dtype=bf16
+
+  >>> AutoModelForCausalLM.from_pretrained("exported/gpt_nano"), AutoTokenizer.from_pretrained("exported/gpt_nano")
+
+The way back: +model=<preset of the same shape> model.init_from=<directory or hub id>.
+
+Settings, with their defaults:
+{settings}
+"""
+
+
+def run(config: ExportConfig) -> int:
+    """Export and say what was written."""
+    if config.max_shard_gb <= 0:
+        raise ConfigError(f"max_shard_gb={config.max_shard_gb}: must be positive")
+    from bigtrain import log
+    from bigtrain.checkpoint.store import step_of
+    from bigtrain.run.export import export
+
+    log.setup(hydra_cli.rank())
+    out = Path(config.out)
+    exported = export(
+        Path(config.checkpoint), out, precision=config.dtype, max_shard_bytes=int(config.max_shard_gb * 1e9)
+    )
+    print(f"checkpoint  {exported.checkpoint}")
+    print(f"weights     {exported.num_parameters:,} numbers in {config.dtype.name}")
+    print(f"tokenizer   {'the one of the run' if exported.has_tokenizer else 'none: the data were synthetic'}")
+    print(f"written     {out}")
+    if config.wandb is not WandbMode.disabled:
+        from bigtrain.run.directory import locate, read_config
+        from bigtrain.telemetry.wandb_logger import log_export
+
+        directory, _ = locate(Path(config.checkpoint))
+        told = log_export(directory, out, read_config(directory), config.wandb, step_of(exported.checkpoint))
+        print(f"artifact    {told}")
+    return EXIT_FINISHED
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(ExportConfig))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(partial(hydra_cli.read, ExportConfig), run, help_page)

@@ -1,0 +1,80 @@
+"""Generate text with a trained model: ``python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("``."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config.convert import LocalPath
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """What is generated, from what."""
+
+    checkpoint: LocalPath
+    """Directory of the run, or of one of its checkpoints."""
+    prompt: str
+    """Text to continue; taken as it is, without quoting for Hydra."""
+    num_samples: int = 5
+    """Number of texts."""
+    max_new_tokens: int = 50
+    """Longest continuation, in tokens."""
+    temperature: float = 0.8
+    """Below 1 likelier tokens, above 1 more variety; 0 always takes the likeliest."""
+    top_k: int | None = 50
+    """Draw from so many of the likeliest tokens; null = from all."""
+    top_p: float | None = 0.95
+    """Draw from the likeliest tokens that together have this probability; null = from all."""
+    seed: int = 0
+    """The same seed gives the same texts."""
+
+
+HELP = """\
+Continue a prompt with a trained model.
+
+  python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("
+  python launch/generate.py checkpoint=runs/gpt_nano prompt="Once upon a time, " num_samples=1 max_new_tokens=200
+
+Settings, with their defaults:
+{settings}
+"""
+
+
+def run(config: GenerateConfig) -> int:
+    """Generate and print the texts."""
+    if config.num_samples < 1:
+        raise ConfigError(f"num_samples={config.num_samples}: must be at least 1")
+    from bigtrain.data.prepare.records import decode
+    from bigtrain.log import get_logger
+    from bigtrain.run.sampling import sample_run
+
+    # The bytes of a command line that are not valid UTF-8 are lone surrogates here.
+    prompt, is_repaired = decode(config.prompt.encode("utf-8", "surrogateescape"), "utf-8")
+    if is_repaired:
+        get_logger().warning("prompt: it is not valid UTF-8; each bad sequence is taken as U+FFFD")
+    texts = sample_run(
+        Path(config.checkpoint),
+        prompt=prompt,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    for number, text in enumerate(texts, start=1):
+        print(f"--- {number} of {len(texts)} ---\n{prompt}{text}")
+    return EXIT_FINISHED
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(GenerateConfig))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(partial(hydra_cli.read, GenerateConfig), run, help_page)

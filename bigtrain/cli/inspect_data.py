@@ -1,0 +1,74 @@
+"""Show what a step trains on: ``python launch/inspect_data.py directory=runs/gpt_nano step=100``."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config import TrainConfig
+from bigtrain.config.convert import LocalPath
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectConfig:
+    """Which step, and how much of it."""
+
+    directory: LocalPath | None = None
+    """Directory of a run; without one, the settings of launch/train.py say which data."""
+    step: int = 1
+    """Optimizer step, from 1, as in metrics.jsonl."""
+    samples: int = 4
+    """Samples to show; a step has train.global_batch_size."""
+
+
+HELP = """\
+Show the samples of an optimizer step as text: component of the mixture, documents, borders of tokens (│), the token
+that opens a document in ( ), and targets that do not count in the loss in ⟦ ⟧.
+
+  python launch/inspect_data.py directory=runs/gpt_nano step=100
+  python launch/inspect_data.py +model=gpt_nano data=jsonl data.path=chats.jsonl data.packing=best_fit samples=2
+
+Settings of its own, with their defaults; without directory=, all settings of launch/train.py mean the same:
+{settings}
+"""
+
+
+def read(args: list[str]) -> tuple[InspectConfig, TrainConfig | None]:
+    """Return what to show, and the run if it is not one in a directory.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    own = {field.name for field in fields(InspectConfig)}
+    own_args = [arg for arg in args if arg.partition("=")[0] in own]
+    config, others = hydra_cli.read(InspectConfig, own_args), [arg for arg in args if arg not in own_args]
+    if config.directory and others:
+        raise ConfigError(f"{others[0]}: with directory= the settings are those of the run")
+    if config.step < 1 or config.samples < 1:
+        raise ConfigError(f"step={config.step}, samples={config.samples}: both must be at least 1")
+    return config, None if config.directory else hydra_cli.read_run(others)
+
+
+def run(chosen: tuple[InspectConfig, TrainConfig | None]) -> int:
+    """Print the samples."""
+    from bigtrain.run.inspection import inspect_run, inspect_step
+
+    config, train = chosen
+    if train is None:
+        lines = inspect_run(Path(str(config.directory)), step=config.step, num_samples=config.samples)
+    else:
+        lines = inspect_step(train, step=config.step, num_samples=config.samples)
+    for line in lines:
+        print(line)
+    return EXIT_FINISHED
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(InspectConfig))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(read, run, help_page)

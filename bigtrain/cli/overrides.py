@@ -1,0 +1,107 @@
+"""Settings on the command line, made ready for Hydra's parser, which has a language of its own."""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from bigtrain.config.convert import generic_key, key_types, named_sections, value_problems
+from bigtrain.errors import ConfigError
+
+VALUED_OPTIONS = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--cfg",
+    "-c",
+)
+
+
+def prepare(args: list[str], schema: type) -> list[str]:
+    """Return ``args`` so that Hydra understands what the user means: text is text, options may stand anywhere.
+
+    Raises:
+        ConfigError: listing numbers in sections and lists where text is meant.
+    """
+    args = [_nest(_quote_text(arg, schema), schema) for arg in _options_last(args)]
+    if problems := _numbers_for_text(args, schema):
+        raise ConfigError("\n".join(problems))
+    return args
+
+
+def _options_last(args: list[str]) -> list[str]:
+    """Return ``args`` with Hydra's options, and their values, behind the settings: its parser takes none in between."""
+    settings, options, rest = [], [], iter(args)
+    for arg in rest:
+        (options if arg.startswith("-") else settings).append(arg)
+        if arg in VALUED_OPTIONS:
+            options += itertools.islice(rest, 1)
+    return settings + options
+
+
+def _numbers_for_text(args: list[str], schema: type) -> list[str]:
+    """Return what is a number in a section or list on the command line, where text is meant and quotes would say so."""
+    types_by_key, problems = key_types(schema), []
+    for override in parsed([arg for arg in args if "{" in arg or "[" in arg]):
+        if override.key_or_group in types_by_key and isinstance(override.value(), list | dict):
+            found = value_problems(schema, override.key_or_group, override.value())
+            problems += [
+                f"{problem}; text that looks like a number needs quotes"
+                for problem in found
+                if "expected str" in problem
+            ]
+    return problems
+
+
+def _quote_text(arg: str, schema: type) -> str:
+    """Quote the value of a setting that is text, so that ``prompt=Hello, world (1)`` needs no quotes of Hydra's.
+
+    ``null`` for a setting that may be null, ``${train.seed}`` and values in quotes keep their meaning.
+    """
+    key, equals, value = arg.partition("=")
+    keys = key_types(schema)
+    hint = keys.get(generic_key(schema, key.lstrip("+")))
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if not equals or hint not in (str, str | None) or quoted or (value == "null" and hint is not str):
+        return arg
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if match[2] in keys else f"{match[1] * 2}\\${{"
+
+    value = re.sub(r"(\\*)\$\{(?=([\w.]+)\}|)", escape, value)
+    return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
+
+
+def _nest(arg: str, schema: type) -> str:
+    """Write a setting of a section by name as Hydra merges it, whether the section is new or not.
+
+    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``
+    """
+    key, equals, value = arg.partition("=")
+    for named in named_sections(schema):
+        if equals and key.lstrip("+").startswith(f"{named}."):
+            for name in reversed(key.lstrip("+").removeprefix(f"{named}.").split(".")):
+                value = f"{{{name}:{value}}}"
+            return f"++{named}={value}"
+        if equals and key == named:
+            return f"++{arg}"
+    return arg
+
+
+def parsed(args: list[str]) -> Iterator[Override]:
+    """Yield the settings among ``args`` that are well formed and not Hydra's own."""
+    parser = OverridesParser.create()
+    for arg in args:
+        with contextlib.suppress(HydraException):
+            override = parser.parse_override(arg)
+            if not override.is_hydra_override() and not arg.startswith("-"):
+                yield override

@@ -1,0 +1,199 @@
+"""Compare engines and world sizes on a run of your own: ``python launch/parity.py +model=gpt_nano``."""
+
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
+
+from bigtrain import log
+from bigtrain.cli import hydra_cli
+from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
+
+if TYPE_CHECKING:
+    from bigtrain.testing.parity import Case, Difference, Trajectory
+
+TIMEOUT_SECONDS = 3600.0
+"""For a whole case; ranks that wait for each other in vain give up much earlier."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParityConfig(TrainConfig):
+    """A run, and the ways to compute it that are compared."""
+
+    engines: list[EngineKind] = field(default_factory=lambda: list(EngineKind))
+    """Engines to compare."""
+    worlds: list[int] = field(default_factory=list)
+    """Numbers of processes to compare; each engine runs with each of them. By default 1 and the smallest from 2 to 8 that divides the batch."""
+    steps: int = 20
+    """Optimizer steps from the beginning of the run that are compared."""
+
+
+HELP = """\
+Compute the beginning of a training run under several engines and world sizes, and compare losses, gradient norms
+and final weights with those of the first one. The same numbers mean that the engine is a matter of speed and memory only.
+
+  python launch/parity.py +model=gpt_nano
+  python launch/parity.py +model=gpt_nano 'engines=[ddp,fsdp,zero2]' 'worlds=[1,2]' steps=20
+  python launch/parity.py +model=gpt_nano 'engines=[fsdp,zero3]' engine.precision=bf16 train.global_batch_size=8
+  python launch/parity.py +model=hf model.name=gpt2 data=synthetic data.sequence_length=64 'worlds=[2]'
+
+It starts the processes of each case by itself on this machine: no torchrun. Every rank puts the whole model together
+at the end, so it has to fit.
+
+Settings of its own, with their defaults:
+{settings}
+
+All settings of launch/train.py except engine=<kind> and engine.kind are allowed and mean the same. In fp32, which is
+the default here on a GPU too, losses and gradient norms of every step must agree within 1e-5 (relative) and the
+weights within 1e-4. With engine.precision=bf16 the losses must agree within 2e-3 with those of the first case in fp32.
+
+Exit codes: 0 all agree, 1 some do not (or failed), 2 something to change in the command or the data.
+"""
+
+
+def read(args: list[str]) -> ParityConfig:
+    """Return the run with a precision, checked for every case.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
+    if misplaced := [arg for arg in args if keys[arg] in ("engine", "engine.kind")]:
+        raise ConfigError(f"{misplaced[0]}: write 'engines=[{misplaced[0].partition('=')[2].strip('[]')}]'")
+    config, _ = hydra_cli.compose(ParityConfig, args, config_name="train")
+    micro_batch_size = config.train.micro_batch_size
+    # The front door of train.py does the rest, without what only holds for some of the cases.
+    own = {f.name for f in dataclasses.fields(ParityConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
+    run = hydra_cli.read_run([arg for arg in args if keys[arg].partition(".")[0] not in own | {"engine"}])
+    shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(TrainConfig)} | {"engine": config.engine}
+    config = dataclasses.replace(config, **shared)
+    config.train.micro_batch_size = micro_batch_size  # where it is open, each world has its own
+    config.engine.precision = config.engine.precision or Precision.fp32
+    if "worlds" not in keys.values():
+        config.worlds = default_worlds(config.train.global_batch_size)
+    if problems := _problems(config):
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def default_worlds(global_batch_size: int) -> list[int]:
+    """Return the worlds that are compared where none are named: every batch divides by 1, many by another small one."""
+    return [1, *[size for size in range(2, 9) if global_batch_size % size == 0][:1]]
+
+
+def _problems(config: ParityConfig) -> list[str]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return ["parity.py starts its own processes: start it with python, not with torchrun or another launcher"]
+    problems = []
+    if not 1 <= config.steps <= config.train.steps:
+        problems.append(f"steps={config.steps}: must be between 1 and train.steps={config.train.steps}")
+    if min(config.worlds, default=0) < 1:
+        problems.append(f"worlds={config.worlds}: numbers of processes, 1 or more")
+    if problems:
+        return problems
+    cases_by_problem: dict[str, list[str]] = {}
+    for engine in config.engines:
+        for world_size in config.worlds:
+            case_config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=engine))
+            case_config = fit_micro_batch(case_config, world_size)
+            for problem in check(case_config, world_size=world_size, local_world_size=world_size):
+                cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
+    problems = [f"{', '.join(cases)}: {problem}" for problem, cases in cases_by_problem.items()]
+    if len(config.engines) * len(config.worlds) < 2:
+        problems.append("nothing to compare: name several engines=[...] or worlds=[...]")
+    return problems
+
+
+def run(config: ParityConfig) -> int:
+    """Compute and compare all cases; return the exit code."""
+    from bigtrain.run.data import prepare_data
+    from bigtrain.testing.parity import TOLERANCES, Case, compare
+
+    _check_gpus(config)
+    log.setup(hydra_cli.rank())
+    prepare_data(config.data)  # here, where nobody waits for it in a collective
+    train = TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)})
+    exact = dataclasses.replace(train, engine=dataclasses.replace(train.engine, precision=Precision.fp32))
+    cases = [_case(Case, config, engine, world) for engine in config.engines for world in config.worlds]
+    reference = _compute(exact, cases[0], config.steps, "reference")
+    if reference is None:
+        return EXIT_FAULT
+    rows, tolerance = [_row(cases[0], reference, None, "reference, fp32")], TOLERANCES[train.engine.precision]
+    compared = cases if train.engine.precision is not Precision.fp32 else cases[1:]
+    num_agreeing = 0
+    for number, case in enumerate(compared, start=1):
+        trajectory = _compute(train, case, config.steps, f"{number}/{len(compared)}")
+        difference = compare(trajectory, reference) if trajectory else None
+        agrees = difference is not None and difference.within(tolerance)
+        num_agreeing += agrees
+        rows.append(_row(case, trajectory, difference, "agrees" if agrees else "DIFFERS" if trajectory else "FAILED"))
+    print(_table(rows))
+    print(_verdict(num_agreeing, len(compared), cases[0], config, tolerance))
+    return EXIT_FINISHED if num_agreeing == len(compared) else EXIT_FAULT
+
+
+def _check_gpus(config: ParityConfig) -> None:
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < max(config.worlds):
+        raise ConfigError(
+            f"worlds={config.worlds}: this machine has {num_gpus} GPU(s), and every process needs one of its own; "
+            f"use worlds up to {num_gpus}, or CUDA_VISIBLE_DEVICES= to compare on the CPU"
+        )
+
+
+def _case(case_type: type["Case"], config: ParityConfig, engine: EngineKind, world_size: int) -> "Case":
+    dp_shard = config.engine.dp_shard if engine is EngineKind.hsdp else None
+    return case_type(engine, world_size, fit_micro_batch(config, world_size).train.micro_batch_size, dp_shard)
+
+
+def _compute(config: TrainConfig, case: "Case", num_steps: int, label: str) -> "Trajectory | None":
+    """Compute a case with a line of progress; return None, with the reason on standard error, if it failed."""
+    from bigtrain.testing.parity import compute
+    from bigtrain.testing.ranks import RankFailedError
+
+    print(f"[{label}] {case} ...", end=" ", flush=True, file=sys.stderr)
+    begin = time.monotonic()
+    try:
+        trajectory = compute(config, case, num_steps=num_steps, timeout_seconds=TIMEOUT_SECONDS)
+    except RankFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return None
+    print(f"{time.monotonic() - begin:.1f} s", flush=True, file=sys.stderr)
+    return trajectory
+
+
+def _row(case: "Case", trajectory: "Trajectory | None", difference: "Difference | None", verdict: str) -> list[str]:
+    numbers = [f"{value:.1e}" for value in dataclasses.astuple(difference)] if difference else ["-"] * 3
+    return [str(case), trajectory.wrapped_type if trajectory else "-", *numbers, verdict]
+
+
+def _table(rows: list[list[str]]) -> str:
+    rows = [["case", "wrapped type", "loss", "grad norm", "parameters", "verdict"], *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _verdict(num_agreeing: int, num_compared: int, reference: "Case", config: ParityConfig, bound: "Difference") -> str:
+    tolerances = f"loss {bound.loss:.0e}, grad norm {bound.grad_norm:.0e}, parameters {bound.parameters:.0e}"
+    who = f"all {num_compared}" if num_agreeing == num_compared else f"only {num_agreeing} of {num_compared}"
+    return (
+        f"{who} cases agree with {reference} in fp32 over {config.steps} steps "
+        f"({config.engine.precision.name}, within {tolerances.replace('inf', 'any')})"
+    )
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(ParityConfig, ["engines", "worlds", "steps"]))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(read, run, help_page)

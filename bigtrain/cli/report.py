@@ -1,0 +1,77 @@
+"""Write a page about runs: ``python launch/report.py runs/a runs/b``; ``--help`` says more."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config.convert import LocalPath
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """Which runs, and where the report goes."""
+
+    runs: list[LocalPath] = field(default_factory=list)
+    """Directories of runs; ``runs=`` is left out."""
+    out: LocalPath | None = None
+    """File to write: ``.html``, or ``.svg``, ``.png`` or ``.pdf`` for the loss curve alone; by default ``report.html`` in the run, for several runs here."""
+
+
+HELP = """\
+Write one HTML file about one or several runs, finished or running: loss, speed, memory, where the time goes, what
+happened, how their configurations differ, and generated text. It needs no network and can be sent or printed.
+
+  python launch/report.py runs/gpt_nano
+  python launch/report.py runs/first runs/second out=comparison.html
+  python launch/report.py runs/first out=loss.png
+
+Settings, with their defaults:
+{settings}
+"""
+PICTURES = (".svg", ".png", ".pdf")
+
+
+def read(args: list[str]) -> ReportConfig:
+    """Return the configuration; what is no setting is a run.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    config, problems = hydra_cli.read_runs(ReportConfig, args)
+    config.out = config.out or (f"{config.runs[0]}/report.html" if len(config.runs) == 1 else "report.html")
+    if Path(config.out).suffix not in (".html", *PICTURES):
+        problems.append(f"out={config.out}: the name must end in .html, {', '.join(PICTURES)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def run(config: ReportConfig) -> int:
+    """Write the report and say where it is."""
+    from bigtrain.telemetry import figures, names
+    from bigtrain.telemetry.history import read_history
+    from bigtrain.telemetry.report import write_report
+
+    histories, out = [read_history(Path(directory)) for directory in config.runs], Path(str(config.out))
+    try:
+        if out.suffix in PICTURES:
+            with figures.drawing():
+                figures.loss_figure(histories, names.STEP).savefig(out, dpi=160, transparent=True)
+        else:
+            write_report(histories, out)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written: {error}") from error
+    print(out)
+    return EXIT_FINISHED
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(ReportConfig))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(read, run, help_page)

@@ -1,0 +1,104 @@
+"""Train a Transformer: ``torchrun launch/train.py +model=gpt3_1b``; ``--help`` says more."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from bigtrain.checkpoint.store import newest_step
+from bigtrain.cli import hydra_cli
+from bigtrain.config import TrainConfig
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_RESUMABLE, BigtrainError
+from bigtrain.log import redact
+from bigtrain.processes import only_zero_is_success
+from bigtrain.supervise.attempt import record_early_stop
+from bigtrain.supervise.signals import EarlyStop
+
+HELP = """\
+Train a Transformer: the same run on one process or many, under any engine.
+
+  python launch/train.py +model=gpt_nano                            one process
+  torchrun --nproc-per-node=8 launch/train.py +model=gpt3_1b        one node with 8 GPUs
+  torchrun --nproc-per-node=8 launch/train.py +model=gpt3_1b engine=zero3 engine.offload=cpu
+  torchrun --nproc-per-node=2 launch/train.py +model=gpt_nano data=text data.path='books/*.txt'
+  python launch/train.py +model=hf model.name=gpt2 model.pretrained=true
+
+The same command again continues the run; runs/<run.name>/ is its directory.
+
+Groups, chosen with <group>=<option> (* is the default; + where there is none):
+{groups}
+
+Settings used most, with their defaults:
+{settings}
+
+All settings as composed:  python launch/train.py +model=gpt_nano --cfg job
+What each one means:       bigtrain/config/__init__.py and configs/train.yaml
+
+Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault,
+3 failed again and again: no use in restarting it. Under torchrun and accelerate launch a run that was stopped and
+saved ends with 0 too, and they turn all others into 1; the file exit.json in the run's directory has the code.
+"""
+
+MOST_USED = [
+    "run.name",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "data.sequence_length",
+    "engine.precision",
+    "engine.activation_checkpointing",
+    "optimizer.lr",
+    "validation.every_steps",
+    "checkpoint.every_steps",
+]
+
+
+def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
+    """Train, and leave the first cause of a fault where torchrun looks for it."""
+    directory = config.run.directory
+    if early_stop:
+        early_stop.leave_word = lambda reason: record_early_stop(directory, newest_step(directory), reason)
+    # Only now: --help and configuration errors answer without torch.
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from bigtrain.run import trainer
+    from bigtrain.supervise.failures import is_lost_connection
+
+    faults = get_error_handler()
+    faults.initialize()
+    try:
+        code = trainer.run(config)
+    except BigtrainError as error:  # the user's to mend: one message, not a traceback per rank in torchrun's report
+        error.exit_code = _code_for_launcher(error.exit_code)
+        raise
+    except Exception as error:
+        if is_lost_connection(error):  # what this rank could say would only hide what the other one says
+            return EXIT_FAULT
+        faults.record_exception(error)
+        _redact_file(os.environ.get("TORCHELASTIC_ERROR_FILE"))
+        raise
+    # Nor may torchrun start a run anew whose directory was renamed.
+    return EXIT_FINISHED if only_zero_is_success() else code
+
+
+def _code_for_launcher(code: int) -> int:
+    """Return 0 for 75: torchrun and accelerate would report a failure, and torchrun's --max-restarts undo the stop."""
+    return EXIT_FINISHED if code == EXIT_RESUMABLE and only_zero_is_success() else code
+
+
+def _redact_file(path: str | None) -> None:
+    """Take the secrets out of what torchrun is about to show."""
+    if path:
+        content = json.loads(Path(path).read_text())
+        Path(path).write_text(json.dumps(redact(content)))
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(groups=hydra_cli.group_lines(), settings=hydra_cli.setting_lines(TrainConfig, MOST_USED))
+
+
+def main(early_stop: EarlyStop) -> NoReturn:
+    """Run the command; until the run has begun, signals are those of ``early_stop``."""
+    hydra_cli.main(hydra_cli.read_run, partial(run, early_stop=early_stop), help_page)

@@ -1,0 +1,162 @@
+"""Kill and resume a training, and compare: ``python launch/verify_resume.py +model=gpt_nano``; ``--help`` says more."""
+
+import dataclasses
+import math
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config import EngineKind, TrainConfig
+from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
+
+if TYPE_CHECKING:
+    from bigtrain.testing.resume import Plan, Verdict
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifyResumeConfig(TrainConfig):
+    """A training run, and how it is interrupted."""
+
+    before: int = 6
+    """Steps before the checkpoint that is resumed from, at least 2."""
+    after: int = 6
+    """Steps after it, at least 2; the kill is in the middle of the second one."""
+    world: int | None = None
+    """Ranks on this machine; by default one per GPU, or 2 without a GPU."""
+    resume_world: int | None = None
+    """Ranks of the resumed launch; by default as many."""
+    resume_engine: EngineKind | None = None
+    """Engine of the resumed launch; by default the same."""
+
+
+OWN_SETTINGS = ["before", "after", "world", "resume_world", "resume_engine"]
+HELP = """\
+Is your training, killed and resumed, the training that was never interrupted? Takes the settings of launch/train.py.
+
+  python launch/verify_resume.py +model=gpt_nano
+  python launch/verify_resume.py +model=gpt_nano engine=fsdp resume_engine=zero2 resume_world=1
+  python launch/verify_resume.py +model=llama3_1b engine=zero3 world=8 before=20 after=20
+
+Trains before + after steps without an interruption; then again, with kill -9 to all ranks in the middle of the second
+step after the checkpoint; then resumes. Compares the samples, the learning rates, the losses and the gradient norms of
+every step, and the final weights. Under the same engine and world size all of them, and the optimizer's state, must
+be the same bit by bit, with dropout too. Otherwise losses may differ by 1e-6 (fp32) or 2e-3 (bf16) relative, gradient
+norms and weights by ten times that. Dropout draws its numbers per rank: to change the world size, switch it off.
+
+Settings of its own, with their defaults:
+{settings}
+
+All others are those of training (python launch/train.py --help). The schedule of the learning rate stays that of
+train.steps. The runs need room for four checkpoints in run.root; they are removed if all is well.
+
+Exit codes: 0 the same, 1 not the same, 2 it could not be found out.
+"""
+
+
+def run(config: VerifyResumeConfig) -> int:
+    """Verify, and show what was compared."""
+    from bigtrain import log
+    from bigtrain.testing.resume import verify_resume
+
+    log.setup(hydra_cli.rank())
+    plan = plan_of(config)
+    config = fit_micro_batch(config, math.lcm(plan.world_size, plan.resume_world_size))
+    training = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
+    root = Path(config.run.root) / f"verify_resume-{config.run.name}-{uuid.uuid4().hex[:8]}"
+    verdict = verify_resume(training, plan, root, say=partial(print, flush=True))
+    print(table(verdict))
+    if not verdict.holds:
+        print(f"NOT THE SAME: first difference in {verdict.first_difference}\nThe runs are in {root}.")
+        return EXIT_FAULT
+    how = "bit by bit" if verdict.is_bitwise else "within the rounding of another order of summation"
+    print(f"THE SAME: killed in step {plan.before + 2} and resumed from step {plan.before}, {how}.")
+    shutil.rmtree(root)
+    return EXIT_FINISHED
+
+
+def table(verdict: "Verdict") -> str:
+    """Return what was compared as a table for people."""
+    lines = [f"\n{'compared':<18}{'steps':<12}{'difference':<14}{'allowed':<12}"]
+    for item in verdict.checks:
+        mark = "" if item.holds else "  <--"
+        lines.append(f"{item.name:<18}{item.steps:<12}{_number(item.difference):<14}{_number(item.allowed):<8}{mark}")
+    return "\n".join([*lines, ""])
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if value < float("inf") else "differs"
+
+
+def plan_of(config: VerifyResumeConfig) -> "Plan":
+    """Return what is launched on how many ranks.
+
+    Raises:
+        ConfigError: names all that stands against it.
+    """
+    import torch
+
+    from bigtrain.testing.resume import Plan
+
+    num_gpus = torch.cuda.device_count()
+    world_size = (num_gpus or 2) if config.world is None else config.world
+    plan = Plan(
+        before=config.before,
+        after=config.after,
+        world_size=world_size,
+        resume_world_size=world_size if config.resume_world is None else config.resume_world,
+        resume_engine=config.resume_engine or config.engine.kind,
+    )
+    problems = [*_own_problems(config, plan), *_run_problems(config, plan)]
+    if 0 < num_gpus < max(plan.world_size, plan.resume_world_size):
+        problems.append(f"world and resume_world: this machine has {num_gpus} GPUs; one rank needs one")
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return plan
+
+
+def _own_problems(config: VerifyResumeConfig, plan: "Plan") -> list[str]:
+    rules = [
+        (config.before >= 2, f"before={config.before}: must be at least 2"),
+        (config.after >= 2, f"after={config.after}: must be at least 2"),
+        (plan.world_size >= 1, f"world={config.world}: must be at least 1"),
+        (plan.resume_world_size >= 1, f"resume_world={config.resume_world}: must be at least 1"),
+        (
+            int(os.environ.get("WORLD_SIZE", "1")) == 1,
+            "start this command once, without torchrun: it starts world=<number> ranks by itself",
+        ),
+        (
+            config.checkpoint.resume == "auto",
+            f"checkpoint.resume={config.checkpoint.resume}: leave it out; what is verified are runs of their own",
+        ),
+        (
+            plan.world_size == plan.resume_world_size or config.model.dropout == 0,
+            f"model.dropout={config.model.dropout}: every rank draws its own random numbers, so another world size "
+            "cannot give the same losses; add model.dropout=0, or keep the world size",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _run_problems(config: VerifyResumeConfig, plan: "Plan") -> list[str]:
+    """Check the run as it starts and as it is resumed."""
+    resumed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=plan.resume_engine))
+    problems = []
+    for run_config, world_size in ((config, plan.world_size), (resumed, plan.resume_world_size)):
+        problems += check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))
+    return problems
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(VerifyResumeConfig, OWN_SETTINGS))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(partial(hydra_cli.compose_run, VerifyResumeConfig), run, help_page)

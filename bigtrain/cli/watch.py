@@ -1,0 +1,112 @@
+"""Look at runs while they run: ``python launch/watch.py runs/a runs/b``; ``--help`` says more."""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config.convert import LocalPath
+from bigtrain.errors import EXIT_FINISHED, ConfigError
+
+if TYPE_CHECKING:
+    from bigtrain.telemetry.follow import FollowedRun
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchConfig:
+    """Which runs, and how often they are looked at."""
+
+    runs: list[LocalPath] = field(default_factory=list)
+    """Directories of runs; ``runs=`` is left out."""
+    every_seconds: float = 2.0
+    """Seconds between two looks."""
+
+
+HELP = """\
+Show runs on a terminal: progress, numbers, loss, memory, time left, the last events. Reads their files and nothing
+else, so it works for running and finished runs, from any machine that sees the directory, and disturbs nobody.
+A run is running, finished, stopped or failed (and why), or has given no sign of life for some time: its process or its
+machine is gone, or stands still. It ends when no run is running any more, or with Ctrl-C. Without a terminal it says
+once how things stand.
+
+  python launch/watch.py runs/gpt_nano
+  ssh cluster python bigtrain/launch/watch.py /shared/runs/first /shared/runs/second
+
+Settings, with their defaults:
+{settings}
+"""
+
+
+def read(args: list[str]) -> WatchConfig:
+    """Return the configuration; what is no setting is a run.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    config, problems = hydra_cli.read_runs(WatchConfig, args)
+    if not config.every_seconds > 0:
+        problems.append(f"every_seconds={config.every_seconds}: must be positive")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def run(config: WatchConfig) -> int:
+    """Show the runs until none of them runs."""
+    from rich.console import Console
+
+    from bigtrain.telemetry.follow import FollowedRun
+
+    runs, console = [FollowedRun(Path(directory)) for directory in config.runs], Console(highlight=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        if console.is_terminal:
+            _follow(runs, config.every_seconds, console)
+        else:
+            for followed in runs:
+                followed.read()
+            console.print(_screen(runs), width=100)
+    return EXIT_FINISHED
+
+
+def _follow(runs: "list[FollowedRun]", every_seconds: float, console: Any) -> None:
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            for followed in runs:
+                followed.read()
+            live.update(_screen(runs), refresh=True)
+            if all(followed.is_over() for followed in runs):
+                return
+            time.sleep(every_seconds)
+
+
+def _screen(runs: "list[FollowedRun]") -> Any:
+    from rich.console import Group
+    from rich.constrain import Constrain
+
+    from bigtrain.telemetry.view import MAX_COLUMNS
+
+    return Constrain(Group(*(_panel(followed) for followed in runs)), MAX_COLUMNS)
+
+
+def _panel(followed: "FollowedRun") -> Any:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    state, _, why = followed.state().partition(": ")
+    shown = [followed.view.render(show_events=True), *([Text(why)] if why else [])]
+    return Panel(Group(*shown), title=Text(f"{followed.name}: {state}"), title_align="left")
+
+
+def help_page() -> str:
+    """Return the text of ``--help``."""
+    return HELP.format(settings=hydra_cli.setting_lines(WatchConfig))
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    hydra_cli.main(read, run, help_page)

@@ -1,0 +1,441 @@
+"""The configuration of a run: plain dataclasses, one docstring under each field.
+
+Hydra composes them (see ``bigtrain/cli/hydra_cli.py``); nothing here, and nothing else in the package,
+knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is
+its inverse (see ``convert.py``). ``check.py`` fills in derived values and finds contradictions.
+The sections about how a run is watched are in ``watch.py``.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from bigtrain.config.choices import (
+    Activation,
+    ActivationCheckpointing,
+    Content,
+    DataSource,
+    Duplicates,
+    EngineKind,
+    Load,
+    ModelKind,
+    Norm,
+    Offload,
+    OnBad,
+    OptimizerKind,
+    Packing,
+    Positions,
+    Precision,
+    Preflight,
+    SchedulerKind,
+    Verify,
+    WandbMode,
+)
+from bigtrain.config.convert import LocalPath, PathOrUrl
+from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Identity and place of the run."""
+
+    name: str | None = None
+    """Directory of the run below ``root``; by default the name of the model preset."""
+    root: LocalPath = "runs"
+    """Directory that holds the runs."""
+    stop_after_steps: int | None = None
+    """End this launch, saved and resumable, after so many optimizer steps."""
+    max_minutes: float | None = None
+    """End this launch, saved and resumable, so early that its last save is done after so many minutes."""
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the run."""
+        return Path(self.root) / str(self.name)
+
+
+@dataclass(kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Llama-3.1 frequency scaling of rotary positions (``rope_type: llama3`` in transformers)."""
+
+    factor: float
+    """Context extension factor."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above ``original_max_positions / low_freq_factor`` are scaled fully."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below ``original_max_positions / high_freq_factor`` are left alone."""
+    original_max_positions: int = 8192
+    """Context length of the original pre-training."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of the Transformer. Presets are in ``configs/model``."""
+
+    name: LocalPath | None = None
+    """Preset name; with ``kind: hf`` a hub id or a local directory."""
+    kind: ModelKind = ModelKind.native
+    """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
+    pretrained: bool = False
+    """``hf`` only: start from the published weights."""
+    init_from: LocalPath | None = None
+    """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
+    vocab_size: int = 4096
+    """Rows of the token embedding."""
+    num_layers: int = 4
+    """Number of Transformer blocks."""
+    hidden_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads per block."""
+    num_kv_heads: int | None = None
+    """Key/value heads per block (grouped-query attention); by default ``num_heads``."""
+    head_dim: int | None = None
+    """Width of one head; by default ``hidden_dim / num_heads``."""
+    ffn_dim: int | None = None
+    """Inner width of the feed-forward layer; by default ``4 * hidden_dim``."""
+    max_positions: int = 256
+    """Longest sequence the model is made for."""
+    positions: Positions = Positions.learned
+    """Learned absolute positions or rotary ones."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Llama-3.1 scaling of the rotary frequencies."""
+    norm: Norm = Norm.layernorm
+    """Normalisation layer."""
+    norm_eps: float = 1e-5
+    """Epsilon of the normalisation layers."""
+    activation: Activation = Activation.gelu
+    """Feed-forward non-linearity."""
+    bias: bool = True
+    """Biases in linear and normalisation layers."""
+    tie_embeddings: bool = True
+    """Output projection shares the token embedding."""
+    dropout: float = 0.0
+    """Dropout probability on embeddings, attention and residual branches."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; residual outputs use ``init_std / sqrt(2 * num_layers)``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightChangeConfig:
+    """A weight that holds from some step on."""
+
+    step: int
+    """Optimizer step, from 0, that is the first with this weight."""
+    weight: float
+    """Weight from there on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ComponentConfig:
+    """One of the data sets of a mixture; what it leaves open is as in the ``data`` section."""
+
+    weight: float = 1.0
+    """Share of the samples, in proportion to the weights of the other components."""
+    later_weights: list[WeightChangeConfig] = field(default_factory=list)
+    """Changes of the weight, in the order of their steps."""
+    max_epochs: int | None = None
+    """Passes over the component after which it is left out; by default any number."""
+    source: DataSource | None = None
+    """See ``data.source``."""
+    path: PathOrUrl | None = None
+    """See ``data.path``."""
+    subset: str | None = None
+    """See ``data.subset``."""
+    split: str | None = None
+    """See ``data.split``."""
+    streaming: bool | None = None
+    """See ``data.streaming``."""
+    on_the_fly: bool | None = None
+    """See ``data.on_the_fly``."""
+    content: Content | None = None
+    """See ``data.content``."""
+    text_field: str | None = None
+    """See ``data.text_field``."""
+    messages_field: str | None = None
+    """See ``data.messages_field``."""
+    chat_template: str | None = None
+    """See ``data.chat_template``."""
+    prompt_field: str | None = None
+    """See ``data.prompt_field``."""
+    answer_field: str | None = None
+    """See ``data.answer_field``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """Which documents are left out of a corpus; each is counted in its ``report.json``."""
+
+    min_characters: int = 0
+    """Shorter documents are left out."""
+    max_characters: int | None = None
+    """Longer documents are left out."""
+    max_repeated_line_share: float = 1.0
+    """Largest share of a document's characters in lines that it has had before."""
+    max_symbol_share: float = 1.0
+    """Largest share of a document's visible characters that are neither letters nor digits."""
+    duplicates: Duplicates = Duplicates.keep
+    """``exact`` leaves out documents that are equal to an earlier one, ``near`` also those that are similar (MinHash)."""
+    near_similarity: float = 0.8
+    """``near`` only: share of 5-word sequences in common (Jaccard) from which on documents count as similar."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which tokens are trained on, and how they are cut."""
+
+    source: DataSource = DataSource.stdlib
+    """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
+    path: PathOrUrl | None = None
+    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    subset: str | None = None
+    """``datasets`` only: the dataset's configuration name."""
+    split: str | None = None
+    """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet``: the split; by default the only one, of ``datasets`` train."""
+    streaming: bool = False
+    """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
+    on_the_fly: bool = False
+    """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
+    content: Content = Content.text
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
+    text_field: str = "text"
+    """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
+    messages_field: str = "messages"
+    """Field with the messages of a ``chat``."""
+    chat_template: str | None = None
+    """File of the Jinja template that writes a ``chat``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
+    prompt_field: str = "prompt"
+    """Field with the prompt of ``pairs``."""
+    answer_field: str = "answer"
+    """Field with the answer of ``pairs``."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """What is left out of a corpus."""
+    root: LocalPath = "data"
+    """Directory that holds prepared corpora."""
+    tokenizer: LocalPath = "bpe"
+    """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
+    tokenizer_vocab_size: int = 4096
+    """Vocabulary size of the trained ``bpe``."""
+    shard_tokens: int = 67_108_864
+    """Prepared shards end with the document by which they hold so many tokens."""
+    prepare_processes: int | None = None
+    """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
+    validation_fraction: float = 0.02
+    """Share of the documents that is kept for validation."""
+    cache_directory: LocalPath | None = None
+    """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
+    cache_gib: float = 100.0
+    """Size of that cache; what was not used for longest makes room."""
+    verify: Verify = Verify.full
+    """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
+    on_bad_row: OnBad = OnBad.stop
+    """``skip`` leaves out rows that are no documents and files that cannot be read to their end, and counts them."""
+    on_bad_shard: OnBad = OnBad.stop
+    """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
+    sequence_length: int | None = None
+    """Tokens per sample; by default the model's ``max_positions``."""
+    packing: Packing = Packing.concat
+    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
+    document_mask: bool = False
+    """Attention stays within documents and positions count from the beginning of each."""
+    shuffle_window_shards: int | None = None
+    """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
+    mixture: dict[str, ComponentConfig] = field(default_factory=dict)
+    """Several data sets by name, each with its weight."""
+    allow_change: bool = False
+    """Continue a checkpoint although its data or mixture was another; components with the same name and data go on where they were."""
+    prefetch_steps: int = 4
+    """Optimizer steps of batches prepared ahead in the background."""
+    synthetic_ragged: bool = False
+    """``synthetic`` only: mask a random tail of each sample, so that ranks hold different numbers of targets."""
+
+
+def is_live(data: DataConfig) -> bool:
+    """Return whether a data set is tokenised while training."""
+    return data.on_the_fly and data.source not in (DataSource.prepared, DataSource.synthetic)
+
+
+def component_data(data: DataConfig) -> dict[str, DataConfig]:
+    """Return the ``data`` section of every component of a mixture by name; of a single data set, itself as ``data``."""
+    if not data.mixture:
+        return {"data": data}
+    own = {f.name for f in fields(ComponentConfig)} & {f.name for f in fields(DataConfig)}
+    return {
+        name: replace(data, mixture={}, **{key: value for key in own if (value := getattr(component, key)) is not None})
+        for name, component in sorted(data.mixture.items())
+    }
+
+
+@dataclass(kw_only=True, slots=True)
+class FsdpConfig:
+    """Settings of ``fsdp`` and ``hsdp``."""
+
+    reshard_after_forward: bool = True
+    """Free the gathered parameters of a block after its forward pass (ZeRO-3); false keeps them (ZeRO-2)."""
+    accumulate_whole_gradients: bool = False
+    """Communicate gradients once per step instead of once per micro-batch; each rank then holds a whole gradient."""
+    prefetch_blocks: int = 1
+    """Blocks that are gathered ahead of the one that computes; more than one helps where the network is slow to answer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """Settings of ``zero1``, ``zero2`` and ``zero3``."""
+
+    bucket_elements: int = 50_000_000
+    """Elements per reduce and all-gather bucket."""
+    persistence_threshold_elements: int = 100_000
+    """``zero3`` only: smaller parameters stay gathered."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How the run is spread over devices."""
+
+    kind: EngineKind = EngineKind.fsdp
+    """Sharding engine."""
+    offload: Offload = Offload.none
+    """``cpu`` keeps sharded optimizer state (and FSDP parameters) in host memory."""
+    precision: Precision | None = None
+    """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU. On GPUs also ``tf32``, which is fp32 with rounded factors in matrix products, and ``fp8``, which is bf16 with fp8 in products that are large enough to gain from it."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """``full`` recomputes blocks, ``selective`` keeps the matrix products and attention."""
+    activation_checkpointing_every: int = 1
+    """Apply it to every n-th block."""
+    compile: bool = False
+    """``torch.compile`` each block."""
+    dp_shard: int | None = None
+    """``hsdp`` only: ranks per shard group; by default the ranks of one node."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """Settings of ``fsdp`` and ``hsdp``."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Settings of ``zero1``, ``zero2`` and ``zero3``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """The update rule."""
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    """``adamw``; ``muon`` for the matrices of the blocks, with AdamW for the rest; or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the moment estimates."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SchedulerConfig:
+    """Learning rate as a function of the step."""
+
+    kind: SchedulerKind = SchedulerKind.cosine
+    """Shape after warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """``wsd`` only: share of ``train.steps`` in which the rate falls linearly at the end."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Length and size of the training."""
+
+    seed: int = 0
+    """Seed of the weights, the sample order and dropout."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int | None = None
+    """Sequences per rank and forward pass, from which accumulation follows; by default as many as fit a rank's part of the step, up to 4."""
+    log_every_steps: int = 10
+    """Steps between two console lines."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    """Loss on documents that are never trained on."""
+
+    every_steps: int = 0
+    """Steps between validations, besides the one at the end; 0 = never, not even at the end."""
+    batches: int = 8
+    """Global batches per validation."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every_steps: int = 500
+    """Steps between checkpoints, besides the one at the end; 0 = only at the end."""
+    keep: str = "latest 2"
+    """``all``, ``latest N``, ``every N`` (steps), ``best`` (validation loss), or several with commas; the two newest always are."""
+    resume: LocalPath = "auto"
+    """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of another run, or of one of its checkpoints, with which this one begins."""
+    load: Load = Load.all
+    """Of that other run: ``all`` goes on at its step; ``weights`` begins at step 0 with a fresh optimizer. A run's own checkpoints are always loaded whole."""
+    verify: Verify = Verify.full
+    """Before loading: ``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` trusts."""
+    asynchronous: bool = True
+    """Write behind the training loop, which then waits for a copy in memory only."""
+    max_failures: int = 3
+    """Failed saves in a row after which the run stops."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What besides the console and the files is written."""
+
+    wandb: WandbMode = WandbMode.disabled
+    """``auto`` is online with a key and offline without one."""
+    wandb_project: str | None = None
+    """Weights & Biases project; by default that of ``WANDB_PROJECT``, or ``bigtrain``."""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team; by default that of ``WANDB_ENTITY``, or your own."""
+    tensorboard: bool = False
+    """Write ``tensorboard/`` in the run directory."""
+    layer_norms_every_steps: int = 100
+    """Steps between norms of gradients, weights and updates per layer; 0 = never."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that defines a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Identity and place of the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model; chosen with ``+model=<preset>``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engine."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The update rule."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """The learning rate over time."""
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length and size."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """Supervision."""
+    bad_numbers: BadNumbersConfig = field(default_factory=BadNumbersConfig)
+    """Bad numbers."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Logging backends."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiling on demand."""
+    preflight: Preflight = Preflight.stop
+    """``warn`` goes on although the memory estimate says that the run does not fit."""

@@ -1,0 +1,419 @@
+"""One pass that fills in derived values and one that finds every contradiction.
+
+Both are pure functions of the configuration and the world; neither imports torch, so a
+contradiction is reported within a second and before any process group exists.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import fields
+from operator import attrgetter
+from pathlib import PurePosixPath
+
+from bigtrain.config import DataConfig, TrainConfig, component_data, is_live
+from bigtrain.config.bounds import out_of_range
+from bigtrain.config.choices import (
+    ActivationCheckpointing,
+    Content,
+    DataSource,
+    Duplicates,
+    EngineKind,
+    Load,
+    ModelKind,
+    Offload,
+    OptimizerKind,
+    Positions,
+    Precision,
+    SchedulerKind,
+    WandbMode,
+)
+from bigtrain.config.convert import MAX_NAME_BYTES
+
+DEFAULT_MICRO_BATCH_SIZE = 4
+ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
+FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
+OF_PREPARATION = (
+    "tokenizer",
+    "tokenizer_vocab_size",
+    "validation_fraction",
+    "shard_tokens",
+    "content",
+    "filters",
+    "on_bad_row",
+)
+OWN_TOKENIZERS = ("bpe", "bytes")
+RESUME_WORDS = ("auto", "never", "must")
+PATHLESS = {DataSource.stdlib, DataSource.synthetic}
+"""Sources that ignore ``data.path``."""
+WHAT_PATH_IS = {
+    DataSource.datasets: "dataset name or directory",
+    DataSource.prepared: "directory or URL of a prepared corpus",
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Return a copy of ``config`` in which values that follow from others are filled in.
+
+    ``engine.precision`` stays open: it follows from the device and is set by the trainer.
+    """
+    model = dataclasses.replace(config.model)
+    if model.kind is ModelKind.native:
+        model.num_kv_heads = model.num_kv_heads or model.num_heads
+        model.head_dim = model.head_dim or model.hidden_dim // max(model.num_heads, 1)
+        model.ffn_dim = model.ffn_dim or 4 * model.hidden_dim
+    length = model.max_positions if config.data.sequence_length is None else config.data.sequence_length
+    data = dataclasses.replace(config.data, sequence_length=length)
+    # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
+    if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
+        data.tokenizer = origin
+    name = config.run.name or re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(model.name or "run").name)
+    return dataclasses.replace(config, model=model, data=data, run=dataclasses.replace(config.run, name=name))
+
+
+def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Return ``config`` with a micro-batch, unless it has one: the largest up to 4 that divides a rank's part."""
+    if config.train.micro_batch_size is not None:
+        return config
+    per_rank = max(config.train.global_batch_size // world_size, 1)
+    fitting = max(size for size in range(1, DEFAULT_MICRO_BATCH_SIZE + 1) if per_rank % size == 0)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=fitting))
+
+
+def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> list[str]:
+    """Return every problem of a resolved ``config`` for this world, each with what to change."""
+    return [
+        *_check_run(config),
+        *_check_model(config),
+        *_check_data(config.data),
+        *_check_model_and_data(config),
+        *_check_batch(config, world_size),
+        *_check_engine(config, world_size, local_world_size),
+        *(problem for s in fields(config) for problem in out_of_range(s.name, getattr(config, s.name))),
+        *_check_training(config),
+    ]
+
+
+def check_data(data: DataConfig) -> list[str]:
+    """Return every problem of the ``data`` section by itself."""
+    return out_of_range("data", data) + _check_data(data)
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = _check_mixture(data)
+    for name, part in component_data(data).items():
+        where = f"data.mixture.{name}" if data.mixture else "data"
+        if part.source not in PATHLESS and not part.path:
+            what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
+            chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
+            problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
+        if part.source not in PATHLESS | {DataSource.prepared} and "://" in (part.path or ""):
+            problems.append(
+                f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; "
+                + ("write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine")
+            )
+    if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
+        problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
+    problems += _check_tokenizer(data)
+    problems += _check_preparation(data)
+    problems += _check_live(data)
+    return problems
+
+
+def _check_tokenizer(data: DataConfig) -> list[str]:
+    """Find what is meant to be one of ours before a hub is asked for it."""
+    name = data.tokenizer
+    meant = difflib.get_close_matches(name.lower(), OWN_TOKENIZERS, n=1, cutoff=0.75)
+    if name in OWN_TOKENIZERS or not meant:
+        return []
+    return [f"data.tokenizer={name}: did you mean {meant[0]}? (a directory of that name is data.tokenizer=./{name})"]
+
+
+def _check_live(data: DataConfig) -> list[str]:
+    """Find what is asked of text that is tokenised while training and needs the whole text before."""
+    live = [name for name, part in component_data(data).items() if is_live(part)]
+    if not live:
+        return []
+    problems = []
+    if data.tokenizer == "bpe":
+        problems.append(
+            "data.on_the_fly=true: a bpe is trained on the whole text, which nobody has read; use data.tokenizer=bytes, a "
+            "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
+            "(python launch/prepare.py on a part of the text makes one)"
+        )
+    if data.filters.duplicates is not Duplicates.keep:
+        problems.append(
+            f"data.filters.duplicates={data.filters.duplicates.name}: duplicates are found by reading the whole text; "
+            "leave it out, or prepare the text before (data.on_the_fly=false)"
+        )
+    problems += [
+        f"data.mixture.{name}.max_epochs: not offered on the fly, where nobody knows how long an epoch is; leave it out, "
+        f"or prepare this component before (data.mixture.{name}.on_the_fly=false)"
+        for name in live
+        if data.mixture and data.mixture[name].max_epochs is not None
+    ]
+    return problems
+
+
+def _check_preparation(data: DataConfig) -> list[str]:
+    filters = data.filters
+    rules = [
+        (
+            filters.max_characters is None or filters.max_characters >= max(filters.min_characters, 1),
+            f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
+        ),
+        (
+            data.content is Content.text or data.source not in (DataSource.text, DataSource.stdlib),
+            f"data.content={data.content.name}: data={data.source.name} has no records; "
+            "use jsonl, parquet, arrow or datasets",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _check_mixture(data: DataConfig) -> list[str]:
+    problems = []
+    for name, component in data.mixture.items():
+        where = f"data.mixture.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            problems.append(f"{where}: a name has letters, digits, '_' and '-' only")
+        weights = {f"{where}.weight": component.weight}
+        weights |= {f"{where}.later_weights: step {c.step}: weight": c.weight for c in component.later_weights}
+        for key, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                problems.append(f"{key}={weight}: must be 0 or positive")
+        steps = [change.step for change in component.later_weights]
+        if steps != sorted(set(steps)) or (steps and steps[0] < 1):
+            problems.append(f"{where}.later_weights: steps {steps} must be positive and ascending")
+        if component.max_epochs is not None and component.max_epochs < 1:
+            problems.append(f"{where}.max_epochs={component.max_epochs}: must be at least 1")
+    if data.mixture and not any(component.weight > 0 for component in data.mixture.values()):
+        problems.append("data.mixture: at least one component needs a positive weight from the beginning")
+    parts = component_data(data).values()
+    prepared = [part.path for part in parts if part.source is DataSource.prepared]
+    is_trained = any(part.source not in (DataSource.synthetic, DataSource.prepared) for part in parts)
+    if data.tokenizer == "bpe" and prepared and is_trained:
+        problems.append(
+            "data.tokenizer=bpe would train another tokenizer than the one that a component of data.mixture was prepared "
+            f"with; use that one: data.tokenizer={prepared[0]}"
+        )
+    return problems
+
+
+WITH_SPLITS = (DataSource.datasets, DataSource.arrow, DataSource.parquet, DataSource.jsonl)
+
+
+def ignored_settings(config: TrainConfig) -> list[str]:
+    """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
+    engine, data, defaults = config.engine, config.data, TrainConfig()
+    is_prepared = data.source is DataSource.prepared and not data.mixture
+    parts = component_data(data).values()
+    any_live, all_live = any(map(is_live, parts)), all(map(is_live, parts))
+    is_remote = any("://" in (part.path or "") for part in parts)
+    looks_for_near = data.filters.duplicates is Duplicates.near
+    no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
+    rules = [
+        (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
+        (engine.kind in (*ZERO_KINDS, EngineKind.accelerate), "engine.deepspeed", f"by engine={engine.kind.name}"),
+        (engine.kind is EngineKind.hsdp, "engine.dp_shard", f"by engine={engine.kind.name}"),
+        (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
+        (data.source not in PATHLESS, "data.path", f"by data={data.source.name}"),
+        (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
+        (data.source in WITH_SPLITS, "data.split", f"by data={data.source.name}"),
+        (data.source is DataSource.datasets or data.mixture, "data.streaming", f"by data={data.source.name}"),
+        *(
+            (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")
+            for key in OF_PREPARATION
+        ),
+        (any_live, "data.on_the_fly", f"by data={data.source.name}"),
+        (not all_live, "data.shard_tokens", "by data.on_the_fly=true"),
+        (not all_live, "data.verify", "by data.on_the_fly=true"),
+        (not all_live, "data.on_bad_shard", "by data.on_the_fly=true"),
+        (is_remote or any_live, "data.cache_directory", "unless data.path is a URL or data.on_the_fly=true"),
+        (is_remote or any_live, "data.cache_gib", "unless data.path is a URL or data.on_the_fly=true"),
+        (data.content is Content.chat, "data.messages_field", "unless data.content=chat"),
+        (data.content is Content.chat, "data.chat_template", "unless data.content=chat"),
+        (data.content is Content.pairs, "data.prompt_field", "unless data.content=pairs"),
+        (data.content is Content.pairs, "data.answer_field", "unless data.content=pairs"),
+        (looks_for_near, "data.filters.near_similarity", "unless data.filters.duplicates=near"),
+        (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
+        (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
+        (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
+        (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
+        (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
+        (config.optimizer.kind is not OptimizerKind.sgd, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
+        (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
+        (config.logging.wandb is not WandbMode.disabled, "logging.wandb_project", "while logging.wandb=disabled"),
+        (config.logging.wandb is not WandbMode.disabled, "logging.wandb_entity", "while logging.wandb=disabled"),
+        (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
+    ]
+    ignored = [
+        f"{key} is ignored {reason}"
+        for is_used, key, reason in rules
+        if not is_used and attrgetter(key)(config) != attrgetter(key)(defaults)
+    ]
+    if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
+        ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
+    if config.profile.steps and config.profile.steps[0] > config.train.steps:
+        ignored.append(f"profile.steps={config.profile.steps} is ignored: train.steps={config.train.steps}")
+    if (warmup := config.scheduler.warmup_steps) > config.train.steps:
+        ignored.append(
+            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is longer than "
+            f"train.steps={config.train.steps}"
+        )
+    return ignored
+
+
+def _check_run(config: TrainConfig) -> list[str]:
+    name = config.run.name or ""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return [f"run.name={name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"]
+    if len(name) > MAX_NAME_BYTES:
+        return [
+            f"run.name={name[:20]}...: {len(name)} characters; the name of a directory has {MAX_NAME_BYTES} at most"
+        ]
+    return []
+
+
+def _check_model(config: TrainConfig) -> list[str]:
+    model = config.model
+    problems = []
+    if model.kind is ModelKind.hf:
+        if not model.name:
+            problems.append("model.name: +model=hf needs model.name=<hub id or local directory>")
+        if model.init_from:
+            problems.append(
+                f"model.init_from={model.init_from!r}: +model=hf starts from the weights of model.name; "
+                "write model.pretrained=true instead"
+            )
+        return problems
+    for field in ("vocab_size", "num_layers", "hidden_dim", "num_heads", "num_kv_heads", "ffn_dim", "max_positions"):
+        if getattr(model, field) < 1:
+            problems.append(f"model.{field}={getattr(model, field)}: must be at least 1")
+    if problems:
+        return problems
+    if model.hidden_dim % model.num_heads and model.head_dim == model.hidden_dim // model.num_heads:
+        problems.append(
+            f"model.hidden_dim={model.hidden_dim} does not divide by model.num_heads={model.num_heads}; "
+            "change one of them or set model.head_dim"
+        )
+    if model.num_heads % model.num_kv_heads:
+        problems.append(f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads={model.num_kv_heads}")
+    if model.positions is Positions.rope and model.head_dim % 2:
+        problems.append(f"model.head_dim={model.head_dim}: rotary positions need an even number")
+    if not 0 <= model.dropout < 1:
+        problems.append(f"model.dropout={model.dropout}: must be at least 0 and less than 1")
+    return problems
+
+
+def _check_model_and_data(config: TrainConfig) -> list[str]:
+    """Check what the model and the data have to agree about."""
+    data, model = config.data, config.model
+    problems = []
+    if data.document_mask and model.kind is ModelKind.hf:
+        problems.append("data.document_mask=true is not offered by +model=hf; choose a native model or leave it out")
+    if data.sequence_length < 1:
+        problems.append(f"data.sequence_length={data.sequence_length}: must be at least 1")
+    if model.kind is ModelKind.native and data.sequence_length > model.max_positions:
+        problems.append(
+            f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}; "
+            f"use data.sequence_length<={model.max_positions} or a larger model.max_positions"
+        )
+    without = (DataSource.synthetic, DataSource.prepared)
+    trains_tokenizer = data.tokenizer == "bpe" and data.source not in without
+    if model.kind is ModelKind.native and trains_tokenizer and model.vocab_size < data.tokenizer_vocab_size:
+        problems.append(
+            f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="
+            f"{data.tokenizer_vocab_size}; raise the one or lower the other"
+        )
+    return problems
+
+
+def _check_batch(config: TrainConfig, world_size: int) -> list[str]:
+    global_batch = config.train.global_batch_size
+    micro_batch = 1 if config.train.micro_batch_size is None else config.train.micro_batch_size
+    sizes = {"train.global_batch_size": global_batch, "train.micro_batch_size": micro_batch}
+    if problems := [f"{key}={size}: must be at least 1" for key, size in sizes.items() if size < 1]:
+        return problems
+    if global_batch % world_size:
+        return [f"train.global_batch_size={global_batch} does not divide by the world size {world_size}"]
+    per_rank = global_batch // world_size
+    if per_rank % micro_batch:
+        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        return [
+            f"train.global_batch_size={global_batch} is {per_rank} sequences per rank (world size {world_size}), "
+            f"which does not divide by train.micro_batch_size={micro_batch}; use one of {fitting}"
+        ]
+    return []
+
+
+def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:
+    engine = config.engine
+    problems = []
+    if engine.kind is EngineKind.hsdp:
+        dp_shard = engine.dp_shard or local_world_size
+        if dp_shard < 1 or world_size % dp_shard:
+            problems.append(f"engine.dp_shard={dp_shard} does not divide the world size {world_size}")
+    if engine.offload is Offload.cpu and engine.kind in (EngineKind.ddp, EngineKind.accelerate):
+        problems.append(
+            f"engine.offload=cpu is not offered by engine={engine.kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
+        )
+    if engine.precision is Precision.fp8:
+        problems += _check_fp8(config)
+    return problems
+
+
+def _check_fp8(config: TrainConfig) -> list[str]:
+    engine, num_tokens = config.engine, (config.train.micro_batch_size or 1) * config.data.sequence_length
+    rules = [
+        (
+            engine.kind in (EngineKind.ddp, *FSDP_KINDS),
+            f"engine.precision=fp8 is not offered by engine={engine.kind.name}; use ddp, fsdp or hsdp",
+        ),
+        (engine.compile, "engine.precision=fp8 is slower than bf16 without engine.compile=true"),
+        (
+            num_tokens % 16 == 0,
+            f"engine.precision=fp8 needs a multiple of 16 tokens in a micro-batch; train.micro_batch_size x "
+            f"data.sequence_length are {num_tokens}",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _check_training(config: TrainConfig) -> list[str]:
+    steps, betas, keep, scheduler = (
+        config.profile.steps,
+        config.optimizer.betas,
+        config.checkpoint.keep,
+        config.scheduler,
+    )
+    hang, first_hang = config.supervision.hang_seconds, config.supervision.first_hang_seconds
+    kept = r"all|best|(latest|every) [1-9][0-9]*"
+    rules = [
+        (
+            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            f"profile.steps={steps}: must be [first, last], as [20, 25]; steps count from 1",
+        ),
+        (
+            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            f"optimizer.betas={betas}: must be two numbers in [0, 1)",
+        ),
+        (
+            scheduler.kind is not SchedulerKind.wsd or 0 <= scheduler.decay_fraction <= 1,
+            f"scheduler.decay_fraction={scheduler.decay_fraction}: must be from 0 to 1",
+        ),
+        (
+            all(re.fullmatch(kept, rule.strip()) for rule in keep.split(",")),
+            f"checkpoint.keep={keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of them with commas",
+        ),
+        (
+            config.checkpoint.load is Load.all or config.checkpoint.resume not in RESUME_WORDS,
+            "checkpoint.load=weights: of which run? name it with checkpoint.resume=<path>; a run's own are loaded whole",
+        ),
+        (
+            first_hang >= hang,
+            f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]

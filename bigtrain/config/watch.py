@@ -1,0 +1,41 @@
+"""The sections of the configuration about how a run is watched; see ``config/__init__.py``."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True, slots=True)
+class SupervisionConfig:
+    """Hangs, slow ranks, and failures that come again."""
+
+    hang_seconds: float = 300.0
+    """A rank hangs when a phase of its step takes longer than this and than three times the longest of the phase's last 200; 0 switches the watchdog off."""
+    first_hang_seconds: float = 1800.0
+    """The limit for a phase that has been seen fewer than three times: starting, compiling, the first saves, a profile's export; and for a file that is fetched and of which nothing comes, for which ranks wait without being hung."""
+    straggler_factor: float = 1.5
+    """A rank is named when it is so many times slower than the median of the ranks; 0 switches that off."""
+    max_failed_attempts: int = 3
+    """After so many launches in a row that failed without a new checkpoint, a launcher's restart is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadNumbersConfig:
+    """Steps whose numbers are not to be trained on."""
+
+    max_bad_steps: int = 3
+    """Bad steps among the last 100 that are put up with (non-finite ones change no weight); one more rolls back."""
+    max_rollbacks: int = 3
+    """How often a run returns to a checkpoint and leaves out the samples of its bad steps, before it stops for good."""
+    spike_zscore: float = 0.0
+    """A loss so many (robust) standard deviations above the median counts as bad too; 0 = off, 6 is usual."""
+    spike_window_steps: int = 128
+    """Steps of which the median and the deviation are taken; none counts as a spike before there are so many."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """A look inside some steps, into ``profile/`` of the run."""
+
+    steps: list[int] = field(default_factory=list)
+    """``[first, last]``: optimizer steps that torch's profiler traces on rank 0; empty = none."""
+    memory: bool = False
+    """Record GPU allocations with their stacks and save them after those steps, or when memory runs out."""

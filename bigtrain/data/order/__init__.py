@@ -1,0 +1,1 @@
+"""Which samples, in which order: pure functions of seed and position."""

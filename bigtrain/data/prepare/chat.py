@@ -1,0 +1,409 @@
+"""Conversations as the text that a chat template writes, and what of that text counts in the loss.
+
+Templates are rendered by transformers, sandboxed, with the special tokens of the tokenizer. What a row says is
+written by the template or refused: a template drops what it does not know in silence, so every field is probed.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Content, DataConfig
+from bigtrain.data.read.index import INDEX_FILE, read_index
+from bigtrain.data.read.tokenizer import (
+    END_OF_TEXT,
+    OURS,
+    BuiltTokenizer,
+    build_tokenizer,
+    is_ours,
+    load_published,
+)
+from bigtrain.errors import DataError, StopError
+from bigtrain.log import get_logger
+
+ANSWERING_ROLE = "assistant"
+CHAT_FILE = "chat.json"
+_ROLES = ("system", "user", ANSWERING_ROLE, "tool", "developer", "function", "ipython")
+_OF_A_CHAT = ("tools", "functions", "documents", "system", "chat_template_kwargs")
+"""Fields of a row beside its messages that are, by convention, part of what the model is to see."""
+_LABELS = ("id", "type", "index")
+"""Keys inside a field, such as in a tool call, that a template may do without."""
+_CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}\
+{% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '<|im_end|>\n' }}{% endgeneration %}\
+{% else %}{{ m.content ~ '<|im_end|>\n' }}{% endif %}{% endfor %}"""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = "\ue000{}\ue001"
+"""Stands behind a content to see whether the template writes it; private use, so nothing trims it."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """How the conversations of a source are written."""
+
+    templates: dict[str, str]
+    """``default``, and ``tool_use`` where chats with tools have a template of their own."""
+    tokens: dict[str, Any]
+    """What templates read besides the chat: ``bos_token``, ``eos_token`` and other special tokens."""
+    date: str = ""
+    """Day that a template which writes today's date is given, ISO 8601: text must not depend on when it is read."""
+    is_plain: bool = False
+    """Whether the template is the ChatML of ``bpe`` and ``bytes``, whose names of special tokens are text."""
+
+    def write(self, record: dict[str, Any], name: str, *, is_table: bool) -> tuple[str, list[Span]]:
+        """Return the text of a row and the ranges of characters that count; none: there is nothing to learn.
+
+        Args:
+            record: the row.
+            name: its field with the messages.
+            is_table: whether a null may be there only because other rows have that field.
+
+        Raises:
+            ValueError: the row is no conversation, the template cannot write it, or drops some of it.
+        """
+        messages, weights = _read_messages(_without_null(record[name]) if is_table else record[name], name)
+        if not any(weight for weight, m in zip(weights, messages, strict=True) if m["role"] == ANSWERING_ROLE):
+            return "", []
+        fields = self._fields(_without_null(record) if is_table else record, name)
+        row = _Row(self, messages, fields, name)
+        answers = [(begin, end) for begin, end in row.answers(weights) if begin < end]
+        row.require_written()
+        return row.text, answers
+
+    def render(
+        self, messages: list[dict[str, Any]], fields: dict[str, Any], *, asks: bool = False
+    ) -> tuple[str, list[Span]]:
+        """Return the text of a conversation and the ranges that the template marks; ``asks`` opens an answer after it.
+
+        Raises:
+            ValueError: the template cannot write it.
+        """
+        from transformers.utils import chat_template_utils as templates
+
+        template = self._template(fields)
+        try:
+            if "strftime_now" in template:
+                day = datetime.date.fromisoformat(self.date)
+                templates._compile_jinja_template(template).environment.globals["strftime_now"] = day.strftime
+            texts, spans = templates.render_jinja_template(
+                [messages],
+                chat_template=template,
+                return_assistant_tokens_mask=self.marks(fields),
+                add_generation_prompt=asks,
+                **self.tokens | fields,
+            )
+        except StopError:
+            raise
+        except Exception as error:  # a template is a program
+            raise ValueError(f"the chat template cannot write it: {error}") from error
+        return texts[0], [(begin, end) for begin, end in (spans[0] if spans else [])]
+
+    def marks(self, fields: dict[str, Any]) -> bool:
+        """Return whether the template says itself what is generated."""
+        return _GENERATION.search(self._template(fields)) is not None
+
+    @property
+    def endings(self) -> list[str]:
+        """Names of special tokens with which a template may end a chat."""
+        return [token for token in self.tokens.values() if isinstance(token, str) and token]
+
+    def _template(self, fields: dict[str, Any]) -> str:
+        return self.templates["tool_use" if fields.get("tools") and "tool_use" in self.templates else "default"]
+
+    def columns(self, names: list[str]) -> list[str]:
+        """Return the columns of a table, besides that of the messages, that say something of a chat."""
+        read = frozenset(_OF_A_CHAT).union(*map(variables, self.templates.values()))
+        return [name for name in names if name in read]
+
+    def _fields(self, record: dict[str, Any], name: str) -> dict[str, Any]:
+        """Return the fields of a row that the template reads besides the messages."""
+        read = variables(self._template(record)) - {name, "messages", "add_generation_prompt", *self.tokens}
+        fields = {key: record[key] for key in read if record.get(key) is not None}
+        for key in _OF_A_CHAT:
+            if _says_something(record.get(key)) and key not in (*fields, name):
+                raise ValueError(f"field '{key}': the chat template does not write it")
+        return fields
+
+
+class _Row:
+    """One conversation on its way to a text."""
+
+    def __init__(self, chat: Chat, messages: list[dict[str, Any]], fields: dict[str, Any], name: str) -> None:
+        self.text, self._spans = chat.render(messages, fields)
+        self._chat, self._messages, self._fields, self._name = chat, messages, fields, name
+
+    def require_written(self) -> None:
+        """Refuse what the template drops: a content, a part of one, or another field.
+
+        Raises:
+            ValueError: which it is.
+        """
+        marked = self._try([_marked(message, number) for number, message in enumerate(self._messages)], self._fields)
+        for number, message in enumerate(self._messages):
+            for key, value in message.items():
+                if key == "role" or not _says_something(value):
+                    continue
+                where = f"field '{self._name}', message {number}"
+                if isinstance(value, list) and any(repr(part) in self.text for part in value):
+                    raise ValueError(f"{where}: {key} is a list, and the chat template takes text only")
+                if key != "content" or not all(mark in marked for mark in _marks(value, number)):
+                    self._require_effect(number, key, where)
+        for key in set(_OF_A_CHAT) & set(self._fields):
+            value = self._fields[key]
+            parts = [value[:i] + value[i + 1 :] for i in range(len(value))] if isinstance(value, list) else [None]
+            if any(self._try(self._messages, self._fields | {key: part}) == self.text for part in parts):
+                raise ValueError(f"field '{key}': the chat template does not write it, or not all of it")
+
+    def answers(self, weights: list[bool]) -> list[Span]:
+        """Return the ranges of characters that count."""
+        counted = [i for i, m in enumerate(self._messages) if m["role"] == ANSWERING_ROLE and weights[i]]
+        if not self._chat.marks(self._fields):
+            return [self._span(number) for number in counted]
+        if all(weights):
+            return self._spans
+        # Which spans are those of a message: the ones that are there with it and not before it.
+        bounds = {i: self._num_spans(i) for n in counted for i in (n, n + 1)}
+        return [span for n in counted for span in self._spans[bounds[n] : bounds[n + 1]]]
+
+    def _span(self, number: int) -> Span:
+        """Return where a message stands: behind what asks for it, up to the end of what is written with it."""
+        before, _ = self._chat.render(self._messages[:number], self._fields, asks=True)
+        upto, _ = self._chat.render(self._messages[: number + 1], self._fields)
+        if not self.text.startswith(upto):  # some write a special token when nothing follows
+            upto = next((upto.removesuffix(t) for t in self._chat.endings if upto.endswith(t)), upto)
+        if not (upto.startswith(before) and self.text.startswith(upto)):
+            raise ValueError(
+                f"field '{self._name}', message {number}: the chat template writes this answer, or what is before it, in "
+                "another way when the chat goes on, so what counts of it is not known; mark answers by {% generation %} "
+                "and {% endgeneration %} in a template of your own (data.chat_template=FILE)"
+            )
+        return len(before), len(upto)
+
+    def _num_spans(self, number: int) -> int:
+        return len(self._chat.render(self._messages[:number], self._fields)[1]) if number else 0
+
+    def _require_effect(self, number: int, key: str, where: str) -> None:
+        """Refuse a field with a part that changes nothing: neither in the chat nor where the chat ends with its message.
+
+        What a template writes only of the last answer, as many do with reasoning, is left out because it wants it so.
+        """
+        message = self._messages[number]
+        labels = {name: value for name, value in message.items() if name != key}
+        for what, cut in _cuts({key: message[key]}):
+            changed = [*self._messages[:number], labels | cut, *self._messages[number + 1 :]]
+            if self._try(changed, self._fields) != self.text:
+                continue
+            whole, part = (self._try(messages[: number + 1], self._fields) for messages in (self._messages, changed))
+            if whole == part:
+                raise ValueError(f"{where}: the chat template does not write its {what}")
+
+    def _try(self, messages: list[dict[str, Any]], fields: dict[str, Any]) -> str:
+        try:
+            return self._chat.render(messages, fields)[0]
+        except ValueError:  # then what was changed has an effect
+            return ""
+
+
+def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Return messages as transformers gives them to a template, without nulls, and which of them may count."""
+    if not isinstance(messages, list):
+        raise ValueError(f"field '{name}' is {type(messages).__name__}, not a list of messages")
+    found, weights = [], []
+    for number, message in enumerate(messages):
+        where = f"field '{name}', message {number}"
+        if not isinstance(message, dict) or "role" not in message or len(message) < 2:
+            raise ValueError(f"{where}: expected an object with role and content")
+        if message["role"] not in _ROLES:
+            raise ValueError(f"{where}: role {message['role']!r} is none of {', '.join(_ROLES)}")
+        _check_content(message.get("content"), f"{name}[{number}].content")
+        weight = message.get("weight")
+        if weight not in (None, 0, 1) or (weight and message["role"] != ANSWERING_ROLE):
+            raise ValueError(f"{where}: weight {weight!r}; answers have 0 (does not count) or 1, others none")
+        found.append({key: value for key, value in message.items() if value is not None and key != "weight"})
+        weights.append(weight != 0)
+    return found, weights
+
+
+def _check_content(content: Any, where: str) -> None:
+    if not isinstance(content, str | list | None):
+        raise ValueError(f"field '{where}' is {type(content).__name__}, not text")
+    for number, part in enumerate(content if isinstance(content, list) else []):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"field '{where}[{number}]' is {kind}, and only text can be trained on")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError(f"field '{where}[{number}]' has {sorted(part)}; expected type and text")
+
+
+def _says_something(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _cuts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a value without one of its innermost parts, for each of them, and the name of that part."""
+    keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+    for key in keys:
+        if key in _LABELS or not _says_something(value[key]):
+            continue
+        inner_name = f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}".removeprefix(".")
+        is_cut = False
+        for what, cut in _cuts(value[key], inner_name):
+            is_cut = True
+            yield what, _with(value, key, [cut])
+        if not is_cut:
+            yield inner_name, _with(value, key, [])
+
+
+def _with(value: Any, key: Any, items: list[Any]) -> Any:
+    """Return a list or dict with one item instead of that at ``key``, or none."""
+    if isinstance(value, list):
+        return [*value[:key], *items, *value[key + 1 :]]
+    return {name: items[0] if name == key else item for name, item in value.items() if name != key or items}
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _marks(content: Any, number: int) -> list[str]:
+    """Return what stands behind a content, or behind each of its parts, when it is marked."""
+    if isinstance(content, str):
+        return [_MARK.format(number)] if content.strip() else []
+    return [_MARK.format(f"{number}.{i}") for i, part in enumerate(content) if part["text"].strip()]
+
+
+def _marked(message: dict[str, Any], number: int) -> dict[str, Any]:
+    content = message.get("content")
+    if not content:
+        return message
+    if isinstance(content, str):
+        return message | {"content": content + _MARK.format(number)}
+    parts = [part | {"text": part["text"] + _MARK.format(f"{number}.{i}")} for i, part in enumerate(content)]
+    return message | {"content": parts}
+
+
+@lru_cache(maxsize=8)
+def variables(template: str) -> frozenset[str]:
+    """Return the variables that a template reads and does not set."""
+    from jinja2 import Environment, TemplateError, meta
+
+    try:
+        plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+        return frozenset(
+            meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template is not valid: {error}") from error
+
+
+def find_chat(tokenizer: str, chat_template: str | None) -> Chat:
+    """Return how chats are written for a tokenizer.
+
+    Args:
+        tokenizer: ``data.tokenizer``.
+        chat_template: ``data.chat_template``, or what :func:`keep_chat` has written.
+
+    Raises:
+        DataError: the tokenizer has no template and none is given, or the template cannot be read or is not valid.
+    """
+    text = read_template(chat_template)
+    if text is not None and Path(str(chat_template)).name == CHAT_FILE:
+        return Chat(**json.loads(text))
+    ours = is_ours(tokenizer)
+    templates, tokens = (_CHATML, {"eos_token": END_OF_TEXT}) if ours else load_published(tokenizer)
+    templates = templates if text is None else text
+    if not templates:
+        raise DataError(
+            f"data.tokenizer={tokenizer}: it has no chat template, so nobody knows how its model reads chats; name one "
+            "with data.chat_template=<file of a Jinja template>"
+        )
+    templates = templates if isinstance(templates, dict) else {"default": templates}
+    if "default" not in templates:
+        raise DataError(
+            f"data.tokenizer={tokenizer}: it has the chat templates {sorted(templates)} and no default; name a file with "
+            "one of them, data.chat_template=FILE"
+        )
+    try:
+        _ = [variables(template) for template in templates.values()]
+    except ValueError as error:
+        raise DataError(f"data.chat_template={chat_template or tokenizer}: {error}") from error
+    has_date = any("strftime_now" in template for template in templates.values())
+    date = datetime.date.today().isoformat() if has_date else ""
+    return Chat(templates, tokens, date, is_plain=ours and text is None)
+
+
+chat_of = lru_cache(maxsize=8)(find_chat)
+"""The same for every row of a source."""
+
+
+def read_template(chat_template: str | None) -> str | None:
+    """Return what is in ``data.chat_template``.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template={chat_template}: cannot be read: {error}") from error
+
+
+def keep_chat(config: DataConfig, directory: Path) -> DataConfig:
+    """Write the template of the chats of ``config`` into ``directory``; return settings that name this file.
+
+    By them every process writes chats in the same way, whatever becomes of the tokenizer's own files.
+
+    Raises:
+        DataError: as :func:`find_chat`.
+    """
+    if not _is_templated(config):
+        return config
+    chat, path = find_chat(config.tokenizer, config.chat_template), directory / CHAT_FILE
+    path.write_text(json.dumps(asdict(chat)), encoding="utf-8")
+    if chat.date:
+        get_logger().warning("the chat template writes today's date; in all chats of this corpus it is %s", chat.date)
+    return dataclasses.replace(config, chat_template=str(path))
+
+
+def build_coding(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
+    """Return the tokenizer of :func:`build_tokenizer`, which reads the special tokens that a chat template writes."""
+    built = build_tokenizer(config, sample)
+    if built.adds_special or not _is_templated(config):
+        return built
+    built.tokenizer.encode_special_tokens = False
+    return built._replace(adds_special=True, reads_special=True)
+
+
+def encoding_facts(config: DataConfig) -> dict[str, Any]:
+    """Return what decides the ids besides the source and the tokenizer's files; nothing where it never did."""
+    if _is_templated(config):
+        return {"encoding": ["template", read_template(config.chat_template)]}
+    has_index = Path(config.tokenizer, INDEX_FILE).is_file()
+    is_whole = config.tokenizer not in OURS
+    if has_index:  # as it is there
+        is_whole = read_index(config.tokenizer, check_sizes=False).tokenizer.adds_special
+    return {"encoding": ["whole"]} if is_whole else {}
+
+
+def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
+    """Return the same of a tokenizer that was built and settings of :func:`keep_chat`; "" where ids are as ever."""
+    bare, whole = (built.tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, built.adds_special))
+    facts = [whole] if bare != whole or (built.adds_special and config.content is not Content.text) else []
+    facts += [read_template(config.chat_template)] if _is_templated(config) else []
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else ""
+
+
+def _is_templated(config: DataConfig) -> bool:
+    is_plain = config.chat_template is None and is_ours(config.tokenizer)
+    return config.content is Content.chat and not is_plain

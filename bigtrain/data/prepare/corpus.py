@@ -1,0 +1,414 @@
+"""From a source to a prepared corpus: survey, tokenizer, tokens, shards, index, rename.
+
+The directory's name follows from the settings and the source, so preparing again finds what is
+there. Everything is written into a hidden directory beside it, which becomes visible by one
+rename when it is complete: a kill leaves nothing that could be mistaken for a corpus. What was
+finished before a kill is used by the next preparation. A lock that ends with its process keeps two
+from preparing the same at once; the later adopts the result of the earlier.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigtrain.config import Content, DataConfig, DataSource, OnBad, Verify, component_data, is_live
+from bigtrain.config.convert import to_dict
+from bigtrain.data.prepare.chat import build_coding, coding_hash, encoding_facts, keep_chat
+from bigtrain.data.prepare.encoder import agrees, fast_encoder, slow_encoder
+from bigtrain.data.prepare.files import LeftOut, find_files, tell_left_out
+from bigtrain.data.prepare.live import PLAN_FILE, write_plan
+from bigtrain.data.prepare.progress import reporter
+from bigtrain.data.prepare.records import Document, document_fields
+from bigtrain.data.prepare.sources import Part, read_part, source_fingerprint, source_parts
+from bigtrain.data.prepare.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
+from bigtrain.data.prepare.tokenise import (
+    PARTS_DIRECTORY,
+    SPLIT_BY,
+    Coding,
+    cross_entropy_nats,
+    part_directory,
+    plan_shards,
+    token_dtype,
+    tokenise_part,
+    write_shard,
+)
+from bigtrain.data.read.cache import cache_directory
+from bigtrain.data.read.dropped import tell_bad_rows
+from bigtrain.data.read.index import (
+    FORMAT,
+    SPLITS,
+    CorpusIndex,
+    LiveRecord,
+    ShardRecord,
+    SplitRecord,
+    TokenizerRecord,
+    read_index,
+    record_file,
+    verify_hashes,
+    write_index,
+)
+from bigtrain.data.read.remote import fetch_index, is_url
+from bigtrain.data.read.tokenizer import (
+    TOKENIZER_FILE,
+    BuiltTokenizer,
+    keep_published,
+    num_ids,
+    tokenizer_facts,
+    tokenizer_name,
+)
+from bigtrain.data.read.workers import Run, workers
+from bigtrain.errors import DataError
+from bigtrain.files import locked, sync
+from bigtrain.log import get_logger
+
+REPORT_FILE = "report.json"
+_COMPARED_CHARACTERS = 1 << 18
+
+
+def prepare(config: DataConfig, *, progress: bool) -> Path:
+    """Tokenise the configured source into ``<data.root>/<name>``; when it is there already, only check it.
+
+    For a source that is tokenised while training only its tokenizer and its parts are written.
+
+    Args:
+        config: Source, tokenizer, filters and validation fraction; any source but ``synthetic``.
+        progress: Show a bar when standard error is a terminal; otherwise the log gets a line now and then.
+
+    Returns:
+        The directory; its name follows from the source and the settings.
+
+    Raises:
+        DataError: the source is missing, damaged or too small, the tokenizer is unsuitable, the
+            directory cannot be written, or a corpus of that name is damaged.
+    """
+    if config.source is DataSource.prepared:
+        if is_url(config.path):
+            return fetch_index(config.path, cache_directory(config))
+        return _check(Path(config.path), config)
+    target = _locate(config)
+    if not target.directory.exists():
+        fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
+        _make(target.directory, lambda work: fill(work, config, target))
+    return _check(target.directory, config, target.identity)
+
+
+def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[str, Path]]:
+    """Prepare all components of a mixture, or the one data set; yield name and directory of each.
+
+    A ``bpe`` is trained on all of them together, with as many characters of each.
+
+    Raises:
+        DataError: as :func:`prepare`.
+    """
+    texts = {name: part for name, part in component_data(data).items() if part.source is not DataSource.synthetic}
+    sources = [part for part in texts.values() if part.source is not DataSource.prepared]
+    if data.tokenizer == "bpe" and len(sources) > 1:
+        directory = str(_shared_bpe(sources, progress))
+        texts = {name: dataclasses.replace(part, tokenizer=directory) for name, part in texts.items()}
+    for name, part in texts.items():
+        yield name, prepare(part, progress=progress)
+
+
+# Where
+
+
+class _Target(NamedTuple):
+    directory: Path
+    identity: str
+    source_fingerprint: str
+
+
+def _locate(config: DataConfig) -> _Target:
+    """Derive the directory from everything that decides its content."""
+    fingerprint = source_fingerprint(config)
+    has_fields = config.source not in (DataSource.stdlib, DataSource.text)
+    facts = {
+        "format": FORMAT,
+        "source": config.source.name,
+        "source_fingerprint": fingerprint,
+        "content": [config.content.name, document_fields(config)] if has_fields else None,
+        "streaming": config.streaming and config.source is DataSource.datasets,
+        "filters": to_dict(config.filters),
+        "validation": [SPLIT_BY, config.validation_fraction],
+        "shard_tokens": config.shard_tokens,
+        "tokenizer": tokenizer_facts(config),
+    } | ({"on_the_fly": True} if is_live(config) else {})
+    facts |= ({"on_bad_row": "skip"} if config.on_bad_row is OnBad.skip else {}) | encoding_facts(config)
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    vocab_size = str(config.tokenizer_vocab_size) if config.tokenizer == "bpe" else ""
+    name = _slug(tokenizer_name(config)) + vocab_size
+    parts = [*["live"] * is_live(config), config.source.name, name, identity[:8]]
+    if config.source is not DataSource.stdlib:
+        parts.insert(-2, _slug(config.path))
+    return _Target(Path(config.root, "-".join(parts)), identity, fingerprint)
+
+
+def _slug(path: str) -> str:
+    """Return the last part of a path that has no wildcard, as a file name."""
+    plain = [part for part in PurePath(path).parts if not glob.has_magic(part)] or ["files"]
+    return re.sub(r"[^A-Za-z0-9]+", "-", plain[-1]).strip("-")[:40]
+
+
+def _check(directory: Path, config: DataConfig, identity: str | None = None) -> Path:
+    """Compare a local corpus with its index, so far as its shards are not looked at one by one in the run."""
+    verify = Verify.off if config.on_bad_shard is OnBad.skip else config.verify
+    index = read_index(directory, check_sizes=verify is not Verify.off)
+    if identity not in (None, index.identity):
+        raise DataError(f"{directory}: made from another source or with other settings; remove it")
+    if verify is Verify.full:
+        verify_hashes(directory, index)
+    return directory
+
+
+def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
+    """Make ``directory`` appear with what ``fill`` writes into another one, unless somebody else does."""
+    work = directory.with_name(f".{directory.name}.partial")
+    lock = work.with_suffix(".lock")
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, wait=True):
+            if not directory.exists():
+                work.mkdir(exist_ok=True)
+                write_index(work, fill(work))
+                _publish(work, directory)
+            lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written: {error}") from error
+
+
+def _publish(work: Path, directory: Path) -> None:
+    """Make the finished ``work`` appear as ``directory``, durably and at once."""
+    for path in (*work.rglob("*"), work):
+        sync(path)
+    try:
+        work.rename(directory)
+    except OSError:
+        if not directory.exists():
+            raise
+        get_logger().info("%s was prepared by another process at the same time; using that", directory)
+    sync(directory.parent)
+
+
+# What
+
+
+def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
+    """Write tokenizer, tokens and report into ``work`` and return their index."""
+    left_out = _report_files(config)
+    given, config = config, keep_chat(config, work)
+    parts = source_parts(config)
+    with workers(_num_processes(config, parts)) as run:
+        survey = _survey(config, parts, progress, run)
+        built = build_coding(config, _read_sample(config, parts, survey, run))
+        index = _begin(work, given, target, built)
+        _begin_parts(work, parts, index.tokenizer.file.xxh3 + coding_hash(config, built))
+        with reporter("tokenising", survey.num_text_bytes, progress) as advance:
+            ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
+            is_fast = _is_fast_exact(config, built, ends)
+            coding = Coding(is_fast, built.eos_id, survey.validation_bound, built.adds_special, built.reads_special)
+            chosen = enumerate(zip(parts, survey.kept, strict=True))
+            tasks = ((config, part, i, kept, coding, work) for i, (part, kept) in chosen)
+            for text_bytes in run(tokenise_part, tasks):
+                advance(text_bytes)
+        vocab_size = index.tokenizer.vocab_size
+        train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, run)
+        validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, run)
+    train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
+    validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
+    shutil.rmtree(work / PARTS_DIRECTORY)
+    _write_report(work, survey, left_out, train, validation)
+    return dataclasses.replace(
+        index,
+        num_empty_documents=survey.num_empty_documents,
+        num_repaired_documents=survey.num_repaired_documents,
+        train=train,
+        validation=validation,
+    )
+
+
+def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
+    """Write the tokenizer and the plan of a source that is tokenised while training, and return their index."""
+    _report_files(config)
+    parts = source_parts(config)
+    if not parts:
+        raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
+    given, config = config, keep_chat(config, work)
+    built = build_coding(config, ())
+    index = _begin(work, given, target, built)
+    is_fast = _is_fast_exact(config, built, [read_part(config, parts[i]) for i in (0, -1)])
+    fingerprint = write_plan(work, config, parts, index.tokenizer.file.xxh3 + coding_hash(config, built), is_fast)
+    return dataclasses.replace(index, live=LiveRecord(plan=record_file(work / PLAN_FILE), fingerprint=fingerprint))
+
+
+def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
+    """Write the tokenizer; return the index of a corpus that has nothing else."""
+    (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
+    published = keep_published(config.tokenizer, work, config.chat_template)
+    vocab_size = num_ids(built.tokenizer)
+    nothing = SplitRecord(shards=[], num_tokens=0, num_documents=0, num_text_bytes=0, unigram_nats_per_token=0.0)
+    return CorpusIndex(
+        format=FORMAT,
+        identity=target.identity,
+        source=config.source.name if config.source is DataSource.stdlib else f"{config.source.name} {config.path}",
+        source_fingerprint=target.source_fingerprint,
+        dtype=token_dtype(vocab_size).name,
+        num_empty_documents=0,
+        num_repaired_documents=0,
+        tokenizer=TokenizerRecord(
+            name=tokenizer_name(config),
+            facts=json.dumps(tokenizer_facts(config)) if published else None,
+            file=record_file(work / TOKENIZER_FILE),
+            vocab_size=vocab_size,
+            eos_id=built.eos_id,
+            adds_special=built.adds_special,
+            reads_special=built.reads_special,
+            published=published,
+        ),
+        train=nothing,
+        validation=nothing,
+    )
+
+
+def _num_processes(config: DataConfig, parts: list[Part]) -> int:
+    return min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
+
+
+def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> Survey:
+    """Read the source for the first time."""
+    with reporter("reading", None, progress) as advance:
+        survey = combine(config, run(survey_part, ((config, part) for part in parts)), advance)
+    _report_survey(survey, config.content)
+    return survey
+
+
+def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
+    """Train one BPE on several sources; return the directory that has it."""
+    targets = [_locate(config) for config in sources]
+    identity = hashlib.sha256(" ".join(target.identity for target in targets).encode()).hexdigest()
+    directory = Path(sources[0].root, f"tokenizer-bpe{sources[0].tokenizer_vocab_size}-{identity[:8]}")
+
+    def texts() -> Iterator[str]:
+        for config in sources:
+            parts = source_parts(config)
+            with workers(_num_processes(config, parts)) as run:
+                yield from _read_sample(config, parts, _survey(config, parts, progress, run), run)
+
+    def fill(work: Path) -> CorpusIndex:
+        return _begin(work, sources[0], targets[0], build_coding(sources[0], list(texts())))
+
+    if not directory.exists():
+        _make(directory, fill)
+    return directory
+
+
+def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, run: Run) -> list[str]:
+    """Return the texts that a BPE is trained on."""
+    wanted: dict[int, list[Piece]] = {}
+    for piece in survey.bpe_sample:
+        wanted.setdefault(piece.part, []).append(piece)
+    tasks = ((config, parts[number], survey.kept[number], pieces) for number, pieces in wanted.items())
+    return list(chain.from_iterable(run(sample_texts, tasks)))
+
+
+def _begin_parts(work: Path, parts: list[Part], tokenizer_hash: str) -> None:
+    """Keep the tokens of an earlier preparation only if they are of the same parts and tokenizer."""
+    basis = work / PARTS_DIRECTORY / hashlib.sha256(f"{parts} {tokenizer_hash}".encode()).hexdigest()
+    if not basis.exists():
+        shutil.rmtree(work / PARTS_DIRECTORY, ignore_errors=True)
+        basis.parent.mkdir()
+        basis.touch()
+
+
+def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterator[Document]]) -> bool:
+    """Return whether the fast encoder gives the right ids, as tried on documents from both ends of this very corpus."""
+    fast, slow = (build(built.tokenizer, adds_special=built.adds_special) for build in (fast_encoder, slow_encoder))
+    if fast is None:
+        return False
+
+    def beginning(documents: Iterator[Document]) -> Iterator[str]:
+        num_characters = 0
+        for document in documents:
+            yield document.text[: _COMPARED_CHARACTERS - num_characters]
+            num_characters += len(document.text)
+            if num_characters >= _COMPARED_CHARACTERS:
+                return
+
+    if agrees(fast, slow, chain.from_iterable(map(beginning, ends))):
+        return True
+    get_logger().warning("data.tokenizer=%s: tiktoken gives other ids, so the slower library is used", config.tokenizer)
+    return False
+
+
+def _join_split(
+    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, run: Run
+) -> tuple[SplitRecord, np.ndarray]:
+    """Put the shards of a split together; return its record, without entropy, and how often each token occurs."""
+    directories = [part_directory(work, number) for number in range(num_parts)]
+    lengths = [np.load(directory / f"{split}.lengths.npy") for directory in directories]
+    has_counted = any((directory / f"{split}.counted").exists() for directory in directories)
+    plans = plan_shards(split, lengths, config.shard_tokens)
+    tasks = ((work, plan, vocab_size, has_counted) for plan in plans)
+    counts, shards = np.zeros(vocab_size, dtype=np.int64), list[ShardRecord]()
+    for shard, shard_counts in run(write_shard, tasks):
+        shards.append(shard)
+        counts += shard_counts
+    record = SplitRecord(
+        shards=shards,
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_documents=sum(shard.num_documents for shard in shards),
+        num_text_bytes=sum(int(np.load(path / "text_bytes.npy")[SPLITS.index(split)]) for path in directories),
+        unigram_nats_per_token=0.0,
+    )
+    return record, counts
+
+
+def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRecord, validation: SplitRecord) -> None:
+    report: dict[str, Any] = {
+        "documents": survey.num_documents,
+        "text_bytes": survey.num_text_bytes,
+        "unique_share": survey.unique_share,
+        "train_tokens": train.num_tokens,
+        "validation_tokens": validation.num_tokens,
+        "empty_documents": survey.num_empty_documents,
+        "repaired_documents": survey.num_repaired_documents,
+        "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
+    }
+    if left_out:
+        report["files_left_out"] = left_out
+    if survey.bad.documents:
+        report["bad_rows"] = {"count": survey.bad.documents, "examples": survey.bad.examples}
+    (work / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _report_survey(survey: Survey, content: Content) -> None:
+    remarks = [f"{survey.num_documents} documents, {survey.num_text_bytes / 1e6:.1f} MB of text"]
+    if survey.num_empty_documents:
+        what = "empty documents" if content is Content.text else "documents without an answer that counts"
+        remarks.append(f"{survey.num_empty_documents} {what} left out")
+    if survey.num_repaired_documents:
+        remarks.append(f"invalid UTF-8 in {survey.num_repaired_documents} documents replaced by U+FFFD")
+    remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]
+    get_logger().info("; ".join(remarks))
+    if survey.bad.documents:
+        get_logger().warning(tell_bad_rows(survey.bad))
+
+
+def _report_files(config: DataConfig) -> LeftOut:
+    """Name the files that ``data.path`` leads to and that are not read, and return them."""
+    if config.source is DataSource.datasets:  # which says itself what it reads
+        return {}
+    left_out = find_files(config).left_out
+    if left_out:
+        get_logger().warning(f"data.path={config.path}: not read: {tell_left_out(left_out)}")
+    return left_out

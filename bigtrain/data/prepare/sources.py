@@ -1,0 +1,416 @@
+"""Documents of a source, one after the other, in an order that depends on nothing but the source.
+
+A source comes in parts, each read by itself, so that several processes share the work; the order of
+the documents is that of the parts. What becomes of odd input, for every source alike:
+
+- Text that is not valid UTF-8 keeps its valid part; each bad sequence becomes U+FFFD and the
+  document counts as repaired. A byte-order mark at the beginning of a file is dropped.
+- Empty and null documents are yielded as empty text (the caller drops and counts them).
+- A missing path, an unreadable or damaged file, a binary file given as text, a line that is not
+  a JSON object, a missing field and a field that is not text are a :class:`DataError` that names
+  the file and the line or row. With ``data.on_bad_row=skip`` such a row, and a file that cannot be
+  read to its end, is left out whole and counted: whether it is depends on its content alone.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import tokenize
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigtrain.config import Content, DataConfig, DataSource, OnBad
+from bigtrain.data.prepare.files import SourceFile, find_files
+from bigtrain.data.prepare.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
+from bigtrain.data.prepare.records import Document, columns_to_read, decode, document_fields, record_document
+from bigtrain.data.prepare.saved import choose_split, read_state, split_name
+from bigtrain.data.read.dropped import Dropped
+from bigtrain.errors import DataError, UnreachableError
+
+_PART_BYTES = 8 << 20
+_PART_ROWS = 8192
+_ROWS_PER_READ = 1024
+_SMALLEST_PIECE_CHARACTERS = 1024
+_HEAD_BYTES = 4096
+_BLOCK_BYTES = 1 << 20
+
+
+class BadRow(NamedTuple):
+    """A row or file that ``data.on_bad_row`` decides about."""
+
+    problem: str
+    """What is wrong, with file and line or row."""
+
+
+Rows = Iterator[Document | BadRow]
+
+
+class Part(NamedTuple):
+    """What one process reads at a time: some whole files, or a range of one file or dataset."""
+
+    files: tuple[SourceFile, ...] = ()
+    """None for a dataset."""
+    start: int = 0
+    """First byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)."""
+    stop: int | None = None
+    """End of that range; None: to the end. Of a text only if it is all that a directory or a pattern holds."""
+    first_row: int = 0
+    """Rows before the range."""
+
+
+def iterate_documents(config: DataConfig) -> Iterator[Document]:
+    """Yield every document of the configured source, in an order fixed by names and positions.
+
+    Raises:
+        DataError: the source is missing, unreadable, damaged or lacks the text field.
+    """
+    for part in source_parts(config):
+        yield from read_part(config, part)
+
+
+def source_parts(config: DataConfig) -> list[Part]:
+    """Return the parts of the configured source, a few megabytes each where it can be divided.
+
+    Raises:
+        DataError: the source is missing or cannot be read.
+    """
+    if config.source is DataSource.datasets:
+        return _dataset_parts(config)
+    files = find_files(config).files
+    if config.source is DataSource.text and len(files) == 1 and not Path(config.path).is_file():
+        return [Part(tuple(files), stop=files[0].path.stat().st_size)]
+    parts, small, num_bytes = [], [], 0
+    for file in files:
+        size = file.path.stat().st_size
+        ranges = _file_ranges(config, file, size) if size >= _PART_BYTES else []
+        if not ranges:
+            small.append(file)
+            num_bytes += size
+        if small and (ranges or num_bytes >= _PART_BYTES):
+            parts.append(Part(tuple(small)))
+            small, num_bytes = [], 0
+        parts += ranges
+    return parts + ([Part(tuple(small))] if small else [])
+
+
+def _file_ranges(config: DataConfig, file: SourceFile, size: int) -> list[Part]:
+    """Return the ranges in which a large file is read, none if it can only be read as a whole."""
+    source = config.source
+    if source is DataSource.jsonl and file.name.endswith(".jsonl"):
+        return [Part((file,), start, min(start + _PART_BYTES, size)) for start in range(0, size, _PART_BYTES)]
+    if source is DataSource.parquet:
+        from pyarrow import parquet
+
+        try:
+            with _readable(file.path), parquet.ParquetFile(file.path) as table:
+                rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        except DataError:
+            if config.on_bad_row is OnBad.skip:
+                return []  # whoever reads it will leave it out
+            raise
+        return [Part((file,), i, i + 1, sum(rows[:i])) for i in range(len(rows))]
+    return []
+
+
+def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Iterator[Document]:
+    """Yield the documents of one part; raises as :func:`iterate_documents`.
+
+    Args:
+        config: the source.
+        part: one of its parts.
+        bad: counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
+    """
+    skips = config.on_bad_row is OnBad.skip
+    for row in _dataset_rows(config, part) if config.source is DataSource.datasets else _file_rows(config, part, skips):
+        if isinstance(row, Document):
+            yield row
+        elif not skips:
+            raise DataError(row.problem)
+        elif bad is not None:
+            bad.add(row.problem, 0)
+
+
+def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
+    read: Callable[[SourceFile, Part, DataConfig], Rows] = {
+        DataSource.stdlib: _python_documents,
+        DataSource.text: _text_documents,
+        DataSource.jsonl: _jsonl_rows,
+        DataSource.parquet: _parquet_rows,
+        DataSource.arrow: _arrow_rows,
+    }[config.source]
+    for file in part.files:
+        may_break = config.source in (DataSource.parquet, DataSource.arrow) or _packing(file.path)
+        try:
+            with _readable(file.path):
+                if skips and may_break:
+                    deque(read(file, part, config), maxlen=0)  # half a file has no rows
+                yield from read(file, part, config)
+        except DataError as error:
+            # What the system says of a disk or a right may be another thing on another node.
+            if not skips or getattr(error.__cause__, "errno", None):
+                raise
+            yield BadRow(str(error))
+
+
+def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
+    """Return a SHA-256 that changes when the source does, without reading the documents.
+
+    Local files enter with relative name, size and time of modification, the standard library with
+    name, size and Python version. A dataset on the hub enters with its name only: it is prepared
+    once and then stays as it is, also offline.
+
+    Args:
+        config: the source.
+        with_times: whether the times of modification enter, which a copy of the files may have changed.
+
+    Raises:
+        DataError: the source is missing.
+    """
+    if config.source is DataSource.datasets and not Path(config.path).exists():
+        return _sha256_of([config.path, config.subset, config.split or "train"])
+    files = [(file.name, os.stat(file.path)) for file in find_files(config).files]
+    if config.source is DataSource.stdlib:
+        return _sha256_of([sys.version, [(name, stat.st_size) for name, stat in files]])
+    facts = [(name, stat.st_size, stat.st_mtime_ns * with_times) for name, stat in files]
+    if config.source is DataSource.datasets:  # of a directory, too, only one split is read
+        return _sha256_of([facts, config.subset, config.split or "train"])
+    return _sha256_of(facts)
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong inside a file into an error that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "pyarrow":
+            raise
+        with open(path, "rb") as file:
+            what = foreign_format(file.read(_HEAD_BYTES))
+        raise DataError(f"{path}: cannot be read: {error}" + (f"; it begins as {what}" if what else "")) from error
+
+
+# Text
+
+
+def _python_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Iterator[Document]:
+    raw = file.path.read_bytes()
+    try:
+        text, is_repaired = decode(raw, tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
+    except (SyntaxError, LookupError):  # test files of Python declare encodings that do not exist
+        text, is_repaired = decode(raw)
+    yield Document(file.name, text, is_repaired)
+
+
+def _text_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:
+    raw = file.path.read_bytes()
+    if b"\0" in raw or raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        what = foreign_format(raw) or "has zero bytes, so it is binary or UTF-16"
+        raise DataError(
+            f"{file.path}: {what}, not text in UTF-8; choose the text files by a pattern such as "
+            f"data.path='{file.path.parent}/**/*.txt'"
+        )
+    text, is_repaired = decode(raw)
+    is_alone = part.stop is not None or Path(config.path).is_file()
+    if not is_alone or len(text) < 2 * _SMALLEST_PIECE_CHARACTERS:
+        yield Document(file.name, text, is_repaired)
+        return
+    # One file alone leaves no documents to choose from for validation: its hundredths are.
+    start, size = 0, max(len(text) // 100, _SMALLEST_PIECE_CHARACTERS)
+    while start < len(text):
+        end = text.find("\n", start + size) + 1 or len(text)
+        yield Document(f"{file.name}#{start}", text[start:end], is_repaired and start == 0)
+        start = end
+
+
+def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
+    if file.path.stat().st_size == 0:
+        if _packing(file.path):
+            raise DataError(f"{file.path}: empty, not even the header of a compressed file; was it copied to the end?")
+        yield Document(file.name, "", False)  # so that it is counted
+        return
+    with _open_lines(file.path) as lines:
+        if what := foreign_json(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
+            raise DataError(
+                f"{file.path}: {what}, not JSON lines in UTF-8, plain or packed by gzip (.gz) or zstd (.zst)"
+            )
+        offset = begin = _next_line(lines, part.start)
+        number, before, is_first = 0, None, begin == 0
+        while (part.stop is None or offset < part.stop) and (raw := lines.readline()):
+            line, is_repaired = decode(raw)
+            number += 1
+            try:
+                if line.strip():
+                    record = parse_object(line, lambda: lines.peek(_HEAD_BYTES))
+                    yield record_document(config, f"{file.name}@{offset}", record, is_repaired)
+            except ValueError as error:
+                before = _num_lines(file.path, begin) if before is None else before
+                problem = f"{file.path}:{before + number}: {error}"
+                if is_first and isinstance(error, SeveralLinesError):
+                    raise DataError(problem) from error  # the whole file is written so
+                yield BadRow(problem)
+            is_first = is_first and not line.strip()
+            offset += len(raw)
+
+
+def _packing(path: Path) -> str | None:
+    return {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+
+
+def _open_lines(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    if _packing(path) == "gzip":
+        return gzip.open(path, "rb")
+    if _packing(path) == "zstd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:
+    """Go to the first line that begins at or after ``start`` and return where it does."""
+    if start == 0:
+        return 0
+    lines.seek(start - 1)
+    return start - 1 + len(lines.readline())
+
+
+def _num_lines(path: Path, end: int) -> int:
+    """Return the number of lines before the byte ``end``."""
+    with _open_lines(path) as lines:
+        return sum(lines.read(min(_BLOCK_BYTES, end - at)).count(b"\n") for at in range(0, end, _BLOCK_BYTES))
+
+
+# Tables
+
+
+def _parquet_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file.path) as table:
+        fields = _require_columns(config, table.schema_arrow.names, str(file.path))
+        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
+        first_row = part.first_row
+        for batch in table.iter_batches(batch_size=_ROWS_PER_READ, columns=fields, row_groups=list(groups)):
+            yield from _batch_rows(config, batch, first_row, f"{file.name}:", str(file.path))
+            first_row += len(batch)
+
+
+def _arrow_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(str(file.path)) as mapped:
+        is_file = mapped.read(6) == b"ARROW1"  # else a stream, as the datasets library writes it
+        mapped.seek(0)
+        if is_file:
+            reader = ipc.open_file(mapped)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = reader = ipc.open_stream(mapped)
+        fields = _require_columns(config, reader.schema.names, str(file.path))
+        first_row = 0
+        for batch in batches:
+            yield from _batch_rows(config, batch.select(fields), first_row, f"{file.name}:", str(file.path))
+            first_row += len(batch)
+
+
+def _dataset_parts(config: DataConfig) -> list[Part]:
+    dataset = _load_dataset(config)
+    if config.streaming:
+        return [Part(start=shard, stop=shard + 1) for shard in range(dataset.num_shards)]
+    return [Part(start=row, stop=min(row + _PART_ROWS, len(dataset))) for row in range(0, len(dataset), _PART_ROWS)]
+
+
+def _dataset_rows(config: DataConfig, part: Part) -> Rows:
+    where = f"data.path={config.path}"
+    dataset = _load_dataset(config)
+    if config.streaming:
+        yield from _streamed_rows(config, dataset.shard(dataset.num_shards, part.start), part, where)
+        return
+    rows = dataset.select_columns(_require_columns(config, dataset.column_names, where)).with_format("arrow")
+    for first_row in range(part.start, part.stop, _ROWS_PER_READ):
+        table = rows[first_row : min(first_row + _ROWS_PER_READ, part.stop)]
+        yield from _batch_rows(config, table, first_row, "", where)
+
+
+def _streamed_rows(config: DataConfig, shard: Any, part: Part, where: str) -> Rows:
+    import datasets
+
+    try:
+        for row, record in enumerate(shard):
+            yield _row(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
+
+
+def _load_dataset(config: DataConfig) -> Any:
+    import datasets
+
+    where = f"data.path={config.path}"
+    saved = [Path(config.path, name) for name in ("dataset_dict.json", "state.json")]
+    try:
+        if not any(file.exists() for file in saved):
+            split = config.split or "train"
+            return datasets.load_dataset(config.path, config.subset, split=split, streaming=config.streaming)
+        dataset = datasets.load_from_disk(config.path)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        may_pass = config.streaming and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (UnreachableError if may_pass else DataError)(
+            f"{where}: cannot load this dataset (data.subset={config.subset}, data.split={config.split or 'train'}): {error}"
+        ) from error
+    directory = Path(config.path)
+    if isinstance(dataset, datasets.DatasetDict):
+        is_default = config.split is None and "train" in dataset
+        split = "train" if is_default else choose_split(list(dataset), config) or next(iter(dataset))
+        dataset, directory = dataset[split], directory / split
+    else:
+        choose_split([split_name(dataset.split)] if dataset.split else [], config)
+    read_state(directory)
+    return dataset.to_iterable_dataset() if config.streaming else dataset
+
+
+def _require_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
+    fields = document_fields(config)
+    for name in fields.values():
+        if name not in columns:
+            setting = next(key for key, value in fields.items() if value == name)
+            raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}")
+    return columns_to_read(config, columns)
+
+
+def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:
+    """Yield the documents of an Arrow table or record batch."""
+    import pyarrow
+
+    if config.content is not Content.text:
+        for row, record in enumerate(batch.to_pylist(), start=first_row):
+            yield _row(config, f"{prefix}{row}", record, f"{where}: row {row}")
+        return
+    column = batch.column(0)
+    try:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{where}: the text column has type {column.type}, not text") from error
+    for row, raw in enumerate(values, start=first_row):
+        yield Document(f"{prefix}{row}", *decode(raw or b"", "utf-8"))
+
+
+def _row(config: DataConfig, document_id: str, row: dict[str, Any], where: str) -> Document | BadRow:
+    try:
+        return record_document(config, document_id, row, False)
+    except ValueError as error:
+        return BadRow(f"{where}: {error}")

@@ -1,0 +1,265 @@
+"""A first pass over the documents: how much there is, what is left out, which are for validation, a BPE's sample."""
+
+import heapq
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import Content, DataConfig, Duplicates
+from bigtrain.data.prepare.quality import content_hash, exact_duplicates, minhash, near_duplicates, rejection
+from bigtrain.data.prepare.records import Document
+from bigtrain.data.prepare.sources import Part, read_part
+from bigtrain.data.read.dropped import Dropped, tell_bad_rows
+from bigtrain.errors import DataError
+
+_BPE_SAMPLE_CHARACTERS = 10_000_000
+_PIECE_CHARACTERS = 1 << 16
+_QUIET_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+class Piece(NamedTuple):
+    """A piece of a document that the BPE is trained on."""
+
+    part: int
+    """Part of the source."""
+    document: int
+    """Number among the candidates of the part."""
+    number: int
+    """Number among the pieces of the document."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PartSurvey:
+    """What one part of the source holds; arrays have one entry for each candidate: not empty, past the filters."""
+
+    sizes: NDArray[np.int64]
+    """Size of each as UTF-8."""
+    hashes: NDArray[np.uint64]
+    """:func:`content_hash` of each, ``(N, 2)``."""
+    signatures: list[Any]
+    """MinHash of each, if near duplicates are looked for."""
+    num_empty: int
+    """Documents without text."""
+    num_repaired: int
+    """Documents with text that was not valid UTF-8."""
+    dropped: dict[str, Dropped]
+    """What the filters have left out."""
+    bad: Dropped
+    """What ``data.on_bad_row=skip`` has left out."""
+    ids: list[str]
+    """Id of each, if duplicates are looked for."""
+    pieces: list[list[tuple[int, int]]]
+    """Hash and characters of each piece of each, if a BPE is trained."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Survey:
+    """What the first pass found."""
+
+    num_documents: int = 0
+    """Documents that are kept."""
+    num_text_bytes: int = 0
+    """Their size as UTF-8."""
+    unique_share: float = 1.0
+    """Share, in bytes, of the documents past the filters that are not equal to an earlier one."""
+    num_empty_documents: int = 0
+    """Documents without text, which are left out."""
+    num_repaired_documents: int = 0
+    """Documents with text that was not valid UTF-8."""
+    validation_bound: int = 0
+    """A document is for validation if the first number of its :func:`content_hash` is below this."""
+    bpe_sample: list[Piece] = field(default_factory=list)
+    """Up to 10 M characters of training text, spread over the corpus; only for ``bpe``."""
+    kept: list[NDArray[np.bool_]] = field(default_factory=list)
+    """Of each part: which of its candidates are kept."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """What was left out, by reason."""
+    bad: Dropped = field(default_factory=Dropped)
+    """What ``data.on_bad_row=skip`` has left out."""
+
+
+def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
+    """Yield the documents of a part that are kept; ``kept`` is what :attr:`Survey.kept` has for this part.
+
+    Raises:
+        DataError: what the source raises, or it has changed since the survey.
+    """
+    number = 0
+    for document in read_part(config, part):
+        if document.text and not rejection(document.text, config.filters):
+            if number < len(kept) and kept[number]:
+                yield document
+            number += 1
+    if number != len(kept):
+        raise DataError(f"data={config.source.name}: the source changed while it was being prepared; try again")
+
+
+def survey_part(config: DataConfig, part: Part) -> PartSurvey:
+    """Read one part of the source.
+
+    Raises:
+        DataError: what the source raises.
+    """
+    num_empty = num_repaired = 0
+    sizes, hashes, signatures, ids, pieces = [], [], [], [], []
+    dropped: dict[str, Dropped] = {}
+    bad = Dropped()
+    duplicates = config.filters.duplicates
+    for document in read_part(config, part, bad):
+        num_repaired += document.is_repaired
+        num_empty += not document.text
+        if not document.text:
+            continue
+        text_bytes = len(document.text.encode())
+        if reason := rejection(document.text, config.filters):
+            dropped.setdefault(reason, Dropped()).add(document.id, text_bytes)
+            continue
+        if config.tokenizer == "bpe":
+            texts = enumerate(cut(document.text))
+            pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
+        sizes.append(text_bytes)
+        hashes.append(content_hash(document.text))
+        if duplicates is not Duplicates.keep:
+            ids.append(document.id)
+        if duplicates is Duplicates.near:
+            signatures.append(minhash(document.text))
+    return PartSurvey(
+        sizes=np.array(sizes, dtype=np.int64),
+        hashes=np.array(hashes, dtype=np.uint64).reshape(-1, 2),
+        signatures=signatures,
+        num_empty=num_empty,
+        num_repaired=num_repaired,
+        dropped=dropped,
+        bad=bad,
+        ids=ids,
+        pieces=pieces,
+    )
+
+
+def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[int], None]) -> Survey:
+    """Put together what the parts hold, in their order.
+
+    Args:
+        config: Filters, tokenizer and validation fraction.
+        found: What :func:`survey_part` returned for each part.
+        advance: Told the bytes of text of each part.
+
+    Raises:
+        DataError: fewer than two documents are kept.
+    """
+    survey, parts = Survey(), []
+    for part in found:
+        survey.num_empty_documents += part.num_empty
+        survey.num_repaired_documents += part.num_repaired
+        survey.bad.merge(part.bad)
+        for reason, dropped in part.dropped.items():
+            survey.dropped.setdefault(reason, Dropped()).merge(dropped)
+        parts.append(part)
+        advance(int(part.sizes.sum()))
+    sizes = np.concatenate([np.empty(0, np.int64), *(part.sizes for part in parts)])
+    hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part.hashes for part in parts)])
+    is_exact = exact_duplicates(hashes)
+    is_dropped = _duplicates(config, parts, is_exact, sizes, survey.dropped)
+    survey.unique_share = float(sizes[~is_exact].sum() / max(sizes.sum(), 1))
+    survey.num_documents = int((~is_dropped).sum())
+    survey.num_text_bytes = int(sizes[~is_dropped].sum())
+    survey.kept = np.split(~is_dropped, np.cumsum([len(part.sizes) for part in parts])[:-1])
+    places = np.unique(hashes[~is_dropped, 0])
+    if len(places) < 2:
+        raise DataError(_too_few(config, survey, len(places)))
+    # In a small corpus chance may leave a split empty: the lowest goes to validation, the highest to training.
+    bound = max(int(config.validation_fraction * 2**64), int(places[0]) + 1)
+    survey.validation_bound = min(bound, int(places[-1]))
+    survey.bpe_sample = _choose_sample(parts, survey)
+    return survey
+
+
+def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted: list[Piece]) -> list[str]:
+    """Return pieces of the documents of one part; ``wanted`` are all of this part."""
+    numbers = iter(np.flatnonzero(kept).tolist())
+    texts: dict[tuple[int, int], str] = {}
+    for number, document in zip(numbers, kept_documents(config, part, kept), strict=True):
+        chosen = {piece.number for piece in wanted if piece.document == number}
+        if chosen:
+            texts |= {(number, i): text for i, text in enumerate(cut(document.text)) if i in chosen}
+    return [texts[piece.document, piece.number] for piece in wanted]
+
+
+def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
+    """Return the pieces with the lowest hashes, about so many as fit, without those of validation documents."""
+    heap: list[tuple[int, Piece, int]] = []  # the highest hash on top: (-hash, piece, characters)
+    num_characters = 0
+    for part_number, part in enumerate(parts):
+        for document, pieces in enumerate(part.pieces):
+            if not survey.kept[part_number][document]:
+                continue
+            for number, (piece_hash, length) in enumerate(pieces):
+                heapq.heappush(heap, (-piece_hash, Piece(part_number, document, number), length))
+                num_characters += length
+            while num_characters > _BPE_SAMPLE_CHARACTERS and len(heap) > 1:
+                num_characters -= heapq.heappop(heap)[2]
+    return [
+        piece
+        for _, piece, _ in sorted(heap, reverse=True)
+        if int(parts[piece.part].hashes[piece.document, 0]) >= survey.validation_bound
+    ]
+
+
+def _too_few(config: DataConfig, survey: Survey, num_different: int) -> str:
+    reasons = ", ".join(f"{reason} {dropped.documents}" for reason, dropped in survey.dropped.items())
+    left_out = f" (left out by data.filters: {reasons})" if reasons else ""
+    left_out += f" ({tell_bad_rows(survey.bad)})" if survey.bad.documents else ""
+    equal = ", equal ones counted once" if num_different < survey.num_documents else ""
+    where = f"data={config.source.name} data.path={config.path}"
+    if config.content is not Content.text and not num_different and not left_out:
+        return f"{where}: no target that counts: nothing is answered (by the assistant, without weight 0)"
+    what, advice = "an answer that counts", "use more of them"
+    if config.content is Content.text:
+        what, advice = "text", "cut the text into several files or jsonl lines"
+    return (
+        f"{where}: {num_different} document(s) with {what}{left_out}{equal}, but "
+        f"training and validation need at least one each; {advice}"
+    )
+
+
+def _duplicates(
+    config: DataConfig,
+    parts: list[PartSurvey],
+    is_exact: NDArray[np.bool_],
+    sizes: NDArray[np.int64],
+    dropped: dict[str, Dropped],
+) -> NDArray[np.bool_]:
+    """Return which candidates are left out as duplicates, and count them in ``dropped``."""
+    policy = config.filters.duplicates
+    if policy is Duplicates.keep:
+        return np.zeros(len(sizes), dtype=np.bool_)
+    ids = [document_id for part in parts for document_id in part.ids]
+    is_dropped = is_exact.copy()
+    if policy is Duplicates.near:
+        signatures = [signature for part in parts for signature in part.signatures]
+        unique = np.flatnonzero(~is_exact)
+        flags = near_duplicates((signatures[i] for i in unique), config.filters.near_similarity)
+        is_dropped[unique] = np.fromiter(flags, dtype=np.bool_, count=len(unique))
+    for i in np.flatnonzero(is_dropped):
+        reason = "exact_duplicate" if is_exact[i] else "near_duplicate"
+        dropped.setdefault(reason, Dropped()).add(ids[i], int(sizes[i]))
+    return is_dropped
+
+
+def cut(text: str) -> Iterator[str]:
+    """Cut a long text into pieces of 64 k to 128 k characters that are tokenised one by one.
+
+    This bounds the memory. A cut falls after a line end between two visible characters where there is
+    one: there, byte-level tokenizers start a new word anyway, and the ids are those of the whole.
+    """
+    start = 0
+    while len(text) - start > 2 * _PIECE_CHARACTERS:
+        line_end = _QUIET_LINE_END.search(text, start + _PIECE_CHARACTERS, start + 2 * _PIECE_CHARACTERS)
+        end = line_end.end() if line_end else start + 2 * _PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]

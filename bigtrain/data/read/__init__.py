@@ -1,0 +1,1 @@
+"""What every run reads: corpora, streams of samples, batches."""

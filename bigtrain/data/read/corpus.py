@@ -1,0 +1,316 @@
+"""Prepared corpora, and a synthetic stand-in that needs no files.
+
+A split is a row of shards, each holding whole documents; samples never cross a shard.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import DataConfig, DataSource, OnBad
+from bigtrain.data.order.permutation import derive_key, mix64
+from bigtrain.data.read.cache import cache_directory
+from bigtrain.data.read.index import SPLITS, CorpusIndex, SplitRecord, check_size, parse_index, read_index, verify_file
+from bigtrain.data.read.remote import RemoteDirectory, ShardCache, is_url, read_remote_index
+from bigtrain.errors import DataError, ShardError
+from bigtrain.files import FileRecord
+from bigtrain.log import get_logger
+
+SplitName = Literal["train", "validation"]
+
+
+class LocalFiles:
+    """Files of a prepared corpus in a directory; those of a remote one are a :class:`ShardCache`."""
+
+    max_bytes = None
+    """How much is at hand at a time: everything."""
+
+    def __init__(self, directory: Path, *, verify: bool) -> None:
+        """Take the files from ``directory``; ``verify`` compares the hash of each whenever it is opened."""
+        self.directory = directory
+        self._verify = verify
+
+    def open(self, file: FileRecord) -> BinaryIO:
+        """Return a file, open for reading, with just the content of its record.
+
+        Raises:
+            ShardError: it is missing or damaged and stays so.
+            DataError: it cannot be read for another reason.
+        """
+        path = self.directory / file.name
+        check_size(self.directory, file)
+        try:
+            if self._verify:
+                verify_file(self.directory, file)
+            return open(path, "rb")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A prepared corpus."""
+
+    files: LocalFiles | ShardCache
+    """Where it lies."""
+    index: CorpusIndex
+    """What is in it."""
+    skip_bad_shards: bool = False
+    """Go on without shards that are missing or damaged for good."""
+
+    @classmethod
+    def open(cls, directory: str | Path, *, vocab_size: int, skip_bad_shards: bool = False) -> "Corpus":
+        """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
+
+        Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are not read. With
+        ``skip_bad_shards``, each shard is compared with its hash when it is first read.
+
+        Raises:
+            DataError: a file is missing or damaged, or the tokenizer has more ids than the model.
+        """
+        index = read_index(directory, check_sizes=not skip_bad_shards)
+        verify_file(Path(directory), index.tokenizer.file)
+        require_vocab(index, vocab_size, str(directory))
+        return cls(LocalFiles(Path(directory), verify=skip_bad_shards), index, skip_bad_shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokens, wherever they lie: 16 hexadecimal digits."""
+        return self.index.fingerprint
+
+    def split(self, name: SplitName) -> "FileSplit":
+        """Return one split; its files are opened when they are first read."""
+        return FileSplit(name, getattr(self.index, name), self)
+
+
+def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
+    """Refuse a corpus whose tokenizer has more ids than the model has embeddings.
+
+    Raises:
+        DataError: it has.
+    """
+    if index.tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{where}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={vocab_size}; set model.vocab_size={index.tokenizer.vocab_size} or more, or choose "
+            "a smaller tokenizer (data.tokenizer, data.tokenizer_vocab_size)"
+        )
+
+
+class TokenSplit:
+    """Shards in memory; see :class:`FileSplit`."""
+
+    is_remote = may_skip = False
+
+    def __init__(
+        self,
+        name: str,
+        tokens: NDArray[np.unsignedinteger] | Sequence[NDArray[np.unsignedinteger]],
+        fingerprint: str,
+        *,
+        documents: Sequence[NDArray[np.int64]] | None = None,
+        counted: Sequence[NDArray[np.uint8] | None] | None = None,
+    ) -> None:
+        """Wrap the tokens of one shard or a sequence of shards; by default each is one document, all counted."""
+        self.name = name
+        self.fingerprint = fingerprint
+        self._shards = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+        self._documents = documents or [np.array([0, len(shard)]) for shard in self._shards]
+        self._counted = counted or [None] * len(self._shards)
+        self.shard_tokens = np.array([len(shard) for shard in self._shards], dtype=np.int64)
+        self.has_answers = any(shard is not None for shard in self._counted)
+        self.counts_all = not self.has_answers
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """See :class:`FileSplit`."""
+        return self._documents[shard]
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """See :class:`FileSplit`."""
+        return self._shards[shard]
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """See :class:`FileSplit`."""
+        return self._counted[shard]
+
+
+class FileSplit:
+    """Shards in files, as memory maps."""
+
+    def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
+        """Take the shards that ``record`` lists from the files of ``corpus``."""
+        self.name = name
+        self.fingerprint = corpus.fingerprint
+        self.is_remote = corpus.files.max_bytes is not None
+        """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
+        self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
+        """Number of tokens of each shard, int64 ``(num_shards,)``."""
+        self.skipped: set[int] = set()
+        """Shards that could not be had so far and whose tokens do not count."""
+        self._records = record.shards
+        self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
+        self._files = corpus.files
+        self.may_skip = corpus.skip_bad_shards
+        """Whether shards that cannot be had are left out."""
+        self.has_answers = any(shard.counted for shard in record.shards)
+        """Whether there are tokens that do not count as targets."""
+        self.counts_all = not self.may_skip and not self.has_answers
+        """Whether every token counts as a target, and will whatever becomes of the shards."""
+        self._open: dict[str, tuple[FileRecord, NDArray]] = {}
+
+    @property
+    def cache_shards(self) -> int | None:
+        """Return how many shards are at hand at a time; None when all are."""
+        if self._files.max_bytes is None:
+            return None
+        largest = max(sum(file.num_bytes for file in shard.files) for shard in self._records)
+        return self._files.max_bytes // max(largest, 1)
+
+    def documents(self, shard: int) -> NDArray[np.int64]:
+        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``.
+
+        Raises:
+            DataError: the file cannot be fetched or is damaged; it is never skipped, for samples may depend on it.
+        """
+        record = self._records[shard]
+        try:
+            with self._files.open(record.documents) as file:
+                offsets = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{record.documents.name}: cannot be read: {error}") from error
+        if offsets.shape != (record.num_documents + 1,) or offsets[-1] != record.num_tokens:
+            raise DataError(f"{record.documents.name}: its documents are not those of the index")
+        return offsets
+
+    def read(self, shard: int) -> NDArray[np.unsignedinteger]:
+        """Return the tokens of a shard, uint16 or uint32 ``(n,)``; do not keep it for longer than it is needed.
+
+        Raises:
+            ShardError: the shard is missing or damaged for good; unless such shards are skipped: then zeros.
+            DataError: it cannot be read or fetched for another reason.
+        """
+        tokens = self._map(shard, self._records[shard].tokens, self._dtype)
+        return self._nothing(shard, self._dtype) if tokens is None else tokens
+
+    def counted(self, shard: int) -> NDArray[np.uint8] | None:
+        """Return uint8 ``(n,)``, 1 where a token counts as a target, or None when all do; none of a skipped shard does.
+
+        Raises:
+            DataError: what :meth:`read` raises.
+        """
+        if self.may_skip:
+            self.read(shard)
+        file, counted = self._records[shard].counted, None
+        if file is not None:
+            counted = self._map(shard, file, np.dtype(np.uint8))
+        return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch ``shards``, if they are remote, in the background and in this order."""
+        self._files.prefetch([file for shard in shards for file in self._records[shard].files])
+
+    def _nothing(self, shard: int, dtype: np.dtype) -> NDArray:
+        return np.broadcast_to(np.zeros((), dtype), self.shard_tokens[shard])
+
+    def _map(self, shard: int, file: FileRecord, dtype: np.dtype) -> NDArray | None:
+        """Return a file as a memory map, or None if its shard is skipped."""
+        if shard in self.skipped:
+            return None
+        if file.name in self._open:
+            return self._open[file.name][1]
+        try:
+            with self._files.open(file) as handle:
+                # An empty file cannot be mapped.
+                mapped = np.memmap(handle, dtype, mode="r").view(np.ndarray) if file.num_bytes else np.empty(0, dtype)
+        except ShardError as error:
+            if not self.may_skip:
+                raise ShardError(f"{error}; data.on_bad_shard=skip goes on without it") from error
+            self.skipped.add(shard)
+            num_tokens, so_far = self.shard_tokens[shard], len(self.skipped)
+            get_logger().warning("%s; skipped: its %d tokens do not count (%d so far)", error, num_tokens, so_far)
+            return None
+        if self.is_remote:  # a map keeps the space of a file that has left the cache
+            self._open = {name: entry for name, entry in self._open.items() if self._files.holds(entry[0])}
+        self._open[file.name] = (file, mapped)
+        return mapped
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticSplit:
+    """Samples computed from their ids: some tokens are more frequent than others, nothing else can be learnt."""
+
+    name: str
+    """Different names hold different samples."""
+    vocab_size: int
+    """Tokens lie in ``[0, vocab_size)``."""
+    is_ragged: bool
+    """Count only the first targets of each sample, a different number in each (at least one)."""
+    is_remote = has_answers = may_skip = False
+
+    @property
+    def fingerprint(self) -> str:
+        """What the samples are a function of, besides their ids."""
+        return f"synthetic-{self.vocab_size}{'-ragged' * self.is_ragged}"
+
+    def num_samples(self, sequence_length: int) -> int:
+        """Return 2**20, whatever the length."""
+        return 1 << 20
+
+    def gather(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
+        """Return int64 ``(N, sequence_length + 1)``; neighbouring samples do not overlap."""
+        columns = np.arange(sequence_length + 1, dtype=np.uint64)
+        hashes = mix64(self._hash(sample_ids)[:, None] + columns)
+        uniform = (hashes >> np.uint64(11)) * 2.0**-53
+        return (self.vocab_size * uniform * uniform * uniform).astype(np.int64)
+
+    def counted_targets(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.bool_] | None:
+        """Return bool ``(N, sequence_length)`` when ragged, else None."""
+        if not self.is_ragged:
+            return None
+        num_counted = 1 + self._hash(~sample_ids) % np.uint64(sequence_length)
+        return np.arange(sequence_length, dtype=np.uint64) < num_counted[:, None]
+
+    def _hash(self, values: NDArray[np.int64]) -> NDArray[np.uint64]:
+        key = derive_key(*self.name.encode())
+        return mix64(mix64(values.astype(np.uint64)) ^ np.uint64(key))
+
+
+Split = TokenSplit | FileSplit | SyntheticSplit
+
+
+def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | None = None) -> Corpus:
+    """Open what :func:`bigtrain.data.prepare.corpus.prepare` has prepared, on any rank, for a model with ``vocab_size`` embeddings.
+
+    Args:
+        config: of the component.
+        vocab_size: rows of the model's embedding.
+        directory: what preparing has returned; by default the corpus that was ``prepared``.
+
+    Raises:
+        DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
+    """
+    skips = config.on_bad_shard is OnBad.skip
+    if config.source is DataSource.prepared and is_url(config.path):
+        corpus = _open_remote(config, vocab_size, skips)
+    else:
+        corpus = Corpus.open(directory or config.path, vocab_size=vocab_size, skip_bad_shards=skips)
+    name = corpus.index.tokenizer.name
+    if config.tokenizer == "bytes" and name != "bytes":
+        raise DataError(f"data.tokenizer=bytes, but {config.path} was prepared with {name}; leave data.tokenizer out")
+    return corpus
+
+
+def _open_remote(config: DataConfig, vocab_size: int, skip_bad_shards: bool) -> Corpus:
+    remote = RemoteDirectory(config.path)
+    # Not the copy that rank 0 has fetched, which may lie on the disk of another node.
+    index = parse_index(read_remote_index(remote), remote.url)
+    require_vocab(index, vocab_size, config.path)
+    cache = ShardCache(remote, cache_directory(config), int(config.cache_gib * 2**30))
+    corpus = Corpus(cache, index, skip_bad_shards)
+    if min(corpus.split(name).cache_shards for name in SPLITS) < 2:
+        raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
+    return corpus

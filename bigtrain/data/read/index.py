@@ -1,0 +1,284 @@
+"""``index.json`` of a prepared corpus: what its files hold, and how to know that they still do."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigtrain.config.convert import from_dict
+from bigtrain.errors import ConfigError, DataError, ShardError
+from bigtrain.files import FileRecord, hash_content
+
+INDEX_FILE = "index.json"
+PUBLISHED_DIRECTORY = "tokenizer"
+"""Beside the index of a corpus or run: the files that its tokenizer was published as."""
+FORMAT = 2
+SPLITS = ("train", "validation")
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardRecord:
+    """Whole documents in three files that can be mapped into memory or read by ranges."""
+
+    tokens: FileRecord
+    """Token ids of all documents on end, an end-of-text token after each; little endian ``CorpusIndex.dtype``."""
+    documents: FileRecord
+    """npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end."""
+    counted: FileRecord | None = None
+    """uint8 per token, 1 where the loss counts it as a target; none when all are counted."""
+    num_tokens: int
+    """Number of tokens, end-of-text tokens included."""
+    num_documents: int
+    """Number of documents."""
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file of the shard."""
+        return [self.tokens, self.documents, *([self.counted] if self.counted else [])]
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitRecord:
+    """One split of a corpus."""
+
+    shards: list[ShardRecord]
+    """Its shards in order."""
+    num_tokens: int
+    """Number of tokens, end-of-text tokens included."""
+    num_documents: int
+    """Number of documents; empty ones are left out."""
+    num_text_bytes: int
+    """Size of the text as UTF-8."""
+    unigram_nats_per_token: float
+    """Cross-entropy of the split under the training split's token frequencies (each count plus one): what a model
+    that knows only frequencies reaches. For the training split this is its unigram entropy."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerRecord:
+    """The tokenizer of a corpus."""
+
+    name: str
+    """``bpe``, ``bytes``, or the Hugging Face name."""
+    file: FileRecord
+    """``tokenizer.json``."""
+    vocab_size: int
+    """Largest token id plus one."""
+    eos_id: int
+    """Token that ends a document."""
+    facts: str | None = None
+    """Of a published one, JSON: what tells it from others, which stays with those who have it from this corpus."""
+    adds_special: bool = False
+    """Whether each document is encoded as a whole, with what the tokenizer writes around it (BOS); else in pieces, bare."""
+    reads_special: bool = False
+    """Whether the name of a special token inside a text is that token; else it is text."""
+    published: list[FileRecord] = field(default_factory=list)
+    """The files that it was published as, below ``tokenizer/``; none of ``bpe`` and ``bytes``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LiveRecord:
+    """A source that is tokenised while training; its splits have no shards."""
+
+    plan: FileRecord
+    """What was found out of the source."""
+    fingerprint: str
+    """Identity of its documents, their order and their tokens: 16 hexadecimal digits."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusIndex:
+    """Content of ``index.json``."""
+
+    format: int
+    """Version of this layout."""
+    identity: str
+    """SHA-256 of the settings and the source fingerprint that the corpus was made from."""
+    source: str
+    """Where the text came from, for people."""
+    source_fingerprint: str
+    """Fingerprint of the source at that time."""
+    dtype: str
+    """``uint16`` or ``uint32``."""
+    num_empty_documents: int
+    """Documents that were left out because they are empty."""
+    num_repaired_documents: int
+    """Documents in which invalid UTF-8 was replaced by U+FFFD."""
+    tokenizer: TokenizerRecord
+    """Tokenizer."""
+    train: SplitRecord
+    """Documents to train on."""
+    validation: SplitRecord
+    """Documents that are never trained on."""
+    live: LiveRecord | None = None
+    """Where the tokens come from if they were not prepared."""
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file of the corpus except the index."""
+        return [*self._deciding_files, *self.tokenizer.published]
+
+    @property
+    def _deciding_files(self) -> list[FileRecord]:
+        """Those that decide the tokens."""
+        shards = [*self.train.shards, *self.validation.shards]
+        others = [self.tokenizer.file, *([self.live.plan] if self.live else [])]
+        return [*others, *(file for shard in shards for file in shard.files)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokens, wherever and whenever they were prepared: 16 hexadecimal digits."""
+        if self.live:
+            return self.live.fingerprint
+        return hashlib.sha256("".join(file.xxh3 for file in self._deciding_files).encode()).hexdigest()[:16]
+
+
+def write_index(directory: Path, index: CorpusIndex) -> None:
+    """Write ``index.json``; it is complete on disk only after the caller's fsync."""
+    text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
+    Path(directory, INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusIndex:
+    """Read ``index.json`` and compare the sizes of all files with it.
+
+    Args:
+        directory: a prepared corpus, or a run, which has a copy of the index.
+        check_sizes: whether the files are there; in a run they are not.
+
+    Raises:
+        DataError: the index or a file is missing, or something does not agree; names the file.
+    """
+    path = Path(directory, INDEX_FILE)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{directory}: no prepared corpus here; make it with python launch/prepare.py") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    index = parse_index(text, str(directory))
+    for file in index.files if check_sizes else ():
+        check_size(Path(directory), file)
+    return index
+
+
+def parse_index(text: bytes, where: str) -> CorpusIndex:
+    """Return the content of an ``index.json``, which may come from anywhere.
+
+    Args:
+        text: the file.
+        where: directory or URL that it lies in, for messages.
+
+    Raises:
+        DataError: it is damaged, of another format, contradicts itself or points out of its directory.
+    """
+    path = f"{where}/{INDEX_FILE}"
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read: {error}; {_way_out(where)}") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{path}: format {found!r}, this version reads format {FORMAT}; prepare the corpus again (launch/prepare.py)"
+        )
+    try:
+        index = from_dict(CorpusIndex, values)
+    except ConfigError as error:
+        raise DataError(f"{path}: damaged: {error}; {_way_out(where)}") from error
+    _check_index(index, where)
+    return index
+
+
+def verify_hashes(directory: str | Path, index: CorpusIndex) -> None:
+    """Read every file of a corpus, several at a time, and compare its hash with its index.
+
+    Raises:
+        DataError: names the first file that is missing, truncated or changed.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda file: verify_file(Path(directory), file), index.files):
+            pass
+
+
+def verify_file(directory: Path, file: FileRecord) -> None:
+    """Compare the hash of one file with its record.
+
+    Raises:
+        ShardError: the file has changed.
+        DataError: it cannot be read.
+    """
+    found = hash_file(directory / file.name)
+    if found != file.xxh3:
+        raise ShardError(
+            f"{directory / file.name}: the content is not what was prepared (XXH3 {found[:16]}..., index says "
+            f"{file.xxh3[:16]}...); {_way_out(directory)}"
+        )
+
+
+def check_size(directory: Path, file: FileRecord) -> None:
+    """Compare the size of one file with its record.
+
+    Raises:
+        ShardError: the file is missing or has another size.
+    """
+    path = directory / file.name
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise ShardError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
+    if num_bytes != file.num_bytes:
+        raise ShardError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
+
+
+def record_file(path: Path) -> FileRecord:
+    """Return the record of a finished file."""
+    return FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=hash_file(path))
+
+
+def hash_file(path: Path) -> str:
+    """Return the XXH3 of a file in hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return hash_content(file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_index(index: CorpusIndex, where: str) -> None:
+    path = f"{where}/{INDEX_FILE}"
+    if index.dtype not in ("uint16", "uint32"):
+        raise DataError(f"{path}: dtype {index.dtype!r}, expected uint16 or uint32; {_way_out(where)}")
+    for file in index.files:
+        # An index that came from elsewhere must not point out of its own directory.
+        name = file.name
+        if file in index.tokenizer.published:
+            name = name.removeprefix(f"{PUBLISHED_DIRECTORY}/").removeprefix("additional_chat_templates/")
+        if name in ("", ".", "..", INDEX_FILE) or "\\" in name or Path(name).name != name:
+            raise DataError(f"{path}: {file.name!r} is not a plain file name")
+    if len({file.name for file in index.files}) != len(index.files):
+        raise DataError(f"{path}: two files have one name; {_way_out(where)}")
+    item_bytes = {"uint16": 2, "uint32": 4}[index.dtype]
+    for name, split in (("train", index.train), ("validation", index.validation)):
+        for shard in split.shards:
+            sizes = [(shard.tokens, item_bytes)] + ([(shard.counted, 1)] if shard.counted else [])
+            for file, token_bytes in sizes:
+                if shard.num_tokens * token_bytes != file.num_bytes:
+                    raise DataError(
+                        f"{path}: {shard.num_tokens} tokens of {token_bytes} bytes are not {file.num_bytes} bytes of "
+                        f"{file.name}; {_way_out(where)}"
+                    )
+        for what in ("num_tokens", "num_documents"):
+            if sum(getattr(shard, what) for shard in split.shards) != getattr(split, what):
+                raise DataError(f"{path}: {name}.{what} is not the sum over its shards; {_way_out(where)}")
+
+
+def _way_out(where: str | Path) -> str:
+    return f"remove {where} and prepare the corpus again"

@@ -1,0 +1,258 @@
+"""Batches of optimizer steps, prepared ahead in a background thread, and batches for validation."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bigtrain.data.order.cursor import Cursor, chain_digest
+from bigtrain.data.order.permutation import rank_slice
+from bigtrain.data.read.batch import IGNORE_INDEX, Batch
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.errors import DataError
+
+_IDS_AT_ONCE = 4096
+_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
+"""Small steps are loaded several at a time: whenever this thread works, the one that trains waits for Python's lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one rank computes in one optimizer step."""
+
+    step: int
+    """Optimizer step, from 0."""
+    micro_batches: list[Batch]
+    """Micro-batches in the order of accumulation."""
+    num_targets: int
+    """Counted targets of this rank, all micro-batches together."""
+    global_num_targets: int | None
+    """Counted targets of all ranks, where that is known without asking them; the same on every rank."""
+    before: Cursor
+    """Where the data stands before the step."""
+    after: Cursor
+    """Where it stands after the step."""
+
+
+class TrainLoader:
+    """Iterator over optimizer steps, without end.
+
+    The only state is the cursor: a loader that starts at the ``after`` of a step continues exactly where one
+    that was stopped there would have gone on, whatever the world size of either.
+    """
+
+    wait_seconds = 0.0
+    """How long the last step was waited for."""
+
+    def __init__(
+        self,
+        stream: SampleStream,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        start: Cursor,
+        prefetch_steps: int,
+        pin_memory: bool,
+    ) -> None:
+        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background.
+
+        Args:
+            stream: Where the samples are.
+            global_batch_size: Samples per optimizer step over all ranks.
+            micro_batch_size: Samples per micro-batch of this rank.
+            dp_rank: Position of this rank among the ``dp_size`` that split the data.
+            dp_size: See ``dp_rank``.
+            start: Where to begin.
+            prefetch_steps: Steps kept ready.
+            pin_memory: Put the batches into page-locked memory.
+
+        Raises:
+            DataError: the split is shorter than one sample.
+        """
+        stream.require_samples()
+        self._stream = stream
+        self._global_batch_size = global_batch_size
+        self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
+        tokens_per_step = global_batch_size // dp_size * stream.sequence_length
+        self._steps_at_once = 1 if stream.is_live else min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
+        self._pin_memory = pin_memory
+        self._cursor = start
+        self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
+        self._is_closing = False
+        self._at_hand: deque[StepBatch] = deque()
+        # Queues in C: futures of an executor take as long per step as to fill the batch.
+        self._wanted: SimpleQueue[None] = SimpleQueue()
+        self._ready: SimpleQueue[list[StepBatch] | BaseException] = SimpleQueue()
+        # A new thread would use GPU 0, whichever GPU this rank has.
+        device = torch.cuda.current_device() if pin_memory else None
+        self._thread = Thread(target=self._work, args=(device,), name="data", daemon=True)
+        self._thread.start()
+        for _ in range(math.ceil(prefetch_steps / self._steps_at_once)):
+            self._wanted.put(None)
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> StepBatch:
+        """Return the next step; an error of the background thread is raised here, in its turn, and is the end."""
+        self.wait_seconds = 0.0
+        if not self._at_hand:
+            begin = time.perf_counter()
+            batches = self._ready.get()
+            self.wait_seconds = time.perf_counter() - begin
+            if isinstance(batches, BaseException):
+                self._ready.put(batches)  # whoever asks again must not wait for ever
+                raise batches
+            self._wanted.put(None)
+            self._at_hand.extend(batches)
+        return self._at_hand.popleft()
+
+    def __enter__(self) -> "TrainLoader":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the background thread; at most the steps in progress are waited for. May be called again."""
+        self._is_closing = True
+        self._at_hand.clear()
+        self._wanted.put(None)
+        self._thread.join()
+        self._ready.put(RuntimeError("the loader is closed"))
+
+    def _work(self, device: int | None) -> None:
+        """Load some steps after the others, as many as are wanted; after an error no more."""
+        if device is not None:
+            torch.cuda.set_device(device)
+        self._wanted.get()
+        while not self._is_closing:
+            try:
+                batches = self._load_some()
+            except BaseException as error:  # whatever it is, somebody waits for an answer
+                self._ready.put(error)
+                return
+            self._cursor = batches[-1].after
+            self._ready.put(batches)
+            del batches  # their memory is used again when nobody holds it
+            self._wanted.get()
+
+    def _load_some(self) -> list[StepBatch]:
+        """Return the next steps; just the next one if a local shard is damaged after it."""
+        ids = self._ids(self._cursor.samples)
+        self._stream.prefetch(self._cursor.samples)
+        try:
+            return self._load(self._cursor, ids)
+        except DataError:
+            if len(ids) == 1 or self._stream.is_remote:  # to be patient with a server once is enough
+                raise
+            return self._load(self._cursor, ids[:1])
+
+    def _load(self, cursor: Cursor, ids: NDArray[np.int64]) -> list[StepBatch]:
+        """Return the steps with these samples, one row each."""
+        mine = slice(self._slices[0].start, self._slices[-1].stop)
+        samples = self._stream.gather(ids[:, mine].reshape(-1))
+        num_targets, global_num_targets = self._count_targets(samples, len(ids))
+        if self._pin_memory:
+            samples = samples.pin_memory()
+        micro_batches = iter(samples.split(self._slices[0].stop - self._slices[0].start))
+        batches = []
+        for number, step_ids in enumerate(ids):
+            own = list(islice(micro_batches, len(self._slices)))
+            digest = chain_digest(cursor.digest, step_ids, self._stream.content)
+            after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), digest)
+            batches.append(StepBatch(cursor.step, own, num_targets[number], global_num_targets, cursor, after))
+            cursor = after
+        return batches
+
+    def _count_targets(self, samples: Batch, num_steps: int) -> tuple[list[int], int | None]:
+        """Return how many targets of this rank count in each step, and of all ranks if that is known."""
+        if self._stream.is_full:
+            length = self._stream.sequence_length
+            return [samples.targets.numel() // num_steps] * num_steps, self._global_batch_size * length
+        # numpy, because every thread that calls torch gets its own set of OpenMP threads
+        is_counted = samples.targets.numpy() != IGNORE_INDEX
+        return np.count_nonzero(is_counted.reshape(num_steps, -1), axis=1).tolist(), None
+
+    def _ids(self, first: int) -> NDArray[np.int64]:
+        """Return the samples of the next steps, one row each, from a block of more: one by one costs more."""
+        size = self._global_batch_size
+        if not self._block_first <= first < self._block_first + len(self._block):
+            num_steps = 1 if self._stream.is_live else max(_IDS_AT_ONCE // size, self._steps_at_once)
+            try:
+                self._block_first, self._block = first, self._stream.ids(first, num_steps * size)
+            except DataError:  # near the end of the data
+                self._block_first, self._block = first, self._stream.ids(first, size)
+        return self._block[first - self._block_first :][: self._steps_at_once * size].reshape(-1, size)
+
+
+def validation_batches(
+    stream: SampleStream,
+    *,
+    batches: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of ``batches`` global batches, the same samples every time.
+
+    ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the
+    whole split. Every rank yields the same number of micro-batches, so that collectives cannot wait
+    for a missing one; where samples run out, targets are masked. The union over the ranks is exactly
+    the chosen samples, for any world and micro-batch.
+
+    Raises:
+        DataError: the split is shorter than one sample.
+    """
+    stream.require_samples()
+    num_samples = stream.num_samples
+    num_chosen = min(batches * global_batch_size, num_samples)
+    slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
+    for global_batch in range(math.ceil(num_chosen / global_batch_size)):
+        for part in slices:
+            places = np.arange(part.start, part.stop) + global_batch * global_batch_size
+            is_chosen = places < num_chosen
+            ids = np.where(is_chosen, places * num_samples // num_chosen, 0)
+            batch = stream.gather(ids)
+            batch.targets[torch.from_numpy(~is_chosen)] = IGNORE_INDEX
+            yield batch
+
+
+def require_validation_targets(stream: SampleStream, *, batches: int, global_batch_size: int) -> None:
+    """Refuse to validate on samples of which no target counts.
+
+    Args:
+        stream: of the validation split.
+        batches: as for :func:`validation_batches`.
+        global_batch_size: as there.
+
+    Raises:
+        DataError: none counts, or the split is shorter than one sample.
+    """
+    stream.require_samples()
+    if not stream.has_answers:
+        return
+    whole = {"global_batch_size": global_batch_size, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    if not any((batch.targets != IGNORE_INDEX).any() for batch in validation_batches(stream, batches=batches, **whole)):
+        raise DataError(
+            f"no target that counts is in the samples of {stream.sequence_length} tokens that validation.batches={batches} "
+            f"takes of {stream.num_samples}, only prompts whose answers are elsewhere; use more of them, a larger "
+            "data.sequence_length, data.validation_fraction or data.packing=best_fit"
+        )
+
+
+def _rank_slices(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[slice]:
+    num_micro_batches = global_batch_size // (dp_size * micro_batch_size)
+    return [rank_slice(global_batch_size, micro_batch_size, dp_rank, dp_size, i) for i in range(num_micro_batches)]

@@ -1,0 +1,345 @@
+"""Shards of tokens cut into samples of T tokens and T targets.
+
+``concat``: documents lie on end and are cut every T tokens. A shard of n tokens holds ``(n - 1) // T`` samples; every
+token but its first, and a rest shorter than a sample at its end, is a target exactly once per epoch.
+
+``best_fit``: no document is cut unless it is longer than T. Documents (and the pieces of longer ones) are put
+into samples by best-fit decreasing (Johnson 1973; for language models Ding et al., "Fewer Truncations Improve
+Language Modeling", 2024), shard by shard; every token is a target exactly once per epoch, and what stays empty is
+padding that does not count. A document is opened by its own end-of-text token, from which its first token is
+predicted.
+
+Either way a place in a sample belongs to the document of its *target*: the end-of-text token before a document opens
+it. With a document mask, positions count from 0 at each document, and the model attends within a document only.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from bigtrain.config import Packing
+from bigtrain.data.read.batch import IGNORE_INDEX, ArrayPool, Samples, gather_groups
+from bigtrain.data.read.corpus import Split, SyntheticSplit
+
+_SHARDS_KEPT = 64
+
+
+def build_packing(split: Split, sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
+    """Cut ``split`` into samples of ``sequence_length`` tokens; with ``document_mask`` they have positions."""
+    if isinstance(split, SyntheticSplit):
+        return SyntheticSamples(split, sequence_length, document_mask)
+    kind = BestFitSamples if packing is Packing.best_fit else ConcatSamples
+    return kind(split, sequence_length, document_mask)
+
+
+def no_samples(split: str, sequence_length: int, num_unanswered: int, component: str = "") -> str:
+    """Return what to say of a split without a single sample that has a target."""
+    if num_unanswered:
+        return (
+            f"the {split} split{component} has no target that counts: in none of its {num_unanswered} samples of "
+            f"{sequence_length} tokens is any of an answer, which long prompts leave behind; use more data, a larger "
+            "data.sequence_length or data.packing=best_fit"
+        )
+    return (
+        f"the {split} split{component} is shorter than one sample of {sequence_length} + 1 tokens; use more text, a "
+        "larger share (data.validation_fraction) or a smaller data.sequence_length"
+    )
+
+
+def unanswered(num_left_out: int, num_samples: int, where: str = "") -> str:
+    """Return what to say of samples that are left out."""
+    return (
+        f"{num_left_out} of {num_samples} training samples{where} have no target that counts (long prompts "
+        "without their answers) and are left out; a larger data.sequence_length or data.packing=best_fit has fewer of them"
+    )
+
+
+class _ShardedSamples:
+    """What both kinds of packing have in common: ids are looked up shard by shard."""
+
+    shard_samples: NDArray[np.int64]
+    """Samples in each shard, int64 ``(num_shards,)``."""
+    is_full: bool
+    """Whether every place of every sample is known to be a target that counts."""
+
+    def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
+        self._split = split
+        # Read from a file every time, and needed for every batch.
+        self._documents = lru_cache(maxsize=_SHARDS_KEPT)(split.documents)
+        self.sequence_length = sequence_length
+        self._document_mask = document_mask
+        self._pool = ArrayPool()
+
+    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
+        """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other."""
+        shards, local = self._locate(sample_ids)
+        if len(self.shard_samples) == 1:
+            return self._gather_shard(0, local)
+        if not len(sample_ids):
+            return self._pool.samples(0, self.sequence_length, self._document_mask)
+        return gather_groups(shards, lambda shard, rows: self._gather_shard(shard, local[rows]), self._pool)
+
+    def answered(self) -> NDArray[np.int64] | None:
+        """Return the samples with a target that counts, ascending; None when all are, or shards may turn out missing."""
+        if not self._split.has_answers or self._split.may_skip:
+            return None
+        has_target = [self._has_target(shard) for shard in range(len(self.shard_samples))]
+        found = np.flatnonzero(np.concatenate([np.empty(0, dtype=np.bool_), *has_target]))
+        return None if len(found) == self.shard_samples.sum() else found
+
+    def _has_target(self, shard: int) -> NDArray[np.bool_]:
+        """Return of each sample of a shard whether a target of it counts."""
+        counted, num_samples = self._split.counted(shard), int(self.shard_samples[shard])
+        if counted is None or not num_samples:
+            return np.ones(num_samples, dtype=np.bool_)
+        return self._any_counted(shard, counted)
+
+    def _locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if len(self.shard_samples) == 1:
+            return np.zeros_like(sample_ids), sample_ids
+        ends = np.cumsum(self.shard_samples)
+        if len(sample_ids) and not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) < int(ends[-1]):
+            raise IndexError(f"samples are numbered from 0 to {ends[-1] - 1}")
+        shards = np.searchsorted(ends, sample_ids, side="right")
+        return shards, sample_ids - (ends - self.shard_samples)[shards]
+
+    def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
+        raise NotImplementedError
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        raise NotImplementedError
+
+
+class ConcatSamples(_ShardedSamples):
+    """Samples that begin every T tokens."""
+
+    def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
+        super().__init__(split, sequence_length, document_mask)
+        self.is_full = split.counts_all
+        self.shard_samples = np.maximum(split.shard_tokens - 1, 0) // sequence_length
+
+    def documents(self, sample_id: int) -> NDArray[np.int64]:
+        """Return the document of each of the T places of a sample, numbered within its shard, -1 for padding."""
+        (shard,), (local,) = self._locate(np.array([sample_id]))
+        targets = local * self.sequence_length + 1 + np.arange(self.sequence_length)
+        return np.searchsorted(self._documents(int(shard)), targets, side="right") - 1
+
+    def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
+        windows = _windows(self._split.read(shard), self.sequence_length)[local]
+        samples = self._pool.samples(len(local), self.sequence_length, False)
+        samples.tokens[:], samples.targets[:] = windows[:, :-1], windows[:, 1:]
+        counted = self._split.counted(shard)
+        if counted is not None:
+            is_counted = _windows(counted, self.sequence_length)[local][:, 1:]
+            samples.targets[is_counted == 0] = IGNORE_INDEX
+        if self._document_mask:
+            samples.positions = self._positions(shard, local)
+        return samples
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return (_windows(counted, self.sequence_length)[:, 1:] != 0).any(axis=1)
+
+    def _positions(self, shard: int, local: NDArray[np.int64]) -> NDArray[np.int64]:
+        begins = self._documents(shard)
+        is_begin = np.zeros((len(local), self.sequence_length), dtype=np.bool_)
+        is_begin[:, 0] = True
+        first_targets = local * self.sequence_length + 1
+        low = np.searchsorted(begins, first_targets)
+        high = np.searchsorted(begins, first_targets + self.sequence_length)
+        for row, (first, begin, end) in enumerate(zip(first_targets, low, high, strict=True)):
+            is_begin[row, begins[begin:end] - first] = True
+        return positions_from_begins(is_begin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the documents of a shard are packed; pieces are ordered by sample."""
+
+    first_piece: NDArray[np.int64]
+    """Index of the first piece of each sample, and one more at the end, ``(num_samples + 1,)``."""
+    starts: NDArray[np.int64]
+    """First token of each piece in the shard."""
+    lengths: NDArray[np.int64]
+    """Tokens of each piece, at most T."""
+    openers: NDArray[np.int64]
+    """Token that stands before each piece: the one before it or, at the beginning of a document, its last one."""
+
+
+class BestFitSamples(_ShardedSamples):
+    """Samples of whole documents."""
+
+    is_full = False
+
+    def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
+        super().__init__(split, sequence_length, document_mask)
+        self._plan = lru_cache(maxsize=_SHARDS_KEPT)(self._pack)
+        num_shards = len(split.shard_tokens)
+        counts = (len(self._plan(shard).first_piece) - 1 for shard in range(num_shards))
+        self.shard_samples = np.fromiter(counts, dtype=np.int64, count=num_shards)
+
+    def documents(self, sample_id: int) -> NDArray[np.int64]:
+        """See :class:`ConcatSamples`."""
+        (shard,), (local,) = self._locate(np.array([sample_id]))
+        plan = self._plan(int(shard))
+        pieces = slice(plan.first_piece[local], plan.first_piece[local + 1])
+        numbers = np.searchsorted(self._documents(int(shard)), plan.starts[pieces], side="right") - 1
+        places = np.repeat(numbers, plan.lengths[pieces])
+        return np.concatenate([places, np.full(self.sequence_length - len(places), -1)])
+
+    def _pack(self, shard: int) -> _Plan:
+        offsets = np.asarray(self._documents(shard), dtype=np.int64)
+        starts, lengths, openers = cut_documents(offsets, self.sequence_length)
+        sample_of_piece = pack_best_fit(lengths, self.sequence_length)
+        by_sample = np.argsort(sample_of_piece, kind="stable")
+        num_samples = int(sample_of_piece.max(initial=-1)) + 1
+        first_piece = np.searchsorted(sample_of_piece[by_sample], np.arange(num_samples + 1))
+        return _Plan(first_piece, starts[by_sample], lengths[by_sample], openers[by_sample])
+
+    def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
+        plan, tokens, counted = self._plan(shard), self._split.read(shard), self._split.counted(shard)
+        samples = self._pool.samples(len(local), self.sequence_length, False)
+        samples.tokens[:] = 0
+        samples.targets[:] = IGNORE_INDEX
+        is_begin = np.zeros((len(local), self.sequence_length), dtype=np.bool_)
+        is_begin[:, 0] = True
+        for row, sample in enumerate(local.tolist()):
+            place = 0
+            for piece in range(plan.first_piece[sample], plan.first_piece[sample + 1]):
+                start, length = int(plan.starts[piece]), int(plan.lengths[piece])
+                samples.tokens[row, place] = tokens[plan.openers[piece]]
+                samples.tokens[row, place + 1 : place + length] = tokens[start : start + length - 1]
+                samples.targets[row, place : place + length] = tokens[start : start + length]
+                if counted is not None:
+                    ignored = counted[start : start + length] == 0
+                    samples.targets[row, place : place + length][ignored] = IGNORE_INDEX
+                is_begin[row, place] = True
+                place += length
+            if place < self.sequence_length:
+                is_begin[row, place] = True
+        if self._document_mask:
+            samples.positions = positions_from_begins(is_begin)
+        return samples
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        plan = self._plan(shard)
+        in_order = np.argsort(plan.starts)  # pieces on end are the shard
+        in_piece = np.empty(len(plan.starts), dtype=np.uint8)
+        in_piece[in_order] = np.maximum.reduceat(counted, plan.starts[in_order])
+        return np.maximum.reduceat(in_piece, plan.first_piece[:-1]) != 0
+
+
+class SyntheticSamples:
+    """Samples that are computed; each is a document of its own."""
+
+    def __init__(self, split: SyntheticSplit, sequence_length: int, document_mask: bool) -> None:
+        self._split = split
+        self.sequence_length = sequence_length
+        self._document_mask = document_mask
+        self.shard_samples = np.array([split.num_samples(sequence_length)], dtype=np.int64)
+        self.is_full = not split.is_ragged
+
+    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
+        """See :class:`ConcatSamples`."""
+        windows = self._split.gather(sample_ids, self.sequence_length)
+        targets = windows[:, 1:].copy()
+        is_counted = self._split.counted_targets(sample_ids, self.sequence_length)
+        if is_counted is not None:
+            targets[~is_counted] = IGNORE_INDEX
+        positions = np.tile(np.arange(self.sequence_length), (len(sample_ids), 1)) if self._document_mask else None
+        return Samples(windows[:, :-1].copy(), targets, positions)
+
+    def answered(self) -> None:
+        """Every sample has a target that counts."""
+
+    def documents(self, sample_id: int) -> NDArray[np.int64]:
+        """See :class:`ConcatSamples`."""
+        return np.zeros(self.sequence_length, dtype=np.int64)
+
+
+def _windows(row: NDArray, length: int) -> NDArray:
+    """Return the windows of ``length + 1`` that begin every ``length``, without a copy.
+
+    To index them copies each window in one piece. numpy's own function for such views takes as long as to gather a
+    batch, but also does what cannot be done here: a row that is not contiguous, as that of a skipped shard.
+    """
+    if not row.flags.c_contiguous:
+        return sliding_window_view(row, length + 1)[::length]
+    shape = max(len(row) - 1, 0) // length, length + 1
+    return np.ndarray(shape, row.dtype, row, strides=(length * row.itemsize, row.itemsize))
+
+
+def positions_from_begins(is_begin: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return positions that count from 0 at every begin.
+
+    Args:
+        is_begin: bool ``(N, T)``; the first column is True.
+    """
+    places = np.arange(is_begin.shape[1])
+    return places - np.maximum.accumulate(np.where(is_begin, places, 0), axis=1)
+
+
+def cut_documents(
+    offsets: NDArray[np.int64], max_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Cut documents that are longer than ``max_tokens``; empty ones vanish.
+
+    Args:
+        offsets: Ascending, ``(num_documents + 1,)``.
+        max_tokens: Longest piece.
+
+    Returns:
+        Of each piece: first token, number of tokens, and the token that stands before it.
+    """
+    document_tokens = np.diff(offsets)
+    num_pieces = -(-document_tokens // max_tokens)
+    document = np.repeat(np.arange(len(document_tokens)), num_pieces)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    starts = offsets[document] + number * max_tokens
+    lengths = np.minimum(offsets[document + 1] - starts, max_tokens)
+    return starts, lengths, np.where(number == 0, offsets[document + 1] - 1, starts - 1)
+
+
+def pack_best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Put pieces into bins: the longest piece first, each into the fullest bin that has room for it.
+
+    Pieces of one length are placed together. Best-fit fills the bin with the least sufficient room until it has too
+    little of it, because nothing between is fuller: a bin with room r takes ``r // length`` pieces at once.
+
+    Args:
+        lengths: Of the pieces, 1 to ``capacity``.
+        capacity: Room of a bin.
+
+    Returns:
+        The bin of each piece, int64, numbered from 0 in the order in which bins were begun.
+    """
+    bin_of_piece = np.empty(len(lengths), dtype=np.int64)
+    bins_by_room: list[list[NDArray[np.int64]]] = [[] for _ in range(capacity + 1)]
+    has_bins = np.zeros(capacity + 1, dtype=np.bool_)
+    order = np.argsort(-lengths, kind="stable")
+    num_bins = 0
+    for pieces in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if len(order) else []:
+        length = int(lengths[pieces[0]])
+        for room in [*(np.flatnonzero(has_bins[length:]) + length).tolist(), capacity]:
+            if not len(pieces):
+                break
+            num_wanted = -(-len(pieces) // (room // length))
+            if has_bins[room]:
+                bins, others = np.split(np.concatenate(bins_by_room[room]), [num_wanted])
+                bins_by_room[room], has_bins[room] = [others], len(others) > 0
+            else:
+                bins = np.arange(num_bins, num_bins + num_wanted)
+                num_bins += num_wanted
+            places = np.repeat(np.arange(len(bins)), room // length)[: len(pieces)]
+            bin_of_piece[pieces[: len(places)]] = bins[places]
+            pieces = pieces[len(places) :]
+            left = room - length * np.bincount(places)
+            for new_room in np.unique(left).tolist():
+                bins_by_room[new_room].append(bins[left == new_room])
+                has_bins[new_room] = True
+    return bin_of_piece
+
+
+PackedSplit = ConcatSamples | BestFitSamples | SyntheticSamples

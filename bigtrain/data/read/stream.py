@@ -1,0 +1,260 @@
+"""The samples of a run: one data set or a mixture of several, in the run's order.
+
+A sample of the stream has one number: the components' samples are numbered on end, in the order of their names.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import ComponentConfig, DataConfig
+from bigtrain.data.order.cursor import Cursor, DataState, chain_digest
+from bigtrain.data.order.mixture import Mixture, Share
+from bigtrain.data.order.skips import extend, pieces
+from bigtrain.data.read.batch import ArrayPool, Batch, build_batch, gather_groups
+from bigtrain.data.read.component import StoredSamples
+from bigtrain.data.read.corpus import Split
+from bigtrain.data.read.live import LiveParts
+from bigtrain.data.read.packing import no_samples
+from bigtrain.data.read.windows import LiveSamples
+from bigtrain.errors import DataError
+
+
+class SampleStream:
+    """Position in the run -> sample id -> tokens."""
+
+    tokenizer_directory: Path | None = None
+    """Where the tokenizer of the text is, and the index that says how to use it; None when there is no text."""
+
+    def __init__(
+        self,
+        name: str,
+        splits: Mapping[str, Split | LiveParts],
+        data: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        previous: DataState | None = None,
+        keeps_all: bool = False,
+    ) -> None:
+        """Put the splits of all components together as ``data`` says.
+
+        Args:
+            name: Of the splits: ``train`` or ``validation``.
+            splits: Of the components, in the order of their names.
+            data: The resolved section.
+            seed: Seed of the order, the same for all components: each is ordered as if it were alone.
+            global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
+            previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
+                where it ends.
+            keeps_all: Whether samples without a target that counts are drawn: in validation, and in runs that began before
+                they were left out.
+        """
+        self.name = name
+        self.sequence_length: int = data.sequence_length
+        """Tokens per sample."""
+        self.components = {
+            part: _samples(part, split, data, seed, previous, keeps_all) for part, split in splits.items()
+        }
+        self._list = list(self.components.values())
+        self._live = {part: c for part, c in self.components.items() if isinstance(c, LiveSamples)}
+        self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
+        self._remote = [(i, part) for i, part in self._stored if part.split.is_remote]
+        self.is_live = bool(self._live)
+        """Whether samples are made on the fly, so that to know ids may mean to tokenise."""
+        self.is_remote = bool(self._remote)
+        """Whether shards may have to be fetched."""
+        self.is_full = all(component.is_full for component in self._list)
+        """Whether every place of every sample is known to be a target that counts."""
+        self.has_answers = any(split.has_answers for split in splits.values())
+        """Whether there is text of which only the answers count."""
+        self.fingerprint = _fingerprint(splits, data)
+        """What the sample ids are numbers of, and in which proportions they are drawn."""
+        cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
+        self.content = f"{' '.join(component.fingerprint for component in self._list)} {cut}"
+        """What the sample ids are numbers of, for the hash of all samples."""
+        self.skipped = [list(positions) for positions in previous.skipped] if previous else []
+        """Ranges of positions that the run leaves out; see :mod:`bigtrain.data.order.skips`."""
+        self._origin_samples, origin_counts = _origin(splits, self.fingerprint, previous)
+        self._origin_counts = {key: origin_counts.get(key, 0) for key in splits}
+        shares = [
+            _share(data.mixture.get(key, ComponentConfig()), component.num_samples, global_batch_size)
+            for key, component in self.components.items()
+        ]
+        self.mixture = Mixture(shares, origin=self._origin_samples, counts=list(self._origin_counts.values()))
+        sizes = np.array([component.num_ids for component in self._list], dtype=np.int64)
+        self._ends = np.cumsum(sizes)
+        self._begins = self._ends - sizes
+        self._pool = ArrayPool()
+
+    @property
+    def num_samples(self) -> int:
+        """Different samples of all components that are drawn; there may be fewer that are made on the fly."""
+        return sum(component.num_samples for component in self._list)
+
+    @property
+    def num_left_out(self) -> int:
+        """Samples without a target that counts, so far as they are known."""
+        return sum(component.num_left_out for component in self._list)
+
+    @property
+    def skipped_shards(self) -> list[tuple[int, int]]:
+        """Shards that this rank could not have, as (component, shard)."""
+        return [(i, shard) for i, part in self._stored for shard in sorted(getattr(part.split, "skipped", ()))]
+
+    def ids(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``.
+
+        Raises:
+            DataError: the data ends before.
+        """
+        parts = [self._ids_at(begin, end - begin) for begin, end in pieces(first, count, self.skipped)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def leave_out(self, first: int, end: int) -> None:
+        """From now on leave out the samples that the run counts as ``[first, end)``."""
+        self.skipped = extend(self.skipped, first, end)
+
+    def _ids_at(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions ``[first, first + count)`` of the order."""
+        components, indices = self.mixture.locate(first, count)
+        ids = np.empty(count, dtype=np.int64)
+        for number, num_drawn in enumerate(np.bincount(components).tolist()):
+            if num_drawn:
+                inside = components == number
+                # The indices of one component are consecutive.
+                chosen = self._list[number].ids(int(indices[inside.argmax()]), num_drawn)
+                ids[inside] = chosen + self._begins[number]
+        return ids
+
+    def gather(self, sample_ids: NDArray[np.int64]) -> Batch:
+        """Return the samples with these ids, int64 ``(N,)``."""
+        if len(self._list) == 1:
+            return build_batch(self._list[0].gather(sample_ids))
+        numbers = np.searchsorted(self._ends, sample_ids, side="right")
+        samples = gather_groups(
+            numbers, lambda i, rows: self._list[i].gather(sample_ids[rows] - self._begins[i]), self._pool
+        )
+        return build_batch(samples)
+
+    def prefetch(self, samples: int) -> None:
+        """Begin to fetch what is needed after the first ``samples`` of the run."""
+        counts = self.mixture.counts(self._position(samples)) if self.is_remote else []
+        for i, part in self._remote:
+            part.prefetch(counts[i])
+
+    def origin_of(self, sample_id: int) -> tuple[str, NDArray[np.int64]]:
+        """Return the component of a sample, and the document of each of its places, -1 for padding."""
+        number = int(np.searchsorted(self._ends, sample_id, side="right"))
+        documents = self._list[number].documents(int(sample_id - self._begins[number]))
+        return list(self.components)[number], documents
+
+    def require_samples(self) -> None:
+        """Refuse to train on a component, or to validate on data, without a single sample.
+
+        Raises:
+            DataError: which is too short, and what would help.
+        """
+        short = [name for name, component in self.components.items() if component.num_samples < 1]
+        if short and (self.name == "train" or not self.num_samples):
+            which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
+            num_left_out = self.components[short[0]].num_left_out
+            raise DataError(no_samples(self.name, self.sequence_length, num_left_out, which))
+
+    def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
+        """Refuse a run from ``start`` to ``steps`` that is longer than its data.
+
+        Raises:
+            DataError: for how many steps there is data.
+        """
+        self.require_samples()
+        available = self.mixture.num_positions
+        if available is None:
+            return
+        left = available - self._position(start.samples)
+        if (steps - start.step) * global_batch_size > left:
+            enough_for = start.step + max(left, 0) // global_batch_size
+            raise DataError(
+                f"train.steps={steps}: there is data for {enough_for} steps of {global_batch_size} samples, until every "
+                f"component of data.mixture has reached its max_epochs; use train.steps={enough_for} or a larger max_epochs"
+            )
+
+    def state(self, before: Cursor, after: Cursor) -> DataState:
+        """Return what a checkpoint needs in order to continue after the step between two cursors."""
+        before_step = dict(zip(self.components, self.mixture.counts(self._position(before.samples)), strict=True))
+        return DataState(
+            fingerprint=self.fingerprint,
+            samples=after.samples,
+            digest=after.digest,
+            previous_samples=before.samples,
+            previous_digest=before.digest,
+            counts=dict(zip(self.components, self.mixture.counts(self._position(after.samples)), strict=True)),
+            fingerprints={name: component.fingerprint for name, component in self.components.items()},
+            origin_samples=self._origin_samples,
+            origin_counts=self._origin_counts,
+            skipped=self.skipped,
+            places={name: part.place(before_step[name] - 1) for name, part in self._live.items() if before_step[name]},
+        )
+
+    def progress(self, samples: int) -> dict[str, tuple[int, float]]:
+        """Return, of each component, how many tokens the first ``samples`` of the run drew and how many epochs they are."""
+        counts = self.mixture.counts(self._position(samples))
+        return {
+            name: (count * self.sequence_length, component.epochs(count))
+            for (name, component), count in zip(self.components.items(), counts, strict=True)
+        }
+
+    def _position(self, samples: int) -> int:
+        """Return the position in the order of the sample that comes after so many."""
+        return pieces(samples, 1, self.skipped)[0][0]
+
+    def continues(self, state: DataState) -> bool:
+        """Return whether the last step before a checkpoint has the samples that the checkpoint records."""
+        if not all(part.is_at(state.places[name]) for name, part in self._live.items() if name in state.places):
+            return False
+        ids = self.ids(state.previous_samples, state.samples - state.previous_samples)
+        return chain_digest(state.previous_digest, ids, self.content) == state.digest
+
+
+def _samples(
+    name: str, split: Split | LiveParts, data: DataConfig, seed: int, previous: DataState | None, keeps_all: bool
+) -> StoredSamples | LiveSamples:
+    if not isinstance(split, LiveParts):
+        return StoredSamples(split, data, seed, keeps_all=keeps_all)
+    is_same = previous and previous.fingerprints.get(name) == split.fingerprint
+    place = previous.places.get(name) if is_same else None
+    return LiveSamples(split, data, seed=seed, place=place, keeps_all=keeps_all)
+
+
+def _origin(
+    splits: Mapping[str, Split | LiveParts], fingerprint: str, previous: DataState | None
+) -> tuple[int, dict[str, int]]:
+    """Return at which position the mixture begins, and how much of each component was drawn before."""
+    if previous is None:
+        return 0, {}
+    if previous.fingerprint == fingerprint:
+        return previous.origin_samples, previous.origin_counts
+    same = [part for part, split in splits.items() if previous.fingerprints.get(part) == split.fingerprint]
+    return pieces(previous.samples, 1, previous.skipped)[0][0], {part: previous.counts[part] for part in same}
+
+
+def _share(component: ComponentConfig, num_samples: int, global_batch_size: int) -> Share:
+    changes = [(change.step * global_batch_size, change.weight) for change in component.later_weights]
+    limit = None if component.max_epochs is None else component.max_epochs * num_samples
+    return Share(((0, component.weight), *changes), limit)
+
+
+def _fingerprint(splits: Mapping[str, Split | LiveParts], data: DataConfig) -> str:
+    """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
+    if not data.mixture:
+        return next(iter(splits.values())).fingerprint
+    parts = []
+    for name, split in splits.items():
+        component = data.mixture[name]
+        facts = [f"{name}={split.fingerprint}", f"weight {component.weight}"]
+        facts += [f"from step {change.step} {change.weight}" for change in component.later_weights]
+        facts += [f"max_epochs {component.max_epochs}"] if component.max_epochs is not None else []
+        parts.append(" ".join(facts))
+    return "; ".join(parts)

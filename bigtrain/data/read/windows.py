@@ -1,0 +1,171 @@
+"""The samples of text that is tokenised while training, window by window.
+
+The parts of a source are taken in an order drawn from seed and epoch, so many consecutive ones at a time: a window.
+Its documents are packed together and its samples shuffled. A window, its samples and their order are a function of
+the source, the settings and the window's number alone. Only where in the run a window begins depends on how many
+samples those before it have: that is found out while going, and a checkpoint keeps it for the window in which it
+stands. So whoever resumes begins with that window.
+"""
+
+from bisect import bisect_right
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from bigtrain.config import DataConfig, Packing
+from bigtrain.data.order.cursor import WindowPlace
+from bigtrain.data.order.permutation import derive_key, permute
+from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
+from bigtrain.data.read.dropped import Dropped, tell_bad_rows
+from bigtrain.data.read.live import LiveParts, join
+from bigtrain.data.read.packing import PackedSplit, build_packing, no_samples, unanswered
+from bigtrain.errors import DataError
+from bigtrain.log import get_logger
+
+_INDEX_BITS = 28
+"""Of a sample id, for its number in the window; those above are the number of the window, counted over all epochs."""
+
+
+class _Window(NamedTuple):
+    packed: PackedSplit
+    answered: NDArray[np.int64] | None
+    """Samples with a target that counts, which are drawn; None: all."""
+    num_samples: int
+    content: str
+    """Hash of the window's tokens and documents."""
+
+
+class LiveSamples:
+    """The samples of one source in the order of the run, without end."""
+
+    num_ids = num_samples = 1 << 56
+    """Sample ids are below this; how many samples there are is not known."""
+    num_left_out = 0
+    """Samples without a target are found while going; see :class:`bigtrain.data.read.component.StoredSamples`."""
+
+    def __init__(
+        self,
+        parts: LiveParts,
+        data: DataConfig,
+        *,
+        seed: int,
+        place: WindowPlace | None = None,
+        keeps_all: bool = False,
+    ) -> None:
+        """Begin where a checkpoint stands, or at the beginning; ``keeps_all`` as in ``StoredSamples``."""
+        self.fingerprint = parts.fingerprint
+        self.is_full = not parts.has_answers and data.packing is Packing.concat
+        self._parts = parts
+        self._data = data
+        self._seed = seed
+        self._keeps_all = keeps_all
+        self._windows_per_epoch = -(-parts.num_parts // parts.window_parts)
+        self._first_window = place.window if place else 0
+        self._begins = [place.first_sample if place else 0]
+        """First sample of every window from ``_first_window`` on, as far as it is known."""
+        self._contents: dict[int, str] = {}
+        self._window = lru_cache(maxsize=2)(self._open)
+        self._pool = ArrayPool()
+
+    def ids(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the samples at the positions ``[first, first + count)``, int64 ``(count,)``.
+
+        Raises:
+            DataError: what the source raises; a whole epoch has no sample.
+        """
+        found = [np.empty(0, dtype=np.int64)]
+        while count:
+            number = self._find(first)
+            begin, end = (self._begins[number - self._first_window + i] for i in (0, 1))
+            taken = min(count, end - first)
+            places = np.arange(first - begin, first - begin + taken)
+            local, answered = (
+                permute(places, end - begin, derive_key(self._seed, number)),
+                self._window(number).answered,
+            )
+            found.append((number << _INDEX_BITS) + (local if answered is None else answered[local]))
+            first, count = first + taken, count - taken
+        return np.concatenate(found)
+
+    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
+        """Return the samples with these ids, int64 ``(N,)``."""
+        numbers, local = sample_ids >> _INDEX_BITS, sample_ids & (1 << _INDEX_BITS) - 1
+        return gather_groups(numbers, lambda number, rows: self._window(number).packed.gather(local[rows]), self._pool)
+
+    def documents(self, sample_id: int) -> NDArray[np.int64]:
+        """Return the document of each place of a sample, numbered within its window, -1 for padding."""
+        return self._window(sample_id >> _INDEX_BITS).packed.documents(sample_id & (1 << _INDEX_BITS) - 1)
+
+    def epochs(self, count: int) -> float:
+        """Return how many passes the first ``count`` samples are, counted in windows that were drawn from."""
+        return (self._known(count - 1) + 1) / self._windows_per_epoch if count else 0.0
+
+    def place(self, position: int) -> WindowPlace:
+        """Return the window of a position that was drawn, for a checkpoint."""
+        number = self._known(position)
+        first_sample = self._begins[number - self._first_window]
+        return WindowPlace(window=number, first_sample=first_sample, content=self._content(number))
+
+    def is_at(self, place: WindowPlace) -> bool:
+        """Return whether the window of a checkpoint has the text that it had."""
+        return self._content(place.window) == place.content
+
+    def _content(self, number: int) -> str:
+        return self._contents.get(number) or self._window(number).content
+
+    def _find(self, position: int) -> int:
+        """Return the number of the window that holds a position."""
+        if position < self._begins[0]:  # before the launch began: all windows up to there are counted
+            self._first_window, self._begins = 0, [0]
+        while position >= self._begins[-1]:
+            number = self._first_window + len(self._begins) - 1
+            self._begins.append(self._begins[-1] + self._window(number).num_samples)
+            epoch_ago = len(self._begins) - 1 - self._windows_per_epoch
+            if epoch_ago >= 0 and self._begins[epoch_ago] == self._begins[-1]:
+                raise DataError(no_samples("train", self._data.sequence_length, self.num_left_out))
+        return self._known(position)
+
+    def _known(self, position: int) -> int:
+        """Return the same of a position that was drawn; unlike the above it may be called beside the loader's thread."""
+        return self._first_window + max(bisect_right(self._begins, position) - 1, 0)
+
+    def _open(self, number: int) -> _Window:
+        """Tokenise what the window needs, as far as that has not been done, and pack it; begin with the next one."""
+        chosen = self._numbers(number)
+        self._parts.prefetch([*chosen, *self._numbers(number + 1)])
+        parts = [self._parts.load(part, "train") for part in chosen]
+        self._parts.require_room(parts)
+        num_empty, num_filtered, num_repaired = np.sum([part.left_out for part in parts], axis=0).tolist()
+        if num_empty or num_filtered or num_repaired:
+            get_logger().info(
+                f"window {number} of the text: {num_empty} empty documents and {num_filtered} by data.filters left out, "
+                f"invalid UTF-8 in {num_repaired} replaced by U+FFFD"
+            )
+        bad = Dropped()
+        for part in parts:
+            bad.merge(part.bad)
+        if bad.documents:
+            get_logger().warning(f"window {number} of the text: {tell_bad_rows(bad)}")
+        split = join(parts, self.fingerprint, "train")
+        packed = build_packing(split, self._data.sequence_length, self._data.packing, self._data.document_mask)
+        digest = xxhash.xxh3_64(split.read(0).tobytes())
+        digest.update(split.documents(0).tobytes())
+        if (counted := split.counted(0)) is not None:
+            digest.update(counted.tobytes())
+        self._contents[number] = digest.hexdigest()
+        answered, num_samples = None if self._keeps_all else packed.answered(), int(packed.shard_samples.sum())
+        if answered is not None:
+            self.num_left_out += num_samples - len(answered)
+            get_logger().warning(unanswered(num_samples - len(answered), num_samples, f" in window {number}"))
+            num_samples = len(answered)
+        return _Window(packed, answered, num_samples, self._contents[number])
+
+    def _numbers(self, number: int) -> list[int]:
+        """Return the parts of a window."""
+        epoch, window = divmod(number, self._windows_per_epoch)
+        first = window * self._parts.window_parts
+        places = np.arange(first, min(first + self._parts.window_parts, self._parts.num_parts))
+        return permute(places, self._parts.num_parts, derive_key(self._seed, epoch, -1)).tolist()

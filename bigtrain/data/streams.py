@@ -1,0 +1,105 @@
+"""The streams of samples of a run, from all components of its data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtrain.config import DataConfig, component_data
+from bigtrain.data.order.cursor import DataState
+from bigtrain.data.read.corpus import Corpus, Split, SyntheticSplit, open_corpus
+from bigtrain.data.read.index import SPLITS, CorpusIndex
+from bigtrain.data.read.live import LiveParts, validation_split
+from bigtrain.data.read.workers import Helpers
+from bigtrain.errors import DataError
+
+if TYPE_CHECKING:
+    from bigtrain.data.read.stream import SampleStream
+
+
+def open_streams(
+    data: DataConfig,
+    directories: Mapping[str, str | Path],
+    *,
+    vocab_size: int,
+    seed: int,
+    global_batch_size: int,
+    validation_samples: int = 0,
+    previous: DataState | None = None,
+) -> dict[str, "SampleStream"]:
+    """Open both splits of all components as streams of samples.
+
+    Args:
+        data: The resolved section.
+        directories: Where :func:`bigtrain.data.prepare.corpus.prepare` has put each component that is not synthetic.
+        vocab_size: Rows of the model's embedding.
+        seed: As in :class:`SampleStream`, like what follows.
+        global_batch_size: Samples per optimizer step.
+        validation_samples: So many are looked for in text that is tokenised while training.
+        previous: State of the checkpoint that is continued, if any.
+
+    Raises:
+        DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others.
+    """
+    from bigtrain.data.read.stream import SampleStream  # torch: those who only prepare do not wait for it
+
+    parts = component_data(data)
+    corpora = {
+        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory)
+        for name, directory in directories.items()
+    }
+    _require_one_tokenizer(corpora)
+    helpers = Helpers(data.prepare_processes)
+    live = {
+        name: _open_live(Path(directories[name]), parts[name], corpus.index, helpers)
+        for name, corpus in corpora.items()
+        if corpus.index.live
+    }
+    num_tokens = validation_samples * (data.sequence_length + 1)
+
+    def split(name: str, which: str) -> Split | LiveParts:
+        if name in live and which == "validation":
+            return validation_split(live[name], num_tokens=num_tokens, sequence_length=data.sequence_length)
+        if name in corpora:
+            return live.get(name) or corpora[name].split(which)
+        # Those of different components hold different samples.
+        return SyntheticSplit(f"{name}/{which}" if data.mixture else which, vocab_size, parts[name].synthetic_ragged)
+
+    def open_all(keeps_all: bool) -> dict[str, SampleStream]:
+        streams = {}
+        for which in SPLITS:
+            splits = {name: split(name, which) for name in parts}
+            streams[which] = SampleStream(
+                which,
+                splits,
+                data,
+                seed=seed,
+                global_batch_size=global_batch_size,
+                previous=previous,
+                keeps_all=keeps_all or which == "validation",
+            )
+            streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
+        return streams
+
+    streams = open_all(keeps_all=False)
+    train = streams["train"]
+    if previous and train.has_answers and train.fingerprint == previous.fingerprint and not train.continues(previous):
+        # A run that began before samples without a target were left out goes on with them.
+        as_before = open_all(keeps_all=True)
+        streams = as_before if as_before["train"].continues(previous) else streams
+    return streams
+
+
+def _open_live(directory: Path, data: DataConfig, index: CorpusIndex, helpers: Helpers) -> LiveParts:
+    from bigtrain.data.prepare.live import open_live  # who reads a corpus does without all that prepares one
+
+    return open_live(directory, data, index, helpers)
+
+
+def _require_one_tokenizer(corpora: Mapping[str, Corpus]) -> None:
+    """Refuse a mixture in which the same number is another token in another component."""
+    tokenizers = {name: corpus.index.tokenizer for name, corpus in corpora.items()}
+    if len({tokenizer.file.xxh3 for tokenizer in tokenizers.values()}) > 1:
+        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in tokenizers.items())
+        raise DataError(
+            f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
+        )

@@ -1,0 +1,153 @@
+"""How this process talks to the others: the only place that starts and ends the process group and builds the mesh."""
+
+import datetime
+import json
+import math
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bigtrain import errors
+from bigtrain.distributed.rendezvous import Patience, in_slices, meet, require_interfaces
+from bigtrain.errors import BigtrainError, ConfigError, NetworkError, first_line
+from bigtrain.processes import RankInfo
+
+
+def pick_device(info: RankInfo) -> torch.device:
+    """Return this rank's GPU, or the CPU where there is none, and make it current.
+
+    Raises:
+        ConfigError: there are more ranks on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if info.local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{info.local_world_size} ranks on this node, but {torch.cuda.device_count()} GPUs; start as many "
+            "(--nproc-per-node), or CUDA_VISIBLE_DEVICES= for the CPU"
+        )
+    device = torch.device("cuda", info.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
+    """Start the default process group: gloo for CPU tensors, and nccl for CUDA tensors on a GPU.
+
+    Raises:
+        ConfigError: an address, a port or an interface is of no use, or another rank cannot begin.
+        NetworkError: ranks do not find or reach each other in time.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    require_interfaces(cuda=device.type == "cuda")
+    store = meet(info, timeout_seconds=timeout_seconds) if info.world_size > 1 else dist.HashStore()
+
+    def connect() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread would use GPU 0
+        gpu = device if device.type == "cuda" else None  # NCCL would guess it in the first collective
+        dist.init_process_group(
+            backend, timeout=timeout, rank=info.rank, world_size=info.world_size, store=store, device_id=gpu
+        )
+
+    try:
+        in_slices(connect, Patience(math.inf), "connections to the other ranks")
+    except RuntimeError as error:
+        raise NetworkError(
+            f"{socket.gethostname()} cannot connect to the other ranks: {first_line(error)}; GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME choose the network interface"
+        ) from error
+
+
+def shut_down() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_mesh(device: torch.device, *, world_size: int, dp_shard: int) -> DeviceMesh:
+    """Return the mesh with axes ``dp_replicate`` (slow network) and ``dp_shard`` (fast network).
+
+    Args:
+        device: this rank's device.
+        world_size: number of processes.
+        dp_shard: ranks that share one copy of the state; divides ``world_size``.
+    """
+    shape = (world_size // dp_shard, dp_shard)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` over all ranks in place and return it; no communication in a world of one."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_json(value: Any, *, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's JSON-able ``value`` on every rank of ``group``, by default all."""
+    if dist.get_world_size() == 1:
+        return value
+    payload = _encode(value)
+    size = torch.tensor([payload.numel()])
+    dist.broadcast(size, 0, group=group)
+    if dist.get_rank() != 0:
+        payload = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(payload, 0, group=group)
+    return _decode(payload)
+
+
+def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the JSON-able ``value`` of every rank, in rank order, on rank 0; an empty list elsewhere."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return [value]
+    payload = _encode(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]), group=group)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    is_root = dist.get_rank() == 0
+    payloads = [torch.empty_like(padded) for _ in range(world_size)] if is_root else None
+    dist.gather(padded, payloads, dst=0, group=group)
+    return [_decode(p[: int(n)]) for p, n in zip(payloads or [], sizes, strict=False)]
+
+
+def _encode(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(payload: torch.Tensor) -> Any:
+    return json.loads(payload.numpy().tobytes())
+
+
+def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None = None) -> Any:
+    """Call ``function`` on rank 0 while the others wait; return its JSON-able value on every rank.
+
+    Without a process group this process is the only rank.
+
+    Args:
+        function: what is to be done once.
+        patience: how long the others wait; by default as long as for any communication.
+
+    Raises:
+        BigtrainError: what it raised on rank 0, on every rank, so that none is left waiting.
+    """
+    if not dist.is_initialized():
+        return function()
+    group = dist.new_group(backend="gloo", timeout=patience) if patience else None
+    outcome: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        try:
+            outcome = {"value": function()}
+        except BigtrainError as error:
+            outcome = {"error": type(error).__name__, "message": str(error)}
+    outcome = broadcast_json(outcome, group=group)
+    if "error" in outcome:
+        raise errors.of_all_ranks(getattr(errors, outcome["error"])(outcome["message"]))
+    return outcome["value"]

@@ -1,0 +1,1 @@
+"""Models of transformers: built, initialised, loaded, and written so that transformers opens them."""

@@ -1,0 +1,200 @@
+"""Any Hugging Face causal language model, behind the interface of the native one.
+
+Shape suffixes: B batch, T tokens, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import ModelConfig
+from bigtrain.errors import ConfigError, first_line
+from bigtrain.models.hf.files import unreadable
+from bigtrain.models.hf.load import read_buffers
+from bigtrain.models.loss import sum_cross_entropy_of_logits
+from bigtrain.models.sizes import hf_setting
+
+
+class HFCache:
+    """Holds the cache object that a ``transformers`` model makes for itself."""
+
+    def __init__(self):
+        self.past_key_values: Any = None
+
+
+class HFCausalLM(nn.Module):
+    """A ``transformers`` causal language model, called as ``model(tokens, targets)``.
+
+    Parameter names are those of ``transformers`` with ``causal_lm.`` in front.
+    """
+
+    def __init__(self, causal_lm: nn.Module):
+        super().__init__()
+        self.causal_lm = causal_lm
+        text_config = causal_lm.config.get_text_config()
+        self.vocab_size: int = text_config.vocab_size
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers: the longest ``ModuleList`` with something to train that is not inside another (experts are)."""
+        lists = list(_outermost_module_lists(self.causal_lm))
+        trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
+        return max(trained or lists, key=len)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: HFCache | None = None) -> Tensor:
+        """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar."""
+        if cache is None:
+            logits_BTV = self.causal_lm(input_ids=tokens_BT, use_cache=False).logits
+        else:
+            output = self.causal_lm(input_ids=tokens_BT, past_key_values=cache.past_key_values, use_cache=True)
+            cache.past_key_values, logits_BTV = output.past_key_values, output.logits
+        return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
+
+    def new_cache(self, capacity_tokens: int) -> HFCache | None:
+        """Return an empty cache (it grows as needed), or None for a model without keys and values."""
+        return HFCache() if "past_key_values" in inspect.signature(self.causal_lm.forward).parameters else None
+
+
+def with_hf_shape(config: ModelConfig) -> ModelConfig:
+    """Return ``config`` with the shape that the Hugging Face model describes, for checks and estimates.
+
+    Raises:
+        ConfigError: if the description cannot be had.
+    """
+    hf_config = read_hf_config(config.name)
+    text = hf_config.get_text_config()
+    if not getattr(text, "vocab_size", 0):
+        raise ConfigError(
+            f"model.name={config.name!r} ({hf_config.model_type}) has no vocabulary; choose a language model"
+        )
+    hidden_dim, num_heads = hf_setting(text, "hidden_size"), hf_setting(text, "num_attention_heads") or 1
+    return dataclasses.replace(
+        config,
+        vocab_size=text.vocab_size,
+        num_layers=hf_setting(text, "num_hidden_layers"),
+        hidden_dim=hidden_dim,
+        num_heads=num_heads,
+        num_kv_heads=hf_setting(text, "num_key_value_heads") or num_heads,
+        head_dim=hf_setting(text, "head_dim") or hidden_dim // num_heads,
+        ffn_dim=hf_setting(text, "intermediate_size") or hf_setting(text, "n_inner") or 4 * hidden_dim,
+        max_positions=hf_setting(text, "max_position_embeddings") or config.max_positions,
+    )
+
+
+def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
+    """Return the transformers configuration that ``name`` (a hub id or a local directory) describes.
+
+    Raises:
+        ConfigError: if there is none; it names the ``setting`` that the name is from.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a config.json holds anything, and what its classes check raises anything
+        if _has_own_code(name):
+            raise ConfigError(
+                f"{setting}={name!r} needs code of its own (auto_map in its config.json), and code that comes with a model "
+                "is never run here; choose an architecture that transformers has"
+            ) from error
+        if (path := Path(str(name), "config.json")).is_file():
+            raise ConfigError(
+                f"{path} is not read by transformers: {_reason(error)}; correct it or copy it again"
+            ) from error
+        raise ConfigError(unreadable(name, error, setting=setting)) from error
+
+
+def _has_own_code(name: str) -> bool:
+    from transformers import PreTrainedConfig
+
+    try:
+        return "auto_map" in PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError):
+        return False
+
+
+def build_hf_model(config: ModelConfig) -> HFCausalLM:
+    """Build the architecture that ``config.name`` (a hub id or a local directory) describes.
+
+    Attention is ``sdpa`` wherever the architecture has it, which is ``transformers``' own default.
+
+    Raises:
+        ConfigError: if the description cannot be had, or is not of a causal language model.
+    """
+    hf_config = read_hf_config(config.name)
+    try:
+        causal_lm = build_causal_lm(hf_config)
+    except Exception as error:  # constructors meet what the configuration says, and do not expect everything
+        raise ConfigError(
+            f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
+            f"{_reason(error)}; choose a decoder-only architecture, or correct its config.json"
+        ) from error
+    if config.pretrained:
+        with torch.device("cpu"):
+            read_buffers(causal_lm, config)
+    return HFCausalLM(causal_lm)
+
+
+def build_causal_lm(hf_config: Any) -> nn.Module:
+    """Build the causal language model of a transformers configuration; see :func:`build_hf_model`.
+
+    Raises:
+        ValueError: there is none, or its code is not transformers' own.
+        ImportError: it needs a package that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_config.use_cache = False
+    if getattr(hf_config, "rescale_every", 0):
+        hf_config.rescale_every = 0  # RWKV, for fp16's sake: it would divide its weights in every evaluation
+    with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
+        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
+    """Within this context, modules keep their parameters on the meta device and their buffers on the CPU.
+
+    Buffers such as rotary frequencies are computed when a model is constructed and are stored in no
+    checkpoint, so on the meta device they would be lost. Ties survive: a parameter that is already on
+    the meta device is registered as it is. Each parameter exists for a moment, as untouched memory.
+
+    Args:
+        keep_elements: what parameters of at most so many elements hold at that moment is kept in their ``constructed``.
+    """
+    register_parameter = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            held = param.detach() if param.numel() <= keep_elements else None
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param.constructed = held
+        register_parameter(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register_parameter
+
+
+def _outermost_module_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_module_lists(child)
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong on one line, with the kind of error where its text alone says nothing (``KeyError: 'x'``)."""
+    text = first_line(error.__cause__ or error)
+    return text if isinstance(error, ValueError | ImportError | OSError) and text else f"{type(error).__name__}: {text}"

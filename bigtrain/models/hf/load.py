@@ -1,0 +1,255 @@
+"""What transformers makes of the files of a model when it loads them, without loading them: in = used + named.
+
+Each tensor of the model is a tensor of the files, or is made of several of them (the experts of a layer become one
+tensor), or is cut out of one. The rules are transformers' own; a rank makes one such tensor at a time.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import ModelConfig
+from bigtrain.errors import ConfigError, first_line
+from bigtrain.log import get_logger
+from bigtrain.models.hf.files import FLOATS, StoredTensor, stored_tensors, tensors_of
+from bigtrain.models.init import InitialValue
+
+BUFFERS_FILE = "buffers.safetensors"
+"""Stored buffers of a model that a run was started from; checkpoints hold parameters."""
+SHOWN = 6
+"""Names in a message."""
+CHUNK_ELEMENTS = 2**22
+"""Elements of two tensors that are compared at a time."""
+
+
+@dataclass(slots=True, eq=False)
+class Conversion:
+    """One application of one of transformers' conversions."""
+
+    model: nn.Module
+    transform: Any
+    """A ``WeightConverter``."""
+    target: str
+    """Name in the model that its first tensor is for."""
+    parts: list[tuple[str, StoredTensor]] = field(default_factory=list)
+    """Pattern of the transform that a tensor of the files is for, and that tensor."""
+
+    def run(self, read: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+        """Return tensors of the model by name."""
+        transform = copy.deepcopy(self.transform)
+        for pattern, stored in self.parts:
+            transform.add_tensor(self.target, stored.key, pattern, read(stored))
+        made = transform.convert(self.target, model=self.model, config=self.model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+class _Newest:
+    """Holds what the newest conversion has made: ranks ask for the boxes of a tensor one after the other."""
+
+    def __init__(self):
+        self._lock, self._conversion = threading.Lock(), None
+        self._made: dict[str, Tensor] = {}
+
+    def fill(self, conversion: Conversion, name: str, start: int, out: Tensor) -> None:
+        """Write elements of the tensor ``name`` that ``conversion`` makes, as :class:`InitialValue` does."""
+        with self._lock:
+            if self._conversion is not conversion:
+                self._conversion, self._made = None, {}
+                self._made, self._conversion = conversion.run(StoredTensor.read), conversion
+            out.copy_(self._made[name].flatten()[start : start + out.numel()])
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A tensor of the model that is made of tensors of the files."""
+
+    conversion: Conversion
+    name: str
+    shape: tuple[int, ...]
+    newest: _Newest
+    key: str
+    """Of one of the tensors of the files."""
+    dtype: str
+
+    def fill(self, start: int, out: Tensor) -> None:
+        """See :class:`InitialValue`."""
+        self.newest.fill(self.conversion, self.name, start, out)
+
+
+def published(model: nn.Module, name: str, *, setting: str) -> dict[str, InitialValue]:
+    """Return every parameter and stored buffer of ``model`` from the safetensors files of ``name``, by name.
+
+    Args:
+        model: a causal language model of transformers, its parameters on the meta device.
+        name: a hub id or a local directory.
+        setting: that the name is from.
+
+    Raises:
+        ConfigError: files or tensors are missing, do not fit, or are of no use to the model; names them.
+    """
+    where = f"{setting}={name!r}"
+    if getattr(model.config, "quantization_config", None):
+        raise ConfigError(
+            f"{where}: its config.json has a quantization_config, and quantised weights cannot be trained; load the model "
+            "with transformers and dequantize=True where its method has it, call save_pretrained(<directory>) and give that"
+        )
+    found, left = _assigned(model, stored_tensors(name, setting=setting), where)
+    values, problems = {}, []
+    for names, tensor in _tensors(model).items():
+        candidates = [found.pop(alias) for alias in names if alias in found]
+        problems += _problems(names[0], tensor, candidates)
+        if candidates:
+            values[names[0]] = candidates[0]
+    left = [(target, tensor) for target, tensor in left if not _is_derived(tensor)]
+    unexpected = _unexpected({target for target, _ in left}, model)
+    useless = [
+        *(tensor.key for target, tensor in left if target in unexpected),
+        *(other.key for other in found.values()),
+    ]
+    problems += [f"{key} is in the files, but the model of the config.json has no use for it" for key in useless]
+    if problems:
+        raise ConfigError(f"{where}: {len(problems)} tensors do not fit the published weights: {_some(problems)}")
+    if ignored := [tensor.key for _, tensor in left]:
+        get_logger().warning(f"{where}: {len(ignored)} tensors are left out, as transformers does: {_some(ignored)}")
+    return values
+
+
+def _tensors(model: nn.Module) -> dict[tuple[str, ...], Tensor]:
+    """Return parameters and stored buffers by their names; tied parameters have several."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for name, buffer in stored_buffers(model):
+        names[buffer] = [name]
+    return {tuple(aliases): tensor for tensor, aliases in names.items()}
+
+
+def stored_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that are stored with the weights."""
+    kept = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def _assigned(
+    model: nn.Module, stored: dict[str, StoredTensor], where: str
+) -> tuple[dict[str, StoredTensor | Converted], list[tuple[str, StoredTensor]]]:
+    """Return what transformers makes of the files by name in the model, and what it has no use for, with names there."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping, expected = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, StoredTensor | Converted] = {}
+    conversions: dict[str, Conversion] = {}
+    left: list[tuple[str, StoredTensor]] = []
+    for key in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if target not in expected and key in expected:
+            target, pattern = key, None
+        if target not in expected:
+            left.append((target, stored[key]))
+        elif pattern is not None:
+            conversion = conversions.setdefault(target, Conversion(model, by_pattern[pattern], target))
+            conversion.parts.append((pattern, stored[key]))
+        elif target in found:
+            raise ConfigError(
+                f"{where}: {found[target].key} and {key} of the files are both {target}; remove one of them"
+            )
+        else:
+            found[target] = stored[key]
+    newest = _Newest()
+    for conversion in conversions.values():
+        for converted in _converted(conversion, newest, where):
+            found[converted.name] = converted
+    return found, left
+
+
+def _converted(conversion: Conversion, newest: _Newest, where: str) -> Iterator[Converted]:
+    keys = [stored.key for _, stored in conversion.parts]
+    odd = next((stored.dtype for _, stored in conversion.parts if stored.dtype not in FLOATS), FLOATS[0])
+    try:
+        made = conversion.run(lambda stored: torch.empty(stored.shape, device="meta"))
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{where}: transformers cannot make {conversion.target} of {_some(keys)} ({first_line(error)})"
+        ) from error
+    for name, tensor in made.items():
+        yield Converted(conversion, name, tuple(tensor.shape), newest, keys[0], odd)
+
+
+def _problems(name: str, tensor: Tensor, candidates: list[StoredTensor | Converted]) -> Iterator[str]:
+    if not candidates and isinstance(tensor, nn.Parameter):
+        yield f"{name} is not in the files"
+    for candidate in candidates:
+        if candidate.shape != tuple(tensor.shape):
+            yield f"{name} is {candidate.shape} in the files, {tuple(tensor.shape)} in this model"
+            return
+        if tensor.is_floating_point() and candidate.dtype not in FLOATS:
+            yield f"{candidate.key} is {candidate.dtype} in the files: quantised weights cannot be trained"
+            return
+    for candidate in candidates[1:]:
+        if not _is_equal(candidates[0], candidate):
+            yield (
+                f"{candidates[0].key} and {candidate.key} differ in the files, but are one parameter here; "
+                "set tie_word_embeddings=false in the config.json, or remove one of them"
+            )
+
+
+def _is_equal(a: InitialValue, b: InitialValue) -> bool:
+    numel = torch.Size(a.shape).numel()
+    for start in range(0, numel, CHUNK_ELEMENTS):
+        ours, theirs = torch.empty(2, min(CHUNK_ELEMENTS, numel - start))
+        a.fill(start, ours)
+        b.fill(start, theirs)
+        if not torch.equal(ours, theirs):
+            return False
+    return True
+
+
+def _unexpected(names: set[str], model: nn.Module) -> set[str]:
+    """Return those of the names of tensors left over that transformers would not leave out without a word."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(set(), names, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.unexpected_keys
+
+
+def _is_derived(tensor: StoredTensor) -> bool:
+    """Return whether a tensor is a table that models compute, as files of older versions have them."""
+    shape = tensor.shape
+    is_mask = shape in ((), (1,)) or (len(shape) > 2 and shape[-1] == shape[-2] and set(shape[:-2]) == {1})
+    if tensor.key.endswith(("attn.bias", "attention.bias", "masked_bias", "causal_mask")):
+        return is_mask
+    return tensor.key.endswith((".inv_freq", "position_ids"))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def read_buffers(model: nn.Module, config: ModelConfig) -> None:
+    """Give a causal language model of transformers the buffers that are stored with its published weights, if it has any.
+
+    A run has them in a file of their own.
+
+    Raises:
+        ConfigError: see :func:`published_values`.
+    """
+    if buffers := dict(stored_buffers(model)):
+        own = Path(str(config.name), BUFFERS_FILE)
+        of_run = {tensor.key: tensor for tensor in tensors_of(own)} if own.is_file() else None
+        values = of_run or published(model, config.name, setting="model.name")
+        for name in buffers.keys() & values.keys():
+            flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
+            values[name].fill(0, flat)
+            buffers[name].copy_(flat.view(buffers[name].shape))

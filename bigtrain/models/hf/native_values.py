@@ -1,0 +1,97 @@
+"""Initial values of the native model from the files of a GPT-2 or Llama."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import ModelConfig
+from bigtrain.errors import ConfigError
+from bigtrain.models.hf.build import build_causal_lm, read_hf_config
+from bigtrain.models.hf.files import StoredTensor
+from bigtrain.models.hf.load import published
+from bigtrain.models.hf.native import HFTensor, described, hf_config, hf_tensors
+from bigtrain.models.init import InitialValue
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """A matrix that is stored with its columns as rows; only the part asked for is read."""
+
+    stored: StoredTensor
+
+    def fill(self, start: int, out: Tensor) -> None:
+        """See :class:`InitialValue`."""
+        from safetensors import safe_open
+
+        stop, row = start + out.numel(), self.stored.shape[0]
+        first = start // row
+        with safe_open(self.stored.path, framework="pt", device="cpu") as file:
+            columns = file.get_slice(self.stored.key)[:, first : -(-stop // row)]
+            out.copy_(columns.t().flatten()[start - first * row : stop - first * row])
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Tensors one below the other."""
+
+    parts: tuple[StoredTensor, ...]
+
+    def fill(self, start: int, out: Tensor) -> None:
+        """See :class:`InitialValue`."""
+        begin, stop = 0, start + out.numel()
+        for part in self.parts:
+            end = begin + math.prod(part.shape)
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                part.fill(low - begin, out[low - start : high - start])
+            begin = end
+
+
+def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialValue]:
+    """Return every parameter's place in the safetensors files of ``config.init_from``.
+
+    Args:
+        model: native, as built.
+        config: what it was built from, resolved.
+
+    Raises:
+        ConfigError: the files cannot be had, or are of another model; lists the differences.
+    """
+    with torch.device("meta"):
+        causal_lm = build_causal_lm(_same_model(config))
+    stored = published(causal_lm, config.init_from, setting="model.init_from")
+    parts: dict[str, list[InitialValue]] = {}
+    for tensor in hf_tensors(config):
+        parts.setdefault(tensor.native, []).append(_value(tensor, stored[tensor.name]))
+    return {
+        name: Stacked(tuple(parts[name])) if len(parts[name]) > 1 else parts[name][0]
+        for name, _ in model.named_parameters()
+    }
+
+
+def _value(tensor: HFTensor, found: StoredTensor) -> InitialValue:
+    return Transposed(found) if tensor.is_transposed else found
+
+
+def _same_model(config: ModelConfig) -> Any:
+    """Return the model's transformers configuration, which is that of ``config.init_from`` in all that decides its function.
+
+    Shapes alone would let another rotary base or norm pass.
+    """
+    from transformers import AutoConfig
+
+    wanted = AutoConfig.for_model(**hf_config(config))
+    found = read_hf_config(config.init_from, setting="model.init_from")
+    if found.model_type != wanted.model_type:
+        raise ConfigError(
+            f"model.init_from={config.init_from!r} is a {found.model_type}, but these settings are a "
+            f"{wanted.model_type}; choose a model preset of that architecture, or +model=hf "
+            f"model.name={config.init_from} model.pretrained=true"
+        )
+    there, here = described(found), described(wanted)
+    if problems := [f"model.{key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
+        raise ConfigError(f"model.init_from={config.init_from!r} is another model:\n  " + "\n  ".join(problems))
+    return wanted

@@ -1,0 +1,105 @@
+"""Initial values of Hugging Face models: their own rules, or slices of their published files."""
+
+import math
+
+import torch
+from torch import nn
+
+from bigtrain.config import ModelConfig
+from bigtrain.errors import ConfigError
+from bigtrain.models.hf.build import HFCausalLM, parameters_on_meta
+from bigtrain.models.hf.load import published
+from bigtrain.models.init import Given, InitialValue, Normal, seed_of
+
+
+def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
+    """Return every parameter's place in the safetensors files of ``config.name``.
+
+    Raises:
+        ConfigError: if there are no such files, or they are not those of this model.
+    """
+    values = published(model.causal_lm, config.name, setting="model.name")
+    return {name: values[name.removeprefix("causal_lm.")] for name, _ in model.named_parameters()}
+
+
+def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
+    """Return values distributed like those that ``transformers`` would start from.
+
+    Matrices are normal with the architecture's ``initializer_range`` (which is nearly, not quite, what
+    state-space layers do); all else, such as norms, biases and decay rates, is what the model's own
+    initialisation code makes of it.
+    """
+    std = getattr(model.causal_lm.config.get_text_config(), "initializer_range", None) or 0.02
+    matrices, others = set(), []
+    for prefix, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            if param.requires_grad and _is_matrix(module, name, param):  # not a table of sinusoids
+                matrices.add(f"{prefix}.{name}")
+            else:
+                others.append((module, f"{prefix}.{name}"))
+    values: dict[str, InitialValue] = _own_values(model, others, seed)
+    for name in matrices:
+        values[name] = Normal(std * _residual_scale(model, name), seed, name)
+    return {name: values[name] for name, _ in model.named_parameters()}
+
+
+def _is_matrix(module: nn.Module, name: str, param: nn.Parameter) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = isinstance(module, nn.Linear | nn.Embedding | Conv1D) and name == "weight"
+    fused_experts = param.ndim >= 3 and not isinstance(module, nn.modules.conv._ConvNd)
+    return linear or fused_experts
+
+
+def _residual_scale(model: HFCausalLM, name: str) -> float:
+    """Return the factor by which GPT-2 and its kin, alone in using this name, shrink residual outputs."""
+    return 1 / math.sqrt(2 * len(model.blocks)) if name.endswith(".c_proj.weight") else 1.0
+
+
+def _own_values(model: HFCausalLM, owned: list[tuple[nn.Module, str]], seed: int) -> dict[str, InitialValue]:
+    """Run the model's own initialisation with real memory for the given parameters (of given modules)."""
+    meta = {fqn: module.get_parameter(fqn.rpartition(".")[2]) for module, fqn in owned}
+    for module, fqn in owned:
+        real = nn.Parameter(torch.full(meta[fqn].shape, math.nan, device="cpu"))
+        setattr(module, fqn.rpartition(".")[2], real)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed_of(seed, "transformers"))
+        _initialise_as_transformers(model.causal_lm, model.causal_lm)
+    values: dict[str, InitialValue] = {fqn: Given(model.get_parameter(fqn).detach()) for fqn in meta}
+    for module, fqn in owned:
+        setattr(module, fqn.rpartition(".")[2], meta[fqn])
+    if unsaid := [fqn for fqn, value in values.items() if value.values.isnan().any()]:
+        values |= _constructed(model, unsaid)
+    return values
+
+
+def _constructed(model: HFCausalLM, names: list[str]) -> dict[str, InitialValue]:
+    """Return what the constructors of the model's modules give to parameters of which their own initialisation says nothing.
+
+    Raises:
+        ConfigError: they give nothing, so that every rank would start from what its memory happened to hold.
+    """
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # memory that nobody writes is NaN then
+    try:
+        with parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
+            again = HFCausalLM(type(model.causal_lm)(model.causal_lm.config))
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic)
+    values = {name: again.get_parameter(name).constructed for name in names}
+    if unsaid := [name for name, value in values.items() if value.isnan().any()]:
+        raise ConfigError(
+            f"{type(model.causal_lm).__name__} does not say what {', '.join(unsaid)} start from; start from published "
+            "weights (model.pretrained=true)"
+        )
+    return {name: Given(value.float()) for name, value in values.items()}
+
+
+def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
+    """Let the innermost ``PreTrainedModel`` around each module initialise it, children first: parents overrule."""
+    from transformers import PreTrainedModel
+
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for child in module.children():
+        _initialise_as_transformers(child, owner)
+    owner._init_weights(module)

@@ -1,0 +1,41 @@
+"""Whether a run fits the machine, said before anything is allocated. torch is imported only to ask a GPU."""
+
+import dataclasses
+import os
+
+from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.plan.estimate import Estimate, estimate, measure_model
+from bigtrain.plan.machine import Machine, available_bytes
+from bigtrain.plan.report import Report
+
+__all__ = ["Estimate", "Machine", "Report", "available_bytes", "estimate", "preflight"]
+
+
+def preflight(
+    config: TrainConfig, *, world_size: int, local_world_size: int, device_type: str, precision: Precision
+) -> Report:
+    """Estimate the memory of a run and compare it with this machine's.
+
+    Args:
+        config: resolved and checked configuration.
+        world_size: number of ranks.
+        local_world_size: ranks on this node.
+        device_type: ``cuda`` (the current device is asked) or ``cpu``.
+        precision: what ``engine.precision`` comes to on this device.
+
+    Raises:
+        ConfigError: if a Hugging Face model cannot be read.
+    """
+    available_host = available_bytes("cpu", local_world_size)
+    available = available_host if device_type == "cpu" else available_bytes(device_type, local_world_size)
+    machine = Machine(world_size, local_world_size, device_type, available, available_host)
+    engine = dataclasses.replace(config.engine, precision=precision, kind=_kind_of_layout(config.engine.kind))
+    config = dataclasses.replace(config, engine=engine)
+    return Report(config, machine, measure_model(config.model))
+
+
+def _kind_of_layout(kind: EngineKind) -> EngineKind:
+    """Return the engine whose memory layout ``accelerate`` will have: what ``accelerate launch`` was told."""
+    if kind is EngineKind.accelerate and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        return EngineKind.__members__.get(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", kind)
+    return kind

@@ -1,0 +1,304 @@
+"""The memory of one rank while it trains, counted from shapes.
+
+The state as each engine lays it out, the activations that autograd keeps (``models/sizes.py``), the loss, and
+the engines' own copies. Every layout below was compared with the peak memory of real steps on a CPU.
+"""
+
+from dataclasses import dataclass, field
+
+from bigtrain.config import (
+    ActivationCheckpointing,
+    EngineKind,
+    ModelConfig,
+    ModelKind,
+    Offload,
+    OptimizerConfig,
+    OptimizerKind,
+    Precision,
+    TrainConfig,
+)
+from bigtrain.config.check import FSDP_KINDS, ZERO_KINDS
+from bigtrain.models.sizes import ModelSizes, Numerics, activation_bytes, loss_bytes, model_sizes, native_shape
+
+COMPONENTS = (
+    "parameters",
+    "gradients",
+    "master weights",
+    "optimizer moments",
+    "activations",
+    "loss buffers",
+    "checkpoint copy",
+    "engine buffers",
+)
+ZERO3_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default of ``stage3_max_live_parameters``, ``stage3_max_reuse_distance`` and ``sub_group_size``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Memory of one rank in bytes, by component."""
+
+    device: dict[str, int]
+    """Largest size of every component on the device."""
+    host: dict[str, int]
+    """What ``engine.offload=cpu`` keeps in host memory, and what saving does."""
+    not_at_once: int
+    """By how much the peak on the device is below the sum of its components."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak on the device."""
+        return sum(self.device.values()) - self.not_at_once
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak in host memory, besides the device's if that is the host."""
+        return sum(self.host.values())
+
+
+@dataclass(slots=True, kw_only=True)
+class _Layout:
+    """What an engine keeps on the device, in bytes, besides activations and loss."""
+
+    parameters: int
+    gradients: int
+    early_gradients: int
+    """The part of ``gradients`` that exists already when the backward pass begins."""
+    masters: int = 0
+    moments: int
+    gathered: int = 0
+    """Copies of weights that exist during forward and backward pass."""
+    backward: int
+    """Buckets and temporary gradients of the backward pass."""
+    update: int = 0
+    """Copies made while the weights are updated."""
+    host: dict[str, int] = field(default_factory=dict)
+
+
+def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig]:
+    """Return the numbers of parameters, and the native shape whose activations are most like the model's.
+
+    Raises:
+        ConfigError: if a Hugging Face model, which is built on the meta device, cannot be read.
+    """
+    if model.kind is ModelKind.native:
+        return model_sizes(model), model
+    import torch
+
+    from bigtrain.models import build_model
+
+    with torch.device("meta"):
+        built = build_model(model)
+    total = sum(p.numel() for p in built.parameters())
+    num_layers = len(built.blocks)
+    block = sum(p.numel() for p in built.blocks.parameters()) // num_layers
+    matrices = [p.numel() for p in built.blocks.parameters() if p.ndim == 2]
+    sizes = ModelSizes(
+        root=total - block * num_layers,
+        block=block,
+        num_layers=num_layers,
+        matrices=sum(matrices) // num_layers,
+        largest=max(matrices, default=0),
+    )
+    return sizes, native_shape(built.causal_lm.config.get_text_config())
+
+
+def estimate(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    precision: Precision,
+    local_world_size: int | None = None,
+    device_type: str = "cuda",
+    measured: tuple[ModelSizes, ModelConfig] | None = None,
+) -> Estimate:
+    """Estimate the memory of one rank while it trains.
+
+    Args:
+        config: resolved configuration.
+        world_size: number of ranks.
+        precision: of the forward and backward pass.
+        local_world_size: ranks per node, the default shard group of ``hsdp``; by default all.
+        device_type: ``cuda`` or ``cpu``, whose kernels keep different things.
+        measured: what :func:`measure_model` returns, if it is known already.
+    """
+    sizes, shape = measured or measure_model(config.model)
+    engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
+    bf16 = precision.base is Precision.bf16
+    layout = _layout(config, sizes, world_size, local_world_size or world_size, bf16, device_type)
+    numerics = Numerics(
+        element_bytes=2 if bf16 else 4,
+        # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
+        residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
+        on_cpu=device_type == "cpu",
+        compiled=engine.compile,
+    )
+    activations = activation_bytes(
+        shape,
+        num_sequences=num_sequences,
+        sequence_length=length,
+        checkpointing=engine.activation_checkpointing,
+        every=engine.activation_checkpointing_every,
+        numerics=numerics,
+    )
+    loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
+    components = (
+        layout.parameters,
+        layout.gradients,
+        layout.masters,
+        layout.moments,
+        activations.saved + activations.recomputed,
+        loss,
+        0,
+        layout.gathered + max(layout.backward, layout.update),
+    )
+    # While activations shrink, gradients grow: the peak is at one of the ends, or in the update.
+    peak = max(
+        activations.saved + loss + layout.gathered + layout.early_gradients,
+        activations.saved + activations.recomputed + layout.gathered + layout.backward + layout.early_gradients,
+        layout.gradients + layout.gathered + layout.backward,
+        layout.gradients + layout.update,
+    )
+    peak += layout.parameters + layout.masters + layout.moments
+    # Saving copies the rank's share of the state to the host first, into memory that is kept.
+    is_copied = config.checkpoint.asynchronous or device_type != "cpu"
+    saved = 4 * sizes.total + _moment_bytes(config.optimizer, sizes)
+    staged = {"checkpoint copy": -(-saved // world_size) if is_copied else 0}
+    host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
+    return Estimate(dict(zip(COMPONENTS, components, strict=True)), host, not_at_once=sum(components) - peak)
+
+
+def _layout(
+    config: TrainConfig, sizes: ModelSizes, world_size: int, local_world_size: int, bf16: bool, device_type: str
+) -> _Layout:
+    kind, num_shards = config.engine.kind, world_size
+    accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
+    if kind in FSDP_KINDS:
+        num_shards = world_size if kind is EngineKind.fsdp else config.engine.dp_shard or local_world_size
+        layout = _fsdp_layout(config, sizes, num_shards, accumulates, bf16)
+    elif kind is EngineKind.zero3:
+        layout = _zero3_layout(config, sizes, world_size, bf16)
+    elif kind in (EngineKind.zero1, EngineKind.zero2):
+        layout = _zero12_layout(config, sizes, world_size, accumulates, bf16, device_type)
+    else:
+        has_early_gradients = accumulates or world_size > 1 or kind is EngineKind.accelerate
+        layout = _ddp_layout(config, sizes, bf16, has_early_gradients)
+    if config.optimizer.kind is OptimizerKind.muon:
+        is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
+        layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_shards, is_sharded)
+    if config.logging.layer_norms_every_steps and config.engine.offload is Offload.none:
+        layout.update += 4 * -(-sizes.total // world_size)  # the weights before the update
+    return layout
+
+
+def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
+    """Return the size of the optimizer's whole state: two numbers per parameter, or one for SGD and Muon's matrices."""
+    if optimizer.kind is OptimizerKind.sgd:
+        return 4 * sizes.total if optimizer.betas[0] else 0
+    by_muon = sizes.num_layers * sizes.matrices if optimizer.kind is OptimizerKind.muon else 0
+    return 8 * sizes.total - 4 * by_muon
+
+
+def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
+    """Return the elements under way in Muon's update: 5 copies of what is orthogonalised, later what is sent and received."""
+    from bigtrain.optim.muon import IN_FLIGHT_ELEMENTS
+
+    owned = min(max(IN_FLIGHT_ELEMENTS, sizes.largest), -(-sizes.num_layers * sizes.matrices // num_owners))
+    parts = owned if is_sharded else owned * num_owners
+    return max(5 * owned, owned + (2 if is_sharded else 1) * parts if num_owners > 1 else 0)
+
+
+def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool, has_early_gradients: bool) -> _Layout:
+    """Everything whole, in fp32; DDP's buckets keep the gradients. What is recomputed is cast again."""
+    engine = config.engine
+    num_checkpointed = -(-sizes.num_layers // engine.activation_checkpointing_every)
+    if engine.activation_checkpointing is ActivationCheckpointing.none:
+        num_checkpointed = 0
+    num_cast = min(sizes.num_layers - num_checkpointed + 1, sizes.num_layers)
+    return _Layout(
+        parameters=4 * sizes.total,
+        gradients=4 * sizes.total,
+        early_gradients=4 * sizes.total if has_early_gradients else 0,
+        moments=_moment_bytes(config.optimizer, sizes),
+        gathered=2 * (sizes.root + num_cast * sizes.block) if bf16 else 0,
+        backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half
+    )
+
+
+def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumulates: bool, bf16: bool) -> _Layout:
+    """Shards of fp32 parameters, gradients and moments; a few blocks at a time are gathered, in the compute type."""
+    shard = -(-sizes.total // num_shards)
+    element = 2 if bf16 else 4
+    moments = -(-_moment_bytes(config.optimizer, sizes) // num_shards)
+    state = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer moments": moments}
+    host = state if config.engine.offload is Offload.cpu else {}
+    here = dict.fromkeys(state, 0) if host else state
+    accumulates_whole = accumulates and config.engine.fsdp.accumulate_whole_gradients
+    gradients = 4 * sizes.total if accumulates_whole else here["gradients"]
+    num_gathered = (
+        1 + config.engine.fsdp.prefetch_blocks if config.engine.fsdp.reshard_after_forward else sizes.num_layers
+    )
+    return _Layout(
+        parameters=here["parameters"],
+        gradients=gradients,
+        early_gradients=gradients if accumulates else 0,
+        moments=here["optimizer moments"],
+        gathered=element * (sizes.root + min(num_gathered, sizes.num_layers) * sizes.block),
+        backward=(element + 4) * max(sizes.root, sizes.block),  # a group's gradient, and in fp32 to be reduced
+        host=host,
+    )
+
+
+def _zero12_layout(
+    config: TrainConfig, sizes: ModelSizes, world_size: int, accumulates: bool, bf16: bool, device_type: str
+) -> _Layout:
+    """Whole fp32 parameters, and the rank's part of masters, moments and (stage 2) gradients."""
+    part = -(-sizes.total // world_size)
+    stage2 = config.engine.kind is EngineKind.zero2
+    moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
+    state = {"gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
+    offload = config.engine.offload is Offload.cpu
+    gradients = 4 * sizes.total if not stage2 else 0 if offload else 4 * part
+    # A bucket, what is being reduced of it, and a second bucket where communication overlaps.
+    num_buckets = 3 if device_type == "cuda" else 2
+    return _Layout(
+        parameters=4 * sizes.total,
+        gradients=gradients,
+        early_gradients=gradients if accumulates else 0,
+        masters=0 if offload else state["master weights"],
+        moments=0 if offload else state["optimizer moments"],
+        gathered=_autocast_copies(sizes, bf16),
+        backward=num_buckets * _bucket_bytes(config, sizes) + 4 * sizes.root,
+        update=0 if offload else 4 * part * (1 if stage2 else 2),
+        # Pinned, there is one more copy of the parameters to send them back from.
+        host={**state, "engine buffers": 4 * part} if offload else {},
+    )
+
+
+def _zero3_layout(config: TrainConfig, sizes: ModelSizes, world_size: int, bf16: bool) -> _Layout:
+    """The rank's part of everything; gathered fp32 parameters stay as long as no more than a limit are live."""
+    part = -(-sizes.total // world_size)
+    offload = config.engine.offload is Offload.cpu
+    moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
+    state = {"parameters": 4 * part, "gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
+    live = min(sizes.total, max(ZERO3_LIVE_PARAMETERS, sizes.root + 2 * sizes.block)) if world_size > 1 else 0
+    return _Layout(
+        parameters=0 if offload else state["parameters"],
+        gradients=0 if offload else state["gradients"],
+        early_gradients=0 if offload else state["gradients"],
+        masters=0 if offload else state["master weights"],
+        moments=0 if offload else state["optimizer moments"],
+        gathered=4 * live + _autocast_copies(sizes, bf16),
+        backward=2 * _bucket_bytes(config, sizes) + 4 * sizes.root,
+        update=0 if offload else 4 * min(part, ZERO3_LIVE_PARAMETERS),
+        host={**state, "gradients": 8 * part} if offload else {},
+    )
+
+
+def _autocast_copies(sizes: ModelSizes, bf16: bool) -> int:
+    """Return the bytes of the bf16 copies of all weights, which autocast caches until the forward pass ends."""
+    return 2 * sizes.total if bf16 else 0
+
+
+def _bucket_bytes(config: TrainConfig, sizes: ModelSizes) -> int:
+    return 4 * min(config.engine.deepspeed.bucket_elements, sizes.total)

@@ -1,0 +1,169 @@
+"""The data of a run: prepared once, opened on every rank, continued where a checkpoint stopped."""
+
+import dataclasses
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+
+from bigtrain.checkpoint.store import RunState
+from bigtrain.config import DataConfig, OnBad, Packing, TrainConfig
+from bigtrain.config.convert import flatten, to_dict
+from bigtrain.data.order.cursor import Cursor, DataState
+from bigtrain.data.prepare.corpus import prepare_components
+from bigtrain.data.read.cache import cache_directory
+from bigtrain.data.read.index import INDEX_FILE, read_index
+from bigtrain.data.read.loader import TrainLoader, require_validation_targets
+from bigtrain.data.read.packing import unanswered
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer
+from bigtrain.data.streams import open_streams
+from bigtrain.distributed.collectives import gather_json, on_rank0
+from bigtrain.engine.base import Engine
+from bigtrain.errors import CheckpointError
+from bigtrain.log import get_logger, redact
+from bigtrain.telemetry import names
+
+VOCAB_MULTIPLE = 128
+"""To so many rows an embedding may be padded for the sake of speed."""
+PREPARATION = datetime.timedelta(days=7)
+"""How long the other ranks wait while rank 0 prepares a corpus."""
+
+
+def prepare_data(data: DataConfig) -> dict[str, str]:
+    """Prepare whatever components have not been, in this process; return the directory of each.
+
+    Raises:
+        DataError: as :func:`bigtrain.data.prepare.corpus.prepare`.
+    """
+    return {name: str(directory) for name, directory in prepare_components(data, progress=True)}
+
+
+def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
+    """Prepare the data on rank 0 if that has not been done, and open it on every rank.
+
+    Args:
+        config: of the run.
+        previous: of the checkpoint that is continued.
+    """
+    data = with_own_tokenizer(config.data, config.run.directory)
+    directories = on_rank0(lambda: prepare_data(data), patience=PREPARATION)
+    train, validation = config.train, config.validation
+    streams = open_streams(
+        data,
+        directories,
+        vocab_size=config.model.vocab_size,
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
+        previous=previous,
+    )
+    if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
+        sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
+        require_validation_targets(streams["validation"], **sizes)
+    found, stream = remarks(config, streams["train"]), streams["train"]
+    if stream.num_left_out and stream.num_samples:
+        found.append(unanswered(stream.num_left_out, stream.num_left_out + stream.num_samples))
+    for remark in found:
+        get_logger().warning(remark)
+    return streams
+
+
+def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
+    """Return ``data`` with the tokenizer that a run has kept in place of the same one that is not here (any more)."""
+    if Path(data.tokenizer).is_dir() or not (directory / INDEX_FILE).is_file():
+        return data
+    kept = read_index(directory, check_sizes=False).tokenizer
+    is_same = kept.facts is not None and kept.name == data.tokenizer
+    return dataclasses.replace(data, tokenizer=str(directory)) if is_same else data
+
+
+def cache_of(data: DataConfig, stream: SampleStream) -> Path | None:
+    """Return the directory into which data is fetched or tokenised while training, if any is."""
+    return cache_directory(data) if stream.is_remote or stream.is_live else None
+
+
+def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
+    """Return what is odd about the data of a run without being wrong."""
+    found = []
+    if config.data.packing is Packing.concat and stream.has_answers:
+        found.append(
+            "data.packing=concat cuts the text every data.sequence_length tokens, which parts answers from their prompts; "
+            "data.packing=best_fit keeps them in one sample"
+        )
+    weights_are_given = config.model.pretrained or config.model.init_from
+    if stream.tokenizer_directory and not weights_are_given:
+        tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
+        num_rows, num_enough = config.model.vocab_size, -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if num_rows > num_enough:
+            found.append(
+                f"model.vocab_size={num_rows}, but the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids: the "
+                f"other rows are never used; model.vocab_size={num_enough} is enough"
+            )
+    return found
+
+
+def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, start: Cursor) -> TrainLoader:
+    """Return the loader of this rank's part of every step from ``start`` on."""
+    return TrainLoader(
+        stream,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        start=start,
+        prefetch_steps=config.data.prefetch_steps,
+        pin_memory=engine.device.type == "cuda",
+    )
+
+
+def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream, world_size: int) -> list[str]:
+    """Refuse to continue on other data or in another order; return what else has changed, a line each.
+
+    Raises:
+        CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
+    """
+    old = flatten(state.config) | {"world size": state.world_size}
+    new = flatten(redact(to_dict(config))) | {"world size": world_size}
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if not key.startswith("run.")}
+    problem = None
+    if not config.data.allow_change and state.data_fingerprint != stream.fingerprint:
+        problem = f"the checkpoint was trained on other data ({state.data_fingerprint}, now {stream.fingerprint})"
+    elif not config.data.allow_change and state.data and not stream.continues(state.data):
+        problem = f"step {state.step} would not have had the samples that the checkpoint has recorded"
+    if problem:
+        of_data = [text for key, text in changed.items() if key.startswith("data.") or key == "train.seed"]
+        what = of_data or [
+            "no setting has changed, so the text itself has: its files, with data=stdlib Python, or how bigtrain prepares it"
+        ]
+        advice = "restore that, choose another run.name, or go on with data.allow_change=true"
+        raise CheckpointError("\n  ".join([f"{problem}:", *what, advice]))
+    return list(changed.values())
+
+
+def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
+    """Refuse text whose ids mean something else than those that a checkpoint was trained on; one rank calls this.
+
+    The run of the checkpoint keeps its tokenizer; a checkpoint that lies elsewhere does not say which it was.
+
+    Raises:
+        CheckpointError: the tokenizers differ, as the tokenizers library of today writes them.
+    """
+    run, new = checkpoint.parent.parent, stream.tokenizer_directory
+    if new is None or not (run / TOKENIZER_FILE).is_file():
+        return
+    if (run / TOKENIZER_FILE).read_bytes() == (new / TOKENIZER_FILE).read_bytes():
+        return
+    if load_tokenizer(run).to_str() != load_tokenizer(new).to_str():
+        raise CheckpointError(
+            f"the tokenizer of the data ({new / TOKENIZER_FILE}) is not the one that {checkpoint} was trained with "
+            f"({run / TOKENIZER_FILE}), so the same ids are other text; data.tokenizer={run} keeps that one for the new text"
+        )
+
+
+def count_skipped_shards(stream: SampleStream, config: TrainConfig) -> dict[str, int]:
+    """Return, as a metric, how many shards any rank has skipped, on rank 0; all ranks call this."""
+    if config.data.on_bad_shard is not OnBad.skip:
+        return {}
+    found = gather_json(stream.skipped_shards)
+    return {names.SKIPPED_SHARDS: len({tuple(shard) for shards in found for shard in shards})}

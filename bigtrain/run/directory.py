@@ -1,0 +1,357 @@
+"""The directory of a run: deterministic, so that the same command finds it again.
+
+``config.yaml`` is the resolved configuration of the newest launch, without secrets.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from bigtrain import log
+from bigtrain.checkpoint.loader import verify_checkpoint
+from bigtrain.checkpoint.manifest import RUN_STATE_FILE
+from bigtrain.checkpoint.store import (
+    checkpoints_directory,
+    find_checkpoints,
+    find_damaged,
+    read_run_state,
+    set_aside,
+    step_of,
+)
+from bigtrain.config import Load, ModelConfig, ModelKind, TrainConfig, Verify
+from bigtrain.config.check import RESUME_WORDS
+from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE
+from bigtrain.distributed.collectives import on_rank0
+from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
+from bigtrain.files import such_as_runs
+from bigtrain.log import redact
+from bigtrain.models import build_model
+from bigtrain.models.hf.build import read_hf_config
+from bigtrain.models.hf.files import published_directory
+from bigtrain.models.hf.load import BUFFERS_FILE, stored_buffers
+from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit, read_json
+from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
+
+CONFIG_FILE = "config.yaml"
+MODEL_DIRECTORY = "model"
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""What the directory of a Hugging Face model says besides weights and tokenizer; the first one is needed."""
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn what the system refuses into a ConfigError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
+
+
+def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
+    """Put into the run's directory what it needs to be continued and used, elsewhere and without what it began with.
+
+    Args:
+        config: of this launch.
+        tokenizer: directory of a corpus, if it has a tokenizer.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    directory = config.run.directory
+    with writing(directory):
+        is_described = continued_model(config.model, directory) is not config.model
+        write_config(directory, config)
+        if tokenizer:
+            keep_tokenizer(directory, tokenizer)
+        if not is_described:
+            keep_model(directory, config.model)
+
+
+def write_config(directory: Path, config: TrainConfig) -> None:
+    """Save the configuration of this launch, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{CONFIG_FILE}.tmp"
+    partial.write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
+    os.replace(partial, directory / CONFIG_FILE)
+
+
+def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
+    """Copy the tokenizer, whole, and the index that says how to use it, so that a run generates without its data."""
+    published = (corpus_directory / PUBLISHED_DIRECTORY).rglob("*")
+    for path in (corpus_directory / INDEX_FILE, corpus_directory / TOKENIZER_FILE, *filter(Path.is_file, published)):
+        copy = directory / path.relative_to(corpus_directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def keep_model(directory: Path, model: ModelConfig) -> None:
+    """Copy what describes a Hugging Face model, and its stored buffers: a run goes on and generates without it.
+
+    Raises:
+        ConfigError: the description cannot be had.
+    """
+    if model.kind is not ModelKind.hf:
+        return
+    published, own = published_directory(model.name, list(DESCRIPTION_FILES)), directory / MODEL_DIRECTORY
+    own.mkdir(parents=True, exist_ok=True)
+    for name in DESCRIPTION_FILES:
+        (own / name).unlink(missing_ok=True)
+        if (published / name).is_file():
+            shutil.copyfile(published / name, own / name)
+    with torch.device("meta"):
+        buffers = dict(stored_buffers(build_model(model).causal_lm)) if model.pretrained else {}
+    if buffers:
+        save_file(buffers, own / BUFFERS_FILE)
+
+
+def own_model(model: ModelConfig, directory: Path) -> ModelConfig:
+    """Return ``model`` as a run describes it itself: with its own copy as name, if it has one."""
+    own = directory / MODEL_DIRECTORY
+    return dataclasses.replace(model, name=str(own)) if (own / DESCRIPTION_FILES[0]).is_file() else model
+
+
+def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
+    """Return the description that a launch builds: the run's own once it has a checkpoint, else what is named.
+
+    Raises:
+        ConfigError: what is named is another model now.
+    """
+    own = own_model(model, directory)
+    if own is model or not find_checkpoints(directory):
+        return model
+    recorded = directory / CONFIG_FILE
+    same_name = recorded.is_file() and yaml.safe_load(recorded.read_text())["model"]["name"] == model.name
+    if same_name and not Path(str(model.name), DESCRIPTION_FILES[0]).is_file():
+        return own
+    try:
+        named = read_hf_config(model.name).to_dict()
+    except ConfigError:
+        return own  # it is gone, or this is not where the run was begun
+    kept = read_hf_config(own.name).to_dict()
+    of_no_weight = {"_name_or_path", "transformers_version", "dtype", "architectures"}
+    keys = [key for key in sorted(kept.keys() | named.keys()) if kept.get(key) != named.get(key)]
+    if differing := [key for key in keys if key not in of_no_weight]:
+        raise ConfigError(
+            f"model.name={model.name}: another model than that of {directory}, which keeps its description in "
+            f"{own.name}; {', '.join(differing)} differ: choose another run.name, or name the model that the run has"
+        )
+    return own
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """Return the run directory and the checkpoint that ``path`` means: a run (its newest) or one checkpoint.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    if (path / RUN_STATE_FILE).is_file():
+        return path.parent.parent, path
+    found = find_checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"{path} has no complete checkpoint; name the directory of a run that has one{such_as_runs(path)}"
+        )
+    return path, found[-1]
+
+
+def find_whole(path: Path) -> tuple[Path, Path]:
+    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is; nothing is set aside.
+
+    If there is a process group, all ranks call this.
+
+    Raises:
+        CheckpointError: none verifies.
+    """
+    run, newest = locate(path)
+    candidates = [newest] if newest == path else on_rank0(lambda: [str(found) for found in find_checkpoints(run)])
+    problems: list[str] = []
+    for checkpoint in map(Path, reversed(candidates)):
+        if not (found := verify_checkpoint(checkpoint, Verify.full)):
+            if problems:
+                log.get_logger().warning("\n  ".join([f"damaged, so {checkpoint} is taken:", *problems]))
+            return run, checkpoint
+        problems += found
+    raise CheckpointError("\n  ".join([f"{path}: no whole checkpoint:", *problems]))
+
+
+def read_config(directory: Path) -> TrainConfig:
+    """Return the configuration of a run, where it is now, with the Hugging Face model that it has kept.
+
+    Raises:
+        CheckpointError: ``directory`` is not a run.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a run: it has no {CONFIG_FILE}; name the directory of a run{such_as_runs(directory)}"
+        )
+    config = from_dict(TrainConfig, yaml.safe_load(path.read_text()))
+    place = Path(os.path.abspath(directory))
+    run = dataclasses.replace(config.run, root=str(place.parent), name=place.name)
+    return dataclasses.replace(config, run=run, model=own_model(config.model, directory))
+
+
+def find_resume(config: TrainConfig) -> Path | None:
+    """Return the checkpoint that this launch continues from, as ``checkpoint.resume`` says; all ranks call this.
+
+    Every checkpoint is verified before it is chosen (:func:`newest_whole`).
+
+    Raises:
+        CheckpointError: there is one where there must be none, none where there must be one, none that is
+            whole, none where there were some, or one of another model or optimizer.
+    """
+    directory, resume, verify = config.run.directory, config.checkpoint.resume, config.checkpoint.verify
+    if resume == "never" and (found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)])):
+        raise CheckpointError(
+            f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
+        )
+    if path := newest_whole(directory, verify):
+        if lost := on_rank0(lambda: _newer_than(path, directory)):
+            log.get_logger().warning(f"step {lost} was saved too, and is not there any more; continuing from {path}")
+        return _fitting(config, path, Load.all)
+    if reached := on_rank0(lambda: last_saved_step(directory)):
+        lost = f"{directory} had saved step {reached}, but {_without_checkpoints(directory)}"
+        if resume != "never":
+            raise CheckpointError(
+                f"{lost}; is a disk not mounted? checkpoint.resume=never starts anew at step 0, another run.name leaves "
+                "this run alone"
+            )
+        log.get_logger().warning(f"{lost}; checkpoint.resume=never: starts anew at step 0, and its metrics too")
+    if resume == "must":
+        raise CheckpointError(f"checkpoint.resume=must, but {directory} has no complete checkpoint")
+    if resume in RESUME_WORDS:
+        return None
+    # Another run's checkpoint starts this one; later launches continue from this run's own.
+    if not on_rank0(Path(resume).is_dir):
+        raise CheckpointError(
+            f"checkpoint.resume={resume}: there is no such directory; give auto, never, must, or another run or checkpoint"
+            f"{such_as_runs(directory)}"
+        )
+    path = Path(on_rank0(lambda: str(locate(Path(resume))[1])))
+    if problems := verify_checkpoint(path, verify):
+        raise CheckpointError("\n  ".join([f"checkpoint.resume={resume}: damaged:", *problems]))
+    return _fitting(config, path, config.checkpoint.load)
+
+
+def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) -> Path | None:
+    """Return the newest checkpoint of a run, of a step below ``before``, that verifies; all ranks call this.
+
+    A damaged one is named and set aside, and the one before it is tried.
+
+    Raises:
+        CheckpointError: there are only damaged ones.
+    """
+    while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory) if step_of(path) < before]):
+        path = Path(found[-1])
+        if not (problems := verify_checkpoint(path, verify)):
+            return path
+        aside = on_rank0(lambda path=path, problems=problems: _set_aside(directory, path, problems))
+        log.get_logger().warning("\n  ".join([f"damaged checkpoint, set aside as {aside}:", *problems]))
+    if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory) if step_of(path) < before]):
+        raise CheckpointError(
+            f"no whole checkpoint is left in {directory}, only damaged ones: {', '.join(damaged)}; to start anew, "
+            "or from elsewhere with checkpoint.resume=<path>, choose another run.name or delete them"
+        )
+    return None
+
+
+def last_saved_step(directory: Path, *, before: int = sys.maxsize) -> int:
+    """Return the newest step below ``before`` that a run has recorded as saved and not gone back behind, 0 if none.
+
+    A run that was killed before its first checkpoint has recorded none, however many steps it had made.
+    """
+    if not (directory / EVENTS_FILE).is_file():
+        ended, attempt = read_exit(directory), read_json(directory / ATTEMPT_FILE)
+        steps = {
+            ended.get("step", 0) if ended.get("code") in (EXIT_FINISHED, EXIT_RESUMABLE) else 0,
+            attempt.get("step", 0),
+        }
+    else:
+        steps = _saved_steps(read_jsonl(directory / EVENTS_FILE))
+    return max((step for step in steps if step < before), default=0)
+
+
+def _newer_than(path: Path, directory: Path) -> int:
+    """Return the newest step that a run has recorded as saved if it is after ``path`` and was not set aside, else 0."""
+    step = last_saved_step(directory)
+    return step if step > max(step_of(path), *map(step_of, find_damaged(directory)), 0) else 0
+
+
+def _saved_steps(events: list[dict[str, Any]]) -> set[int]:
+    steps: set[int] = set()
+    for event in events:
+        match event:
+            case {"event": "start"}:
+                steps.clear()
+            case {"event": "checkpoint", "step": int(step)}:
+                steps.add(step)
+            case {"event": "rollback", "first_bad_step": int(first)}:
+                steps = {step for step in steps if step < first}
+    return steps
+
+
+def _without_checkpoints(directory: Path) -> str:
+    place = checkpoints_directory(directory)
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {place.readlink()}, which is not there"
+    return f"{place} {'has no checkpoint now' if place.is_dir() else 'is not there'}"
+
+
+def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
+    """Rename a damaged checkpoint, note it among the events, and return its new name."""
+    with writing(directory):
+        aside = str(set_aside(path))
+        events = JsonLines(directory / EVENTS_FILE)
+        events.write({"event": "damaged_checkpoint", "path": aside, "problems": problems, "time": now()})
+        events.close()
+    return aside
+
+
+def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
+    """Return ``path`` if its tensors are those of the run, as far as settings tell."""
+    saved = read_run_state(path).config
+    old, new = saved.get("model", {}), to_dict(config.model)
+    ignored = {"name", "pretrained", "init_from", "dropout", "init_std"}
+    differences = [
+        f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now"
+        for key in new
+        if key not in ignored and old.get(key) != new[key]
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} holds another model; choose another run.name or the model of the checkpoint:\n  "
+            + "\n  ".join(differences)
+        )
+    if load is Load.all and (difference := _other_optimizer(saved.get("optimizer", {}), to_dict(config.optimizer))):
+        raise CheckpointError(
+            f"{path} holds the state of another optimizer ({difference}); restore that, or let another run.name begin with "
+            f"its weights: checkpoint.resume={path} checkpoint.load=weights"
+        )
+    return path
+
+
+def _other_optimizer(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Say which setting makes the tensors of the optimizer's state other ones."""
+    if old.get("kind", new["kind"]) != new["kind"]:
+        return f"optimizer.kind: {old['kind']} in the checkpoint, {new['kind']} now"
+    momentum, wanted = (settings.get("betas", new["betas"])[0] for settings in (old, new))
+    if new["kind"] == "sgd" and (momentum > 0) != (wanted > 0):
+        return f"optimizer.betas[0]: {momentum} in the checkpoint, {wanted} now"
+    return None

@@ -1,0 +1,271 @@
+"""From a checkpoint to a directory that transformers, and every tool that reads its files, opens without us."""
+
+import functools
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from bigtrain.checkpoint.reader import TensorReader
+from bigtrain.checkpoint.shard import NAMES
+from bigtrain.checkpoint.store import read_run_state
+from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
+from bigtrain.config.convert import from_dict
+from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, read_index, verify_file
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer
+from bigtrain.engine.state import MODEL
+from bigtrain.errors import ConfigError
+from bigtrain.files import sync, write_durably
+from bigtrain.models import build_model
+from bigtrain.models.hf.build import HFCausalLM
+from bigtrain.models.hf.disk import disk_config, disk_tensors
+from bigtrain.models.hf.files import published_directory
+from bigtrain.models.hf.load import stored_buffers
+from bigtrain.models.hf.native import HFTensor, hf_config, hf_tensors
+from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, own_model
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+ROLES = ("bos_token", "eos_token", "pad_token")
+OWN_ROLES = ("bos_token", "eos_token")
+"""Of a tokenizer that bigtrain has made: both are the end-of-text token, which stands between documents."""
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """As it is written."""
+    load: Callable[[], torch.Tensor]
+    """Reads it, in any floating-point type."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
+
+    checkpoint: Path
+    """What it was written from."""
+    num_parameters: int
+    """Elements of all tensors."""
+    has_tokenizer: bool
+    """Whether the run has one; it has none if its data were synthetic."""
+
+
+def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int) -> Exported:
+    """Write ``out`` so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of transformers open it.
+
+    Weights are read and written one tensor at a time. A published tokenizer and the configuration of a Hugging Face
+    model are what the run was started from, byte for byte where it has not changed them; a tokenizer of bigtrain's
+    encodes as in training.
+
+    Args:
+        path: directory of a run, of which the newest checkpoint that verifies is taken, or of one checkpoint.
+        out: directory to be made; it appears when it is complete.
+        precision: of the weights in the files.
+        max_shard_bytes: largest file of weights, unless a single tensor is larger.
+
+    Raises:
+        CheckpointError: no checkpoint verifies.
+        ConfigError: transformers has no such model, or ``out`` exists or cannot be written.
+    """
+    if precision not in DTYPES:
+        raise ConfigError(f"dtype={precision.name}: weights are written in {' or '.join(p.name for p in DTYPES)}")
+    if out.exists():
+        raise ConfigError(f"out={out} exists; nothing is overwritten: choose another name, or remove it")
+    run, checkpoint = find_whole(path)
+    model = from_dict(TrainConfig, read_run_state(checkpoint).config).model
+    tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
+    describe = _native if model.kind is ModelKind.native else _hugging_face
+    parts, descriptions = describe(model, run, checkpoint, DTYPES[precision], tokenizer)
+    partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        for name, content in descriptions.items():
+            write_durably(partial / name, [memoryview(content)])
+        _write_weights(partial, parts, max_shard_bytes)
+        if tokenizer:
+            _write_tokenizer(run, partial, tokenizer, max_positions=model.max_positions)
+        sync(partial)
+        os.rename(partial, out)
+        sync(out.parent)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(checkpoint, sum(math.prod(part.shape) for part in parts), has_tokenizer=tokenizer is not None)
+
+
+# What is written
+
+
+def _native(
+    model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+) -> tuple[list[Part], dict[str, bytes]]:
+    """Return the tensors of a native model and the files that describe it."""
+    reader = TensorReader(checkpoint)
+    read = functools.lru_cache(maxsize=1)(reader.read)  # query, key and value are parts of one tensor
+
+    def part(tensor: HFTensor) -> Part:
+        return Part(tensor.name, tensor.shape, dtype, lambda: tensor.cut_from(read(MODEL + tensor.native)))
+
+    ids = _token_ids(run, tokenizer)
+    config = hf_config(model) | ids | {"torch_dtype": _name(dtype)}
+    return [part(tensor) for tensor in hf_tensors(model)], {CONFIG: _json(config), GENERATION: _json(ids)}
+
+
+def _hugging_face(
+    model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+) -> tuple[list[Part], dict[str, bytes]]:
+    """Return the tensors of a transformers model and the files that describe it, as they are on disk."""
+    own = own_model(model, run)
+    with torch.device("meta"):
+        built = build_model(own)
+    published = published_directory(own.name, list(DESCRIPTION_FILES))
+    files = {name: (published / name).read_bytes() for name in DESCRIPTION_FILES if (published / name).is_file()}
+    architecture = type(built.causal_lm).__name__
+    config = disk_config(json.loads(files[CONFIG]), architecture=architecture, dtype=_name(dtype))
+    if tokenizer and os.path.realpath(tokenizer.name) != os.path.realpath(str(model.name)):
+        ids = _token_ids(run, tokenizer)
+        config = _with_ids(config, ids)
+        if GENERATION in files:
+            files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
+    files[CONFIG] = _json(config)
+    return list(_disk_parts(built, TensorReader(checkpoint), dtype)), files
+
+
+def _disk_parts(model: HFCausalLM, reader: TensorReader, dtype: torch.dtype) -> Iterator[Part]:
+    """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
+    prefix = f"{MODEL}causal_lm."
+    parameters = [key.removeprefix(prefix) for key in reader.records if key.startswith(prefix)]
+    buffers = dict(stored_buffers(model.causal_lm))
+
+    @functools.lru_cache(maxsize=1)  # the experts of a layer are parts of one tensor
+    def read(number: int) -> dict[str, torch.Tensor]:
+        group = groups[number]
+        own = {name: buffers[name] if name in buffers else reader.read(prefix + name) for name in group.sources}
+        return group.convert(own)
+
+    groups = disk_tensors(model.causal_lm, [*parameters, *buffers])
+    # Buffers stay what they are: programs that compute in bf16 keep them apart for their precision.
+    for number, group in enumerate(groups):
+        kept = next((buffers[name].dtype for name in group.sources if name in buffers), dtype)
+        for name, shape in group.shapes.items():
+            load = functools.partial(lambda number, name: read(number)[name], number, name)
+            yield Part(name, shape, kept, load)
+
+
+def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | None]:
+    """Return what the run's tokenizer says of the tokens that begin, end and pad a text; None where it says nothing."""
+    if tokenizer is None:
+        return {f"{role}_id": None for role in ROLES}
+    own = dict.fromkeys(OWN_ROLES, load_tokenizer(run).id_to_token(tokenizer.eos_id))
+    roles = _published_roles(run) if tokenizer.published else own
+    ids = {f"{role}_id": load_tokenizer(run).token_to_id(roles.get(role) or "") for role in ROLES}
+    return ids | {"eos_token_id": tokenizer.eos_id}
+
+
+def _published_roles(run: Path) -> dict[str, str]:
+    """Return the special tokens by their roles, as the files of a published tokenizer say."""
+    roles = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = run / PUBLISHED_DIRECTORY / name
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        contents = {role: token["content"] if isinstance(token, dict) else token for role, token in told.items()}
+        roles |= {role: contents[role] for role in ROLES if isinstance(contents.get(role), str)}
+    return roles
+
+
+def _with_ids(described: dict[str, Any], ids: dict[str, int | None]) -> dict[str, Any]:
+    """Put the ids of another tokenizer in; what it does not say stays, and a list of ids that has the tokenizer's."""
+
+    def fits(name: str) -> bool:
+        told = described.get(name)
+        return ids[name] in (None, *(told if isinstance(told, list) else [told]))
+
+    return described | {name: value for name, value in ids.items() if not fits(name)}
+
+
+def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, *, max_positions: int) -> None:
+    if tokenizer.published:
+        for file in tokenizer.published:
+            verify_file(run, file)
+            copy = directory / Path(file.name).relative_to(PUBLISHED_DIRECTORY)
+            copy.parent.mkdir(exist_ok=True)
+            write_durably(copy, [memoryview((run / file.name).read_bytes())])
+        return
+    tokens = dict.fromkeys(OWN_ROLES, load_tokenizer(run).id_to_token(tokenizer.eos_id))
+    behaviour = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        # As in training, the name of a special token inside a text is text.
+        "split_special_tokens": True,
+    }
+    shutil.copyfile(run / TOKENIZER_FILE, directory / TOKENIZER_FILE)
+    for name, content in (("special_tokens_map.json", tokens), ("tokenizer_config.json", tokens | behaviour)):
+        write_durably(directory / name, [memoryview(_json(content))])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# How it is written
+
+
+def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int) -> None:
+    """Write the tensors into files with the names that transformers gives them."""
+    by_name = {part.name: part for part in parts}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda part: part.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_safetensors(directory / file, [by_name[name] for name in names])
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_durably(directory / "model.safetensors.index.json", [memoryview(_json(index))])
+
+
+def _write_safetensors(path: Path, parts: list[Part]) -> None:
+    """Write one file tensor by tensor; the library's own writer would hold all of them in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)  # every tensor begins at a multiple of its elements
+    for part in parts:
+        end = position + part.num_bytes
+        header[part.name] = {"dtype": NAMES[part.dtype], "shape": part.shape, "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for part in parts:
+            tensor = part.load().to(part.dtype).contiguous()
+            assert tuple(tensor.shape) == part.shape
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -1,0 +1,99 @@
+"""What a step of a run trains on, as text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bigtrain.checkpoint.store import find_checkpoints, read_run_state
+from bigtrain.config import TrainConfig
+from bigtrain.data.order.cursor import Cursor, DataState
+from bigtrain.data.read.batch import IGNORE_INDEX, Batch
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.errors import ConfigError
+from bigtrain.run.data import open_data
+from bigtrain.run.directory import read_config
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def inspect_run(directory: Path, *, step: int, num_samples: int) -> Iterator[str]:
+    """Yield what :func:`inspect_step` does for a run that has begun, also after its mixture was changed.
+
+    Raises:
+        CheckpointError: ``directory`` is not a run.
+    """
+    config, found = read_config(directory), find_checkpoints(directory)
+    state = read_run_state(found[-1]) if found else None
+    start = Cursor(state.step, state.samples) if state else Cursor()
+    return inspect_step(config, step=step, num_samples=num_samples, start=start, previous=state.data if state else None)
+
+
+def inspect_step(
+    config: TrainConfig,
+    *,
+    step: int,
+    num_samples: int,
+    start: Cursor | None = None,
+    previous: DataState | None = None,
+) -> Iterator[str]:
+    """Yield lines that show the samples of an optimizer step.
+
+    Tokens are separated by ``│``. Each is a target, predicted from those before; one that does not count is in
+    ``⟦ ⟧``. A document (with ``data.document_mask`` all that its tokens see) begins with the token that opens it in ``( )``.
+
+    Args:
+        config: resolved and checked.
+        step: from 1, as in ``metrics.jsonl``.
+        num_samples: samples to show.
+        start: a place that the run has been at, by default its beginning.
+        previous: of the checkpoint there.
+
+    Raises:
+        ConfigError: there is no such step, or it is from before the mixture was changed.
+        DataError: the data ends before.
+    """
+    start = start or Cursor()
+    batch_size = config.train.global_batch_size
+    first = start.samples + (step - 1 - start.step) * batch_size
+    if step < 1 or first < (previous.origin_samples if previous else 0):
+        raise ConfigError(f"step={step}: must be at least 1, and after the last change of the mixture")
+    stream = open_data(config, previous)["train"]
+    tokenizer = load_tokenizer(stream.tokenizer_directory) if stream.tokenizer_directory else None
+    ids = stream.ids(first, batch_size)
+    yield f"step {step}: samples {first} to {first + batch_size - 1} of the run"
+    for number, sample_id in enumerate(ids[:num_samples].tolist(), start=1):
+        batch = stream.gather(np.array([sample_id]))
+        yield from _sample_lines(stream, batch, sample_id, f"sample {number} of {batch_size}", tokenizer)
+
+
+def _sample_lines(
+    stream: SampleStream, batch: Batch, sample_id: int, title: str, tokenizer: "Tokenizer | None"
+) -> Iterator[str]:
+    tokens, targets = batch.tokens[0].numpy(), batch.targets[0].numpy()
+    component, documents = stream.origin_of(sample_id)
+    counted = int((targets != IGNORE_INDEX).sum())
+    yield ""
+    yield f"── {title}: {component} {sample_id}, {counted} of {len(targets)} targets count"
+    for places in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(documents)) + 1):
+        document = int(documents[places[0]])
+        if document < 0:
+            yield f"   padding: {len(places)}"
+            continue
+        pieces = []
+        for place in places.tolist():
+            is_counted, is_last = targets[place] != IGNORE_INDEX, place + 1 == len(tokens)
+            # What does not count is known from the input after it.
+            target = targets[place] if is_counted else None if is_last else tokens[place + 1]
+            text = "…" if target is None else _text(int(target), tokenizer)
+            pieces.append(text if is_counted else f"⟦{text}⟧")
+        yield f"   document {document}: ({_text(int(tokens[places[0]]), tokenizer)}) {'│'.join(pieces)}"
+
+
+def _text(token: int, tokenizer: "Tokenizer | None") -> str:
+    if tokenizer is None:
+        return str(token)
+    return repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1]

@@ -1,0 +1,221 @@
+"""How a launch takes a run, what it begins with, and how a run goes back."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain import log
+from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
+from bigtrain.checkpoint.store import (
+    Origin,
+    RunState,
+    checkpoints_directory,
+    discard_after,
+    newest_step,
+    read_run_state,
+)
+from bigtrain.config import Load, TrainConfig
+from bigtrain.config.check import RESUME_WORDS
+from bigtrain.config.convert import to_dict
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.distributed.collectives import on_rank0
+from bigtrain.engine.base import Engine
+from bigtrain.engine.build import require_causal
+from bigtrain.engine.state import MODEL, clear_optimizer, initialise
+from bigtrain.errors import CheckpointError, NoRestartError, of_all_ranks
+from bigtrain.models import build_initial_values
+from bigtrain.processes import RankInfo
+from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, write_run_files, writing
+from bigtrain.supervise.bad_numbers import RollBack
+from bigtrain.supervise.launch import Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a launch, or what follows a rollback, begins with."""
+
+    origin: Origin = field(default_factory=Origin)
+    """What the run itself began with."""
+    checkpoint: Path | None = None
+    """None for initial values."""
+    weights_only: bool = False
+    """Of the checkpoint only the weights are taken, and the run begins at step 0."""
+
+    def read_state(self) -> RunState | None:
+        """Return the run state that is continued; None at step 0."""
+        return read_run_state(self.checkpoint) if self.checkpoint and not self.weights_only else None
+
+
+def claim(launch: Launch) -> None:
+    """Take the run for this launch; all ranks call this, a second call does nothing.
+
+    Raises:
+        ConfigError: another launch has it, or its directory cannot be written.
+        NoRestartError: it has failed too often without progress.
+    """
+
+    def take() -> int:
+        with writing(launch.directory):
+            return launch.claim(newest_step(launch.directory) or last_saved_step(launch.directory))
+
+    if launch.attempt == 0:
+        launch.begin(on_rank0(take))
+
+
+def follow(config: TrainConfig, find: Callable[[], Path], stream: SampleStream) -> Path:
+    """Return where the run's directory is now; one that was removed becomes that of a run again. All ranks call this.
+
+    Args:
+        config: of the run.
+        find: :meth:`Launch.follow`.
+        stream: the samples of the run.
+
+    Raises:
+        ConfigError: the directory was removed and cannot be made anew.
+    """
+
+    def found() -> str:
+        with writing(config.run.directory):
+            place = find()
+        if place != config.run.directory:
+            settings = dataclasses.replace(config.run, root=str(place.parent), name=place.name)
+            write_run_files(dataclasses.replace(config, run=settings), stream.tokenizer_directory)
+        return str(place)
+
+    return Path(on_rank0(found))
+
+
+def nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:
+    """Say why a run is not trained."""
+    if step > wanted_steps:
+        return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
+    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"
+
+
+def has_moved(config: TrainConfig, place: Path) -> str:
+    """Say how to go on with a run whose directory is now ``place``."""
+    how = f"run.root={place.parent} run.name={place.name} continue from there"
+    return f"{config.run.directory} was renamed or removed; {how}"
+
+
+def find_start(config: TrainConfig) -> Start:
+    """Return what this launch begins with, as ``checkpoint.resume`` and ``checkpoint.load`` say; all ranks call this.
+
+    Raises:
+        CheckpointError: as :func:`bigtrain.run.directory.find_resume`.
+    """
+    path = find_resume(config)
+    if path is None:
+        return Start(Origin(published=_published(to_dict(config.model))))
+    if path.parent == checkpoints_directory(config.run.directory):
+        state = read_run_state(path)
+        return Start(state.origin or _former_origin(state.config), path)
+    weights_only = config.checkpoint.load is Load.weights
+    return Start(Origin(checkpoint=str(path.absolute()), weights_only=weights_only), path, weights_only)
+
+
+def _former_origin(config: dict[str, Any]) -> Origin:
+    """Return what a run began with whose checkpoint does not say so, from the configuration in it."""
+    resume = config.get("checkpoint", {}).get("resume", "auto")
+    published = _published(config.get("model", {}))
+    return Origin(published=published) if resume in RESUME_WORDS else Origin(checkpoint=resume)
+
+
+def _published(model: dict[str, Any]) -> str | None:
+    return model.get("init_from") or (model.get("name") if model.get("pretrained") else None)
+
+
+def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
+    """Give the engine what the run begins with; return how far the run is with it.
+
+    Raises:
+        ConfigError: with these weights the model looks ahead.
+    """
+    cursor = _fill(config, engine, start, info)
+    require_causal(engine, config)
+    return cursor
+
+
+def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
+    entries = engine.state.entries
+    if start.checkpoint is None:
+        values = build_initial_values(config.model, config.train.seed)
+        initialise(engine.state, values, num_threads=max(1, (os.cpu_count() or 1) // info.local_world_size))
+        return Cursor()
+    if start.weights_only:
+        clear_optimizer(engine.state)
+        entries = {key: entry for key, entry in entries.items() if key.startswith(MODEL)}
+    load_checkpoint(start.checkpoint, entries)
+    engine.state.commit()
+    state = start.read_state()
+    return state.cursor if state else Cursor()
+
+
+def go_back(
+    config: TrainConfig, verdict: RollBack, stream: SampleStream, *, start: Start, begin: Cursor, rollbacks: int
+) -> Start:
+    """Find what to go back to, before the bad steps; all ranks call this. What is newer is for the caller to discard.
+
+    Args:
+        config: of the run.
+        verdict: which steps are bad.
+        stream: the samples of the run, which leaves out those of the bad steps from then on.
+        start: what the launch, or what followed the last time, began with.
+        begin: where that was.
+        rollbacks: how often the run has gone back before.
+
+    Returns:
+        The newest whole checkpoint before; what the run began with if it has saved none since.
+
+    Raises:
+        NoRestartError: the run has gone back too often, or what it would go back to is gone.
+    """
+    first, last, batch = verdict.first_step, verdict.last_step, config.train.global_batch_size
+    bad = f"steps {first} to {last} of {config.run.directory} have bad numbers"
+    if rollbacks >= config.bad_numbers.max_rollbacks:
+        problem = (
+            f"{bad}, and the run has gone back {rollbacks} times already (bad_numbers.max_rollbacks); it diverges: "
+            "lower optimizer.lr, or look at the data; events.jsonl has every bad step"
+        )
+        raise of_all_ranks(NoRestartError(problem))
+    try:
+        before = _before(config, first, start.origin)
+    except CheckpointError as error:
+        raise of_all_ranks(NoRestartError(f"{bad}, and the run cannot go back: {error}")) from error
+    log.get_logger().warning(
+        f"{bad}: going back to {before.checkpoint or 'the beginning'}; their {(last - first + 1) * batch} samples are "
+        "left out from now on"
+    )
+    bad_samples = [begin.samples + (step - begin.step) * batch for step in (first - 1, last)]
+    stream.leave_out(*bad_samples)
+    return before
+
+
+def discard(directory: Path, verdict: RollBack) -> None:
+    """Delete the checkpoints from the first bad step on; all ranks call this, and nobody is saving."""
+    on_rank0(lambda: discard_after(directory, verdict.first_step - 1))
+
+
+def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
+    """Return the newest checkpoint before ``step``, or what the run began with if it has had none."""
+    directory = config.run.directory
+    if path := newest_whole(directory, config.checkpoint.verify, before=step):
+        return Start(origin, path)
+    if saved := on_rank0(lambda: last_saved_step(directory, before=step)):
+        raise CheckpointError(
+            f"its checkpoints of steps before are gone (step {saved} was saved; checkpoint.keep={config.checkpoint.keep})"
+        )
+    if origin.checkpoint is None:
+        if origin.published != _published(to_dict(config.model)):
+            raise CheckpointError(
+                f"it began with {origin.published or 'random weights'}, which the model's settings no longer say"
+            )
+        return Start(origin)
+    seed = Path(origin.checkpoint)
+    if problems := verify_checkpoint(seed, config.checkpoint.verify):
+        raise CheckpointError(f"the checkpoint that it began with is not whole: {problems[0]}")
+    return Start(origin, seed, origin.weights_only)

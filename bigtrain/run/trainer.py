@@ -1,0 +1,450 @@
+"""A run from its configuration to its end; the loop is in :func:`train` and reads top to bottom."""
+
+import dataclasses
+import gc
+import hashlib
+import math
+import platform
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bigtrain import __version__, log
+from bigtrain.checkpoint.saver import Saver, SaveReport
+from bigtrain.checkpoint.store import Origin, RunState, find_checkpoints
+from bigtrain.config import Load, Precision, TrainConfig
+from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.data.order.cursor import Cursor
+from bigtrain.data.read.loader import StepBatch
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.distributed.collectives import (
+    all_reduce_sum,
+    broadcast_json,
+    init_process_group,
+    on_rank0,
+    pick_device,
+    shut_down,
+)
+from bigtrain.engine.base import Engine
+from bigtrain.engine.build import build_engine, require_hardware
+from bigtrain.engine.state import MODEL
+from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, EXIT_RESUMABLE, CheckpointError, of_all_ranks
+from bigtrain.log import redact
+from bigtrain.models import build_model
+from bigtrain.optim.schedule import lr_at
+from bigtrain.plan import preflight
+from bigtrain.processes import RankInfo
+from bigtrain.run.data import (
+    cache_of,
+    check_continuation,
+    count_skipped_shards,
+    open_data,
+    require_tokenizer,
+    train_loader,
+)
+from bigtrain.run.directory import continued_model, write_run_files, writing
+from bigtrain.run.recovery import claim, discard, fill_state, find_start, follow, go_back, has_moved, nothing_to_do
+from bigtrain.run.validation import validate
+from bigtrain.supervise.agreement import StopAgreement
+from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
+from bigtrain.supervise.heartbeat import Heartbeat
+from bigtrain.supervise.launch import Launch
+from bigtrain.supervise.signals import StopLimits, StopSignal
+from bigtrain.supervise.stragglers import Straggler, Stragglers
+from bigtrain.telemetry import names
+from bigtrain.telemetry.files import repair
+from bigtrain.telemetry.gauges import Gauges, perplexity
+from bigtrain.telemetry.layer_norms import LayerNorms
+from bigtrain.telemetry.meter import StepMeter
+from bigtrain.telemetry.out_of_memory import explained
+from bigtrain.telemetry.profiling import Profiler, save_hang
+from bigtrain.telemetry.recorder import NullRecorder, Recorder
+
+GC_EVERY_STEPS = 1000
+"""Python's garbage collector runs on all ranks at the same step, instead of at a different one on each."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The parts of a run on this rank."""
+
+    config: TrainConfig
+    directory: Path
+    engine: Engine
+    streams: Mapping[str, SampleStream]
+    recorder: Any
+    saver: Saver
+    start: Cursor
+    """Where this launch begins, or what follows after going back."""
+    origin: Origin = field(default_factory=Origin)
+    """What the run began with."""
+    rollbacks: int = 0
+    """How often the run has gone back because of bad numbers."""
+    signal: StopSignal = field(default_factory=StopSignal)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    limits: StopLimits | None = None
+    """What besides signals ends this launch; on rank 0."""
+    follow: Callable[[], Path] | None = None
+    """Tells on rank 0 where the directory is now, should somebody have renamed or removed it; None if nobody looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a launch ended."""
+
+    code: int
+    reason: str
+
+
+def run(config: TrainConfig) -> int:
+    """Train as ``config`` (resolved and checked) says, from the newest checkpoint on.
+
+    Returns:
+        ``EXIT_FINISHED`` or ``EXIT_RESUMABLE``.
+
+    Raises:
+        BigtrainError: the user can mend it.
+    """
+    info = RankInfo.from_env()
+    log.setup(info.rank)
+    device = pick_device(info)
+    precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    require_hardware(precision, device)  # before anything is prepared or written
+    report = preflight(
+        dataclasses.replace(config, model=continued_model(config.model, config.run.directory)),
+        world_size=info.world_size,
+        local_world_size=info.local_world_size,
+        device_type=device.type,
+        precision=config.engine.precision,
+    )
+    report.require(config.preflight, "goes on regardless")
+    init_process_group(info, device)
+    # Rank 0's configuration is the configuration of the run.
+    config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
+    # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
+    code = broadcast_json(_run(config, info, device))
+    # Only here: after a failure, a collective could wait for ever for ranks that are gone.
+    shut_down()
+    return code
+
+
+def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
+    directory = config.run.directory
+    with Launch(directory, info.rank, config.supervision) as launch, explained(config, directory, info, device):
+        end = _train_run(config, info, device, launch)
+        launch.end(end.code, end.reason)
+        return end.code
+
+
+def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> End:
+    directory = launch.directory
+    if on_rank0(directory.is_dir):
+        claim(launch)
+    start = find_start(config)
+    state = start.read_state()
+    if state and state.step >= config.train.steps:
+        log.get_logger().info(nothing_to_do(directory, state.step, config.train.steps))
+        on_rank0(lambda: repair(directory))
+        launch.heartbeat.step = state.step
+        return End(EXIT_FINISHED, "finished")
+    streams = open_data(config, state.data if state else None)
+    changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
+    if start.checkpoint:
+        on_rank0(lambda: require_tokenizer(start.checkpoint, streams["train"]))
+    begin = state.cursor if state else Cursor()
+    streams["train"].require_steps(begin, config.train.steps, config.train.global_batch_size)
+    model = continued_model(config.model, directory)
+    on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
+    claim(launch)
+    cache = cache_of(config.data, streams["train"])
+    launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
+    engine = build_engine(config, lambda: build_model(model), info=info, device=device)
+    fill_state(config, engine, start, info)
+    parts = Run(
+        config=config,
+        directory=directory,
+        engine=engine,
+        streams=streams,
+        recorder=NullRecorder(),
+        saver=Saver(directory, engine.state.entries, config.checkpoint, is_ours=launch.is_here),
+        follow=launch.follow,
+        start=begin,
+        origin=start.origin,
+        rollbacks=state.rollbacks if state else 0,
+        signal=launch.signal,
+        heartbeat=launch.heartbeat,
+        limits=StopLimits(directory, config.run.max_minutes, started=launch.started) if info.rank == 0 else None,
+    )
+    facts = {"world_size": info.world_size, "attempt": launch.attempt, "after": launch.previous_failure()}
+    facts |= {"changed": changes} if changes else {}
+    launch.signal.at_once = False
+    while True:
+        parts.recorder = open_recorder(config, parts.start.step, engine, streams["train"])
+        with parts.recorder:
+            kind = "resume" if start.read_state() else "start"
+            loaded = {"load": Load.weights.name} if start.weights_only else {}
+            parts.recorder.event(kind, step=parts.start.step, checkpoint=str(start.checkpoint or ""), **loaded, **facts)
+            end = train(parts)
+            if isinstance(end, End):
+                return end
+            launch.heartbeat.enter("starting")
+            begin, rollbacks = parts.start, parts.rollbacks
+            start = go_back(config, end, streams["train"], start=start, begin=begin, rollbacks=rollbacks)
+            bad = {"first_bad_step": end.first_step, "last_bad_step": end.last_step}
+            # First the word, then the deed: what is recorded as saved, and not taken back, has to be there.
+            parts.recorder.event("rollback", step=end.last_step, checkpoint=str(start.checkpoint or ""), **bad)
+            discard(directory, end)
+        parts.rollbacks += 1
+        parts.start = fill_state(config, engine, start, info)
+
+
+def train(run: Run) -> End | RollBack:
+    """Train until the run is finished, or somebody wants it to stop, or it has to go back.
+
+    Raises:
+        CheckpointError: saving has failed too often, or at the end.
+    """
+    config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
+    signal = run.signal
+    steps, last_launch_step = config.train.steps, run.start.step + (config.run.stop_after_steps or math.inf)
+    meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
+    norms = LayerNorms(engine, config.logging.layer_norms_every_steps)
+    agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
+    loader = train_loader(run.streams["train"], config, engine, start=run.start)
+    stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
+    heartbeat.step, verdict = run.start.step, None
+
+    def before_update() -> None:
+        meter.mark(names.FORWARD_BACKWARD_SECONDS)
+        norms.before_update(step)
+        heartbeat.enter("optimizer")
+        saver.wait_until_staged()
+        meter.mark(names.CHECKPOINT_STALL_SECONDS)
+
+    gc.disable()
+    gc.freeze()  # what is there by now stays: to look through it again and again takes a tenth of a second each time
+    with loader, _profiler(run) as profiler:
+        for batch in heartbeat.during("data", loader):
+            meter.data_ready(batch.micro_batches)
+            heartbeat.enter("forward_backward")
+            step = batch.step + 1
+            lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
+            seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
+            loss, grad_norm = train_step(engine, batch, lr, before_update=before_update)
+            meter.mark(names.OPTIMIZER_SECONDS)
+            norms.after_update(step)
+            heartbeat.enter("logging")
+            pace = meter.step_done(tokens=batch.after.samples * config.data.sequence_length)
+            pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **pace})
+            pending[-1] |= {names.DATA_WAIT_SECONDS: loader.wait_seconds, names.DATA_DIGEST: batch.after.digest}
+
+            record_save(run, saver.poll())
+            if saver.num_failures >= config.checkpoint.max_failures:
+                signal.request("checkpoint.max_failures")
+            if run.limits:
+                signal.request(run.limits.reached())
+            stopping = agreement.poll(signal.reason)
+            if step == last_launch_step:
+                stopping = stopping or "run.stop_after_steps"
+            finished = step == steps
+            saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
+            if saving or step % config.train.log_every_steps == 0:
+                records = norms.merge(read_back(pending))
+                records[-1] |= count_skipped_shards(run.streams["train"], config)
+                recorder.metrics(records, meter.phases())
+                record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))
+                if verdict := record_bad_numbers(run, judge, records):
+                    break
+            meter.mark(names.LOGGING_SECONDS)
+            validation_loss = None
+            if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
+                heartbeat.enter("validation")
+                validation_loss = record_validation(run, batch.after)
+                meter.skip()
+            if saving:
+                heartbeat.enter("checkpoint")
+                save(run, batch, validation_loss, last=finished or stopping is not None)
+                meter.skip()
+            if profiler.step_done(step):
+                meter.skip()
+            if step % GC_EVERY_STEPS == 0:
+                gc.collect()
+            if finished or stopping:
+                break
+        agreement.settle()
+        heartbeat.enter("checkpoint")
+        record_save(run, saver.finish())
+    gc.unfreeze()
+    gc.enable()
+    return verdict or _end(run, step, finished, stopping)
+
+
+def train_step(
+    engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None] = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one optimizer step.
+
+    The loss is the mean over the targets of the whole step on all ranks, never a mean of means.
+
+    Args:
+        engine: computes it.
+        batch: this rank's part of the global batch.
+        lr: learning rate.
+        before_update: called when the gradient is complete and the weights are about to change.
+
+    Returns:
+        This rank's share of the loss (the ranks' shares add up to it) and the global gradient norm, both
+        0-d tensors on the device that the host has not waited for.
+    """
+    num_targets: torch.Tensor | int | None = batch.global_num_targets
+    if num_targets is None:
+        num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
+    loss_sum = None
+    for i, micro_batch in enumerate(batch.micro_batches):
+        last = i == len(batch.micro_batches) - 1
+        loss = engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
+        loss_sum = loss if loss_sum is None else loss_sum + loss
+    before_update()
+    grad_norm = engine.step(lr)
+    return loss_sum / num_targets, grad_norm
+
+
+def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Wait for the device, add up the ranks' losses, and return (and forget) the pending records as plain numbers."""
+    losses = all_reduce_sum(torch.stack([record["loss"] for record in pending]))
+    norms = torch.stack([record["grad_norm"] for record in pending])
+    records = [
+        {**record, "loss": loss, "grad_norm": norm}
+        for record, loss, norm in zip(pending, losses.tolist(), norms.tolist(), strict=True)
+    ]
+    pending.clear()
+    return records
+
+
+def record_validation(run: Run, done: Cursor) -> float:
+    """Validate, record the result and return the loss."""
+    loss = validate(run.engine, run.streams["validation"], run.config)
+    tokens = done.samples * run.config.data.sequence_length
+    run.recorder.event("validation", step=done.step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
+    return loss
+
+
+def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: bool) -> None:
+    """Begin to save a checkpoint of the step that ``batch`` was for; the last one goes where the directory is by then."""
+    record_save(run, run.saver.finish())
+    if last and run.follow:
+        run.directory = run.saver.run_directory = follow(run.config, run.follow, run.streams["train"])
+    stream, cursor = run.streams["train"], batch.after
+    run.saver.save(
+        RunState(
+            step=cursor.step,
+            tokens=cursor.samples * run.config.data.sequence_length,
+            samples=cursor.samples,
+            data_fingerprint=stream.fingerprint,
+            config=redact(to_dict(run.config)),
+            versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            world_size=dist.get_world_size(),
+            validation_loss=validation_loss,
+            data=stream.state(batch.before, cursor),
+            rollbacks=run.rollbacks,
+            origin=run.origin,
+        )
+    )
+
+
+def record_save(run: Run, report: SaveReport | None) -> None:
+    """Record how a save has ended, if one has."""
+    if report is None:
+        return
+    run.heartbeat.took("checkpoint", report.seconds)
+    if run.limits:
+        run.limits.save_seconds = max(run.limits.save_seconds, report.seconds)
+    if report.error is None:
+        run.recorder.event("checkpoint", step=report.step, path=str(report.path))
+    else:
+        run.recorder.event("checkpoint_failed", step=report.step, error=report.error)
+        run.recorder.message(f"saving step {report.step} failed, older checkpoints stay: {report.error}")
+
+
+def record_bad_numbers(run: Run, judge: BadNumbers, records: list[dict[str, Any]]) -> RollBack | None:
+    """Record the bad ones of these steps; return how far the run has to go back, if it has to."""
+    found, verdict = judge.judge(records)
+    for bad in found:
+        run.recorder.event("bad_step", step=bad.step, why=bad.why)
+        run.recorder.message(f"step {bad.step} is bad: {bad.why}")
+    return verdict
+
+
+def record_stragglers(run: Run, found: list[Straggler]) -> None:
+    """Name the ranks that keep the others waiting."""
+    for slow in found:
+        run.recorder.event("straggler", step=run.heartbeat.step, rank=slow.rank, why=slow.why)
+        run.recorder.message(f"rank {slow.rank} keeps the others waiting: it {slow.why}")
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Make the random numbers of a step (dropout) a function of (seed, step, rank), so that none need saving."""
+    value = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
+    # torch.manual_seed would, on a machine without a GPU, keep a formatted stack of every call for ever.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+
+
+def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:
+    """Return this rank's recorder; all ranks call this.
+
+    Raises:
+        ConfigError: the run's directory cannot be written; on all ranks.
+    """
+    directory, recorder = config.run.directory, NullRecorder()
+    described = dataclasses.replace(config, model=continued_model(config.model, directory))
+    num_parameters = sum(math.prod(e.shape) for key, e in engine.state.entries.items() if key.startswith(MODEL))
+
+    def open_files() -> None:
+        nonlocal recorder
+        with writing(directory):
+            gauges = Gauges(described, engine.device, dist.get_world_size(), num_parameters, stream.progress)
+            recorder = Recorder(config, directory, first_step, gauges)
+
+    on_rank0(open_files)
+    return recorder
+
+
+def _profiler(run: Run) -> Profiler:
+    settings, record, begin = run.config.profile, run.recorder.event, partial(run.heartbeat.enter, "profile")
+    return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record, begin=begin)
+
+
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
+    if run.saver.num_failures:
+        last = find_checkpoints(run.directory)
+        problem = (
+            f"step {step} could not be saved, {run.saver.num_failures} failures in a row: {run.saver.last_error}; the same "
+            f"command continues from {last[-1] if last else run.origin.checkpoint or 'the beginning'} when that is mended"
+        )
+        raise of_all_ranks(CheckpointError(problem))
+    if run.limits:
+        run.limits.honour()
+    if finished:
+        run.recorder.event("finished", step=step)
+        return End(EXIT_FINISHED, "finished")
+    run.recorder.event("stop", step=step, reason=reason)
+    if run.directory != run.config.run.directory:
+        run.recorder.message(f"stopped by {reason} after step {step}: {has_moved(run.config, run.directory)}")
+        return End(EXIT_NO_RESTART, str(reason))
+    run.recorder.message(
+        f"stopped by {reason} after step {step}; saved in {run.directory}. The same command continues."
+    )
+    return End(EXIT_RESUMABLE, str(reason))

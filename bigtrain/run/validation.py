@@ -1,0 +1,88 @@
+"""The loss of a run on the documents that it never trains on, while it trains and afterwards."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from bigtrain import log
+from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.store import read_run_state
+from bigtrain.config import EngineKind, Offload, TrainConfig
+from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.data.read.batch import IGNORE_INDEX
+from bigtrain.data.read.index import read_index
+from bigtrain.data.read.loader import validation_batches
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device, shut_down
+from bigtrain.engine.base import Engine
+from bigtrain.engine.build import build_engine
+from bigtrain.engine.state import MODEL
+from bigtrain.errors import ConfigError
+from bigtrain.models import build_model
+from bigtrain.processes import RankInfo
+from bigtrain.run.data import open_data
+from bigtrain.run.directory import find_whole, locate, read_config
+from bigtrain.telemetry.gauges import perplexity
+
+
+def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> float:
+    """Return the mean loss per target over the validation batches, the same for every world size."""
+    total = torch.zeros(2, dtype=torch.float64)
+    batches = validation_batches(
+        stream,
+        batches=config.validation.batches,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+    )
+    for batch in batches:
+        loss = engine.evaluate(batch.to(engine.device))
+        num_targets = int((batch.targets != IGNORE_INDEX).sum())
+        total += torch.tensor([loss.item(), num_targets], dtype=torch.float64)
+    loss_sum, num_targets = all_reduce_sum(total).tolist()
+    return loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
+
+
+def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
+    """Return loss and perplexity of a run's checkpoint on its validation split, on all ranks of this world.
+
+    Args:
+        path: directory of the run, or of one of its checkpoints.
+        batches: global batches; by default as many as in the run's own validations.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        ConfigError: the run's batch does not divide over this world.
+    """
+    info = RankInfo.from_env()
+    log.setup(info.rank)
+    device = pick_device(info)
+    directory, _ = locate(path)
+    config = read_config(directory)
+    # How the run was spread over ranks does not matter to its loss; here the least memory does.
+    engine_config = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
+    config = dataclasses.replace(config, engine=engine_config)
+    config.validation = dataclasses.replace(
+        config.validation, batches=batches or config.validation.batches, every_steps=config.validation.every_steps or 1
+    )
+    config.train.micro_batch_size = None
+    config = fit_micro_batch(config, info.world_size)
+    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
+        raise ConfigError("\n".join(problems))
+    init_process_group(info, device)
+    _, checkpoint = find_whole(path)
+    streams = open_data(config)
+    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
+    weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
+    load_checkpoint(checkpoint, weights)
+    engine.state.commit()
+    loss = validate(engine, streams["validation"], config)
+    shut_down()
+    result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
+    if streams["validation"].tokenizer_directory and not config.data.mixture:
+        index = read_index(directory, check_sizes=False)
+        if not index.live:
+            result["unigram_entropy"] = index.validation.unigram_nats_per_token
+    return result

@@ -1,0 +1,214 @@
+"""Launches of a run: one at a time, counted, and each leaves a record of how it ended.
+
+``attempt.json`` says which launch has the run; that one holds it (:mod:`bigtrain.supervise.lease`). ``exit.json`` says how
+the newest launch ended, in words that survive launchers which turn every exit code into 1. Scripts
+that restart read it: ``{"code", "reason", "step", "attempt", "time"}`` with a code of
+:mod:`bigtrain.errors`; it is absent while a launch runs.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import (
+    EXIT_FAULT,
+    EXIT_FINISHED,
+    EXIT_NO_RESTART,
+    EXIT_RESUMABLE,
+    EXIT_USER_ERROR,
+    BigtrainError,
+    NoRestartError,
+)
+from bigtrain.log import get_logger, redact
+from bigtrain.supervise.lease import Lease, take_lease
+
+ATTEMPT_FILE = "attempt.json"
+EXIT_FILE = "exit.json"
+FAILURE_FILE = "failure.json"
+ROOM_FILE = ".room"
+COUNTS_FAILURES = "BIGTRAIN_COUNTS_FAILURES"
+"""Set by whoever restarts launches and counts those that failed, also those that have never claimed the run."""
+
+_ROOM_BYTES = 2**20
+_RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+def claim_run(
+    directory: Path,
+    *,
+    newest_step: int,
+    max_failed_attempts: int,
+    patient: bool,
+    hurry: bool = False,
+    on_move: Callable[[], None] = lambda: None,
+) -> tuple[int, Lease]:
+    """Take the run for this launch; rank 0 calls it.
+
+    Args:
+        directory: of the run; it exists.
+        newest_step: step of the newest complete checkpoint, 0 if there is none.
+        max_failed_attempts: so many launches in a row that failed without a new checkpoint are restarted.
+        patient: as :func:`bigtrain.supervise.lease.take_lease`.
+        hurry: the same.
+        on_move: called when the directory is found renamed or removed.
+
+    Returns:
+        The number of this launch, from 1, and its lease.
+
+    Raises:
+        ConfigError: another launch has the run.
+        NoRestartError: a launcher has restarted this run, and it has failed too often without a new checkpoint, or
+            for a reason that a person has to look at.
+        OSError: the directory cannot be written.
+    """
+    lease = take_lease(directory / ATTEMPT_FILE, patient=patient, hurry=hurry)
+    try:
+        last = read_json(directory / ATTEMPT_FILE)
+        number = int(last.get("attempt", 0)) + 1
+        ended = read_exit(directory)
+        if is_restart() and ended.get("code") == EXIT_NO_RESTART:
+            write_exit(directory, code=EXIT_NO_RESTART, reason=ended["reason"], step=newest_step, attempt=number)
+            raise NoRestartError(f"not restarted, launched by hand it tries again: {ended['reason']}")
+        failures = _failures_in_a_row(directory, last, newest_step)
+        if failures >= max_failed_attempts:
+            reason = _exhausted(directory, failures, newest_step)
+            write_exit(directory, code=EXIT_NO_RESTART, reason=reason, step=newest_step, attempt=number)
+            raise NoRestartError(reason)
+        (directory / EXIT_FILE).unlink(missing_ok=True)
+        lease.write({"attempt": number, "failures_without_progress": failures, "step": newest_step, "time": now()})
+        keep_room(directory)
+    except BaseException:
+        lease.release()
+        raise
+    lease.keep(on_move)
+    return number, lease
+
+
+def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
+    """Leave the record of a launch that is stopped before it has taken the run.
+
+    None is left if another launch has it or seems to, or where there is a verdict that a stop does not change.
+    """
+    with contextlib.suppress(OSError, BigtrainError):
+        if read_exit(directory).get("code") in (EXIT_FINISHED, EXIT_NO_RESTART):
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        number, lease = claim_run(
+            directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, patient=False, hurry=True
+        )
+        write_exit(directory, code=EXIT_RESUMABLE, reason=reason, step=newest_step, attempt=number)
+        lease.release()
+
+
+def holds(directory: Path, attempt: int) -> bool:
+    """Return whether no later launch has the run."""
+    return read_json(directory / ATTEMPT_FILE).get("attempt", attempt) <= attempt
+
+
+def keep_room(directory: Path) -> None:
+    """Take a part of the disk, in ``.room``, for the last words of this launch, if there is as much."""
+    path = directory / ROOM_FILE
+    try:
+        path.write_bytes(os.urandom(_ROOM_BYTES))  # zeros would take nothing on a file system that compresses
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def make_room(directory: Path, attempt: int) -> None:
+    """Free what a launch has kept of the disk, so that its last words can be written though the disk is full."""
+    if holds(directory, attempt):
+        with contextlib.suppress(OSError):
+            (directory / ROOM_FILE).unlink(missing_ok=True)
+
+
+def write_exit(directory: Path, *, code: int, reason: str, step: int, attempt: int) -> None:
+    """Leave the record of how a launch ended, whole or not at all; a disk that refuses it costs a warning."""
+    if not holds(directory, attempt):
+        return
+    make_room(directory, attempt)
+    values = {"code": code, "reason": redact(reason), "step": step, "attempt": attempt, "time": now()}
+    try:
+        write_json(directory / EXIT_FILE, values)
+    except OSError as error:
+        get_logger().warning(f"cannot write {directory / EXIT_FILE}: {error}")
+
+
+def read_exit(directory: Path) -> dict[str, Any]:
+    """Return the record of how the newest launch ended; empty while it runs, or if it ended without a word."""
+    return read_json(directory / EXIT_FILE)
+
+
+def has_decided(directory: Path, attempt: int) -> bool:
+    """Return whether a launch has said that it ends; ranks that still wait then lose their peers."""
+    found = read_exit(directory)
+    return found.get("attempt") == attempt and found.get("code") != EXIT_FAULT
+
+
+def has_failed(directory: Path, attempt: int) -> bool:
+    """Return whether some rank of a launch has said that the run fails."""
+    found = read_exit(directory)
+    return found.get("attempt") == attempt and found.get("code") not in (EXIT_FINISHED, EXIT_RESUMABLE)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write ``values`` to ``path``, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w") as file:
+            json.dump(values, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of ``path``; empty if it is missing or damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def now() -> str:
+    """Return the time of day (UTC), for people; nothing is decided by it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def is_restart() -> bool:
+    """Return whether a launcher, not a person, has started this process."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTERS)
+
+
+def _failures_in_a_row(directory: Path, last: dict[str, Any], newest_step: int) -> int:
+    """Return how many launches up to now failed one after the other without a new checkpoint."""
+    if not last or not is_restart() or COUNTS_FAILURES in os.environ:
+        return 0
+    code = read_exit(directory).get("code")
+    if code in (EXIT_FINISHED, EXIT_RESUMABLE) or newest_step > int(last.get("step", 0)):
+        return 0
+    return int(last.get("failures_without_progress", 0)) + (code != EXIT_USER_ERROR)
+
+
+def _exhausted(directory: Path, failures: int, step: int) -> str:
+    cause = read_json(directory / FAILURE_FILE).get("summary", "unknown; see the log of the launcher")
+    return (
+        f"{directory} is not restarted any more: {failures} launches in a row failed without a checkpoint after step "
+        f"{step}. First cause of the last failure: {cause}. Launched by hand it tries again; "
+        "supervision.max_failed_attempts is the limit."
+    )

@@ -1,0 +1,155 @@
+"""Heartbeats: which phase of which step each rank of this node is in, and how long it may stay there.
+
+A rank writes six numbers into shared memory whenever it enters a phase; that costs a microsecond. Whoever
+watches (:mod:`bigtrain.supervise.watchdog`) only compares clocks. All times are CLOCK_MONOTONIC, which all
+processes of a node share and which nobody can set back.
+"""
+
+import mmap
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PHASES = (
+    "starting",
+    "data",
+    "forward_backward",
+    "optimizer",
+    "logging",
+    "validation",
+    "checkpoint",
+    "profile",
+    "ending",
+)
+"""In the order in which a step goes through them. In ``profile``, rank 0 begins or exports a trace, and all others wait."""
+_FIELDS = ("pid", "rank", "phase", "step", "since_ns", "deadline_ns")
+_NUM_BYTES = 8 * len(_FIELDS)
+_WINDOW = 200  # durations of a phase that are remembered
+_MIN_SEEN = 3
+_RECOMPUTE_EVERY = 16
+_PROFILE, _ENDING = PHASES.index("profile"), PHASES.index("ending")
+_ENDING_SECONDS = 60.0  # ranks wait there until rank 0 has closed its files and dashboards, which takes up to 20 s
+
+
+class Heartbeat:
+    """The heartbeat of this rank."""
+
+    def __init__(
+        self, path: Path | None = None, *, rank: int = 0, hang_seconds: float = 60.0, first_hang_seconds: float = 1800.0
+    ) -> None:
+        """Begin in the phase ``starting``.
+
+        Args:
+            path: file that a watchdog reads; None if there is none.
+            rank: global rank.
+            hang_seconds: a phase may always take so long, and three times the longest of its last times.
+            first_hang_seconds: a phase that has been seen fewer than three times may take so long, and a profile always.
+        """
+        self.step = 0
+        """The optimizer step under way, from 1."""
+        self._floor_ns, self._first_ns = int(hang_seconds * 1e9), int(first_hang_seconds * 1e9)
+        self._durations: list[deque[int]] = [deque(maxlen=_WINDOW) for _ in PHASES]
+        self._num_seen = [0] * len(PHASES)
+        self._total_ns = [0] * len(PHASES)
+        self._limits_ns = [self._first_ns] * len(PHASES)
+        self._limits_ns[_ENDING] = max(self._floor_ns, int(_ENDING_SECONDS * 1e9))
+        self._phase, self._since_ns = 0, time.monotonic_ns()
+        self._slots = _map(path)
+        self._slots[0], self._slots[1] = os.getpid(), rank
+        self._slots[4], self._slots[5] = self._since_ns, self._since_ns + self._first_ns
+
+    @property
+    def phase(self) -> str:
+        """The phase that this rank is in."""
+        return PHASES[self._phase]
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Enter a phase of :data:`PHASES`; the one before ends."""
+        now, old = time.monotonic_ns(), self._phase
+        durations, seen = self._durations[old], self._num_seen[old] + 1
+        durations.append(now - self._since_ns)
+        self._total_ns[old] += now - self._since_ns
+        self._num_seen[old] = seen
+        if (seen < _RECOMPUTE_EVERY or seen % _RECOMPUTE_EVERY == 0) and seen >= _MIN_SEEN and old != _PROFILE:
+            self._limits_ns[old] = max(self._floor_ns, 3 * max(durations))  # what is rare, as read-back, is usual too
+        if step is not None:
+            self.step = step
+        new = self._phase = PHASES.index(phase)
+        self._since_ns = now
+        slots = self._slots
+        # The deadline goes first: whoever reads in between sees the old phase with more time, never with less.
+        slots[5], slots[4], slots[2], slots[3] = now + self._limits_ns[new], now, new, self.step
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Count what went on beside other phases as a time of ``phase``: it may have to be waited for the next time."""
+        self._durations[PHASES.index(phase)].append(int(seconds * 1e9))
+
+    def during(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield from ``items``; waiting for the next one is in ``phase``, of the step after this one."""
+        iterator = iter(items)
+        while True:
+            self.enter(phase, self.step + 1)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            yield item
+
+    def seconds_in(self, phase: str) -> float:
+        """Return how long this rank has been in ``phase``, all times together that have ended."""
+        return self._total_ns[PHASES.index(phase)] / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a heartbeat said last."""
+
+    pid: int
+    rank: int
+    phase: str
+    step: int
+    since_ns: int
+    """When the phase began."""
+    deadline_ns: int
+    """When it should have ended."""
+
+
+def read_beats(directory: Path) -> list[Beat]:
+    """Return the heartbeats of the ranks of this node that have begun, in rank order."""
+    beats = []
+    for path in sorted(directory.glob("*.beat")):
+        data = path.read_bytes()
+        if len(data) == _NUM_BYTES:
+            pid, rank, phase, *others = memoryview(data).cast("q")
+            beats.append(Beat(pid, rank, PHASES[phase], *others))
+    return beats
+
+
+def beats_directory(name: str) -> Path:
+    """Return where the ranks of a node put their heartbeats: in memory, where there is such a place.
+
+    Args:
+        name: of this launch and this node; nodes may share a machine.
+    """
+    place = Path("/dev/shm")
+    if not os.access(place, os.W_OK):
+        place = Path(tempfile.gettempdir())
+    return place / f"bigtrain-{name}"
+
+
+def _map(path: Path | None) -> memoryview:
+    if path is None:
+        return memoryview(bytearray(_NUM_BYTES)).cast("q")
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(file, _NUM_BYTES)
+        return memoryview(mmap.mmap(file, _NUM_BYTES)).cast("q")
+    finally:
+        os.close(file)

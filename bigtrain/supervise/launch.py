@@ -1,0 +1,235 @@
+"""One launch of a run on this rank: its lease of the run, its heartbeat, and the word that it leaves at its end."""
+
+import contextlib
+import faulthandler
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from bigtrain.config import SupervisionConfig
+from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError, first_line
+from bigtrain.log import get_logger
+from bigtrain.supervise.attempt import (
+    FAILURE_FILE,
+    claim_run,
+    has_decided,
+    has_failed,
+    is_restart,
+    read_json,
+    write_exit,
+)
+from bigtrain.supervise.failures import Failure, describe, failure_of, is_lost_connection, record_failures
+from bigtrain.supervise.heartbeat import Heartbeat, beats_directory, read_beats
+from bigtrain.supervise.lease import Lease
+from bigtrain.supervise.signals import MOVED, StopSignal
+from bigtrain.supervise.watchdog import STACK_SIGNAL, Watch, question_path, stacks_path, start_watchdog
+
+_RECORD_SECONDS = 1.0
+"""So long it may take until a failure is recorded that a launcher has noticed."""
+
+
+class Launch:
+    """A context manager around a run; what goes wrong inside is recorded and raised on."""
+
+    def __init__(self, directory: Path, rank: int, config: SupervisionConfig) -> None:
+        """Begin; nothing is written before :meth:`claim`.
+
+        Args:
+            directory: of the run.
+            rank: global rank.
+            config: bounds of hangs and restarts.
+        """
+        self.directory = directory
+        self.rank = rank
+        self.config = config
+        self.attempt = 0
+        """Number of this launch of the run, from 1; 0 as long as it has not been claimed."""
+        self.started = time.monotonic()
+        self.heartbeat = Heartbeat()
+        self.signal = StopSignal()
+        """Whether somebody wants this launch to stop; from :meth:`begin` on."""
+        self._lease: Lease | None = None
+        self._beats: Path | None = None
+        self._stacks: TextIO | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
+
+    def claim(self, newest_step: int) -> int:
+        """Take the run, on rank 0, and return the number of this launch, from 1.
+
+        Raises:
+            ConfigError: another launch has the run.
+            NoRestartError: the run has failed too often without a new checkpoint.
+            OSError: the directory cannot be written.
+        """
+        limit = self.config.max_failed_attempts
+        number, self._lease = claim_run(
+            self.directory,
+            newest_step=newest_step,
+            max_failed_attempts=limit,
+            patient=is_restart(),
+            on_move=self._stop_when_moved,
+        )
+        return number
+
+    def _stop_when_moved(self) -> None:
+        if self.signal.reason is None:
+            get_logger().warning(
+                f"{self.directory} was renamed or removed while it is in use: this launch saves and stops"
+            )
+            self.signal.request(MOVED)
+
+    def is_here(self) -> bool:
+        """Return whether the directory of the run is still that which rank 0 has taken; another rank cannot tell."""
+        return self._lease is None or self._lease.is_here()
+
+    def follow(self) -> Path:
+        """Return on rank 0 where the directory of the run is now, and leave the last words there.
+
+        Raises:
+            OSError: it was removed and cannot be made anew.
+        """
+        if self._lease is not None:
+            self.directory = self._lease.follow()
+        return self.directory
+
+    def begin(self, attempt: int) -> None:
+        """Know, on every rank, that the run has been taken; from now on signals stop it in order."""
+        self.attempt = attempt
+        self.signal.at_once = True
+        self.signal.listen()
+
+    def supervise(
+        self,
+        launch_id: str,
+        local_rank: int,
+        save: Callable[[str], None] | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """Let the heartbeat be seen; the first rank of each node starts the watchdog.
+
+        Args:
+            launch_id: the same on all ranks, and no other launch's.
+            local_rank: rank on this node.
+            save: what this process saves when it hangs, under a name, before it is ended; in a thread.
+            cache: where data is fetched for the ranks of this node; to wait for it is no hang.
+        """
+        hang_seconds = self.config.hang_seconds
+        place = beats_directory(f"{launch_id}-{self.rank - local_rank}")
+        try:
+            place.mkdir(mode=0o700, exist_ok=True)
+            # Open from now on: the answer to the watchdog is written when nothing can be opened any more.
+            self._stacks = stacks_path(place, self.rank).open("w")
+            faulthandler.enable(self._stacks)
+            faulthandler.register(STACK_SIGNAL, self._stacks)
+            self.heartbeat = Heartbeat(
+                place / f"{self.rank:05d}.beat",
+                rank=self.rank,
+                hang_seconds=hang_seconds,
+                first_hang_seconds=self.config.first_hang_seconds,
+            )
+            self._beats = place
+            if save:
+                os.mkfifo(question_path(place, self.rank))
+                threading.Thread(target=self._answer, args=(question_path(place, self.rank), save), daemon=True).start()
+            if local_rank == 0:
+                interval = min(0.5, hang_seconds / 8) if hang_seconds else 0.5
+                watch = Watch(
+                    beats=str(place),
+                    run=str(self.directory),
+                    attempt=self.attempt,
+                    interval_seconds=interval,
+                    kills=hang_seconds > 0,
+                    cache=str(cache or ""),
+                    fetch_seconds=self.config.first_hang_seconds,
+                )
+                self._watchdog = start_watchdog(watch)
+        except OSError as error:
+            get_logger().warning(f"no watchdog on this node: {error}")
+
+    def _answer(self, question: Path, save: Callable[[str], None]) -> None:
+        """Wait, without the interpreter, for the watchdog to ask; save, and take the question away."""
+        with contextlib.suppress(OSError):
+            question.open("rb").close()
+            save(f"hang-step-{self.heartbeat.step}-rank-{self.rank}")
+            question.unlink()
+
+    def previous_failure(self) -> str | None:
+        """Return the first cause of the failure of the launch before this one, if it has failed."""
+        found = read_json(self.directory / FAILURE_FILE)
+        return found.get("summary") if found.get("attempt") == self.attempt - 1 else None
+
+    def end(self, code: int, reason: str) -> None:
+        """Leave the word of how the launch ended, on rank 0."""
+        if self.rank == 0 and self.attempt:
+            write_exit(self.directory, code=code, reason=reason, step=self.heartbeat.step, attempt=self.attempt)
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.attempt == 0:
+            if error is not None and is_lost_connection(error):
+                get_logger().error(f"other ranks have ended before the first step: {first_line(error)}")
+            return
+        self.signal.at_once = False
+        with contextlib.suppress(OSError):
+            self.follow()
+        if isinstance(error, StopError):
+            self._stop(error)
+        elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
+            if self.rank == 0 and self._beats is not None:  # before that, exit.json says all there is to say
+                record_failures(self.directory, self.attempt, [self._failure(error)], [])
+            self.end(error.exit_code, first_line(error))
+        elif error is not None:
+            self._record(error)
+        self.heartbeat.enter("ending")
+        # After a fault the run is held until the process ends: other ranks may still be there.
+        if self._lease is not None and (error is None or isinstance(error, BigtrainError)):
+            self._lease.release()
+
+    def _stop(self, error: StopError) -> None:
+        """Leave word of a stop, unless the signal is a launcher's answer to the failure of another rank."""
+        error.shared = True
+        time.sleep(_RECORD_SECONDS)
+        if has_failed(self.directory, self.attempt):
+            error.exit_code = EXIT_FAULT
+            error.args = (f"ended by {self.signal.reason}; the first cause is in {self.directory / FAILURE_FILE}",)
+        else:
+            self.end(error.exit_code, str(self.signal.reason))
+
+    def _is_said_by_rank0(self) -> bool:
+        """Return whether rank 0, before there is a watchdog, ends the launch with an error, perhaps the same."""
+        if self._beats is not None:
+            return False
+        if self.rank > 0:
+            time.sleep(_RECORD_SECONDS)
+        return self.rank == 0 or has_decided(self.directory, self.attempt)
+
+    def _failure(self, error: BaseException) -> Failure:
+        return failure_of(error, rank=self.rank, phase=self.heartbeat.phase, step=self.heartbeat.step)
+
+    def _record(self, error: BaseException) -> None:
+        """Record a fault of ours or of the machine; no rank waits for another one any more."""
+        failure = self._failure(error)
+        if failure.kind == "connection" and has_decided(self.directory, self.attempt):
+            return
+        beats = read_beats(self._beats) if self._beats else []
+        summary = record_failures(self.directory, self.attempt, [failure], beats)
+        text = describe(str(self.directory), summary)
+        if isinstance(error, BigtrainError):
+            error.shared = False
+        if failure.kind == "connection":
+            text = (
+                f"rank {self.rank} has lost its connection to other ranks in {failure.phase} of step {failure.step}; "
+                f"the first cause is in {self.directory / FAILURE_FILE}"
+            )
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

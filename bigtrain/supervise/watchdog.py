@@ -1,0 +1,283 @@
+"""The watchdog of a node: a small process beside the ranks that sees what they cannot see themselves.
+
+A thread of a rank stands still with it when the interpreter is stuck in native code or the process is
+stopped. This process reads the ranks' heartbeats and the system's list of processes, and imports nothing
+but the standard library. A rank that died without a word is recorded. When a rank stays in a phase beyond
+its deadline, the stacks of all ranks of the node are written and the ranks are killed, so that the
+launcher starts them anew from the newest checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bigtrain.files import is_locked
+from bigtrain.processes import start_beside
+from bigtrain.supervise.attempt import has_decided, has_failed
+from bigtrain.supervise.failures import Failure, describe, record_failures, sum_up
+from bigtrain.supervise.heartbeat import PHASES, Beat, read_beats
+
+STACK_SIGNAL = signal.SIGUSR2
+"""Ranks answer with their stacks, in native code and without the interpreter."""
+STACKS_SECONDS = 2.0
+LOOK_SECONDS = 5.0
+PATIENT_LOOKS = 3
+"""So many looks may find that the run has failed before the ranks of this node, which may wait for ever, are ended."""
+FED_PHASES = ("starting", "data", "validation")
+"""In these a rank may wait for a file that is being fetched or tokenised."""
+FETCHING_FILE = ".fetching"
+"""Touched in the run's directory while others may wait for a rank, for such a file or a profile, and its watchdog with it."""
+FRESH_SECONDS = 30.0
+"""Since when that must have been touched to count; the clocks of the nodes may differ by as much."""
+SAVE_SECONDS = 3.0
+"""How long a hung rank may take to save what it knows; one whose interpreter is stuck cannot."""
+_STOPPED, _DEAD = "Tt", "ZX"
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a watchdog has to know."""
+
+    beats: str
+    """Directory of the heartbeats of this node."""
+    run: str
+    """Directory of the run."""
+    attempt: int
+    interval_seconds: float
+    kills: bool
+    """Whether hung ranks are killed; deaths are recorded in any case."""
+    cache: str = ""
+    """Directory in which files are fetched and tokenised for the ranks of this node; empty if there is none."""
+    fetch_seconds: float = 0.0
+    """A file of which nothing has come for so long is not waited for any more."""
+
+
+def start_watchdog(watch: Watch) -> "subprocess.Popen[bytes]":
+    """Start the watchdog of this node; it ends by itself when the ranks have.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return start_beside(
+        [sys.executable, "-m", __name__, json.dumps(asdict(watch))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def stacks_path(beats: Path, rank: int) -> Path:
+    """Return where a rank writes its stacks."""
+    return beats / f"{rank:05d}.stacks"
+
+
+def question_path(beats: Path, rank: int) -> Path:
+    """Return the pipe by which a rank is asked to save what it knows; it removes it when it has."""
+    return beats / f"{rank:05d}.question"
+
+
+def watch_node(watch: Watch) -> None:
+    """Watch until all ranks of this node have ended."""
+    place, reported = Path(watch.beats), set()
+    resumed_ns = next_look_ns = num_looks = 0
+    deaths, num_oom_kills = Deaths(), _num_oom_kills()
+    while True:
+        deaths.wait(watch.interval_seconds)
+        beats = read_beats(place)
+        deaths.expect([beat.pid for beat in beats])
+        state = {beat.rank: _process_state(beat.pid) for beat in beats}
+        living = [beat for beat in beats if state[beat.rank] not in _DEAD]
+        dead = [b for b in beats if b not in living and b.phase != "ending" and b.rank not in reported]
+        reported.update(beat.rank for beat in dead)
+        if dead and not has_decided(Path(watch.run), watch.attempt):
+            _report(watch, [_death(place, beat, oom=_num_oom_kills() != num_oom_kills) for beat in dead], beats)
+        if not living:
+            break
+        now_ns = time.monotonic_ns()
+        if all(state[beat.rank] in _STOPPED for beat in living):
+            resumed_ns = now_ns  # somebody has suspended the whole job, which is no hang
+        suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
+        is_stopped = state[suspect.rank] in _STOPPED
+        if not is_stopped and _is_waited_for(watch, suspect, now_ns):
+            resumed_ns = now_ns  # nor do those hang who wait for it
+        late = [b for b in living if now_ns - max(b.since_ns, resumed_ns) > b.deadline_ns - b.since_ns]
+        if late and _is_fresh(Path(watch.run, FETCHING_FILE), FRESH_SECONDS):
+            resumed_ns = now_ns
+        elif late and watch.kills:
+            _end_hung(watch, suspect, living, stopped=is_stopped)
+        if now_ns > next_look_ns and watch.kills:
+            next_look_ns = now_ns + int(LOOK_SECONDS * 1e9)
+            num_looks = num_looks + 1 if has_failed(Path(watch.run), watch.attempt) else 0
+            if num_looks > PATIENT_LOOKS:  # on another node, and nobody has told this one
+                reported.update(beat.rank for beat in living)
+                _kill(living)
+    _end(watch, beats)
+
+
+class Deaths:
+    """Waits for the end of processes, so that the first one is seen before the launcher has ended the others."""
+
+    def __init__(self) -> None:
+        self._files: dict[int, int] = {}
+
+    def expect(self, pids: list[int]) -> None:
+        """Wait for these too; where the system does not offer that, the interval has to do."""
+        for pid in pids:
+            if pid not in self._files and hasattr(os, "pidfd_open"):
+                with contextlib.suppress(OSError):
+                    self._files[pid] = os.pidfd_open(pid)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until one more has ended, but not longer than this."""
+        ready, _, _ = select.select([file for file in self._files.values() if file >= 0], [], [], seconds)
+        for pid, file in self._files.items():
+            if file in ready:
+                os.close(file)
+                self._files[pid] = -1
+
+
+def _is_waited_for(watch: Watch, suspect: Beat, now_ns: int) -> bool:
+    """Return whether others may wait for a rank that has time: for data that somebody is at, or a profile; tell other nodes."""
+    has_time = suspect.phase == "profile" and now_ns < suspect.deadline_ns
+    if watch.cache and suspect.phase in FED_PHASES:
+        with contextlib.suppress(OSError):  # files of other people, and file servers that do not answer
+            files = Path(watch.cache).glob("*.partial")
+            has_time = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
+    if has_time and now_ns - suspect.since_ns > 1e9:
+        with contextlib.suppress(OSError):
+            Path(watch.run, FETCHING_FILE).touch()
+    return has_time
+
+
+def _is_fresh(path: Path, seconds: float) -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime < seconds
+    return False
+
+
+def _progress(beat: Beat) -> tuple[int, int, int]:
+    """Order ranks by how far they have come: those that wait for another have come further than it."""
+    return beat.step, PHASES.index(beat.phase), beat.since_ns
+
+
+def _death(place: Path, beat: Beat, *, oom: bool) -> Failure:
+    stacks = _read_stacks(place, beat.rank)
+    why = "killed (by the out-of-memory killer?)" if oom else "killed (by kill -9?)"
+    why = "crashed in native code" if "Fatal Python error" in stacks else why
+    error = f"the process ended without a word: {why}"
+    return Failure(kind="died", rank=beat.rank, phase=beat.phase, step=beat.step, error=error, detail=stacks)
+
+
+def _num_oom_kills() -> float:
+    """Return how often Linux has killed a process for want of memory since it was started; NaN if it does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return float(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+    return math.nan  # which differs from itself
+
+
+def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool) -> None:
+    place = Path(watch.beats)
+    seconds, limit = (time.monotonic_ns() - suspect.since_ns) / 1e9, (suspect.deadline_ns - suspect.since_ns) / 1e9
+    awake = [beat for beat in living if _process_state(beat.pid) not in _STOPPED]
+    _wait_until_gone([path for beat in awake if _ask(path := question_path(place, beat.rank))])
+    for beat in living:
+        _send(beat.pid, STACK_SIGNAL)
+        _send(beat.pid, signal.SIGCONT)  # a stopped process shows nothing
+    _wait_for_stacks([stacks_path(place, beat.rank) for beat in living])
+    how = "stopped (SIGSTOP)" if stopped else "hung"
+    error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s (supervision.hang_seconds); all ranks of the node are ended"
+    stacks = "\n".join(f"rank {beat.rank}:\n{_read_stacks(place, beat.rank)}" for beat in living)
+    failure = Failure(
+        kind="hang", rank=suspect.rank, phase=suspect.phase, step=suspect.step, error=error, detail=stacks
+    )
+    _kill(living)
+    _report(watch, [failure], living)
+    while any(_process_state(beat.pid) not in _DEAD for beat in living):
+        time.sleep(0.05)
+    _end(watch, living)
+    sys.exit(0)
+
+
+def _end(watch: Watch, beats: list[Beat]) -> None:
+    """Sum up, on the node of rank 0, what ranks have recorded since somebody did, and leave nothing behind."""
+    run = Path(watch.run)
+    if any(beat.rank == 0 for beat in beats) and not has_decided(run, watch.attempt):
+        sum_up(run, watch.attempt, beats)
+    shutil.rmtree(watch.beats, ignore_errors=True)
+
+
+def _kill(living: list[Beat]) -> None:
+    for beat in living:
+        _send(beat.pid, signal.SIGKILL)
+
+
+def _report(watch: Watch, failures: list[Failure], beats: list[Beat]) -> None:
+    summary = record_failures(Path(watch.run), watch.attempt, failures, beats)
+    with contextlib.suppress(OSError):
+        print(describe(watch.run, summary), file=sys.stderr, flush=True)
+
+
+def _wait_for_stacks(paths: list[Path]) -> None:
+    """Wait until all ranks have written their stacks, which takes as long as they have threads, but not for ever."""
+    deadline, sizes = time.monotonic() + STACKS_SECONDS, [-1]
+    while time.monotonic() < deadline:
+        before, sizes = sizes, [path.stat().st_size for path in paths if path.exists()]
+        if sizes == before and all(sizes):
+            return
+        time.sleep(0.1)
+
+
+def _ask(question: Path) -> bool:
+    """Wake the thread of a rank that waits for the question; return whether there is one."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(question, os.O_WRONLY | os.O_NONBLOCK))
+        return True
+    return False
+
+
+def _wait_until_gone(paths: list[Path]) -> None:
+    deadline = time.monotonic() + SAVE_SECONDS
+    while any(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _read_stacks(place: Path, rank: int) -> str:
+    with contextlib.suppress(OSError):
+        return stacks_path(place, rank).read_text(errors="replace")
+    return ""
+
+
+def _process_state(pid: int) -> str:
+    """Return the state letter of a process as the system calls it; ``X`` if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        pass
+    if Path("/proc").is_dir():
+        return "X"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "X"
+    return "R"
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+if __name__ == "__main__":
+    watch_node(Watch(**json.loads(sys.argv[1])))
