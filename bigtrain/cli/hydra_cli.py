@@ -53,7 +53,8 @@ std_streams.open_closed()  # before a file of ours has the number of one
 T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir())
 RANK_0_HEAD_START_SECONDS = 5.0
 TORCHRUN_OPTION = re.compile(r"--(nproc|nnodes|node[-_]rank|master|rdzv|standalone|max[-_]restarts)")
 

@@ -20,7 +20,9 @@ from bigtrain.log import redact
 if TYPE_CHECKING:
     from bigtrain.plan import Report
 
-HOME = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+HOME = next(place for place in (_PACKAGE.parent, _PACKAGE) if (place / "slurm/train.sbatch").is_file())
+"""The checkout, or where the package is installed."""
 GIB = 2**30
 # Slurm reads quotes in #SBATCH lines, but takes backslashes for itself, and a line ends where it ends.
 UNFIT = re.compile(r"[\\\x00-\x1f\x7f]")
@@ -239,6 +241,8 @@ def render(config: SubmitConfig, training_args: list[str], directory: Path) -> s
     """
     cluster = config.cluster
     environ = {"BIGTRAIN_HOME": str(HOME)}
+    if HOME == _PACKAGE and not cluster.container_image:
+        environ["BIGTRAIN_VENV"] = sys.prefix
     if cluster.interface:
         environ["BIGTRAIN_INTERFACE"] = cluster.interface
     if cluster.container_image:
@@ -250,7 +254,7 @@ def render(config: SubmitConfig, training_args: list[str], directory: Path) -> s
         environ["BIGTRAIN_SRUN_OPTIONS"] = "\n".join([*container, f"--container-workdir={directory}"])
     lines = [
         "#!/usr/bin/env bash",
-        "# Written by launch/submit.py; the same command writes it again.",
+        "# Written by bigtrain submit; the same command writes it again.",
         *(f"#SBATCH {shlex.quote(option)}" for option in sbatch_options(config, directory)),
         "",
         *(f"module load {shlex.quote(module)} || exit 2" for module in cluster.modules),

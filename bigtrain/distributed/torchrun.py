@@ -1,7 +1,16 @@
-"""What torchrun itself takes of this package: by the entry point ``torchrun.handlers``, or ``launch/bound_torchrun.py``.
+"""What torchrun itself takes of this package: by the entry point ``torchrun.handlers``, or as ``python -m``.
 
-A rendezvous that listens on one address; and silence where torchrun would show, below the run's last word, a traceback
-of its own: after Ctrl-C or SIGTERM it raises in the agent, when the ranks have long said that they are saved.
+A rendezvous that listens on one address. The store through which the ranks find each other has no authentication, and
+torchrun's own listens on every interface of the first node; this one on the address in --rdzv-endpoint and nowhere else.
+All of torchrun's options are understood; the world is fixed, as with --master-addr. On each of two nodes, with its rank:
+
+  python -m bigtrain.distributed.torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=bound --rdzv-conf=rank=0 \\
+      --rdzv-endpoint=10.0.0.1:29500 -m bigtrain train +model=gpt3_1b
+
+The gradients' own connections are bound by NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME.
+
+And silence where torchrun would show, below the run's last word, a traceback of its own: after Ctrl-C or SIGTERM it raises
+in the agent, when the ranks have long said that they are saved.
 """
 
 import socket
@@ -11,7 +20,7 @@ from types import TracebackType
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.api import RendezvousHandlerCreator
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -65,12 +74,10 @@ def build_bound_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
     return BoundRendezvous(params)
 
 
-LAUNCHERS = Path(__file__).resolve().parents[2] / "launch"
-
-
 def bound_handler() -> RendezvousHandlerCreator:
     """Return the maker of ``--rdzv-backend=bound``; torchrun asks for it when it begins, whatever it runs."""
-    if any(Path(arg).resolve().parent == LAUNCHERS for arg in sys.argv[1:]):
+    launchers = Path(__file__).resolve().parents[2] / "launch"
+    if any(arg == "bigtrain" or Path(arg).resolve().parent == launchers for arg in sys.argv[1:]):
         sys.excepthook = leave_the_run_the_last_word
     return build_bound_rendezvous
 
@@ -79,3 +86,12 @@ def leave_the_run_the_last_word(kind: type[BaseException], error: BaseException,
     """Show what torchrun raises, unless it is that it was stopped by a signal."""
     if not issubclass(kind, SignalException):
         sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    from torch.distributed.run import main
+
+    from bigtrain.distributed import torchrun  # the one that the entry point, where it is installed, has registered
+
+    rendezvous_handler_registry.register(BACKEND, torchrun.build_bound_rendezvous)
+    main()
