@@ -1,7 +1,10 @@
 """The command ``bigtrain``, one module a command; nothing else imports hydra."""
 
+import difflib
 import importlib
 import sys
+
+from bigtrain.errors import EXIT_USER_ERROR
 
 COMMANDS = {
     "train": "train a Transformer",
@@ -29,9 +32,13 @@ def main() -> None:
         start(command)
     lines = "\n".join(f"  {name:<14} {meaning}" for name, meaning in COMMANDS.items())
     page = f"The same training run, anywhere.\n\n{lines}\n\nMore on each: bigtrain <command> --help"
-    if asked not in ("-h", "--help"):
-        sys.exit(f"bigtrain {asked}: there is no such command\n\n{page}")
-    print(page)
+    if asked in ("-h", "--help"):
+        print(page)
+        return
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    print(f"bigtrain {asked}: there is no such command{meant}\n\n{page}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
 
 
 def start(command: str) -> None:

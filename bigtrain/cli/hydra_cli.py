@@ -92,13 +92,21 @@ def _read_and_run(
     args: list[str], read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]
 ) -> int:
     if {"-h", "--help"} & set(args):
-        print(help_page())
+        print(as_typed(help_page()))
         return 0
     try:
         config = read(args)
     except SystemExit:  # Hydra has answered --cfg, --info or the like
         return 0
     return run(config) or 0
+
+
+def as_typed(text: str) -> str:
+    """Return ``text`` with its commands as this one was typed: ``bigtrain train``, or ``python launch/train.py``."""
+    if Path(sys.argv[0]).name not in ("bigtrain", "__main__.py"):
+        return text
+    text = re.sub(r"(torchrun [^\n]*)launch/(\w+)\.py", r"\1-m bigtrain \2", text)
+    return re.sub(r"(python )?launch/(\w+)\.py", r"bigtrain \2", text)
 
 
 def read_run(args: list[str]) -> TrainConfig:
@@ -278,7 +286,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
     is wrong, and only a rank that nobody has ended by then, and that rank 0 does not speak for, speaks for itself.
     """
-    message, begin = redact(str(error)), time.monotonic()
+    message, begin = redact(as_typed(str(error))), time.monotonic()
     if is_first := "RANK" not in os.environ or os.environ["RANK"] == "0":
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     else:

@@ -401,3 +401,20 @@ def test_closed_and_full_streams(command: str, streams: str, code: int | None, e
     )
     assert code in (None, done.returncode)
     assert done.stderr == err
+
+
+def test_the_command_and_the_scripts_are_the_same(tmp_path: Path):
+    for command in (["-m", "bigtrain"], [str(Path(sys.executable).with_name("bigtrain"))]):
+        python = [sys.executable] if command[0] == "-m" else []
+        process = start([*python, *command, "verify-resume", "--help"], tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert "  bigtrain verify_resume +model=gpt_nano\n" in out and "launch/" not in out
+    assert "  python launch/verify_resume.py +model=gpt_nano\n" in run("verify_resume.py", "--help", cwd=tmp_path)[1]
+
+
+def test_an_unknown_command_is_told_the_known_ones(tmp_path: Path):
+    process = start([sys.executable, "-m", "bigtrain", "trian"], tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("bigtrain trian: there is no such command; did you mean train?\n")
