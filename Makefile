@@ -22,12 +22,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 install: $(INSTALLED)
 
-# Two files at a time: many tests wait for processes to start.
+# Two files at a time: many tests wait for processes to start. The long ones come first, in the order of testpaths.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh

@@ -34,7 +34,7 @@ from yaml import YAMLError
 
 from bigtrain.cli import overrides, std_streams, yaml_source
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
-from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, resolve
+from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, padding, resolve
 from bigtrain.config.convert import (
     from_dict,
     key_docs,
@@ -127,7 +127,8 @@ def read_run(args: list[str]) -> TrainConfig:
 
         require_positions(continued_model(config.model, config.run.directory), config.data.sequence_length)
     if rank() == 0:
-        for warning in ignored_settings(config):
+        padded = padding(config.train, info.world_size)
+        for warning in [*ignored_settings(config), *([padded] if padded else [])]:
             print(f"warning: {warning}", file=sys.stderr)
     return config
 

@@ -26,8 +26,8 @@ class ParityConfig(TrainConfig):
 
     engines: list[EngineKind] = field(default_factory=lambda: list(EngineKind))
     """Engines to compare."""
-    worlds: list[int] = field(default_factory=list)
-    """Numbers of processes to compare; each engine runs with each of them. By default 1 and the smallest from 2 to 8 that divides the batch."""
+    worlds: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of processes to compare; each engine runs with each of them."""
     steps: int = 20
     """Optimizer steps from the beginning of the run that are compared."""
 
@@ -73,16 +73,9 @@ def read(args: list[str]) -> ParityConfig:
     config = dataclasses.replace(config, **shared)
     config.train.micro_batch_size = micro_batch_size  # where it is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
-    if "worlds" not in keys.values():
-        config.worlds = default_worlds(config.train.global_batch_size)
     if problems := _problems(config):
         raise ConfigError("\n".join(problems))
     return config
-
-
-def default_worlds(global_batch_size: int) -> list[int]:
-    """Return the worlds that are compared where none are named: every batch divides by 1, many by another small one."""
-    return [1, *[size for size in range(2, 9) if global_batch_size % size == 0][:1]]
 
 
 def _problems(config: ParityConfig) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import Precision, TrainConfig
-from bigtrain.config.check import check, fit_micro_batch, ignored_settings
+from bigtrain.config.check import check, fit_micro_batch, ignored_settings, padding
 from bigtrain.config.convert import PathOrUrl
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 from bigtrain.log import redact
@@ -121,7 +121,8 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         problems = check(config, world_size=world_size, local_world_size=local_world_size)
     if problems:
         raise ConfigError("\n".join(problems))
-    for warning in ignored_settings(config):
+    padded = padding(config.train, world_size)
+    for warning in [*ignored_settings(config), *([padded] if padded else [])]:
         print(f"warning: {warning}", file=sys.stderr)
     return config, training_args
 

@@ -6,6 +6,7 @@ its inverse (see ``convert.py``). ``check.py`` fills in derived values and finds
 The sections about how a run is watched are in ``watch.py``.
 """
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -354,11 +355,16 @@ class TrainingConfig:
     steps: int = 1000
     """Optimizer steps of the whole run."""
     global_batch_size: int = 32
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks; any number of them."""
     micro_batch_size: int | None = None
-    """Sequences per rank and forward pass, from which accumulation follows; by default as many as fit a rank's part of the step, up to 4."""
+    """Sequences per rank and forward pass, from which accumulation follows; by default as many as fit a rank's part of
+    the step, up to 4. Where the parts do not come out even, padding that counts for nothing fills them up."""
     log_every_steps: int = 10
     """Steps between two console lines."""
+
+    def micro_batches(self, dp_size: int) -> int:
+        """Return how many micro-batches each of ``dp_size`` ranks computes in a step, padding included."""
+        return math.ceil(math.ceil(self.global_batch_size / dp_size) / self.micro_batch_size)
 
 
 @dataclass(kw_only=True, slots=True)

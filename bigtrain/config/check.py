@@ -12,7 +12,7 @@ from dataclasses import fields
 from operator import attrgetter
 from pathlib import PurePosixPath
 
-from bigtrain.config import DataConfig, TrainConfig, component_data, is_live
+from bigtrain.config import DataConfig, TrainConfig, TrainingConfig, component_data, is_live
 from bigtrain.config.bounds import out_of_range
 from bigtrain.config.choices import (
     ActivationCheckpointing,
@@ -73,11 +73,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
-    """Return ``config`` with a micro-batch, unless it has one: the largest up to 4 that divides a rank's part."""
+    """Return ``config`` with a micro-batch, unless it has one: up to 4, the largest that needs the least padding."""
     if config.train.micro_batch_size is not None:
         return config
-    per_rank = max(config.train.global_batch_size // world_size, 1)
-    fitting = max(size for size in range(1, DEFAULT_MICRO_BATCH_SIZE + 1) if per_rank % size == 0)
+    per_rank = math.ceil(config.train.global_batch_size / world_size)
+    fitting = min(range(DEFAULT_MICRO_BATCH_SIZE, 0, -1), key=lambda size: -per_rank % size)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=fitting))
 
 
@@ -88,7 +88,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model(config),
         *_check_data(config.data),
         *_check_model_and_data(config),
-        *_check_batch(config, world_size),
+        *_check_batch(config),
         *_check_engine(config, world_size, local_world_size),
         *(problem for s in fields(config) for problem in out_of_range(s.name, getattr(config, s.name))),
         *_check_training(config),
@@ -330,22 +330,22 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _check_batch(config: TrainConfig, world_size: int) -> list[str]:
+def _check_batch(config: TrainConfig) -> list[str]:
     global_batch = config.train.global_batch_size
     micro_batch = 1 if config.train.micro_batch_size is None else config.train.micro_batch_size
     sizes = {"train.global_batch_size": global_batch, "train.micro_batch_size": micro_batch}
-    if problems := [f"{key}={size}: must be at least 1" for key, size in sizes.items() if size < 1]:
-        return problems
-    if global_batch % world_size:
-        return [f"train.global_batch_size={global_batch} does not divide by the world size {world_size}"]
-    per_rank = global_batch // world_size
-    if per_rank % micro_batch:
-        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        return [
-            f"train.global_batch_size={global_batch} is {per_rank} sequences per rank (world size {world_size}), "
-            f"which does not divide by train.micro_batch_size={micro_batch}; use one of {fitting}"
-        ]
-    return []
+    return [f"{key}={size}: must be at least 1" for key, size in sizes.items() if size < 1]
+
+
+def padding(train: TrainingConfig, world_size: int) -> str | None:
+    """Say what share of the computing is padding, where it is more than 1 %."""
+    places = train.micro_batches(world_size) * train.micro_batch_size * world_size
+    if places <= 1.01 * train.global_batch_size:
+        return None
+    return (
+        f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {world_size} ranks with micro-batches of "
+        f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
+    )
 
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:

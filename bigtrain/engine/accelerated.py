@@ -64,7 +64,7 @@ def _build_ddp(
         model = build_model()
     wrap_blocks(model, config.engine)
     materialise(model, device)
-    accumulates = config.train.global_batch_size > config.train.micro_batch_size * info.world_size
+    accumulates = config.train.micro_batches(info.world_size) > 1
     if accumulates:
         allocate_gradients(model)
     module = accelerator.prepare_model(model)

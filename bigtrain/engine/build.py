@@ -117,7 +117,7 @@ def _build(
         from bigtrain.engine.native import build_native
 
         mesh = build_mesh(device, world_size=info.world_size, dp_shard=dp_shard_size(config, info))
-        accumulates = config.train.global_batch_size > config.train.micro_batch_size * info.world_size
+        accumulates = config.train.micro_batches(info.world_size) > 1
         return build_native(
             build_model, config.engine, config.optimizer, mesh=mesh, device=device, accumulates=accumulates
         )

@@ -295,7 +295,7 @@ def deepspeed_settings(config: TrainConfig, *, world_size: int, device: torch.de
             zero["offload_param"] = offload
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        "gradient_accumulation_steps": train.micro_batches(world_size),
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -172,7 +172,7 @@ def _layout(
     config: TrainConfig, sizes: ModelSizes, world_size: int, local_world_size: int, bf16: bool, device_type: str
 ) -> _Layout:
     kind, num_shards = config.engine.kind, world_size
-    accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
+    accumulates = config.train.micro_batches(world_size) > 1
     if kind in FSDP_KINDS:
         num_shards = world_size if kind is EngineKind.fsdp else config.engine.dp_shard or local_world_size
         layout = _fsdp_layout(config, sizes, num_shards, accumulates, bf16)

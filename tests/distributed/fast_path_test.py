@@ -25,6 +25,7 @@ def compilations(config):
     return counts
 
 
+@pytest.mark.slow
 def test_twelve_blocks_are_compiled_once_and_kept_for_the_next_process(tmp_path):
     config = small_config("fsdp", model={"num_layers": 12}, compile=True)
     environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}

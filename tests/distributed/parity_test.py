@@ -63,6 +63,11 @@ def cases():
         yield Case(EngineKind.accelerate, world_size, 2)
         yield Case(EngineKind.accelerate, world_size, 2, environ=zero_environ(2))
     yield Case(EngineKind.accelerate, 2, 2, environ=zero_environ(3))
+    # Batches that do not come out even: on 3 ranks the third pads, on 5 the last has nothing but padding.
+    for engine in ("ddp", "fsdp", "zero1", "zero3"):
+        yield Case(EngineKind[engine], 3, 2)
+    yield Case(EngineKind.fsdp, 5, 2)
+    yield Case(EngineKind.zero2, 5, 2)
 
 
 def wrapped_type(case):

@@ -126,6 +126,7 @@ def _rank_main(
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     from bigtrain.cli import hydra_cli
 
     hydra_cli.RANK_0_HEAD_START_SECONDS = 0.5

@@ -148,11 +148,12 @@ def test_an_error_of_the_user_in_the_run_has_no_traceback_and_a_fault_has_one(tm
 
 def test_contradictions_are_found_for_the_world_of_the_launcher(tmp_path: Path):
     script = stub(tmp_path, "pass")
-    assert run(script, "+model=gpt_nano", cwd=tmp_path, WORLD_SIZE="2")[0] == 0
-    code, _, err = run(script, "+model=gpt_nano", "optimizer.lr=0", cwd=tmp_path, WORLD_SIZE="3")
+    hsdp = ["engine=hsdp", "engine.dp_shard=2"]
+    assert run(script, "+model=gpt_nano", *hsdp, cwd=tmp_path, WORLD_SIZE="2")[0] == 0
+    code, _, err = run(script, "+model=gpt_nano", *hsdp, "optimizer.lr=0", cwd=tmp_path, WORLD_SIZE="3")
     assert code == 2
     assert err.splitlines() == [
-        "train.global_batch_size=32 does not divide by the world size 3",
+        "engine.dp_shard=2 does not divide the world size 3",
         "optimizer.lr=0.0: must be positive",
     ]
 

@@ -183,8 +183,6 @@ def test_resolve_fills_in_what_follows_and_leaves_the_original_alone():
 # Contradictions
 
 WRONG: dict[str, dict[str, Any]] = {
-    "train.global_batch_size=32 does not divide by the world size 3": dict(world_size=3),
-    "train.global_batch_size=32 is 16 sequences per rank": dict(world_size=2, train__micro_batch_size=3),
     "train.global_batch_size=0: must be at least 1": dict(train__global_batch_size=0),
     "model.hidden_dim=130 does not divide by model.num_heads=4": dict(model__hidden_dim=130),
     "model.num_heads=4 does not divide by model.num_kv_heads=3": dict(model__num_kv_heads=3),
@@ -256,7 +254,8 @@ def test_what_fits_together_is_accepted(values: dict[str, Any]):
 
 def test_all_contradictions_are_reported_in_one_pass():
     values: dict[str, Any] = dict(train__steps=0, optimizer__lr=-1.0, data__source="text", model__hidden_dim=130)
-    assert len(problems(world_size=3, **values)) == 5
+    hsdp = dict(engine__kind="hsdp", engine__dp_shard=2)
+    assert len(problems(world_size=3, **values, **hsdp)) == 5
 
 
 # Ignored settings

@@ -1,3 +1,4 @@
+import math
 import threading
 import time
 from itertools import chain
@@ -17,13 +18,6 @@ from bigtrain.data.read.stream import SampleStream
 from bigtrain.errors import DataError
 
 T = 4
-
-
-@st.composite
-def topologies(draw):
-    """(global batch, micro-batch, dp_size) that divide evenly."""
-    dp_size, micro_batch_size, num_micro_batches = (draw(st.integers(1, 4)) for _ in range(3))
-    return dp_size * micro_batch_size * num_micro_batches, micro_batch_size, dp_size
 
 
 def counting_split(num_tokens):
@@ -54,9 +48,23 @@ def first_steps(split, num_steps, **settings):
         return [next(batches) for _ in range(num_steps)]
 
 
+@st.composite
+def topologies(draw):
+    """(global batch, micro-batch, dp_size), which need not divide."""
+    return draw(st.integers(1, 60)), draw(st.integers(1, 6)), draw(st.integers(1, 7))
+
+
 def rows(step_batches):
-    """Per step: the tokens of all micro-batches as lists."""
-    return [[row for batch in step.micro_batches for row in batch.tokens.tolist()] for step in step_batches]
+    """Per step: the tokens of all samples that are no padding, as lists."""
+    return [
+        [
+            tokens.tolist()
+            for batch in step.micro_batches
+            for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
+            if targets[0] != IGNORE_INDEX
+        ]
+        for step in step_batches
+    ]
 
 
 def test_a_step_has_tokens_and_shifted_targets():
@@ -76,20 +84,23 @@ def test_the_global_batch_is_the_same_for_any_topology(topology, num_tokens, fir
     split = counting_split(num_tokens)
     alone = rows(first_steps(split, 2, global_batch_size=global_batch_size, micro_batch_size=1, first_step=first_step))
     ranks = [
-        rows(
-            first_steps(
-                split,
-                2,
-                global_batch_size=global_batch_size,
-                micro_batch_size=micro_batch_size,
-                dp_rank=rank,
-                dp_size=dp_size,
-                first_step=first_step,
-            )
+        first_steps(
+            split,
+            2,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            dp_rank=rank,
+            dp_size=dp_size,
+            first_step=first_step,
         )
         for rank in range(dp_size)
     ]
-    assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
+    assert [[*chain(*parts)] for parts in zip(*map(rows, ranks), strict=True)] == alone
+    shapes = {(len(step.micro_batches), *step.micro_batches[0].tokens.shape) for steps in ranks for step in steps}
+    assert shapes == {(math.ceil(math.ceil(global_batch_size / dp_size) / micro_batch_size), micro_batch_size, T)}
+    for step in (0, 1):
+        assert sum(steps[step].num_targets for steps in ranks) == global_batch_size * T
+        assert len({(steps[step].after, steps[step].global_num_targets) for steps in ranks}) == 1
 
 
 def test_an_epoch_visits_every_sample_once():

@@ -39,13 +39,6 @@ def test_all_engines_and_two_worlds_are_the_default():
     assert (config.model.name, config.data.sequence_length) == ("gpt_nano", 256)
 
 
-@pytest.mark.parametrize(("batch", "worlds"), [(1, [1]), (3, [1, 3]), (4, [1, 2]), (35, [1, 5]), (11, [1])])
-def test_the_worlds_that_nobody_names_divide_any_batch(batch: int, worlds: list[int]):
-    args = [arg for arg in SMALL if "batch_size" not in arg]
-    config = parity.read([*args, f"train.global_batch_size={batch}"])
-    assert config.worlds == worlds
-
-
 def test_settings_of_the_run_arrive():
     config = parity.read([*SMALL, "engines=[hsdp]", "worlds=[2,4]", "engine.dp_shard=2", "train.seed=7"])
     assert (config.engines, config.worlds, config.engine.dp_shard, config.train.seed) == (
@@ -60,8 +53,8 @@ def test_settings_of_the_run_arrive():
     ("args", "message"),
     [
         (
-            ["worlds=[1,3]", "engines=[ddp,fsdp]"],
-            "ddp world 3, fsdp world 3: train.global_batch_size=4 does not divide",
+            ["worlds=[2,3]", "engines=[ddp,hsdp]", "engine.dp_shard=2"],
+            "hsdp world 3: engine.dp_shard=2 does not divide the world size 3",
         ),
         (["engine.offload=cpu", "engines=[ddp,zero2]", "worlds=[1]"], "ddp world 1: engine.offload=cpu is not offered"),
         (["engine=zero2"], "engine=zero2: write 'engines=[zero2]'"),

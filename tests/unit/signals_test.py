@@ -30,6 +30,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture
 def stop() -> StopSignal:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     listening = StopSignal()
     listening.listen()
     return listening

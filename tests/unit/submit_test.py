@@ -84,7 +84,8 @@ def test_a_run_that_cannot_fit_the_cluster_is_refused(capsys: pytest.CaptureFixt
 
 
 def test_the_settings_are_checked_for_the_world_of_the_job():
-    assert "does not divide by the world size 24" in problem("cluster.num_nodes=3", "train.global_batch_size=32")
+    hsdp = ["engine=hsdp", "engine.dp_shard=16"]
+    assert "dp_shard=16 does not divide the world size 24" in problem("cluster.num_nodes=3", *hsdp)
     assert problem("train.stpes=1").startswith("train.stpes: unknown key; did you mean 'train.steps'?")
     assert "cluster.gpus_per_node=-1" in problem("cluster.gpus_per_node=-1", "cluster.num_nodes=0").splitlines()[1]
     found = problem("cluster.time_limit=12h", "cluster.interface=10.0.0.1/24").splitlines()

@@ -176,25 +176,20 @@ def _by_epoch(
     return ids
 
 
-def rank_slice(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, micro_batch: int) -> slice:
-    """Return the part of a global batch that one rank computes in one micro-batch.
+def rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> range:
+    """Return which samples of a global batch one rank computes.
 
-    The global batch is cut into ``dp_size`` equal runs of consecutive samples, rank after rank, and
-    each run into micro-batches. Over all ranks and micro-batches every sample occurs exactly once,
-    so the global batch is the same for any world and any micro-batch.
+    The global batch is cut into ``dp_size`` runs of consecutive samples, rank after rank, all equal but for the last
+    that has any. Over all ranks every sample occurs exactly once, so the global batch is the same for any world.
 
     Args:
-        global_batch_size: Samples of an optimizer step; a multiple of ``dp_size * micro_batch_size``.
-        micro_batch_size: Samples per rank and micro-batch.
+        global_batch_size: Samples of an optimizer step.
         dp_rank: Position of the rank among those that split the data.
         dp_size: Number of such ranks.
-        micro_batch: Index of the micro-batch, from 0.
     """
-    per_rank = global_batch_size // dp_size
-    assert per_rank * dp_size == global_batch_size and per_rank % micro_batch_size == 0
-    assert 0 <= dp_rank < dp_size and 0 <= micro_batch < per_rank // micro_batch_size
-    start = dp_rank * per_rank + micro_batch * micro_batch_size
-    return slice(start, start + micro_batch_size)
+    per_rank = -(-global_batch_size // dp_size)
+    first, last = (min(rank * per_rank, global_batch_size) for rank in (dp_rank, dp_rank + 1))
+    return range(first, last)
 
 
 def _feistel(values: NDArray[np.uint64], num_bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

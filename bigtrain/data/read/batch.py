@@ -106,6 +106,27 @@ class Batch:
         parts = (itertools.repeat(None) if t is None else t.split(num_samples) for t in self._tensors())
         return list(itertools.starmap(Batch, zip(*parts, strict=False)))
 
+    def padded(self, num_steps: int, num_samples: int, *, num_kept: int) -> "Batch":
+        """Return the samples of several steps, each filled up with samples of which no target counts.
+
+        Args:
+            num_steps: Steps that the batch's samples are for, as many for each.
+            num_samples: Samples of a step in what is returned.
+            num_kept: Samples of a step that are kept, the first ones.
+        """
+        length = self.tokens.shape[1]
+        if num_kept == num_samples:
+            return self
+
+        def fill(tensor: torch.Tensor, padding: torch.Tensor | int) -> torch.Tensor:
+            whole = tensor.new_empty(num_steps, num_samples, length)
+            whole[:, :num_kept] = tensor.view(num_steps, -1, length)[:, :num_kept]
+            whole[:, num_kept:] = padding
+            return whole.view(-1, length)
+
+        positions = None if self.positions is None else fill(self.positions, torch.arange(length))
+        return Batch(fill(self.tokens, 0), fill(self.targets, IGNORE_INDEX), positions)
+
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked host memory."""
         return Batch(*(t if t is None else t.pin_memory() for t in self._tensors()))

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from bigtrain.data.order.cursor import Cursor, chain_digest
-from bigtrain.data.order.permutation import rank_slice
+from bigtrain.data.order.permutation import rank_share
 from bigtrain.data.read.batch import IGNORE_INDEX, Batch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.errors import DataError
@@ -83,8 +83,10 @@ class TrainLoader:
         stream.require_samples()
         self._stream = stream
         self._global_batch_size = global_batch_size
-        self._slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
-        tokens_per_step = global_batch_size // dp_size * stream.sequence_length
+        self._share = rank_share(global_batch_size, dp_rank, dp_size)
+        self._micro_batch_size = micro_batch_size
+        self._num_micro_batches = _micro_batches(global_batch_size, micro_batch_size, dp_size)
+        tokens_per_step = self._num_micro_batches * micro_batch_size * stream.sequence_length
         self._steps_at_once = 1 if stream.is_live else min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
         self._pin_memory = pin_memory
         self._cursor = start
@@ -161,15 +163,18 @@ class TrainLoader:
 
     def _load(self, cursor: Cursor, ids: NDArray[np.int64]) -> list[StepBatch]:
         """Return the steps with these samples, one row each."""
-        mine = slice(self._slices[0].start, self._slices[-1].stop)
-        samples = self._stream.gather(ids[:, mine].reshape(-1))
+        # A rank without samples of its own still computes, so that the others need not wait for it in vain.
+        mine = ids[:, self._share.start : self._share.stop] if self._share else ids[:, :1]
+        samples = self._stream.gather(mine.reshape(-1))
+        places = self._num_micro_batches * self._micro_batch_size
+        samples = samples.padded(len(ids), places, num_kept=len(self._share))
         num_targets, global_num_targets = self._count_targets(samples, len(ids))
         if self._pin_memory:
             samples = samples.pin_memory()
-        micro_batches = iter(samples.split(self._slices[0].stop - self._slices[0].start))
+        micro_batches = iter(samples.split(self._micro_batch_size))
         batches = []
         for number, step_ids in enumerate(ids):
-            own = list(islice(micro_batches, len(self._slices)))
+            own = list(islice(micro_batches, self._num_micro_batches))
             digest = chain_digest(cursor.digest, step_ids, self._stream.content)
             after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), digest)
             batches.append(StepBatch(cursor.step, own, num_targets[number], global_num_targets, cursor, after))
@@ -180,7 +185,7 @@ class TrainLoader:
         """Return how many targets of this rank count in each step, and of all ranks if that is known."""
         if self._stream.is_full:
             length = self._stream.sequence_length
-            return [samples.targets.numel() // num_steps] * num_steps, self._global_batch_size * length
+            return [len(self._share) * length] * num_steps, self._global_batch_size * length
         # numpy, because every thread that calls torch gets its own set of OpenMP threads
         is_counted = samples.targets.numpy() != IGNORE_INDEX
         return np.count_nonzero(is_counted.reshape(num_steps, -1), axis=1).tolist(), None
@@ -219,11 +224,12 @@ def validation_batches(
     stream.require_samples()
     num_samples = stream.num_samples
     num_chosen = min(batches * global_batch_size, num_samples)
-    slices = _rank_slices(global_batch_size, micro_batch_size, dp_rank, dp_size)
+    share = rank_share(global_batch_size, dp_rank, dp_size)
     for global_batch in range(math.ceil(num_chosen / global_batch_size)):
-        for part in slices:
-            places = np.arange(part.start, part.stop) + global_batch * global_batch_size
-            is_chosen = places < num_chosen
+        for number in range(_micro_batches(global_batch_size, micro_batch_size, dp_size)):
+            in_batch = share.start + number * micro_batch_size + np.arange(micro_batch_size)
+            places = in_batch + global_batch * global_batch_size
+            is_chosen = (in_batch < share.stop) & (places < num_chosen)
             ids = np.where(is_chosen, places * num_samples // num_chosen, 0)
             batch = stream.gather(ids)
             batch.targets[torch.from_numpy(~is_chosen)] = IGNORE_INDEX
@@ -253,6 +259,5 @@ def require_validation_targets(stream: SampleStream, *, batches: int, global_bat
         )
 
 
-def _rank_slices(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[slice]:
-    num_micro_batches = global_batch_size // (dp_size * micro_batch_size)
-    return [rank_slice(global_batch_size, micro_batch_size, dp_rank, dp_size, i) for i in range(num_micro_batches)]
+def _micro_batches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
+    return math.ceil(len(rank_share(global_batch_size, 0, dp_size)) / micro_batch_size)
