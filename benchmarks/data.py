@@ -28,6 +28,7 @@ from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.corpus import TokenSplit
 from bigtrain.data.read.loader import TrainLoader
 from bigtrain.data.read.stream import SampleStream
+from bigtrain.tasks.causal_lm import CausalLM
 
 Batches = Iterator[Any]
 FLOOR = "gather with a cast"
@@ -132,6 +133,7 @@ def ours(tokens: np.ndarray, _work: Path, length: int, batch: int, start: Cursor
         start=start or Cursor(),
         prefetch_steps=2,
         pin_memory=False,
+        objective=CausalLM(),
     )
     with loader:
         yield from loader

@@ -63,8 +63,8 @@ def train_by_hand(model: nn.Module, config: TrainConfig) -> list[float]:
     losses = []
     model.train()
     for batch in batches(config):
-        logits_BTV = model(input_ids=batch.tokens, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.targets.flatten())
+        logits_BTV = model(input_ids=batch["tokens"], use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch["targets"].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()

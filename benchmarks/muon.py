@@ -145,8 +145,8 @@ def cpu_seconds_per_step() -> dict[str, float]:
         for kind, engine in engines.items():
             start = time.process_time()
             for _ in range(TURN_STEPS):
-                for i in range(1, num_micro_steps + 1):
-                    engine.micro_step(Batch(tokens, tokens), num_targets=num_targets, last=i == num_micro_steps)
+                micro_batches = [Batch(tokens=tokens, targets=tokens)] * num_micro_steps
+                engine.forward_backward(micro_batches, num_targets=num_targets)
                 engine.step(1e-4)
             if turn:
                 seconds[kind].append((time.process_time() - start) / TURN_STEPS)

@@ -231,7 +231,7 @@ def bare_torch_step(config: TrainConfig, device: torch.device, model: nn.Module)
 
     def step(batch: Batch) -> torch.Tensor:
         with autocast():
-            loss = model(batch.tokens, batch.targets) / batch.targets.numel()
+            loss = model(batch["tokens"], batch["targets"]) / batch["targets"].numel()
         loss.backward()
         clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
@@ -249,7 +249,7 @@ def bare_deepspeed_step(config: TrainConfig, info: RankInfo, device: torch.devic
     )
 
     def step(batch: Batch) -> torch.Tensor:
-        loss = engine(batch.tokens, batch.targets) / batch.targets.numel()
+        loss = engine(batch["tokens"], batch["targets"]) / batch["targets"].numel()
         engine.backward(loss)
         engine.step()
         return loss.detach()

@@ -147,7 +147,7 @@ def nanogpt(config: TrainConfig, pacer: Pacer) -> float:
 
     def step(batch: Batch) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = compiled(batch.tokens, batch.targets)
+            loss = compiled(batch["tokens"], batch["targets"])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
@@ -179,13 +179,13 @@ class Rows(torch.utils.data.Dataset):
         self.samples = samples.pin_memory() if torch.cuda.is_available() else samples
 
     def batch(self, part: slice) -> Batch:
-        return Batch(self.samples.tokens[part], self.samples.targets[part])
+        return Batch({name: tensor[part] for name, tensor in self.samples.items()})
 
     def __len__(self) -> int:
-        return len(self.samples.tokens)
+        return len(self.samples["tokens"])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.samples.tokens[index], "labels": self.samples.targets[index]}
+        return {"input_ids": self.samples["tokens"][index], "labels": self.samples["targets"][index]}
 
     def loader(self, config: TrainConfig, **settings: Any) -> Any:
         size, on_gpu = config.train.micro_batch_size, torch.cuda.is_available()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from bigtrain.config import Content, DataConfig, DataSource, EngineKind, Packing, TrainConfig, TrainingConfig
-from bigtrain.models.loss import IGNORE_INDEX
+from bigtrain.tasks.base import IGNORE_INDEX
 
 STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 48
 NUM_DOCUMENTS = 200
@@ -114,7 +114,7 @@ def list_samples(config: TrainConfig) -> list[dict[str, Tensor]]:
     of_template = rendered_chats(config) if config.data.content is Content.chat else None
     samples = []
     for batch in batches(config):
-        for tokens_T, targets_T in zip(batch.tokens, batch.targets, strict=True):
+        for tokens_T, targets_T in zip(batch["tokens"], batch["targets"], strict=True):
             # The last target is the input of no position; a causal model's logits do not change with it.
             ids = torch.cat([tokens_T, targets_T[-1:].clamp(min=0)])
             labels = torch.cat([torch.tensor([IGNORE_INDEX]), targets_T])

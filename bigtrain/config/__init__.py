@@ -28,6 +28,7 @@ from bigtrain.config.choices import (
     Precision,
     Preflight,
     SchedulerKind,
+    TaskKind,
     Verify,
     WandbMode,
 )
@@ -414,6 +415,14 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """What the run minimises and measures."""
+
+    kind: TaskKind = TaskKind.causal_lm
+    """``causal_lm``: the cross-entropy of the next token."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Everything that defines a run."""
 
@@ -421,6 +430,8 @@ class TrainConfig:
     """Identity and place of the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model; chosen with ``+model=<preset>``."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """The task."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -10,6 +10,12 @@ class ModelKind(Enum):
     hf = "hf"
 
 
+class TaskKind(Enum):
+    """What is minimised."""
+
+    causal_lm = "causal_lm"
+
+
 class Positions(Enum):
     """How positions enter the native model."""
 

@@ -1,20 +1,21 @@
 """What every engine can do. The trainer, checkpoints and tests know nothing else about them."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from bigtrain.data.read.batch import Batch
 from bigtrain.engine.state import EngineState
-from bigtrain.tasks.causal_lm import Batch
 
 
 class Engine(Protocol):
     """A model, its optimizer and a way to spread them over ranks."""
 
     module: nn.Module
-    """The wrapped model: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine; the model itself under ``ddp``
-    in a world of one."""
+    """The wrapped :class:`bigtrain.tasks.base.TaskModel`: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine;
+    under ``ddp`` in a world of one it is not wrapped."""
     optimizer: torch.optim.Optimizer
     """What updates the weights that this rank holds."""
     device: torch.device
@@ -26,17 +27,16 @@ class Engine(Protocol):
     state: EngineState
     """Master weights and optimizer state on this rank."""
 
-    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor | int, last: bool) -> torch.Tensor:
-        """Run forward and backward of one micro-batch and accumulate its gradient.
+    def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
+        """Run forward and backward of all micro-batches of an optimizer step; the gradients are complete then.
 
         Args:
-            batch: on ``device``.
+            micro_batches: of this rank, at least one, on any device.
             num_targets: number of targets of the whole optimizer step over all ranks; a 0-d tensor on ``device`` where
                 the host does not know it.
-            last: whether this is the last micro-batch of the step; gradients are communicated with it.
 
         Returns:
-            The sum of the losses of the micro-batch's targets, detached (0-d fp32 tensor on ``device``).
+            The objective's sums over this rank's samples, that of the loss first: fp32 ``(1 + K,)`` on ``device``, detached.
         """
         ...
 
@@ -50,6 +50,6 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        """Return the sum of the losses of a micro-batch without a gradient (0-d fp32 tensor)."""
+    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """Return the objective's sums over each of some micro-batches, without a gradient: fp32 ``(N, 1 + K)``."""
         ...

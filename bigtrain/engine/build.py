@@ -1,6 +1,7 @@
 """From a configuration to an engine: the only place where ``engine.kind`` is looked at."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
 from bigtrain.processes import RankInfo
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import Objective, TaskModel
 
 CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
 """Compute capability from which on GPUs have matrix products in these."""
@@ -27,7 +30,12 @@ def dp_shard_size(config: TrainConfig, info: RankInfo) -> int:
 
 
 def build_engine(
-    config: TrainConfig, build_model: Callable[[], nn.Module], *, info: RankInfo, device: torch.device
+    config: TrainConfig,
+    build_model: Callable[[], nn.Module],
+    *,
+    info: RankInfo,
+    device: torch.device,
+    objective: Objective | None = None,
 ) -> Engine:
     """Return the engine that ``config`` chooses; its weights are garbage until state is initialised or loaded.
 
@@ -36,6 +44,7 @@ def build_engine(
         build_model: builds the model on the current default device, without initialising it.
         info: this rank's position; the process group runs.
         device: this rank's device.
+        objective: what is minimised; by default what ``config.task`` chooses.
 
     Raises:
         ConfigError: this device or installation cannot compute in the precision.
@@ -51,7 +60,8 @@ def build_engine(
 
         num_tokens = config.train.micro_batch_size * config.data.sequence_length
         build_model = with_float8(build_model, num_tokens=num_tokens)
-    engine = _build(config, build_model, info=info, device=device)
+    objective = objective or build_objective(config.task)
+    engine = _build(config, lambda: TaskModel(build_model(), objective), info=info, device=device)
     if config.optimizer.kind is OptimizerKind.muon:
         dtype = torch.float32 if precision in (Precision.fp32, Precision.tf32) else torch.bfloat16
         hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)
@@ -95,7 +105,8 @@ def require_causal(engine: Engine, config: TrainConfig) -> None:
 
     engine.module.eval()
     length = min(config.data.sequence_length, LONG_ENOUGH)
-    moved = broadcast_json(look_ahead(engine.module, config.model.vocab_size, length, engine.device))
+    logits_of = partial(engine.module, predicts=True)
+    moved = broadcast_json(look_ahead(logits_of, config.model.vocab_size, length, engine.device))
     # Experts of a causal model compute a token beside others, which rounds otherwise.
     noise = 1e-4 if config.engine.precision is Precision.fp32 else 1e-2
     if moved > noise:

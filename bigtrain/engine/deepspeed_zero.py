@@ -9,7 +9,7 @@ layout to know for fp32 and bf16.
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
+from bigtrain.data.read.batch import Batch
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -32,7 +33,7 @@ from bigtrain.engine.state import (
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
-from bigtrain.tasks.causal_lm import Batch, gradient_scale, loss_sum
+from bigtrain.tasks.base import gradient_scale, sums_of
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 
@@ -51,15 +52,19 @@ class ZeroEngine:
         else:
             self.state = Zero12State(module)
 
-    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor | int, last: bool) -> torch.Tensor:
+    def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.train()
-        self.module.set_gradient_accumulation_boundary(last)
-        loss = loss_sum(self.module, batch)
-        # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
-        # accumulation steps, which scale_wrt_gas=False switches off.
-        self.module.backward(loss * gradient_scale(loss, self.dp_size / num_targets), scale_wrt_gas=False)
-        return loss.detach()
+        total = None
+        for number, batch in enumerate(micro_batches, start=1):
+            self.module.set_gradient_accumulation_boundary(number == len(micro_batches))
+            sums = sums_of(self.module, batch.to(self.device))
+            # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
+            # accumulation steps, which scale_wrt_gas=False switches off.
+            scale = gradient_scale(sums[0], self.dp_size / num_targets)
+            self.module.backward(sums[0] * scale, scale_wrt_gas=False)
+            total = sums.detach() if total is None else total + sums.detach()
+        return total
 
     def step(self, lr: float) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips, and leaves out bad steps, inside its own step."""
@@ -68,10 +73,10 @@ class ZeroEngine:
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> torch.Tensor:
+    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.eval()
-        return loss_sum(self.module, batch)
+        return torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
 
 
 class Zero12State:

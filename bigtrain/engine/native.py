@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineConfig, EngineKind, Offload, OptimizerConfig, Precision
+from bigtrain.data.read.batch import Batch
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -27,9 +28,9 @@ from bigtrain.engine.state import (
     flat_start,
     whole_entry,
 )
-from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
-from bigtrain.tasks.causal_lm import Batch, gradient_scale, loss_sum
+from bigtrain.tasks.base import TaskModel, gradient_scale, sums_of
 
 
 class NativeEngine:
@@ -66,18 +67,22 @@ class NativeEngine:
         create_optimizer_state(optimizer)
         self.state = NativeState(module, optimizer, mesh)
 
-    def micro_step(self, batch: Batch, *, num_targets: torch.Tensor | int, last: bool) -> torch.Tensor:
+    def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         if not self.module.training:
             self.module.train()
-        if not self._has_final_buckets:
-            self._settle_buckets(batch)
-        with self._communicate(last):
-            with self.autocast():
-                loss = loss_sum(self.module, batch)
-            # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
-            loss.backward(gradient_scale(loss, self.dp_size / num_targets))
-        return loss.detach()
+        total = None
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            batch = micro_batch.to(self.device)
+            if not self._has_final_buckets:
+                self._settle_buckets(batch)
+            with self._communicate(last=number == len(micro_batches)):
+                with self.autocast():
+                    sums = sums_of(self.module, batch)
+                # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
+                sums[0].backward(gradient_scale(sums[0], self.dp_size / num_targets))
+            total = sums.detach() if total is None else total + sums.detach()
+        return total
 
     def step(self, lr: float) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
@@ -92,11 +97,11 @@ class NativeEngine:
         return norm
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> torch.Tensor:
+    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.eval()
         with self.autocast():
-            return loss_sum(self.module, batch)
+            return torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Return the 2-norm of all gradients on all ranks.
@@ -108,7 +113,7 @@ class NativeEngine:
         if gradients and gradients[0].is_cuda:
             squares = [torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()]
         else:
-            rows = [torch.linalg.vector_norm(g.view(-1, g.shape[-1]), dim=-1) for g in gradients]
+            rows = [torch.linalg.vector_norm(g.reshape(-1, g.shape[-1] if g.ndim else 1), dim=-1) for g in gradients]
             squares = [torch.linalg.vector_norm(row).square() for row in rows]
         total = torch.stack(squares).sum().to(self.device) if squares else torch.zeros((), device=self.device)
         if self.shard_group is not None:
@@ -124,13 +129,13 @@ class NativeEngine:
         """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with self.autocast():
-                loss = loss_sum(self.module, batch)
-            loss.backward()
+                sums = sums_of(self.module, batch)
+            sums[0].backward()
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self._has_final_buckets = True
 
     @contextlib.contextmanager
-    def _communicate(self, last: bool) -> Iterator[None]:
+    def _communicate(self, *, last: bool) -> Iterator[None]:
         """Communicate gradients in the backward pass of the last micro-batch only, unless that costs too much memory."""
         if isinstance(self.module, FSDPModule):
             if last != self._communicates_as_last:  # each of these walks through all modules
@@ -203,7 +208,7 @@ def _entry(tensor: torch.Tensor, mesh: DeviceMesh) -> Entry:
 
 
 def build_native(
-    build_model: Callable[[], nn.Module],
+    build_model: Callable[[], TaskModel],
     engine: EngineConfig,
     optimizer: OptimizerConfig,
     *,
@@ -270,16 +275,17 @@ def share_no_buffers(module: DistributedDataParallel) -> None:
     module.broadcast_buffers = False
 
 
-def _blocks_of_their_own(model: nn.Module) -> list[nn.Module]:
+def _blocks_of_their_own(model: TaskModel) -> list[nn.Module]:
     """Return the blocks that share no parameter with another block: FSDP2 ties parameters within one unit only.
 
     The others (Zamba has one transformer in many of its blocks) stay in the unit of the root.
     """
-    uses = Counter(parameter for block in model.blocks for parameter in block.parameters())
-    return [block for block in model.blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
+    blocks = find_blocks(model)
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    return [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
 
 
-def _fully_shard(model: nn.Module, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
+def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
     if engine.precision.base is Precision.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

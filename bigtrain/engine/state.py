@@ -171,7 +171,8 @@ def clear_optimizer(state: EngineState) -> None:
 
 def canonical_name(name: str) -> str:
     """Return a parameter's name without what wrappers put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
+    name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    return name.removeprefix("module.").removeprefix("network.")
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -6,7 +6,7 @@
 4. :func:`materialise`, when only the shards are left to allocate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,19 +17,53 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from bigtrain.config import ActivationCheckpointing, EngineConfig
 from bigtrain.models.transformer import Vocabulary
+from bigtrain.tasks.base import TaskModel
+
+SMALLEST_STACK = 0.01
+"""Part of the parameters from which a list of modules is a stack of blocks."""
 
 
-def wrap_blocks(model: nn.Module, config: EngineConfig) -> None:
-    """Apply activation checkpointing and compilation to ``model.blocks`` in place."""
-    blocks: nn.ModuleList = model.blocks
+def find_stacks(model: TaskModel) -> list[nn.ModuleList]:
+    """Return the lists of blocks that are wrapped, compiled, recomputed and sharded one by one.
+
+    A network says so itself (``blocks``); otherwise they are the outermost lists with 1 % of its parameters or more, such as
+    those of encoder and decoder, whose modules are called by themselves.
+    """
+    if hasattr(model.network, "blocks"):
+        return [model.network.blocks]
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return [
+        stack
+        for stack in _outermost_lists(model.network)
+        if sum(p.numel() for p in stack.parameters()) >= SMALLEST_STACK * num_parameters
+        and all(type(block).forward is not nn.Module.forward for block in stack)
+    ]
+
+
+def find_blocks(model: TaskModel) -> list[nn.Module]:
+    """Return the blocks of all stacks."""
+    return [block for stack in find_stacks(model) for block in stack]
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def wrap_blocks(model: TaskModel, config: EngineConfig) -> None:
+    """Apply activation checkpointing and compilation to the blocks of ``model`` in place."""
     if config.activation_checkpointing is not ActivationCheckpointing.none:
         context: dict[str, Callable[..., Any]] = {}
         if config.activation_checkpointing is ActivationCheckpointing.selective:
             context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}
-        for i in range(0, len(blocks), config.activation_checkpointing_every):
-            blocks[i] = checkpoint_wrapper(blocks[i], **context)
+        places = [(stack, i) for stack in find_stacks(model) for i in range(len(stack))]
+        for stack, i in places[:: config.activation_checkpointing_every]:
+            stack[i] = checkpoint_wrapper(stack[i], **context)
     if config.compile:
-        for block in blocks:
+        for block in find_blocks(model):
             block.compile()
         for module in model.modules():
             if isinstance(module, Vocabulary):

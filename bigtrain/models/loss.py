@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigtrain.models.sizes import chunk_tokens, num_padding_rows
-
-IGNORE_INDEX = -100
-"""Target value of a position that does not count."""
+from bigtrain.tasks.base import IGNORE_INDEX
 
 
 def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, compiled: bool = False) -> Tensor:

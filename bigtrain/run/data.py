@@ -21,6 +21,7 @@ from bigtrain.distributed.collectives import gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError
 from bigtrain.log import get_logger, redact
+from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
 
 VOCAB_MULTIPLE = 128
@@ -59,6 +60,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     )
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
+        sizes |= {"objective": build_objective(config.task)}
         require_validation_targets(streams["validation"], **sizes)
     found, stream = remarks(config, streams["train"]), streams["train"]
     if stream.num_left_out and stream.num_samples:
@@ -113,6 +115,7 @@ def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, s
         start=start,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=engine.device.type == "cuda",
+        objective=build_objective(config.task),
     )
 
 

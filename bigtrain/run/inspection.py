@@ -9,12 +9,13 @@ import numpy as np
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
 from bigtrain.config import TrainConfig
 from bigtrain.data.order.cursor import Cursor, DataState
-from bigtrain.data.read.batch import IGNORE_INDEX, Batch
+from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
 from bigtrain.run.data import open_data
 from bigtrain.run.directory import read_config
+from bigtrain.tasks.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,7 +74,7 @@ def inspect_step(
 def _sample_lines(
     stream: SampleStream, batch: Batch, sample_id: int, title: str, tokenizer: "Tokenizer | None"
 ) -> Iterator[str]:
-    tokens, targets = batch.tokens[0].numpy(), batch.targets[0].numpy()
+    tokens, targets = batch["tokens"][0].numpy(), batch["targets"][0].numpy()
     component, documents = stream.origin_of(sample_id)
     counted = int((targets != IGNORE_INDEX).sum())
     yield ""

@@ -57,9 +57,11 @@ from bigtrain.supervise.heartbeat import Heartbeat
 from bigtrain.supervise.launch import Launch
 from bigtrain.supervise.signals import StopLimits, StopSignal
 from bigtrain.supervise.stragglers import Straggler, Stragglers
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import Objective, split_sums
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import repair
-from bigtrain.telemetry.gauges import Gauges, perplexity
+from bigtrain.telemetry.gauges import Gauges
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.out_of_memory import explained
@@ -212,7 +214,7 @@ def train(run: Run) -> End | RollBack:
         CheckpointError: saving has failed too often, or at the end.
     """
     config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
-    signal = run.signal
+    signal, objective = run.signal, build_objective(run.config.task)
     steps, last_launch_step = config.train.steps, run.start.step + (config.run.stop_after_steps or math.inf)
     meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
     norms = LayerNorms(engine, config.logging.layer_norms_every_steps)
@@ -256,7 +258,7 @@ def train(run: Run) -> End | RollBack:
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
-                records = norms.merge(read_back(pending))
+                records = norms.merge(read_back(pending, objective))
                 records[-1] |= count_skipped_shards(run.streams["train"], config)
                 recorder.metrics(records, meter.phases())
                 record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))
@@ -300,40 +302,43 @@ def train_step(
         before_update: called when the gradient is complete and the weights are about to change.
 
     Returns:
-        This rank's share of the loss (the ranks' shares add up to it) and the global gradient norm, both
-        0-d tensors on the device that the host has not waited for.
+        This rank's share of the loss and of the objective's other sums (the ranks' shares add up to them), ``(1 + K,)``, and
+        the global gradient norm, 0-d; both on the device, and the host has not waited for them.
     """
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
         num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
-    loss_sum = None
-    for i, micro_batch in enumerate(batch.micro_batches):
-        last = i == len(batch.micro_batches) - 1
-        loss = engine.micro_step(micro_batch.to(engine.device), num_targets=num_targets, last=last)
-        loss_sum = loss if loss_sum is None else loss_sum + loss
+    sums = engine.forward_backward(batch.micro_batches, num_targets=num_targets)
     before_update()
     grad_norm = engine.step(lr)
-    return loss_sum / num_targets, grad_norm
+    loss = sums[:1] / num_targets
+    return loss if len(sums) == 1 else torch.cat([loss, sums[1:]]), grad_norm
 
 
-def read_back(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Wait for the device, add up the ranks' losses, and return (and forget) the pending records as plain numbers."""
-    losses = all_reduce_sum(torch.stack([record["loss"] for record in pending]))
+def read_back(pending: list[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
+    """Wait for the device, add up the ranks' shares, and return (and forget) the pending records as plain numbers."""
+    sums = all_reduce_sum(torch.stack([record["loss"] for record in pending]))
     norms = torch.stack([record["grad_norm"] for record in pending])
     records = [
-        {**record, "loss": loss, "grad_norm": norm}
-        for record, loss, norm in zip(pending, losses.tolist(), norms.tolist(), strict=True)
+        {**record, "loss": loss, "grad_norm": norm, **train_metrics(objective, loss, rest)}
+        for record, (loss, *rest), norm in zip(pending, sums.tolist(), norms.tolist(), strict=True)
     ]
     pending.clear()
     return records
 
 
+def train_metrics(objective: Objective, loss: float, sums: list[float]) -> dict[str, float]:
+    """Return the metrics that are made of an objective's sums beside the loss, if it has any."""
+    metrics = objective.metrics(loss, split_sums(objective, sums)) if sums else {}
+    return {f"train/{name}": value for name, value in metrics.items()}
+
+
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
-    loss = validate(run.engine, run.streams["validation"], run.config)
+    metrics = validate(run.engine, run.streams["validation"], run.config)
     tokens = done.samples * run.config.data.sequence_length
-    run.recorder.event("validation", step=done.step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
-    return loss
+    run.recorder.event("validation", step=done.step, tokens=tokens, **metrics)
+    return metrics["loss"]
 
 
 def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: bool) -> None:

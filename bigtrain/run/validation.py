@@ -1,6 +1,7 @@
 """The loss of a run on the documents that it never trains on, while it trains and afterwards."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -10,9 +11,8 @@ from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import EngineKind, Offload, TrainConfig
 from bigtrain.config.check import check, fit_micro_batch
-from bigtrain.data.read.batch import IGNORE_INDEX
 from bigtrain.data.read.index import read_index
-from bigtrain.data.read.loader import validation_batches
+from bigtrain.data.read.loader import count_targets, validation_batches
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device, shut_down
 from bigtrain.engine.base import Engine
@@ -23,26 +23,30 @@ from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
 from bigtrain.run.data import open_data
 from bigtrain.run.directory import find_whole, locate, read_config
-from bigtrain.telemetry.gauges import perplexity
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import split_sums
 
 
-def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> float:
-    """Return the mean loss per target over the validation batches, the same for every world size."""
-    total = torch.zeros(2, dtype=torch.float64)
-    batches = validation_batches(
+def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[str, float]:
+    """Return the mean loss per target over the validation batches and the task's metrics, the same for every world size."""
+    objective = build_objective(config.task)
+    num_sums = sum(math.prod(shape) for shape in objective.sums.values())
+    total = torch.zeros(2 + num_sums, dtype=torch.float64)
+    steps = validation_batches(
         stream,
         batches=config.validation.batches,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=engine.dp_rank,
         dp_size=engine.dp_size,
+        objective=objective,
     )
-    for batch in batches:
-        loss = engine.evaluate(batch.to(engine.device))
-        num_targets = int((batch.targets != IGNORE_INDEX).sum())
-        total += torch.tensor([loss.item(), num_targets], dtype=torch.float64)
-    loss_sum, num_targets = all_reduce_sum(total).tolist()
-    return loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
+    for micro_batches in steps:
+        for batch, sums in zip(micro_batches, engine.evaluate(micro_batches).tolist(), strict=True):
+            total += torch.tensor([count_targets(objective, batch), *sums], dtype=torch.float64)
+    num_targets, loss_sum, *sums = all_reduce_sum(total).tolist()
+    loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
+    return {"loss": loss, **objective.metrics(loss, split_sums(objective, sums))}
 
 
 def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
@@ -78,9 +82,9 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
     load_checkpoint(checkpoint, weights)
     engine.state.commit()
-    loss = validate(engine, streams["validation"], config)
+    metrics = validate(engine, streams["validation"], config)
     shut_down()
-    result = {"step": read_run_state(checkpoint).step, "loss": loss, "perplexity": perplexity(loss)}
+    result = {"step": read_run_state(checkpoint).step, **metrics}
     if streams["validation"].tokenizer_directory and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
         if not index.live:

@@ -1,37 +1,44 @@
-"""What is minimised: the cross-entropy of the next token, averaged over all targets of an optimizer step."""
+"""The cross-entropy of the next token."""
 
-from typing import Protocol
+import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bigtrain.tasks.base import IGNORE_INDEX, Field
 
-class Batch(Protocol):
-    """Tokens and what should follow them, both int64 ``(B, T)``; targets of -100 do not count.
 
-    With ``positions``, int64 ``(B, T)``, samples hold several documents, each of which begins at position 0.
+class CausalLM:
+    """See :class:`bigtrain.tasks.base.Objective`.
+
+    With ``positions``, samples hold several documents, each of which begins at position 0.
     """
 
-    tokens: Tensor
-    targets: Tensor
-    positions: Tensor | None
+    fields: Mapping[str, Field] = {
+        "tokens": Field(torch.int64, ("T",)),
+        "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
+        "positions": Field(torch.int64, ("T",)),
+    }
+    sums: Mapping[str, tuple[int, ...]] = {}
+    counts_by_shape = True
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return the tokens that are predicted."""
+        return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        """Return the summed loss in nats; the network computes it, so that the logits of all tokens never exist at once."""
+        return network(*tensors).reshape(1)
+
+    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return the perplexity."""
+        return {"perplexity": perplexity(loss)}
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the *sum* of the loss over the batch's targets, in nats, as an fp32 scalar.
-
-    Engines divide by the global number of targets: those of all micro-batches of all ranks in the
-    optimizer step. Only that makes the gradient independent of how the step was cut into pieces;
-    a mean of means weighs a token by how few others happened to share its micro-batch.
-    """
-    if batch.positions is None:
-        return model(batch.tokens, batch.targets)
-    return model(batch.tokens, batch.targets, batch.positions)
-
-
-def gradient_scale(loss: Tensor, scale: Tensor | float) -> Tensor:
-    """Return the factor of ``loss`` in the backward pass: ``scale``, or NaN if the loss is not finite.
-
-    A loss can be infinite although its gradient is not. So made, its gradient is not finite either, and neither is
-    the sum over the ranks: all of them see it in the gradient's norm, without an exchange of its own.
-    """
-    return scale + 0 * loss.detach()
+def perplexity(loss: float) -> float:
+    """Return e to the loss; infinite where a float ends."""
+    return math.inf if loss >= 709 else math.exp(loss)

@@ -14,6 +14,7 @@ from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.log import get_logger
 from bigtrain.models.flops import TokenFlops, flops_per_token, hf_shape
 from bigtrain.models.sizes import model_sizes
+from bigtrain.tasks.causal_lm import perplexity
 from bigtrain.telemetry import names
 from bigtrain.telemetry.environment import describe_environment
 from bigtrain.telemetry.peak import Peak, find_peak
@@ -175,8 +176,3 @@ def utilisation(
         names.MFU_CAUSAL: flops.causal * tokens_per_second / peak.flops_per_second,
         names.MFU_FULL_ATTENTION: flops.full_attention * tokens_per_second / peak.flops_per_second,
     }
-
-
-def perplexity(loss: float) -> float:
-    """Return e to the loss; infinite where a float ends."""
-    return math.inf if loss >= 709 else math.exp(loss)

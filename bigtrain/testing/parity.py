@@ -26,6 +26,7 @@ from bigtrain.optim.schedule import lr_at
 from bigtrain.processes import RankInfo
 from bigtrain.run.data import open_data, train_loader
 from bigtrain.run.trainer import read_back, seed_step, train_step
+from bigtrain.tasks import build_objective
 from bigtrain.testing.ranks import run_ranks
 
 StepFunction = Callable[[Engine, StepBatch, float], tuple[torch.Tensor, torch.Tensor]]
@@ -155,7 +156,7 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
             pending.append({"loss": loss, "grad_norm": grad_norm})
             if batch.step + 1 == (num_steps or config.train.steps):
                 break
-    records = read_back(pending)
+    records = read_back(pending, build_objective(config.task))
     return Trajectory(
         losses=[record["loss"] for record in records],
         grad_norms=[record["grad_norm"] for record in records],

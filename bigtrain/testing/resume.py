@@ -206,7 +206,7 @@ def _train(config: TrainConfig, run: RunFunction, kill_in_step: int | None, log:
         engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step = batch.step + 1
-        samples[step] = [_digest(tokens) for micro_batch in batch.micro_batches for tokens in micro_batch.tokens]
+        samples[step] = [_digest(tokens) for micro_batch in batch.micro_batches for tokens in micro_batch["tokens"]]
 
         def die_or_update() -> None:
             before_update()

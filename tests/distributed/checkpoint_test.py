@@ -24,6 +24,7 @@ from bigtrain.errors import CheckpointError
 from bigtrain.optim.schedule import lr_at
 from bigtrain.run.data import open_data, train_loader
 from bigtrain.run.trainer import read_back, train_step
+from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing.ranks import RankFailedError, run_ranks
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
 from tests.faults import saves
@@ -58,7 +59,7 @@ def run_steps(engine, config, first, last):
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
             loss, norm = train_step(engine, batch, lr)
             pending.append({"loss": loss, "grad_norm": norm})
-    return [record["loss"] for record in read_back(pending)]
+    return [record["loss"] for record in read_back(pending, CausalLM())]
 
 
 def state_hashes(engine):

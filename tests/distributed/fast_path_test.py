@@ -1,5 +1,7 @@
 """What makes steps fast and small is in effect: one compilation for all blocks, gradients in DDP's buckets alone."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,8 +19,7 @@ def compilations(config):
     engine, counts = start_engine(config), []
     tokens = torch.randint(97, (2, 16))
     for _ in range(NUM_STEPS):
-        for last in (False, True):
-            engine.micro_step(Batch(tokens, tokens), num_targets=torch.tensor(64.0), last=last)
+        engine.forward_backward([Batch(tokens=tokens, targets=tokens)] * 2, num_targets=torch.tensor(64.0))
         engine.step(1e-3)
         cache = counters["inductor"]
         counts.append((counters["stats"]["unique_graphs"], cache["fxgraph_cache_miss"], cache["fxgraph_cache_hit"]))
@@ -42,11 +43,17 @@ def gradients_outside_of_buckets(config):
     """
     engine, counts = start_engine(config), []
     tokens = torch.randint(97, (1, 16))
+
+    class TwoMicroBatches(list[Batch]):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                yield batch
+                gradients = [parameter.grad for parameter in engine.module.parameters()]
+                counts.append(sum(g.untyped_storage().nbytes() == g.nbytes for g in gradients))
+
+    micro_batches = TwoMicroBatches([Batch(tokens=tokens, targets=tokens)] * 2)
     for _ in range(2):
-        for last in (False, True):
-            engine.micro_step(Batch(tokens, tokens), num_targets=torch.tensor(32.0), last=last)
-            gradients = [parameter.grad for parameter in engine.module.parameters()]
-            counts.append(sum(g.untyped_storage().nbytes() == g.nbytes for g in gradients))
+        engine.forward_backward(micro_batches, num_targets=torch.tensor(32.0))
         engine.step(1e-3)
     return type(engine.module).__name__, counts
 
@@ -56,7 +63,7 @@ def gradients_outside_of_buckets(config):
     [
         (2, 4, ("DistributedDataParallel", [0] * 4)),
         (2, 2, ("DistributedDataParallel", [28, 0, 28, 0])),  # the engine does not expect to accumulate
-        (1, 2, ("Transformer", [28] * 4)),
+        (1, 2, ("TaskModel", [28] * 4)),
     ],
 )
 def test_ddp_accumulates_in_its_buckets_and_needs_none_in_a_world_of_one(world_size, global_batch_size, expected):

@@ -77,7 +77,7 @@ def survives(engine):
     tokens = torch.arange(32).view(2, 16)
 
     def step(num_targets):
-        engine.micro_step(Batch(tokens, tokens), num_targets=torch.tensor(num_targets), last=True)
+        engine.forward_backward([Batch(tokens=tokens, targets=tokens)], num_targets=torch.tensor(num_targets))
         engine.step(1e-2)
         return [box.view.clone() for entry in engine.state.entries.values() for box in entry.boxes]
 

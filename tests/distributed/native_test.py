@@ -35,7 +35,7 @@ def collectives(configs):
         tokens = torch.arange(16)[None]
         for _ in range(3):  # DDP agrees on its buckets in the second step
             with Collectives() as mode:
-                engine.micro_step(Batch(tokens, tokens), num_targets=32, last=True)
+                engine.forward_backward([Batch(tokens=tokens, targets=tokens)], num_targets=32)
             engine.step(1e-3)
         counts.append(mode.counts)
     return counts

@@ -74,7 +74,7 @@ def wrapped_type(case):
     if case.engine is EngineKind.accelerate:
         return "DeepSpeedEngine" if case.environ else "DistributedDataParallel"
     is_bare = (case.engine, case.world_size) == (EngineKind.ddp, 1)
-    return "Transformer" if is_bare else WRAPPED_TYPES[case.engine.name]
+    return "TaskModel" if is_bare else WRAPPED_TYPES[case.engine.name]
 
 
 def trace_all(configs):
@@ -219,22 +219,24 @@ def test_bf16_agrees_with_every_fast_path_on(short_reference):
 
 def mean_of_means(engine, batch, lr):
     """The classic mistake: every micro-batch divides by its own number of targets."""
-    loss_sum = torch.zeros(())
+    loss_sum = torch.zeros(1)
     num_micro_batches = torch.tensor(len(batch.micro_batches) * engine.dp_size)
     total = all_reduce_sum(torch.tensor(batch.num_targets))
-    for i, micro_batch in enumerate(batch.micro_batches):
-        own = (micro_batch.targets != -100).sum() * num_micro_batches
-        loss_sum += engine.micro_step(micro_batch, num_targets=own, last=i == len(batch.micro_batches) - 1)
+    for micro_batch in batch.micro_batches:
+        own = (micro_batch["targets"] != -100).sum() * num_micro_batches
+        loss_sum += engine.forward_backward([micro_batch], num_targets=own)
     return loss_sum / total, engine.step(lr)
 
 
 def forgotten_boundary(engine, batch, lr):
     """Gradients are never communicated: no micro-batch is the last one."""
-    loss_sum = torch.zeros(())
+
+    class Endless(list):
+        def __len__(self):
+            return super().__len__() + 1
+
     total = all_reduce_sum(torch.tensor(batch.num_targets))
-    for micro_batch in batch.micro_batches:
-        loss_sum += engine.micro_step(micro_batch, num_targets=total, last=False)
-    return loss_sum / total, engine.step(lr)
+    return engine.forward_backward(Endless(batch.micro_batches), num_targets=total) / total, engine.step(lr)
 
 
 # Without a boundary DeepSpeed does not step at all, which nobody could overlook; DDP and FSDP step on unsynchronised gradients.

@@ -19,6 +19,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.errors import BigtrainError
 from bigtrain.optim.schedule import lr_at
 from bigtrain.run import recovery, trainer
+from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing.ranks import run_ranks
 from bigtrain.testing.resume import Check, Plan, Verdict, verify_resume
 from tests.distributed.checkpoint_test import state_hashes
@@ -176,7 +177,7 @@ def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
                 trainer.seed_step(0, batch.step, engine.dp_rank, engine.device)
                 loss, grad_norm = trainer.train_step(engine, batch, lr)
                 pending.append({"loss": loss, "grad_norm": grad_norm})
-        return [(record["loss"], record["grad_norm"]) for record in trainer.read_back(pending)]
+        return [(record["loss"], record["grad_norm"]) for record in trainer.read_back(pending, CausalLM())]
 
     engine, fresh = start_engine(config), start_engine(config)
     train(engine, 0, 3)

@@ -169,39 +169,39 @@ def _spoil_next_loss() -> None:
     """Make the next loss of this rank not-a-number, whichever engine computes it."""
     from bigtrain.engine import deepspeed_zero, native
 
-    whole = native.loss_sum
+    whole = native.sums_of
 
     def spoilt(model: Any, batch: Any) -> torch.Tensor:
-        native.loss_sum = deepspeed_zero.loss_sum = whole
+        native.sums_of = deepspeed_zero.sums_of = whole
         return whole(model, batch) * torch.nan
 
-    native.loss_sum = deepspeed_zero.loss_sum = spoilt
+    native.sums_of = deepspeed_zero.sums_of = spoilt
 
 
 def _make_next_loss_infinite() -> None:
     """Make the next loss of this rank infinite, with a gradient that is finite."""
     from bigtrain.engine import native
 
-    whole = native.loss_sum
+    whole = native.sums_of
 
     def spoilt(model: Any, batch: Any) -> torch.Tensor:
-        native.loss_sum = whole
+        native.sums_of = whole
         return whole(model, batch) + torch.inf
 
-    native.loss_sum = spoilt
+    native.sums_of = spoilt
 
 
 def _raise_next_loss() -> None:
     """Make the next loss of this rank, and its gradient, a hundred times as large."""
     from bigtrain.engine import native
 
-    whole = native.loss_sum
+    whole = native.sums_of
 
     def spoilt(model: Any, batch: Any) -> torch.Tensor:
-        native.loss_sum = whole
+        native.sums_of = whole
         return whole(model, batch) * 100
 
-    native.loss_sum = spoilt
+    native.sums_of = spoilt
 
 
 def _run_out_of_memory() -> None:

@@ -11,7 +11,6 @@ from bigtrain.config import Content, DataConfig, DataSource, Packing
 from bigtrain.data.order.cursor import Cursor, chain_digest
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.live import open_live
-from bigtrain.data.read.batch import IGNORE_INDEX
 from bigtrain.data.read.corpus import TokenSplit
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import require_validation_targets
@@ -20,6 +19,8 @@ from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.workers import Helpers
 from bigtrain.data.streams import open_streams
 from bigtrain.errors import DataError
+from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.causal_lm import CausalLM
 
 T = 16
 
@@ -41,7 +42,7 @@ def masked_splits(draw):
 def test_answered_are_the_samples_with_a_target(split, packing):
     packed = build_packing(split, T, packing, document_mask=False)
     everything = np.arange(packed.shard_samples.sum())
-    targets = packed.gather(everything).targets
+    targets = packed.gather(everything)["targets"]
     has_target = (targets != IGNORE_INDEX).any(axis=1)
     answered = packed.answered()
     assert (everything if answered is None else answered).tolist() == np.flatnonzero(has_target).tolist()
@@ -75,7 +76,7 @@ def test_every_sample_that_is_drawn_has_a_target(tmp_path, packing):
     assert stream.num_left_out > 40
     ids = stream.ids(0, 2 * stream.num_samples)
     assert len(set(ids.tolist())) == stream.num_samples and (np.bincount(ids)[ids] == 2).all()
-    assert (stream.gather(ids).targets.numpy() != IGNORE_INDEX).any(axis=1).all()
+    assert (stream.gather(ids)["targets"].numpy() != IGNORE_INDEX).any(axis=1).all()
     assert stream.components["data"].epochs(stream.num_samples) == 1.0
 
 
@@ -104,7 +105,7 @@ def test_on_the_fly_too(tmp_path, monkeypatch):
 
     whole = stream()
     ids = whole.ids(0, 60)
-    assert (whole.gather(ids).targets.numpy() != IGNORE_INDEX).any(axis=1).all() and whole.num_left_out > 40
+    assert (whole.gather(ids)["targets"].numpy() != IGNORE_INDEX).any(axis=1).all() and whole.num_left_out > 40
     after = Cursor(1, 4, chain_digest(Cursor().digest, ids[:4], whole.content))
     state = whole.state(Cursor(), after)
     again = stream(state)
@@ -117,6 +118,6 @@ def test_splits_without_a_target_are_named(tmp_path):
     sizes = {"batches": 1, "global_batch_size": 1}
     validation = open_in(tmp_path / "validation", [900] * 12)["validation"]
     with pytest.raises(DataError, match=r"no target that counts.*validation\.batches=1"):
-        require_validation_targets(validation, **sizes)
+        require_validation_targets(validation, **sizes, objective=CausalLM())
     fitting = open_in(tmp_path / "validation", [900] * 12, packing=Packing.best_fit)["validation"]
-    require_validation_targets(fitting, batches=1000, global_batch_size=1)
+    require_validation_targets(fitting, batches=1000, global_batch_size=1, objective=CausalLM())

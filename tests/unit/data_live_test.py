@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,8 +34,8 @@ from bigtrain.data.order.cursor import Cursor, chain_digest
 from bigtrain.data.prepare import live, sources
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.live import open_live
+from bigtrain.data.read import live as read_live
 from bigtrain.data.read import remote
-from bigtrain.data.read.batch import IGNORE_INDEX
 from bigtrain.data.read.corpus import Corpus
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.live import validation_split
@@ -42,6 +43,8 @@ from bigtrain.data.read.loader import TrainLoader, validation_batches
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.workers import Helpers
 from bigtrain.errors import DataError, UnreachableError
+from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.causal_lm import CausalLM
 
 T = 16
 END = 256
@@ -115,7 +118,7 @@ def epoch_of(stream):
 
 def documents_in(stream, ids):
     """Documents among the targets of some samples, by their text; only whole where nothing is cut."""
-    targets = stream.gather(ids).targets.numpy()
+    targets = stream.gather(ids)["targets"].numpy()
     text = bytes(np.where(targets == END, 0, targets)[targets != IGNORE_INDEX].astype(np.uint8).tolist())
     return Counter(text.decode().split("\0")[:-1])
 
@@ -201,6 +204,7 @@ def test_the_global_batch_is_the_same_for_any_world(place, dp_size):
             start=Cursor(),
             prefetch_steps=2,
             pin_memory=False,
+            objective=CausalLM(),
         )
         with loader:
             ranks.append([next(loader) for _ in range(12)])
@@ -209,8 +213,8 @@ def test_the_global_batch_is_the_same_for_any_world(place, dp_size):
         batch = stream.gather(stream.ids(cursor.samples, 8))
         cursor = step(stream, cursor)
         assert all(part.after == cursor and part.global_num_targets is None for part in parts)
-        rows = [row for part in parts for micro in part.micro_batches for row in micro.targets.tolist()]
-        assert rows == batch.targets.tolist()
+        rows = [row for part in parts for micro in part.micro_batches for row in micro["targets"].tolist()]
+        assert rows == batch["targets"].tolist()
 
 
 def test_a_run_that_goes_back_to_before_its_launch_counts_from_the_beginning(place):
@@ -236,7 +240,7 @@ def test_a_mixture_with_a_prepared_corpus(place):
     alone = stream_of(config_in(place)).ids(0, 60)
     assert ids[is_live_sample].tolist() == alone.tolist(), "the other one changes nothing"
     batch = stream.gather(ids[:8])
-    assert batch.tokens.shape == (8, T)
+    assert batch["tokens"].shape == (8, T)
     assert {stream.origin_of(int(sample))[0] for sample in ids[:8]} == {"data", "stored"}
     state = stream.state(Cursor(3, 24), step(stream, Cursor(3, 24)))
     assert stream_of(config, previous=state, stored=split).continues(state) and set(state.places) == {"data"}
@@ -263,12 +267,22 @@ def test_validation_documents_come_from_the_first_parts_only_as_far_as_needed(pl
     assert np.array_equal(some.read(0), everything.read(0)[: len(some.read(0))])
     assert len(validation_split(parts, num_tokens=0, sequence_length=T).read(0)) == 0
     stream = SampleStream("validation", {"data": everything}, config, seed=0, global_batch_size=4)
-    batches = validation_batches(stream, batches=2, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1)
-    assert sum((batch.targets != IGNORE_INDEX).sum().item() for batch in batches) > 40
+    batches = chain.from_iterable(
+        validation_batches(
+            stream,
+            batches=2,
+            global_batch_size=4,
+            micro_batch_size=4,
+            dp_rank=0,
+            dp_size=1,
+            objective=CausalLM(),
+        )
+    )
+    assert sum((batch["targets"] != IGNORE_INDEX).sum().item() for batch in batches) > 40
 
 
 def test_far_parts_are_not_tokenised_for_validation(place, monkeypatch):
-    monkeypatch.setattr(live, "MOST_VALIDATION_PARTS", 2)
+    monkeypatch.setattr(read_live, "MOST_VALIDATION_PARTS", 2)
     parts, loaded = open_parts(config_in(place)), []
     load = parts.load
     monkeypatch.setattr(parts, "load", lambda number, split: loaded.append(number) or load(number, split))
@@ -422,7 +436,7 @@ def test_odd_documents_are_counted_and_none_is_lost(tmp_path, caplog):
     )
     config.shuffle_window_shards = 100
     stream = stream_of(config)
-    targets = stream.gather(epoch_of(stream)).targets.numpy()
+    targets = stream.gather(epoch_of(stream))["targets"].numpy()
     num_tokens = (
         len(long)
         + sum(len(f"text number {i}") + 1 for i in range(40))
@@ -462,6 +476,7 @@ def test_bad_rows_and_files_are_left_out_the_same_for_any_world(tmp_path, caplog
             start=Cursor(),
             prefetch_steps=2,
             pin_memory=False,
+            objective=CausalLM(),
         )
         with loader:
             ranks.append([next(loader).after.digest for _ in range(4)])

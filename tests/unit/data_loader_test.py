@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from bigtrain.config import DataConfig
 from bigtrain.data.order.cursor import Cursor
-from bigtrain.data.read.batch import IGNORE_INDEX
 from bigtrain.data.read.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.read.loader import TrainLoader, validation_batches
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.errors import DataError
+from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.causal_lm import CausalLM
 
 T = 4
 
@@ -40,6 +41,7 @@ def loader(split, *, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size
         start=Cursor.at(first_step, global_batch_size),
         prefetch_steps=prefetch_steps,
         pin_memory=False,
+        objective=CausalLM(),
     )
 
 
@@ -60,7 +62,7 @@ def rows(step_batches):
         [
             tokens.tolist()
             for batch in step.micro_batches
-            for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
+            for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True)
             if targets[0] != IGNORE_INDEX
         ]
         for step in step_batches
@@ -71,10 +73,10 @@ def test_a_step_has_tokens_and_shifted_targets():
     (step,) = first_steps(counting_split(100), 1, global_batch_size=6, micro_batch_size=3)
     assert step.step == 0 and step.num_targets == step.global_num_targets == 6 * T and len(step.micro_batches) == 2
     for batch in step.micro_batches:
-        assert batch.tokens.shape == batch.targets.shape == (3, T)
-        assert batch.tokens.dtype == batch.targets.dtype == torch.int64
-        assert batch.tokens.is_contiguous() and batch.targets.is_contiguous()
-        assert torch.equal(batch.targets, batch.tokens + 1)
+        assert batch["tokens"].shape == batch["targets"].shape == (3, T)
+        assert batch["tokens"].dtype == batch["targets"].dtype == torch.int64
+        assert batch["tokens"].is_contiguous() and batch["targets"].is_contiguous()
+        assert torch.equal(batch["targets"], batch["tokens"] + 1)
 
 
 @settings(deadline=None, max_examples=40)
@@ -96,7 +98,7 @@ def test_the_global_batch_is_the_same_for_any_topology(topology, num_tokens, fir
         for rank in range(dp_size)
     ]
     assert [[*chain(*parts)] for parts in zip(*map(rows, ranks), strict=True)] == alone
-    shapes = {(len(step.micro_batches), *step.micro_batches[0].tokens.shape) for steps in ranks for step in steps}
+    shapes = {(len(step.micro_batches), *step.micro_batches[0]["tokens"].shape) for steps in ranks for step in steps}
     assert shapes == {(math.ceil(math.ceil(global_batch_size / dp_size) / micro_batch_size), micro_batch_size, T)}
     for step in (0, 1):
         assert sum(steps[step].num_targets for steps in ranks) == global_batch_size * T
@@ -192,16 +194,17 @@ def validate(split, batches, topology, dp_rank):
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
+        objective=CausalLM(),
     )
 
 
 def validated_samples(split, batches, topology):
     """Number of micro-batches of each rank, and all samples that count."""
-    ranks = [list(validate(split, batches, topology, rank)) for rank in range(topology[2])]
+    ranks = [list(chain.from_iterable(validate(split, batches, topology, rank))) for rank in range(topology[2])]
     samples = []
     for batch in (batch for rank in ranks for batch in rank):
-        assert batch.tokens.shape == batch.targets.shape == (topology[1], T)
-        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+        assert batch["tokens"].shape == batch["targets"].shape == (topology[1], T)
+        for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
             assert torch.equal(targets, tokens + 1) or torch.all(targets == IGNORE_INDEX)
             samples += [int(tokens[0]) // T] if targets[0] != IGNORE_INDEX else []
     return [len(rank) for rank in ranks], samples
@@ -237,7 +240,7 @@ def test_synthetic_samples_are_a_function_of_their_id():
 def test_ragged_targets_differ_per_sample_and_are_counted():
     split = SyntheticSplit("train", 64, is_ragged=True)
     (step,) = first_steps(split, 1, global_batch_size=64, micro_batch_size=8)
-    counted = torch.cat([batch.targets != IGNORE_INDEX for batch in step.micro_batches])
+    counted = torch.cat([batch["targets"] != IGNORE_INDEX for batch in step.micro_batches])
     lengths = counted.sum(dim=1)
     assert step.num_targets == int(lengths.sum()) and step.global_num_targets is None
     assert set(lengths.tolist()) == {1, 2, 3, 4}
@@ -256,8 +259,9 @@ def test_pinned_batches():
         start=Cursor(),
         prefetch_steps=2,
         pin_memory=True,
+        objective=CausalLM(),
     ) as batches:
         batch = next(batches).micro_batches[0]
-    assert batch.tokens.is_pinned() and batch.targets.is_pinned()
+    assert batch["tokens"].is_pinned() and batch["targets"].is_pinned()
     on_device = batch.to(torch.device("cuda"))
-    assert torch.equal(on_device.targets.cpu(), batch.targets)
+    assert torch.equal(on_device["targets"].cpu(), batch["targets"])

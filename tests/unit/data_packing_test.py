@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import Packing
-from bigtrain.data.read.batch import IGNORE_INDEX, ArrayPool
+from bigtrain.data.read.batch import ArrayPool
 from bigtrain.data.read.corpus import SyntheticSplit, TokenSplit
 from bigtrain.data.read.packing import build_packing, pack_best_fit
+from bigtrain.tasks.base import IGNORE_INDEX
 
 T = 8
 END = 0
@@ -49,10 +50,10 @@ def test_concatenated_samples_cover_each_shard_in_order(split):
     for shard, num_samples in enumerate(packed.shard_samples.tolist()):
         tokens = split.read(shard)
         used = slice(row, row + num_samples)
-        assert samples.tokens[used].ravel().tolist() == tokens[: num_samples * T].tolist()
-        assert samples.targets[used].ravel().tolist() == tokens[1 : num_samples * T + 1].tolist()
+        assert samples["tokens"][used].ravel().tolist() == tokens[: num_samples * T].tolist()
+        assert samples["targets"][used].ravel().tolist() == tokens[1 : num_samples * T + 1].tolist()
         row += num_samples
-    assert samples.tokens.dtype == samples.targets.dtype == np.int64
+    assert samples["tokens"].dtype == samples["targets"].dtype == np.int64
     with pytest.raises(IndexError):
         packed.gather(np.array([row]))
 
@@ -60,33 +61,33 @@ def test_concatenated_samples_cover_each_shard_in_order(split):
 @given(split=corpora())
 def test_positions_count_from_the_token_before_each_document(split):
     packed, samples = gathered(split, Packing.concat)
-    for sample in range(len(samples.tokens)):
+    for sample in range(len(samples["tokens"])):
         shard, documents = (
             int(np.searchsorted(np.cumsum(packed.shard_samples), sample, "right")),
             packed.documents(sample),
         )
-        for begin, end in runs(samples.positions[sample]):
+        for begin, end in runs(samples["positions"][sample]):
             assert len(set(documents[begin:end].tolist())) == 1, "a run of positions is within a document"
-            assert samples.positions[sample, begin:end].tolist() == list(range(end - begin))
+            assert samples["positions"][sample, begin:end].tolist() == list(range(end - begin))
             if begin:
-                assert samples.tokens[sample, begin] == END and documents[begin] != documents[begin - 1]
+                assert samples["tokens"][sample, begin] == END and documents[begin] != documents[begin - 1]
         assert shard < len(split.shard_tokens)
 
 
 @given(split=corpora())
 def test_best_fit_has_every_token_as_a_target_once_and_cuts_only_long_documents(split):
     packed, samples = gathered(split, Packing.best_fit)
-    counted = samples.targets != IGNORE_INDEX
+    counted = samples["targets"] != IGNORE_INDEX
     everything = np.concatenate([split.read(shard) for shard in range(len(split.shard_tokens))])
-    assert sorted(samples.targets[counted].tolist()) == sorted(everything.tolist())
+    assert sorted(samples["targets"][counted].tolist()) == sorted(everything.tolist())
     pieces = []
-    for sample in range(len(samples.tokens)):
+    for sample in range(len(samples["tokens"])):
         documents = packed.documents(sample)
         assert ((documents >= 0) == counted[sample]).all(), "what is no document does not count"
-        for begin, end in runs(samples.positions[sample]):
+        for begin, end in runs(samples["positions"][sample]):
             if not counted[sample, begin]:
                 continue
-            targets, tokens = samples.targets[sample, begin:end], samples.tokens[sample, begin:end]
+            targets, tokens = samples["targets"][sample, begin:end], samples["tokens"][sample, begin:end]
             assert tokens[1:].tolist() == targets[:-1].tolist()
             pieces.append(targets.tolist())
             whole = len(set(documents[begin:end].tolist())) == 1
@@ -136,20 +137,20 @@ def test_what_is_masked_in_the_data_does_not_count(split, packing):
     masked = TokenSplit("train", tokens, "f", documents=documents, counted=counted)
     _, plain = gathered(split, packing)
     _, samples = gathered(masked, packing)
-    expected = np.where(plain.targets % 3 > 0, plain.targets, IGNORE_INDEX)
-    assert (samples.targets == expected).all() and (samples.tokens == plain.tokens).all()
+    expected = np.where(plain["targets"] % 3 > 0, plain["targets"], IGNORE_INDEX)
+    assert (samples["targets"] == expected).all() and (samples["tokens"] == plain["tokens"]).all()
 
 
 @settings(deadline=None)
 @given(split=corpora(), packing=st.sampled_from(Packing), data=st.data())
 def test_samples_do_not_depend_on_what_is_gathered_with_them(split, packing, data):
     packed, whole = gathered(split, packing)
-    ids = data.draw(st.lists(st.sampled_from(range(len(whole.tokens))), max_size=9)) if len(whole.tokens) else []
+    ids = data.draw(st.lists(st.sampled_from(range(len(whole["tokens"]))), max_size=9)) if len(whole["tokens"]) else []
     some = packed.gather(np.array(ids, dtype=np.int64))
     for part, all_of_it in (
-        (some.tokens, whole.tokens),
-        (some.targets, whole.targets),
-        (some.positions, whole.positions),
+        (some["tokens"], whole["tokens"]),
+        (some["targets"], whole["targets"]),
+        (some["positions"], whole["positions"]),
     ):
         assert part.tolist() == all_of_it[ids].tolist()
 
@@ -157,10 +158,10 @@ def test_samples_do_not_depend_on_what_is_gathered_with_them(split, packing, dat
 def test_without_a_document_mask_there_are_no_positions():
     split = TokenSplit("train", np.arange(100, dtype=np.uint16), "f")
     for packing in Packing:
-        assert gathered(split, packing, document_mask=False)[1].positions is None
+        assert gathered(split, packing, document_mask=False)[1].keys() == {"tokens", "targets"}
     synthetic = SyntheticSplit("train", 100, is_ragged=False)
     samples = build_packing(synthetic, T, Packing.concat, document_mask=True).gather(np.arange(3))
-    assert samples.positions.tolist() == [list(range(T))] * 3
+    assert samples["positions"].tolist() == [list(range(T))] * 3
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():
@@ -181,8 +182,8 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
 @given(split=corpora(), packing=st.sampled_from(Packing))
 def test_what_was_gathered_stays(split, packing):
     packed, whole = gathered(split, packing)
-    before = [array.copy() for array in (whole.tokens, whole.targets, whole.positions)]
+    before = [array.copy() for array in whole.values()]
     for _ in range(3):
-        packed.gather(np.arange(len(whole.tokens))[::-1].copy())
-    for array, kept in zip((whole.tokens, whole.targets, whole.positions), before, strict=True):
+        packed.gather(np.arange(len(whole["tokens"]))[::-1].copy())
+    for array, kept in zip(whole.values(), before, strict=True):
         assert np.array_equal(array, kept)

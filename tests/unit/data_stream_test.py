@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from bigtrain.config.check import check_data
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.data.order.cursor import Cursor, chain_digest
 from bigtrain.data.prepare.corpus import prepare, prepare_components
-from bigtrain.data.read.batch import IGNORE_INDEX
 from bigtrain.data.read.corpus import TokenSplit
 from bigtrain.data.read.loader import TrainLoader, validation_batches
 from bigtrain.data.read.stream import SampleStream
@@ -29,6 +29,8 @@ from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.data.streams import open_streams
 from bigtrain.errors import DataError
 from bigtrain.run.data import remarks
+from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.causal_lm import CausalLM
 
 T = 4
 
@@ -92,6 +94,7 @@ def steps_of(data, splits, topology, start, num_steps, prefetch_steps=1):
             start=start,
             prefetch_steps=prefetch_steps,
             pin_memory=False,
+            objective=CausalLM(),
         )
         with loader:
             ranks.append([next(loader) for _ in range(num_steps)])
@@ -115,11 +118,11 @@ def steps_of(data, splits, topology, start, num_steps, prefetch_steps=1):
 
 
 def targets_of(step_batch):
-    return [batch.targets for batch in step_batch.micro_batches]
+    return [batch["targets"] for batch in step_batch.micro_batches]
 
 
 def tensors(batch):
-    return [batch.tokens, batch.targets, *([] if batch.positions is None else [batch.positions])]
+    return list(batch.values())
 
 
 def rows_of(tensor):
@@ -211,8 +214,18 @@ def test_the_end_of_the_data_is_told_before_the_run_begins():
 def test_validation_takes_every_component():
     data, splits = two_components(a=1.0, b=0.5)
     stream = SampleStream("validation", splits, data, seed=1, global_batch_size=10)
-    batches = validation_batches(stream, batches=2, global_batch_size=10, micro_batch_size=5, dp_rank=0, dp_size=1)
-    firsts = [token for batch in batches for token in batch.tokens[:, 0].tolist()]
+    batches = chain.from_iterable(
+        validation_batches(
+            stream,
+            batches=2,
+            global_batch_size=10,
+            micro_batch_size=5,
+            dp_rank=0,
+            dp_size=1,
+            objective=CausalLM(),
+        )
+    )
+    firsts = [token for batch in batches for token in batch["tokens"][:, 0].tolist()]
     assert firsts == [1000 * (i // 10) + T * 10 * (i % 10) for i in range(20)]
 
 
@@ -252,7 +265,7 @@ def test_synthetic_components_hold_different_samples():
     data = DataConfig(source=DataSource.synthetic, sequence_length=16, mixture=mixture)
     stream = open_streams(data, {}, vocab_size=97, seed=0, global_batch_size=4)["train"]
     samples = stream.gather(np.array([5, stream.num_samples // 2 + 5]))
-    assert samples.tokens[0].tolist() != samples.tokens[1].tolist()
+    assert samples["tokens"][0].tolist() != samples["tokens"][1].tolist()
     assert stream.origin_of(5)[0] == "a" and stream.origin_of(stream.num_samples - 1)[0] == "b"
 
 

@@ -7,10 +7,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions, RopeScalingConfig
+from bigtrain.data.read.batch import Batch
 from bigtrain.models import build_model, initial_values
 from bigtrain.models.loss import sum_cross_entropy
 from bigtrain.models.transformer import rope_table, rotate
-from bigtrain.tasks.causal_lm import loss_sum
+from bigtrain.tasks.base import TaskModel, sums_of
+from bigtrain.tasks.causal_lm import CausalLM
 from tests.modules import initialise
 
 
@@ -245,11 +247,10 @@ def test_loss_is_summed_in_fp32_under_bf16():
 def test_objective_hands_tokens_and_targets_to_the_model():
     config = gpt()
 
-    class Batch:
-        tokens, targets, positions = tokens_BT(config), tokens_BT(config, seed=1), None
-
-    model = ready(config)
-    assert loss_sum(model, Batch) == model(Batch.tokens, Batch.targets)
+    batch, model = Batch(tokens=tokens_BT(config), targets=tokens_BT(config, seed=1)), ready(config)
+    task_model = TaskModel(model, CausalLM())
+    assert sums_of(task_model, batch).tolist() == [model(*batch.values()).item()]
+    assert torch.equal(task_model(batch["tokens"], predicts=True), model(batch["tokens"]))
 
 
 def test_meta_model_has_all_its_tensors_on_meta_and_runs(config):

@@ -322,10 +322,9 @@ def run_steps(config, info, device):
     num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * info.world_size)
     saver = Saver(Path(config.run.root, str(config.model.num_layers)), engine.state.entries, config.checkpoint)
     for step in range(3 if config.engine.kind is EngineKind.ddp else 2):  # DDP arranges its buckets anew in its second
-        for i in range(num_micro_batches):
-            tokens = torch.randint(config.model.vocab_size, size)
-            num_targets = torch.tensor(float(tokens.numel()))
-            engine.micro_step(Batch(tokens, tokens), num_targets=num_targets, last=i == num_micro_batches - 1)
+        tokens = [torch.randint(config.model.vocab_size, size) for _ in range(num_micro_batches)]
+        micro_batches = [Batch(tokens=t, targets=t) for t in tokens]
+        engine.forward_backward(micro_batches, num_targets=torch.tensor(float(tokens[0].numel())))
         engine.step(1e-3)
         if step == 0:
             saver.save(RunState(1, 0, 0, "", {}, {}, info.world_size))

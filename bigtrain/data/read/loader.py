@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from bigtrain.data.order.cursor import Cursor, chain_digest
 from bigtrain.data.order.permutation import rank_share
-from bigtrain.data.read.batch import IGNORE_INDEX, Batch
+from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.errors import DataError
+from bigtrain.tasks.base import Objective
 
 _IDS_AT_ONCE = 4096
 _TOKENS_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
@@ -64,6 +65,7 @@ class TrainLoader:
         start: Cursor,
         prefetch_steps: int,
         pin_memory: bool,
+        objective: Objective,
     ) -> None:
         """Start to prepare ``prefetch_steps`` steps, at least 1, in the background.
 
@@ -76,6 +78,7 @@ class TrainLoader:
             start: Where to begin.
             prefetch_steps: Steps kept ready.
             pin_memory: Put the batches into page-locked memory.
+            objective: Which targets count.
 
         Raises:
             DataError: the split is shorter than one sample.
@@ -89,6 +92,7 @@ class TrainLoader:
         tokens_per_step = self._num_micro_batches * micro_batch_size * stream.sequence_length
         self._steps_at_once = 1 if stream.is_live else min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
         self._pin_memory = pin_memory
+        self._objective = objective
         self._cursor = start
         self._block_first, self._block = 0, np.empty(0, dtype=np.int64)
         self._is_closing = False
@@ -167,7 +171,8 @@ class TrainLoader:
         mine = ids[:, self._share.start : self._share.stop] if self._share else ids[:, :1]
         samples = self._stream.gather(mine.reshape(-1))
         places = self._num_micro_batches * self._micro_batch_size
-        samples = samples.padded(len(ids), places, num_kept=len(self._share))
+        filling = {name: field.filling for name, field in self._objective.fields.items()}
+        samples = samples.padded(len(ids), places, num_kept=len(self._share), filling=filling)
         num_targets, global_num_targets = self._count_targets(samples, len(ids))
         if self._pin_memory:
             samples = samples.pin_memory()
@@ -183,12 +188,12 @@ class TrainLoader:
 
     def _count_targets(self, samples: Batch, num_steps: int) -> tuple[list[int], int | None]:
         """Return how many targets of this rank count in each step, and of all ranks if that is known."""
-        if self._stream.is_full:
+        if self._stream.is_full and self._objective.counts_by_shape:
             length = self._stream.sequence_length
             return [len(self._share) * length] * num_steps, self._global_batch_size * length
         # numpy, because every thread that calls torch gets its own set of OpenMP threads
-        is_counted = samples.targets.numpy() != IGNORE_INDEX
-        return np.count_nonzero(is_counted.reshape(num_steps, -1), axis=1).tolist(), None
+        counts = self._objective.count({name: tensor.numpy() for name, tensor in samples.items()})
+        return counts.reshape(num_steps, -1).sum(axis=1).tolist(), None
 
     def _ids(self, first: int) -> NDArray[np.int64]:
         """Return the samples of the next steps, one row each, from a block of more: one by one costs more."""
@@ -210,8 +215,9 @@ def validation_batches(
     micro_batch_size: int,
     dp_rank: int,
     dp_size: int,
-) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of ``batches`` global batches, the same samples every time.
+    objective: Objective,
+) -> Iterator[list[Batch]]:
+    """Yield this rank's micro-batches of each of ``batches`` global batches, the same samples every time.
 
     ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the
     whole split. Every rank yields the same number of micro-batches, so that collectives cannot wait
@@ -225,24 +231,31 @@ def validation_batches(
     num_samples = stream.num_samples
     num_chosen = min(batches * global_batch_size, num_samples)
     share = rank_share(global_batch_size, dp_rank, dp_size)
+    ignored = {name: field.ignored for name, field in objective.fields.items() if field.ignored is not None}
     for global_batch in range(math.ceil(num_chosen / global_batch_size)):
+        micro_batches = []
         for number in range(_micro_batches(global_batch_size, micro_batch_size, dp_size)):
             in_batch = share.start + number * micro_batch_size + np.arange(micro_batch_size)
             places = in_batch + global_batch * global_batch_size
             is_chosen = (in_batch < share.stop) & (places < num_chosen)
             ids = np.where(is_chosen, places * num_samples // num_chosen, 0)
             batch = stream.gather(ids)
-            batch.targets[torch.from_numpy(~is_chosen)] = IGNORE_INDEX
-            yield batch
+            for name, value in ignored.items():
+                batch[name][torch.from_numpy(~is_chosen)] = value
+            micro_batches.append(batch)
+        yield micro_batches
 
 
-def require_validation_targets(stream: SampleStream, *, batches: int, global_batch_size: int) -> None:
+def require_validation_targets(
+    stream: SampleStream, *, batches: int, global_batch_size: int, objective: Objective
+) -> None:
     """Refuse to validate on samples of which no target counts.
 
     Args:
         stream: of the validation split.
         batches: as for :func:`validation_batches`.
         global_batch_size: as there.
+        objective: which targets count.
 
     Raises:
         DataError: none counts, or the split is shorter than one sample.
@@ -251,12 +264,18 @@ def require_validation_targets(stream: SampleStream, *, batches: int, global_bat
     if not stream.has_answers:
         return
     whole = {"global_batch_size": global_batch_size, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
-    if not any((batch.targets != IGNORE_INDEX).any() for batch in validation_batches(stream, batches=batches, **whole)):
+    found = validation_batches(stream, batches=batches, objective=objective, **whole)
+    if not any(count_targets(objective, batch) for micro_batches in found for batch in micro_batches):
         raise DataError(
             f"no target that counts is in the samples of {stream.sequence_length} tokens that validation.batches={batches} "
             f"takes of {stream.num_samples}, only prompts whose answers are elsewhere; use more of them, a larger "
             "data.sequence_length, data.validation_fraction or data.packing=best_fit"
         )
+
+
+def count_targets(objective: Objective, batch: Batch) -> int:
+    """Return how many targets of a batch on the host count."""
+    return int(objective.count({name: tensor.numpy() for name, tensor in batch.items()}).sum())
 
 
 def _micro_batches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:

@@ -21,8 +21,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bigtrain.config import Packing
-from bigtrain.data.read.batch import IGNORE_INDEX, ArrayPool, Samples, gather_groups
+from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.read.corpus import Split, SyntheticSplit
+from bigtrain.tasks.base import IGNORE_INDEX
 
 _SHARDS_KEPT = 64
 
@@ -79,7 +80,8 @@ class _ShardedSamples:
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
         if not len(sample_ids):
-            return self._pool.samples(0, self.sequence_length, self._document_mask)
+            none = self._new_samples(0)
+            return Samples(none, positions=none["tokens"]) if self._document_mask else none
         return gather_groups(shards, lambda shard, rows: self._gather_shard(shard, local[rows]), self._pool)
 
     def answered(self) -> NDArray[np.int64] | None:
@@ -106,6 +108,10 @@ class _ShardedSamples:
         shards = np.searchsorted(ends, sample_ids, side="right")
         return shards, sample_ids - (ends - self.shard_samples)[shards]
 
+    def _new_samples(self, num_samples: int) -> Samples:
+        shape = (num_samples, self.sequence_length)
+        return Samples(tokens=self._pool.take(*shape), targets=self._pool.take(*shape))
+
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         raise NotImplementedError
 
@@ -129,14 +135,14 @@ class ConcatSamples(_ShardedSamples):
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         windows = _windows(self._split.read(shard), self.sequence_length)[local]
-        samples = self._pool.samples(len(local), self.sequence_length, False)
-        samples.tokens[:], samples.targets[:] = windows[:, :-1], windows[:, 1:]
+        samples = self._new_samples(len(local))
+        samples["tokens"][:], samples["targets"][:] = windows[:, :-1], windows[:, 1:]
         counted = self._split.counted(shard)
         if counted is not None:
             is_counted = _windows(counted, self.sequence_length)[local][:, 1:]
-            samples.targets[is_counted == 0] = IGNORE_INDEX
+            samples["targets"][is_counted == 0] = IGNORE_INDEX
         if self._document_mask:
-            samples.positions = self._positions(shard, local)
+            samples["positions"] = self._positions(shard, local)
         return samples
 
     def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -200,27 +206,27 @@ class BestFitSamples(_ShardedSamples):
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         plan, tokens, counted = self._plan(shard), self._split.read(shard), self._split.counted(shard)
-        samples = self._pool.samples(len(local), self.sequence_length, False)
-        samples.tokens[:] = 0
-        samples.targets[:] = IGNORE_INDEX
+        samples = self._new_samples(len(local))
+        samples["tokens"][:] = 0
+        samples["targets"][:] = IGNORE_INDEX
         is_begin = np.zeros((len(local), self.sequence_length), dtype=np.bool_)
         is_begin[:, 0] = True
         for row, sample in enumerate(local.tolist()):
             place = 0
             for piece in range(plan.first_piece[sample], plan.first_piece[sample + 1]):
                 start, length = int(plan.starts[piece]), int(plan.lengths[piece])
-                samples.tokens[row, place] = tokens[plan.openers[piece]]
-                samples.tokens[row, place + 1 : place + length] = tokens[start : start + length - 1]
-                samples.targets[row, place : place + length] = tokens[start : start + length]
+                samples["tokens"][row, place] = tokens[plan.openers[piece]]
+                samples["tokens"][row, place + 1 : place + length] = tokens[start : start + length - 1]
+                samples["targets"][row, place : place + length] = tokens[start : start + length]
                 if counted is not None:
                     ignored = counted[start : start + length] == 0
-                    samples.targets[row, place : place + length][ignored] = IGNORE_INDEX
+                    samples["targets"][row, place : place + length][ignored] = IGNORE_INDEX
                 is_begin[row, place] = True
                 place += length
             if place < self.sequence_length:
                 is_begin[row, place] = True
         if self._document_mask:
-            samples.positions = positions_from_begins(is_begin)
+            samples["positions"] = positions_from_begins(is_begin)
         return samples
 
     def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -248,8 +254,10 @@ class SyntheticSamples:
         is_counted = self._split.counted_targets(sample_ids, self.sequence_length)
         if is_counted is not None:
             targets[~is_counted] = IGNORE_INDEX
-        positions = np.tile(np.arange(self.sequence_length), (len(sample_ids), 1)) if self._document_mask else None
-        return Samples(windows[:, :-1].copy(), targets, positions)
+        samples = Samples(tokens=windows[:, :-1].copy(), targets=targets)
+        if self._document_mask:
+            samples["positions"] = np.tile(np.arange(self.sequence_length), (len(sample_ids), 1))
+        return samples
 
     def answered(self) -> None:
         """Every sample has a target that counts."""

@@ -1,0 +1,100 @@
+"""What a task is to the rest: named tensors in, one vector of sums out.
+
+Everything that a run adds up over micro-batches and ranks is a *sum*: the loss, and whatever metrics are made of. Engines
+divide the loss by the global count of targets, which is known before the step; so no number depends on how a step was cut
+into pieces. There is no place for a mean over a micro-batch, for it would.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
+
+
+class Field(NamedTuple):
+    """One tensor of a batch."""
+
+    dtype: torch.dtype
+    """Type of its elements."""
+    shape: tuple[str | int, ...]
+    """Without the batch dimension; letters stand for sizes that data and model settings decide, such as ``("T",)``."""
+    padding: int | float = 0
+    """What fills samples up that count for nothing."""
+    ignored: int | None = None
+    """Value of a target that does not count; then it fills padding too."""
+
+    @property
+    def filling(self) -> int | float:
+        """What padding consists of."""
+        return self.padding if self.ignored is None else self.ignored
+
+
+class Objective(Protocol):
+    """What is minimised. An implementation is a small class without state."""
+
+    fields: Mapping[str, Field]
+    """What a batch may hold, in the order in which the network gets it; the last ones may be missing."""
+    sums: Mapping[str, tuple[int, ...]]
+    """Names and shapes of the sums beside the loss, in order, of which metrics are made."""
+    counts_by_shape: bool
+    """Whether a sample whose places are all targets has as many as its targets have elements."""
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return how many targets count in each sample, ``(N,)``; on the host, before the step."""
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        """Return the loss, *summed* over the batch's targets, and the sums, flat: fp32 ``(1 + K,)``; only the first has a gradient."""
+
+    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return metrics by name.
+
+        Args:
+            loss: mean over targets.
+            sums: over the same samples, by name.
+        """
+
+
+class TaskModel(nn.Module):
+    """A network with its objective: what engines wrap.
+
+    Tensors are given by position, because the hooks of DeepSpeed's ZeRO-3 see no others.
+    """
+
+    def __init__(self, network: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+
+    def forward(self, *tensors: Tensor, predicts: bool = False) -> Any:
+        """Return the vector of sums, or what the network itself says to ``tensors``."""
+        return self.network(*tensors) if predicts else self.objective(self.network, *tensors)
+
+
+def sums_of(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what a wrapped :class:`TaskModel` says of a batch: fp32 ``(1 + K,)``, the summed loss first."""
+    return module(*batch.values())
+
+
+def gradient_scale(loss: Tensor, scale: Tensor | float) -> Tensor:
+    """Return the factor of ``loss`` in the backward pass: ``scale``, or NaN if the loss is not finite.
+
+    A loss can be infinite although its gradient is not. So made, its gradient is not finite either, and neither is
+    the sum over the ranks: all of them see it in the gradient's norm, without an exchange of its own.
+    """
+    return scale + 0 * loss.detach()
+
+
+def split_sums(objective: Objective, flat: Sequence[float]) -> dict[str, NDArray[np.float64]]:
+    """Return the sums beside the loss by name, from a vector ``(K,)``."""
+    sums, first = {}, 0
+    for name, shape in objective.sums.items():
+        size = int(np.prod(shape))
+        sums[name] = np.asarray(flat[first : first + size], dtype=np.float64).reshape(shape)
+        first += size
+    return sums
