@@ -57,7 +57,7 @@ class Normal:
         buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
         for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
             # Always the whole block: torch's normal numbers depend on how many are asked for.
-            buffer.normal_(0.0, self.std, generator=_generator(self.seed, self.fqn, block))
+            buffer.normal_(0.0, self.std, generator=generator_of(self.seed, self.fqn, block))
             first = block * BLOCK_ELEMENTS
             low, high = max(start, first), min(stop, first + BLOCK_ELEMENTS)
             out[low - start : high - start] = buffer[low - first : high - first]
@@ -80,7 +80,8 @@ def seed_of(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _generator(seed: int, fqn: str, block: int) -> torch.Generator:
+def generator_of(seed: int, fqn: str, block: int) -> torch.Generator:
+    """Return the generator of a block of a parameter's elements."""
     return torch.Generator(device="cpu").manual_seed(seed_of(seed, fqn, block))
 
 

@@ -9,7 +9,8 @@ from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf.build import HFCausalLM, parameters_on_meta
 from bigtrain.models.hf.load import published
-from bigtrain.models.init import Given, InitialValue, Normal, seed_of
+from bigtrain.models.hf.programs import recorded_values
+from bigtrain.models.init import Given, InitialValue, seed_of
 
 
 def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
@@ -25,21 +26,21 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
 def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
     """Return values distributed like those that ``transformers`` would start from.
 
-    Matrices are normal with the architecture's ``initializer_range`` (which is nearly, not quite, what
-    state-space layers do); all else, such as norms, biases and decay rates, is what the model's own
-    initialisation code makes of it.
+    Matrices are what the model's own initialisation code makes of them, played back part by part
+    (:mod:`bigtrain.models.hf.programs`); all else, such as norms, biases and decay rates, is what that code makes in
+    one piece.
     """
-    std = getattr(model.causal_lm.config.get_text_config(), "initializer_range", None) or 0.02
-    matrices, others = set(), []
+    programs = recorded_values(model, lambda: _initialise_as_transformers(model.causal_lm, model.causal_lm), seed)
+    values, others = {}, []
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
-            if param.requires_grad and _is_matrix(module, name, param):  # not a table of sinusoids
-                matrices.add(f"{prefix}.{name}")
+            fqn = f"{prefix}.{name}"
+            # A table of sinusoids is not drawn.
+            if param.requires_grad and _is_matrix(module, name, param) and fqn in programs:
+                values[fqn] = programs[fqn]
             else:
-                others.append((module, f"{prefix}.{name}"))
-    values: dict[str, InitialValue] = _own_values(model, others, seed)
-    for name in matrices:
-        values[name] = Normal(std * _residual_scale(model, name), seed, name)
+                others.append((module, fqn))
+    values |= _own_values(model, others, seed)
     return {name: values[name] for name, _ in model.named_parameters()}
 
 
@@ -49,11 +50,6 @@ def _is_matrix(module: nn.Module, name: str, param: nn.Parameter) -> bool:
     linear = isinstance(module, nn.Linear | nn.Embedding | Conv1D) and name == "weight"
     fused_experts = param.ndim >= 3 and not isinstance(module, nn.modules.conv._ConvNd)
     return linear or fused_experts
-
-
-def _residual_scale(model: HFCausalLM, name: str) -> float:
-    """Return the factor by which GPT-2 and its kin, alone in using this name, shrink residual outputs."""
-    return 1 / math.sqrt(2 * len(model.blocks)) if name.endswith(".c_proj.weight") else 1.0
 
 
 def _own_values(model: HFCausalLM, owned: list[tuple[nn.Module, str]], seed: int) -> dict[str, InitialValue]:
