@@ -311,8 +311,6 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
     """Check what the model and the data have to agree about."""
     data, model = config.data, config.model
     problems = []
-    if data.document_mask and model.kind is ModelKind.hf:
-        problems.append("data.document_mask=true is not offered by +model=hf; choose a native model or leave it out")
     if data.sequence_length < 1:
         problems.append(f"data.sequence_length={data.sequence_length}: must be at least 1")
     if model.kind is ModelKind.native and data.sequence_length > model.max_positions:

@@ -109,12 +109,29 @@ def require_causal(engine: Engine, config: TrainConfig) -> None:
     moved = broadcast_json(look_ahead(logits_of, config.model.vocab_size, length, engine.device))
     # Experts of a causal model compute a token beside others, which rounds otherwise.
     noise = 1e-4 if config.engine.precision is Precision.fp32 else 1e-2
+    if config.data.document_mask and length >= 4:
+        _require_documents_apart(engine, config, logits_of, length, noise)
     if moved > noise:
         raise of_all_ranks(
             ConfigError(
                 f"model.name={config.model.name} looks ahead: its logits of earlier tokens change when only later tokens "
                 f"do, so it would learn to read the answer; its config.json has {direction_settings(engine.module)}; "
                 "a decoder needs is_decoder=true, or whatever makes this architecture causal"
+            )
+        )
+
+
+def _require_documents_apart(
+    engine: Engine, config: TrainConfig, logits_of: Callable[..., torch.Tensor], length: int, noise: float
+) -> None:
+    from bigtrain.models.probe import look_across
+
+    if broadcast_json(look_across(logits_of, config.model.vocab_size, length, engine.device)) > noise:
+        raise of_all_ranks(
+            ConfigError(
+                f"data.document_mask=true, but model.name={config.model.name} sees across documents: its logits change when "
+                "only the tokens of another document do; leave data.document_mask out, or choose an architecture of "
+                "attention alone that takes position_ids"
             )
         )
 

@@ -210,3 +210,24 @@ def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: i
         logits_BTV = logits_of(tokens_BT.to(device)).float()
     change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
     return (change_T[:first].max() / change_T[first:].max()).item()
+
+
+@torch.no_grad()
+def look_across(logits_of: Callable[..., Tensor], vocab_size: int, length: int, device: torch.device) -> float:
+    """Return how much logits change with the tokens of *another document*, as a part of the change in that document.
+
+    Args:
+        logits_of: the model, ``(B, T)`` tokens, None and ``(B, T)`` positions to ``(B, T, V)`` logits; no dropout.
+        vocab_size: tokens are below it.
+        length: tokens per sample, at least 4.
+        device: of the tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)
+    first = length // 2
+    tokens_BT[:, :first] = torch.randperm(vocab_size, generator=generator)[:2, None]
+    positions_BT = torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(2, 1)
+    with torch.compiler.set_stance("force_eager"):
+        logits_BTV = logits_of(tokens_BT.to(device), None, positions_BT.to(device)).float()
+    change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
+    return (change_T[first:].max() / change_T[:first].max()).item()

@@ -11,6 +11,8 @@ from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import build_causal_lm
 from bigtrain.models.probe import longest_sample, look_ahead, outermost, require_positions, unreached_parameters
+from bigtrain.tasks.base import TaskModel
+from bigtrain.tasks.causal_lm import CausalLM
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 ROTARY = dict(SMALL, num_key_value_heads=2, max_position_embeddings=32)
@@ -187,7 +189,7 @@ def test_a_run_of_a_model_that_looks_ahead_is_refused(precision, tmp_path, monke
             engine=EngineConfig(precision=Precision[precision]),
         )
         torch.manual_seed(0)
-        engine = SimpleNamespace(module=build_model(model), device=torch.device("cpu"))
+        engine = SimpleNamespace(module=TaskModel(build_model(model), CausalLM()), device=torch.device("cpu"))
         engine.module.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         if is_decoder:
             build.require_causal(engine, config)

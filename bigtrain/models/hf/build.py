@@ -40,6 +40,7 @@ class HFCausalLM(nn.Module):
         text_config = causal_lm.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -48,10 +49,22 @@ class HFCausalLM(nn.Module):
         trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
         return max(trained or lists, key=len)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: HFCache | None = None) -> Tensor:
-        """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar."""
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        *,
+        cache: HFCache | None = None,
+    ) -> Tensor:
+        """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar.
+
+        From positions, which count from 0 at each document, transformers derives a mask that keeps attention within
+        documents, in architectures that take them.
+        """
         if cache is None:
-            logits_BTV = self.causal_lm(input_ids=tokens_BT, use_cache=False).logits
+            positions = {} if positions_BT is None or not self.takes_positions else {"position_ids": positions_BT}
+            logits_BTV = self.causal_lm(input_ids=tokens_BT, use_cache=False, **positions).logits
         else:
             output = self.causal_lm(input_ids=tokens_BT, past_key_values=cache.past_key_values, use_cache=True)
             cache.past_key_values, logits_BTV = output.past_key_values, output.logits
