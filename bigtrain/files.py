@@ -63,6 +63,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_anew(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all, also where several processes do.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 def write_durably(path: Path, parts: Iterable[memoryview]) -> FileRecord:
     """Write a new file, hashed on the way, so that it is on the disk.
 

@@ -144,8 +144,12 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
     if config.model.kind is ModelKind.native:
         config.model.name = config.model.name or choices["model"]
-    elif config.model.name:
-        from bigtrain.models.hf.build import with_hf_shape
+        return resolve(config)
+    from bigtrain.models.hf.build import describe_architecture, with_hf_shape
+
+    if config.model.architecture:
+        config.model.name = describe_architecture(config.model, Path(config.data.root, "models"))
+    if config.model.name:
         from bigtrain.run.directory import continued_model
 
         described = continued_model(config.model, resolve(config).run.directory)

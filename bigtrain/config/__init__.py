@@ -9,6 +9,7 @@ The sections about how a run is watched are in ``watch.py``.
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from bigtrain.config.choices import (
     Activation,
@@ -79,6 +80,10 @@ class ModelConfig:
     """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
     pretrained: bool = False
     """``hf`` only: start from the published weights."""
+    architecture: str | None = None
+    """``hf`` only, in place of a name: an architecture of transformers (its ``model_type``, such as ``qwen3``) from scratch."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``architecture``'s configuration in transformers, such as ``{hidden_size: 512, num_hidden_layers: 8}``."""
     init_from: LocalPath | None = None
     """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
     vocab_size: int = 4096

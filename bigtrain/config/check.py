@@ -241,6 +241,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
         (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
         (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
+        (config.model.kind is ModelKind.hf, "model.architecture", "unless +model=hf"),
+        (config.model.kind is ModelKind.hf, "model.settings", "unless +model=hf"),
         (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
         (config.optimizer.kind is not OptimizerKind.sgd, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
@@ -281,7 +283,14 @@ def _check_model(config: TrainConfig) -> list[str]:
     problems = []
     if model.kind is ModelKind.hf:
         if not model.name:
-            problems.append("model.name: +model=hf needs model.name=<hub id or local directory>")
+            problems.append(
+                "model.name: +model=hf needs model.name=<hub id or local directory>, or model.architecture=<one of "
+                "transformers'>"
+            )
+        if model.architecture and model.pretrained:
+            problems.append("model.architecture begins from scratch: leave out model.pretrained, or write model.name=")
+        if model.settings and not model.architecture:
+            problems.append("model.settings: they are those of model.architecture, which is not set")
         if model.init_from:
             problems.append(
                 f"model.init_from={model.init_from!r}: +model=hf starts from the weights of model.name; "

@@ -143,7 +143,7 @@ def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def named_sections(schema: type) -> list[str]:
-    """Return the dotted keys of ``schema`` that hold sections by name: those of type ``dict[str, Section]``."""
+    """Return the dotted keys of ``schema`` that hold sections or values by name: those of type ``dict``."""
     return [key for key, hint in key_types(schema).items() if typing.get_origin(hint) is dict]
 
 
@@ -240,6 +240,8 @@ class _Builder:
         if value is None and hint is not _without_none(hint):
             return None
         hint = _without_none(hint)
+        if hint is Any:
+            return value
         if typing.get_origin(hint) is Annotated:
             return self._path(hint.__metadata__[0], self.convert(hint.__origin__, value, path), path)
         if dataclasses.is_dataclass(hint):

@@ -5,7 +5,9 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig
+from bigtrain.config.convert import nearest
 from bigtrain.errors import ConfigError, first_line
+from bigtrain.files import write_anew
 from bigtrain.models.hf.files import unreadable
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
@@ -73,6 +77,41 @@ class HFCausalLM(nn.Module):
     def new_cache(self, capacity_tokens: int) -> HFCache | None:
         """Return an empty cache (it grows as needed), or None for a model without keys and values."""
         return HFCache() if "past_key_values" in inspect.signature(self.causal_lm.forward).parameters else None
+
+
+def describe_architecture(config: ModelConfig, root: Path) -> str:
+    """Write the ``config.json`` of an architecture with settings into a directory below ``root``, and return that.
+
+    Raises:
+        ConfigError: transformers has no such architecture or setting, or refuses a value; a name is given too.
+    """
+    from transformers import CONFIG_MAPPING
+
+    architecture, settings = config.architecture, config.settings
+    facts = json.dumps([architecture, settings], sort_keys=True)
+    directory = root / f"{architecture}-{hashlib.blake2b(facts.encode(), digest_size=4).hexdigest()}"
+    if config.name and Path(config.name) != directory:
+        raise ConfigError(f"model.architecture={architecture} and model.name={config.name}: write one of them")
+    if architecture not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.architecture={architecture}: unknown; {nearest(architecture, sorted(CONFIG_MAPPING))}"
+        )
+    kind = CONFIG_MAPPING[architecture]
+    known = {*kind().to_dict(), *kind.attribute_map, *inspect.signature(kind.__init__).parameters} - {"self", "kwargs"}
+    if unknown := [
+        f"model.settings.{key}: unknown; {nearest(key, sorted(known))}" for key in settings if key not in known
+    ]:
+        raise ConfigError("\n".join(unknown))
+    try:
+        text = kind(**settings).to_json_string(use_diff=False)
+    except Exception as error:  # what these classes check raises anything
+        raise ConfigError(f"model.settings: {architecture} does not take them: {_reason(error)}") from error
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_anew(directory / "config.json", text)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error}; choose another data.root") from error
+    return str(directory)
 
 
 def with_hf_shape(config: ModelConfig) -> ModelConfig:

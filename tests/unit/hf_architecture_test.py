@@ -1,0 +1,58 @@
+"""Any architecture of transformers from scratch, by its name and its own settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bigtrain.cli import hydra_cli
+from bigtrain.errors import ConfigError
+
+LLAMA = [
+    "+model=hf",
+    "model.architecture=llama",
+    "model.settings.hidden_size=32",
+    "model.settings={num_hidden_layers: 3}",
+]
+
+
+def read(*args: str):
+    return hydra_cli.read_run([*args, "data=synthetic", "data.sequence_length=16"])
+
+
+def test_settings_become_a_description_that_the_same_command_finds_again(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, again = read(*LLAMA), read(*LLAMA)
+    assert first == again and first.run.name.startswith("llama-")
+    assert (first.model.hidden_dim, first.model.num_layers) == (32, 3)
+    described = json.loads(Path(first.model.name, "config.json").read_text())
+    assert (described["model_type"], described["hidden_size"], described["num_hidden_layers"]) == ("llama", 32, 3)
+    assert read(*LLAMA, "model.settings.vocab_size=77").model.name != first.model.name
+    assert {path.name for path in Path("data/models").glob("*/*")} == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["model.architecture=lama"], "model.architecture=lama: unknown; did you mean"),
+        (
+            [*LLAMA[1:], "model.settings.hiden_size=3"],
+            "model.settings.hiden_size: unknown; did you mean 'hidden_size'?",
+        ),
+        ([*LLAMA[1:], "model.settings.hidden_size=wide"], "model.settings: llama does not take them: "),
+        ([*LLAMA[1:], "model.name=gpt2"], "model.architecture=llama and model.name=gpt2: write one of them"),
+        ([*LLAMA[1:], "model.pretrained=true"], "model.architecture begins from scratch: leave out model.pretrained"),
+    ],
+)
+def test_what_transformers_does_not_know_is_named(tmp_path: Path, monkeypatch, args: list[str], message: str):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read("+model=hf", *args)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_settings_without_an_architecture_are_refused_and_native_models_ignore_both():
+    with pytest.raises(ConfigError, match=r"model\.name: \+model=hf needs .* or model\.architecture="):
+        read("+model=hf", "model.settings={a: 1}")
+    native = hydra_cli.compose_run(hydra_cli.TrainConfig, ["+model=gpt_nano", "model.architecture=llama"])
+    assert "model.architecture is ignored unless +model=hf" in hydra_cli.ignored_settings(native)
