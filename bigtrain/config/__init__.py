@@ -3,7 +3,7 @@
 Hydra composes them (see ``bigtrain/cli/hydra_cli.py``); nothing here, and nothing else in the package,
 knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is
 its inverse (see ``convert.py``). ``check.py`` fills in derived values and finds contradictions.
-The sections about how a run is watched are in ``watch.py``.
+The section about the data is in ``data.py``, those about how a run is watched in ``watch.py``.
 """
 
 import math
@@ -34,7 +34,54 @@ from bigtrain.config.choices import (
     WandbMode,
 )
 from bigtrain.config.convert import LocalPath, PathOrUrl
+from bigtrain.config.data import ComponentConfig, DataConfig, FilterConfig, WeightChangeConfig, component_data, is_live
 from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
+
+__all__ = [
+    "Activation",
+    "ActivationCheckpointing",
+    "BadNumbersConfig",
+    "CheckpointConfig",
+    "ComponentConfig",
+    "Content",
+    "DataConfig",
+    "DataSource",
+    "DeepSpeedConfig",
+    "Duplicates",
+    "EngineConfig",
+    "EngineKind",
+    "FilterConfig",
+    "FsdpConfig",
+    "Load",
+    "LoggingConfig",
+    "ModelConfig",
+    "ModelKind",
+    "Norm",
+    "Offload",
+    "OnBad",
+    "OptimizerConfig",
+    "OptimizerKind",
+    "Packing",
+    "Positions",
+    "Precision",
+    "Preflight",
+    "ProfileConfig",
+    "RopeScalingConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "SchedulerKind",
+    "SupervisionConfig",
+    "TaskConfig",
+    "TaskKind",
+    "TrainConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "Verify",
+    "WandbMode",
+    "WeightChangeConfig",
+    "component_data",
+    "is_live",
+]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,156 +169,6 @@ class ModelConfig:
     """Dropout probability on embeddings, attention and residual branches."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; residual outputs use ``init_std / sqrt(2 * num_layers)``."""
-
-
-@dataclass(kw_only=True, slots=True)
-class WeightChangeConfig:
-    """A weight that holds from some step on."""
-
-    step: int
-    """Optimizer step, from 0, that is the first with this weight."""
-    weight: float
-    """Weight from there on."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ComponentConfig:
-    """One of the data sets of a mixture; what it leaves open is as in the ``data`` section."""
-
-    weight: float = 1.0
-    """Share of the samples, in proportion to the weights of the other components."""
-    later_weights: list[WeightChangeConfig] = field(default_factory=list)
-    """Changes of the weight, in the order of their steps."""
-    max_epochs: int | None = None
-    """Passes over the component after which it is left out; by default any number."""
-    source: DataSource | None = None
-    """See ``data.source``."""
-    path: PathOrUrl | None = None
-    """See ``data.path``."""
-    subset: str | None = None
-    """See ``data.subset``."""
-    split: str | None = None
-    """See ``data.split``."""
-    streaming: bool | None = None
-    """See ``data.streaming``."""
-    on_the_fly: bool | None = None
-    """See ``data.on_the_fly``."""
-    content: Content | None = None
-    """See ``data.content``."""
-    text_field: str | None = None
-    """See ``data.text_field``."""
-    messages_field: str | None = None
-    """See ``data.messages_field``."""
-    chat_template: str | None = None
-    """See ``data.chat_template``."""
-    prompt_field: str | None = None
-    """See ``data.prompt_field``."""
-    answer_field: str | None = None
-    """See ``data.answer_field``."""
-
-
-@dataclass(kw_only=True, slots=True)
-class FilterConfig:
-    """Which documents are left out of a corpus; each is counted in its ``report.json``."""
-
-    min_characters: int = 0
-    """Shorter documents are left out."""
-    max_characters: int | None = None
-    """Longer documents are left out."""
-    max_repeated_line_share: float = 1.0
-    """Largest share of a document's characters in lines that it has had before."""
-    max_symbol_share: float = 1.0
-    """Largest share of a document's visible characters that are neither letters nor digits."""
-    duplicates: Duplicates = Duplicates.keep
-    """``exact`` leaves out documents that are equal to an earlier one, ``near`` also those that are similar (MinHash)."""
-    near_similarity: float = 0.8
-    """``near`` only: share of 5-word sequences in common (Jaccard) from which on documents count as similar."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Which tokens are trained on, and how they are cut."""
-
-    source: DataSource = DataSource.stdlib
-    """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
-    path: PathOrUrl | None = None
-    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
-    subset: str | None = None
-    """``datasets`` only: the dataset's configuration name."""
-    split: str | None = None
-    """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet``: the split; by default the only one, of ``datasets`` train."""
-    streaming: bool = False
-    """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
-    on_the_fly: bool = False
-    """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
-    content: Content = Content.text
-    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
-    text_field: str = "text"
-    """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
-    messages_field: str = "messages"
-    """Field with the messages of a ``chat``."""
-    chat_template: str | None = None
-    """File of the Jinja template that writes a ``chat``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
-    prompt_field: str = "prompt"
-    """Field with the prompt of ``pairs``."""
-    answer_field: str = "answer"
-    """Field with the answer of ``pairs``."""
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    """What is left out of a corpus."""
-    root: LocalPath = "data"
-    """Directory that holds prepared corpora."""
-    tokenizer: LocalPath = "bpe"
-    """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
-    tokenizer_vocab_size: int = 4096
-    """Vocabulary size of the trained ``bpe``."""
-    shard_tokens: int = 67_108_864
-    """Prepared shards end with the document by which they hold so many tokens."""
-    prepare_processes: int | None = None
-    """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
-    validation_fraction: float = 0.02
-    """Share of the documents that is kept for validation."""
-    cache_directory: LocalPath | None = None
-    """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
-    cache_gib: float = 100.0
-    """Size of that cache; what was not used for longest makes room."""
-    verify: Verify = Verify.full
-    """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
-    on_bad_row: OnBad = OnBad.stop
-    """``skip`` leaves out rows that are no documents and files that cannot be read to their end, and counts them."""
-    on_bad_shard: OnBad = OnBad.stop
-    """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
-    sequence_length: int | None = None
-    """Tokens per sample; by default the model's ``max_positions``."""
-    packing: Packing = Packing.concat
-    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
-    document_mask: bool = False
-    """Attention stays within documents and positions count from the beginning of each."""
-    shuffle_window_shards: int | None = None
-    """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
-    mixture: dict[str, ComponentConfig] = field(default_factory=dict)
-    """Several data sets by name, each with its weight."""
-    allow_change: bool = False
-    """Continue a checkpoint although its data or mixture was another; components with the same name and data go on where they were."""
-    prefetch_steps: int = 4
-    """Optimizer steps of batches prepared ahead in the background."""
-    synthetic_ragged: bool = False
-    """``synthetic`` only: mask a random tail of each sample, so that ranks hold different numbers of targets."""
-
-
-def is_live(data: DataConfig) -> bool:
-    """Return whether a data set is tokenised while training."""
-    return data.on_the_fly and data.source not in (DataSource.prepared, DataSource.synthetic)
-
-
-def component_data(data: DataConfig) -> dict[str, DataConfig]:
-    """Return the ``data`` section of every component of a mixture by name; of a single data set, itself as ``data``."""
-    if not data.mixture:
-        return {"data": data}
-    own = {f.name for f in fields(ComponentConfig)} & {f.name for f in fields(DataConfig)}
-    return {
-        name: replace(data, mixture={}, **{key: value for key in own if (value := getattr(component, key)) is not None})
-        for name, component in sorted(data.mixture.items())
-    }
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import hashlib
 import math
 import platform
 import uuid
@@ -24,7 +23,6 @@ from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import (
-    all_reduce_sum,
     broadcast_json,
     init_process_group,
     on_rank0,
@@ -50,6 +48,7 @@ from bigtrain.run.data import (
 )
 from bigtrain.run.directory import continued_model, write_run_files, writing
 from bigtrain.run.recovery import claim, discard, fill_state, find_start, follow, go_back, has_moved, nothing_to_do
+from bigtrain.run.step import read_back, seed_step, train_step
 from bigtrain.run.validation import validate
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
@@ -58,7 +57,6 @@ from bigtrain.supervise.launch import Launch
 from bigtrain.supervise.signals import StopLimits, StopSignal
 from bigtrain.supervise.stragglers import Straggler, Stragglers
 from bigtrain.tasks import build_objective
-from bigtrain.tasks.base import Objective, split_sums
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import repair
 from bigtrain.telemetry.gauges import Gauges
@@ -288,51 +286,6 @@ def train(run: Run) -> End | RollBack:
     return verdict or _end(run, step, finished, stopping)
 
 
-def train_step(
-    engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None] = lambda: None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one optimizer step.
-
-    The loss is the mean over the targets of the whole step on all ranks, never a mean of means.
-
-    Args:
-        engine: computes it.
-        batch: this rank's part of the global batch.
-        lr: learning rate.
-        before_update: called when the gradient is complete and the weights are about to change.
-
-    Returns:
-        This rank's share of the loss and of the objective's other sums (the ranks' shares add up to them), ``(1 + K,)``, and
-        the global gradient norm, 0-d; both on the device, and the host has not waited for them.
-    """
-    num_targets: torch.Tensor | int | None = batch.global_num_targets
-    if num_targets is None:
-        num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
-    sums = engine.forward_backward(batch.micro_batches, num_targets=num_targets)
-    before_update()
-    grad_norm = engine.step(lr)
-    loss = sums[:1] / num_targets
-    return loss if len(sums) == 1 else torch.cat([loss, sums[1:]]), grad_norm
-
-
-def read_back(pending: list[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
-    """Wait for the device, add up the ranks' shares, and return (and forget) the pending records as plain numbers."""
-    sums = all_reduce_sum(torch.stack([record["loss"] for record in pending]))
-    norms = torch.stack([record["grad_norm"] for record in pending])
-    records = [
-        {**record, "loss": loss, "grad_norm": norm, **train_metrics(objective, loss, rest)}
-        for record, (loss, *rest), norm in zip(pending, sums.tolist(), norms.tolist(), strict=True)
-    ]
-    pending.clear()
-    return records
-
-
-def train_metrics(objective: Objective, loss: float, sums: list[float]) -> dict[str, float]:
-    """Return the metrics that are made of an objective's sums beside the loss, if it has any."""
-    metrics = objective.metrics(loss, split_sums(objective, sums)) if sums else {}
-    return {f"train/{name}": value for name, value in metrics.items()}
-
-
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
     metrics = validate(run.engine, run.streams["validation"], run.config)
@@ -392,15 +345,6 @@ def record_stragglers(run: Run, found: list[Straggler]) -> None:
     for slow in found:
         run.recorder.event("straggler", step=run.heartbeat.step, rank=slow.rank, why=slow.why)
         run.recorder.message(f"rank {slow.rank} keeps the others waiting: it {slow.why}")
-
-
-def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Make the random numbers of a step (dropout) a function of (seed, step, rank), so that none need saving."""
-    value = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
-    # torch.manual_seed would, on a machine without a GPU, keep a formatted stack of every call for ever.
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)
 
 
 def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:

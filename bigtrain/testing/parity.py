@@ -25,7 +25,7 @@ from bigtrain.models import build_initial_values, build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.processes import RankInfo
 from bigtrain.run.data import open_data, train_loader
-from bigtrain.run.trainer import read_back, seed_step, train_step
+from bigtrain.run.step import read_back, seed_step, train_step
 from bigtrain.tasks import build_objective
 from bigtrain.testing.ranks import run_ranks
 

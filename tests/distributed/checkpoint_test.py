@@ -23,7 +23,7 @@ from bigtrain.engine.state import whole_entry
 from bigtrain.errors import CheckpointError
 from bigtrain.optim.schedule import lr_at
 from bigtrain.run.data import open_data, train_loader
-from bigtrain.run.trainer import read_back, train_step
+from bigtrain.run.step import read_back, train_step
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing.ranks import RankFailedError, run_ranks
 from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine

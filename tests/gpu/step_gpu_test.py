@@ -12,7 +12,7 @@ from bigtrain.config import ActivationCheckpointing, EngineKind, Positions, Prec
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.models.loss import sum_cross_entropy, sum_cross_entropy_of_logits
 from bigtrain.run.data import open_data, train_loader
-from bigtrain.run.trainer import train_step
+from bigtrain.run.step import train_step
 from bigtrain.testing.parity import Case, compare, compute
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.parity_test import gate_config
