@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import EXIT_FAULT
+from bigtrain.files import read_json
 from bigtrain.redact import redact
-from bigtrain.resilience.attempt import FAILURE_FILE, holds, make_room, now, read_json, write_exit, write_json
+from bigtrain.resilience.attempt import FAILURE_FILE, holds, make_room, now, write_exit, write_json
 from bigtrain.resilience.heartbeat import Beat
 
 _ROUNDS = 3

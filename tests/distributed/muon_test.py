@@ -11,8 +11,8 @@ from bigtrain.data.batch import Batch
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.local_ranks import run_ranks
 from bigtrain.optim import muon
-from bigtrain.parity import compare, trace, zero_environ
-from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
+from bigtrain.parity import compare, trace
+from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine, zero_environ
 
 OFFLOADED = tuple(f"{engine} offload" for engine in ("fsdp", "zero1", "zero2", "zero3"))
 VARIANTS = {1: (*ENGINES, "accelerate"), 2: (*ENGINES, *OFFLOADED, "accelerate"), 4: ("hsdp",)}

@@ -23,9 +23,10 @@ from bigtrain.config import (
 )
 from bigtrain.distributed import all_reduce_sum
 from bigtrain.local_ranks import run_ranks
-from bigtrain.parity import Case, compare, compute, configure, trace, zero_environ
+from bigtrain.parity import Case, compare, compute, configure, trace
 from bigtrain.schema import from_dict
 from tests.distributed.launches import fork, metrics
+from tests.distributed.ranks import zero_environ
 
 GLOBAL_BATCH_SIZE = 8
 WRAPPED_TYPES = {
