@@ -19,6 +19,11 @@ def get_logger() -> logging.Logger:
     return logging.getLogger("bigtrain")
 
 
+def leave_out(logger: str, text: str) -> None:
+    """Drop messages of another library's ``logger`` that have ``text`` in them and say nothing to a user."""
+    logging.getLogger(logger).addFilter(lambda record: text not in str(record.msg))
+
+
 def setup(rank: int) -> None:
     """Send the project's log to standard error; ranks other than 0 show errors only."""
     logger = get_logger()

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError, first_line
+from bigtrain.log import leave_out
 from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting
+
+ADAPTER = "adapter_config.json"
+# transformers imports torchao, which looks for kernels that are not used here and calls what torch has deprecated.
+leave_out("torchao", "Failed to load")
+leave_out("torch.utils._pytree", "is an Enum subclass")
 
 
 class HFCache:
@@ -97,7 +103,8 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a config.json holds anything, and what its classes check raises anything
-        if _has_own_code(name):
+        refuse_adapter(Path(str(name)))
+        if has_own_code(name):
             raise ConfigError(
                 f"{setting}={name!r} needs code of its own (auto_map in its config.json), and code that comes with a model "
                 "is never run here; choose an architecture that transformers has"
@@ -109,7 +116,22 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
         raise ConfigError(unreadable(name, error, setting=setting)) from error
 
 
-def _has_own_code(name: str) -> bool:
+def refuse_adapter(directory: Path) -> None:
+    """Refuse a directory that an adapter lies in, which transformers would apply to the weights in it or elsewhere.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    if (directory / ADAPTER).is_file():
+        raise ConfigError(
+            f"{directory} has an adapter ({ADAPTER}), and adapters are not applied here; load it with peft, call "
+            "merge_and_unload() and save_pretrained(<directory>) and give that, or remove the adapter's files where weights "
+            "without it are meant"
+        )
+
+
+def has_own_code(name: str) -> bool:
+    """Return whether what describes a model names code that comes with it; False where nothing describes it."""
     from transformers import PreTrainedConfig
 
     try:

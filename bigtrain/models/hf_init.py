@@ -11,7 +11,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.models.hf import HFCausalLM, parameters_on_meta
 from bigtrain.models.hf_files import tensors_of
 from bigtrain.models.hf_load import published, stored_buffers
-from bigtrain.models.init import Given, InitialValue, Normal, seed_of
+from bigtrain.models.init import Finite, Given, InitialValue, Normal, seed_of
 
 BUFFERS_FILE = "buffers.safetensors"
 """Stored buffers of a model that a run was started from; checkpoints hold parameters."""
@@ -24,7 +24,8 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
         ConfigError: if there are no such files, or they are not those of this model.
     """
     values = published(model.causal_lm, config.name, setting="model.name")
-    return {name: values[name.removeprefix("causal_lm.")] for name, _ in model.named_parameters()}
+    names = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
+    return {name: Finite(values[own], f"model.name={config.name!r}: {own}") for name, own in names.items()}
 
 
 def read_buffers(model: nn.Module, config: ModelConfig) -> None:
@@ -42,6 +43,8 @@ def read_buffers(model: nn.Module, config: ModelConfig) -> None:
         for name in buffers.keys() & values.keys():
             flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
             values[name].fill(0, flat)
+            if flat.isnan().any():
+                raise ConfigError(f"model.name={config.name!r}: {name} has numbers that are NaN; download it again")
             buffers[name].copy_(flat.view(buffers[name].shape))
 
 

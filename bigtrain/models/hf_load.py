@@ -6,20 +6,18 @@ tensor), or is cut out of one. The rules are transformers' own; a rank makes one
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bigtrain.errors import ConfigError, first_line
+from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.log import get_logger
-from bigtrain.models.hf_files import FLOATS, StoredTensor, stored_tensors
+from bigtrain.models.hf_files import FLOATS, SHOWN, StoredTensor, stored_tensors
 from bigtrain.models.init import InitialValue
 
-SHOWN = 6
-"""Names in a message."""
 CHUNK_ELEMENTS = 2**22
 """Elements of two tensors that are compared at a time."""
 
@@ -110,9 +108,13 @@ def published(model: nn.Module, name: str, *, setting: str) -> dict[str, Initial
     ]
     problems += [f"{key} is in the files, but the model of the config.json has no use for it" for key in useless]
     if problems:
-        raise ConfigError(f"{where}: {len(problems)} tensors do not fit the published weights: {_some(problems)}")
+        raise ConfigError(
+            f"{where}: {len(problems)} tensors do not fit the published weights: {some(problems, SHOWN, '; ')}"
+        )
     if ignored := [tensor.key for _, tensor in left]:
-        get_logger().warning(f"{where}: {len(ignored)} tensors are left out, as transformers does: {_some(ignored)}")
+        get_logger().warning(
+            f"{where}: {len(ignored)} tensors are left out, as transformers does: {some(ignored, SHOWN, '; ')}"
+        )
     return values
 
 
@@ -175,7 +177,7 @@ def _converted(conversion: Conversion, newest: _Newest, where: str) -> Iterator[
         made = conversion.run(lambda stored: torch.empty(stored.shape, device="meta"))
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{where}: transformers cannot make {conversion.target} of {_some(keys)} ({first_line(error)})"
+            f"{where}: transformers cannot make {conversion.target} of {some(keys, SHOWN, '; ')} ({first_line(error)})"
         ) from error
     for name, tensor in made.items():
         yield Converted(conversion, name, tuple(tensor.shape), newest, keys[0], odd)
@@ -205,7 +207,7 @@ def _is_equal(a: InitialValue, b: InitialValue) -> bool:
         ours, theirs = torch.empty(2, min(CHUNK_ELEMENTS, numel - start))
         a.fill(start, ours)
         b.fill(start, theirs)
-        if not torch.equal(ours, theirs):
+        if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
             return False
     return True
 
@@ -226,8 +228,3 @@ def _is_derived(tensor: StoredTensor) -> bool:
     if tensor.key.endswith(("attn.bias", "attention.bias", "masked_bias", "causal_mask")):
         return is_mask
     return tensor.key.endswith((".inv_freq", "position_ids"))
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
