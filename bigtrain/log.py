@@ -19,9 +19,10 @@ def get_logger() -> logging.Logger:
     return logging.getLogger("bigtrain")
 
 
-def leave_out(logger: str, text: str) -> None:
-    """Drop messages of another library's ``logger`` that have ``text`` in them and say nothing to a user."""
-    logging.getLogger(logger).addFilter(lambda record: text not in str(record.msg))
+def quiet_torchao() -> None:
+    """Drop what importing torchao says: that kernels not used here are of other machines, and what torch has deprecated."""
+    for name, text in (("torchao", "Failed to load"), ("torch.utils._pytree", "is an Enum subclass")):
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))
 
 
 def setup(rank: int) -> None:

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError, first_line
-from bigtrain.log import leave_out
+from bigtrain.log import quiet_torchao
 from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting
 
 ADAPTER = "adapter_config.json"
-# transformers imports torchao, which looks for kernels that are not used here and calls what torch has deprecated.
-leave_out("torchao", "Failed to load")
-leave_out("torch.utils._pytree", "is an Enum subclass")
+quiet_torchao()  # transformers imports it
 
 
 class HFCache:
