@@ -5,6 +5,8 @@ message says what was found, where, and what would be right. Everything else is 
 of the machine and keeps its traceback.
 """
 
+from collections.abc import Iterable
+
 EXIT_FINISHED = 0
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
@@ -30,6 +32,13 @@ def of_all_ranks(error: BigtrainError) -> BigtrainError:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says; its class if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def some(names: Iterable[str], most: int, separator: str = ", ") -> str:
+    """Return the first ``most`` of ``names`` as one text, and how many there are besides."""
+    names = list(names)
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join(names[:most] + more)
 
 
 class ConfigError(BigtrainError):

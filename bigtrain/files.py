@@ -5,18 +5,20 @@ import errno
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import xxhash
 
 from bigtrain.log import get_logger
 
-RUN_FILES = ("config.yaml", "metrics.jsonl")
+CONFIG_FILE = "config.yaml"
+RUN_FILES = (CONFIG_FILE, "metrics.jsonl")
 """A directory that has one of them is a run."""
 PIECE_BYTES = 1 << 22
 """Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
@@ -45,6 +47,15 @@ def hash_content(file: BinaryIO) -> str:
     while count := file.readinto(buffer):
         digest.update(view[:count])
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of ``path``; empty if it is missing or damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def such_as_runs(near: Path) -> str:

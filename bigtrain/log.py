@@ -51,6 +51,12 @@ def get_logger() -> logging.Logger:
     return logging.getLogger("bigtrain")
 
 
+def quiet_torchao() -> None:
+    """Drop what importing torchao says: that kernels not used here are of other machines, and what torch has deprecated."""
+    for name, text in (("torchao", "Failed to load"), ("torch.utils._pytree", "is an Enum subclass")):
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))
+
+
 def setup(rank: int) -> None:
     """Send the project's log to standard error; ranks other than 0 show errors only."""
     logger = get_logger()

@@ -12,7 +12,7 @@ from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
 from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry
-from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks
+from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks, some
 
 MOST_DIFFERENCES = 5
 """So many tensors are named that are missing or other ones."""
@@ -54,9 +54,8 @@ def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
     manifest = read_manifest(path)
     tensors = {tensor.key: tensor for tensor in manifest.tensors}
     if problems := list(_differences(entries, manifest)):
-        more = [f"and {len(problems) - MOST_DIFFERENCES} more"] if len(problems) > MOST_DIFFERENCES else []
-        problem = [f"{path} belongs to another model or optimizer:", *problems[:MOST_DIFFERENCES], *more]
-        raise CheckpointError("\n  ".join(problem))
+        found = some(problems, MOST_DIFFERENCES, "\n  ")
+        raise CheckpointError(f"{path} belongs to another model or optimizer:\n  {found}")
     reader = ShardReader(path)
     with torch.no_grad():
         for key, entry in entries.items():

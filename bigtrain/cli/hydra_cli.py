@@ -126,9 +126,14 @@ def read_run(args: list[str]) -> TrainConfig:
         from bigtrain.run.directory import continued_model
 
         require_positions(continued_model(config.model, config.run.directory), config.data.sequence_length)
+    padded = padding(config.train, info.world_size)
+    warnings = [*ignored_settings(config), *([padded] if padded else [])]
+    if config.model.kind is ModelKind.hf or config.model.init_from:
+        from bigtrain.run.directory import unused_of_model
+
+        warnings += unused_of_model(config)
     if rank() == 0:
-        padded = padding(config.train, info.world_size)
-        for warning in [*ignored_settings(config), *([padded] if padded else [])]:
+        for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return config
 
@@ -324,7 +329,7 @@ def leave(code: int) -> NoReturn:
     that is torn down while others use it aborts, with another code. Only semaphores are given back, of which the system
     would complain otherwise.
     """
-    if "multiprocessing.util" in sys.modules:
+    if "multiprocessing.util" in sys.modules:  # it has no public name; what is public waits for the helpers first
         sys.modules["multiprocessing.util"]._run_finalizers(0)
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -7,7 +7,7 @@ The section about the data is in ``data.py``, those about how a run is watched i
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from bigtrain.config.choices import (
     Verify,
     WandbMode,
 )
-from bigtrain.config.convert import LocalPath, PathOrUrl
+from bigtrain.config.convert import LocalPath
 from bigtrain.config.data import ComponentConfig, DataConfig, FilterConfig, WeightChangeConfig, component_data, is_live
 from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
 

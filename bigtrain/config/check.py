@@ -44,6 +44,8 @@ OF_PREPARATION = (
     "on_bad_row",
 )
 OWN_TOKENIZERS = ("bpe", "bytes")
+NUM_BYTES_IDS = 257
+"""Of the bytes and the end of a text."""
 RESUME_WORDS = ("auto", "never", "must")
 PATHLESS = {DataSource.stdlib, DataSource.synthetic}
 """Sources that ignore ``data.path``."""
@@ -333,6 +335,11 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
         problems.append(
             f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="
             f"{data.tokenizer_vocab_size}; raise the one or lower the other"
+        )
+    if data.tokenizer == "bytes" and data.source not in without and model.vocab_size < NUM_BYTES_IDS:
+        problems.append(
+            f"model.vocab_size={model.vocab_size} is smaller than the {NUM_BYTES_IDS} ids of data.tokenizer=bytes; "
+            "choose a larger model.vocab_size or, of a model of transformers, its own tokenizer"
         )
     return problems
 

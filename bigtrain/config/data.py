@@ -44,7 +44,7 @@ class ComponentConfig:
     """See ``data.text_field``."""
     messages_field: str | None = None
     """See ``data.messages_field``."""
-    chat_template: str | None = None
+    chat_template: LocalPath | None = None
     """See ``data.chat_template``."""
     prompt_field: str | None = None
     """See ``data.prompt_field``."""
@@ -81,7 +81,7 @@ class DataConfig:
     subset: str | None = None
     """``datasets`` only: the dataset's configuration name."""
     split: str | None = None
-    """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet``: the split; by default the only one, of ``datasets`` train."""
+    """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet`` or ``train.jsonl``: the split; by default the only one, of ``datasets`` train."""
     streaming: bool = False
     """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
     on_the_fly: bool = False
@@ -92,7 +92,7 @@ class DataConfig:
     """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: str = "messages"
     """Field with the messages of a ``chat``."""
-    chat_template: str | None = None
+    chat_template: LocalPath | None = None
     """File of the Jinja template that writes a ``chat``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
     prompt_field: str = "prompt"
     """Field with the prompt of ``pairs``."""

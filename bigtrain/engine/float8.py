@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from bigtrain.errors import ConfigError
+from bigtrain.log import quiet_torchao
 
 MULTIPLE = 16
 """Every side of a product in 8 bits is a multiple of this."""
@@ -39,6 +40,7 @@ def with_float8(build_model: Callable[[], nn.Module], *, num_tokens: int) -> Cal
     Raises:
         ConfigError: torchao is not installed.
     """
+    quiet_torchao()
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:

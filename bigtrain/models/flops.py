@@ -23,7 +23,6 @@ The first two agree within 1 % for short sequences; Llama-3 8B at 8,192 tokens i
 the first and 5.1e10 by the second.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +47,6 @@ def full_attention_pairs(sequence_length: int) -> int:
 def causal_pairs(sequence_length: int) -> int:
     """Return the pairs of one sequence under the causal mask."""
     return sequence_length * (sequence_length + 1) // 2
-
-
-def document_pairs(document_lengths: Iterable[int]) -> int:
-    """Return the pairs of one sequence of which every document sees itself only, under the causal mask."""
-    return sum(causal_pairs(length) for length in document_lengths)
 
 
 def training_flops(model: ModelConfig, *, num_tokens: int, num_pairs: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.config import ModelConfig
+from bigtrain.errors import ConfigError
 
 BLOCK_ELEMENTS = 2**16
 """Elements per random generator; part of the definition of the initial weights."""
@@ -72,6 +73,29 @@ class Given:
     def fill(self, start: int, out: Tensor) -> None:
         """See :class:`InitialValue`."""
         out.copy_(self.values.flatten()[start : start + out.numel()])
+
+
+@dataclass(frozen=True, slots=True)
+class Finite:
+    """A value from a file, which may hold anything, of a parameter, which may not."""
+
+    value: InitialValue
+    name: str
+    """The tensor's, and where it is from, as messages say it."""
+
+    def fill(self, start: int, out: Tensor) -> None:
+        """See :class:`InitialValue`.
+
+        Raises:
+            ConfigError: one of these elements is NaN or infinite.
+        """
+        self.value.fill(start, out)
+        if not out.isfinite().all():
+            what = "NaN" if out.isnan().any() else "infinite"
+            raise ConfigError(
+                f"{self.name} has numbers that are {what} in the published weights, from which nothing can be trained; "
+                "copy or download them again, or choose others"
+            )
 
 
 def seed_of(*parts: str | int) -> int:

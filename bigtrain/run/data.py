@@ -1,5 +1,6 @@
 """The data of a run: prepared once, opened on every rank, continued where a checkpoint stopped."""
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Mapping
@@ -11,16 +12,17 @@ from bigtrain.config.convert import flatten, to_dict
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.cache import cache_directory
-from bigtrain.data.read.index import INDEX_FILE, read_index
+from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, read_index
 from bigtrain.data.read.loader import TrainLoader, require_validation_targets
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.stream import SampleStream
-from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer
+from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import open_streams
 from bigtrain.distributed.collectives import gather_json, on_rank0
 from bigtrain.engine.base import Engine
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, DataError
 from bigtrain.log import get_logger, redact
+from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
 
@@ -71,11 +73,16 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
 
 
 def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
-    """Return ``data`` with the tokenizer that a run has kept in place of the same one that is not here (any more)."""
-    if Path(data.tokenizer).is_dir() or not (directory / INDEX_FILE).is_file():
+    """Return ``data`` with the tokenizer and the chat template that a run has kept in place of the same ones if gone."""
+    if not (directory / INDEX_FILE).is_file():
         return data
+    template, own = data.chat_template, directory / PUBLISHED_DIRECTORY / TEMPLATE_FILE
+    is_gone = template and not Path(template).exists() and own.is_file() and not data.mixture
+    if is_gone and read_config(directory).data.chat_template == template:
+        get_logger().warning(f"data.chat_template={template} is not there; {own}, the run's copy, is used")
+        data = dataclasses.replace(data, chat_template=str(own))
     kept = read_index(directory, check_sizes=False).tokenizer
-    is_same = kept.facts is not None and kept.name == data.tokenizer
+    is_same = not Path(data.tokenizer).is_dir() and kept.facts is not None and kept.name == data.tokenizer
     return dataclasses.replace(data, tokenizer=str(directory)) if is_same else data
 
 
@@ -125,7 +132,9 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
     Raises:
         CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
     """
-    old = flatten(state.config) | {"world size": state.world_size}
+    old = flatten(to_dict(TrainConfig())) | flatten(state.config) | {"world size": state.world_size}
+    if old["data.split"] == "train" and config.data.split is None:  # what was the default is read without it
+        old["data.split"] = None
     new = flatten(redact(to_dict(config))) | {"world size": world_size}
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changed = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if not key.startswith("run.")}
@@ -139,9 +148,20 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
         what = of_data or [
             "no setting has changed, so the text itself has: its files, with data=stdlib Python, or how bigtrain prepares it"
         ]
+        former = _corpus_of(config.data, state.data_fingerprint)
+        what += [f"its own text, as it was prepared then: data=prepared data.path={former}"] if former else []
         advice = "restore that, choose another run.name, or go on with data.allow_change=true"
         raise CheckpointError("\n  ".join([f"{problem}:", *what, advice]))
     return list(changed.values())
+
+
+def _corpus_of(data: DataConfig, fingerprint: str) -> Path | None:
+    """Return the prepared corpus with this fingerprint, if it is there."""
+    for path in sorted(Path(data.root).glob(f"*/{INDEX_FILE}")):
+        with contextlib.suppress(DataError):
+            if (index := read_index(path.parent, check_sizes=False)).fingerprint == fingerprint and not index.live:
+                return path.parent
+    return None
 
 
 def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:

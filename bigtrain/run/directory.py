@@ -34,16 +34,15 @@ from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import on_rank0
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
-from bigtrain.files import such_as_runs
+from bigtrain.files import CONFIG_FILE, read_json, such_as_runs
 from bigtrain.log import redact
 from bigtrain.models import build_model
-from bigtrain.models.hf.build import read_hf_config
-from bigtrain.models.hf.files import published_directory
+from bigtrain.models.hf.build import has_own_code, read_hf_config
+from bigtrain.models.hf.files import published_directory, weight_files
 from bigtrain.models.hf.load import BUFFERS_FILE, stored_buffers
-from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit, read_json
+from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit
 from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
 
-CONFIG_FILE = "config.yaml"
 MODEL_DIRECTORY = "model"
 DESCRIPTION_FILES = (
     "config.json",
@@ -153,6 +152,28 @@ def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
             f"{own.name}; {', '.join(differing)} differ: choose another run.name, or name the model that the run has"
         )
     return own
+
+
+def unused_of_model(config: TrainConfig) -> list[str]:
+    """Return what a run that begins does not use of what its model was published as, a line each.
+
+    Raises:
+        ConfigError: it would begin with weights of which files are missing in a local directory.
+    """
+    model, setting = config.model, "model.init_from" if config.model.init_from else "model.name"
+    name = model.init_from or (model.name if model.kind is ModelKind.hf else None)
+    if name is None or find_checkpoints(config.run.directory):
+        return []
+    found = []
+    if has_own_code(name):
+        found.append(
+            f"{setting}={name}: its code (auto_map in its config.json) is not run; transformers' own "
+            f"{read_hf_config(name, setting=setting).model_type} is trained"
+        )
+    reads_weights = (model.init_from or model.pretrained) and config.checkpoint.resume in RESUME_WORDS
+    if reads_weights and Path(name).is_dir() and (others := weight_files(Path(name))[1]):
+        found.append(f"{setting}={name}: not read: {', '.join(others)}; the weights are those of its safetensors files")
+    return found
 
 
 def locate(path: Path) -> tuple[Path, Path]:

@@ -24,6 +24,7 @@ from bigtrain.errors import (
     BigtrainError,
     NoRestartError,
 )
+from bigtrain.files import read_json
 from bigtrain.log import get_logger, redact
 from bigtrain.supervise.lease import Lease, take_lease
 
@@ -174,15 +175,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of ``path``; empty if it is missing or damaged."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def now() -> str:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import EXIT_FAULT
+from bigtrain.files import read_json
 from bigtrain.log import redact
-from bigtrain.supervise.attempt import FAILURE_FILE, holds, make_room, now, read_json, write_exit, write_json
+from bigtrain.supervise.attempt import FAILURE_FILE, holds, make_room, now, write_exit, write_json
 from bigtrain.supervise.heartbeat import Beat
 
 _ROUNDS = 3

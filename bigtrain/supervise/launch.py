@@ -14,6 +14,7 @@ from typing import TextIO
 
 from bigtrain.config import SupervisionConfig
 from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError, first_line
+from bigtrain.files import read_json
 from bigtrain.log import get_logger
 from bigtrain.supervise.attempt import (
     FAILURE_FILE,
@@ -21,7 +22,6 @@ from bigtrain.supervise.attempt import (
     has_decided,
     has_failed,
     is_restart,
-    read_json,
     write_exit,
 )
 from bigtrain.supervise.failures import Failure, describe, failure_of, is_lost_connection, record_failures

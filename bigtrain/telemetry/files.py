@@ -70,10 +70,6 @@ class JsonLines:
             get_logger().warning(f"cannot write {self._path}: {error}; training goes on and writing is tried again")
         self._is_refused = True
 
-    def truncate_after(self, step: int) -> int:
-        """Remove the lines of steps after ``step``, which a resumed run will write anew; return their number."""
-        return self.remove(lambda record: record.get("step", 0) > step)
-
     def remove(self, is_superseded: Callable[[dict[str, Any]], bool]) -> int:
         """Remove the lines for which ``is_superseded`` holds, atomically; return their number.
 

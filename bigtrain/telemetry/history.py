@@ -1,6 +1,5 @@
 """A run as its files tell it, for those who look at it from outside: report and live view. No torch."""
 
-import json
 import math
 import os
 import time
@@ -14,11 +13,11 @@ import yaml
 
 from bigtrain.config.convert import flatten
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, DataError
+from bigtrain.files import CONFIG_FILE, read_json
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, only_steps, read_jsonl
 from bigtrain.telemetry.text import format_duration, number
 
-CONFIG_FILE = "config.yaml"
 # See supervise/attempt.py: whoever has a run touches the one every 3 s, and leaves the other at its end.
 _ATTEMPT_FILE, _EXIT_FILE = "attempt.json", "exit.json"
 _SIGN_SECONDS = 10.0
@@ -95,7 +94,7 @@ def read_history(directory: Path) -> History:
         config=read_flat_config(directory),
         samples=_read(directory / SAMPLES_FILE),
         # From the index that a run keeps beside its tokenizer.
-        unigram_loss=_read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
+        unigram_loss=read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
     )
 
 
@@ -110,14 +109,6 @@ def read_flat_config(directory: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.exists() else []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def differences(histories: list[History]) -> list[tuple[str, list[Any]]]:
@@ -137,7 +128,7 @@ def unix_time(record: dict[str, Any]) -> float | None:
 
 def how_ended(directory: Path, events: Sequence[dict[str, Any]]) -> str | None:
     """Return how the newest launch has ended, if it has: ``finished``, ``stopped`` or ``failed: <why>``."""
-    if told := _read_json(directory / _EXIT_FILE):
+    if told := read_json(directory / _EXIT_FILE):
         ends = {EXIT_FINISHED: "finished", EXIT_RESUMABLE: "stopped"}
         return ends.get(told.get("code"), f"failed: {told.get('reason')}")
     if events and not (directory / _ATTEMPT_FILE).exists():  # only what is to be seen was copied here

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bigtrain.config import TrainConfig
-from bigtrain.errors import PreflightError
+from bigtrain.errors import PreflightError, first_line
 from bigtrain.plan import preflight
 from bigtrain.processes import RankInfo
 from bigtrain.telemetry.profiling import DIRECTORY, is_out_of_memory, memory_facts, save_memory_snapshot
@@ -35,7 +35,7 @@ def explained(config: TrainConfig, directory: Path, info: RankInfo, device: torc
 
 def _message(config: TrainConfig, directory: Path, info: RankInfo, device: torch.device, error: BaseException) -> str:
     held = ", ".join(f"{name} {format_bytes(value)}" for name, value in memory_facts(device).items())
-    lines = [f"memory has run out: {str(error).splitlines()[0]}", *([held] if held else [])]
+    lines = [f"memory has run out: {first_line(error)}", *([held] if held else [])]
     with contextlib.suppress(OSError, RuntimeError):
         if snapshot := save_memory_snapshot(directory / DIRECTORY, f"out-of-memory-rank-{info.rank}"):
             lines.append(f"snapshot: {snapshot} (open it at pytorch.org/memory_viz; profile.memory=true adds stacks)")

@@ -54,11 +54,6 @@ class Case:
 ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 
 
-def zero_environ(stage: int) -> dict[str, str]:
-    """Return what ``accelerate launch --use_deepspeed --zero_stage <stage>`` sets."""
-    return {"ACCELERATE_USE_DEEPSPEED": "true", ZERO_STAGE: str(stage)}
-
-
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """What a case computed."""

@@ -1,6 +1,7 @@
 """A run of a Hugging Face model goes on after its base is gone and it was moved, from another directory."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def test_a_run_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(script: str, *args: str, cwd: Path) -> Result:
         result = fork(script, *args, cwd=cwd)
         assert result.code == 0, result.err
+        assert not re.search("torchao|_pytree", result.err), "what transformers imports says nothing to a user"
         return result
 
     run("train.py", *SETTINGS, *data, "train.steps=1", cwd=first)
@@ -69,3 +71,11 @@ def test_a_run_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     refused = fork("train.py", *SETTINGS, *data, "train.steps=4", "run.root=moved", cwd=second)
     assert refused.code == 2
     assert "rms_norm_eps differ: choose another run.name" in refused.err
+
+    # So is one that lacks a file, before anything is prepared.
+    (second / "base/model.safetensors").rename(second / "base/pytorch_model.bin")
+    refused = fork("train.py", *SETTINGS, f"data.path={tmp_path}/text.jsonl", "run.name=new", cwd=second)
+    assert (refused.code, refused.err.count("\n")) == (2, 1) and not (second / "data").exists()
+    assert refused.err.startswith(
+        "base has no model.safetensors, only pytorch_model.bin; only safetensors files are read"
+    )

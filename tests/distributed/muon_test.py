@@ -10,9 +10,9 @@ from bigtrain.config import Activation, Norm, OptimizerKind, Positions, Precisio
 from bigtrain.data.read.batch import Batch
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.optim import muon
-from bigtrain.testing.parity import compare, trace, zero_environ
+from bigtrain.testing.parity import compare, trace
 from bigtrain.testing.ranks import run_ranks
-from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine
+from tests.distributed.ranks import ENGINES, small_config, start_engine, with_engine, zero_environ
 
 OFFLOADED = tuple(f"{engine} offload" for engine in ("fsdp", "zero1", "zero2", "zero3"))
 VARIANTS = {1: (*ENGINES, "accelerate"), 2: (*ENGINES, *OFFLOADED, "accelerate"), 4: ("hsdp",)}

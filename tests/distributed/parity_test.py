@@ -23,9 +23,10 @@ from bigtrain.config import (
 from bigtrain.config.check import resolve
 from bigtrain.config.convert import from_dict
 from bigtrain.distributed.collectives import all_reduce_sum
-from bigtrain.testing.parity import Case, compare, compute, configure, trace, zero_environ
+from bigtrain.testing.parity import Case, compare, compute, configure, trace
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import fork, metrics
+from tests.distributed.ranks import zero_environ
 
 GLOBAL_BATCH_SIZE = 8
 WRAPPED_TYPES = {

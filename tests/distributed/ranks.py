@@ -23,6 +23,7 @@ from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.processes import RankInfo
+from bigtrain.testing.parity import ZERO_STAGE
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 
@@ -58,3 +59,8 @@ def with_engine(config: TrainConfig, engine: str, *, offload: str = "none", **fi
     """The same run under another engine."""
     fields["offload"] = Offload[offload]
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=EngineKind[engine], **fields))
+
+
+def zero_environ(stage: int) -> dict[str, str]:
+    """Return what ``accelerate launch --use_deepspeed --zero_stage <stage>`` sets."""
+    return {"ACCELERATE_USE_DEEPSPEED": "true", ZERO_STAGE: str(stage)}

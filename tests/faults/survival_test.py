@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from bigtrain.checkpoint.store import find_checkpoints
+from bigtrain.files import read_json
 from bigtrain.supervise import lease, stragglers, watchdog
-from bigtrain.supervise.attempt import ROOM_FILE, claim_run, read_json
+from bigtrain.supervise.attempt import ROOM_FILE, claim_run
 from bigtrain.supervise.failures import Failure, record_failures
 from tests.distributed.launches import events, metrics, num_steps, trajectory
 from tests.faults.injection import RUN, Fault, state_hashes, train

@@ -191,6 +191,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "model.dropout=1.0": dict(model__dropout=1.0),
     "model.name: +model=hf needs": dict(model__kind="hf"),
     "model.vocab_size=300 is smaller than data.tokenizer_vocab_size=4096": dict(model__vocab_size=300),
+    "model.vocab_size=256 is smaller than the 257 ids of data.tokenizer=bytes": dict(
+        model__vocab_size=256, data__tokenizer="bytes"
+    ),
     "data.sequence_length=257 is longer than model.max_positions=256": dict(data__sequence_length=257),
     "data.sequence_length=-1": dict(data__sequence_length=-1),
     "data.path: missing; data=text needs": dict(data__source="text"),

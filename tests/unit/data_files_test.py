@@ -80,7 +80,7 @@ def test_what_is_not_read_is_said_once_and_kept_in_the_report(tmp_path, caplog):
         write(tmp_path / "in" / f"{i:02}.xz")
     directory = prepare(dataclasses.replace(config, validation_fraction=0.5), progress=False)
     (line,) = [line for line in caplog.messages if "not read" in line]
-    assert "00.xz, 01.xz" in line and "07.xz and 12 more (not *.jsonl or the like)" in line
+    assert "00.xz, 01.xz" in line and "07.xz, and 12 more (not *.jsonl or the like)" in line
     ((names),) = json.loads((directory / "report.json").read_text())["files_left_out"].values()
     assert len(names) == 20
 
@@ -393,6 +393,36 @@ def test_files_that_are_named_after_splits_are_chosen_by_the_split(tmp_path):
         account("jsonl", tmp_path / "hub", split="other")
     with pytest.raises(DataError, match=r"no file is named after a split.*leave data.split=train out"):
         account("jsonl", tmp_path / "plain", split="train")
+
+
+@pytest.mark.parametrize(
+    "names", [("train.jsonl", "test.jsonl"), ("Train.jsonl.gz", "dev.ndjson"), ("train.json.gz", "valid.jsonl")]
+)
+def test_files_that_are_called_as_splits_are_chosen_by_the_split(names, tmp_path):
+    for place in ("flat", "deep/a", "deep/b"):
+        for name in names:
+            write(tmp_path / place / name, rows(f"{place}/{name}"))
+    write(tmp_path / "flat/other.jsonl", rows("other"))
+    write(tmp_path / "one/train.jsonl", rows("one"))
+    write(tmp_path / "one/more.jsonl", rows("more"))
+    other = names[1].partition(".")[0]
+    for path in ("flat", "flat/*", "deep", "deep/**"):
+        with pytest.raises(DataError, match=rf"holds the splits {', '.join(sorted([other, 'train']))}; set data.split"):
+            account("jsonl", tmp_path / path)
+    names_read, left_out = account("jsonl", tmp_path / "flat", split="train")
+    assert names_read == [names[0]]
+    assert {reason: sorted(left) for reason, left in left_out.items()} == {
+        "not of data.split=train": sorted([names[1], "other.jsonl"])
+    }
+    assert account("jsonl", tmp_path / "deep", split=other)[0] == [f"a/{names[1]}", f"b/{names[1]}"]
+    assert account("jsonl", tmp_path / "flat" / names[1])[0] == [names[1]], "what is named is meant"
+    assert len(account("jsonl", tmp_path / "one")[0]) == 2
+
+
+def test_names_that_begin_as_splits_are_no_splits(tmp_path):
+    for name in ("train.py.jsonl", "trains.jsonl", "test_a.jsonl", "attest.jsonl", "train.jsonl.old.jsonl"):
+        write(tmp_path / name, rows(name))
+    assert len(account("jsonl", tmp_path)[0]) == 5
 
 
 def test_a_split_that_is_listed_and_gone_is_named(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigtrain.checkpoint.store import RunState
 from bigtrain.config import (
     ComponentConfig,
     Content,
@@ -23,12 +24,13 @@ from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.data.order.cursor import Cursor, chain_digest
 from bigtrain.data.prepare.corpus import prepare, prepare_components
 from bigtrain.data.read.corpus import TokenSplit
+from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import TrainLoader, validation_batches
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.data.streams import open_streams
-from bigtrain.errors import DataError
-from bigtrain.run.data import remarks
+from bigtrain.errors import CheckpointError, DataError
+from bigtrain.run.data import check_continuation, remarks
 from bigtrain.tasks.base import IGNORE_INDEX
 from bigtrain.tasks.causal_lm import CausalLM
 
@@ -365,3 +367,34 @@ def test_what_is_odd_but_not_wrong_is_said(tmp_path, on_the_fly):
     assert said(Packing.best_fit, vocab_size=384) == [], "257 ids, padded to a multiple of 128"
     assert said(Packing.best_fit, vocab_size=385) == ["model.vocab_size=385"]
     assert said(Packing.best_fit, vocab_size=50257, init_from="gpt2") == [], "its weights have so many"
+
+
+def test_text_that_is_prepared_otherwise_now_is_continued_as_it_was(tmp_path):
+    """As bigtrain itself once did; a setting that it did not have then has not changed."""
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"the cat {i} sat on a mat " * 9)
+    data = DataConfig(
+        source=DataSource.text, path=str(tmp_path / "*.txt"), root=str(tmp_path / "data"), tokenizer="bytes"
+    )
+    data = dataclasses.replace(data, validation_fraction=0.3, sequence_length=8)
+    config, streams = TrainConfig(data=data), {}
+    for tokenizer in ("bytes", "bpe"):
+        changed = dataclasses.replace(data, tokenizer=tokenizer, tokenizer_vocab_size=257)
+        corpus = prepare(changed, progress=False)
+        streams[corpus] = open_streams(changed, {"data": corpus}, vocab_size=300, seed=0, global_batch_size=1)["train"]
+    then, now = streams
+    former = to_dict(config)
+    former["data"].pop("on_bad_row")
+    former["data"]["split"] = "train"
+    state = RunState(1, 8, 1, read_index(then).fingerprint, former, {}, 1)
+    assert check_continuation(state, config, streams[then], 1) == []
+    with pytest.raises(CheckpointError) as caught:
+        check_continuation(state, config, streams[now], 1)
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("the checkpoint was trained on other data") and "no setting has changed" in said[1]
+    assert said[2].strip() == f"its own text, as it was prepared then: data=prepared data.path={then}"
+    for path in then.iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        check_continuation(state, config, streams[now], 1)
+    assert len(str(caught.value).splitlines()) == 3

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, Precision, RunConfig, TrainConfig
+from bigtrain.config import Content, DataConfig, DataSource, ModelConfig, ModelKind, Precision, RunConfig, TrainConfig
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.read.index import read_index
 from bigtrain.errors import ConfigError, DataError
@@ -242,6 +242,31 @@ def test_a_tokenizer_that_is_gone_is_the_same_from_the_run(tmp_path: Path):
     for name in (str(run.base), "another/one", "bytes"):
         other = dataclasses.replace(run.config.data, tokenizer=name)
         assert with_own_tokenizer(other, run.directory) is other
+
+
+def test_a_chat_template_that_is_gone_is_the_same_from_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    write_base(tmp_path / "base")
+    template, chats = tmp_path / "own.jinja", tmp_path / "chats.jsonl"
+    template.write_text(TEMPLATE.replace("'", '"'))
+    chats.write_text(
+        "\n".join(json.dumps({"messages": [CHAT[0] | {"content": f"eggs {i}"}, CHAT[1]]}) for i in range(9))
+    )
+    data = DataConfig(source=DataSource.jsonl, path=str(chats), content=Content.chat, root=str(tmp_path / "data"))
+    data = dataclasses.replace(data, tokenizer=str(tmp_path / "base"), chat_template=str(template))
+    corpus, run = prepare(data, progress=False), RunConfig(root=str(tmp_path / "runs"), name="x")
+    config = TrainConfig(model=ModelConfig(kind=ModelKind.hf, name=str(tmp_path / "base")), data=data, run=run)
+    write_run_files(config, corpus)
+    assert with_own_tokenizer(data, run.directory) is data, "it is there"
+    template.rename(tmp_path / "moved.jinja")
+    found = with_own_tokenizer(data, run.directory)
+    assert found.chat_template == str(run.directory / "tokenizer/chat_template.jinja")
+    assert "own.jinja is not there" in caplog.text
+    assert prepare(found, progress=False) == corpus
+    # Another one that is not there is not the run's.
+    other = dataclasses.replace(data, chat_template=str(tmp_path / "other.jinja"))
+    assert with_own_tokenizer(other, run.directory) is other
+    with pytest.raises(DataError, match=r"data.chat_template=.*other.jinja: cannot be read"):
+        prepare(other, progress=False)
 
 
 def test_a_run_from_before_is_opened_by_the_name_of_its_base(tmp_path: Path):

@@ -411,6 +411,19 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path):
     assert "transformer.ln_f.bias is (5,) in the files, (24,) in this model" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("gpt2 tied", "transformer.h.1.mlp.c_fc.weight"), ("llama tied scaled", "model.layers.0.self_attn.v_proj.weight")],
+)
+def test_numbers_that_are_not_finite_are_refused_with_their_tensor(name: str, key: str, tmp_path: Path):
+    out = exported(tmp_path, native(MODELS[name]), MODELS[name])
+    weights = load_file(out / "model.safetensors")
+    weights[key][1, 2] = float("inf")
+    save_file(weights, out / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"^model.init_from=.*{key} has numbers that are infinite in the published"):
+        started(shape(**{**to_dict(MODELS[name]), "init_from": str(out)}))
+
+
 def test_tensors_of_which_the_native_model_has_no_use_are_named(tmp_path: Path):
     model = MODELS["llama tied scaled"]
     out = exported(tmp_path, native(model), model)

@@ -1,15 +1,19 @@
 """Tensors of weight files are used or named, and what is used is what transformers makes of them."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bigtrain.config import ModelConfig, ModelKind
+from bigtrain.config import CheckpointConfig, ModelConfig, ModelKind, RunConfig, TrainConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_initial_values, build_model, initial_values
+from bigtrain.models.hf.build import read_hf_config
+from bigtrain.run.directory import unused_of_model
 from tests.modules import initialise, materialise
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -186,7 +190,9 @@ def test_files_and_their_index_agree(tmp_path):
     with pytest.raises(ConfigError, match=f"{next(iter(twice))} is both in .*{paths[0].name}.*{paths[1].name}"):
         built(tmp_path)
     paths[0].unlink()
-    with pytest.raises(ConfigError, match=f"has no {paths[0].name}"):
+    with pytest.raises(
+        ConfigError, match=f"has no {paths[0].name}, which {index.name} lists; copy or download it again"
+    ):
         built(tmp_path)
     index.write_text("{}")
     with pytest.raises(ConfigError, match=r"index.json is no index"):
@@ -200,6 +206,115 @@ def test_two_sets_of_files_are_one_too_many(tmp_path):
         ConfigError, match=r"both model.safetensors and model.safetensors.index.json, which lists other files"
     ):
         built(tmp_path)
+
+
+def unused(directory, **settings):
+    """Return what a run that begins is told of the directory of its model."""
+    model = ModelConfig(kind=ModelKind.hf, name=str(directory), pretrained=True)
+    run = RunConfig(root=str(directory / "runs"), name="x")
+    return unused_of_model(dataclasses.replace(TrainConfig(model=model, run=run), **settings))
+
+
+def test_a_missing_file_is_found_before_anything_is_prepared(tmp_path):
+    paths, index = split(tmp_path)
+    assert unused(tmp_path) == []
+    paths[0].unlink()
+    with pytest.raises(ConfigError, match=f"has no {paths[0].name}, which {index.name} lists"):
+        unused(tmp_path)
+    elsewhere = {"checkpoint": CheckpointConfig(resume="runs/other")}
+    assert unused(tmp_path, **elsewhere) == [], "the weights of another run are those that it begins with"
+    (tmp_path / "runs/x/checkpoints/step-00000007").mkdir(parents=True)
+    assert unused(tmp_path) == [], "it has its own"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "has no model.safetensors; only safetensors files are read: .*save_pretrained"),
+        (["pytorch_model.bin"], "no model.safetensors, only pytorch_model.bin; only safetensors files are read"),
+        (["a.gguf", "tf_model.h5"], "no model.safetensors, only a.gguf, tf_model.h5; only safetensors"),
+        (
+            ["model-00002-of-00002.safetensors"],
+            r"neither model.safetensors nor .*index.json.*copy or download the index",
+        ),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            r"an adapter \(adapter_config.json\).*merge_and_unload\(\)",
+        ),
+    ],
+)
+def test_other_files_are_no_weights_of_a_model(names, said, tmp_path):
+    transformers.LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    for name in names:
+        (tmp_path / name).touch()
+    for read in (unused, built):
+        with pytest.raises(ConfigError, match=said):
+            read(tmp_path)
+
+
+def test_what_lies_beside_the_weights_is_said(tmp_path):
+    theirs = changed(tmp_path, lambda tensors: None).eval()
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "README.md", "merges.txt"):
+        (tmp_path / name).touch()
+    (said,) = unused(tmp_path)
+    assert "not read: consolidated.safetensors, pytorch_model.bin; the weights are those of its safetensors" in said
+    with torch.no_grad():
+        torch.testing.assert_close(built(tmp_path)(TOKENS_BT), theirs(TOKENS_BT).logits)
+    (tmp_path / "adapter_config.json").write_text("{}")  # transformers would apply it
+    with pytest.raises(ConfigError, match="an adapter"):
+        built(tmp_path)
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match=r"an adapter \(adapter_config.json\).*merge_and_unload"):
+        read_hf_config(str(tmp_path))
+
+
+def test_code_that_is_not_run_is_said(tmp_path):
+    changed(tmp_path, lambda tensors: None, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (tmp_path / "own.py").write_text("raise SystemExit('executed')")
+    (said,) = unused(tmp_path)
+    assert "its code (auto_map in its config.json) is not run; transformers' own llama is trained" in said
+    built(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e300"])
+def test_numbers_that_are_not_finite_are_refused_with_their_tensor(number, tmp_path):
+    def change(tensors):
+        tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].double()
+        tensors[f"{LAYER}.weight"][3, 5] = float(number)
+
+    changed(tmp_path, change)
+    what = "NaN" if number == "nan" else "infinite"
+    with pytest.raises(
+        ConfigError, match=rf"^model.name=.*: {LAYER}.weight has numbers that are {what} in the published"
+    ):
+        built(tmp_path)
+
+
+def test_the_same_holds_for_what_is_made_of_several_tensors_tied_ones_and_buffers(tmp_path):
+    def spoil(directory, key):
+        for path in directory.glob("*.safetensors"):
+            if key in (tensors := load_file(path)):
+                tensors[key].view(-1)[-1] = math.nan
+                save_file(tensors, path)
+
+    published(CONVERTED["mixtral"], tmp_path / "a")
+    spoil(tmp_path / "a", "model.layers.1.block_sparse_moe.experts.2.w2.weight")
+    with pytest.raises(ConfigError, match=r"model.layers.1.mlp.experts.down_proj has numbers that are NaN"):
+        built(tmp_path / "a")
+    changed(tmp_path / "b", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    spoil(tmp_path / "b", "lm_head.weight")
+    spoil(tmp_path / "b", "model.embed_tokens.weight")
+    with pytest.raises(ConfigError, match=r": model.embed_tokens.weight has numbers that are NaN"):
+        built(tmp_path / "b")
+    published(CONVERTED["deepseek_v3"], tmp_path / "c")
+    spoil(tmp_path / "c", "model.layers.1.mlp.gate.e_score_correction_bias")
+    with pytest.raises(
+        ConfigError, match=r": model.layers.1.mlp.gate.e_score_correction_bias has numbers that are NaN"
+    ):
+        built(tmp_path / "c")
 
 
 # What a model starts from without files

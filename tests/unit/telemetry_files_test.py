@@ -105,7 +105,7 @@ def test_a_killed_writer_loses_at_most_a_torn_line(tmp_path: Path) -> None:
         steps = steps_of(path)
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) >= flushed
-        file.truncate_after(0)
+        file.remove(lambda record: record["step"] > 0)
         file.close()
         assert path.read_bytes() == b""
 
@@ -114,8 +114,8 @@ def test_steps_after_a_resume_are_superseded_not_doubled(tmp_path: Path) -> None
     path = tmp_path / "metrics.jsonl"
     write_steps(path, 1, 120, launch=1)
     file = JsonLines(path)
-    assert file.truncate_after(100) == 20
-    assert file.truncate_after(100) == 0
+    assert file.remove(lambda record: record["step"] > 100) == 20
+    assert file.remove(lambda record: record["step"] > 100) == 0
     for step in range(101, 111):
         file.write({"step": step, "launch": 2})
     file.close()
@@ -129,7 +129,7 @@ def test_removing_keeps_damaged_lines_and_pending_ones(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nnot json\n{"step": 9}\n')
     file = JsonLines(path)
     file.write({"step": 2})
-    assert file.truncate_after(5) == 1
+    assert file.remove(lambda record: record["step"] > 5) == 1
     file.close()
     assert path.read_text() == '{"step": 1}\nnot json\n{"step": 2}\n'
 

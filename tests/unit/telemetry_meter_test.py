@@ -7,7 +7,7 @@ import torch
 
 from bigtrain.config import TrainConfig
 from bigtrain.config.check import resolve
-from bigtrain.models.flops import TokenFlops, document_pairs, flops_per_token
+from bigtrain.models.flops import TokenFlops, causal_pairs, flops_per_token
 from bigtrain.models.sizes import model_sizes
 from bigtrain.telemetry.gauges import find_flops, utilisation
 from bigtrain.telemetry.meter import StepMeter
@@ -75,7 +75,7 @@ def test_what_a_document_mask_leaves_is_counted() -> None:
     meter = StepMeter(8, Clock())
     meter.data_ready([batch])
     meter.step_done(tokens=1000)
-    pairs = document_pairs([4]) + document_pairs([2, 2])
+    pairs = causal_pairs(4) + 2 * causal_pairs(2)
     assert meter.phases()["data/attention_pairs_per_token"] == pairs / 8
     flops, peak = TokenFlops(causal=9.0, full_attention=12.0, products=6.0, pair=2.0), Peak(100.0, "")
     assert utilisation(flops, peak, 10.0, pairs / 8)["perf/mfu_documents"] == pytest.approx((6 + 2 * 2) / 10)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data.prepare.saved import DESCRIPTIONS, files_of_split, saved_files
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, some
 
 LeftOut = dict[str, list[str]]
 """Names by the reason why they are not read."""
@@ -108,12 +108,7 @@ def _valid(name: str) -> str:
 
 def tell_left_out(left_out: LeftOut) -> str:
     """Return what is not read as one line."""
-    return "; ".join(f"{_some(names)} ({reason})" for reason, names in left_out.items() if names)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(sorted(names)[:_MOST_NAMES]) + more
+    return "; ".join(f"{some(sorted(names), _MOST_NAMES)} ({reason})" for reason, names in left_out.items() if names)
 
 
 def _nothing(config: DataConfig, path: Path, left_out: LeftOut) -> str:

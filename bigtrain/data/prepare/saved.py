@@ -11,8 +11,11 @@ from bigtrain.errors import DataError
 DICTIONARY = "dataset_dict.json"
 DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")
 """What is used, though it is no data."""
-_SHARD = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|dev|eval|test)-\d{5}-of-\d{5}\..*")
-"""Names of the hub's files of a split. Before such numbers other words stand too, as for the parts of a corpus."""
+_SPLIT = "train|validation|valid|val|dev|eval|test"
+_OF_SPLIT = re.compile(
+    rf"(?:.*[-_.])?({_SPLIT})-\d{{5}}-of-\d{{5}}\..*|((?i:{_SPLIT}))\.(?i:jsonl|ndjson|json|parquet)(?i:\.gz|\.zst)?"
+)
+"""Names of files of a split: the hub's, or the split alone. Before such numbers other words stand too, as for the parts of a corpus."""
 Listing = dict[str, str | None]
 """The files of a directory that are data, and the split that each is of, if that is known."""
 
@@ -58,19 +61,19 @@ def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, li
 
 
 def files_of_split(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
-    """Return those of ``files`` that are of the configured split, as the hub names them: ``train-00000-of-00002.parquet``.
+    """Return those of ``files`` that are of the configured split: ``train-00000-of-00002.parquet`` or ``train.jsonl``.
 
     Raises:
         DataError: the split is not there, or missing among several.
     """
-    matches = [_SHARD.fullmatch(file.path.name) for file in files]
-    splits = [match[1] if match else None for match in matches]
+    matches = [_OF_SPLIT.fullmatch(file.path.name) for file in files]
+    splits = [(match[1] or match[2].lower()) if match else None for match in matches]
     if Path(config.path).is_file() or not (any(splits) or config.split):
         return files
     if not any(splits):
         raise DataError(
-            f"data.path={config.path}: no file is named after a split, as train-00000-of-00002.parquet is; leave "
-            f"data.split={config.split} out, and choose by a pattern in data.path"
+            f"data.path={config.path}: no file is named after a split, as train-00000-of-00002.parquet and train.jsonl "
+            f"are; leave data.split={config.split} out, and choose by a pattern in data.path"
         )
     split = choose_split(sorted({name for name in splits if name}), config)
     if split is None:

@@ -25,7 +25,7 @@ from bigtrain.files import FileRecord
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 END_OF_TEXT = "<|endoftext|>"
 OURS = ("bpe", "bytes")
 _PUBLISHED_FILES = (
@@ -140,7 +140,7 @@ def keep_published(name: str, corpus: Path, chat_template: str | None = None) ->
     copies = {path.relative_to(source).as_posix(): path for path in sorted(found)}
     if copies and chat_template is not None:
         copies = {name: path for name, path in copies.items() if "chat_template" not in name}
-        copies["chat_template.jinja"] = Path(chat_template)
+        copies[TEMPLATE_FILE] = Path(chat_template)
     for where, path in copies.items():
         copy = corpus / PUBLISHED_DIRECTORY / where
         copy.parent.mkdir(parents=True, exist_ok=True)

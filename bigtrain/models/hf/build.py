@@ -19,10 +19,13 @@ from bigtrain.config import ModelConfig
 from bigtrain.config.convert import nearest
 from bigtrain.errors import ConfigError, first_line
 from bigtrain.files import write_anew
-from bigtrain.models.hf.files import unreadable
+from bigtrain.log import quiet_torchao
+from bigtrain.models.hf.files import refuse_adapter, unreadable
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting
+
+quiet_torchao()  # transformers imports it
 
 
 class HFCache:
@@ -151,7 +154,8 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a config.json holds anything, and what its classes check raises anything
-        if _has_own_code(name):
+        refuse_adapter(Path(str(name)))
+        if has_own_code(name):
             raise ConfigError(
                 f"{setting}={name!r} needs code of its own (auto_map in its config.json), and code that comes with a model "
                 "is never run here; choose an architecture that transformers has"
@@ -163,7 +167,8 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
         raise ConfigError(unreadable(name, error, setting=setting)) from error
 
 
-def _has_own_code(name: str) -> bool:
+def has_own_code(name: str) -> bool:
+    """Return whether what describes a model names code that comes with it; False where nothing describes it."""
     from transformers import PreTrainedConfig
 
     try:

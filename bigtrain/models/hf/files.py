@@ -2,17 +2,21 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from bigtrain.errors import ConfigError, first_line
+from bigtrain.errors import ConfigError, first_line, some
 
+ADAPTER = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+"""Endings of files that hold weights, by other programs or in other forms."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights; smaller ones need a scale that is written elsewhere."""
+SHOWN = 6
+"""Names in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, Store
             ``setting`` that the name is from.
     """
     stored: dict[str, StoredTensor] = {}
-    for path in _weight_files(published_directory(name, ["model*.safetensors", INDEX], setting=setting)):
+    for path in weight_files(published_directory(name, ["model*.safetensors", INDEX, ADAPTER], setting=setting))[0]:
         for tensor in tensors_of(path):
             if tensor.key in stored:
                 raise ConfigError(
@@ -79,26 +83,51 @@ def tensors_of(path: Path) -> list[StoredTensor]:
         ) from error
 
 
-def _weight_files(directory: Path) -> Iterator[Path]:
-    index = directory / INDEX
-    names = [WEIGHTS]
+def weight_files(directory: Path) -> tuple[list[Path], list[str]]:
+    """Return the files that the weights of a model are read from, and the names of others with weights beside them.
+
+    Raises:
+        ConfigError: there are none, one of them is missing, they are at odds with their index, or of an adapter.
+    """
+    refuse_adapter(directory)
+    index, names = directory / INDEX, [WEIGHTS]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             names = ["".join([name]) for name in names]  # nothing but text
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{index} is no index of weight files ({error!r}); copy or download it again") from error
-        if WEIGHTS not in names and (directory / WEIGHTS).exists():
-            raise ConfigError(
-                f"{directory} has both {WEIGHTS} and {INDEX}, which lists other files; remove the one that is old"
-            )
-    for name in names:
-        if not (directory / name).exists():
-            raise ConfigError(
-                f"{directory} has no {name}; only safetensors files are read: "
-                "load the model with transformers and call save_pretrained(<directory>) to make them"
-            )
-        yield directory / name
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in OF_WEIGHTS and path.name not in names)
+    if WEIGHTS in others:
+        raise ConfigError(
+            f"{directory} has both {WEIGHTS} and {INDEX}, which lists other files; remove the one that is old"
+        )
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        found = f", only {some(others, SHOWN)}" if others else ""
+        if index.exists():
+            lost = some(missing, SHOWN)
+            raise ConfigError(f"{directory} has no {lost}, which {INDEX} lists; copy or download it again")
+        if any(name.startswith("model-") and name.endswith(".safetensors") for name in others):
+            raise ConfigError(f"{directory} has neither {WEIGHTS} nor {INDEX}{found}; copy or download the index again")
+        raise ConfigError(
+            f"{directory} has no {WEIGHTS}{found}; only safetensors files are read: "
+            "load the model with transformers and call save_pretrained(<directory>) to make them"
+        )
+    return [directory / name for name in names], others
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse a directory that an adapter lies in, which transformers would apply to the weights in it or elsewhere.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    if (directory / ADAPTER).is_file():
+        raise ConfigError(
+            f"{directory} has an adapter ({ADAPTER}), and adapters are not applied here; load it with peft, call "
+            "merge_and_unload() and save_pretrained(<directory>) and give that, or remove the adapter's files where weights "
+            "without it are meant"
+        )
 
 
 def published_directory(name: str | None, patterns: list[str], *, setting: str = "model.name") -> Path:

@@ -6,7 +6,7 @@ tensor), or is cut out of one. The rules are transformers' own; a rank makes one
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig
-from bigtrain.errors import ConfigError, first_line
+from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.log import get_logger
-from bigtrain.models.hf.files import FLOATS, StoredTensor, stored_tensors, tensors_of
+from bigtrain.models.hf.files import FLOATS, SHOWN, StoredTensor, stored_tensors, tensors_of
 from bigtrain.models.init import InitialValue
 
 BUFFERS_FILE = "buffers.safetensors"
 """Stored buffers of a model that a run was started from; checkpoints hold parameters."""
-SHOWN = 6
-"""Names in a message."""
 CHUNK_ELEMENTS = 2**22
 """Elements of two tensors that are compared at a time."""
 
@@ -114,9 +112,13 @@ def published(model: nn.Module, name: str, *, setting: str) -> dict[str, Initial
     ]
     problems += [f"{key} is in the files, but the model of the config.json has no use for it" for key in useless]
     if problems:
-        raise ConfigError(f"{where}: {len(problems)} tensors do not fit the published weights: {_some(problems)}")
+        raise ConfigError(
+            f"{where}: {len(problems)} tensors do not fit the published weights: {some(problems, SHOWN, '; ')}"
+        )
     if ignored := [tensor.key for _, tensor in left]:
-        get_logger().warning(f"{where}: {len(ignored)} tensors are left out, as transformers does: {_some(ignored)}")
+        get_logger().warning(
+            f"{where}: {len(ignored)} tensors are left out, as transformers does: {some(ignored, SHOWN, '; ')}"
+        )
     return values
 
 
@@ -179,7 +181,7 @@ def _converted(conversion: Conversion, newest: _Newest, where: str) -> Iterator[
         made = conversion.run(lambda stored: torch.empty(stored.shape, device="meta"))
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{where}: transformers cannot make {conversion.target} of {_some(keys)} ({first_line(error)})"
+            f"{where}: transformers cannot make {conversion.target} of {some(keys, SHOWN, '; ')} ({first_line(error)})"
         ) from error
     for name, tensor in made.items():
         yield Converted(conversion, name, tuple(tensor.shape), newest, keys[0], odd)
@@ -209,7 +211,7 @@ def _is_equal(a: InitialValue, b: InitialValue) -> bool:
         ours, theirs = torch.empty(2, min(CHUNK_ELEMENTS, numel - start))
         a.fill(start, ours)
         b.fill(start, theirs)
-        if not torch.equal(ours, theirs):
+        if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
             return False
     return True
 
@@ -232,11 +234,6 @@ def _is_derived(tensor: StoredTensor) -> bool:
     return tensor.key.endswith((".inv_freq", "position_ids"))
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def read_buffers(model: nn.Module, config: ModelConfig) -> None:
     """Give a causal language model of transformers the buffers that are stored with its published weights, if it has any.
 
@@ -252,4 +249,6 @@ def read_buffers(model: nn.Module, config: ModelConfig) -> None:
         for name in buffers.keys() & values.keys():
             flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
             values[name].fill(0, flat)
+            if flat.isnan().any():
+                raise ConfigError(f"model.name={config.name!r}: {name} has numbers that are NaN; download it again")
             buffers[name].copy_(flat.view(buffers[name].shape))

@@ -13,7 +13,7 @@ from bigtrain.models.hf.build import build_causal_lm, read_hf_config
 from bigtrain.models.hf.files import StoredTensor
 from bigtrain.models.hf.load import published
 from bigtrain.models.hf.native import HFTensor, described, hf_config, hf_tensors
-from bigtrain.models.init import InitialValue
+from bigtrain.models.init import Finite, InitialValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,17 @@ def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialV
     with torch.device("meta"):
         causal_lm = build_causal_lm(_same_model(config))
     stored = published(causal_lm, config.init_from, setting="model.init_from")
-    parts: dict[str, list[InitialValue]] = {}
+    parts: dict[str, list[HFTensor]] = {}
     for tensor in hf_tensors(config):
-        parts.setdefault(tensor.native, []).append(_value(tensor, stored[tensor.name]))
-    return {
-        name: Stacked(tuple(parts[name])) if len(parts[name]) > 1 else parts[name][0]
-        for name, _ in model.named_parameters()
-    }
+        parts.setdefault(tensor.native, []).append(tensor)
+    return {name: _value(parts[name], stored, config) for name, _ in model.named_parameters()}
 
 
-def _value(tensor: HFTensor, found: StoredTensor) -> InitialValue:
-    return Transposed(found) if tensor.is_transposed else found
+def _value(tensors: list[HFTensor], stored: dict[str, StoredTensor], config: ModelConfig) -> InitialValue:
+    names = [tensor.name for tensor in tensors]
+    first = Transposed(stored[names[0]]) if tensors[0].is_transposed else stored[names[0]]
+    value = Stacked(tuple(stored[name] for name in names)) if len(names) > 1 else first
+    return Finite(value, f"model.init_from={config.init_from!r}: {' or '.join(names)}")
 
 
 def _same_model(config: ModelConfig) -> Any:

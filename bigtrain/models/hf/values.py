@@ -10,7 +10,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.models.hf.build import HFCausalLM, parameters_on_meta
 from bigtrain.models.hf.load import published
 from bigtrain.models.hf.programs import recorded_values
-from bigtrain.models.init import Given, InitialValue, seed_of
+from bigtrain.models.init import Finite, Given, InitialValue, seed_of
 
 
 def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
@@ -20,7 +20,8 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
         ConfigError: if there are no such files, or they are not those of this model.
     """
     values = published(model.causal_lm, config.name, setting="model.name")
-    return {name: values[name.removeprefix("causal_lm.")] for name, _ in model.named_parameters()}
+    names = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
+    return {name: Finite(values[own], f"model.name={config.name!r}: {own}") for name, own in names.items()}
 
 
 def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
