@@ -223,7 +223,7 @@ class DataConfig:
     tokenizer: LocalPath = "bpe"
     """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
     tokenizer_vocab_size: int = 4096
-    """Vocabulary size of the trained ``bpe``."""
+    """Vocabulary size of the trained ``bpe``, at least 257."""
     shard_tokens: int = 67_108_864
     """Prepared shards end with the document by which they hold so many tokens."""
     prepare_processes: int | None = None
@@ -329,7 +329,7 @@ class OptimizerConfig:
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of the moment estimates."""
+    """Decay rates of the two moment estimates, each at least 0 and less than 1."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -347,7 +347,7 @@ class SchedulerConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     decay_fraction: float = 0.2
-    """``wsd`` only: share of ``train.steps`` in which the rate falls linearly at the end."""
+    """``wsd`` only: share of ``train.steps``, from 0 to 1, in which the rate falls linearly at the end."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak."""
 
