@@ -56,3 +56,19 @@ def test_long_lines_and_dead_links_are_found(tmp_path: Path):
     page.write_text(f"short\n{'x' * 121}\n| {'x' * 121} |\n[a](page.md) [b](https://x.org) [c](gone.md#part)\n")
     assert long_lines(page.read_text()) == [2]
     assert dead_links(page) == ["gone.md"]
+
+
+def missing_paths(page: str) -> list[str]:
+    """Return the modules and scripts that a page names and that are not there."""
+    named = set(re.findall(r"`([\w./]+/[\w.]+\.(?:py|sbatch|yaml|sh))`", page))
+    roots = (REPOSITORY, REPOSITORY / "bigtrain")
+    return sorted(path for path in named if not any((root / path).exists() for root in roots))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_pages_name_modules_that_exist(page: Path):
+    assert missing_paths(page.read_text()) == []
+
+
+def test_missing_modules_are_found():
+    assert missing_paths("`engine/state.py` and `engine/states.py`, `slurm/train.sbatch`") == ["engine/states.py"]
