@@ -146,11 +146,15 @@ def table(results: dict[str, Figures]) -> str:
 INTRODUCTION = """\
 # Families of transformers
 
-Each `model_type` that `AutoModelForCausalLM` of transformers {version} has, as a small model in fp32: {counts}. Written by
-`benchmarks/families.py`. The figures are the largest relative differences from transformers itself: of the logits before the
-first step, started from a `config.json` and from weights; of the losses of three steps on two ranks under each engine, against
-a loop by hand over transformers' model; of the logits of an export, opened by transformers."""
-NOT_TRIED = "These do not train in transformers from a small configuration and token ids alone, or need packages that are not here."
+Each `model_type` that `AutoModelForCausalLM` of transformers {version} has, as a small model in fp32:
+{counts}. Written by `benchmarks/families.py`.
+
+The figures are the largest relative differences from transformers itself: of the logits before the first step, started
+from a `config.json` and from weights; of the losses of three steps on two ranks under each engine, against a loop by
+hand over transformers' model; of the logits of an export, opened by transformers."""
+NOT_TRIED = """\
+These do not train in transformers from a small configuration and token ids alone, or need packages that are not
+here."""
 
 
 def rows(header: list[str], lines: list[list[str]]) -> str:

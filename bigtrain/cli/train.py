@@ -2,12 +2,13 @@
 
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from bigtrain.checkpoint.store import newest_step
-from bigtrain.cli import hydra_cli
+from bigtrain.cli import hydra_cli, settings
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_RESUMABLE, BigtrainError
 from bigtrain.log import redact
@@ -33,7 +34,7 @@ Settings used most, with their defaults:
 {settings}
 
 All settings as composed:  python launch/train.py +model=gpt_nano --cfg job
-What each one means:       bigtrain/config/__init__.py and configs/train.yaml
+What each one means:       python launch/train.py --help all
 
 Exit codes: 0 finished, 2 something to change in the command or the data, 75 stopped and resumable, 1 fault,
 3 failed again and again: no use in restarting it. Under torchrun and accelerate launch a run that was stopped and
@@ -101,4 +102,5 @@ def help_page() -> str:
 
 def main(early_stop: EarlyStop) -> NoReturn:
     """Run the command; until the run has begun, signals are those of ``early_stop``."""
-    hydra_cli.main(hydra_cli.read_run, partial(run, early_stop=early_stop), help_page)
+    page = settings.help_all if "all" in sys.argv else help_page
+    hydra_cli.main(hydra_cli.read_run, partial(run, early_stop=early_stop), page)

@@ -226,7 +226,7 @@ class OptimizerConfig:
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of the moment estimates."""
+    """Decay rates of the two moment estimates, each at least 0 and less than 1."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -244,7 +244,7 @@ class SchedulerConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     decay_fraction: float = 0.2
-    """``wsd`` only: share of ``train.steps`` in which the rate falls linearly at the end."""
+    """``wsd`` only: share of ``train.steps``, from 0 to 1, in which the rate falls linearly at the end."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak."""
 

@@ -90,11 +90,15 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model(config),
         *_check_data(config.data),
         *_check_model_and_data(config),
-        *_check_batch(config),
         *_check_engine(config, world_size, local_world_size),
-        *(problem for s in fields(config) for problem in out_of_range(s.name, getattr(config, s.name))),
+        *(problem for name in _own_sections(config) for problem in out_of_range(name, getattr(config, name))),
         *_check_training(config),
     ]
+
+
+def _own_sections(config: TrainConfig) -> list[str]:
+    """Return the sections whose numbers are settings; the shape of a Hugging Face model is what its files say."""
+    return [s.name for s in fields(config) if s.name != "model" or config.model.kind is ModelKind.native]
 
 
 def check_data(data: DataConfig) -> list[str]:
@@ -299,11 +303,8 @@ def _check_model(config: TrainConfig) -> list[str]:
                 "write model.pretrained=true instead"
             )
         return problems
-    for field in ("vocab_size", "num_layers", "hidden_dim", "num_heads", "num_kv_heads", "ffn_dim", "max_positions"):
-        if getattr(model, field) < 1:
-            problems.append(f"model.{field}={getattr(model, field)}: must be at least 1")
-    if problems:
-        return problems
+    if out_of_range("model", model):  # which are told already
+        return []
     if model.hidden_dim % model.num_heads and model.head_dim == model.hidden_dim // model.num_heads:
         problems.append(
             f"model.hidden_dim={model.hidden_dim} does not divide by model.num_heads={model.num_heads}; "
@@ -313,8 +314,6 @@ def _check_model(config: TrainConfig) -> list[str]:
         problems.append(f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads={model.num_kv_heads}")
     if model.positions is Positions.rope and model.head_dim % 2:
         problems.append(f"model.head_dim={model.head_dim}: rotary positions need an even number")
-    if not 0 <= model.dropout < 1:
-        problems.append(f"model.dropout={model.dropout}: must be at least 0 and less than 1")
     return problems
 
 
@@ -322,8 +321,6 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
     """Check what the model and the data have to agree about."""
     data, model = config.data, config.model
     problems = []
-    if data.sequence_length < 1:
-        problems.append(f"data.sequence_length={data.sequence_length}: must be at least 1")
     if model.kind is ModelKind.native and data.sequence_length > model.max_positions:
         problems.append(
             f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}; "
@@ -342,13 +339,6 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
             "choose a larger model.vocab_size or, of a model of transformers, its own tokenizer"
         )
     return problems
-
-
-def _check_batch(config: TrainConfig) -> list[str]:
-    global_batch = config.train.global_batch_size
-    micro_batch = 1 if config.train.micro_batch_size is None else config.train.micro_batch_size
-    sizes = {"train.global_batch_size": global_batch, "train.micro_batch_size": micro_batch}
-    return [f"{key}={size}: must be at least 1" for key, size in sizes.items() if size < 1]
 
 
 def padding(train: TrainingConfig, world_size: int) -> str | None:

@@ -105,7 +105,7 @@ class DataConfig:
     tokenizer: LocalPath = "bpe"
     """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
     tokenizer_vocab_size: int = 4096
-    """Vocabulary size of the trained ``bpe``."""
+    """Vocabulary size of the trained ``bpe``, at least 257."""
     shard_tokens: int = 67_108_864
     """Prepared shards end with the document by which they hold so many tokens."""
     prepare_processes: int | None = None

@@ -10,7 +10,7 @@ class SupervisionConfig:
     hang_seconds: float = 300.0
     """A rank hangs when a phase of its step takes longer than this and than three times the longest of the phase's last 200; 0 switches the watchdog off."""
     first_hang_seconds: float = 1800.0
-    """The limit for a phase that has been seen fewer than three times: starting, compiling, the first saves, a profile's export; and for a file that is fetched and of which nothing comes, for which ranks wait without being hung."""
+    """The limit, at least ``hang_seconds``, for a phase that has been seen fewer than three times: starting, compiling, the first saves, a profile's export; and for a file that is fetched and of which nothing comes, for which ranks wait without being hung."""
     straggler_factor: float = 1.5
     """A rank is named when it is so many times slower than the median of the ranks; 0 switches that off."""
     max_failed_attempts: int = 3

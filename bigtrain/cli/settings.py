@@ -1,0 +1,107 @@
+"""Every setting of a run with its type, default, bound and meaning: ``--help all``, and docs/settings.md.
+
+``python -m bigtrain.cli.settings > docs/settings.md`` writes the page anew.
+"""
+
+import dataclasses
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, NamedTuple
+
+from bigtrain.config import TrainConfig
+from bigtrain.config.bounds import RANGES
+from bigtrain.config.convert import PathMark, key_docs, to_dict
+
+HEAD = """\
+# Settings
+
+Every setting of a run: `key` = default (type, bound), and what it means. A key is set on the command line, as in
+`bigtrain train +model=gpt_nano train.steps=200`; a preset of `configs/` sets several; `*` is a name of your choice.
+`bigtrain train --help all` says the same.
+
+Written by `python -m bigtrain.cli.settings > docs/settings.md` from the dataclasses of `bigtrain/config`.
+"""
+
+
+class Setting(NamedTuple):
+    """A key, or a section of keys."""
+
+    key: str
+    kind: str
+    """Type and bound; empty for a section."""
+    default: str
+    meaning: str
+
+
+def settings(schema: type = TrainConfig) -> list[Setting]:
+    """Return every key of ``schema``, the keys of a section before the sections in it."""
+    return list(_walk(schema, "", key_docs(schema)))
+
+
+def _walk(schema: type, prefix: str, docs: dict[str, str]) -> Iterator[Setting]:
+    sections = []
+    for field in dataclasses.fields(schema):
+        key = prefix + field.name
+        hint = typing.get_type_hints(schema, include_extras=True)[field.name]
+        inner = next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
+        meaning = " ".join(docs[key].split())
+        if inner and typing.get_origin(hint) is not list:
+            sections.append((Setting(key, "", "", meaning), inner, "*." if typing.get_origin(hint) is dict else ""))
+        else:
+            bound = RANGES.get(key, "").replace("must be ", ", ").replace("must not be", ", not")
+            yield Setting(key, _type_name(hint) + bound, _default(field), meaning)
+    for section, inner, star in sections:
+        yield section
+        yield from _walk(inner, f"{section.key}.{star}", docs)
+
+
+def _type_name(hint: Any) -> str:
+    inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return f"{_type_name(inner[0])} or null"
+    if hasattr(hint, "__metadata__"):
+        return "path" if PathMark.local in hint.__metadata__ else "path or URL"
+    if typing.get_origin(hint) is list:
+        return f"list of {_type_name(inner[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "{" + ", ".join(f"{field.name}: ..." for field in dataclasses.fields(hint)) + "}"
+    if issubclass(hint, Enum):
+        return " | ".join(hint.__members__)
+    return {str: "text", bool: "true | false"}.get(hint, hint.__name__)
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is field.default_factory:  # both are missing
+        return "<needed>"
+    value = to_dict(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def help_all() -> str:
+    """Return all settings for a terminal."""
+    return "\n".join(
+        f"{key}={default}  ({kind})\n{textwrap.indent(textwrap.fill(meaning, 110), '      ')}"
+        if kind
+        else f"\n{key}: {meaning}\n"
+        for key, kind, default, meaning in settings()
+    ).replace("``", "")
+
+
+def page() -> str:
+    """Return docs/settings.md."""
+    lines = [HEAD]
+    for key, kind, default, meaning in settings():
+        if kind:
+            text = f"- `{key}` = `{default}` ({kind}): {meaning}"
+            lines.append(textwrap.fill(text.replace("``", "`"), 118, subsequent_indent="  ", break_on_hyphens=False))
+        else:
+            lines.append(f"\n{'###' if '.' in key else '##'} {key}\n\n{meaning.replace('``', '`')}\n")
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,74 @@
+"""The pages of documentation: what is written from the code is current, and what is read is readable."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bigtrain.cli import settings
+from bigtrain.config import TrainConfig
+from bigtrain.config.bounds import RANGES
+from bigtrain.config.convert import key_types
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [
+    page for folder in ("", "benchmarks", "docker", "docs", "slurm") for page in (REPOSITORY / folder).glob("*.md")
+]
+MAX_COLUMNS = 120
+
+
+def long_lines(page: str) -> list[int]:
+    """Return the numbers of the lines that are too long; rows of tables cannot be broken."""
+    lines = enumerate(page.splitlines(), 1)
+    return [number for number, line in lines if len(line) > MAX_COLUMNS and not line.startswith("| ")]
+
+
+def dead_links(page: Path) -> list[str]:
+    """Return the links of a page to files that are not there."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    return [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_page_of_settings_is_current():
+    renew = "python -m bigtrain.cli.settings > docs/settings.md"
+    assert (REPOSITORY / "docs/settings.md").read_text() == settings.page(), f"renew it: {renew}"
+
+
+def test_every_setting_and_every_bound_is_listed():
+    listed = {setting.key: setting for setting in settings.settings()}
+    assert listed.keys() == key_types(TrainConfig).keys()
+    assert [key for key, bound in RANGES.items() if bound.split("be ", 1)[1] not in listed[key].kind] == []
+    assert listed["train.steps"] == ("train.steps", "int, at least 1", "1000", "Optimizer steps of the whole run.")
+    assert listed["data.packing"][1:3] == ("concat | best_fit", "concat")
+    assert listed["model.rope_scaling.factor"][1:3] == ("float", "<needed>")
+    assert listed["data.mixture.*.path"][1:3] == ("path or URL or null", "null")
+    assert [setting.key for setting in listed.values() if not setting.meaning] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_pages_have_short_lines_and_links_that_lead_somewhere(page: Path):
+    assert long_lines(page.read_text()) == []
+    assert dead_links(page) == []
+
+
+def test_long_lines_and_dead_links_are_found(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"short\n{'x' * 121}\n| {'x' * 121} |\n[a](page.md) [b](https://x.org) [c](gone.md#part)\n")
+    assert long_lines(page.read_text()) == [2]
+    assert dead_links(page) == ["gone.md"]
+
+
+def missing_paths(page: str) -> list[str]:
+    """Return the modules and scripts that a page names and that are not there."""
+    named = set(re.findall(r"`([\w./]+/[\w.]+\.(?:py|sbatch|yaml|sh))`", page))
+    roots = (REPOSITORY, REPOSITORY / "bigtrain")
+    return sorted(path for path in named if not any((root / path).exists() for root in roots))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_pages_name_modules_that_exist(page: Path):
+    assert missing_paths(page.read_text()) == []
+
+
+def test_missing_modules_are_found():
+    assert missing_paths("`engine/state.py` and `engine/states.py`, `slurm/train.sbatch`") == ["engine/states.py"]
