@@ -204,7 +204,18 @@ def _entry(tensor: torch.Tensor, mesh: DeviceMesh) -> Entry:
     shape, local = tuple(tensor.shape), tensor.to_local().detach()
     _, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     boxes = (Box(tuple(offsets), local),) if local.numel() else ()
-    return Entry(shape, tensor.dtype, boxes, mesh.get_local_rank("dp_replicate"), mesh.size(0))
+    return Entry(shape, tensor.dtype, boxes, *_replica(tensor))
+
+
+def _replica(tensor: DTensor) -> tuple[int, int]:
+    """Return which of how many ranks with the same part of a tensor this is, by the tensor's placements."""
+    replica, num_replicas = 0, 1
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dimension)
+            replica = replica * size + tensor.device_mesh.get_local_rank(dimension)
+            num_replicas *= size
+    return replica, num_replicas
 
 
 def build_native(

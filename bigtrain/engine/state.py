@@ -20,7 +20,7 @@ from bigtrain.models.init import InitialValue
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A piece of a tensor that is contiguous in the tensor's row-major order."""
+    """An N-dimensional piece of a tensor: some indices of each dimension, one after the other."""
 
     offsets: tuple[int, ...]
     """Where the piece begins in the whole tensor."""
@@ -90,6 +90,8 @@ def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1
     return Entry(shape, tensor.dtype, (Box((0,) * len(shape), tensor.detach()),), replica, num_replicas)
 
 
+_CHUNK_ELEMENTS = 2**22
+"""Of rows that are made at a time where a box holds a part of each."""
 MODEL = "model."
 OPTIMIZER = "optim.state."
 
@@ -150,15 +152,45 @@ def initialise(state: EngineState, values: Mapping[str, InitialValue], *, num_th
     def fill(name: str) -> None:
         entry = state.entries[MODEL + name]
         for box in entry.boxes:
-            buffer = torch.empty(box.view.numel(), dtype=torch.float32)
-            values[name].fill(flat_start(entry.shape, box.offsets), buffer)
-            box.view.copy_(buffer.view(box.view.shape))
+            fill_box(values[name], entry.shape, box.offsets, box.view)
 
     names = [key.removeprefix(MODEL) for key in state.entries if key.startswith(MODEL)]
     with ThreadPoolExecutor(num_threads) as pool, torch.no_grad():
         list(pool.map(fill, names))
     clear_optimizer(state)
     state.commit()
+
+
+def fill_box(
+    value: InitialValue, shape: tuple[int, ...], offsets: tuple[int, ...], out: torch.Tensor, *, start: int = 0
+) -> None:
+    """Write the part of a parameter's initial value that a box holds.
+
+    Args:
+        value: of the whole parameter.
+        shape: of the whole parameter or, with ``start``, of a part of it that is contiguous.
+        offsets: of the box in ``shape``.
+        out: memory of the box.
+        start: first element of that part in the whole parameter.
+    """
+    if not shape:
+        buffer = torch.empty(1, dtype=torch.float32)
+        value.fill(start, buffer)
+        out.copy_(buffer[0])
+        return
+    row_numel, has_whole_rows = math.prod(shape[1:]), out.shape[1:] == shape[1:]
+    if not has_whole_rows and (len(out) == 1 or row_numel > _CHUNK_ELEMENTS):
+        for i, row in enumerate(out, start=offsets[0]):
+            fill_box(value, shape[1:], offsets[1:], row, start=start + i * row_numel)
+        return
+    # Of a box of columns, rows are made whole and many at a time: one by one would make each block of numbers anew.
+    inside = (slice(None), *(slice(o, o + n) for o, n in zip(offsets[1:], out.shape[1:], strict=True)))
+    first = offsets[0]
+    for rows in out.split(len(out) if has_whole_rows else max(_CHUNK_ELEMENTS // row_numel, 1)):
+        buffer = torch.empty(len(rows) * row_numel, dtype=torch.float32)
+        value.fill(start + first * row_numel, buffer)
+        rows.copy_(buffer.view(len(rows), *shape[1:])[inside])
+        first += len(rows)
 
 
 def clear_optimizer(state: EngineState) -> None:

@@ -124,7 +124,7 @@ def test_processes_share_the_cache_while_the_server_misbehaves(store, corpus, tm
     code = f"""
         from bigtrain.config import DataConfig, DataSource
         from bigtrain.data.read import remote
-        from bigtrain.data.prepare.corpus import open_corpus
+        from bigtrain.data.read.corpus import open_corpus
         remote.FIRST_WAIT_SECONDS = 0.01
         config = DataConfig(source=DataSource.prepared, path="{URL}", cache_directory="{tmp_path}/cache")
         split = open_corpus(config, vocab_size=257).split("train")

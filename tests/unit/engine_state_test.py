@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigtrain.engine.state import Box, Entry, create_optimizer_state, flat_boxes, flat_start
+from bigtrain.engine import state
+from bigtrain.engine.state import Box, Entry, create_optimizer_state, fill_box, flat_boxes, flat_start
+from bigtrain.models.init import Normal
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 
@@ -33,6 +35,21 @@ def test_boxes_of_a_flat_range_cover_exactly_that_range(shape, data):
         assert flat_start(shape, box.offsets) == int(box.view.reshape(-1)[0])
         rebuilt[region(box)] = box.view
     assert int((rebuilt >= 0).sum()) == stop - start
+
+
+@given(shapes, st.integers(1, 30), st.data())
+def test_initial_values_fill_any_box(shape, chunk, data):
+    sizes = [sorted(data.draw(st.tuples(st.integers(0, n - 1), st.integers(1, n)))) for n in shape]
+    offsets, ends = tuple(low for low, _ in sizes), [max(high, low + 1) for low, high in sizes]
+    value, whole = Normal(1.0, 7, "weight"), torch.empty(shape)
+    value.fill(0, whole.view(-1))
+    memory = torch.full(shape, math.nan)
+    inside = tuple(slice(low, high) for low, high in zip(offsets, ends, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "_CHUNK_ELEMENTS", chunk)
+        fill_box(value, shape, offsets, memory[inside])
+    assert torch.equal(memory[inside], whole[inside])
+    assert memory.isfinite().sum() == whole[inside].numel(), "and nothing else"
 
 
 def test_boxes_are_views_of_the_memory():
