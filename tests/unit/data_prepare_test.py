@@ -285,7 +285,7 @@ def test_killed_for_good_it_goes_on(config, tmp_path, monkeypatch):
     monkeypatch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 4000)
     whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other"), shard_tokens=1000), progress=False)
     config.shard_tokens, config.prepare_processes = 1000, 2
-    before = "from bigtrain.data.prepare import sources, tokenise, prepare as module; sources._PART_BYTES = 4000; "
+    before = "from bigtrain.data.prepare import sources, tokenise, corpus as module; sources._PART_BYTES = 4000; "
     before += "module._join_split = lambda *a: print('ready', flush=True) or __import__('time').sleep(60)"
     process = prepare_in_process(config, before=before)
     assert process.stdout.readline() == "ready\n"
