@@ -221,7 +221,7 @@ def load_with_dcp(path):
     """Fill FSDP2's parameters and optimizer state with torch's own tool; return the state's hashes before and after."""
     config = small_config("fsdp")
     engine = start_engine(config)
-    names = dict(engine.module.named_parameters())
+    names = dict(engine.module.network.named_parameters())
     before = state_hashes(engine)
     moments = {f"{name}.{key}": value for name, p in names.items() for key, value in engine.optimizer.state[p].items()}
     dcp.load({"model": names, "optim": {"state": moments}}, storage_reader=CheckpointReader(path))
