@@ -62,7 +62,7 @@ def expected(config: TrainConfig) -> Norms:
             }
 
         def before(step: int) -> None:
-            old["gradient"] = squares({name: p.grad for name, p in engine.module.named_parameters()})
+            old["gradient"] = squares({canonical_name(name): p.grad for name, p in engine.module.named_parameters()})
             old["weights"] = weights()
 
         def after(step: int) -> None:
