@@ -48,15 +48,19 @@ def _walk(schema: type, prefix: str, docs: dict[str, str]) -> Iterator[Setting]:
         key = prefix + field.name
         hint = typing.get_type_hints(schema, include_extras=True)[field.name]
         inner = next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
-        meaning = " ".join(docs[key].split())
         if inner and typing.get_origin(hint) is not list:
-            sections.append((Setting(key, "", "", meaning), inner, "*." if typing.get_origin(hint) is dict else ""))
+            section = Setting(key, "", "", _one_line(inner.__doc__))
+            sections.append((section, inner, "*." if typing.get_origin(hint) is dict else ""))
         else:
             bound = RANGES.get(key, "").replace("must be ", ", ").replace("must not be", ", not")
-            yield Setting(key, _type_name(hint) + bound, _default(field), meaning)
+            yield Setting(key, _type_name(hint) + bound, _default(field), _one_line(docs[key]))
     for section, inner, star in sections:
         yield section
         yield from _walk(inner, f"{section.key}.{star}", docs)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _type_name(hint: Any) -> str:

@@ -22,9 +22,9 @@ class BadNumbersConfig:
     """Steps whose numbers are not to be trained on."""
 
     max_bad_steps: int = 3
-    """Bad steps among the last 100 that are put up with (non-finite ones change no weight); one more rolls back."""
+    """Non-finite or spiking steps tolerated per 100 before rolling back; non-finite ones change no weight."""
     max_rollbacks: int = 3
-    """How often a run returns to a checkpoint and leaves out the samples of its bad steps, before it stops for good."""
+    """Rollbacks before the run stops for good; each leaves out the samples of its bad steps."""
     spike_zscore: float = 0.0
     """A loss so many (robust) standard deviations above the median counts as bad too; 0 = off, 6 is usual."""
     spike_window_steps: int = 128

@@ -15,12 +15,20 @@ PAGES = [
     page for folder in ("", "benchmarks", "docker", "docs", "slurm") for page in (REPOSITORY / folder).glob("*.md")
 ]
 MAX_COLUMNS = 120
+MAX_PARAGRAPH_LINES = 7
 
 
 def long_lines(page: str) -> list[int]:
     """Return the numbers of the lines that are too long; rows of tables cannot be broken."""
     lines = enumerate(page.splitlines(), 1)
     return [number for number, line in lines if len(line) > MAX_COLUMNS and not line.startswith("| ")]
+
+
+def long_paragraphs(page: str) -> list[str]:
+    """Return how paragraphs and entries of lists begin that have too many lines; blocks of code are none."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-|#]|\d+\.) ?)", text)
+    return [block.strip().splitlines()[0] for block in blocks if block.strip().count("\n") >= MAX_PARAGRAPH_LINES]
 
 
 def dead_links(page: Path) -> list[str]:
@@ -46,9 +54,16 @@ def test_every_setting_and_every_bound_is_listed():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
-def test_pages_have_short_lines_and_links_that_lead_somewhere(page: Path):
+def test_pages_have_short_lines_and_paragraphs_and_links_that_lead_somewhere(page: Path):
     assert long_lines(page.read_text()) == []
+    assert long_paragraphs(page.read_text()) == []
     assert dead_links(page) == []
+
+
+def test_long_paragraphs_are_found():
+    lines = "one\n" * (MAX_PARAGRAPH_LINES + 1)
+    page = f"{lines}\n- {lines}\n```\n{lines}```\n\n| a |\n" + "| b |\n" * 9
+    assert long_paragraphs(page) == ["one", "- one"]
 
 
 def test_long_lines_and_dead_links_are_found(tmp_path: Path):
@@ -60,15 +75,24 @@ def test_long_lines_and_dead_links_are_found(tmp_path: Path):
 
 def missing_paths(page: str) -> list[str]:
     """Return the modules and scripts that a page names and that are not there."""
-    named = set(re.findall(r"`([\w./]+/[\w.]+\.(?:py|sbatch|yaml|sh))`", page))
-    roots = (REPOSITORY, REPOSITORY / "bigtrain")
+    named = set(re.findall(r"`([\w./]+/[\w.]+\.(?:py|sbatch|yaml|sh)|\w+_test\.py)[`:]", page))
+    roots = (REPOSITORY, REPOSITORY / "bigtrain", *(REPOSITORY / "tests").iterdir())
     return sorted(path for path in named if not any((root / path).exists() for root in roots))
 
 
+def missing_tests(page: str) -> list[str]:
+    """Return the tests that a page names, by how they begin, and that are not there."""
+    sources = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("*/*_test.py"))
+    return [name for name in re.findall(r"(test_\w+)…?`", page) if f"def {name}" not in sources]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
-def test_pages_name_modules_that_exist(page: Path):
+def test_pages_name_modules_and_tests_that_exist(page: Path):
     assert missing_paths(page.read_text()) == []
+    assert missing_tests(page.read_text()) == []
 
 
-def test_missing_modules_are_found():
-    assert missing_paths("`engine/state.py` and `engine/states.py`, `slurm/train.sbatch`") == ["engine/states.py"]
+def test_missing_modules_and_tests_are_found():
+    page = "`engine/state.py` and `engine/states.py`, `slurm/train.sbatch`, `docs_test.py`, `gone_test.py: test_missing_pages_…`"
+    assert missing_paths(page) == ["engine/states.py", "gone_test.py"]
+    assert missing_tests(page) == ["test_missing_pages_"]
