@@ -51,7 +51,7 @@ from bigtrain.config.check import check, resolve
 from bigtrain.config.convert import from_dict
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.batch import Batch
-from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
+from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device, shut_down
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.deepspeed_zero import STAGES, deepspeed_settings, import_deepspeed
 from bigtrain.engine.state import initialise
@@ -60,6 +60,8 @@ from bigtrain.models import build_model, initial_values
 from bigtrain.models.init import InitialValue, Normal
 from bigtrain.processes import RankInfo
 from bigtrain.run import trainer
+from bigtrain.tasks.base import TaskModel
+from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.recorder import NullRecorder
 from bigtrain.testing.ranks import run_ranks
@@ -190,7 +192,7 @@ def bare_loop(config: TrainConfig, info: RankInfo, device: torch.device, values:
     with torch.device(device):
         model = make_model(config)
     fill(model, values)
-    wrap_blocks(model, config.engine)
+    wrap_blocks(TaskModel(model, CausalLM()), config.engine)
     if config.engine.kind in STAGES:
         return bare_deepspeed_step(config, info, device, model)
     return bare_torch_step(config, device, model)
@@ -281,7 +283,7 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     trainer.LayerNorms = TimedNorms
     with turns:
         trainer.train(run)
-    bare_loss = trainer.all_reduce_sum(torch.tensor(turns.bare.loss)).item() / info.world_size
+    bare_loss = all_reduce_sum(torch.tensor(turns.bare.loss)).item() / info.world_size
     turns.bare.loss, turns.ours.norms = bare_loss, TimedNorms.times
     num_parameters = sum(entry.numel() for entry in make_model(config).parameters())
     shut_down()

@@ -188,11 +188,13 @@ def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
     config.runs += from_dict(schema, {"runs": runs}, from_user=True).runs
     if not config.runs:
         return config, [f"which run? name its directory{such_as_runs(Path('runs'))}"]
-    wrong = [run for run in map(Path, config.runs) if not any((run / name).is_file() for name in RUN_FILES)]
-    return config, list(map(_not_a_run, wrong))
+    return config, [problem for run in config.runs if (problem := not_a_run(Path(run)))]
 
 
-def _not_a_run(path: Path) -> str:
+def not_a_run(path: Path) -> str | None:
+    """Say that ``path`` is not the directory of a run; None if it is one."""
+    if any((path / name).is_file() for name in RUN_FILES):
+        return None
     what = f"not the directory of a run: it has no {RUN_FILES[0]}" if path.exists() else "there is no such directory"
     return f"{path}: {what}; name one{such_as_runs(path)}"
 

@@ -1,0 +1,136 @@
+"""The commands as functions, for notebooks and programs of other people; ``import bigtrain`` offers them."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config import TrainConfig
+from bigtrain.errors import ConfigError
+from bigtrain.processes import STOP_SIGNALS
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run on disk."""
+
+    directory: Path
+    """``runs/<run.name>``."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """Configuration of the newest launch."""
+        from bigtrain.run.directory import read_config
+
+        return read_config(self.directory)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return one record per optimizer step: ``step``, ``loss``, ``grad_norm``, ``lr`` and more."""
+        from bigtrain.telemetry.files import METRICS_FILE, read_jsonl
+
+        return read_jsonl(self.directory / METRICS_FILE)
+
+    def checkpoints(self) -> list[Path]:
+        """Return the directories of the complete checkpoints, oldest first."""
+        from bigtrain.checkpoint.store import find_checkpoints
+
+        return find_checkpoints(self.directory)
+
+    def ended(self) -> dict[str, Any]:
+        """Return how the newest launch ended: ``code``, ``reason``, ``step``, ``attempt``, ``time``; empty while it runs."""
+        from bigtrain.supervise.attempt import EXIT_FILE
+
+        path = self.directory / EXIT_FILE
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def train(*overrides: str) -> Run:
+    """Train, or continue a run, as ``bigtrain train <overrides>`` does; under torchrun on all ranks.
+
+    Args:
+        overrides: ``+model=gpt_nano``, ``train.steps=200``, ``data=text``, ...
+
+    Returns:
+        The run; ``ended()`` says whether it is finished, or stopped and resumable.
+
+    Raises:
+        BigtrainError: what the command would say and exit with its ``exit_code``.
+    """
+    config = hydra_cli.read_run(list(overrides))
+    from bigtrain.run import trainer
+
+    with _own_signals():
+        trainer.run(config)
+    return load_run(config.run.directory)
+
+
+def load_run(path: str | PathLike[str]) -> Run:
+    """Return the run in a directory.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if problem := hydra_cli.not_a_run(Path(path)):
+        raise ConfigError(problem)
+    return Run(Path(path))
+
+
+def validate(run: Run | str | PathLike[str], *, batches: int | None = None) -> dict[str, float]:
+    """Return loss and metrics of a run's newest checkpoint, or of the checkpoint at a path, on held-out documents.
+
+    Raises:
+        BigtrainError: there is no whole checkpoint, or its data are gone.
+    """
+    from bigtrain.run.validation import validate_run
+
+    return validate_run(_path(run), batches=batches)
+
+
+def generate(
+    run: Run | str | PathLike[str],
+    prompt: str,
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """Return continuations of ``prompt``; see :func:`bigtrain.run.sampling.sample_run`.
+
+    Raises:
+        BigtrainError: there is no whole checkpoint, or the model cannot serve a setting.
+    """
+    from bigtrain.run.sampling import sample_run
+
+    return sample_run(
+        _path(run),
+        prompt=prompt,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def _path(run: Run | str | PathLike[str]) -> Path:
+    return run.directory if isinstance(run, Run) else Path(run)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give signals back to the program when a run, which stops in order at them, has ended."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
