@@ -61,6 +61,8 @@ from bigtrain.processes import RankInfo
 from bigtrain.run import trainer
 from bigtrain.run.data import open_data
 from bigtrain.run.recovery import Start, fill_state
+from bigtrain.tasks.base import TaskModel
+from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.telemetry.files import METRICS_FILE
 
 PRESETS = sorted(path.stem for path in (turns.REPOSITORY / "configs/model").glob("*.yaml") if path.stem != "hf")
@@ -207,7 +209,7 @@ def our_model(config: TrainConfig) -> MeanLoss:
     """Return our model for a peer, compiled block by block, as suits it best."""
     model = make_model(config)
     fill(model, make_values(config))
-    wrap_blocks(model, config.engine)
+    wrap_blocks(TaskModel(model, CausalLM()), config.engine)
     return MeanLoss(model)
 
 
