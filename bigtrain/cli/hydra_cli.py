@@ -231,7 +231,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
             "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
             "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
         )
-    args = overrides.prepare(args, schema)
+    typed, args = args, overrides.prepare(args, schema)
     yaml_source.keep_text(schema)
     composed: list[tuple[DictConfig, dict[str, str]]] = []
     store = ConfigStore.instance()
@@ -252,7 +252,8 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     except BigtrainError:
         raise
     except Exception as error:  # nothing but Hydra and OmegaConf ran
-        problems = _problems(args, schema, _groups(config_name) if config_name else {})
+        groups = _groups(config_name) if config_name else {}
+        problems = _problems(args, schema, groups) or _problems(typed, schema, groups)
         raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
     # Hydra lets `+train.stpes=1` into its structured config; this does not.
     return from_dict(schema, values, from_user=True), choices

@@ -29,7 +29,36 @@ class PathMark(Enum):
 
 LocalPath = Annotated[str, PathMark.local]
 PathOrUrl = Annotated[str, PathMark.any]
+MaybeEmpty = Annotated[str, "may be empty"]
+"""Text of which none is some."""
 
+LARGEST = 10**12
+"""No setting that counts something means more."""
+MOST = {
+    "train.seed": 2**63 - 1,
+    "train.global_batch_size": 1_000_000,
+    "train.micro_batch_size": 1_000_000,
+    "validation.batches": 1_000_000,
+    "data.prefetch_steps": 1_000,
+    "data.prepare_processes": 1_024,
+    "data.tokenizer_vocab_size": 10_000_000,
+    "model.vocab_size": 100_000_000,
+    "model.num_layers": 10_000,
+    "model.hidden_dim": 1_000_000,
+    "model.num_heads": 100_000,
+    "supervision.hang_seconds": 10**8,
+    "supervision.first_hang_seconds": 10**8,
+    "bad_numbers.spike_window_steps": 1_000_000,
+    "run.max_minutes": 10**8,
+    "seed": 2**63 - 1,
+    "num_samples": 10_000,
+    "max_new_tokens": 1_000_000,
+    "every_seconds": 10**6,
+    "worlds": 1_024,
+    "world": 1_024,
+    "resume_world": 1_024,
+}
+"""Upper bounds of settings, by their keys; those without a dot are of commands."""
 MAX_NAME_BYTES = 255
 """Of a file, on the usual file systems."""
 _MAX_PATH_BYTES = 4095 - 200  # what a run, a corpus and a checkpoint put below it fits, too
@@ -64,11 +93,12 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
     Args:
         schema: what is built.
         values: plain data.
-        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite.
+        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite and
+            at most :data:`MOST`, text must not be empty.
 
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
-            URL, unset variable and infinite number.
+            URL, unset variable, empty text and number that is infinite or too large.
     """
     builder = _Builder(list(key_types(schema)), from_user=from_user)
     config = builder.build(schema, values, "")
@@ -94,6 +124,8 @@ def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
         return value
 
     expanded = os.path.expanduser(_VARIABLE.sub(value_of, text))
+    if not expanded.strip():
+        raise ValueError("the environment variable is empty")
     if not _URL.match(expanded) and (wrong := _refused_name(expanded)):
         raise ValueError(wrong)
     if expanded.startswith("~") and not os.path.lexists(expanded):
@@ -145,6 +177,12 @@ def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
 def named_sections(schema: type) -> list[str]:
     """Return the dotted keys of ``schema`` that hold sections or values by name: those of type ``dict``."""
     return [key for key, hint in key_types(schema).items() if typing.get_origin(hint) is dict]
+
+
+def optional_sections(schema: type) -> list[str]:
+    """Return the dotted keys of ``schema`` that hold a section or null."""
+    hints = key_types(schema).items()
+    return [key for key, hint in hints if hint is not _without_none(hint) and _section(hint)[1]]
 
 
 def generic_key(schema: type, key: str) -> str:
@@ -242,6 +280,8 @@ class _Builder:
         hint = _without_none(hint)
         if hint is Any:
             return value
+        if hint == MaybeEmpty and isinstance(value, str):
+            return value
         if typing.get_origin(hint) is Annotated:
             return self._path(hint.__metadata__[0], self.convert(hint.__origin__, value, path), path)
         if dataclasses.is_dataclass(hint):
@@ -264,10 +304,15 @@ class _Builder:
             return self._problem(f"{path}: expected {hint.__name__}, got {value!r}")
         if self.from_user and hint is float and not math.isfinite(value):
             return self._problem(f"{path}={value}: must be a finite number")
+        most = MOST.get(path.partition("[")[0], LARGEST if hint is int else math.inf)
+        if self.from_user and hint in (int, float) and value > most:
+            return self._problem(f"{path}={value}: must be at most {most}")
+        if self.from_user and hint is str and not value.strip():
+            return self._problem(f"{path}: empty, as a variable that is not set; give it a value or leave {path}= out")
         return value
 
     def _path(self, mark: PathMark, text: str | None, path: str) -> str | None:
-        if text is None or not self.from_user:
+        if text is None or not self.from_user or not isinstance(mark, PathMark):
             return text
         try:
             return expand_path(text, mark)
