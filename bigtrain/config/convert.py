@@ -100,7 +100,7 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
         ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
             URL, unset variable, empty text and number that is infinite or too large.
     """
-    builder = _Builder(list(key_types(schema)), from_user=from_user)
+    builder = _Builder(list(key_types(typing.cast(type, schema))), from_user=from_user)
     config = builder.build(schema, values, "")
     if builder.problems:
         raise ConfigError("\n".join(builder.problems))
@@ -202,10 +202,11 @@ def is_text(schema: type, key: str) -> bool:
 def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
     """Return the docstring under every field of ``schema``, by the same dotted keys as :func:`key_types`."""
     docs = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body
-    for statement, following in itertools.pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[prefix + statement.target.id] = following.value.value
+    definition: Any = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    for statement, following in itertools.pairwise(definition.body):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[prefix + name] = text
     for name, hint in typing.get_type_hints(schema).items():
         star, section = _section(hint)
         if section:
@@ -242,7 +243,7 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _section(hint: Any) -> tuple[str, type | None]:
+def _section(hint: Any) -> tuple[str, Any]:
     """Return the dataclass that a field's type holds, if any, after ``"*."`` if it holds several by name."""
     hint = _without_none(hint)
     if dataclasses.is_dataclass(hint):
@@ -259,7 +260,7 @@ class _Builder:
         self.from_user = from_user
         self.problems: list[str] = []
 
-    def build(self, schema: type[T], values: Any, path: str) -> T | None:
+    def build(self, schema: Any, values: Any, path: str) -> Any:
         """Return ``schema`` filled with ``values``, or None where there are problems."""
         if not isinstance(values, dict):
             return self._problem(f"{path.rstrip('.')}: expected a section with keys, got {values!r}")
