@@ -1,20 +1,23 @@
-# make install   the project and its tested dependencies into .venv (quick when nothing has changed)
+# make install   the project, its extras and the tested versions of all packages into .venv (quick when nothing has changed)
 # make test      the tests that a change needs: a quarter of an hour on two cores
 # make test-all  every test, for a night
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
-# make lint      formatting and lint
+# make lint      formatting, lint and types
 # make bench     install what the benchmarks compare with, too
 #
-# PYTHON=python3.12      another interpreter, 3.11 or 3.12
+# PYTHON=python3.12      another interpreter, 3.11 to 3.13
+# TORCH=2.11.0           another torch than the tested one, in an environment of its own (.venv-torch-2.11.0)
 # TORCH_BUILD=           PyPI's own build of torch (CUDA on Linux) on a machine without a GPU, such as a login node
 
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+TEST_TOOLS := $(VENV)/test-tools
+CONSTRAINTS := $(VENV)/constraints.txt
 
 # PyPI's torch for Linux brings gigabytes of CUDA packages; a machine without an NVIDIA driver takes the CPU build.
-TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_PIN := torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -23,36 +26,43 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 install: $(INSTALLED)
 
 # Two files at a time: many tests wait for processes to start. The long ones come first, in the order of testpaths.
-test: install
+test: $(TEST_TOOLS)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-all: install
+test-all: $(TEST_TOOLS)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
-lint: install
+lint: $(TEST_TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: install
-	$(BIN)/pip install '.[bench]' --constraint constraints.txt
-	$(BIN)/pip install --no-deps --constraint constraints.txt litdata
+	$(BIN)/pip install '.[bench]' --constraint $(CONSTRAINTS)
+	$(BIN)/pip install --no-deps --constraint $(CONSTRAINTS) litdata
 	$(BIN)/pip install --no-deps --editable .
 
 # torch first: pip must not choose its build while it resolves the rest. The configured indexes may
 # have the CPU build already; otherwise it comes from PyTorch's own.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-	  || { echo "$(PYTHON) is no Python 3.11 or 3.12 ($$($(PYTHON) --version 2>&1 | head -n 1)); make install PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$(PYTHON) is no Python 3.11, 3.12 or 3.13 ($$($(PYTHON) --version 2>&1 | head -n 1)); make install PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "1 of 2: $(TORCH)$(TORCH_BUILD) into $(VENV)"
+	@echo "1 of 2: $(TORCH_PIN)$(TORCH_BUILD) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install "$(TORCH)$(TORCH_BUILD)" || { echo "not there: asking $(TORCH_INDEX)"; \
-	  $(BIN)/pip install "$(TORCH)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX); } \
-	  || { echo "no $(TORCH)$(TORCH_BUILD) to be had; 'make install TORCH_BUILD=' takes PyPI's build" >&2; exit 1; }
+	@$(BIN)/pip install "$(TORCH_PIN)$(TORCH_BUILD)" || { echo "not there: asking $(TORCH_INDEX)"; \
+	  $(BIN)/pip install "$(TORCH_PIN)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX); } \
+	  || { echo "no $(TORCH_PIN)$(TORCH_BUILD) to be had; 'make install TORCH_BUILD=' takes PyPI's build" >&2; exit 1; }
 	@echo "2 of 2: bigtrain and the other packages: a minute or two"
-	@$(BIN)/pip install --editable '.[test]' --constraint constraints.txt
+	@sed 's/^torch==.*/$(TORCH_PIN)/' constraints.txt >$(CONSTRAINTS)
+	@$(BIN)/pip install --editable '.[all]' --constraint $(CONSTRAINTS)
+	@touch $@
+
+$(TEST_TOOLS): $(INSTALLED)
+	@echo "the tools of the tests"
+	@$(BIN)/pip install --editable '.[all,test]' --constraint $(CONSTRAINTS)
 	@touch $@

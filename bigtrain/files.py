@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +39,7 @@ class FileRecord:
     """XXH3 128-bit hash of the content, hexadecimal."""
 
 
-def hash_content(file: BinaryIO) -> str:
+def hash_content(file: BufferedIOBase | RawIOBase) -> str:
     """Return the XXH3 128-bit hash of an open file from its beginning on, in hexadecimal."""
     file.seek(0)
     digest = xxhash.xxh3_128()

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 MASK = "***"
@@ -51,10 +52,14 @@ def get_logger() -> logging.Logger:
     return logging.getLogger("bigtrain")
 
 
+def _is_without(text: str, record: logging.LogRecord) -> bool:
+    return text not in str(record.msg)
+
+
 def quiet_torchao() -> None:
     """Drop what importing torchao says: that kernels not used here are of other machines, and what torch has deprecated."""
     for name, text in (("torchao", "Failed to load"), ("torch.utils._pytree", "is an Enum subclass")):
-        logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))
+        logging.getLogger(name).addFilter(partial(_is_without, text))
 
 
 def setup(rank: int) -> None:

@@ -119,6 +119,11 @@ def lone_ranks() -> str | None:
     return None
 
 
+def num_usable_cpus() -> int:
+    """Return how many processors this process may run on; macOS does not bind processes to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def only_zero_is_success() -> bool:
     """Return whether the launcher would report a stop's own code as a failure, and --max-restarts undo the stop."""
     return bool(os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"})

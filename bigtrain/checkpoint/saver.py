@@ -80,8 +80,8 @@ class Saver:
         self._config = config
         # A new thread would use GPU 0, whichever GPU this rank has: its stream would wait for the wrong one.
         on_gpu = torch.cuda.is_available()
-        initializer, device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else (None, ())
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer, device)
+        begin: tuple[Any, ...] = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else ()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *begin)
         self._group = dist.new_group(backend="gloo")  # the thread's own: it must not meet the loop's collectives
         self._launch = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
         self._pending: Future[SaveReport] | None = None

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 
 from bigtrain.errors import EXIT_USER_ERROR
@@ -23,6 +24,8 @@ COMMANDS = {
     "dashboard": "make a dashboard in a Weights & Biases project",
 }
 
+COMPLETION = 'Completion by TAB, in bash:  eval "$(bigtrain -sc install=bash)"'
+
 
 def main() -> None:
     """Run ``bigtrain <command> ...``."""
@@ -30,8 +33,11 @@ def main() -> None:
     if (command := asked.replace("-", "_")) in COMMANDS:
         del sys.argv[1]
         start(command)
+    if asked == "-sc":  # Hydra's option for the completion of shells
+        complete()
+        return
     lines = "\n".join(f"  {name:<14} {meaning}" for name, meaning in COMMANDS.items())
-    page = f"The same training run, anywhere.\n\n{lines}\n\nMore on each: bigtrain <command> --help"
+    page = f"The same training run, anywhere.\n\n{lines}\n\nMore on each: bigtrain <command> --help\n{COMPLETION}"
     if asked in ("-h", "--help"):
         print(page)
         return
@@ -39,6 +45,16 @@ def main() -> None:
     meant = f"; did you mean {near[0]}?" if near else ""
     print(f"bigtrain {asked}: there is no such command{meant}\n\n{page}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
+
+
+def complete() -> None:
+    """Answer the script that Hydra installs in a shell: commands from here, all that follows one from Hydra."""
+    program, *words = os.environ.get("COMP_LINE", "bigtrain train ").split(" ")
+    if len(words) < 2:
+        print(" ".join(command for command in COMMANDS if command.startswith(words[0] if words else "")))
+    elif (command := words[0].replace("-", "_")) in COMMANDS:
+        os.environ["COMP_LINE"] = " ".join([program, *words[1:]])
+        start(command)
 
 
 def start(command: str) -> None:

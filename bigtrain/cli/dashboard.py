@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from bigtrain.cli import hydra_cli
+from bigtrain.config.packages import require
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 
@@ -24,7 +25,7 @@ HELP = """\
 Save a workspace in a Weights & Biases project, with panels for loss, speed, norms per layer, memory and data, over
 the metrics that every run of bigtrain has. It prints the workspace's address.
 
-  pip install wandb-workspaces
+  pip install 'bigtrain[dashboard]'
   python launch/dashboard.py entity=me project=mine
 
 Settings, with their defaults:
@@ -47,15 +48,13 @@ def read(args: list[str]) -> DashboardConfig:
 
 def run(config: DashboardConfig) -> int:
     """Build the workspace and save it."""
+    require("dashboard", "wandb_workspaces", "dashboard")
     from bigtrain.telemetry.wandb_dashboard import build_dashboard
     from bigtrain.telemetry.wandb_logger import default_project, has_api_key
 
     if not has_api_key(os.environ):
         raise ConfigError("there is no key: set WANDB_API_KEY or run `wandb login`")
-    try:
-        workspace = build_dashboard(config.project or default_project(os.environ), str(config.entity), config.name)
-    except ImportError as error:
-        raise ConfigError(f"wandb-workspaces cannot be used ({error}): pip install wandb-workspaces") from error
+    workspace = build_dashboard(config.project or default_project(os.environ), str(config.entity), config.name)
     try:
         workspace.save()
     except Exception as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigtrain.cli import hydra_cli
-from bigtrain.config.convert import LocalPath
+from bigtrain.config.convert import LocalPath, MaybeEmpty
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 
@@ -16,7 +16,7 @@ class GenerateConfig:
 
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
-    prompt: str
+    prompt: MaybeEmpty
     """Text to continue; taken as it is, without quoting for Hydra."""
     num_samples: int = 5
     """Number of texts."""
@@ -45,8 +45,9 @@ Settings, with their defaults:
 
 def run(config: GenerateConfig) -> int:
     """Generate and print the texts."""
-    if config.num_samples < 1:
-        raise ConfigError(f"num_samples={config.num_samples}: must be at least 1")
+    for key, least in (("num_samples", 1), ("seed", 0)):
+        if (value := getattr(config, key)) < least:
+            raise ConfigError(f"{key}={value}: must be at least {least}")
     from bigtrain.data.prepare.records import decode
     from bigtrain.log import get_logger
     from bigtrain.run.sampling import sample_run

@@ -43,6 +43,7 @@ from bigtrain.config.convert import (
     nearest_key,
     value_problems,
 )
+from bigtrain.config.packages import missing_data_packages, missing_packages
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.files import RUN_FILES, such_as_runs
 from bigtrain.log import redact
@@ -119,7 +120,8 @@ def read_run(args: list[str]) -> TrainConfig:
         raise ConfigError(problem)
     info = RankInfo.from_env()
     config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
-    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
+    problems = check(config, world_size=info.world_size, local_world_size=info.local_world_size)
+    if problems := problems or missing_packages(config):
         raise ConfigError("\n".join(problems))
     if config.model.kind is ModelKind.hf:
         from bigtrain.models.probe import require_positions
@@ -208,7 +210,7 @@ def read_data(args: list[str]) -> TrainConfig:
     config, choices = compose(TrainConfig, args, config_name="train")
     config.model.name = config.model.name or choices.get("model")
     config = resolve(config)
-    if problems := check_data(config.data):
+    if problems := check_data(config.data) or missing_data_packages(config.data):
         raise ConfigError("\n".join(problems))
     return config
 
@@ -233,7 +235,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
             "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
             "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
         )
-    args = overrides.prepare(args, schema)
+    typed, args = args, overrides.prepare(args, schema)
     yaml_source.keep_text(schema)
     composed: list[tuple[DictConfig, dict[str, str]]] = []
     store = ConfigStore.instance()
@@ -254,7 +256,8 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     except BigtrainError:
         raise
     except Exception as error:  # nothing but Hydra and OmegaConf ran
-        problems = _problems(args, schema, _groups(config_name) if config_name else {})
+        groups = _groups(config_name) if config_name else {}
+        problems = _problems(args, schema, groups) or _problems(typed, schema, groups)
         raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
     # Hydra lets `+train.stpes=1` into its structured config; this does not.
     return from_dict(schema, values, from_user=True), choices

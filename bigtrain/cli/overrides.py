@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from bigtrain.config.convert import generic_key, key_types, named_sections, value_problems
+from bigtrain.config.convert import generic_key, key_types, named_sections, optional_sections, value_problems
 from bigtrain.errors import ConfigError
 
 VALUED_OPTIONS = (
@@ -84,15 +84,21 @@ def _quote_text(arg: str, schema: type) -> str:
 def _nest(arg: str, schema: type) -> str:
     """Write a setting of a section by name as Hydra merges it, whether the section is new or not.
 
-    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``
+    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``, and likewise of a section that may be null.
     """
-    key, equals, value = arg.partition("=")
+    key, equals, value = arg.lstrip("+").partition("=")
+    for section in optional_sections(schema):  # OmegaConf merges into what is null only from the section around it
+        parent, _, name = section.rpartition(".")
+        if equals and key.startswith(f"{section}.") and key in key_types(schema):
+            return f"++{parent}={{{name}:{{{key.removeprefix(f'{section}.')}:{value}}}}}"
+        if equals and key == section and value != "null":
+            return f"++{parent}={{{name}:{value}}}"
     for named in named_sections(schema):
-        if equals and key.lstrip("+").startswith(f"{named}."):
-            for name in reversed(key.lstrip("+").removeprefix(f"{named}.").split(".")):
+        if equals and key.startswith(f"{named}."):
+            for name in reversed(key.removeprefix(f"{named}.").split(".")):
                 value = f"{{{name}:{value}}}"
             return f"++{named}={value}"
-        if equals and key == named:
+        if equals and arg.startswith(f"{named}="):
             return f"++{arg}"
     return arg
 

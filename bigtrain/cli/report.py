@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.convert import LocalPath
+from bigtrain.config.packages import lacking
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 
@@ -40,6 +41,7 @@ def read(args: list[str]) -> ReportConfig:
         ConfigError: listing every problem.
     """
     config, problems = hydra_cli.read_runs(ReportConfig, args)
+    problems += lacking("bigtrain report", "matplotlib", "report")
     config.out = config.out or (f"{config.runs[0]}/report.html" if len(config.runs) == 1 else "report.html")
     if Path(config.out).suffix not in (".html", *PICTURES):
         problems.append(f"out={config.out}: the name must end in .html, {', '.join(PICTURES)}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bigtrain.config import TrainConfig
 from bigtrain.config.bounds import RANGES
-from bigtrain.config.convert import PathMark, key_docs, to_dict
+from bigtrain.config.convert import MOST, PathMark, key_docs, to_dict
 
 HEAD = """\
 # Settings
@@ -53,6 +53,7 @@ def _walk(schema: type, prefix: str, docs: dict[str, str]) -> Iterator[Setting]:
             sections.append((section, inner, "*." if typing.get_origin(hint) is dict else ""))
         else:
             bound = RANGES.get(key, "").replace("must be ", ", ").replace("must not be", ", not")
+            bound += f", at most {MOST[key]}" if key in MOST else ""
             yield Setting(key, _type_name(hint) + bound, _default(field), _one_line(docs[key]))
     for section, inner, star in sections:
         yield section

@@ -103,7 +103,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         ConfigError: listing every problem.
     """
     keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
-    hydras = {"--cfg", "-c", "--info", "-i", "--multirun", "-m"}
+    hydras = {"--cfg", "-c", "--info", "-i", "--multirun", "-m", "-sc"}
     if "cluster" not in keys.values() and not hydras & set(args):
         choices = " ".join(f"cluster={name}" for name in hydra_cli.group_options("cluster"))
         raise ConfigError(f"no cluster is chosen; add one of: {choices}")

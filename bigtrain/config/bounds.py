@@ -1,7 +1,8 @@
 """What must hold of each number of the configuration by itself."""
 
 from collections.abc import Callable
-from operator import attrgetter
+
+from bigtrain.config.convert import flatten, to_dict
 
 SMALLEST_FP32 = 2.0**-126
 """Smaller numbers lose bits in fp32, or are 0."""
@@ -28,10 +29,15 @@ RANGES = {
     "model.hidden_dim": "must be at least 1",
     "model.num_heads": "must be at least 1",
     "model.num_kv_heads": "must be at least 1",
+    "model.head_dim": "must be at least 1",
     "model.ffn_dim": "must be at least 1",
     "model.max_positions": "must be at least 1",
     "model.dropout": "must be at least 0 and less than 1",
     "model.rope_theta": "must be positive",
+    "model.rope_scaling.factor": "must be at least 1",
+    "model.rope_scaling.low_freq_factor": "must be positive",
+    "model.rope_scaling.high_freq_factor": "must be positive",
+    "model.rope_scaling.original_max_positions": "must be at least 1",
     "model.norm_eps": "must not be negative",
     "model.init_std": "must not be negative",
     "data.sequence_length": "must be at least 1",
@@ -44,7 +50,11 @@ RANGES = {
     "data.filters.max_repeated_line_share": "must be from 0 to 1",
     "data.filters.max_symbol_share": "must be from 0 to 1",
     "data.filters.near_similarity": "must be above 0 and at most 1",
+    "data.filters.min_characters": "must not be negative",
+    "engine.dp_shard": "must be at least 1",
     "engine.fsdp.prefetch_blocks": "must be at least 1",
+    "engine.deepspeed.bucket_elements": "must be at least 1",
+    "engine.deepspeed.persistence_threshold_elements": "must not be negative",
     "engine.activation_checkpointing_every": "must be at least 1",
     "train.seed": "must not be negative",
     "train.steps": "must be at least 1",
@@ -75,9 +85,6 @@ RANGES = {
 
 def out_of_range(name: str, section: object) -> list[str]:
     """Return which numbers of a section of the configuration are not as :data:`RANGES` says."""
-    numbers = [
-        (key, bound, attrgetter(key.removeprefix(f"{name}."))(section))
-        for key, bound in RANGES.items()
-        if key.startswith(f"{name}.")
-    ]
-    return [f"{key}={value}: {bound}" for key, bound, value in numbers if value is not None and not HOLDS[bound](value)]
+    values = flatten({name: to_dict(section)})
+    numbers = [(key, bound, values[key]) for key, bound in RANGES.items() if values.get(key) is not None]
+    return [f"{key}={value}: {bound}" for key, bound, value in numbers if not HOLDS[bound](value)]

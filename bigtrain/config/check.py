@@ -62,9 +62,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     model = dataclasses.replace(config.model)
     if model.kind is ModelKind.native:
-        model.num_kv_heads = model.num_kv_heads or model.num_heads
-        model.head_dim = model.head_dim or model.hidden_dim // max(model.num_heads, 1)
-        model.ffn_dim = model.ffn_dim or 4 * model.hidden_dim
+        derived = {
+            "num_kv_heads": model.num_heads,
+            "head_dim": max(model.hidden_dim // max(model.num_heads, 1), 1),
+            "ffn_dim": 4 * model.hidden_dim,
+        }
+        model = dataclasses.replace(model, **{k: v for k, v in derived.items() if getattr(model, k) is None})
     length = model.max_positions if config.data.sequence_length is None else config.data.sequence_length
     data = dataclasses.replace(config.data, sequence_length=length)
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
@@ -294,7 +297,10 @@ def _check_model(config: TrainConfig) -> list[str]:
                 "transformers'>"
             )
         if model.architecture and model.pretrained:
-            problems.append("model.architecture begins from scratch: leave out model.pretrained, or write model.name=")
+            problems.append(
+                "model.architecture begins from scratch: leave out model.pretrained, or name a model with "
+                "model.name=<hub id or directory>"
+            )
         if model.settings and not model.architecture:
             problems.append("model.settings: they are those of model.architecture, which is not set")
         if model.init_from:
@@ -305,7 +311,7 @@ def _check_model(config: TrainConfig) -> list[str]:
         return problems
     if out_of_range("model", model):  # which are told already
         return []
-    if model.hidden_dim % model.num_heads and model.head_dim == model.hidden_dim // model.num_heads:
+    if model.hidden_dim % model.num_heads and model.head_dim == max(model.hidden_dim // model.num_heads, 1):
         problems.append(
             f"model.hidden_dim={model.hidden_dim} does not divide by model.num_heads={model.num_heads}; "
             "change one of them or set model.head_dim"
@@ -314,6 +320,11 @@ def _check_model(config: TrainConfig) -> list[str]:
         problems.append(f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads={model.num_kv_heads}")
     if model.positions is Positions.rope and model.head_dim % 2:
         problems.append(f"model.head_dim={model.head_dim}: rotary positions need an even number")
+    if (scaling := model.rope_scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
+        problems.append(
+            f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor}: must be more than "
+            f"low_freq_factor={scaling.low_freq_factor}"
+        )
     return problems
 
 
@@ -356,8 +367,8 @@ def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -
     engine = config.engine
     problems = []
     if engine.kind is EngineKind.hsdp:
-        dp_shard = engine.dp_shard or local_world_size
-        if dp_shard < 1 or world_size % dp_shard:
+        dp_shard = local_world_size if engine.dp_shard is None else engine.dp_shard
+        if dp_shard >= 1 and world_size % dp_shard:
             problems.append(f"engine.dp_shard={dp_shard} does not divide the world size {world_size}")
     if engine.offload is Offload.cpu and engine.kind in (EngineKind.ddp, EngineKind.accelerate):
         problems.append(

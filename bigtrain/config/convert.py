@@ -29,7 +29,36 @@ class PathMark(Enum):
 
 LocalPath = Annotated[str, PathMark.local]
 PathOrUrl = Annotated[str, PathMark.any]
+MaybeEmpty = Annotated[str, "may be empty"]
+"""Text of which none is some."""
 
+LARGEST = 10**12
+"""No setting that counts something means more."""
+MOST = {
+    "train.seed": 2**63 - 1,
+    "train.global_batch_size": 1_000_000,
+    "train.micro_batch_size": 1_000_000,
+    "validation.batches": 1_000_000,
+    "data.prefetch_steps": 1_000,
+    "data.prepare_processes": 1_024,
+    "data.tokenizer_vocab_size": 10_000_000,
+    "model.vocab_size": 100_000_000,
+    "model.num_layers": 10_000,
+    "model.hidden_dim": 1_000_000,
+    "model.num_heads": 100_000,
+    "supervision.hang_seconds": 10**8,
+    "supervision.first_hang_seconds": 10**8,
+    "bad_numbers.spike_window_steps": 1_000_000,
+    "run.max_minutes": 10**8,
+    "seed": 2**63 - 1,
+    "num_samples": 10_000,
+    "max_new_tokens": 1_000_000,
+    "every_seconds": 10**6,
+    "worlds": 1_024,
+    "world": 1_024,
+    "resume_world": 1_024,
+}
+"""Upper bounds of settings, by their keys; those without a dot are of commands."""
 MAX_NAME_BYTES = 255
 """Of a file, on the usual file systems."""
 _MAX_PATH_BYTES = 4095 - 200  # what a run, a corpus and a checkpoint put below it fits, too
@@ -64,13 +93,14 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
     Args:
         schema: what is built.
         values: plain data.
-        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite.
+        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite and
+            at most :data:`MOST`, text must not be empty.
 
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
-            URL, unset variable and infinite number.
+            URL, unset variable, empty text and number that is infinite or too large.
     """
-    builder = _Builder(list(key_types(schema)), from_user=from_user)
+    builder = _Builder(list(key_types(typing.cast(type, schema))), from_user=from_user)
     config = builder.build(schema, values, "")
     if builder.problems:
         raise ConfigError("\n".join(builder.problems))
@@ -94,6 +124,8 @@ def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
         return value
 
     expanded = os.path.expanduser(_VARIABLE.sub(value_of, text))
+    if not expanded.strip():
+        raise ValueError("the environment variable is empty")
     if not _URL.match(expanded) and (wrong := _refused_name(expanded)):
         raise ValueError(wrong)
     if expanded.startswith("~") and not os.path.lexists(expanded):
@@ -147,6 +179,12 @@ def named_sections(schema: type) -> list[str]:
     return [key for key, hint in key_types(schema).items() if typing.get_origin(hint) is dict]
 
 
+def optional_sections(schema: type) -> list[str]:
+    """Return the dotted keys of ``schema`` that hold a section or null."""
+    hints = key_types(schema).items()
+    return [key for key, hint in hints if hint is not _without_none(hint) and _section(hint)[1]]
+
+
 def generic_key(schema: type, key: str) -> str:
     """Return ``key`` with ``*`` for the name of a section by name: ``data.mixture.web.path`` -> ``data.mixture.*.path``."""
     for named in named_sections(schema):
@@ -164,10 +202,11 @@ def is_text(schema: type, key: str) -> bool:
 def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
     """Return the docstring under every field of ``schema``, by the same dotted keys as :func:`key_types`."""
     docs = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body
-    for statement, following in itertools.pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[prefix + statement.target.id] = following.value.value
+    definition: Any = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    for statement, following in itertools.pairwise(definition.body):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[prefix + name] = text
     for name, hint in typing.get_type_hints(schema).items():
         star, section = _section(hint)
         if section:
@@ -204,7 +243,7 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _section(hint: Any) -> tuple[str, type | None]:
+def _section(hint: Any) -> tuple[str, Any]:
     """Return the dataclass that a field's type holds, if any, after ``"*."`` if it holds several by name."""
     hint = _without_none(hint)
     if dataclasses.is_dataclass(hint):
@@ -221,7 +260,7 @@ class _Builder:
         self.from_user = from_user
         self.problems: list[str] = []
 
-    def build(self, schema: type[T], values: Any, path: str) -> T | None:
+    def build(self, schema: Any, values: Any, path: str) -> Any:
         """Return ``schema`` filled with ``values``, or None where there are problems."""
         if not isinstance(values, dict):
             return self._problem(f"{path.rstrip('.')}: expected a section with keys, got {values!r}")
@@ -241,6 +280,8 @@ class _Builder:
             return None
         hint = _without_none(hint)
         if hint is Any:
+            return value
+        if hint == MaybeEmpty and isinstance(value, str):
             return value
         if typing.get_origin(hint) is Annotated:
             return self._path(hint.__metadata__[0], self.convert(hint.__origin__, value, path), path)
@@ -264,10 +305,15 @@ class _Builder:
             return self._problem(f"{path}: expected {hint.__name__}, got {value!r}")
         if self.from_user and hint is float and not math.isfinite(value):
             return self._problem(f"{path}={value}: must be a finite number")
+        most = MOST.get(path.partition("[")[0], LARGEST if hint is int else math.inf)
+        if self.from_user and hint in (int, float) and value > most:
+            return self._problem(f"{path}={value}: must be at most {most}")
+        if self.from_user and hint is str and not value.strip():
+            return self._problem(f"{path}: empty, as a variable that is not set; give it a value or leave {path}= out")
         return value
 
     def _path(self, mark: PathMark, text: str | None, path: str) -> str | None:
-        if text is None or not self.from_user:
+        if text is None or not self.from_user or not isinstance(mark, PathMark):
             return text
         try:
             return expand_path(text, mark)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigtrain.config import DataConfig, component_data
 from bigtrain.data.order.cursor import DataState
@@ -56,7 +56,7 @@ def open_streams(
     }
     num_tokens = validation_samples * (data.sequence_length + 1)
 
-    def split(name: str, which: str) -> Split | LiveParts:
+    def split(name: str, which: Any) -> Split | LiveParts:
         if name in live and which == "validation":
             return validation_split(live[name], num_tokens=num_tokens, sequence_length=data.sequence_length)
         if name in corpora:

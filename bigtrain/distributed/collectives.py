@@ -3,7 +3,9 @@
 import datetime
 import json
 import math
+import os
 import socket
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +16,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from bigtrain import errors
 from bigtrain.distributed.rendezvous import Patience, in_slices, meet, require_interfaces
 from bigtrain.errors import BigtrainError, ConfigError, NetworkError, first_line
+from bigtrain.log import get_logger
 from bigtrain.processes import RankInfo
 
 
 def pick_device(info: RankInfo) -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none, and make it current.
+    """Return this rank's GPU, or the CPU where there is none, and make it current; warn of GPUs that torch cannot use.
 
     Raises:
         ConfigError: there are more ranks on this node than GPUs.
     """
     if not torch.cuda.is_available():
+        if info.local_rank == 0 and (unused := unused_gpus()):
+            get_logger().error(unused)  # so that the first rank of every node says it
         return torch.device("cpu")
     if info.local_world_size > torch.cuda.device_count():
         raise ConfigError(
@@ -33,6 +38,35 @@ def pick_device(info: RankInfo) -> torch.device:
     device = torch.device("cuda", info.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def unused_gpus() -> str | None:
+    """Say which GPUs the driver lists and why torch, which sees none, cannot use them; None if there are none.
+
+    ``CUDA_VISIBLE_DEVICES`` without a device hides them on purpose.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if not (gpus := [line.strip() for line in listed if line.strip()]):
+        return None
+    name, _, driver = gpus[0].rpartition(", ")
+    try:
+        torch.cuda.init()
+        reason = "it sees no device"
+    except (
+        Exception
+    ) as error:  # torch's own words: an AssertionError of a build for CPUs, a RuntimeError of an old driver
+        reason = first_line(error).partition(". ")[0]
+    needs = f"; its build needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    return (
+        f"training on the CPU, though nvidia-smi lists {len(gpus)} x {name} (driver {driver}), for torch "
+        f"{torch.__version__} cannot use them: {reason}{needs}"
+    )
 
 
 def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds: float = 1800.0) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from bigtrain.errors import ConfigError
+from bigtrain.config.packages import require
 from bigtrain.log import quiet_torchao
 
 MULTIPLE = 16
@@ -41,10 +41,8 @@ def with_float8(build_model: Callable[[], nn.Module], *, num_tokens: int) -> Cal
         ConfigError: torchao is not installed.
     """
     quiet_torchao()
-    try:
-        from torchao.float8 import convert_to_float8_training
-    except ImportError as error:
-        raise ConfigError(f"engine.precision=fp8 needs torchao ({error}): pip install 'bigtrain[fp8]'") from error
+    require("engine.precision=fp8", "torchao", "fp8")
+    from torchao.float8 import convert_to_float8_training
 
     def is_converted(module: nn.Module, _name: str) -> bool:
         return isinstance(module, nn.Linear) and is_faster(num_tokens, module.in_features, module.out_features)

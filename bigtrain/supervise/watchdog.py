@@ -89,7 +89,7 @@ def question_path(beats: Path, rank: int) -> Path:
 
 def watch_node(watch: Watch) -> None:
     """Watch until all ranks of this node have ended."""
-    place, reported = Path(watch.beats), set()
+    place, reported = Path(watch.beats), set[int]()
     resumed_ns = next_look_ns = num_looks = 0
     deaths, num_oom_kills = Deaths(), _num_oom_kills()
     while True:

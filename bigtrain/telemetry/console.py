@@ -164,7 +164,7 @@ class _Output:
 class _LiveDisplay:
     """Draws the run below the messages, when it is told something and not more often than is cheap."""
 
-    def __init__(self, total_steps: int, clock: Callable[[], float], output: _Output) -> None:
+    def __init__(self, total_steps: int, clock: Callable[[], float], output: Any) -> None:
         from rich.console import Console as RichConsole
         from rich.live import Live
 

@@ -22,7 +22,7 @@ _LEGEND_CHARACTERS = 72  # that fit above a picture
 _NAME_CHARACTERS = 36
 _UNMARKED_EVENTS = ("start", "validation", "checkpoint", "profile")
 _INCHES = (5.4, 3.1)  # half a desktop's page, and a phone's whole one
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
@@ -284,10 +284,10 @@ def _mark_events(axes: Any, histories: list[History], axis: str) -> None:
             marks.set_gid(f"event-checkpoint-{history.name}")
         for event in only_steps(history.events):
             if (kind := event.get("event")) not in _UNMARKED_EVENTS:
-                x, is_alarm = place(event[names.STEP]), kind in names.ALARMS or bool(event.get("after"))
-                line = axes.axvline(x, color=_ALARM if is_alarm else colour, linestyle=":", linewidth=1.0, zorder=1)
+                where, is_alarm = place(event[names.STEP]), kind in names.ALARMS or bool(event.get("after"))
+                line = axes.axvline(where, color=_ALARM if is_alarm else colour, linestyle=":", linewidth=1.0, zorder=1)
                 line.set_gid(f"event-{kind}-{event[names.STEP]}")
-                happened.append((x, str(kind), is_alarm))
+                happened.append((where, str(kind), is_alarm))
     _name_events(axes, sorted(happened, key=itemgetter(0)))
 
 
@@ -303,9 +303,10 @@ def _name_events(axes: Any, happened: list[tuple[float, str, bool]]) -> None:
             groups.append([item])
     for group in groups:
         x, text = group[0][0], ", ".join(dict.fromkeys(kind for _, kind, _ in group))
-        style = {"ha": "right", "xytext": (-2, -3)} if x > last - width else {"ha": "left", "xytext": (2, -3)}
-        style |= {"color": _ALARM if any(is_alarm for *_, is_alarm in group) else GREY, "rotation": 90, "va": "top"}
-        _note(axes, text, xy=(x, 1), xycoords=("data", "axes fraction"), fontsize=9, **style)
+        side, offset = ("right", -2) if x > last - width else ("left", 2)
+        colour = _ALARM if any(is_alarm for *_, is_alarm in group) else GREY
+        where: dict[str, Any] = {"xy": (x, 1), "xycoords": ("data", "axes fraction"), "xytext": (offset, -3)}
+        _note(axes, text, ha=side, va="top", rotation=90, color=colour, fontsize=9, **where)
 
 
 def _note(axes: Any, text: str, **style: Any) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bigtrain.config.packages import lacking
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import Companion, follow_until_end, lock, read_request, request_for
 from bigtrain.telemetry.text import describe_event
@@ -32,11 +33,11 @@ def forget(run_directory: Path) -> None:
 
 def _companion() -> int:
     request, say = read_request(dict(os.environ))
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        say(f"cannot be used ({error}); the run goes on without")
+    if problems := lacking("it", "tensorboardX", "tensorboard"):
+        say(f"{problems[0]}; the run goes on without")
         return 0
+    from tensorboardX import SummaryWriter
+
     # The companion of a launch that was killed may not have logged the rest yet.
     directory = Path(request["directory"], DIRECTORY)
     with lock(Path(request["log"])):

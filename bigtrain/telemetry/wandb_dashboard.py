@@ -21,7 +21,7 @@ def build_dashboard(project: str, entity: str, name: str) -> Any:
         return plot(title, metric_regex=f"{prefix}/.*", **options)
 
     losses = (dashboard_name(names.LOSS), dashboard_name(names.LOSS, "val"))
-    sections = {
+    sections: dict[str, list[Any]] = {
         "Learning": [
             plot("Loss over tokens", *losses, axis=names.TOKENS),
             plot("Loss over steps", *losses),

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from bigtrain import config as config_module
 from bigtrain.cli import hydra_cli
+from bigtrain.cli.generate import GenerateConfig
 from bigtrain.config import EngineKind, RopeScalingConfig, TrainConfig
 from bigtrain.config.check import check, ignored_settings, resolve
 from bigtrain.config.convert import from_dict, key_docs, key_types, nearest, nearest_key, to_dict
@@ -186,6 +187,21 @@ WRONG: dict[str, dict[str, Any]] = {
     "model.num_heads=4 does not divide by model.num_kv_heads=3": dict(model__num_kv_heads=3),
     "model.num_layers=0": dict(model__num_layers=0),
     "model.head_dim=31: rotary": dict(model__head_dim=31, model__positions="rope"),
+    "model.head_dim=0": dict(model__head_dim=0),
+    "model.head_dim=-1": dict(model__head_dim=-1),
+    "model.num_kv_heads=0": dict(model__num_kv_heads=0),
+    "model.ffn_dim=0": dict(model__ffn_dim=0),
+    "model.hidden_dim=3 does not divide by model.num_heads=4": dict(model__hidden_dim=3),
+    "model.rope_scaling.factor=0.0": dict(model__rope_scaling=dict(factor=0.0)),
+    "model.rope_scaling.low_freq_factor=0.0": dict(model__rope_scaling=dict(factor=8.0, low_freq_factor=0.0)),
+    "model.rope_scaling.high_freq_factor=1.0: must be more than low_freq_factor=1.0": dict(
+        model__rope_scaling=dict(factor=8.0, high_freq_factor=1.0)
+    ),
+    "engine.dp_shard=0": dict(engine__dp_shard=0),
+    "engine.deepspeed.bucket_elements=0": dict(engine__deepspeed=dict(bucket_elements=0)),
+    "engine.deepspeed.persistence_threshold_elements=-5": dict(
+        engine__deepspeed=dict(persistence_threshold_elements=-5)
+    ),
     "model.dropout=1.0": dict(model__dropout=1.0),
     "model.name: +model=hf needs": dict(model__kind="hf"),
     "model.vocab_size=300 is smaller than data.tokenizer_vocab_size=4096": dict(model__vocab_size=300),
@@ -339,6 +355,50 @@ def test_what_is_no_path_on_this_machine_and_no_number_is_refused_by_name(
         compose(setting)
     assert str(caught.value).startswith(problem)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_every_text_refuses_to_be_empty_as_an_unset_variable_is(text: str):
+    keys = [key for key, hint in key_types(TrainConfig).items() if hint in (str, str | None) and "*" not in key]
+    assert {"run.name", "run.root", "model.init_from", "data.tokenizer", "checkpoint.resume"} <= set(keys)
+    for key in keys:
+        section, _, name = key.partition(".")
+        with pytest.raises(ConfigError, match=rf"^{key}: empty, as a variable that is not set"):
+            from_dict(TrainConfig, {section: {name: text}}, from_user=True)
+        from_dict(TrainConfig, {section: {name: text}})  # a run of before opens
+
+
+def test_a_path_from_an_empty_variable_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NOTHING", "")
+    with pytest.raises(ConfigError, match="the environment variable is empty"):
+        compose("model.init_from=${oc.env:NOTHING}")
+
+
+def test_a_prompt_may_be_empty():
+    assert hydra_cli.read(GenerateConfig, ["checkpoint=x", "prompt="]).prompt == ""
+
+
+def test_every_whole_number_has_an_upper_bound():
+    keys = [key for key, hint in key_types(TrainConfig).items() if hint in (int, int | None) and "*" not in key]
+    for key in keys:
+        values: Any = 10**20
+        for name in reversed(key.split(".")):
+            values = {name: values}
+        with pytest.raises(ConfigError, match=rf"(?m)^{key}={10**20}: must be at most \d+$"):
+            from_dict(TrainConfig, values, from_user=True)
+    with pytest.raises(ConfigError, match="num_samples=99999999999: must be at most 10000"):
+        hydra_cli.read(GenerateConfig, ["checkpoint=x", "prompt=a", "num_samples=99999999999"])
+
+
+@pytest.mark.parametrize("model", ["gpt_nano", "llama3_1b"])
+def test_a_key_of_a_section_that_may_be_null_is_set_whether_it_is_null_or_not(model: str):
+    args = ["model.rope_scaling.low_freq_factor=2", "model.rope_scaling.factor=8"]
+    for given in (args, args[::-1], ["model.rope_scaling={factor: 8, low_freq_factor: 2}"]):
+        scaling = hydra_cli.compose_run(TrainConfig, [f"+model={model}", *given]).model.rope_scaling
+        assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (8.0, 2.0, 4.0)
+    for wrong, problem in (("foo=2", "foo: unknown key"), ("factor=abc", "factor: expected float, got 'abc'")):
+        with pytest.raises(ConfigError, match=rf"^model.rope_scaling.{problem}"):
+            compose(f"model.rope_scaling.{wrong}")
 
 
 def test_every_setting_that_takes_a_path_expands_it(monkeypatch: pytest.MonkeyPatch):

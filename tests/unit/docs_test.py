@@ -8,7 +8,7 @@ import pytest
 from bigtrain.cli import settings
 from bigtrain.config import TrainConfig
 from bigtrain.config.bounds import RANGES
-from bigtrain.config.convert import key_types
+from bigtrain.config.convert import MOST, key_types
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [
@@ -48,7 +48,8 @@ def test_every_setting_and_every_bound_is_listed():
     assert [key for key, bound in RANGES.items() if bound.split("be ", 1)[1] not in listed[key].kind] == []
     assert listed["train.steps"] == ("train.steps", "int, at least 1", "1000", "Optimizer steps of the whole run.")
     assert listed["data.packing"][1:3] == ("concat | best_fit", "concat")
-    assert listed["model.rope_scaling.factor"][1:3] == ("float", "<needed>")
+    assert listed["model.rope_scaling.factor"][1:3] == ("float, at least 1", "<needed>")
+    assert [key for key, most in MOST.items() if "." in key and f"at most {most}" not in listed[key].kind] == []
     assert listed["data.mixture.*.path"][1:3] == ("path or URL or null", "null")
     assert [setting.key for setting in listed.values() if not setting.meaning] == []
 

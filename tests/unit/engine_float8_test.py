@@ -73,6 +73,6 @@ def test_other_hardware_is_named_with_the_way_out(precision):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(ConfigError, match=r"needs torchao .*pip install 'bigtrain\[fp8\]'"):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ConfigError, match=r"needs the package torchao: pip install 'bigtrain\[fp8\]'"):
         with_float8(lambda: None, num_tokens=16)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("version_check", "modules_check", "said"),
-    [(1, 0, "is no Python 3.11 or 3.12 (Python 3.9.2)"), (0, 1, "cannot make virtual environments")],
+    [(1, 0, "is no Python 3.11, 3.12 or 3.13 (Python 3.9.2)"), (0, 1, "cannot make virtual environments")],
     ids=["too old", "no venv"],
 )
 def test_an_interpreter_that_will_not_do_is_named_first(

@@ -11,7 +11,6 @@ import dataclasses
 import glob
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -71,6 +70,7 @@ from bigtrain.data.read.workers import Run, workers
 from bigtrain.errors import DataError
 from bigtrain.files import locked, sync
 from bigtrain.log import get_logger
+from bigtrain.processes import num_usable_cpus
 
 REPORT_FILE = "report.json"
 _COMPARED_CHARACTERS = 1 << 18
@@ -281,7 +281,7 @@ def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenize
 
 
 def _num_processes(config: DataConfig, parts: list[Part]) -> int:
-    return min(config.prepare_processes or len(os.sched_getaffinity(0)), len(parts))
+    return min(config.prepare_processes or num_usable_cpus(), len(parts))
 
 
 def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> Survey:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtrain.config.packages import lacking
 from bigtrain.data.prepare.records import Document
 from bigtrain.data.prepare.survey import cut
 from bigtrain.data.read.tokenizer import byte_symbols
+from bigtrain.log import get_logger
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -73,6 +75,9 @@ def _tiktoken_encoder(tokenizer: "Tokenizer") -> Encode | None:
     if not merges and pattern == "":
         return lambda text: ids[np.frombuffer(text.encode(), dtype=np.uint8)]
     if pattern == "":
+        return None
+    if problems := lacking("the fast way from text to the same ids", "tiktoken", "tiktoken"):
+        get_logger().info(problems[0])
         return None
     import tiktoken
 

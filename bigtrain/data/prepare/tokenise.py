@@ -78,8 +78,8 @@ def part_directory(work: Path, number: int) -> Path:
 def encoder(work: Path, coding: Coding) -> EncodeDocument:
     """Return how the tokenizer in a directory encodes documents."""
     tokenizer = load_tokenizer(work, reads_special=coding.reads_special)
-    build = fast_encoder if coding.is_fast else slow_encoder
-    encode = build(tokenizer, adds_special=coding.adds_special)
+    fast = fast_encoder(tokenizer, adds_special=coding.adds_special) if coding.is_fast else None
+    encode = fast or slow_encoder(tokenizer, adds_special=coding.adds_special)
     return partial(encode_whole, tokenizer, encode) if coding.adds_special else partial(encode_pieces, encode)
 
 

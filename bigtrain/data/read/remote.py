@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from bigtrain.config.packages import require
 from bigtrain.data.read.cache import Ahead, NodeCache, explained
 from bigtrain.data.read.index import INDEX_FILE, parse_index
 from bigtrain.errors import BigtrainError, DataError, ShardError, StopError
@@ -44,10 +45,13 @@ class RemoteDirectory:
         """Take any URL that fsspec knows; credentials and endpoints are those of its file systems.
 
         Raises:
-            DataError: no such kind of URL, or the package for it is not installed.
+            ConfigError: the package for s3 is not installed.
+            DataError: no such kind of URL, or the package for another one is not installed.
         """
         import fsspec
 
+        if url.startswith("s3://"):
+            require(f"data.path={url}", "s3fs", "s3")
         self.url = url.rstrip("/")
         try:
             self._file_system, self._root = fsspec.core.url_to_fs(self.url)
