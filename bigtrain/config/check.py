@@ -11,6 +11,7 @@ import re
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import PurePosixPath
+from typing import Any
 
 from bigtrain.config import DataConfig, TrainConfig, TrainingConfig, component_data, is_live
 from bigtrain.config.bounds import out_of_range
@@ -62,7 +63,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     model = dataclasses.replace(config.model)
     if model.kind is ModelKind.native:
-        derived = {
+        derived: dict[str, Any] = {
             "num_kv_heads": model.num_heads,
             "head_dim": max(model.hidden_dim // max(model.num_heads, 1), 1),
             "ffn_dim": 4 * model.hidden_dim,
