@@ -41,6 +41,11 @@ def some(names: Iterable[str], most: int, separator: str = ", ") -> str:
     return separator.join(names[:most] + more)
 
 
+def counted(number: int, thing: str) -> str:
+    """Return ``1 document`` or ``2 documents``."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 class ConfigError(BigtrainError):
     """The configuration is wrong; the message lists every problem found."""
 

@@ -59,11 +59,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def such_as_runs(near: Path) -> str:
-    """Return ``", such as <run>, <run>"`` with runs in or beside ``near``, or in ``runs``; nothing if there are none."""
+def such_as_runs(near: Path, *, holding: str = "") -> str:
+    """Return ``", such as <run>, <run>"`` with runs in or beside ``near``, or in ``runs``; nothing if there are none.
+
+    Args:
+        near: a path.
+        holding: pattern of what they have in them.
+    """
     places = [near, *list(near.parents)[:2], Path("runs")]
-    found = next((runs for place in places if (runs := sorted(place.glob(f"*/{RUN_FILES[0]}")))), [])
-    return f", such as {', '.join(str(run.parent) for run in found[:4])}" if found else ""
+    beside = (sorted(path.parent for path in place.glob(f"*/{RUN_FILES[0]}")) for place in places)
+    having = ([run for run in runs if not holding or any(run.glob(holding))] for runs in beside)
+    found = next(filter(None, having), [])
+    return f", such as {', '.join(map(str, found[:4]))}" if found else ""
 
 
 def sync(path: Path) -> None:

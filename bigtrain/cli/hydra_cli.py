@@ -235,6 +235,12 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
             "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
             "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
         )
+    twice = overrides.repeated(args)
+    if groups := [f"{' '.join(given)}: write one of them" for key, given in twice.items() if given[-1][0] == "+"]:
+        raise ConfigError("\n".join(groups))
+    if rank() == 0:
+        for key, given in twice.items():
+            print(f"warning: {key} is given {len(given)} times; the last one counts, {given[-1]}", file=sys.stderr)
     typed, args = args, overrides.prepare(args, schema)
     yaml_source.keep_text(schema)
     composed: list[tuple[DictConfig, dict[str, str]]] = []
@@ -302,7 +308,8 @@ def _exit_with(error: BigtrainError) -> NoReturn:
     is wrong, and only a rank that nobody has ended by then, and that rank 0 does not speak for, speaks for itself.
     """
     message, begin = redact(as_typed(str(error))), time.monotonic()
-    if is_first := "RANK" not in os.environ or os.environ["RANK"] == "0":
+    number = os.environ.get("RANK") or "0"
+    if is_first := number == "0" or not number.isdecimal():
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -312,7 +319,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
         if error.shared is not False:
             time.sleep(max(0.0, begin + RANK_0_HEAD_START_SECONDS - time.monotonic()))
         if not (is_told or error.shared):
-            print(textwrap.indent(message, f"[rank {rank()}] "), file=sys.stderr, flush=True)
+            print(textwrap.indent(message, f"[rank {number}] "), file=sys.stderr, flush=True)
     leave(error.exit_code)
 
 
@@ -334,6 +341,9 @@ def leave(code: int) -> NoReturn:
     that is torn down while others use it aborts, with another code. Only semaphores are given back, of which the system
     would complain otherwise.
     """
+    if "multiprocessing" in sys.modules:  # those that are just starting miss the semaphores
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
     if "multiprocessing.util" in sys.modules:  # it has no public name; what is public waits for the helpers first
         sys.modules["multiprocessing.util"]._run_finalizers(0)
     with contextlib.suppress(OSError):

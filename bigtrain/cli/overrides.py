@@ -38,6 +38,15 @@ def prepare(args: list[str], schema: type) -> list[str]:
     return args
 
 
+def repeated(args: list[str]) -> dict[str, list[str]]:
+    """Return the settings of each key that has several, in their order."""
+    by_key: dict[str, list[str]] = {}
+    for arg in args:
+        if "=" in arg and not arg.startswith("-"):
+            by_key.setdefault(arg.partition("=")[0].lstrip("+"), []).append(arg)
+    return {key: given for key, given in by_key.items() if len(given) > 1}
+
+
 def _options_last(args: list[str]) -> list[str]:
     """Return ``args`` with Hydra's options, and their values, behind the settings: its parser takes none in between."""
     settings, options, rest = [], [], iter(args)

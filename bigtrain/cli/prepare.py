@@ -8,7 +8,7 @@ from bigtrain import log
 from bigtrain.cli import hydra_cli
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, TrainConfig, component_data, is_live
 from bigtrain.config.check import ignored_settings
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.errors import EXIT_FINISHED, ConfigError, counted
 
 HELP = """\
 Tokenise a corpus once, so that no run has to wait for it. Training prepares what is missing by itself.
@@ -71,7 +71,7 @@ def describe(directory: Path) -> int:
     print(f"tokenizer   {index.tokenizer.name}, {index.tokenizer.vocab_size:,} tokens")
     for name, split in (("train", index.train), ("validation", index.validation)):
         print(
-            f"{name:<11} {split.num_documents:,} documents, {split.num_text_bytes / 1e6:.1f} MB, "
+            f"{name:<11} {counted(split.num_documents, 'document')}, {split.num_text_bytes / 1e6:.1f} MB, "
             f"{split.num_tokens:,} tokens in {len(split.shards)} shard(s), "
             f"{split.unigram_nats_per_token:.4f} nats per token by frequency alone"
         )
@@ -82,7 +82,7 @@ def describe(directory: Path) -> int:
         for reason, dropped in report["dropped"].items():
             examples = ", ".join(dropped["examples"])
             print(
-                f"left out    {reason}: {dropped['documents']:,} documents, {dropped['text_bytes'] / 1e6:.1f} MB, "
+                f"left out    {reason}: {counted(dropped['documents'], 'document')}, {dropped['text_bytes'] / 1e6:.1f} MB, "
                 f"such as {examples}"
             )
         if "bad_rows" in report:

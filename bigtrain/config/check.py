@@ -211,7 +211,7 @@ def _check_mixture(data: DataConfig) -> list[str]:
     return problems
 
 
-WITH_SPLITS = (DataSource.datasets, DataSource.arrow, DataSource.parquet, DataSource.jsonl)
+WITH_SPLITS = WITH_RECORDS = (DataSource.datasets, DataSource.arrow, DataSource.parquet, DataSource.jsonl)
 
 
 def ignored_settings(config: TrainConfig) -> list[str]:
@@ -221,6 +221,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     parts = component_data(data).values()
     any_live, all_live = any(map(is_live, parts)), all(map(is_live, parts))
     is_remote = any("://" in (part.path or "") for part in parts)
+    contents = {part.content for part in parts if part.source in WITH_RECORDS}
+    is_rope = config.model.kind is ModelKind.hf or config.model.positions is Positions.rope
     looks_for_near = data.filters.duplicates is Duplicates.near
     no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
     rules = [
@@ -242,10 +244,11 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (not all_live, "data.on_bad_shard", "by data.on_the_fly=true"),
         (is_remote or any_live, "data.cache_directory", "unless data.path is a URL or data.on_the_fly=true"),
         (is_remote or any_live, "data.cache_gib", "unless data.path is a URL or data.on_the_fly=true"),
-        (data.content is Content.chat, "data.messages_field", "unless data.content=chat"),
-        (data.content is Content.chat, "data.chat_template", "unless data.content=chat"),
-        (data.content is Content.pairs, "data.prompt_field", "unless data.content=pairs"),
-        (data.content is Content.pairs, "data.answer_field", "unless data.content=pairs"),
+        (Content.text in contents, "data.text_field", f"by data={data.source.name}, data.content={data.content.name}"),
+        (Content.chat in contents, "data.messages_field", "unless data.content=chat"),
+        (Content.chat in contents, "data.chat_template", "unless data.content=chat"),
+        (Content.pairs in contents, "data.prompt_field", "unless data.content=pairs"),
+        (Content.pairs in contents, "data.answer_field", "unless data.content=pairs"),
         (looks_for_near, "data.filters.near_similarity", "unless data.filters.duplicates=near"),
         (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
         (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
@@ -254,6 +257,10 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         (config.model.kind is ModelKind.hf, "model.architecture", "unless +model=hf"),
         (config.model.kind is ModelKind.hf, "model.settings", "unless +model=hf"),
         (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
+        (is_rope, "model.rope_theta", "by model.positions=learned"),
+        (is_rope, "model.rope_scaling", "by model.positions=learned"),
+        (config.scheduler.kind is not SchedulerKind.constant, "scheduler.min_lr_ratio", "by scheduler=constant"),
+        (config.bad_numbers.spike_zscore > 0, "bad_numbers.spike_window_steps", "while bad_numbers.spike_zscore=0"),
         (config.optimizer.kind is not OptimizerKind.sgd, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
         (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
         (config.logging.wandb is not WandbMode.disabled, "logging.wandb_project", "while logging.wandb=disabled"),
@@ -264,6 +271,11 @@ def ignored_settings(config: TrainConfig) -> list[str]:
         f"{key} is ignored {reason}"
         for is_used, key, reason in rules
         if not is_used and attrgetter(key)(config) != attrgetter(key)(defaults)
+    ]
+    ignored += [
+        f"data.path={part.path}: data=text reads it as plain text; its rows are read by data={part.path.split('.')[-1]}"
+        for part in parts
+        if part.source is DataSource.text and (part.path or "").lower().endswith((".jsonl", ".parquet", ".arrow"))
     ]
     if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
         ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")

@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import DataConfig, OnBad, Packing, TrainConfig
+from bigtrain.config import DataConfig, OnBad, Packing, TrainConfig, component_data
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
@@ -70,6 +71,20 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     for remark in found:
         get_logger().warning(remark)
     return streams
+
+
+@contextlib.contextmanager
+def elsewhere(data: DataConfig) -> Iterator[None]:
+    """Say of data that is not found, of a run that is looked at, that its path counts from where the run was started."""
+    try:
+        yield
+    except DataError as error:
+        paths = [part.path for part in component_data(data).values() if part.path and "://" not in part.path]
+        gone = [path for path in paths if not os.path.isabs(path) and not os.path.exists(path)]
+        if not gone:
+            raise
+        advice = f"the run's data.path={gone[0]} counts from the directory where it was started: go there first"
+        raise type(error)(f"{error}; {advice}") from error
 
 
 def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:

@@ -186,9 +186,10 @@ def locate(path: Path) -> tuple[Path, Path]:
         return path.parent.parent, path
     found = find_checkpoints(path)
     if not found:
-        raise CheckpointError(
-            f"{path} has no complete checkpoint; name the directory of a run that has one{such_as_runs(path)}"
-        )
+        if checkpoints_directory(path.parent) == path and find_checkpoints(path.parent):
+            raise CheckpointError(f"{path} holds the checkpoints of a run; name that, {path.parent}, or one of them")
+        such = such_as_runs(path, holding=f"{checkpoints_directory(Path()).name}/step-*[0-9]")
+        raise CheckpointError(f"{path} has no complete checkpoint; name the directory of a run that has one{such}")
     return path, found[-1]
 
 

@@ -13,7 +13,7 @@ from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
-from bigtrain.run.data import open_data
+from bigtrain.run.data import elsewhere, open_data
 from bigtrain.run.directory import read_config
 from bigtrain.tasks.base import IGNORE_INDEX
 
@@ -30,7 +30,10 @@ def inspect_run(directory: Path, *, step: int, num_samples: int) -> Iterator[str
     config, found = read_config(directory), find_checkpoints(directory)
     state = read_run_state(found[-1]) if found else None
     start = Cursor(state.step, state.samples) if state else Cursor()
-    return inspect_step(config, step=step, num_samples=num_samples, start=start, previous=state.data if state else None)
+    with elsewhere(config.data):
+        yield from inspect_step(
+            config, step=step, num_samples=num_samples, start=start, previous=state.data if state else None
+        )
 
 
 def inspect_step(
@@ -65,7 +68,8 @@ def inspect_step(
     stream = open_data(config, previous)["train"]
     tokenizer = load_tokenizer(stream.tokenizer_directory) if stream.tokenizer_directory else None
     ids = stream.ids(first, batch_size)
-    yield f"step {step}: samples {first} to {first + batch_size - 1} of the run"
+    beyond = f", which ends at train.steps={config.train.steps}" if step > config.train.steps else ""
+    yield f"step {step}: samples {first} to {first + batch_size - 1} of the run{beyond}"
     for number, sample_id in enumerate(ids[:num_samples].tolist(), start=1):
         batch = stream.gather(np.array([sample_id]))
         yield from _sample_lines(stream, batch, sample_id, f"sample {number} of {batch_size}", tokenizer)

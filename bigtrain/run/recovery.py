@@ -26,8 +26,9 @@ from bigtrain.distributed.collectives import on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import require_causal
 from bigtrain.engine.state import MODEL, clear_optimizer, initialise
-from bigtrain.errors import CheckpointError, NoRestartError, of_all_ranks
+from bigtrain.errors import CheckpointError, ConfigError, NoRestartError, of_all_ranks
 from bigtrain.models import build_initial_values
+from bigtrain.models.hf.files import stored_tensors
 from bigtrain.processes import RankInfo
 from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, write_run_files, writing
 from bigtrain.supervise.bad_numbers import RollBack
@@ -48,6 +49,22 @@ class Start:
     def read_state(self) -> RunState | None:
         """Return the run state that is continued; None at step 0."""
         return read_run_state(self.checkpoint) if self.checkpoint and not self.weights_only else None
+
+
+def require_place(config: TrainConfig, start: Start) -> None:
+    """Refuse, before anything long begins, a run that cannot be written, or whose published weights are not whole.
+
+    Raises:
+        ConfigError: why.
+    """
+    directory = config.run.directory
+    there = next(place for place in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "read-only for you" if there.is_dir() else "not a directory"
+        raise ConfigError(f"{directory} cannot be written: {there} is {what}; mend that or choose another run.root")
+    if start.checkpoint is None and start.origin.published:
+        setting = "model.init_from" if config.model.init_from else "model.name"
+        stored_tensors(start.origin.published, setting=setting)
 
 
 def claim(launch: Launch) -> None:

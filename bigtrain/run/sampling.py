@@ -63,7 +63,7 @@ def sample_run(
     ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)
     ends = end_ids(run, is_pretrained=config.model.pretrained)
     generator = torch.Generator().manual_seed(seed)
-    texts = []
+    texts, is_full = [], False
     for _ in range(num_samples):
         new_ids = generate(
             model,
@@ -76,6 +76,11 @@ def sample_run(
             eos_id=ends,
         )
         texts.append(continuation(tokenizer, ids, new_ids))
+        is_full |= len(new_ids) < max_new_tokens and len(ids) + len(new_ids) == model.max_positions
+    if is_full:
+        get_logger().warning(
+            f"a text ends where the model does: it takes {model.max_positions} tokens in all, and the prompt has {len(ids)}"
+        )
     _keep(run, step_of(checkpoint), prompt, texts)
     return texts
 

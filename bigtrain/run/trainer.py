@@ -32,7 +32,14 @@ from bigtrain.distributed.collectives import (
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine, require_hardware
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, EXIT_RESUMABLE, CheckpointError, of_all_ranks
+from bigtrain.errors import (
+    EXIT_FINISHED,
+    EXIT_NO_RESTART,
+    EXIT_RESUMABLE,
+    CheckpointError,
+    NoRestartError,
+    of_all_ranks,
+)
 from bigtrain.log import redact
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
@@ -47,7 +54,17 @@ from bigtrain.run.data import (
     train_loader,
 )
 from bigtrain.run.directory import continued_model, write_run_files, writing
-from bigtrain.run.recovery import claim, discard, fill_state, find_start, follow, go_back, has_moved, nothing_to_do
+from bigtrain.run.recovery import (
+    claim,
+    discard,
+    fill_state,
+    find_start,
+    follow,
+    go_back,
+    has_moved,
+    nothing_to_do,
+    require_place,
+)
 from bigtrain.run.step import read_back, seed_step, train_step
 from bigtrain.run.validation import validate
 from bigtrain.supervise.agreement import StopAgreement
@@ -154,6 +171,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         on_rank0(lambda: repair(directory))
         launch.heartbeat.step = state.step
         return End(EXIT_FINISHED, "finished")
+    on_rank0(lambda: require_place(config, start))
     streams = open_data(config, state.data if state else None)
     changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
     if start.checkpoint:
@@ -283,6 +301,12 @@ def train(run: Run) -> End | RollBack:
         record_save(run, saver.finish())
     gc.unfreeze()
     gc.enable()
+    if finished and run.start.step == 0 and not (judge.has_good or verdict):
+        problem = (
+            f"all {step} steps of {run.directory} have bad numbers, so nothing was learnt; it diverges: lower optimizer.lr, "
+            "or look at the data; events.jsonl has every bad step"
+        )
+        raise of_all_ranks(NoRestartError(problem))
     return verdict or _end(run, step, finished, stopping)
 
 

@@ -21,7 +21,7 @@ from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
-from bigtrain.run.data import open_data
+from bigtrain.run.data import elsewhere, open_data
 from bigtrain.run.directory import find_whole, locate, read_config
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import split_sums
@@ -77,7 +77,8 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
         raise ConfigError("\n".join(problems))
     init_process_group(info, device)
     _, checkpoint = find_whole(path)
-    streams = open_data(config)
+    with elsewhere(config.data):
+        streams = open_data(config)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
     load_checkpoint(checkpoint, weights)

@@ -43,6 +43,8 @@ class BadNumbers:
         self._config = config
         self._losses: deque[float] = deque(maxlen=config.spike_window_steps)
         self._bad: deque[BadStep] = deque()
+        self.has_good = False
+        """Whether any step was not bad."""
 
     def judge(self, records: Sequence[dict[str, Any]]) -> tuple[list[BadStep], RollBack | None]:
         """Return the bad ones among the steps since the last call, and whether they are too many.
@@ -56,6 +58,7 @@ class BadNumbers:
                 found.append(BadStep(record["step"], why))
                 self._bad.append(found[-1])
             else:
+                self.has_good = True
                 self._losses.append(record["loss"])
             while self._bad and self._bad[0].step <= record["step"] - REMEMBERED_STEPS:
                 self._bad.popleft()

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
-from bigtrain.config.convert import to_dict
+from bigtrain.config.convert import nearest, to_dict
 from bigtrain.log import get_logger, redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import (
@@ -64,6 +64,9 @@ def start_wandb(
     say: Callable[[str], None] | None = None,
 ) -> Companion:
     """Start the companion of a run, with a configuration without secrets; wandb's files go to ``wandb/`` in the run."""
+    wanted = os.environ.get("WANDB_MODE") or "offline"
+    if config.logging.wandb is WandbMode.auto and wanted not in _MODES:
+        get_logger().warning(f"WANDB_MODE={wanted}: unknown and taken as offline; {nearest(wanted, list(_MODES))}")
     advice = f"; if this machine ends before, upload with: wandb sync {run_directory / 'wandb'}/*run-*"
     return Companion("wandb", command, _request(run_directory, config), say=say, advice=advice)
 

@@ -290,7 +290,7 @@ def test_a_corpus_without_bad_rows_is_another_one_and_says_what_it_lacks(tmp_pat
 def test_if_all_rows_are_bad_the_reason_is_said(tmp_path):
     write(tmp_path / "a.jsonl", rows("one", "two"))
     config = config_of("jsonl", tmp_path, text_field="body", on_bad_row=OnBad.skip, root=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"0 document\(s\).*2 bad rows or files left out: .*no field 'body'"):
+    with pytest.raises(DataError, match=r"0 documents.*2 bad rows or files left out: .*no field 'body'"):
         prepare(config, progress=False)
 
 

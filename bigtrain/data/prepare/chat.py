@@ -225,6 +225,8 @@ def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list
         if message["role"] not in _ROLES:
             raise ValueError(f"{where}: role {message['role']!r} is none of {', '.join(_ROLES)}")
         _check_content(message.get("content"), f"{name}[{number}].content")
+        if not any(value is not None for key, value in message.items() if key not in ("role", "weight")):
+            raise ValueError(f"{where} has no content")
         weight = message.get("weight")
         if weight not in (None, 0, 1) or (weight and message["role"] != ANSWERING_ROLE):
             raise ValueError(f"{where}: weight {weight!r}; answers have 0 (does not count) or 1, others none")

@@ -67,7 +67,7 @@ from bigtrain.data.read.tokenizer import (
     tokenizer_name,
 )
 from bigtrain.data.read.workers import Run, workers
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, counted
 from bigtrain.files import locked, sync
 from bigtrain.log import get_logger
 from bigtrain.processes import num_usable_cpus
@@ -230,7 +230,7 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
     _write_report(work, survey, left_out, train, validation)
     return dataclasses.replace(
         index,
-        num_empty_documents=survey.num_empty_documents,
+        num_empty_documents=survey.empty.documents,
         num_repaired_documents=survey.num_repaired_documents,
         train=train,
         validation=validation,
@@ -380,7 +380,7 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
         "unique_share": survey.unique_share,
         "train_tokens": train.num_tokens,
         "validation_tokens": validation.num_tokens,
-        "empty_documents": survey.num_empty_documents,
+        "empty_documents": survey.empty.documents,
         "repaired_documents": survey.num_repaired_documents,
         "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
     }
@@ -392,12 +392,14 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
 
 
 def _report_survey(survey: Survey, content: Content) -> None:
-    remarks = [f"{survey.num_documents} documents, {survey.num_text_bytes / 1e6:.1f} MB of text"]
-    if survey.num_empty_documents:
-        what = "empty documents" if content is Content.text else "documents without an answer that counts"
-        remarks.append(f"{survey.num_empty_documents} {what} left out")
+    remarks = [f"{counted(survey.num_documents, 'document')}, {survey.num_text_bytes / 1e6:.1f} MB of text"]
+    if empty := survey.empty.documents:
+        without = f"{counted(empty, 'document')} without an answer that counts"
+        remarks.append(
+            f"{counted(empty, 'empty document') if content is Content.text else without} left out, such as {survey.empty.examples[0]}"
+        )
     if survey.num_repaired_documents:
-        remarks.append(f"invalid UTF-8 in {survey.num_repaired_documents} documents replaced by U+FFFD")
+        remarks.append(f"invalid UTF-8 in {counted(survey.num_repaired_documents, 'document')} replaced by U+FFFD")
     remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]
     get_logger().info("; ".join(remarks))
     if survey.bad.documents:

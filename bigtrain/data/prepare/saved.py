@@ -68,7 +68,10 @@ def files_of_split(files: list[AnyFile], config: DataConfig, left_out: dict[str,
     """
     matches = [_OF_SPLIT.fullmatch(file.path.name) for file in files]
     splits = [(match[1] or match[2].lower()) if match else None for match in matches]
-    if Path(config.path).is_file() or not (any(splits) or config.split):
+    is_file = Path(config.path).is_file()
+    if config.split is None and (is_file or not any(splits)):
+        return files
+    if config.split == "train" and is_file and not any(splits):  # a file without a split is for training
         return files
     if not any(splits):
         raise DataError(

@@ -14,7 +14,7 @@ from bigtrain.data.prepare.quality import content_hash, exact_duplicates, minhas
 from bigtrain.data.prepare.records import Document
 from bigtrain.data.prepare.sources import Part, read_part
 from bigtrain.data.read.dropped import Dropped, tell_bad_rows
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, counted
 
 _BPE_SAMPLE_CHARACTERS = 10_000_000
 _PIECE_CHARACTERS = 1 << 16
@@ -42,7 +42,7 @@ class PartSurvey:
     """:func:`content_hash` of each, ``(N, 2)``."""
     signatures: list[Any]
     """MinHash of each, if near duplicates are looked for."""
-    num_empty: int
+    empty: Dropped
     """Documents without text."""
     num_repaired: int
     """Documents with text that was not valid UTF-8."""
@@ -66,7 +66,7 @@ class Survey:
     """Their size as UTF-8."""
     unique_share: float = 1.0
     """Share, in bytes, of the documents past the filters that are not equal to an earlier one."""
-    num_empty_documents: int = 0
+    empty: Dropped = field(default_factory=Dropped)
     """Documents without text, which are left out."""
     num_repaired_documents: int = 0
     """Documents with text that was not valid UTF-8."""
@@ -104,15 +104,15 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
     Raises:
         DataError: what the source raises.
     """
-    num_empty = num_repaired = 0
+    num_repaired, empty = 0, Dropped()
     sizes, hashes, signatures, ids, pieces = [], [], [], [], []
     dropped: dict[str, Dropped] = {}
     bad = Dropped()
     duplicates = config.filters.duplicates
     for document in read_part(config, part, bad):
         num_repaired += document.is_repaired
-        num_empty += not document.text
         if not document.text:
+            empty.add(document.id, 0)
             continue
         text_bytes = len(document.text.encode())
         if reason := rejection(document.text, config.filters):
@@ -131,7 +131,7 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
         sizes=np.array(sizes, dtype=np.int64),
         hashes=np.array(hashes, dtype=np.uint64).reshape(-1, 2),
         signatures=signatures,
-        num_empty=num_empty,
+        empty=empty,
         num_repaired=num_repaired,
         dropped=dropped,
         bad=bad,
@@ -153,7 +153,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     """
     survey, parts = Survey(), []
     for part in found:
-        survey.num_empty_documents += part.num_empty
+        survey.empty.merge(part.empty)
         survey.num_repaired_documents += part.num_repaired
         survey.bad.merge(part.bad)
         for reason, dropped in part.dropped.items():
@@ -221,7 +221,7 @@ def _too_few(config: DataConfig, survey: Survey, num_different: int) -> str:
     if config.content is Content.text:
         what, advice = "text", "cut the text into several files or jsonl lines"
     return (
-        f"{where}: {num_different} document(s) with {what}{left_out}{equal}, but "
+        f"{where}: {counted(num_different, 'document')} with {what}{left_out}{equal}, but "
         f"training and validation need at least one each; {advice}"
     )
 

@@ -22,7 +22,7 @@ from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.read.dropped import Dropped, tell_bad_rows
 from bigtrain.data.read.live import LiveParts, join
 from bigtrain.data.read.packing import PackedSplit, build_packing, no_samples, unanswered
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, counted
 from bigtrain.log import get_logger
 
 _INDEX_BITS = 28
@@ -141,7 +141,7 @@ class LiveSamples:
         num_empty, num_filtered, num_repaired = np.sum([part.left_out for part in parts], axis=0).tolist()
         if num_empty or num_filtered or num_repaired:
             get_logger().info(
-                f"window {number} of the text: {num_empty} empty documents and {num_filtered} by data.filters left out, "
+                f"window {number} of the text: {counted(num_empty, 'empty document')} and {num_filtered} by data.filters left out, "
                 f"invalid UTF-8 in {num_repaired} replaced by U+FFFD"
             )
         bad = Dropped()
@@ -153,8 +153,8 @@ class LiveSamples:
         packed = build_packing(split, self._data.sequence_length, self._data.packing, self._data.document_mask)
         digest = xxhash.xxh3_64(split.read(0).tobytes())
         digest.update(split.documents(0).tobytes())
-        if (counted := split.counted(0)) is not None:
-            digest.update(counted.tobytes())
+        if (marks := split.counted(0)) is not None:
+            digest.update(marks.tobytes())
         self._contents[number] = digest.hexdigest()
         answered, num_samples = None if self._keeps_all else packed.answered(), int(packed.shard_samples.sum())
         if answered is not None:

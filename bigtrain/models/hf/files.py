@@ -148,6 +148,10 @@ def published_directory(name: str | None, patterns: list[str], *, setting: str =
 
 def unreadable(name: str | None, error: Exception, *, setting: str = "model.name") -> str:
     """Say why a model could not be read from a directory or the hub, and the way out."""
+    if (path := Path(str(name))).is_dir() and not (path / "config.json").is_file():
+        return f"{setting}={name!r}: {path} has no config.json, which describes a model of transformers"
+    if path.is_file():
+        return f"{setting}={name!r}: a file; name the directory that has a config.json"
     return (
         f"{setting}={name!r}: neither a directory with a config.json here nor a model that the Hugging Face hub "
         f"hands out ({first_line(error)}); give a local directory, or check the spelling of the hub id; "

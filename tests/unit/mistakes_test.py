@@ -1,0 +1,198 @@
+"""What people get wrong on the way to a run: one sentence that says what, where and what would be right."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigtrain.cli import hydra_cli
+from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, RunConfig, TrainConfig, WandbMode
+from bigtrain.config.check import ignored_settings, resolve
+from bigtrain.data.prepare.chat import _read_messages
+from bigtrain.data.prepare.files import find_files
+from bigtrain.errors import CheckpointError, ConfigError, DataError
+from bigtrain.models.hf.build import read_hf_config, with_hf_shape
+from bigtrain.run.data import elsewhere
+from bigtrain.run.directory import locate
+from bigtrain.run.inspection import inspect_step
+from bigtrain.run.recovery import Start, require_place
+from bigtrain.telemetry.wandb_logger import start_wandb
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def warned(*args: str) -> list[str]:
+    return ignored_settings(hydra_cli.compose_run(TrainConfig, ["+model=gpt_nano", *args]))
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("model.rope_theta=5e5", "model.rope_theta is ignored by model.positions=learned"),
+        ("model.rope_scaling.factor=8", "model.rope_scaling is ignored by model.positions=learned"),
+        ("scheduler=constant scheduler.min_lr_ratio=0.5", "scheduler.min_lr_ratio is ignored by scheduler=constant"),
+        ("bad_numbers.spike_window_steps=9", "bad_numbers.spike_window_steps is ignored while"),
+        ("data=jsonl data.path=x data.content=chat data.text_field=t", "data.text_field is ignored by data=jsonl"),
+        ("data=text data.path=x data.text_field=t", "data.text_field is ignored by data=text"),
+        (
+            "data=text data.path=a/b.jsonl",
+            "data.path=a/b.jsonl: data=text reads it as plain text; its rows are read by",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_named(args: str, told: str):
+    (found,) = warned(*args.split())
+    assert found.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "model.positions=rope model.rope_theta=5e5 model.rope_scaling.factor=8",
+        "scheduler.min_lr_ratio=0.5 bad_numbers.spike_window_steps=9 bad_numbers.spike_zscore=6",
+        "data=jsonl data.path=x.jsonl data.text_field=t",
+    ],
+)
+def test_what_has_an_effect_is_not(args: str):
+    assert warned(*args.split()) == []
+
+
+def test_what_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]):
+    config = hydra_cli.compose_run(TrainConfig, ["+model=gpt_nano", "run.name=a", "run.name=b"])
+    assert config.run.name == "b"
+    assert "run.name is given 2 times; the last one counts, run.name=b" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"^\+model=gpt_nano \+model=llama3_1b: write one of them$"):
+        hydra_cli.compose_run(TrainConfig, ["+model=gpt_nano", "+model=llama3_1b"])
+
+
+def test_a_split_of_one_file_is_refused_unless_its_name_says_it(tmp_path: Path):
+    for name in ("good.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    config = DataConfig(source=DataSource.jsonl, path=str(tmp_path / "good.jsonl"), split="test")
+    with pytest.raises(DataError, match="no file is named after a split"):
+        find_files(config)
+    assert find_files(dataclasses.replace(config, path=str(tmp_path / "test.jsonl"))).files
+    assert find_files(dataclasses.replace(config, split="train")).files
+    with pytest.raises(DataError, match="no split 'train'"):
+        find_files(dataclasses.replace(config, path=str(tmp_path / "test.jsonl"), split="train"))
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": None}, {"role": "user", "name": None}])
+def test_a_message_without_content_is_named(message: dict[str, None]):
+    chat = [{"role": "user", "content": ""}, message]
+    with pytest.raises(ValueError, match="field 'messages', message 1 has no content"):
+        _read_messages(chat, "messages")
+    _read_messages([chat[0], message | {"tool_calls": [{"a": 1}]}], "messages")
+
+
+def hf_config(directory: Path, **changes: int) -> str:
+    shape = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9) | changes
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    return str(directory)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_shape_of_transformers_that_is_none_is_refused(tmp_path: Path, key: str, value: int):
+    model = ModelConfig(kind=ModelKind.hf, name=hf_config(tmp_path))
+    assert with_hf_shape(model).num_layers == 1
+    hf_config(tmp_path, **{key: value})
+    with pytest.raises(ConfigError, match=rf"{key}={value}.*must be at least 1|config.json is not read"):
+        with_hf_shape(model)
+
+
+def test_what_is_no_model_directory_is_said_without_the_hub(tmp_path: Path):
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(ConfigError, match=rf"{tmp_path} has no config.json, which describes a model of transformers$"):
+        read_hf_config(str(tmp_path))
+    with pytest.raises(ConfigError, match="a file; name the directory"):
+        read_hf_config(str(tmp_path / "x.bin"))
+
+
+def test_runs_that_have_no_checkpoint_are_not_proposed(tmp_path: Path):
+    for name in ("empty", "other", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+        (tmp_path / name / "metrics.jsonl").touch()
+    (tmp_path / "full" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught:
+        locate(tmp_path / "empty")
+    assert str(caught.value).endswith(f"that has one, such as {tmp_path / 'full'}")
+    with pytest.raises(CheckpointError, match=rf"of a run; name that, {tmp_path / 'full'}, or one of them"):
+        locate(tmp_path / "full" / "checkpoints")
+
+
+def test_where_no_run_can_be_is_said_before_anything_is_prepared(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"{tmp_path / 'file'} is not a directory"):
+            require_place(TrainConfig(run=RunConfig(root=str(root), name="x")), Start())
+    require_place(TrainConfig(run=RunConfig(root=str(tmp_path / "a" / "b"), name="x")), Start())
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_data_of_a_run_that_is_looked_at_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    relative = DataConfig(source=DataSource.jsonl, path="../d/good.jsonl")
+    told = r"no such file.*data.path=../d/good.jsonl counts from the directory where it"
+    with pytest.raises(DataError, match=told), elsewhere(relative):
+        find_files(relative)
+    absolute = dataclasses.replace(relative, path=str(tmp_path / "d"))
+    with pytest.raises(DataError, match=r"as a pattern$"), elsewhere(absolute):
+        find_files(absolute)
+
+
+def test_a_step_beyond_the_run_is_shown_as_such(tmp_path: Path):
+    config = TrainConfig(run=RunConfig(root=str(tmp_path), name="x"), data=DataConfig(source=DataSource.synthetic))
+    config = resolve(config)
+    assert next(inspect_step(config, step=1000, num_samples=1)).endswith("of the run")
+    assert next(inspect_step(config, step=1001, num_samples=1)).endswith("which ends at train.steps=1000")
+
+
+def test_a_mode_of_wandb_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("bigtrain.telemetry.wandb_logger.Companion", lambda *_, **__: None)
+    config = TrainConfig()
+    config.logging.wandb = WandbMode.auto
+    for mode, num_warnings in (("offline", 0), ("ofline", 1)):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        start_wandb(tmp_path, config)
+        assert len(caplog.messages) == num_warnings
+    assert caplog.messages == ["WANDB_MODE=ofline: unknown and taken as offline; did you mean 'offline'?"]
+
+
+def launch(*args: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environ
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_a_rank_that_is_no_number_is_said_once(tmp_path: Path):
+    done = launch("+model=gpt_nano", cwd=tmp_path, RANK="x")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "RANK=x in the environment is no number; a launcher such as torchrun sets it\n",
+    )
+
+
+def test_a_run_of_which_every_step_was_bad_has_not_finished(tmp_path: Path):
+    settings = "data=synthetic engine=ddp model.init_std=1e30 train.steps=2 train.global_batch_size=2"
+    done = launch("+model=gpt_nano", *settings.split(), cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "all 2 steps of runs/gpt_nano have bad numbers, so nothing was learnt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_helpers_that_are_just_starting_end_without_a_word(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from bigtrain.cli import hydra_cli\nfrom bigtrain.data.read.workers import Helpers\n"
+        "if __name__ == '__main__':\n    Helpers(2)._pool.submit(abs, 1)\n    hydra_cli.leave(2)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
