@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from bigtrain.errors import EXIT_USER_ERROR
 
@@ -59,9 +60,22 @@ def complete() -> None:
 
 def start(command: str) -> None:
     """Run one command with the settings in ``sys.argv``; it ends the process."""
+    _tell_other_package(command)
     arguments = []
     if command == "train":
         from bigtrain.supervise.signals import EarlyStop
 
         arguments = [EarlyStop()]  # before the other imports, which take seconds
     importlib.import_module(f"bigtrain.cli.{command}").main(*arguments)
+
+
+def _tell_other_package(command: str) -> None:
+    """Warn, on rank 0, of a script beside another package than the one that runs, as with PYTHONPATH."""
+    script, package = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    beside = script.parent.parent / package.name
+    is_script = script.name == f"{command}.py" and (beside / "__init__.py").is_file()
+    if is_script and beside != package and os.environ.get("RANK", "0") == "0":
+        why = "PYTHONPATH, or what pip has installed, says so"
+        print(
+            f"warning: {script} runs the bigtrain of {package.parent}, not of {beside.parent}: {why}", file=sys.stderr
+        )

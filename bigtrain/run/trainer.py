@@ -301,13 +301,7 @@ def train(run: Run) -> End | RollBack:
         record_save(run, saver.finish())
     gc.unfreeze()
     gc.enable()
-    if finished and run.start.step == 0 and not (judge.has_good or verdict):
-        problem = (
-            f"all {step} steps of {run.directory} have bad numbers, so nothing was learnt; it diverges: lower optimizer.lr, "
-            "or look at the data; events.jsonl has every bad step"
-        )
-        raise of_all_ranks(NoRestartError(problem))
-    return verdict or _end(run, step, finished, stopping)
+    return verdict or _end(run, step, finished, stopping, has_good=judge.has_good)
 
 
 def record_validation(run: Run, done: Cursor) -> float:
@@ -400,7 +394,7 @@ def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
+def _end(run: Run, step: int, finished: bool, reason: str | None, *, has_good: bool) -> End:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
         problem = (
@@ -408,6 +402,12 @@ def _end(run: Run, step: int, finished: bool, reason: str | None) -> End:
             f"command continues from {last[-1] if last else run.origin.checkpoint or 'the beginning'} when that is mended"
         )
         raise of_all_ranks(CheckpointError(problem))
+    if finished and run.start.step == 0 and not has_good:
+        problem = (
+            f"all {step} steps of {run.directory} have bad numbers, so nothing was learnt; it diverges: lower optimizer.lr, "
+            "or look at the data; events.jsonl has every bad step"
+        )
+        raise of_all_ranks(NoRestartError(problem))
     if run.limits:
         run.limits.honour()
     if finished:

@@ -86,6 +86,8 @@ class Recorder(NullRecorder):
         self._console = Console(config.train.steps, run_directory / LOG_FILE).__enter__()
         if gauges:
             self._console.message(gauges.sentence())
+            samples, length = config.train.global_batch_size, config.data.sequence_length
+            self._console.message(f"a step is {samples:,} samples of {length:,} tokens: {samples * length:,}")
             self._console.message(_watched(config.supervision))
             self._facts |= gauges.describe()
         self._dashboards = _start_dashboards(config, run_directory, is_new=resume_step == 0)

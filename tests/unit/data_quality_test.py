@@ -140,7 +140,7 @@ def test_equal_documents_are_never_in_both_splits(tmp_path):
 
 def test_filters_that_leave_nothing_are_explained(tmp_path):
     config = config_of(tmp_path, [{"text": "a"}, {"text": "b"}], filters=FilterConfig(min_characters=5))
-    with pytest.raises(DataError, match=r"0 document\(s\) with text \(left out by data\.filters: min_characters 2\)"):
+    with pytest.raises(DataError, match=r"0 documents with text \(left out by data\.filters: min_characters 2\)"):
         prepare(config, progress=False)
 
 

@@ -13,6 +13,7 @@ from bigtrain.cli import hydra_cli
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, RunConfig, TrainConfig, WandbMode
 from bigtrain.config.check import ignored_settings, resolve
 from bigtrain.data.prepare.chat import _read_messages
+from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.files import find_files
 from bigtrain.errors import CheckpointError, ConfigError, DataError
 from bigtrain.models.hf.build import read_hf_config, with_hf_shape
@@ -180,11 +181,35 @@ def test_a_rank_that_is_no_number_is_said_once(tmp_path: Path):
     )
 
 
+def test_a_launcher_beside_another_package_says_which_one_runs(tmp_path: Path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "bigtrain").mkdir()
+    (tmp_path / "bigtrain" / "__init__.py").touch()
+    script = (REPOSITORY / "launch" / "where.py").read_text()
+    (tmp_path / "launch" / "where.py").write_text(script)
+    told = {}
+    for root in (REPOSITORY, tmp_path):
+        command = [sys.executable, str(root / "launch" / "where.py"), "--help"]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        told[root] = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert told[REPOSITORY].stderr == ""
+    assert f"runs the bigtrain of {REPOSITORY}, not of {tmp_path}" in told[tmp_path].stderr
+
+
+def test_a_source_on_the_fly_without_any_text_is_refused_when_it_is_looked_at(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
+    path = str(tmp_path / "a.jsonl")
+    config = DataConfig(source=DataSource.jsonl, path=path, root=str(tmp_path), on_the_fly=True, tokenizer="bytes")
+    with pytest.raises(DataError, match=rf"data=jsonl data.path={path}: none of its documents has text$"):
+        prepare(config, progress=False)
+
+
 def test_a_run_of_which_every_step_was_bad_has_not_finished(tmp_path: Path):
     settings = "data=synthetic engine=ddp model.init_std=1e30 train.steps=2 train.global_batch_size=2"
     done = launch("+model=gpt_nano", *settings.split(), cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "all 2 steps of runs/gpt_nano have bad numbers, so nothing was learnt" in done.stderr
+    assert "a step is 2 samples of 256 tokens: 512" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -244,6 +244,10 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     if not parts:
         raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
     given, config = config, keep_chat(config, work)
+    # Where more parts than two have no text, whoever reads the first window says so.
+    if len(parts) < 3 and not any(document.text for part in parts for document in read_part(config, part)):
+        what = "text" if config.content is Content.text else "an answer that counts"
+        raise DataError(f"data={config.source.name} data.path={config.path}: none of its documents has {what}")
     built = build_coding(config, ())
     index = _begin(work, given, target, built)
     is_fast = _is_fast_exact(config, built, [read_part(config, parts[i]) for i in (0, -1)])
