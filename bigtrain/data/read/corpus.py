@@ -96,9 +96,9 @@ def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
     if index.tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{where}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
-            f"model.vocab_size={vocab_size}; with +model=hf choose the model's own tokenizer (data.tokenizer=<model.name>), "
-            f"else set model.vocab_size={index.tokenizer.vocab_size} or more; or choose a smaller tokenizer "
-            "(data.tokenizer, data.tokenizer_vocab_size)"
+            f"model.vocab_size={vocab_size}; set model.vocab_size={index.tokenizer.vocab_size} or more (with +model=hf, where "
+            "config.json decides, take the model's own tokenizer instead: data.tokenizer=<model.name>), or choose a smaller "
+            "tokenizer (data.tokenizer, data.tokenizer_vocab_size)"
         )
 
 
