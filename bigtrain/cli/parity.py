@@ -11,7 +11,7 @@ from bigtrain import log
 from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.config.check import check, fit_micro_batch
-from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted
 
 if TYPE_CHECKING:
     from bigtrain.testing.parity import Case, Difference, Trajectory
@@ -135,7 +135,7 @@ def _check_gpus(config: ParityConfig) -> None:
     num_gpus = torch.cuda.device_count()
     if 0 < num_gpus < max(config.worlds):
         raise ConfigError(
-            f"worlds={config.worlds}: this machine has {num_gpus} GPU(s), and every process needs one of its own; "
+            f"worlds={config.worlds}: this machine has {counted(num_gpus, 'GPU')}, and every process needs one of its own; "
             f"use worlds up to {num_gpus}, or CUDA_VISIBLE_DEVICES= to compare on the CPU"
         )
 

@@ -72,7 +72,7 @@ def describe(directory: Path) -> int:
     for name, split in (("train", index.train), ("validation", index.validation)):
         print(
             f"{name:<11} {counted(split.num_documents, 'document')}, {split.num_text_bytes / 1e6:.1f} MB, "
-            f"{split.num_tokens:,} tokens in {len(split.shards)} shard(s), "
+            f"{split.num_tokens:,} tokens in {counted(len(split.shards), 'shard')}, "
             f"{split.unigram_nats_per_token:.4f} nats per token by frequency alone"
         )
     path = directory / REPORT_FILE

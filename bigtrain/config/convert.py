@@ -309,7 +309,7 @@ class _Builder:
         if self.from_user and hint in (int, float) and value > most:
             return self._problem(f"{path}={value}: must be at most {most}")
         if self.from_user and hint is str and not value.strip():
-            return self._problem(f"{path}: empty, as a variable that is not set; give it a value or leave {path}= out")
+            return self._problem(f"{path}: empty, as a variable that is not set; give it a value, or leave it out")
         return value
 
     def _path(self, mark: PathMark, text: str | None, path: str) -> str | None:

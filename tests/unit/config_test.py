@@ -9,6 +9,7 @@ from bigtrain import config as config_module
 from bigtrain.cli import hydra_cli
 from bigtrain.cli.generate import GenerateConfig
 from bigtrain.config import EngineKind, RopeScalingConfig, TrainConfig
+from bigtrain.config.bounds import RANGES
 from bigtrain.config.check import check, ignored_settings, resolve
 from bigtrain.config.convert import from_dict, key_docs, key_types, nearest, nearest_key, to_dict
 from bigtrain.errors import ConfigError
@@ -378,8 +379,10 @@ def test_a_prompt_may_be_empty():
     assert hydra_cli.read(GenerateConfig, ["checkpoint=x", "prompt="]).prompt == ""
 
 
-def test_every_whole_number_has_an_upper_bound():
+def test_every_whole_number_has_bounds():
     keys = [key for key, hint in key_types(TrainConfig).items() if hint in (int, int | None) and "*" not in key]
+    checked_elsewhere = {"data.filters.max_characters", "data.tokenizer_vocab_size"}
+    assert set(keys) - RANGES.keys() == checked_elsewhere  # lower bounds
     for key in keys:
         values: Any = 10**20
         for name in reversed(key.split(".")):
