@@ -391,7 +391,10 @@ def test_a_wrong_index_is_refused(config, change, problem):
 def test_a_model_with_too_small_a_vocabulary_is_told_what_to_set(config):
     directory = prepare(config, progress=False)
     Corpus.open(directory, vocab_size=300)
-    with pytest.raises(DataError, match=r"has 300 ids, but model.vocab_size=299; set model.vocab_size=300 or more"):
+    with pytest.raises(
+        DataError,
+        match=r"has 300 ids, but model.vocab_size=299; set model.vocab_size=300 or more .*data.tokenizer=<model.name>",
+    ):
         Corpus.open(directory, vocab_size=299)
 
 

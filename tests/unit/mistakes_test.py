@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.checkpoint.store import Origin
 from bigtrain.cli import hydra_cli
 from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, RunConfig, TrainConfig, WandbMode
 from bigtrain.config.check import ignored_settings, resolve
@@ -21,6 +22,7 @@ from bigtrain.run.data import elsewhere
 from bigtrain.run.directory import locate
 from bigtrain.run.inspection import inspect_step
 from bigtrain.run.recovery import Start, require_place
+from bigtrain.run.sampling import sample_run
 from bigtrain.telemetry.wandb_logger import start_wandb
 
 REPOSITORY = Path(__file__).parents[2]
@@ -134,6 +136,10 @@ def test_where_no_run_can_be_is_said_before_anything_is_prepared(tmp_path: Path)
             require_place(TrainConfig(run=RunConfig(root=str(root), name="x")), Start())
     require_place(TrainConfig(run=RunConfig(root=str(tmp_path / "a" / "b"), name="x")), Start())
     assert not (tmp_path / "a").exists()
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    config = TrainConfig(run=RunConfig(root=str(tmp_path), name="x"))
+    with pytest.raises(ConfigError, match=r"model.safetensors is cut off or damaged"):
+        require_place(config, Start(Origin(published=str(tmp_path))))
 
 
 def test_the_data_of_a_run_that_is_looked_at_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -211,6 +217,20 @@ def test_a_run_of_which_every_step_was_bad_has_not_finished(tmp_path: Path):
     assert "all 2 steps of runs/gpt_nano have bad numbers, so nothing was learnt" in done.stderr
     assert "a step is 2 samples of 256 tokens: 512" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_text_that_ends_where_the_model_does_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i} " * 9}) + "\n" for i in range(4)))
+    settings = "data=jsonl data.path=a.jsonl data.tokenizer=bytes engine=ddp model.max_positions=16 train.steps=1"
+    done = launch("+model=gpt_nano", *settings.split(), "train.global_batch_size=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    options = {"prompt": "text", "num_samples": 1, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
+    for length, told in (
+        (3, []),
+        (40, ["a text ends where the model does: it takes 16 tokens in all, and the prompt has 4"]),
+    ):
+        sample_run(tmp_path / "runs" / "gpt_nano", max_new_tokens=length, **options)
+        assert caplog.messages == told
 
 
 def test_helpers_that_are_just_starting_end_without_a_word(tmp_path: Path):

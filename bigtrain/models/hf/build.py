@@ -130,7 +130,7 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
             f"model.name={config.name!r} ({hf_config.model_type}) has no vocabulary; choose a language model"
         )
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        if (value := hf_setting(text, key)) is not None and value < 1:
+        if isinstance(value := hf_setting(text, key), int | float) and value < 1:
             raise ConfigError(f"model.name={config.name!r}: {key}={value} in its config.json: must be at least 1")
     hidden_dim, num_heads = hf_setting(text, "hidden_size"), hf_setting(text, "num_attention_heads") or 1
     return dataclasses.replace(
