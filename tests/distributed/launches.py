@@ -131,7 +131,8 @@ def fork(
     timeout_seconds: float = TIMEOUT_SECONDS,
     env: Mapping[str, str] | None = None,
 ) -> Result:
-    """Run a launcher on ranks that need no imports; return rank 0's end."""
+    """Run a launcher on ranks that need no imports; return rank 0's end. Of a setting given twice the last one is passed on."""
+    args = tuple({arg.partition("=")[0]: arg for arg in args}.values())
     names = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
     variables = {name: environment()[name] for name in names} | dict(env or {})
     return run_ranks(_run_script, world_size, script, args, cwd, timeout_seconds=timeout_seconds, environ=variables)[0]

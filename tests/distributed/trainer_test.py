@@ -106,10 +106,7 @@ def test_the_same_command_says_that_a_finished_run_is_finished(finished: tuple[P
     assert (result.code, result.out) == (0, "")
     assert result.err.startswith(f"{RUN} is finished at step 8;")
     assert result.err.count("\n") == 1
-    assert train(cwd, "train.steps=5").err == (
-        "warning: train.steps is given 2 times; the last one counts, train.steps=5\n"
-        f"{RUN} is at step 8 already, beyond train.steps=5: nothing is trained\n"
-    )
+    assert train(cwd, "train.steps=5").err == f"{RUN} is at step 8 already, beyond train.steps=5: nothing is trained\n"
     assert contents(cwd) == before
 
 
