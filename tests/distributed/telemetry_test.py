@@ -166,7 +166,9 @@ def test_wandb_continues_one_run_and_is_told_what_happened(run: Path):
     }
     alerts = read_records(run, "alert")
     told = [(alert.title.removeprefix("gpt_nano: "), alert.level) for alert in alerts]
-    assert told == [*[("fault", "ERROR"), ("resume", "WARN")] * 2, ("finished", "INFO")]
+    # The companions of two launches may be at work at once: a fault can be told after the next launch's beginning.
+    assert sorted(told) == sorted([*[("fault", "ERROR"), ("resume", "WARN")] * 2, ("finished", "INFO")])
+    assert (told[0], told[-1]) == (("fault", "ERROR"), ("finished", "INFO"))
     settings: dict[str, Any] = {}
     for config in (*(record.config for record in read_records(run, "run")), *read_records(run, "config")):
         settings |= {item.key or item.nested_key[0]: item.value_json for item in config.update}
