@@ -349,8 +349,9 @@ def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
 def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
     """Return ``path`` if its tensors are those of the run, as far as settings tell."""
     saved = read_run_state(path).config
-    old, new = saved.get("model", {}), to_dict(config.model)
-    ignored = {"name", "pretrained", "init_from", "dropout", "init_std"}
+    # A setting that did not exist when the checkpoint was saved had its default.
+    old, new = to_dict(ModelConfig()) | saved.get("model", {}), to_dict(config.model)
+    ignored = {"name", "pretrained", "architecture", "settings", "init_from", "dropout", "init_std"}
     differences = [
         f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now"
         for key in new

@@ -309,6 +309,21 @@ def test_another_runs_damaged_checkpoint_is_refused_and_left_alone(config: Train
     assert path.exists()
 
 
+def test_settings_that_did_not_exist_when_it_was_saved_are_no_difference(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+):
+    values = to_dict(config)
+    for key in ("settings", "architecture", "norm_eps"):
+        del values["model"][key]
+    del values["task"]
+    monkeypatch.setitem(globals(), "to_dict", lambda _: values)
+    (path,) = save(config, 2)
+    assert find_resume(config) == path
+    config.model.norm_eps = 1e-3
+    with pytest.raises(CheckpointError, match=r"model\.norm_eps: 1e-05 in the checkpoint, 0\.001 now"):
+        find_resume(config)
+
+
 @pytest.mark.parametrize("field", ["name", "dropout", "init_std"])
 def test_what_is_no_part_of_the_shape_may_change(field: str, config: TrainConfig):
     (path,) = save(config, 5)
