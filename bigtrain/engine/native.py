@@ -79,8 +79,9 @@ class NativeEngine:
             with self._communicate(last=number == len(micro_batches)):
                 with self.autocast():
                     sums = sums_of(self.module, batch)
-                # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum.
-                sums[0].backward(gradient_scale(sums[0], self.dp_size / num_targets))
+                # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum. What is summed
+                # beside the loss has no gradient, whatever comes in for it.
+                sums.backward(gradient_scale(sums, self.dp_size / num_targets))
             total = sums.detach() if total is None else total + sums.detach()
         return total
 
