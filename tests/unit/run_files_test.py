@@ -257,7 +257,8 @@ def test_a_path_starts_another_run_which_then_has_its_own(config: TrainConfig):
     assert find_resume(with_resume(config, str(first), name="second")) == own
 
 
-def test_a_path_without_a_checkpoint_is_refused(config: TrainConfig, tmp_path: Path):
+def test_a_path_without_a_checkpoint_is_refused(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # the checkout may have runs, as after make demo
     with pytest.raises(CheckpointError, match="elsewhere: there is no such directory; give auto, never, must"):
         find_resume(with_resume(config, str(tmp_path / "elsewhere")))
     with pytest.raises(CheckpointError, match=r"has no complete checkpoint; name the directory of a run that has one$"):
