@@ -128,8 +128,7 @@ def read_run(args: list[str]) -> TrainConfig:
         from bigtrain.run.directory import continued_model
 
         require_positions(continued_model(config.model, config.run.directory), config.data.sequence_length)
-    padded = padding(config.train, info.world_size)
-    warnings = [*ignored_settings(config), *([padded] if padded else [])]
+    warnings = ignored_settings(config) + padding(config.train, info.world_size)
     if config.model.kind is ModelKind.hf or config.model.init_from:
         from bigtrain.run.directory import unused_of_model
 

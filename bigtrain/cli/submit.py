@@ -121,8 +121,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         problems = check(config, world_size=world_size, local_world_size=local_world_size)
     if problems:
         raise ConfigError("\n".join(problems))
-    padded = padding(config.train, world_size)
-    for warning in [*ignored_settings(config), *([padded] if padded else [])]:
+    for warning in ignored_settings(config) + padding(config.train, world_size):
         print(f"warning: {warning}", file=sys.stderr)
     return config, training_args
 

@@ -365,15 +365,15 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
     return problems
 
 
-def padding(train: TrainingConfig, world_size: int) -> str | None:
+def padding(train: TrainingConfig, world_size: int) -> list[str]:
     """Say what share of the computing is padding, where it is more than 1 %."""
     places = train.micro_batches(world_size) * train.micro_batch_size * world_size
     if places <= 1.01 * train.global_batch_size:
-        return None
-    return (
+        return []
+    return [
         f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {world_size} ranks with micro-batches of "
         f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
-    )
+    ]
 
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:

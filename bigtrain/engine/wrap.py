@@ -6,7 +6,7 @@
 4. :func:`materialise`, when only the shards are left to allocate.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from bigtrain.config import ActivationCheckpointing, EngineConfig
+from bigtrain.models.hf.build import outermost_lists
 from bigtrain.models.transformer import Vocabulary
 from bigtrain.tasks.base import TaskModel
 
@@ -34,7 +35,7 @@ def find_stacks(model: TaskModel) -> list[nn.ModuleList]:
     num_parameters = sum(p.numel() for p in model.parameters())
     return [
         stack
-        for stack in _outermost_lists(model.network)
+        for stack in outermost_lists(model.network)
         if sum(p.numel() for p in stack.parameters()) >= SMALLEST_STACK * num_parameters
         and all(type(block).forward is not nn.Module.forward for block in stack)
     ]
@@ -43,14 +44,6 @@ def find_stacks(model: TaskModel) -> list[nn.ModuleList]:
 def find_blocks(model: TaskModel) -> list[nn.Module]:
     """Return the blocks of all stacks."""
     return [block for stack in find_stacks(model) for block in stack]
-
-
-def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _outermost_lists(child)
 
 
 def wrap_blocks(model: TaskModel, config: EngineConfig) -> None:

@@ -34,7 +34,7 @@ from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import on_rank0
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
-from bigtrain.files import CONFIG_FILE, read_json, such_as_runs
+from bigtrain.files import CONFIG_FILE, read_json, such_as_runs, write_anew
 from bigtrain.log import redact
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import has_own_code, read_hf_config
@@ -86,9 +86,7 @@ def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
 def write_config(directory: Path, config: TrainConfig) -> None:
     """Save the configuration of this launch, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{CONFIG_FILE}.tmp"
-    partial.write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
-    os.replace(partial, directory / CONFIG_FILE)
+    write_anew(directory / CONFIG_FILE, yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
 
 
 def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:

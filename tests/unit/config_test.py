@@ -10,7 +10,7 @@ from bigtrain.cli import hydra_cli
 from bigtrain.cli.generate import GenerateConfig
 from bigtrain.config import EngineKind, RopeScalingConfig, TrainConfig
 from bigtrain.config.bounds import RANGES
-from bigtrain.config.check import check, ignored_settings, resolve
+from bigtrain.config.check import check, ignored_settings, padding, resolve
 from bigtrain.config.convert import from_dict, key_docs, key_types, nearest, nearest_key, to_dict
 from bigtrain.errors import ConfigError
 
@@ -268,6 +268,17 @@ def test_each_contradiction_is_found_alone(message: str):
 )
 def test_what_fits_together_is_accepted(values: dict[str, Any]):
     assert problems(**values) == []
+
+
+def test_padding_is_told_where_it_is_more_than_a_percent():
+    train = TrainConfig().train
+    train.global_batch_size, train.micro_batch_size = 8, 2
+    assert padding(train, 4) == padding(train, 1) == []
+    assert padding(train, 3)[0].startswith(
+        "33% of the computing is padding: 3 ranks with micro-batches of 2 have 12 places"
+    )
+    train.global_batch_size, train.micro_batch_size = 1000, 1
+    assert padding(train, 3) == [], "2 of 1002 places"
 
 
 def test_all_contradictions_are_reported_in_one_pass():

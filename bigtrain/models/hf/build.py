@@ -52,7 +52,7 @@ class HFCausalLM(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder layers: the longest ``ModuleList`` with something to train that is not inside another (experts are)."""
-        lists = list(_outermost_module_lists(self.causal_lm))
+        lists = list(outermost_lists(self.causal_lm))
         trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
         return max(trained or lists, key=len)
 
@@ -246,12 +246,13 @@ def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
         nn.Module.register_parameter = register_parameter
 
 
-def _outermost_module_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Yield the lists of modules that are not inside another list."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield child
         else:
-            yield from _outermost_module_lists(child)
+            yield from outermost_lists(child)
 
 
 def _reason(error: Exception) -> str:
