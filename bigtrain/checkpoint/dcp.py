@@ -31,48 +31,37 @@ from bigtrain.errors import CheckpointError
 
 
 class CheckpointReader(StorageReader):
-    """Hands the tensors of one checkpoint to ``torch.distributed.checkpoint.load``; no pickle is read."""
+    """Reads a checkpoint for ``torch.distributed.checkpoint.load``; no pickle is read."""
 
     def __init__(self, path: str | os.PathLike[str], *, verify: Verify = Verify.full) -> None:
-        """Take the directory of a checkpoint; ``verify`` says what the coordinator compares with the manifest."""
+        """Open the directory of a checkpoint; the coordinator verifies it as ``verify`` says."""
         self._verify = verify
         self.reset(path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Turn to another checkpoint."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id)
         self._tensors: dict[str, TensorRecord] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Describe what is stored; see the base class.
-
-        Raises:
-            CheckpointError: the manifest is missing or damaged.
-        """
+        """Return what is stored; CheckpointError if the manifest is missing or damaged."""
         self._read_manifest()
         return Metadata({record.key: _describe(record) for record in self._tensors.values()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Verify the files, on one rank; see the base class.
-
-        Raises:
-            CheckpointError: names what is damaged.
-        """
+        """Verify the files, on the coordinator; CheckpointError names what is damaged."""
         self._read_manifest()
         if is_coordinator and (problems := find_problems(self._path, self._verify)):
             raise CheckpointError("\n  ".join([f"{self._path} is damaged:", *problems]))
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Take the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Take the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every wanted part of a stored box to where the planner wants it."""
+        """Copy every wanted part of a stored box into the planner's tensor."""
         shards = ShardReader(self._path)
         with torch.no_grad():
             for item in plan.items:
@@ -89,7 +78,6 @@ class CheckpointReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether this can be the directory of a checkpoint."""
         return Path(checkpoint_id).is_dir()
 
     def _read_manifest(self) -> None:

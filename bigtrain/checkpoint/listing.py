@@ -22,18 +22,14 @@ from bigtrain.files import such_as_runs
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One directory that is, was or was to become a checkpoint."""
+    """One directory among the checkpoints of a run."""
 
     path: Path
     step: int
-    num_bytes: int
-    """Size of its files."""
-    run_state: RunState | None
-    """None if it cannot be read."""
-    status: str
-    """``complete``, ``set aside`` or ``unfinished``."""
-    problems: list[str]
-    """What is damaged; never looked for in what is unfinished."""
+    num_bytes: int  # size of its files
+    run_state: RunState | None  # None if it cannot be read
+    status: str  # ``complete``, ``set aside`` or ``unfinished``
+    problems: list[str]  # what is damaged; never looked for in what is unfinished
 
 
 def list_checkpoints(
@@ -43,8 +39,8 @@ def list_checkpoints(
 
     Args:
         path: directory of a run, or of a checkpoint.
-        verify: how complete ones and those that were set aside are verified.
-        progress: called with what is about to be verified.
+        verify: applies to complete ones and those that were set aside.
+        progress: called with each file that is about to be verified.
 
     Raises:
         CheckpointError: there is nothing.

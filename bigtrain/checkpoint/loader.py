@@ -14,17 +14,14 @@ from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry
 from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks, some
 
-MOST_DIFFERENCES = 5
-"""So many tensors are named that are missing or other ones."""
+MOST_DIFFERENCES = 5  # so many tensors are named that are missing or other ones
 
 
 def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
-    """Compare the files of a checkpoint with its manifest, each rank its share of them.
-
-    The manifest and the run state, which are small, are verified always.
+    """Verify the files of a checkpoint against its manifest, each rank a share; manifest and run state always.
 
     Returns:
-        What is wrong, the same list on every rank; empty if the checkpoint is whole.
+        The problems, the same list on every rank; empty if the checkpoint is whole.
 
     Raises:
         UnreadableError: some rank cannot read it; on every rank.
@@ -43,10 +40,9 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
 
 
 def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Fill the boxes of ``entries`` from the checkpoint at ``path``; no rank waits for another.
+    """Fill the boxes of ``entries`` from a checkpoint, without collectives or buffers.
 
-    Each overlap of a stored box with a box of this rank is copied straight from the mapped file into the
-    engine's memory, so that memory is needed for nothing else.
+    Overlaps of stored boxes with boxes of this rank are copied from the mapped file into the engine's memory.
 
     Raises:
         CheckpointError: tensors are missing or have other shapes, or the manifest is damaged.
@@ -82,7 +78,7 @@ Ranges = list[tuple[int, int]]
 def _overlap(
     offsets: Sequence[int], sizes: Sequence[int], other_offsets: Sequence[int], other_sizes: Sequence[int]
 ) -> Ranges | None:
-    """Return the common (begin, end) of two boxes in each dimension, or None if they share nothing."""
+    """Return the common (begin, end) of two boxes in each dimension, or None if they are disjoint."""
     ranges = []
     for begin, size, other_begin, other_size in zip(offsets, sizes, other_offsets, other_sizes, strict=True):
         common = (max(begin, other_begin), min(begin + size, other_begin + other_size))
@@ -99,7 +95,7 @@ def _narrow(tensor: torch.Tensor, ranges: Ranges, offsets: Sequence[int]) -> tor
 
 
 def _differences(entries: Mapping[str, Entry], manifest: Manifest) -> Iterator[str]:
-    """Yield how the checkpoint's tensors differ from the wanted ones; an unwanted half (optimizer) is no difference."""
+    """Yield how the stored tensors differ from the wanted ones; an unwanted half (optimizer) is no difference."""
     stored = {tensor.key: tensor for tensor in manifest.tensors}
     for key, entry in entries.items():
         if key not in stored:

@@ -32,30 +32,22 @@ SIGNS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 @dataclass(kw_only=True, slots=True)
 class Chunk:
-    """One box of a tensor, in row-major order somewhere in a file."""
+    """One box of a tensor, in row-major order in a file."""
 
-    offsets: list[int]
-    """Where the box begins in the tensor."""
-    sizes: list[int]
-    """Shape of the box."""
+    offsets: list[int]  # where the box begins in the tensor
+    sizes: list[int]  # shape of the box
     file: str
-    """Name of the file."""
-    start_byte: int
-    """Where the box begins in the file."""
+    start_byte: int  # where the box begins in the file
 
 
 @dataclass(kw_only=True, slots=True)
 class TensorRecord:
     """One tensor of the state."""
 
-    key: str
-    """``model.<name>`` or ``optim.state.<name>.<key>``."""
-    dtype: str
-    """safetensors' name of the element type, such as ``F32``."""
-    shape: list[int]
-    """Shape of the whole tensor."""
-    chunks: list[Chunk]
-    """Boxes that are disjoint and cover the tensor."""
+    key: str  # ``model.<name>`` or ``optim.state.<name>.<key>``
+    dtype: str  # safetensors' name of the element type, such as ``F32``
+    shape: list[int]  # shape of the whole tensor
+    chunks: list[Chunk]  # boxes that are disjoint and cover the tensor
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,11 +55,8 @@ class Manifest:
     """Content of ``manifest.json``."""
 
     format: int = FORMAT
-    """Version of this layout."""
-    files: list[FileRecord]
-    """All files except the manifest."""
+    files: list[FileRecord]  # all files except the manifest
     tensors: list[TensorRecord]
-    """The state."""
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -77,11 +66,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint; the files themselves are not looked at.
+    """Return the manifest of a checkpoint, checked in itself but not against the files.
 
     Raises:
-        CheckpointError: missing, damaged, naming files outside of its directory, or
-            not describing whole tensors inside its files.
+        CheckpointError: missing, damaged, naming files outside of its directory, or not describing whole tensors inside
+            its files.
         UnreadableError: of another version, or the file system cannot be read.
     """
     path = directory / MANIFEST_FILE
@@ -148,7 +137,7 @@ def _spans(tensors: list[TensorRecord]) -> Iterator[tuple[str, int, int, str]]:
 
 
 def _tensor_problem(tensor: TensorRecord, files: dict[str, int]) -> str | None:
-    """Say why the chunks are not disjoint boxes that cover the tensor and lie inside the files."""
+    """Return why the chunks are not disjoint boxes that cover the tensor and lie inside the files."""
     if not (isinstance(tensor.key, str) and tensor.dtype in ITEM_BYTES and _are_counts(tensor.shape)):
         return f"no tensor of type {tensor.dtype!r} and shape {tensor.shape!r}"
     for chunk in tensor.chunks:
@@ -172,7 +161,7 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def _overlap(chunks: list[Chunk]) -> bool:
-    """Return whether boxes have elements in common; sweeps over the first dimension, which nearly all are cut along."""
+    """Return whether boxes overlap; sweeps over the first dimension, along which nearly all are cut."""
     active: list[Chunk] = []
     for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
         active = [a for a in active if _meet(a, chunk, 1)]
@@ -183,21 +172,16 @@ def _overlap(chunks: list[Chunk]) -> bool:
 
 
 def _meet(a: Chunk, b: Chunk, num_dims: int) -> bool:
-    """Return whether two boxes overlap in all of the first dimensions."""
+    """Return whether two boxes overlap in the first ``num_dims`` dimensions."""
     pairs = zip(a.offsets[:num_dims], a.sizes, b.offsets, b.sizes, strict=False)
     return all(begin < other + size_b and other < begin + size_a for begin, size_a, other, size_b in pairs)
 
 
 def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | None:
-    """Compare a file with its record.
+    """Return how a file differs from its record, None if it does not.
 
     Args:
-        directory: of the checkpoint.
-        record: what the file should be.
-        content: whether to read the file and compare its hash, besides the size.
-
-    Returns:
-        What is wrong, naming the file with what was expected and found; None if nothing is.
+        content: compare the hash too, besides the size.
 
     Raises:
         UnreadableError: the file system cannot be read, which says nothing about the file.
@@ -213,11 +197,7 @@ def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | 
 
 
 def read_verified(directory: Path, record: FileRecord) -> bytes:
-    """Return the content of a small file, after the very bytes that are returned have been verified.
-
-    Raises:
-        CheckpointError: as :func:`verify_file` says it.
-    """
+    """Return the content of a small file, verified; raises as :func:`verify_file`, and CheckpointError."""
     path = directory / record.name
     try:
         data = path.read_bytes()

@@ -9,14 +9,10 @@ from bigtrain.checkpoint.shard import DTYPES, ShardReader
 
 
 class TensorReader:
-    """Puts tensors together from all ranks' files; nothing but the tensor asked for is held in memory."""
+    """Assembles whole tensors from all ranks' files, one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Read the manifest of the checkpoint at ``path``, whose files have been verified.
-
-        Raises:
-            CheckpointError: the manifest is missing or damaged.
-        """
+        """Read the manifest of a verified checkpoint; CheckpointError if it is missing or damaged."""
         self.records: dict[str, TensorRecord] = {tensor.key: tensor for tensor in read_manifest(path).tensors}
         self._shards = ShardReader(path)
 

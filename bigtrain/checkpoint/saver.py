@@ -46,10 +46,8 @@ class SaveReport:
 
     step: int
     path: Path
-    error: str | None
-    """What went wrong on which rank; None if the checkpoint is complete."""
-    seconds: float = 0.0
-    """How long it took, on this rank."""
+    error: str | None  # what went wrong on which rank; None if the checkpoint is complete
+    seconds: float = 0.0  # how long it took, on this rank
 
 
 class Saver:
@@ -63,13 +61,11 @@ class Saver:
         *,
         is_ours: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Prepare; every rank calls this, and all other methods, in the same order.
+        """Prepare; collective, as all other methods.
 
         Args:
-            run_directory: of the run; it may be set to another one between two saves.
-            entries: the state.
-            config: when and how to save.
-            is_ours: whether the directory is still that of this launch; rank 0 asks before a checkpoint appears in it.
+            run_directory: may be set to another one between two saves.
+            is_ours: whether the directory still belongs to this launch; rank 0 asks before it commits.
 
         Raises:
             CheckpointError: there is no room for two checkpoints.
@@ -94,7 +90,7 @@ class Saver:
         self._check_room()
 
     def save(self, run_state: RunState) -> None:
-        """Begin to save; the save before this one has been finished."""
+        """Begin to save; the save before must have been finished."""
         assert self._pending is None
         self._staged.clear()
         ready = None
@@ -132,7 +128,7 @@ class Saver:
         return SaveReport(run_state.step, final, error, time.monotonic() - begin)
 
     def _write(self, partial: Path, ready: torch.cuda.Event | None) -> dict[str, object]:
-        """Write this rank's file and return its vote; whatever goes wrong is a vote, because the others wait for it."""
+        """Write this rank's file and return its vote; errors are votes too, because the others wait for them."""
         try:
             try:
                 pieces = self._stage(ready)
@@ -149,7 +145,7 @@ class Saver:
             return {"error": f"rank {dist.get_rank()}: {type(error).__name__}: {error}"}
 
     def _decide(self, votes: list[dict[str, Any]], partial: Path, final: Path, run_state: RunState) -> str | None:
-        """Commit if every rank has succeeded, else remove what was written; on rank 0 only."""
+        """Commit if every rank succeeded, else remove what was written; on rank 0 only."""
         errors = [str(vote["error"]) for vote in votes if "error" in vote]
         if not errors and not self._is_ours():
             errors = [f"{self.run_directory} was renamed or removed, or another launch has taken the run over"]
@@ -171,7 +167,7 @@ class Saver:
 
     @torch.no_grad()
     def _stage(self, ready: torch.cuda.Event | None) -> list[Piece]:
-        """Copy this rank's share of the state into host memory that is kept from save to save."""
+        """Copy this rank's share of the state into host buffers, which are reused from save to save."""
         if ready is None:
             return self._copy()
         stream = torch.cuda.Stream()
@@ -204,7 +200,7 @@ class Saver:
             raise of_all_ranks(CheckpointError(problem))
 
     def _make_room(self, num_bytes: int) -> str | None:
-        """Remove leftovers and return what is wrong if then there is too little room; on rank 0 only."""
+        """Remove leftovers and return the problem if there is too little room; on rank 0 only."""
         directory = checkpoints_directory(self.run_directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -227,7 +223,7 @@ class Saver:
 
 
 def _not_finite(pieces: list[Piece]) -> str | None:
-    """Say which tensor holds a number that is not finite, which nobody wants to continue from; one pass over memory."""
+    """Return a message about a tensor with non-finite numbers, if there is one; one pass over memory."""
     for key, tensor in ((piece.key, piece.tensor) for piece in pieces if piece.tensor.is_floating_point()):
         if math.isfinite(tensor.sum().item()):  # it is not if a number is not, or if it overflows
             continue

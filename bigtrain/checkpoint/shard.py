@@ -34,21 +34,19 @@ class Piece:
     """A box to be written, in host memory."""
 
     key: str
-    shape: tuple[int, ...]
-    """Shape of the whole tensor."""
+    shape: tuple[int, ...]  # shape of the whole tensor
     offsets: tuple[int, ...]
-    tensor: torch.Tensor
-    """Contiguous, on the CPU."""
+    tensor: torch.Tensor  # contiguous, on the CPU
 
 
 def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[TensorRecord]]:
     """Write a rank's file durably.
 
     Returns:
-        The record of the file, and per piece the tensor it belongs to with the one chunk written here.
+        The record of the file, and per piece the record of its tensor with the one chunk written here.
 
     Raises:
-        OSError: the file could not be written, for instance because the disk is full.
+        OSError: it could not be written, for instance because the disk is full.
     """
     pieces = list(pieces)
     header: dict[str, object] = {}
@@ -84,7 +82,7 @@ class ShardReader:
         self._maps: dict[str, torch.Tensor] = {}
 
     def read(self, dtype: str, chunk: Chunk) -> torch.Tensor:
-        """Return a chunk as a tensor that is read from the disk when it is copied; it must not be written to.
+        """Return a read-only view of a chunk, read from disk when it is copied.
 
         Raises:
             CheckpointError: the file is missing or too short.

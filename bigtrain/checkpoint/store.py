@@ -27,52 +27,37 @@ from bigtrain.data.order.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.files import FileRecord, sync, write_durably
 
-MIN_KEPT = 2
-"""So many of the newest are kept whatever ``keep`` says: the newest may turn out to be damaged."""
+MIN_KEPT = 2  # so many of the newest are kept whatever ``keep`` says: the newest may turn out to be damaged
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a run began with, and begins with again when it has to go back and has no checkpoint to go back to."""
+    """What a run began with, to which it rolls back when it has no checkpoint."""
 
-    checkpoint: str | None = None
-    """Another run's checkpoint; None for initial values."""
-    weights_only: bool = False
-    """Of that checkpoint only the weights were taken."""
-    published: str | None = None
-    """The published weights that the initial values were; None for random ones."""
+    checkpoint: str | None = None  # another run's checkpoint; None for initial values
+    weights_only: bool = False  # of that checkpoint only the weights were taken
+    published: str | None = None  # the published weights that the initial values were; None for random ones
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
     """Everything besides tensors that a run continues from."""
 
-    step: int
-    """Completed optimizer steps. Learning rate and random numbers follow from it and from the configuration."""
+    step: int  # completed optimizer steps. Learning rate and random numbers follow from it and from the configuration
     tokens: int
-    """Tokens trained on."""
-    samples: int
-    """Sequences trained on: the cursor of the data order."""
-    data_fingerprint: str
-    """What the samples are numbers of."""
-    config: dict
-    """The resolved configuration."""
-    versions: dict
-    """Software that wrote the checkpoint."""
-    world_size: int
-    """Ranks that wrote the checkpoint."""
-    validation_loss: float | None = None
-    """Loss of the validation at this step, if there was one."""
+    samples: int  # sequences trained on: the cursor of the data order
+    data_fingerprint: str  # what the samples are numbers of
+    config: dict  # resolved
+    versions: dict  # software that wrote the checkpoint
+    world_size: int  # of the launch that wrote the checkpoint
+    validation_loss: float | None = None  # loss of the validation at this step, if there was one
     data: DataState | None = None
     """Where the data stands, with the proof; None in checkpoints from before there was one."""
-    rollbacks: int = 0
-    """How often the run has gone back because of bad numbers."""
-    origin: Origin | None = None
-    """What the run began with; None in checkpoints from before that was recorded."""
+    rollbacks: int = 0  # how often the run has gone back because of bad numbers
+    origin: Origin | None = None  # what the run began with; None in checkpoints from before that was recorded
 
     @property
     def cursor(self) -> Cursor:
-        """Where the data goes on."""
         return Cursor(self.step, self.samples, self.data.digest if self.data else NO_SAMPLES)
 
 
@@ -87,7 +72,7 @@ def checkpoint_path(run_directory: Path, step: int) -> Path:
 
 
 def find_checkpoints(run_directory: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first; what a kill left behind has other names."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(filter(is_complete, _in_checkpoints(run_directory)), key=step_of)
 
 
@@ -102,13 +87,13 @@ def find_damaged(run_directory: Path) -> list[Path]:
 
 
 def find_leftovers(run_directory: Path) -> list[Path]:
-    """Return what killed saves and killed deletions left behind."""
+    """Return what killed saves and deletions left behind."""
     found = _in_checkpoints(run_directory)
     return sorted(path for path in found if ".tmp-" in path.name or path.name.endswith(".deleting"))
 
 
 def _in_checkpoints(run_directory: Path) -> list[Path]:
-    """Return all that lies among the checkpoints of a run; a directory that cannot be read is not taken for an empty one."""
+    """Return the entries of the checkpoints directory; an unreadable one is not taken for empty."""
     directory = checkpoints_directory(run_directory)
     try:
         return [directory / name for name in os.listdir(directory) if name.startswith("step-")]
@@ -129,10 +114,9 @@ def newest_step(run_directory: Path) -> int:
 
 
 def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
-    """Return the run state of a checkpoint; it is verified, so that nothing else is ever used.
+    """Return the run state of a checkpoint, verified.
 
     Args:
-        path: directory of the checkpoint.
         manifest: of the checkpoint, if it has been read.
 
     Raises:
@@ -152,16 +136,11 @@ def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
 def find_problems(
     path: Path, verify: Verify, *, share: slice = slice(None), progress: Callable[[str], None] = lambda file: None
 ) -> list[str]:
-    """Compare the files of a checkpoint with its manifest; the small ones, manifest and run state, always.
+    """Return how a checkpoint differs from its manifest; manifest and run state are always verified.
 
     Args:
-        path: directory of the checkpoint.
-        verify: what is compared.
         share: which of the files.
-        progress: called with the path of each file that is about to be read.
-
-    Returns:
-        What is wrong, each naming a file with what was expected and found.
+        progress: called with each file that is about to be read.
 
     Raises:
         UnreadableError: the file system cannot be read, or another version wrote the checkpoint.
@@ -188,9 +167,7 @@ def find_problems(
 def commit(
     partial: Path, final: Path, run_state: RunState, files: list[FileRecord], tensors: list[TensorRecord]
 ) -> None:
-    """Turn a directory into which all ranks have written durably into a complete checkpoint.
-
-    The rename is what makes it one; before, there is none, and whatever happens afterwards it is whole.
+    """Turn a directory that all ranks have written into a complete checkpoint, by one rename.
 
     Raises:
         OSError: it could not be written, or exists.
@@ -220,11 +197,7 @@ def _merge(tensors: list[TensorRecord]) -> list[TensorRecord]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing takes it for a whole one, and return its new name.
-
-    Raises:
-        CheckpointError: it cannot be renamed.
-    """
+    """Rename a damaged checkpoint and return its new name; CheckpointError if it cannot be renamed."""
     for number in itertools.count():
         aside = path.with_name(f"{path.name}.damaged-{number}")
         if not aside.exists():
@@ -237,11 +210,10 @@ def set_aside(path: Path) -> Path:
 
 
 def prune(run_directory: Path, keep: str) -> None:
-    """Delete the checkpoints that are not to be kept, and what killed saves left behind.
+    """Delete checkpoints that are not kept, and leftovers; no save may be under way.
 
     Args:
-        run_directory: of the run; nobody is saving into it.
-        keep: as ``checkpoint.keep``: rules separated by commas; whatever one of them keeps is kept.
+        keep: as ``checkpoint.keep``: rules separated by commas, of which any keeps a checkpoint.
 
     Raises:
         OSError: a checkpoint cannot be deleted.
@@ -253,11 +225,7 @@ def prune(run_directory: Path, keep: str) -> None:
 
 
 def discard_after(run_directory: Path, step: int) -> None:
-    """Delete the checkpoints of later steps; nobody is saving into the run.
-
-    Raises:
-        CheckpointError: one cannot be deleted.
-    """
+    """Delete the checkpoints of later steps; no save may be under way. CheckpointError if one cannot be deleted."""
     try:
         _delete(run_directory, [path for path in find_checkpoints(run_directory) if step_of(path) > step])
     except OSError as error:
@@ -272,7 +240,7 @@ def _delete(run_directory: Path, checkpoints: list[Path]) -> None:
 
 
 def remove_leftovers(run_directory: Path) -> None:
-    """Delete them; nobody is saving into the run."""
+    """Delete what killed saves and deletions left; no save may be under way."""
     for path in find_leftovers(run_directory):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -291,7 +259,7 @@ def _kept_by(rule: list[str], found: list[Path]) -> list[Path]:
 
 
 def _best(found: list[Path]) -> list[Path]:
-    """Return the checkpoint with the least validation loss, and those that cannot be read: one might be it."""
+    """Return the checkpoint with the least validation loss, and unreadable ones, which might be it."""
     losses: dict[Path, float] = {}
     unreadable = []
     for path in found:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer, in buffers allocated once, at the first append."""
+    """Keys and values of one layer, in buffers allocated at the first append."""
 
     def __init__(self, capacity_tokens: int):
         self.capacity_tokens = capacity_tokens
@@ -16,7 +16,7 @@ class LayerCache:
         self._values: Tensor | None = None
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens and return all keys and values so far as views ``(B, G, S, K)``."""
+        """Append the new tokens and return views of all keys and values so far, ``(B, G, S, K)``."""
         batch, heads, num_new, width = k_BGTK.shape
         if self._keys is None:
             self._keys = k_BGTK.new_empty(batch, heads, self.capacity_tokens, width)
@@ -37,5 +37,5 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens stored so far, which is the position of the next one."""
+        """Tokens stored, which is the position of the next one."""
         return self.layers[0].length

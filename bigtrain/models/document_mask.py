@@ -17,19 +17,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK_TOKENS = 128
-"""What FlexAttention's kernels skip or compute as a whole."""
+BLOCK_TOKENS = 128  # what FlexAttention's kernels skip or compute as a whole
 
 
 def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockMask":
-    """Return who sees whom: tokens of the same document that are not later.
+    """Return the mask of causal attention within documents.
 
     Args:
-        positions_BT: int64, counted from 0 at the beginning of each document.
-        flex: for FlexAttention, which skips the blocks between documents, instead of one bool for each pair of tokens.
-
-    Returns:
-        bool ``(B, 1, T, S)``, or a ``BlockMask``.
+        positions_BT: int64, counted from 0 in each document.
+        flex: return a ``BlockMask`` of FlexAttention, which skips blocks between documents, instead of bool ``(B, 1, T,
+            S)``.
     """
     documents_BT = (positions_BT == 0).cumsum(dim=1)
     if flex:
@@ -39,7 +36,7 @@ def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockM
 
 
 def _block_mask(documents_BT: Tensor) -> "BlockMask":
-    """Return which blocks see which, from the first and the last document of each: no matrix of tokens is made."""
+    """Build the block mask from the first and last document of each block, without a T x T matrix."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(b: Tensor, _h: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -60,7 +57,7 @@ def _block_mask(documents_BT: Tensor) -> "BlockMask":
 
 
 def _numbered(seen_BNM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many blocks each block sees, ``(B, 1, N)``, and their numbers before all others, ``(B, 1, N, M)``."""
+    """Return how many blocks each block sees, ``(B, 1, N)``, and their numbers first, ``(B, 1, N, M)``."""
     order_BNM = seen_BNM.int().argsort(dim=-1, descending=True, stable=True)
     return seen_BNM.sum(-1, dtype=torch.int32)[:, None], order_BNM.int()[:, None]
 

@@ -31,7 +31,7 @@ from bigtrain.models.sizes import native_shape
 
 
 def matrix_weights(model: ModelConfig) -> int:
-    """Return W: the weights of the matrices that every token is multiplied with, in a resolved native model."""
+    """Return W of a resolved native model."""
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     attention = model.hidden_dim * (query + 2 * key_value) + query * model.hidden_dim
     num_matrices = 3 if model.activation is Activation.swiglu else 2
@@ -40,17 +40,17 @@ def matrix_weights(model: ModelConfig) -> int:
 
 
 def full_attention_pairs(sequence_length: int) -> int:
-    """Return the pairs of one sequence without a mask."""
+    """Return P of one sequence without a mask."""
     return sequence_length**2
 
 
 def causal_pairs(sequence_length: int) -> int:
-    """Return the pairs of one sequence under the causal mask."""
+    """Return P of one sequence under the causal mask."""
     return sequence_length * (sequence_length + 1) // 2
 
 
 def training_flops(model: ModelConfig, *, num_tokens: int, num_pairs: int) -> int:
-    """Return the operations of a forward and a backward pass over ``num_tokens`` with ``num_pairs`` in all."""
+    """Return the operations of forward and backward pass over ``num_tokens`` with ``num_pairs`` in all."""
     return 6 * matrix_weights(model) * num_tokens + 12 * model.num_layers * model.num_heads * model.head_dim * num_pairs
 
 
@@ -58,17 +58,13 @@ def training_flops(model: ModelConfig, *, num_tokens: int, num_pairs: int) -> in
 class TokenFlops:
     """Operations per token of training on whole sequences, by convention."""
 
-    causal: float
-    """With the pairs that the causal mask leaves."""
-    full_attention: float
-    """With all pairs, as most published tables count."""
-    products: float
-    """Of the products with weights alone: ``6 * W``."""
-    pair: float
-    """Of one pair in all heads and layers: ``12 * Q``."""
+    causal: float  # with the pairs that the causal mask leaves
+    full_attention: float  # with all pairs, as most published tables count
+    products: float  # of the products with weights alone: ``6 * W``
+    pair: float  # of one pair in all heads and layers: ``12 * Q``
 
     def documents(self, pairs_per_token: float) -> float:
-        """Return the operations where a mask keeps documents apart and leaves so many pairs per token."""
+        """Return the operations per token where a document mask leaves ``pairs_per_token``."""
         return self.products + self.pair * pairs_per_token
 
 
@@ -87,7 +83,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> TokenFlops:
 
 
 def hf_shape(hf_config: Any) -> ModelConfig:
-    """Return the native shape that a ``transformers`` text configuration describes, resolved.
+    """Return the native shape, resolved, that a ``transformers`` text configuration describes.
 
     It is a guess for architectures other than plain decoders: compare its parameters with the model's.
     """

@@ -23,28 +23,22 @@ def generate(
     generator: torch.Generator | None = None,
     eos_id: int | Collection[int] | None = None,
 ) -> list[int]:
-    """Continue a prompt.
+    """Return a continuation of a prompt, without the token that ends it.
 
-    Ends after ``max_new_tokens`` tokens, at an ``eos_id``, or when prompt and continuation together
-    reach ``model.max_positions``: nothing slides, since a model has not seen a text without a start.
+    Ends after ``max_new_tokens``, at an ``eos_id``, or at ``model.max_positions``; there is no sliding window.
 
     Args:
         model: from ``build_model``, with weights, unsharded.
         prompt_ids: at least one token.
-        max_new_tokens: at most so many new tokens.
-        temperature: divides the logits; 0 takes the likeliest token always.
+        temperature: divides the logits; 0 is greedy.
         top_k: sample from the k likeliest tokens only.
-        top_p: sample from the fewest likeliest tokens that together have at least this probability,
-            after temperature and ``top_k`` (nucleus sampling, Holtzman et al. 2020).
-        generator: source of randomness, on the CPU, where sampling happens whatever the model's
-            device; torch's default if not given.
-        eos_id: token that ends a text, or several of which any does.
-
-    Returns:
-        The new tokens, without the prompt and without the token that ends the text.
+        top_p: sample from the fewest likeliest tokens with at least this probability together, after temperature and
+            ``top_k`` (nucleus sampling, Holtzman et al. 2020).
+        generator: of the CPU, where sampling happens; by default torch's.
+        eos_id: one or several tokens that end a text.
 
     Raises:
-        ConfigError: listing every option that makes no sense, or an empty or too long prompt.
+        ConfigError: lists every invalid option, or an empty or too long prompt.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     _check_prompt(model, prompt_ids)

@@ -17,20 +17,14 @@ from torch import Tensor
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
 
-BLOCK_ELEMENTS = 2**16
-"""Elements per random generator; part of the definition of the initial weights."""
+BLOCK_ELEMENTS = 2**16  # elements per random generator; part of the definition of the initial weights
 
 
 class InitialValue(Protocol):
-    """Where one parameter's initial value comes from. Safe to call from several threads."""
+    """Where one parameter's initial value comes from; thread-safe."""
 
     def fill(self, start: int, out: Tensor) -> None:
-        """Write elements ``[start, start + out.numel())`` of the row-major flattened parameter.
-
-        Args:
-            start: first element.
-            out: 1-D fp32 tensor on the CPU.
-        """
+        """Write elements ``[start, start + out.numel())`` of the flattened parameter to 1-D fp32 ``out`` on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +34,6 @@ class Constant:
     value: float
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         out.fill_(self.value)
 
 
@@ -53,7 +46,6 @@ class Normal:
     fqn: str
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         stop = start + out.numel()
         buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
         for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
@@ -71,24 +63,18 @@ class Given:
     values: Tensor
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         out.copy_(self.values.flatten()[start : start + out.numel()])
 
 
 @dataclass(frozen=True, slots=True)
 class Finite:
-    """A value from a file, which may hold anything, of a parameter, which may not."""
+    """A value from a file, checked to be finite."""
 
     value: InitialValue
-    name: str
-    """The tensor's, and where it is from, as messages say it."""
+    name: str  # the tensor's, and where it is from, as messages say it
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`.
-
-        Raises:
-            ConfigError: one of these elements is NaN or infinite.
-        """
+        """Raise a ConfigError if one of these elements is NaN or infinite."""
         self.value.fill(start, out)
         if not out.isfinite().all():
             what = "NaN" if out.isnan().any() else "infinite"
@@ -110,7 +96,7 @@ def generator_of(seed: int, fqn: str, block: int) -> torch.Generator:
 
 
 def native_value(name: str, config: ModelConfig, seed: int) -> InitialValue:
-    """Return what a parameter of the native model starts from, as in GPT-2: see :func:`bigtrain.models.initial_values`."""
+    """Return the initial value of a parameter of the native model: see :func:`bigtrain.models.initial_values`."""
     if name.endswith("bias"):
         return Constant(0.0)
     if name.endswith("norm.weight"):

@@ -19,16 +19,16 @@ from bigtrain.tasks.base import IGNORE_INDEX
 
 
 def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, compiled: bool = False) -> Tensor:
-    """Return the summed cross-entropy of a linear projection of the hidden states onto the vocabulary.
+    """Return the cross-entropy in nats, summed over targets, of a linear projection onto the vocabulary.
 
     Args:
         hidden_BTD: final hidden states, in the activations' dtype.
         weight_VD: output projection.
         targets_BT: int64 token ids; ``IGNORE_INDEX`` where a position does not count.
-        compiled: fuse what is not a matrix product by ``torch.compile``.
+        compiled: fuse what is not a matmul by ``torch.compile``.
 
     Returns:
-        Sum over all counting positions, in nats: a scalar in fp32, 0 if none counts.
+        An fp32 scalar, 0 if no target counts.
     """
     wants_gradients = torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(
@@ -37,17 +37,16 @@ def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor,
 
 
 def sum_cross_entropy_of_logits(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Like :func:`sum_cross_entropy`, for models that hand out logits only."""
+    """Like :func:`sum_cross_entropy`, for models that return logits only."""
     logits_NV = logits_BTV.flatten(0, 1).float()
     return F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes loss and gradients together, chunk by chunk, so that a chunk's logits can be forgotten.
+    """Computes loss and gradients together, chunk by chunk, so that no more than a chunk's logits exist.
 
-    The gradient of the logits is softmax minus one-hot, which needs nothing from the backward pass but a factor
-    (the idea is that of Liger Kernel, Hsu et al. 2024, section 3.2). The three matrix products are those of the
-    plain way; there is no recomputation.
+    The gradient of the logits is softmax minus one-hot, which needs only a factor from the backward pass (the idea of
+    Liger Kernel, Hsu et al. 2024, section 3.2). There are the usual three matmuls and no recomputation.
     """
 
     @staticmethod
@@ -98,7 +97,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _padded(weight_VD: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Return the weight in ``dtype`` with so many rows of zeros below it."""
+    """Return the weight in ``dtype`` with ``num_rows`` rows of zeros below it."""
     if not num_rows:
         return weight_VD.to(dtype)
     weight_PD = weight_VD.new_zeros((len(weight_VD) + num_rows, weight_VD.shape[1]), dtype=dtype)
@@ -109,7 +108,7 @@ def _padded(weight_VD: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
 def _turn_into_gradient(logits_CP: Tensor, targets_C1: Tensor) -> Tensor:
     """Overwrite logits by the gradient of their cross-entropy and return its sum over the targets that count.
 
-    Rows whose target does not count are for the caller to leave out.
+    The caller masks rows whose target does not count.
     """
     counts_C1, targets_C1 = targets_C1 != IGNORE_INDEX, targets_C1.clamp(min=0)
     exact_CP = logits_CP.float()
@@ -126,5 +125,5 @@ def _turn_into_gradient(logits_CP: Tensor, targets_C1: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _compiled_gradient() -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the same in two kernels that read and write the logits in their own dtype."""
+    """Return the same as two kernels that read and write the logits in their own dtype."""
     return torch.compile(_turn_into_gradient)

@@ -23,13 +23,11 @@ from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError, first_line
 from bigtrain.models.hf.build import HFCausalLM, build_hf_model, read_hf_config
 
-SHORT = 8
-"""Tokens of a dry run that is not about the length of samples."""
+SHORT = 8  # tokens of a dry run that is not about the length of samples
 _LENGTHS = re.compile(r"position|seq|ctx|context")
 """Settings of transformers' configurations that may be a largest length have names like these."""
 _DIRECTIONS = re.compile(r"decoder$|causal|bidirectional|attn_type")
-LONG_ENOUGH = 32
-"""Tokens of a sample in which a model that looks ahead is seen to do so."""
+LONG_ENOUGH = 32  # tokens of a sample in which a model that looks ahead is seen to do so
 
 
 class _DryRun(TorchDispatchMode):
@@ -58,7 +56,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _off_meta(leaf: Any) -> Any:
-    """Let what a model makes on the device of its parameters be real."""
+    """Keep what a model creates on its parameters' device real."""
     return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
 
@@ -71,7 +69,7 @@ def _on_meta(leaf: Any) -> Any:
 
 
 def _check_indices(name: str, args: tuple[Any, ...]) -> None:
-    """Do what kernels of the meta device leave out: compare real indices with the size of what they select from."""
+    """Compare real indices with the size of what they select from, which meta kernels do not."""
     pairs: list[tuple[Any, int]] = []
     if name == "aten::embedding":
         pairs = [(args[1], 0)]
@@ -95,13 +93,13 @@ def _dry_run(model: nn.Module, length: int) -> Tensor:
 
 
 def unreached_parameters(model: nn.Module) -> list[str]:
-    """Return the names of trainable parameters that the loss does not depend on, such as those of a tower for images.
+    """Return the trainable parameters that the loss does not depend on, such as those of a vision tower.
 
     Args:
         model: an HFCausalLM with its parameters on the meta device.
 
     Raises:
-        NotImplementedError: the model decides by its numbers what it computes, so that it cannot be run without them.
+        NotImplementedError: control flow depends on numbers, so that it cannot be run without them.
     """
     try:
         run = copy.deepcopy(model)  # some models keep tables for the longest sample that they have seen
@@ -119,7 +117,7 @@ def unreached_parameters(model: nn.Module) -> list[str]:
 
 
 def outermost(model: nn.Module, names: list[str]) -> list[str]:
-    """Return ``names`` of parameters in few words: modules whose parameters all are among them, numbers as ``*``."""
+    """Return names of parameters in short: modules of which all are among them, numbers as ``*``."""
 
     def found(module: nn.Module, prefix: str) -> Iterator[str]:
         of_module = {f"{prefix}{name}" for name, _ in module.named_parameters()}
@@ -135,7 +133,7 @@ def outermost(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def may_be_too_long(text_config: Any, length: int) -> bool:
-    """Return whether a setting of transformers' configuration could mean that samples have to be shorter."""
+    """Return whether a setting of the configuration could limit samples to fewer tokens than ``length``."""
     settings = text_config.to_dict().items()
     # Some tables of positions have a few rows that are no positions.
     return any(
@@ -144,11 +142,7 @@ def may_be_too_long(text_config: Any, length: int) -> bool:
 
 
 def require_positions(config: ModelConfig, length: int) -> None:
-    """Make sure that the model has positions for samples of ``length`` tokens, if it is one of transformers.
-
-    Raises:
-        ConfigError: it has not.
-    """
+    """Raise a ConfigError if a model of transformers has no positions for samples of ``length`` tokens."""
     if config.kind is not ModelKind.hf or not may_be_too_long(read_hf_config(config.name).get_text_config(), length):
         return
     with torch.device("meta"):
@@ -161,7 +155,7 @@ def require_positions(config: ModelConfig, length: int) -> None:
 
 
 def direction_settings(model: nn.Module) -> str:
-    """Return what the configuration of an HFCausalLM, wrapped or not, says about the direction in which it reads."""
+    """Return what the configuration of an HFCausalLM, wrapped or not, says about its direction."""
     causal_lm = next(module.causal_lm for module in model.modules() if isinstance(module, HFCausalLM))
     settings = causal_lm.config.get_text_config().to_dict().items()
     found = [f"{key}={json.dumps(value)}" for key, value in settings if _DIRECTIONS.search(key)]
@@ -169,12 +163,7 @@ def direction_settings(model: nn.Module) -> str:
 
 
 def longest_sample(model: nn.Module, length: int) -> int:
-    """Return ``length``, or the most tokens per sample for which the model has positions if those are fewer.
-
-    Args:
-        model: an HFCausalLM with its parameters on the meta device.
-        length: tokens per sample that are wanted.
-    """
+    """Return ``length``, or the most tokens for which an HFCausalLM on the meta device has positions if fewer."""
 
     def fits(tokens: int) -> bool:
         try:
@@ -193,13 +182,11 @@ def longest_sample(model: nn.Module, length: int) -> int:
 
 @torch.no_grad()
 def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: int, device: torch.device) -> float:
-    """Return how much logits change with *later* tokens, as a part of the change at those tokens: 0 if a model is causal.
+    """Return how much logits change with *later* tokens, relative to the change at those tokens: 0 if causal.
 
     Args:
-        logits_of: the model, ``(B, T)`` tokens to ``(B, T, V)`` logits; no dropout.
-        vocab_size: tokens are below it.
+        logits_of: ``(B, T)`` tokens to ``(B, T, V)`` logits, without dropout.
         length: tokens per sample, at least 2.
-        device: of the tokens.
     """
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)
@@ -214,13 +201,11 @@ def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: i
 
 @torch.no_grad()
 def look_across(logits_of: Callable[..., Tensor], vocab_size: int, length: int, device: torch.device) -> float:
-    """Return how much logits change with the tokens of *another document*, as a part of the change in that document.
+    """Return how much logits change with tokens of *another document*, relative to the change within it.
 
     Args:
-        logits_of: the model, ``(B, T)`` tokens, None and ``(B, T)`` positions to ``(B, T, V)`` logits; no dropout.
-        vocab_size: tokens are below it.
+        logits_of: ``(B, T)`` tokens, None and ``(B, T)`` positions to ``(B, T, V)`` logits, without dropout.
         length: tokens per sample, at least 4.
-        device: of the tokens.
     """
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)

@@ -15,28 +15,21 @@ CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 FUSED_CHUNK_LOGITS = 1 << 29
 """The same on a GPU where compiled kernels need no fp32: 1 GiB in bf16. Adding up the weight's gradient costs as much
 time as the product of 400 tokens (12 bytes against 6 operations per token and weight), which 8,192 tokens make up for."""
-VOCABULARY_MULTIPLE = 128
-"""GPUs multiply matrices of other widths in slower kernels."""
+VOCABULARY_MULTIPLE = 128  # GPUs multiply matrices of other widths in slower kernels
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Number of parameters by place."""
 
-    root: int
-    """Outside the blocks: embeddings, final norm, untied output."""
-    block: int
-    """In one block."""
+    root: int  # outside the blocks: embeddings, final norm, untied output
+    block: int  # in one block
     num_layers: int
-    """Number of blocks."""
-    matrices: int
-    """In the matrices of one block."""
-    largest: int
-    """In the largest of them."""
+    matrices: int  # in the matrices of one block
+    largest: int  # in the largest of them
 
     @property
     def total(self) -> int:
-        """Parameters of the model."""
         return self.root + self.num_layers * self.block
 
 
@@ -61,31 +54,25 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
-    """How activations are represented, and by which kernels computed."""
+    """Element sizes of activations, and the kernels that compute them."""
 
-    element_bytes: int
-    """Per element of a matrix product's operands and result."""
-    residual_bytes: int
-    """Per element of the residual stream: 4 under autocast, where only products are in bf16."""
-    on_cpu: bool
-    """CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix."""
-    compiled: bool = False
-    """Whether ``torch.compile`` fuses what lies between matrix products."""
+    element_bytes: int  # per element of a matrix product's operands and result
+    residual_bytes: int  # per element of the residual stream: 4 under autocast, where only products are in bf16
+    on_cpu: bool  # CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix
+    compiled: bool = False  # whether ``torch.compile`` fuses what lies between matrix products
 
     @property
     def autocast(self) -> bool:
-        """Whether inputs of matrix products are cast copies."""
+        """Whether inputs of matmuls are cast copies."""
         return self.element_bytes != self.residual_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationBytes:
-    """What one micro-batch keeps between its forward and its backward pass, in bytes."""
+    """Bytes that one micro-batch keeps between forward and backward pass."""
 
-    saved: int
-    """At the end of the forward pass."""
-    recomputed: int
-    """Added while one checkpointed block is recomputed in the backward pass."""
+    saved: int  # at the end of the forward pass
+    recomputed: int  # added while one checkpointed block is recomputed in the backward pass
 
 
 def hf_setting(hf_config: Any, name: str) -> Any:
@@ -105,10 +92,10 @@ def hf_setting(hf_config: Any, name: str) -> Any:
 
 
 def native_shape(hf_config: Any) -> ModelConfig:
-    """Return the native shape that is most like the one a ``transformers`` text configuration describes.
+    """Return the native shape most like that of a ``transformers`` text configuration, for activations only.
 
-    For activations only: the kinds of layers are guessed from what the configuration mentions, and a
-    mixture of experts counts as one feed-forward layer as wide as the experts that a token visits.
+    Kinds of layers are guessed from what the configuration mentions; a mixture of experts counts as one feed-forward
+    layer as wide as the experts that a token visits.
     """
 
     def read(default: Any, *names: str) -> Any:
@@ -144,12 +131,9 @@ def activation_bytes(
     """Return what the blocks and the final norm keep for the backward pass.
 
     Args:
-        model: shape of the model.
         num_sequences: of the micro-batch.
-        sequence_length: tokens per sequence.
-        checkpointing: what is recomputed.
-        every: applied to blocks 0, every, 2 * every, ...
-        numerics: sizes of the elements.
+        sequence_length: in tokens.
+        every: checkpointing applies to blocks 0, every, 2 * every, ...
     """
     num_tokens = num_sequences * sequence_length
     whole = _block_bytes_per_token(model, sequence_length, numerics)
@@ -165,7 +149,7 @@ def activation_bytes(
 
 
 def chunk_tokens(vocab_size: int, device_type: str, *, fused: bool) -> int:
-    """Return for how many tokens the training loss computes the logits at a time: a power of two."""
+    """Return the tokens of whose logits the loss computes at a time: a power of two."""
     num_logits = CHUNK_LOGITS["cpu" if device_type == "cpu" else "cuda"]
     if fused and device_type != "cpu":
         num_logits = FUSED_CHUNK_LOGITS
@@ -173,15 +157,16 @@ def chunk_tokens(vocab_size: int, device_type: str, *, fused: bool) -> int:
 
 
 def num_padding_rows(vocab_size: int, device_type: str) -> int:
-    """Return how many rows of zeros the output projection gets while the loss is computed, and nowhere else."""
+    """Return the rows of zeros that pad the output projection in the loss."""
     return -vocab_size % VOCABULARY_MULTIPLE if device_type == "cuda" else 0
 
 
 def loss_bytes(model: ModelConfig, *, num_tokens: int, numerics: Numerics) -> int:
     """Return the peak of the cross-entropy.
 
-    Our own (``models/loss.py``) holds a chunk's logits in the compute type and, unless compiled kernels do without, in
-    fp32; beside them the gradients of the hidden states and of the projection: a chunk's, and their sum in fp32. Other models hand out all logits: fp32 log-probabilities and two gradients of their shape.
+    Our own (``models/loss.py``) holds a chunk's logits in the compute dtype and, unless compiled, in fp32, besides the
+    gradients of hidden states and projection (a chunk's, and their fp32 sum). Other models return all logits: fp32
+    log-probabilities and two gradients of their shape.
     """
     if model.kind is ModelKind.hf:
         return 12 * num_tokens * model.vocab_size
@@ -198,9 +183,9 @@ def loss_bytes(model: ModelConfig, *, num_tokens: int, numerics: Numerics) -> in
 def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: Numerics) -> int:
     """Return what autograd keeps of a block, per token.
 
-    Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count 34 hidden + 5 heads * length bytes in 16 bits.
-    Fused attention keeps q, k, v, its output and one fp32 number per head instead of matrices of length * length,
-    and without dropout there are no masks (2 hidden): 32 hidden for a GPT block in bf16.
+    Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count 34 hidden + 5 heads * length bytes in 16 bits. Fused
+    attention keeps q, k, v, its output and one fp32 number per head instead of matrices of length * length, and without
+    dropout there are no masks (2 hidden): 32 hidden for a GPT block in bf16.
     """
     hidden, element = model.hidden_dim, numerics.element_bytes
     query, key_value = _attention_widths(model)
@@ -221,7 +206,7 @@ def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: N
 
 
 def _selective_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
-    """Return what selective checkpointing keeps: the block's input, and results of products and attention."""
+    """Return what selective checkpointing keeps: the block's input, results of matmuls and attention."""
     query, key_value = _attention_widths(model)
     num_inner = 2 if model.activation is Activation.swiglu else 1
     results = (query + 2 * key_value) + query + num_inner * (model.ffn_dim or 4 * model.hidden_dim)
@@ -230,7 +215,7 @@ def _selective_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
 
 
 def _norm_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
-    """Return what a norm keeps: its input, which is the residual stream, and its output, an input of a product."""
+    """Return what a norm keeps: its input (the residual stream) and its output (a matmul's input)."""
     kept = numerics.residual_bytes + numerics.element_bytes
     if model.norm is Norm.rmsnorm and numerics.on_cpu:
         kept += 4 if numerics.residual_bytes == 4 else 6  # the normalised input, and the fp32 input of a bf16 one
@@ -243,9 +228,9 @@ def _mask_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
 
 
 def _makes_attention_matrix(model: ModelConfig, numerics: Numerics) -> bool:
-    """Return whether torch has no fused attention for this case and falls back on plain products.
+    """Return whether torch falls back on unfused attention.
 
-    On a CPU that is dropout; on a GPU, by torch's documentation, grouped heads in fp32.
+    On a CPU that is with dropout; on a GPU, by torch's documentation, grouped heads in fp32.
     """
     if numerics.on_cpu:
         return model.dropout > 0

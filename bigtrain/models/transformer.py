@@ -24,32 +24,27 @@ from bigtrain.models.loss import sum_cross_entropy
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without torch's own random initialisation."""
+    """``nn.Linear`` without torch's initialisation."""
 
-    fused_rows: tuple[int, ...] = ()
-    """Rows of each matrix, where several are stacked for a single product."""
+    fused_rows: tuple[int, ...] = ()  # rows of each matrix, where several are stacked for a single product
 
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is."""
+    def reset_parameters(self) -> None: ...
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` without torch's own random initialisation."""
+    """``nn.Embedding`` without torch's initialisation."""
 
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is."""
+    def reset_parameters(self) -> None: ...
 
 
 class Vocabulary(nn.Module):
-    """One row per token, looked up on the way in and multiplied with on the way out.
+    """Token embedding and output projection in one module.
 
-    Both directions go through ``forward``: tied embeddings are then one parameter of one module, which
-    survives every rebuilding of parameters (``to_empty``, sharding), and engines that gather a module's
-    parameters around its forward (ZeRO-3) see both uses.
+    Both go through ``forward``: tied embeddings are then one parameter of one module, which survives ``to_empty`` and
+    sharding, and engines that gather parameters around a module's forward (ZeRO-3) see both uses.
     """
 
-    compiles_loss = False
-    """Whether what is no matrix product in the loss is compiled."""
+    compiles_loss = False  # whether what is no matrix product in the loss is compiled
 
     def __init__(self, vocab_size: int, hidden_dim: int):
         super().__init__()
@@ -59,8 +54,7 @@ class Vocabulary(nn.Module):
         """Return vectors for integer tokens; for vectors the logits or, with targets, their loss.
 
         Args:
-            x: tokens ``(B, T)`` or hidden states ``(B, T, D)``. Positional, because ZeRO-3's hooks
-                look at positional arguments only.
+            x: tokens ``(B, T)`` or hidden states ``(B, T, D)``. Positional: ZeRO-3's hooks ignore keywords.
             targets_BT: see :func:`sum_cross_entropy`.
         """
         if not x.is_floating_point():
@@ -130,14 +124,13 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the feed-forward output ``(B, T, D)``."""
         up = self.up(x_BTD)
         inner = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x_BTD)) * up
         return F.dropout(self.down(inner), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normalised input and added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -155,7 +148,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model. ``blocks`` is what engines shard, checkpoint and compile one by one."""
+    """Decoder-only language model; engines shard, checkpoint and compile its ``blocks`` one by one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -177,17 +170,14 @@ class Transformer(nn.Module):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return logits, or the summed loss of ``targets_BT``.
+        """Return logits ``(B, T, V)``, or the cross-entropy summed over targets in nats, an fp32 scalar.
 
         Args:
             tokens_BT: int64 token ids.
-            targets_BT: int64 ids of the tokens to predict at each position, -100 where none counts.
-            positions_BT: int64 positions that begin at 0 with every document; attention then stays within documents.
-                By default a row is one document.
-            cache: of the tokens that came before; the new ones are added to it. For generation.
-
-        Returns:
-            Logits ``(B, T, V)`` without targets, else the sum of the cross-entropy in nats, an fp32 scalar.
+            targets_BT: int64 ids to predict, -100 where none counts.
+            positions_BT: int64, from 0 in each document, within which attention then stays; by default a row is one
+                document.
+            cache: of the tokens before; the new ones are appended. For generation.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
@@ -211,7 +201,6 @@ class Transformer(nn.Module):
         return output(self.final_norm(x_BTD), targets_BT)
 
     def new_cache(self, capacity_tokens: int) -> KVCache:
-        """Return an empty key-value cache for so many tokens."""
         return KVCache(self.config.num_layers, capacity_tokens)
 
 
@@ -225,9 +214,8 @@ def build_norm(config: ModelConfig) -> nn.Module:
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Return the angle per position of each pair of channels, fp32 ``(K / 2,)``.
 
-    Rotary embedding (Su et al. 2021, eq. 15) with, if configured, the frequency scaling of Llama 3.1:
-    long wavelengths are stretched by ``factor``, short ones are kept, those between are blended
-    linearly in the number of periods that the original context held.
+    Rotary embedding (Su et al. 2021, eq. 15), optionally with Llama 3.1's scaling: long wavelengths are stretched by
+    ``factor``, short ones kept, those between blended linearly in the periods that the original context held.
     """
     head_dim = config.head_dim or config.hidden_dim // config.num_heads
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
@@ -242,7 +230,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> Tensor:
-    """Return cosines and sines of the rotary angles of positions ``(..., T)``, side by side, fp32 ``(..., T, K)``."""
+    """Return cosines and sines of the angles of positions ``(..., T)``, side by side, fp32 ``(..., T, K)``."""
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -256,7 +244,7 @@ def rotate(x_BTXK: Tensor, rope: Tensor) -> Tensor:
 
 
 def _mask_after_cached(q_BHTK: Tensor, num_cached: int) -> Tensor | None:
-    """Return who sees whom when several tokens follow cached ones; one token alone sees everything."""
+    """Return the causal mask of several tokens after cached ones; None for one token, which sees everything."""
     num_new = q_BHTK.shape[2]
     if num_cached == 0 or num_new == 1:
         return None

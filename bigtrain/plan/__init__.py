@@ -17,14 +17,13 @@ def preflight(
     """Estimate the memory of a run and compare it with this machine's.
 
     Args:
-        config: resolved and checked configuration.
-        world_size: number of ranks.
+        config: resolved and checked.
         local_world_size: ranks on this node.
         device_type: ``cuda`` (the current device is asked) or ``cpu``.
         precision: what ``engine.precision`` comes to on this device.
 
     Raises:
-        ConfigError: if a Hugging Face model cannot be read.
+        ConfigError: a Hugging Face model cannot be read.
     """
     available_host = available_bytes("cpu", local_world_size)
     available = available_host if device_type == "cpu" else available_bytes(device_type, local_world_size)
@@ -35,7 +34,7 @@ def preflight(
 
 
 def _kind_of_layout(kind: EngineKind) -> EngineKind:
-    """Return the engine whose memory layout ``accelerate`` will have: what ``accelerate launch`` was told."""
+    """Return the engine whose memory layout ``accelerate launch`` asks for."""
     if kind is EngineKind.accelerate and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         return EngineKind.__members__.get(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", kind)
     return kind

@@ -38,12 +38,9 @@ ZERO3_LIVE_PARAMETERS = 1_000_000_000
 class Estimate:
     """Memory of one rank in bytes, by component."""
 
-    device: dict[str, int]
-    """Largest size of every component on the device."""
-    host: dict[str, int]
-    """What ``engine.offload=cpu`` keeps in host memory, and what saving does."""
-    not_at_once: int
-    """By how much the peak on the device is below the sum of its components."""
+    device: dict[str, int]  # largest size of every component on the device
+    host: dict[str, int]  # what ``engine.offload=cpu`` keeps in host memory, and what saving does
+    not_at_once: int  # by how much the peak on the device is below the sum of its components
 
     @property
     def device_bytes(self) -> int:
@@ -58,28 +55,24 @@ class Estimate:
 
 @dataclass(slots=True, kw_only=True)
 class _Layout:
-    """What an engine keeps on the device, in bytes, besides activations and loss."""
+    """Bytes that an engine keeps on the device, besides activations and loss."""
 
     parameters: int
     gradients: int
-    early_gradients: int
-    """The part of ``gradients`` that exists already when the backward pass begins."""
+    early_gradients: int  # the part of ``gradients`` that exists already when the backward pass begins
     masters: int = 0
     moments: int
-    gathered: int = 0
-    """Copies of weights that exist during forward and backward pass."""
-    backward: int
-    """Buckets and temporary gradients of the backward pass."""
-    update: int = 0
-    """Copies made while the weights are updated."""
+    gathered: int = 0  # copies of weights that exist during forward and backward pass
+    backward: int  # buckets and temporary gradients of the backward pass
+    update: int = 0  # copies made while the weights are updated
     host: dict[str, int] = field(default_factory=dict)
 
 
 def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig]:
-    """Return the numbers of parameters, and the native shape whose activations are most like the model's.
+    """Return the numbers of parameters, and the native shape with the most similar activations.
 
     Raises:
-        ConfigError: if a Hugging Face model, which is built on the meta device, cannot be read.
+        ConfigError: a Hugging Face model, which is built on the meta device, cannot be read.
     """
     if model.kind is ModelKind.native:
         return model_sizes(model), model
@@ -112,15 +105,13 @@ def estimate(
     device_type: str = "cuda",
     measured: tuple[ModelSizes, ModelConfig] | None = None,
 ) -> Estimate:
-    """Estimate the memory of one rank while it trains.
+    """Estimate the memory of one rank in training.
 
     Args:
-        config: resolved configuration.
-        world_size: number of ranks.
-        precision: of the forward and backward pass.
-        local_world_size: ranks per node, the default shard group of ``hsdp``; by default all.
+        config: resolved.
+        local_world_size: the default shard group of ``hsdp``; by default all ranks.
         device_type: ``cuda`` or ``cpu``, whose kernels keep different things.
-        measured: what :func:`measure_model` returns, if it is known already.
+        measured: of :func:`measure_model`, if it is known already.
     """
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
@@ -192,7 +183,7 @@ def _layout(
 
 
 def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
-    """Return the size of the optimizer's whole state: two numbers per parameter, or one for SGD and Muon's matrices."""
+    """Return the size of the optimizer's whole state: two numbers per parameter, one for SGD and Muon's matrices."""
     if optimizer.kind is OptimizerKind.sgd:
         return 4 * sizes.total if optimizer.betas[0] else 0
     by_muon = sizes.num_layers * sizes.matrices if optimizer.kind is OptimizerKind.muon else 0
@@ -200,7 +191,7 @@ def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
 
 
 def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
-    """Return the elements under way in Muon's update: 5 copies of what is orthogonalised, later what is sent and received."""
+    """Return the elements in flight in Muon's update: 5 copies of what is orthogonalised, later what is exchanged."""
     from bigtrain.optim.muon import IN_FLIGHT_ELEMENTS
 
     owned = min(max(IN_FLIGHT_ELEMENTS, sizes.largest), -(-sizes.num_layers * sizes.matrices // num_owners))
@@ -226,7 +217,7 @@ def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool, has_early_gr
 
 
 def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumulates: bool, bf16: bool) -> _Layout:
-    """Shards of fp32 parameters, gradients and moments; a few blocks at a time are gathered, in the compute type."""
+    """Shards of fp32 parameters, gradients and moments; a few blocks at a time are gathered, in the compute dtype."""
     shard = -(-sizes.total // num_shards)
     element = 2 if bf16 else 4
     moments = -(-_moment_bytes(config.optimizer, sizes) // num_shards)
@@ -276,7 +267,7 @@ def _zero12_layout(
 
 
 def _zero3_layout(config: TrainConfig, sizes: ModelSizes, world_size: int, bf16: bool) -> _Layout:
-    """The rank's part of everything; gathered fp32 parameters stay as long as no more than a limit are live."""
+    """The rank's part of everything; gathered fp32 parameters stay while no more than a limit are live."""
     part = -(-sizes.total // world_size)
     offload = config.engine.offload is Offload.cpu
     moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)

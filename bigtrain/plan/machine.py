@@ -10,22 +10,17 @@ NO_LIMIT = 2**63
 class Machine:
     """What a rank runs on."""
 
-    world_size: int
-    """Number of ranks."""
-    local_world_size: int
-    """Ranks on this node."""
-    device_type: str
-    """``cuda`` or ``cpu``."""
-    available_bytes: int
-    """What one rank can have on its device; on a CPU that is host memory."""
-    available_host_bytes: int
-    """What one rank can have of the host's memory."""
+    world_size: int  # number of ranks
+    local_world_size: int  # ranks on this node
+    device_type: str  # ``cuda`` or ``cpu``
+    available_bytes: int  # what one rank can have on its device; on a CPU that is host memory
+    available_host_bytes: int  # what one rank can have of the host's memory
 
 
 def available_bytes(device_type: str, local_world_size: int) -> int:
-    """Return the memory that one rank can have: its GPU's free memory, or its share of the host's.
+    """Return the memory of one rank: its GPU's free memory, or its share of the host's.
 
-    The host's is what the system could hand out without swapping, or less if a control group says so.
+    Of the host, that is what it could give without swapping, or less if a control group says so.
     """
     if device_type == "cuda":
         import torch
@@ -39,7 +34,7 @@ def available_bytes(device_type: str, local_world_size: int) -> int:
 def cgroup_headroom_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Return the smallest distance to a memory limit of this process's control groups (v1 and v2).
 
-    Pages of inactive files count as free: the kernel takes them back before it refuses memory.
+    Inactive file pages count as free: the kernel reclaims them before it refuses memory.
     """
     headrooms = [NO_LIMIT]
     for line in own.read_text().splitlines() if own.exists() else ():

@@ -16,30 +16,24 @@ from bigtrain.plan.estimate import COMPONENTS, Estimate, estimate
 from bigtrain.plan.machine import Machine
 
 GIB = 2**30
-MARGIN = 0.1
-"""Share of the estimate that is added for fragmentation and for what the formulas leave out."""
+MARGIN = 0.1  # share of the estimate that is added for fragmentation and for what the formulas leave out
 RESERVE_BYTES = {"cuda": 3 * GIB // 2, "cpu": GIB // 2}
 """Added per process, by device type: libraries, communication buffers, workspaces."""
 MAX_SUGGESTIONS = 4
 MAX_RANKS = 2**16
 SHORTEST_SEQUENCE = 128
 
-Setting = tuple[str, Any]
-"""Dotted key of the configuration, and value."""
-Change = tuple[Setting, ...]
-"""Settings that are changed together."""
+Setting = tuple[str, Any]  # dotted key of the configuration, and value
+Change = tuple[Setting, ...]  # settings that are changed together
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """The estimate of a run beside what the machine has."""
 
-    config: TrainConfig
-    """Resolved, with a precision."""
-    machine: Machine
-    """This rank's."""
-    measured: tuple[ModelSizes, ModelConfig]
-    """What ``measure_model`` says of the model."""
+    config: TrainConfig  # resolved, with a precision
+    machine: Machine  # this rank's
+    measured: tuple[ModelSizes, ModelConfig]  # what ``measure_model`` says of the model
 
     @property
     def estimate(self) -> Estimate:
@@ -48,7 +42,6 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether what is needed is available."""
         return self._has_room_for(self.estimate)
 
     def estimate_of(self, config: TrainConfig, world_size: int) -> Estimate:
@@ -63,11 +56,7 @@ class Report:
         )
 
     def require(self, wish: Preflight, advice: str) -> None:
-        """Do what ``preflight`` says of a run that does not fit.
-
-        Raises:
-            PreflightError: it does not fit and ``preflight`` is ``stop``.
-        """
+        """Warn of a run that does not fit, or raise a PreflightError, as ``preflight`` says."""
         if self.fits:
             return
         message = "\n".join([self.table(), *self.suggestions()])
@@ -84,7 +73,7 @@ class Report:
         return needed, int(host * (1 + MARGIN)) + RESERVE_BYTES["cpu"] if host else 0
 
     def table(self) -> str:
-        """Return the estimate as text: a line per component in GiB, what is needed and what there is."""
+        """Return the estimate as text, in GiB per component."""
         on_cpu, needed = self.machine.device_type == "cpu", self.needed_bytes(self.estimate)
         heads = ["memory" if on_cpu else "GPU memory", *(["host memory"] if needed[1] else [])]
         lines = [self._title(), " " * 26 + "".join(f"{head:>13}" for head in heads)]
@@ -98,10 +87,7 @@ class Report:
         return ["These settings would fit:", *(f"  {text}" for text in changes)] if changes else [self._ranks_needed()]
 
     def fitting_changes(self) -> list[Change]:
-        """Return what to change for the run to fit this machine and world, smallest change first.
-
-        None changes the same keys as another one and more.
-        """
+        """Return what to change for the run to fit here, smallest change first; none includes another."""
         world_size, found = self.machine.world_size, []
         for change in self._candidates():
             keys = {key for key, _ in change}
@@ -121,9 +107,9 @@ class Report:
         return device <= self.machine.available_bytes and host <= self.machine.available_host_bytes
 
     def _candidates(self) -> list[Change]:
-        """Return every combination of settings that need less memory: few changes first, then mild ones.
+        """Return all combinations of settings that need less memory: few changes first, then mild ones.
 
-        A shorter sequence comes after everything else, because only that makes it another run.
+        A shorter sequence comes last, because only that makes it another run.
         """
         axes = [[(), *axis] for axis in _axes(self.config, self.machine.device_type)]
         ranked = []
@@ -136,7 +122,7 @@ class Report:
         return [change for _, change in sorted(ranked, key=lambda item: item[0]) if change]
 
     def _ranks_needed(self) -> str:
-        """Say how many ranks with as much memory each would do, all settings exhausted that leave the run the same."""
+        """Return how many such ranks would do, with all settings exhausted that leave the run the same."""
         batch = self.config.train.global_batch_size
         divisors = [n for n in range(self.machine.world_size + 1, batch + 1) if batch % n == 0]
         multiples = itertools.takewhile(lambda n: n <= MAX_RANKS, (batch * 2**i for i in range(1, 32)))
@@ -185,7 +171,7 @@ class Report:
         ]
 
     def _remarks(self) -> list[str]:
-        """Return what the estimate cannot know."""
+        """Return what the estimate leaves out."""
         remarks = ["Counted from shapes, not measured; fragmentation and compiled graphs are in the margin only."]
         if not self.estimate.device["master weights"] + self.estimate.host["master weights"]:
             remarks.append("The fp32 parameters are the master weights.")
@@ -220,10 +206,9 @@ def _typed(setting: Setting) -> str:
 
 
 def _axes(config: TrainConfig, device_type: str) -> list[list[Setting]]:
-    """Return settings that need less memory; of each list one at most is to be changed.
+    """Return settings that need less memory, without validation; of each list one at most is to be changed.
 
-    The lists are ordered by how much they change: time, then where things are, then (the sequence length) the
-    run itself. Whether the values are valid is not looked at.
+    Lists are ordered by what they change: time, then placement, then (the sequence length) the run itself.
     """
     engine, train, length = config.engine, config.train, config.data.sequence_length
     order = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)

@@ -36,7 +36,7 @@ _CAUSE_SECONDS = 3.0  # that the watchdog is given to write it
 
 
 class Companion:
-    """Starts and ends a companion; no call waits for it, and no failure of it is more than a message."""
+    """A dashboard's process, started beside the training; nothing waits for it, and its failure is only a message."""
 
     def __init__(
         self,
@@ -47,14 +47,12 @@ class Companion:
         say: Callable[[str], None] | None = None,
         advice: str = "",
     ) -> None:
-        """Start it.
+        """Start ``command``.
 
         Args:
-            label: Name of the dashboard, in front of every message.
-            command: The companion's command line.
-            request: What it is to do, as :func:`request_for` returns it.
-            say: Receives its messages, from another thread; by default the project's log.
-            advice: What to do if it is never done.
+            request: see :func:`request_for`.
+            say: called with each message, from another thread; by default the project's log.
+            advice: appended to the message that it is still busy when the training ends.
         """
         self._label, self._advice = label, advice
         self._log_path = Path(request["log"])
@@ -75,7 +73,7 @@ class Companion:
             self._say(f"{self._label}: stopped; the run goes on without; see {self._log_path}")
 
     def close(self, timeout_seconds: float = 5.0) -> None:
-        """Tell the companion that the training has ended and wait so long at most; then it goes on alone."""
+        """Signal the end of the training and wait for at most ``timeout_seconds``; the companion then goes on alone."""
         if self._process is None:
             return
         try:
@@ -91,7 +89,7 @@ class Companion:
 
 
 def request_for(run_directory: Path, label: str, **values: Any) -> dict[str, Any]:
-    """Return what a companion of this process is to do, as plain data without secrets; its standard error goes to ``log``."""
+    """Return what a companion is to do: plain data without secrets. Its standard error goes to ``log``."""
     run = run_directory.absolute()
     files = {"directory": str(run), "log": f"{run}/log/{label}.log", "cursor": f"{run}/{label}_cursor.json"}
     return {**files, "training_pid": os.getpid(), **values}
@@ -111,7 +109,7 @@ def _start(command: Sequence[str], request: dict[str, Any], path: Path) -> "subp
 
 
 def read_request(environ: dict[str, str]) -> tuple[dict[str, Any], Callable[[str], None]]:
-    """Return, in a companion, what it is to do and how it speaks to the training process; stray prints go to its log."""
+    """Return, in a companion, its request and a function that sends messages to the training process."""
     messages, sys.stdout = sys.stdout, sys.stderr
 
     def say(text: str) -> None:
@@ -124,7 +122,7 @@ def read_request(environ: dict[str, str]) -> tuple[dict[str, Any], Callable[[str
 
 
 def lock(path: Path) -> TextIO:
-    """Open ``path``, which may not exist yet, when no other process has it locked; closing it lets go."""
+    """Open ``path`` under an exclusive lock, which closing it releases."""
     file = path.open("a+")
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -132,7 +130,7 @@ def lock(path: Path) -> TextIO:
 
 
 def follow_until_end(sink: "Sink", request: dict[str, Any]) -> None:
-    """Log what is new until the training process ends, and then the rest; tell of one that was killed."""
+    """Log new records until the training process ends; report one that died without a word."""
     follower = Follower(Path(request["directory"]), sink, Path(request["cursor"]))
     has_ended = False
     while not has_ended:
@@ -148,31 +146,28 @@ class Sink(Protocol):
     """A dashboard."""
 
     def log(self, row: dict[str, float]) -> None:
-        """Take the numbers of a step or of a validation; ``step`` and ``tokens`` are the axes."""
+        """Log the metrics of a step or of a validation; ``step`` and ``tokens`` are the axes."""
 
-    def event(self, event: dict[str, Any]) -> None:
-        """Take something that happened."""
+    def event(self, event: dict[str, Any]) -> None: ...
 
     def samples(self, samples: list[dict[str, Any]]) -> None:
-        """Take all generated texts so far, when there are new ones."""
+        """Log all generated texts so far."""
 
     def take_back(self, step: int, *, differs: bool) -> int | None:
-        """Void what was logged of steps after ``step``.
+        """Void what was logged after ``step``, the last one that is still part of the run.
 
         Args:
-            step: the last one that is still part of the run.
-            differs: whether the numbers of some of them are known to be others now, or may be.
+            differs: whether some of these steps have, or may have, other numbers now.
 
         Returns:
-            The step after which everything is to be logged again; None if what was logged may stay.
+            The step after which everything is logged again; None if what was logged may stay.
         """
 
 
 class Follower:
-    """Passes on what is new in the files of a run: each step, each event and each text once, in order."""
+    """Passes each new step, event and text of a run to a sink once, in order."""
 
     def __init__(self, directory: Path, sink: Sink, cursor_path: Path) -> None:
-        """Begin where the cursor is."""
         self._directory, self._sink, self._cursor_path = directory, sink, cursor_path
         self._texts = Tail(directory / SAMPLES_FILE)
         self._samples: list[dict[str, Any]] = []
@@ -221,13 +216,13 @@ class Follower:
             self._sink.samples(self._samples)
 
     def tell_of_death(self) -> None:
-        """Pass on that the training process is gone without a word, and why, if the watchdog has found it out."""
+        """Report that the training process died, with the cause that the watchdog found."""
         cause = self._cause()
         kind = "hang" if cause.get("kind") == "hang" else "fault"
         self._sink.event({"event": kind, "error": cause.get("summary", "the training process was killed or has died")})
 
     def _cause(self) -> dict[str, Any]:
-        """Return what the watchdog writes of this launch, which takes it a moment."""
+        """Wait for the watchdog's record of this launch."""
         deadline = time.monotonic() + _CAUSE_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError):
@@ -248,7 +243,7 @@ class Follower:
         self._sink.log({names.dashboard_name(key, section): value for key, value in _numbers(record).items()})
 
     def _pass_on(self, event: dict[str, Any]) -> bool:
-        """Pass on an event, if it is new; return whether the files are read from the beginning again because of it."""
+        """Pass on an event, if it is new; return whether the files have to be read from the beginning again."""
         kind, step = event["event"], event.get(names.STEP) or 0
         if kind in names.REPEATED_EVENTS:
             if step > self._cursor[kind]:
@@ -266,7 +261,7 @@ class Follower:
         return has_gone_back
 
     def _take_back(self, event: dict[str, Any], step: int) -> bool:
-        """Let the dashboard take back what ``event`` says is not part of the run any more, if it has logged such steps."""
+        """Void the logged steps that ``event`` says are no longer part of the run; return whether there were any."""
         logged, differs = self._cursor["train"], True
         if event["event"] in names.LAUNCH_EVENTS:
             # Those that this launch compares with the new ones: see recorder.py.

@@ -26,14 +26,12 @@ _CLOSE_SECONDS = 5.0  # that the end of a run waits for a terminal
 
 
 class Console:
-    """Shows metrics and messages to the person who trains; a context manager.
+    """Rank 0's display; a context manager.
 
-    On a terminal a progress bar with the newest numbers stays at the bottom and messages scroll above
-    it. Elsewhere each call prints a plain line. The same lines, with the time (UTC), are appended to the
-    log file. While entered, the project's log messages come here too, so that they neither tear the
-    display nor miss the file. A terminal, pipe or disk that goes away never raises, and one that takes nothing (a lost
-    connection, a pager, Ctrl-S) stops nobody: a thread shows what waits in a queue, and what finds no place there
-    is only in the file.
+    On a terminal a progress bar stays at the bottom and messages scroll above it; elsewhere each call prints a plain
+    line. The same lines are appended to the log file with their time (UTC). The project's log messages go the same way.
+    A terminal, pipe or disk that fails never raises, and one that blocks stops nobody: a thread writes from a bounded
+    queue, and lines that overflow it are in the file only.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class Console:
         is_terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Describe the display; it draws where standard output is a terminal that can, or as ``is_terminal`` says."""
+        """Draw where standard output is a capable terminal, or as ``is_terminal`` says."""
         self._total_steps = total_steps
         self._log_path = log_file
         self._is_terminal = _can_draw(sys.stdout) if is_terminal is None else is_terminal
@@ -52,7 +50,6 @@ class Console:
         self._lock = threading.Lock()  # of the log file
 
     def __enter__(self) -> "Console":
-        """Open the log file and begin to draw."""
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log: TextIO | None = self._log_path.open("a", encoding="utf-8", errors="replace", buffering=1)
         self._streams, self._output = (sys.stdout, sys.stderr), _Output(sys.stdout)
@@ -67,7 +64,6 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last numbers on the terminal and close the log file."""
         get_logger().handlers = self._handlers
         self._waiting.put(None)
         self._thread.join(_CLOSE_SECONDS)
@@ -78,7 +74,6 @@ class Console:
                 self._log = None
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Show the numbers of a step, as they are in ``metrics.jsonl``."""
         step = record[names.STEP]
         left = self._time_left.after(step, record[names.STEP_SECONDS])
         line = f"step {step}/{self._total_steps}  {describe(record)}  {format_duration(left)} left"
@@ -88,18 +83,17 @@ class Console:
         )
 
     def event(self, event: dict[str, Any]) -> None:
-        """Take what happened, for the display; messages say it in words."""
+        """Update the display; messages say in words what happened."""
         if self._live:
             self._show(partial(self._live.event, event))
 
     def message(self, text: str) -> None:
-        """Show ``text``, which may have several lines."""
         self.keep(text)
         text = redact(text)
         self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))
 
     def keep(self, text: str) -> None:
-        """Write ``text`` to the log file alone; somebody else shows it."""
+        """Write ``text`` to the log file only."""
         for line in redact(text).splitlines():
             self._to_file(line)
 
@@ -126,7 +120,7 @@ class Console:
 
 
 class _Output:
-    """Standard output without Python's buffer, whose lock would end the interpreter if a write never returned."""
+    """Unbuffered standard output: the lock of Python's buffer would block the interpreter's exit in a stuck write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -140,7 +134,6 @@ class _Output:
         self._is_gone = False
 
     def write(self, text: str) -> int:
-        """Write, or forget if nobody listens any more."""
         if not self._is_gone:
             try:
                 self._write(text)
@@ -157,12 +150,11 @@ class _Output:
         while rest:
             rest = rest[os.write(self._file, rest) :]
 
-    def flush(self) -> None:
-        """Nothing waits."""
+    def flush(self) -> None: ...
 
 
 class _LiveDisplay:
-    """Draws the run below the messages, when it is told something and not more often than is cheap."""
+    """Draws the run below the messages, at most once in ``_REDRAW_SECONDS``."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float], output: Any) -> None:
         from rich.console import Console as RichConsole
@@ -198,8 +190,6 @@ class _LiveDisplay:
 
 
 class _ToConsole(logging.Handler):
-    """Sends log messages to the console."""
-
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
@@ -211,7 +201,7 @@ class _ToConsole(logging.Handler):
 class _TimeLeft:
     """Estimates the seconds to the end from the mean pace since the first call, pauses included.
 
-    The time before the first call is left out: it holds compilation and the first touch of memory.
+    Time before the first call (compilation, first touch of memory) is left out.
     """
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:

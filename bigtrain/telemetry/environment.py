@@ -19,7 +19,7 @@ _GIT_SECONDS = 5
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return plain facts of this launch; asking takes a few hundredths of a second."""
+    """Return commit, command, versions and machine of this launch, secrets masked."""
     facts = {
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -44,7 +44,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of this source, with a plus sign if files that belong to it were changed."""
+    """Return the commit of this source, with a plus sign if tracked files were changed."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]

@@ -36,7 +36,7 @@ _STYLE: Any = {
 
 
 def loss_figure(histories: list[History], axis: str) -> Any:
-    """Return training loss (thin: range, thick: running mean), validation loss and unigram loss over ``axis``."""
+    """Return training loss (thin: range, thick: running mean), validation and unigram loss over ``axis``."""
     figure, axes = _figure("loss (nats per token)", axis)
     tops = []
     for history, colour in zip(histories, _colours(histories), strict=True):
@@ -83,7 +83,7 @@ def line_figure(
 
 
 def memory_figure(history: History) -> Any:
-    """Return allocated, reserved, peak and host memory of a run over steps, or None."""
+    """Return device and host memory over steps, or None."""
     kinds = {
         names.PEAK_BYTES: "device, peak",
         names.RESERVED_BYTES: "device, reserved",
@@ -95,7 +95,7 @@ def memory_figure(history: History) -> Any:
 
 
 def breakdown_figure(history: History) -> Any:
-    """Return what a step's time goes into, stacked, over steps, or None."""
+    """Return the phases of a step over steps, stacked, or None."""
     records, _ = history.series(names.FORWARD_BACKWARD_SECONDS)
     if len(records) < 2:
         return None
@@ -117,7 +117,7 @@ def breakdown_figure(history: History) -> Any:
 
 
 def family_figure(history: History, prefix: str, label: str, *, log: bool = False) -> Any:
-    """Return the metrics ``<prefix>/<name>`` over steps, many from cyan to magenta in their order, or None."""
+    """Return the metrics ``<prefix>/<name>`` over steps, or None; many are coloured from cyan to magenta in order."""
     keys = history.family(prefix)
     if len(keys) < 2:
         return None
@@ -140,7 +140,7 @@ def _several_lines(
     scale: float = 1.0,
     log: bool = False,
 ) -> Any:
-    """Return some metrics of a run over steps; a label of None is left out."""
+    """Return some metrics of a run over steps; a label of None is not in the legend."""
     figure, axes = _figure(label, names.STEP)
     for (key, name), colour in zip(labels.items(), colours, strict=False):
         records, values = history.series(key)
@@ -152,7 +152,7 @@ def _several_lines(
 
 
 def to_svg(figure: Any, prefix: str) -> str:
-    """Return ``figure`` as an SVG element for a page; ids begin with ``prefix``, as other pictures have the same."""
+    """Return ``figure`` as an SVG element; its ids begin with ``prefix``, unique within the page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
@@ -162,7 +162,7 @@ def to_svg(figure: Any, prefix: str) -> str:
 
 
 def drawing() -> Any:
-    """Return the context in which figures are made; matplotlib then needs no display."""
+    """Return the context in which figures are made, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +170,7 @@ def drawing() -> Any:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the centred mean over about 2 % of the curve, narrower towards its ends; what is no number is left out."""
+    """Return the centred mean over about 2 % of the curve, narrower towards its ends; NaN is left out."""
     import numpy
 
     array = numpy.asarray(values, dtype=float)
@@ -208,7 +208,7 @@ def _label(history: History) -> str:
 
 
 def _legend(axes: Any) -> None:
-    """Put the legend above the picture, where it covers nothing, in as many columns as there is room for."""
+    """Put the legend above the picture, in as many columns as fit."""
     lines, labels = axes.get_legend_handles_labels()
     columns = max(_LEGEND_CHARACTERS // (max(map(len, labels), default=0) + 6), 1)
     options = {"frameon": False, "fontsize": 9, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
@@ -237,7 +237,7 @@ def _line(
 
 
 def _draw_range(axes: Any, x: Sequence[float], y: Sequence[float], colour: str) -> None:
-    """Draw every value of a short series, and of a long one the range of each piece."""
+    """Draw every value of a short series, of a long one the range of each bin."""
     if len(x) <= _POINTS:
         axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
         return
@@ -272,7 +272,7 @@ def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> li
 
 
 def _mark_events(axes: Any, histories: list[History], axis: str) -> None:
-    """Mark checkpoints at the bottom, and draw lines where something else happened, with a word at the top."""
+    """Mark checkpoints at the bottom and other events by lines with a word at the top."""
     happened: list[tuple[float, str, bool]] = []
     for history, colour in zip(histories, _colours(histories), strict=True):
         place = _place(history, axis)
@@ -292,7 +292,7 @@ def _mark_events(axes: Any, histories: list[History], axis: str) -> None:
 
 
 def _name_events(axes: Any, happened: list[tuple[float, str, bool]]) -> None:
-    """Write what happened at the top; what happened close together is one text."""
+    """Label events at the top; those close together share a label."""
     first, last = axes.get_xlim()
     width = _LABEL_WIDTH * (last - first)
     groups: list[list[tuple[float, str, bool]]] = []
@@ -310,12 +310,12 @@ def _name_events(axes: Any, happened: list[tuple[float, str, bool]]) -> None:
 
 
 def _note(axes: Any, text: str, **style: Any) -> None:
-    """Write beside a place, unless it is outside; a text never moves the axes."""
+    """Annotate a place, if it is inside the axes; the layout ignores the text."""
     axes.annotate(text, textcoords="offset points", annotation_clip=True, **style).set_in_layout(False)
 
 
 def _place(history: History, axis: str) -> Callable[[int], float]:
-    """Return where on ``axis`` a step is."""
+    """Return the function from a step to its place on ``axis``."""
     if axis == names.STEP:
         return lambda step: step
     per_step = number(history.records[-1], axis) / history.records[-1][names.STEP]

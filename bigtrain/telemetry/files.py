@@ -24,16 +24,13 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 class JsonLines:
     """An append-only file with one JSON object a line and one writer.
 
-    Whole lines reach the system in :meth:`flush`, so a killed process loses at most what it had not
-    flushed, and never leaves more than one torn line, which the next opening repairs. A disk that
-    refuses a write (full, over quota) costs one warning; the lines wait and are tried again.
-
-    Not-a-number and infinity are not JSON: they are written as null, and a key ``non_finite`` in the
-    record says which they were: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
+    Whole lines reach the system in :meth:`flush`: a kill loses what was not flushed and leaves at most one torn line,
+    which the next opening repairs. A refused write (full disk, quota) is one warning; the lines are kept and retried.
+    NaN and infinity are written as null and named: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create ``path`` and repair a torn last line; an OSError says that it cannot be opened."""
+        """Open or create ``path`` and repair a torn last line."""
         self._path = path
         self._pending: list[bytes] = []
         self._is_refused = False
@@ -45,11 +42,10 @@ class JsonLines:
         self._size_bytes = _repair(self._file, self._path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add ``record`` as one line; it is kept in memory until :meth:`flush`."""
         self._pending.append(_encode(record))
 
     def flush(self, durable: bool = False) -> None:
-        """Hand the lines to the system; with ``durable`` also wait until they are on the disk."""
+        """Hand the lines to the system; with ``durable`` also fsync."""
         data = rest = memoryview(b"".join(self._pending))
         try:
             while rest:
@@ -71,9 +67,8 @@ class JsonLines:
         self._is_refused = True
 
     def remove(self, is_superseded: Callable[[dict[str, Any]], bool]) -> int:
-        """Remove the lines for which ``is_superseded`` holds, atomically; return their number.
-
-        Damaged lines are kept. A kill leaves the old file or the new one. An OSError says that it cannot be written.
+        """Remove the lines for which ``is_superseded`` holds, atomically, and return their number; damaged lines
+        stay.
         """
         self.flush()
         num_removed = 0
@@ -97,16 +92,14 @@ class JsonLines:
         return num_removed
 
     def close(self) -> None:
-        """Write what is left to the disk and close."""
         self.flush(durable=True)
         os.close(self._file)
 
 
 class Tail:
-    """Reads what was added to a JSON Lines file since the last look; the file may not exist yet."""
+    """Reads what was added to a JSON Lines file since the last call; the file may not exist yet."""
 
     def __init__(self, path: Path) -> None:
-        """Begin at the beginning of ``path``."""
         self._path = path
         self._inode = 0
         self._position_bytes = 0
@@ -114,7 +107,7 @@ class Tail:
         """Whether the last records are the first of the file, which may have been replaced."""
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the records of the whole lines added since the last call; of a long file, those of some MB."""
+        """Return the records of new whole lines, of a long file those of some MB."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
@@ -132,7 +125,7 @@ class Tail:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of ``path``; a torn last line is ignored, a damaged one elsewhere is warned of."""
+    """Return the records of ``path``; warns of damaged lines other than a torn last one."""
     lines = path.read_bytes().split(b"\n")
     records = [_decode(line) for line in lines]
     for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
@@ -142,14 +135,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def repair(directory: Path) -> None:
-    """Mend the files of a run that is not written to any more, as opening them for writing does."""
+    """Repair the files of a finished run as opening them for writing does."""
     for path in (directory / METRICS_FILE, directory / EVENTS_FILE):
         if path.exists():
             JsonLines(path).close()
 
 
 def only_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records that are of a step; a file may hold what we did not write."""
+    """Return the records that have a step."""
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
@@ -189,7 +182,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _repair(file: int, path: Path) -> int:
-    """End the last line of ``file`` if it is whole, cut it off if it is torn; return the size in bytes."""
+    """Terminate a whole last line, cut off a torn one; return the size in bytes."""
     size = os.fstat(file).st_size
     begin, tail = size, b""
     while begin > 0 and b"\n" not in tail:

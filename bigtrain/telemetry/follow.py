@@ -11,10 +11,9 @@ _LOST_SECONDS = 120.0  # without a sign of life: nobody waits any longer
 
 
 class FollowedRun:
-    """Reads what is new in the directory of a run, which may not have begun; never writes there."""
+    """Follows a run through its files, which may not exist yet; never writes."""
 
     def __init__(self, directory: Path) -> None:
-        """Begin at the run's beginning."""
         self.name = directory.resolve().name
         self.view = RunView()
         self._directory = directory
@@ -24,7 +23,7 @@ class FollowedRun:
         self._heard_at = time.monotonic() - (max(time.time() - self._sign, 0.0) if self._sign else 0.0)
 
     def read(self) -> None:
-        """Take what was added since the last call."""
+        """Read what was added since the last call."""
         steps = read_flat_config(self._directory).get("train.steps")  # another launch may have changed it
         self.view.total_steps = steps if isinstance(steps, int) else self.view.total_steps
         while records := self._metrics.read():
@@ -37,12 +36,12 @@ class FollowedRun:
             self._sign, self._heard_at = sign, time.monotonic()
 
     def state(self) -> str:
-        """Return ``begins``, or what :func:`bigtrain.telemetry.history.run_state` returns."""
+        """Return ``begins``, or see :func:`bigtrain.telemetry.history.run_state`."""
         state = run_state(self._directory, self.view.events, self._silent_seconds())
         return "begins" if state == "running" and not self.view.last else state
 
     def is_over(self) -> bool:
-        """Return whether nothing more is to be seen, at least for now."""
+        """Return whether the run has ended or has been silent for too long."""
         return how_ended(self._directory, self.view.events) is not None or self._silent_seconds() > _LOST_SECONDS
 
     def _silent_seconds(self) -> float:

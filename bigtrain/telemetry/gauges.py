@@ -35,14 +35,13 @@ class Gauges:
         num_parameters: int,
         progress: Callable[[int], dict[str, tuple[int, float]]] = lambda samples: {},
     ) -> None:
-        """Find the model's operations and the device's peak.
+        """Count the model's operations and find the device's peak.
 
         Args:
-            config: Resolved, with a precision.
-            device: Of rank 0; all ranks are taken to have its like.
-            world_size: Ranks.
-            num_parameters: Of the model that was built, to check the shape that operations are counted from.
-            progress: Tokens and epochs of each source of data, after so many samples of the run.
+            config: resolved, with a precision.
+            device: rank 0's; all ranks are taken to have its like.
+            num_parameters: of the model as built, to check the shape that operations are counted from.
+            progress: tokens and epochs of each data source after so many samples.
         """
         self._device = device
         self._world_size = world_size
@@ -59,7 +58,7 @@ class Gauges:
         self.peak = find_peak(device, config.engine.precision or Precision.fp32) if self.flops else None
 
     def describe(self) -> dict[str, Any]:
-        """Return what this launch runs on and what MFU is computed from, for the record of its start."""
+        """Return the facts of this launch for its start event."""
         described: dict[str, Any] = {"launched_at": self._launched_at, "environment": self._environment}
         if self.flops:
             described["causal_flops_per_token"] = self.flops.causal
@@ -69,7 +68,7 @@ class Gauges:
         return described
 
     def sentence(self) -> str:
-        """Return what MFU is computed from, for people."""
+        """Return what MFU is computed from, in words."""
         if self.flops is None:
             return "no MFU: the operations of this model cannot be counted from its shape"
         counted = (
@@ -81,7 +80,9 @@ class Gauges:
         return f"MFU: {counted}; of {self.peak.flops_per_second / 1e12:.4g} TFLOP/s ({self.peak.source})"
 
     def read(self, records: list[dict[str, Any]], phases: dict[str, float]) -> dict[str, Any]:
-        """Return the sectioned metrics of the interval whose steps are ``records`` and whose phases ``phases``."""
+        """Return the sectioned metrics of the logging interval of ``records``; ``phases`` are its mean seconds per
+        step.
+        """
         seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
         tokens = math.fsum(record[names.STEP_SECONDS] * record[names.TOKENS_PER_SECOND] for record in records)
         stalled = phases.get(names.CHECKPOINT_STALL_SECONDS, 0.0) + phases.get(names.LOGGING_SECONDS, 0.0)
@@ -119,10 +120,7 @@ class Gauges:
         return memory
 
     def _take_sensors(self) -> dict[str, float]:
-        """Return what the GPU's driver has told since the last call, and ask it again now and then.
-
-        An answer takes milliseconds, so a thread waits for it.
-        """
+        """Return the driver's newest readings and ask again now and then, in a thread: an answer takes milliseconds."""
         now = time.monotonic()
         if self._device.type == "cuda" and now - self._sensors_read_at >= _SENSOR_SECONDS:
             self._sensors_read_at = math.inf  # until it has answered
@@ -143,7 +141,7 @@ class Gauges:
 
 
 def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) -> TokenFlops | None:
-    """Return the operations per token, or None for a model whose shape does not give its number of parameters."""
+    """Return the operations per token, or None if the shape does not give the model's number of parameters."""
     shape = model
     if model.kind is ModelKind.hf:
         from bigtrain.models.hf.build import read_hf_config
@@ -157,13 +155,10 @@ def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) ->
 def utilisation(
     flops: TokenFlops | None, peak: Peak | None, tokens_per_second: float, pairs_per_token: float | None = None
 ) -> dict[str, float]:
-    """Return the rate of operations and MFU of a device that trains so many tokens; what is not known is left out.
+    """Return TFLOP/s and MFU of a device at ``tokens_per_second``, as far as they are known.
 
     Args:
-        flops: of the model.
-        peak: of the device.
-        tokens_per_second: of one device.
-        pairs_per_token: that a document mask leaves, if there is one.
+        pairs_per_token: left by a document mask, if there is one.
     """
     if flops is None:
         return {}

@@ -25,37 +25,30 @@ _SIGN_SECONDS = 10.0
 
 @dataclass(kw_only=True, slots=True)
 class History:
-    """What is known of a run."""
+    """A run as its files tell it."""
 
     name: str
     directory: Path
-    records: list[dict[str, Any]]
-    """One per step, in order."""
+    records: list[dict[str, Any]]  # one per step, in order
     events: list[dict[str, Any]]
-    state: str
-    """How it stood when it was read: see :func:`run_state`."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """The configuration, flat; empty if there is none."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    """Generated texts: ``step``, ``prompt``, ``text``."""
-    unigram_loss: float | None = None
-    """Validation loss of a model that knows only the frequency of each token."""
+    state: str  # how it stood when it was read: see :func:`run_state`
+    config: dict[str, Any] = field(default_factory=dict)  # the configuration, flat; empty if there is none
+    samples: list[dict[str, Any]] = field(default_factory=list)  # generated texts: ``step``, ``prompt``, ``text``
+    unigram_loss: float | None = None  # validation loss of a model that knows only the frequency of each token
 
     def series(self, key: str) -> tuple[list[dict[str, Any]], list[float]]:
-        """Return the records that have ``key``, and its values; what is not finite is not a number."""
+        """Return the records that have ``key`` and its values; non-finite ones are NaN."""
         having = [record for record in self.records if key in record]
         return having, [number(record, key) for record in having]
 
     def family(self, prefix: str) -> list[str]:
-        """Return the metrics ``<prefix>/<name>``, in the order in which they appeared."""
+        """Return the metrics ``<prefix>/<name>`` in order of appearance."""
         return list(dict.fromkeys(key for record in self.records for key in record if key.startswith(f"{prefix}/")))
 
     def events_of(self, *kinds: str) -> list[dict[str, Any]]:
-        """Return the events of some kinds, in order."""
         return [event for event in self.events if event.get("event") in kinds]
 
     def launches(self) -> list[dict[str, Any]]:
-        """Return the events that began a launch."""
         return self.events_of(*names.LAUNCH_EVENTS)
 
     def train_seconds(self) -> float:
@@ -63,11 +56,11 @@ class History:
         return math.fsum(self.series(names.STEP_SECONDS)[1])
 
     def held_seconds(self) -> float | None:
-        """Return the time of all launches, from the starts of their processes; one that was killed ended when it last wrote."""
+        """Return the time of all launches from process start to their last record; None if it is not known."""
         begins = [launch.get("launched_at") for launch in self.launches()]
         if not begins or None in begins:
             return None
-        times = [written for item in (*self.records, *self.events) if (written := unix_time(item)) is not None]
+        times = [written for item in (*self.records, *self.events) if (written := _unix_time(item)) is not None]
         held = 0.0
         for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):
             held += max((written for written in times if begin <= written < end), default=begin) - begin
@@ -75,10 +68,10 @@ class History:
 
 
 def read_history(directory: Path) -> History:
-    """Read a run from its files, which may be growing.
+    """Read a run, which may be growing.
 
     Raises:
-        DataError: There are no metrics.
+        DataError: there are no metrics.
     """
     # How it stands goes first: who has ended writes nothing more.
     state = run_state(directory, _read(directory / EVENTS_FILE), max(time.time() - last_sign(directory), 0.0))
@@ -99,7 +92,7 @@ def read_history(directory: Path) -> History:
 
 
 def read_flat_config(directory: Path) -> dict[str, Any]:
-    """Return the configuration of a run as ``section.key: value``; empty if it cannot be read."""
+    """Return the configuration as ``section.key: value``; empty if it cannot be read."""
     try:
         config = yaml.safe_load((directory / CONFIG_FILE).read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -112,14 +105,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def differences(histories: list[History]) -> list[tuple[str, list[Any]]]:
-    """Return the settings in which runs differ, with the value in each; a run's own name is none."""
+    """Return the settings, but for ``run.name``, in which runs differ, with the value in each."""
     keys = sorted({key for history in histories for key in history.config})
     rows = [(key, [history.config.get(key) for history in histories]) for key in keys if key != "run.name"]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
-def unix_time(record: dict[str, Any]) -> float | None:
-    """Return when a record or an event was written."""
+def _unix_time(record: dict[str, Any]) -> float | None:
     try:
         return datetime.fromisoformat(record[names.TIME]).timestamp()
     except (KeyError, TypeError, ValueError):
@@ -127,7 +119,7 @@ def unix_time(record: dict[str, Any]) -> float | None:
 
 
 def how_ended(directory: Path, events: Sequence[dict[str, Any]]) -> str | None:
-    """Return how the newest launch has ended, if it has: ``finished``, ``stopped`` or ``failed: <why>``."""
+    """Return how the newest launch ended: ``finished``, ``stopped``, ``failed: <why>``, or None."""
     if told := read_json(directory / _EXIT_FILE):
         ends = {EXIT_FINISHED: "finished", EXIT_RESUMABLE: "stopped"}
         return ends.get(told.get("code"), f"failed: {told.get('reason')}")
@@ -137,14 +129,14 @@ def how_ended(directory: Path, events: Sequence[dict[str, Any]]) -> str | None:
 
 
 def run_state(directory: Path, events: Sequence[dict[str, Any]], silent_seconds: float) -> str:
-    """Return how the newest launch has ended, ``running``, or ``no sign of life for <time>``."""
+    """Return :func:`how_ended`, else ``running`` or ``no sign of life for <time>``."""
     if end := how_ended(directory, events):
         return end
     return "running" if silent_seconds < _SIGN_SECONDS else f"no sign of life for {format_duration(silent_seconds)}"
 
 
 def last_sign(directory: Path) -> float:
-    """Return when a run gave its last sign of life, by the clock of its file system; 0 if it never did."""
+    """Return the time of the last sign of life by the clock of the run's file system; 0 if there is none."""
     times = [0.0]
     for name in (_ATTEMPT_FILE, METRICS_FILE, EVENTS_FILE):
         try:

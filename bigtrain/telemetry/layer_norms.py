@@ -23,7 +23,6 @@ class LayerNorms:
     """Computes the norms every so many steps on the device; the host reads them when steps are logged."""
 
     def __init__(self, engine: Engine, every_steps: int) -> None:
-        """Look at what ``engine`` holds every so many steps; 0 = never."""
         self._state = engine.state
         self._every_steps = every_steps
         self._device = engine.device
@@ -35,7 +34,7 @@ class LayerNorms:
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
     def before_update(self, step: int) -> None:
-        """Look at the gradient of ``step``, before it is clipped, and at the weights; all ranks call this."""
+        """Measure the gradient, before clipping, and copy the weights; collective."""
         if not self._is_due(step):
             return
         self._parts = {(layer, column): [] for layer in self._layers for column in range(3)}
@@ -44,7 +43,7 @@ class LayerNorms:
         self._old = {name: [box.view.clone() for box in entry.own_boxes()] for name, entry in self._weights.items()}
 
     def after_update(self, step: int) -> None:
-        """Look at the weights after ``step`` and at how far they went; all ranks call this."""
+        """Measure weights and update; collective."""
         if self._is_due(step):
             self._look_at_weights(step)
 
@@ -60,7 +59,7 @@ class LayerNorms:
         self._waiting.append((step, all_reduce_sum(sums.view(-1, 3))))
 
     def merge(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Wait for the norms, add those of each record's step to it, and return the records."""
+        """Return the records with the norms of their steps added; waits for the device."""
         if not self._waiting:
             return records
         norms = {step: squares.sqrt().tolist() for step, squares in self._waiting}
@@ -85,6 +84,6 @@ class LayerNorms:
 
 
 def layer_of(parameter: str) -> str:
-    """Return the layer of a parameter: its name up to the number of its block, or the module that it is in."""
+    """Return a parameter's name up to its block's number, or the module that it is in."""
     block = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", parameter)
     return block[0] if block else parameter.rpartition(".")[0] or parameter

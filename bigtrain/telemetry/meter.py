@@ -10,14 +10,12 @@ from bigtrain.telemetry import names
 
 
 class StepMeter:
-    """Turns the ends of optimizer steps into seconds and tokens per second, and marks within them into phases.
+    """Times steps and their phases.
 
-    A step lasts from the end of the one before, so the wait for data counts; what happens between the end of a
-    step and :meth:`skip` (validation, a checkpoint) does not.
-
-    On a device that runs ahead of the host, a single value says when the host was let go; means over a logging
-    interval are exact, because an interval ends in a synchronisation. There, the phases that the device computes
-    are timed on the device, in the interval's last step: an event costs microseconds and no waiting.
+    A step lasts from the end of the one before, so waiting for data counts; time between the end of a step and
+    :meth:`skip` (validation, a checkpoint) does not. On a device that runs ahead of the host only means over a logging
+    interval are exact, because an interval ends in a synchronisation; phases on the device are timed there, by events
+    in the interval's last step.
     """
 
     def __init__(
@@ -26,7 +24,7 @@ class StepMeter:
         clock: Callable[[], float] = time.perf_counter,
         device: torch.device | None = None,
     ) -> None:
-        """Begin the first step now; a step has so many tokens over all ranks."""
+        """Begin the first step now; ``tokens_per_step`` is over all ranks."""
         self._tokens_per_step = tokens_per_step
         self._clock = clock
         self._begin = self._mark = clock()
@@ -41,7 +39,7 @@ class StepMeter:
         self._begin = self._mark = self._clock()
 
     def mark(self, phase: str) -> None:
-        """End a phase of the step: the time since the last mark is of ``phase``, one of the names ``perf/..._seconds``."""
+        """Attribute the time since the last mark to ``phase``, one of :data:`names.PHASES`."""
         now = self._clock()
         self._seconds[phase] += now - self._mark
         self._mark = now
@@ -49,7 +47,7 @@ class StepMeter:
             self._events[phase].record()
 
     def data_ready(self, micro_batches: Sequence[Any]) -> None:
-        """End the wait for the batch of a step, and count what its document mask leaves to attend to, if it has one."""
+        """End the wait for data; count the pairs that the document mask leaves, if there is one."""
         for batch in micro_batches:
             positions = getattr(batch, "positions", None)  # counted from 0 at each document
             if positions is not None:
@@ -58,11 +56,7 @@ class StepMeter:
         self.mark(names.DATA_SECONDS)
 
     def step_done(self, *, tokens: int) -> dict[str, float]:
-        """End the step after which the run has trained on ``tokens``, and begin the next one.
-
-        Returns:
-            ``tokens`` of the run so far, ``step_seconds`` and ``tokens_per_second`` of the step.
-        """
+        """End a step and begin the next; return the run's ``tokens``, ``step_seconds`` and ``tokens_per_second``."""
         now = self._clock()
         seconds = max(now - self._begin, 1e-9)  # a coarse clock may not have moved
         self._begin = now
@@ -74,9 +68,9 @@ class StepMeter:
         }
 
     def phases(self) -> dict[str, float]:
-        """Return the mean seconds per step of every phase since the last call; the device must have finished.
+        """Return mean seconds per step by phase since the last call, and pairs per token under a document mask.
 
-        Under a document mask also the pairs per token that it left.
+        The device must have finished.
         """
         means = {phase: seconds / max(self._num_steps, 1) for phase, seconds in self._seconds.items()}
         if self._events and self._num_steps:

@@ -70,7 +70,7 @@ _AXES = (STEP, TOKENS)
 
 
 def dashboard_name(key: str, section: str = "train") -> str:
-    """Return the name of metric ``key`` on a dashboard: ``loss`` -> ``train/loss``; axes and sectioned names stay."""
+    """Return the name of a metric on a dashboard: ``loss`` -> ``train/loss``; axes and sectioned names stay."""
     if key in _AXES or "/" in key:
         return key
     return f"{_SECTIONS.get(key, section)}/{key}"

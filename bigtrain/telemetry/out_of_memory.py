@@ -14,17 +14,12 @@ from bigtrain.processes import RankInfo
 from bigtrain.telemetry.profiling import DIRECTORY, is_out_of_memory, memory_facts, save_memory_snapshot
 from bigtrain.telemetry.text import format_bytes
 
-_SMALLER = 0.85
-"""Suggested is what needs at most this share of what the estimate says of the run that did not fit."""
+_SMALLER = 0.85  # suggested is what needs at most this share of what the estimate says of the run that did not fit
 
 
 @contextlib.contextmanager
 def explained(config: TrainConfig, directory: Path, info: RankInfo, device: torch.device) -> Iterator[None]:
-    """Turn an allocation that fails in the body into a message that says what to change.
-
-    Raises:
-        PreflightError: memory has run out.
-    """
+    """Turn a failed allocation in the body into a PreflightError that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -43,7 +38,7 @@ def _message(config: TrainConfig, directory: Path, info: RankInfo, device: torch
 
 
 def suggestions(config: TrainConfig, info: RankInfo, device: torch.device) -> list[str]:
-    """Return lines on what to change for a run to need clearly less memory than it does."""
+    """Return lines on what to change for the run to need clearly less memory."""
     report = preflight(
         config,
         world_size=info.world_size,

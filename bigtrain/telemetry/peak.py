@@ -43,16 +43,14 @@ _PEAKS: list[tuple[str, dict[str, float]]] = [
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """A rate, and where it is from."""
+    """Rate of matrix products of one device."""
 
     flops_per_second: float
-    """Of one device."""
-    source: str
-    """For people: ``data sheet of NVIDIA H200, bf16`` or ``measured ...``."""
+    source: str  # for people: ``data sheet of NVIDIA H200, bf16`` or ``measured ...``
 
 
 def find_peak(device: torch.device, precision: Precision) -> Peak | None:
-    """Return the peak of this rank's device; of a CPU a measured one, of an unknown device None."""
+    """Return the peak of this rank's device: of a CPU measured, of an unknown device None."""
     if device.type == "cpu":
         return measure_cpu(precision)
     # Of fp8, too, utilisation is told in terms of bf16: some of the products stay in it.
@@ -64,7 +62,7 @@ def published_peak(device_name: str, kind: str) -> Peak | None:
     """Return the peak by the maker's data sheet, or None.
 
     Args:
-        device_name: As ``torch.cuda.get_device_name`` returns it.
+        device_name: as ``torch.cuda.get_device_name`` returns it.
         kind: ``bf16``, ``tf32`` or ``fp32``.
     """
     if "MIG" in device_name.split():
@@ -76,9 +74,9 @@ def published_peak(device_name: str, kind: str) -> Peak | None:
 
 
 def measure_cpu(precision: Precision) -> Peak:
-    """Measure the rate of square matrix products with this process's threads, in about a twentieth of a second.
+    """Measure square matrix products with this process's threads, for about a twentieth of a second.
 
-    It is what torch reaches, not what the processor could. Time in which other processes had the cores is left out.
+    This is the rate that torch reaches; time in which other processes had the cores is left out.
     """
     dtype = torch.bfloat16 if precision.base is Precision.bf16 else torch.float32
     left, right = torch.ones(2, _MATRIX, _MATRIX, dtype=dtype)

@@ -20,7 +20,7 @@ _MEMORY_ENTRIES = 1_000_000
 
 
 class Profiler:
-    """Traces the steps ``first`` to ``last`` of ``profile.steps`` on rank 0; a context manager."""
+    """Traces the steps ``profile.steps`` on rank 0; a context manager."""
 
     def __init__(
         self,
@@ -32,15 +32,12 @@ class Profiler:
         say: Callable[..., None],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """Describe what is traced.
+        """Prepare.
 
         Args:
-            config: which steps, and whether allocations too.
-            run_directory: gets the files.
-            rank: of this process.
-            first_step: so many steps are done.
-            say: takes the event when files are written.
-            begin: called before what may take minutes, while all other ranks wait.
+            first_step: steps done before this launch.
+            say: called with the event when files are written.
+            begin: called before what may take minutes, while the other ranks wait.
         """
         wanted = config.steps if rank == 0 else []
         self._first, self._last = wanted or (0, 0)
@@ -52,7 +49,6 @@ class Profiler:
         self._profile: profile | None = None
 
     def __enter__(self) -> Self:
-        """Begin, if the first step of the launch is to be traced."""
         if self._memory:
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_ENTRIES)
         elif self._wants_memory:
@@ -63,14 +59,13 @@ class Profiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write what was traced, if the launch ends before the last step to be traced."""
         if self._profile and error is None:
             self._write(self._done_steps)
         if self._memory:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def step_done(self, step: int) -> bool:
-        """Begin or end at the border between ``step`` and the next one; return whether that took time."""
+        """Begin or end the trace between ``step`` and the next one; return whether that took time."""
         self._done_steps = step
         if self._profile and step == self._last:
             self._write(step)
@@ -102,11 +97,10 @@ class Profiler:
 
 
 def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, float]:
-    """Return how long collectives ran in a step, and how much of it while nothing was computed; nothing without any.
+    """Return the seconds per step in which collectives ran, and in which nothing else did; empty without any.
 
     Args:
-        events: of the profiler. On a GPU its kernels count, otherwise gloo's collectives and torch's operators.
-        num_steps: so many steps were traced.
+        events: of the profiler; on a GPU kernels count, otherwise gloo's collectives and torch's operators.
     """
     kernels = [event for event in events if event.device_type != DeviceType.CPU]
     # An annotation, such as those of FSDP2, spans collectives and computes nothing.
@@ -125,7 +119,7 @@ def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, fl
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Return how much of a line is covered by these spans, which may overlap."""
+    """Return the length of the union of intervals."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0.0)
@@ -136,7 +130,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 def save_memory_snapshot(directory: Path, name: str) -> Path | None:
     """Write what the GPU's allocator holds, for https://pytorch.org/memory_viz; None without a GPU.
 
-    With ``profile.memory`` every block has the stack that allocated it, otherwise sizes and order only.
+    Blocks have their stacks with ``profile.memory`` only.
     """
     if not torch.cuda.is_available():
         return None
@@ -147,7 +141,7 @@ def save_memory_snapshot(directory: Path, name: str) -> Path | None:
 
 
 def save_hang(run_directory: Path, name: str) -> None:
-    """Write what a rank that hangs still knows: its last collectives, and what the GPU's allocator holds."""
+    """Write what a hanging rank still knows: its last collectives and what the GPU's allocator holds."""
     directory = run_directory / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     for backend, record in last_collectives().items():
@@ -156,10 +150,9 @@ def save_hang(run_directory: Path, name: str) -> None:
 
 
 def last_collectives() -> dict[str, bytes]:
-    """Return torch's flight recorders as JSON, by backend: number, sizes and state of the last collectives.
+    """Return torch's flight recorders as JSON, by backend; they record unless ``TORCH_FR_BUFFER_SIZE=0``.
 
-    They record unless ``TORCH_FR_BUFFER_SIZE=0``. Their other form, a pickle, has Python stacks besides; those are in
-    the watchdog's record.
+    Their other form, a pickle, adds Python stacks, which are in the watchdog's record.
     """
     dumps = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
     found = {backend: getattr(torch._C._distributed_c10d, dump, None) for backend, dump in dumps.items()}
@@ -167,13 +160,13 @@ def last_collectives() -> dict[str, bytes]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation has failed, on a GPU or on the host."""
+    """Return whether an allocation failed, on a GPU or on the host."""
     is_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return is_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_facts(device: torch.device) -> dict[str, Any]:
-    """Return what this rank's device holds, in bytes, when an allocation has failed."""
+    """Return the state of this rank's device memory in bytes; empty on a CPU."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)

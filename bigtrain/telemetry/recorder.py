@@ -32,7 +32,7 @@ _DURABLE_EVENTS = ("checkpoint", "rollback", "finished", "stop", "fault")
 
 
 class NullRecorder:
-    """Takes everything and tells nobody: the recorder of all ranks but 0."""
+    """No-op recorder for ranks other than 0."""
 
     def __enter__(self) -> Self:
         return self
@@ -43,20 +43,19 @@ class NullRecorder:
         self.close()
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
-        """Take the records of the steps since the last call, in order, and their mean phases."""
+        """See :meth:`Recorder.metrics`."""
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Take something that happened."""
+        """See :meth:`Recorder.event`."""
 
     def message(self, text: str) -> None:
-        """Take a message to the person who trains."""
+        """See :meth:`Recorder.message`."""
 
-    def close(self) -> None:
-        """Write what is left and close everything."""
+    def close(self) -> None: ...
 
 
 class Recorder(NullRecorder):
-    """The recorder of rank 0. No method raises because a disk, a terminal or a server fails."""
+    """Rank 0's recorder. No method raises because a disk, a terminal or a server fails."""
 
     def __init__(
         self, config: TrainConfig, run_directory: Path, resume_step: int, gauges: "Gauges | None" = None
@@ -64,13 +63,12 @@ class Recorder(NullRecorder):
         """Open the files and start the dashboards.
 
         Args:
-            config: The resolved configuration.
-            run_directory: Directory of the run; made if needed.
-            resume_step: Optimizer steps that the loaded checkpoint holds; 0 for a new run.
-            gauges: What is read at logging steps, if anything.
+            config: resolved.
+            resume_step: optimizer steps in the loaded checkpoint; 0 for a new run.
+            gauges: read at logging steps.
 
         Raises:
-            OSError: The run directory cannot be written.
+            OSError: the run directory cannot be written.
         """
         self._gauges, self._last_step = gauges, resume_step
         self._metrics = JsonLines(run_directory / METRICS_FILE)
@@ -94,13 +92,13 @@ class Recorder(NullRecorder):
         self._is_closed = False
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
-        """Write one line per step and show the last step, with the interval's mean step time and throughput.
+        """Write a line per step and show the last one with the interval's mean step time and throughput.
 
-        Call it before a checkpoint too: what was not written when a run is killed after its checkpoint is missing.
+        Called before a checkpoint too, so that a kill after the checkpoint loses no line.
 
         Args:
-            records: Per step ``step, tokens, loss, grad_norm, lr, step_seconds, tokens_per_second`` and more.
-            phases: Mean seconds per step of each phase, by their names; the last record gets them and the gauges.
+            records: of the steps since the last call, in order.
+            phases: mean seconds per step; added to the last record, with the gauges.
         """
         if not records:
             return
@@ -114,14 +112,14 @@ class Recorder(NullRecorder):
         self._console.metrics({**records[-1], **_mean_pace(records)})
 
     def _give_up(self, resume_step: int, record: dict[str, Any]) -> bool:
-        """Return whether a record is of a step that is done again; what it said is kept for comparison."""
+        """Return whether the step of a record is done again; keeps its outcome for comparison."""
         step = record.get(names.STEP, 0)
         if step > resume_step:
             self._given_up[step] = _outcome(record)
         return step > resume_step
 
     def _compare(self, record: dict[str, Any]) -> None:
-        """Tell once, before they are in the files, that steps have other numbers than those which were given up."""
+        """Write one event, before the steps, if repeated steps have other numbers than before."""
         before = self._given_up.pop(record[names.STEP], None)
         if before is not None and not _agree(before, _outcome(record)):
             last = max(self._given_up, default=record[names.STEP])
@@ -129,13 +127,11 @@ class Recorder(NullRecorder):
             self.event(names.SUPERSEDED_EVENT, step=record[names.STEP], last_step=last)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write that ``kind`` (start, resume, validation, checkpoint, stop, finished, fault ...) happened.
-
-        What a person waits for is shown too: resume, validation, checkpoint and finished.
+        """Write an event and, where a person waits for it, show it.
 
         Args:
-            kind: What happened.
-            fields: ``step`` and what else belongs to it, such as ``loss``, ``perplexity``, ``path``.
+            kind: ``start``, ``resume``, ``validation``, ``checkpoint``, ``stop``, ``finished``, ``fault`` ...
+            fields: ``step`` and what else belongs to it.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         if kind in names.LAUNCH_EVENTS:
@@ -151,7 +147,7 @@ class Recorder(NullRecorder):
             self._console.message(sentence)
 
     def message(self, text: str) -> None:
-        """Show ``text`` above the progress display and keep it in the log file."""
+        """Show ``text`` above the progress display and append it to the log file."""
         self._console.message(text)
 
     def __exit__(
@@ -164,7 +160,7 @@ class Recorder(NullRecorder):
         self.close()
 
     def close(self) -> None:
-        """Write what is left to the disk, let wandb finish for a few seconds, and close; a second call does nothing."""
+        """Flush to disk, let dashboards finish for a few seconds, and close; idempotent."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -220,7 +216,7 @@ def _watched(config: SupervisionConfig) -> str:
 
 
 def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a step comes to, whoever computes it and how fast: the samples, then numbers."""
+    """Return what identifies a step's result on any machine: data digest, tokens, learning rate, loss."""
     numbers = (number(record, key) for key in (names.TOKENS, names.LR, names.LOSS))
     return record.get(names.DATA_DIGEST), *numbers
 

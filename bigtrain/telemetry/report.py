@@ -45,13 +45,13 @@ mark { background: #3b82f633; color: inherit; } .soft { color: var(--soft); }
 
 
 def write_report(histories: list[History], path: Path) -> None:
-    """Write the page about ``histories`` to ``path``; it needs no network."""
+    """Write the page to ``path``; it needs no network."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(histories), encoding="utf-8")
 
 
 def render(histories: list[History]) -> str:
-    """Return the page as text."""
+    """Return the page as HTML."""
     title = ", ".join(history.name for history in histories)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     with figures.drawing():
@@ -74,7 +74,7 @@ def render(histories: list[History]) -> str:
 
 
 def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield headings, and the figures or None by their captions."""
+    """Yield headings with their figures, or None, by caption."""
     line, family = figures.line_figure, figures.family_figure
     over_steps = (
         "Loss over optimizer steps. Thin: every step; thick: running mean; dots: validation; triangles: checkpoints; "
@@ -174,7 +174,7 @@ def _median(history: History, key: str) -> float:
 
 
 def _sources(histories: list[History]) -> str:
-    """Return the table of the sources of data, as far as the last logging step knows."""
+    """Return the table of data sources as of the last logging step."""
     rows = []
     for history in histories:
         keys = history.family(names.SOURCE_TOKENS)
@@ -248,7 +248,7 @@ def _text(value: object) -> str:
 
 
 def _short(commit: str) -> str:
-    """Return the beginning of a commit's hash, and the mark of changed files."""
+    """Return the beginning of a commit's hash, with the mark of changed files."""
     return commit[:12] + "+" * commit.endswith("+")
 
 

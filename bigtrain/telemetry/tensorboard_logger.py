@@ -25,7 +25,7 @@ def start_tensorboard(run_directory: Path) -> Companion:
 
 
 def forget(run_directory: Path) -> None:
-    """Let the next companion begin anew, because the training does."""
+    """Remove what an earlier run logged: the training begins anew."""
     (run_directory / "tensorboard_cursor.json").unlink(missing_ok=True)
     for path in (run_directory / DIRECTORY).glob(_FILES):
         path.unlink()
@@ -50,7 +50,7 @@ def _companion() -> int:
 
 
 def _put_last(directory: Path, before: list[Path]) -> None:
-    """Name the new file so that it is read after those of earlier launches, whose clocks may have been ahead."""
+    """Rename the new file to sort after those of earlier launches, whose clocks may have been ahead."""
     for path in set(directory.glob(_FILES)) - set(before):
         *prefix, seconds, rest = path.name.split(".", 4)
         newest = before[-1].name.split(".")[3] if before else ""
@@ -59,8 +59,6 @@ def _put_last(directory: Path, before: list[Path]) -> None:
 
 
 class _TensorboardSink:
-    """See :class:`bigtrain.telemetry.companion.Sink`."""
-
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
@@ -78,7 +76,7 @@ class _TensorboardSink:
             self._writer.add_text("samples", text, sample.get(names.STEP) or 0)
 
     def take_back(self, step: int, *, differs: bool) -> int:
-        """Let TensorBoard forget everything after ``step``, whether it differs or not: it is logged again anyway."""
+        """Let TensorBoard forget everything after ``step``; all of it is logged again."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         void = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))

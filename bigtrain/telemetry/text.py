@@ -7,7 +7,7 @@ from bigtrain.telemetry import names
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return the numbers of a step in words that fit a line of 80 columns."""
+    """Return the numbers of a step in at most 80 columns."""
     return "  ".join(
         (
             f"loss {number(record, names.LOSS):.4f}",
@@ -20,7 +20,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def number(record: dict[str, Any], key: str) -> float:
-    """Return a number of a record; a file has null for what is not finite, and may be of another version."""
+    """Return a number of a record, NaN for null or missing."""
     value = record.get(key)
     return math.nan if value is None else value
 
@@ -38,7 +38,7 @@ def format_count(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as ``h:mm:ss``, with days in front if there are any."""
+    """Return ``h:mm:ss``, with days in front if there are any."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)
@@ -53,7 +53,7 @@ def format_bytes(number: float) -> str:
 
 
 def describe_machine(record: dict[str, Any]) -> str:
-    """Return how the machine is used, as far as ``record`` tells."""
+    """Return MFU, memory, sensors and goodput, as far as ``record`` has them."""
     shown = (
         (names.MFU_DOCUMENTS if names.MFU_DOCUMENTS in record else names.MFU_CAUSAL, lambda value: f"mfu {value:.1%}"),
         (names.PEAK_BYTES, lambda value: f"device memory {format_bytes(value)}"),
@@ -68,7 +68,7 @@ def describe_machine(record: dict[str, Any]) -> str:
 
 
 def describe_communication(event: dict[str, Any]) -> str:
-    """Return what a profile's event tells of communication; nothing if the ranks did not communicate."""
+    """Return the communication times of a profile event; empty without any."""
     if names.COMMUNICATION_SECONDS not in event:
         return ""
     seconds, exposed = event[names.COMMUNICATION_SECONDS], event[names.EXPOSED_COMMUNICATION_SECONDS]
@@ -76,7 +76,7 @@ def describe_communication(event: dict[str, Any]) -> str:
 
 
 def describe_event(event: dict[str, Any]) -> str:
-    """Return what happened, in one line: when, what, at which step, and the first words about it."""
+    """Return an event in one line: time, kind, step, and what it is about."""
     kind, step = event.get("event"), event.get(names.STEP)
     about = next(
         (

@@ -21,13 +21,12 @@ _SHOWN_EVENTS = 4
 
 
 class RunView:
-    """Keeps what a screen shows of a run, fed with the records and events of its files, in order.
+    """What a screen shows of a run, fed with records and events in order.
 
-    A resumed run writes steps anew: a step that is not the next one takes the place of those from it on.
+    A step that is not the next one replaces those from it on: a resumed run writes steps anew.
     """
 
     def __init__(self, total_steps: int | None = None) -> None:
-        """Begin with nothing; ``total_steps`` are those of the whole run, if that is known."""
         self.total_steps = total_steps
         self.last: dict[str, Any] = {}
         self._machine: dict[str, Any] = {}
@@ -36,7 +35,6 @@ class RunView:
         self._events: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take the record of a step."""
         step, loss = record[names.STEP], record.get(names.LOSS)
         while self._losses and self._losses[-1][0] >= step:
             self._losses.pop()
@@ -50,7 +48,7 @@ class RunView:
         self.last = record
 
     def add_event(self, event: dict[str, Any]) -> None:
-        """Take an event; the same one again changes nothing, and a launch voids what was after its first step."""
+        """Add an event, once; a launch voids repeated events after its first step."""
         if event.get("event") in names.LAUNCH_EVENTS:
             self._events = {key: kept for key, kept in self._events.items() if not _is_void(kept, event)}
         self._events[event.get("event"), event.get(names.STEP), event.get(names.TIME)] = event
@@ -59,7 +57,6 @@ class RunView:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What happened, in order."""
         return list(self._events.values())
 
     @property
@@ -73,17 +70,17 @@ class RunView:
         return describe({**self.last, names.TOKENS_PER_SECOND: tokens / seconds if seconds else math.nan})
 
     def seconds_left(self) -> float:
-        """Return how long the rest takes at the pace of the last steps."""
+        """Return the time to the end at the pace of the last steps."""
         if not self.total_steps or not self.last:
             return math.nan
         return max(self.total_steps - self.last[names.STEP], 0) * self.step_seconds
 
     def render(self, *, seconds_left: float | None = None, show_events: bool = False) -> Any:
-        """Return what ``rich`` draws.
+        """Return a renderable of rich.
 
         Args:
-            seconds_left: to the end; by default by the pace of the last steps.
-            show_events: also what happened last.
+            seconds_left: by default :meth:`seconds_left`.
+            show_events: append the last events.
         """
         from rich.console import Group
         from rich.constrain import Constrain
@@ -122,7 +119,7 @@ def _is_void(event: dict[str, Any], launch: dict[str, Any]) -> bool:
 
 
 def sparkline(values: Sequence[float], columns: int = _SPARKLINE_COLUMNS) -> str:
-    """Return finite ``values`` as a line of blocks, each the mean of a piece; the first, high ones may be cut off."""
+    """Return finite ``values`` as a line of blocks, each the mean of a bin; high first ones may be cut off."""
     columns = min(columns, len(values))
     bounds = [len(values) * i // columns for i in range(columns + 1)]
     means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(bounds)]

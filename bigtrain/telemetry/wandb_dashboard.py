@@ -10,7 +10,7 @@ from bigtrain.telemetry.names import dashboard_name
 
 
 def build_dashboard(project: str, entity: str, name: str) -> Any:
-    """Return the workspace; its ``save()`` needs a key and network. It takes the package wandb-workspaces."""
+    """Return the workspace, by wandb-workspaces; its ``save()`` needs a key and network."""
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import LinePlot
 

@@ -63,7 +63,7 @@ def start_wandb(
     command: Sequence[str] = _COMMAND,
     say: Callable[[str], None] | None = None,
 ) -> Companion:
-    """Start the companion of a run, with a configuration without secrets; wandb's files go to ``wandb/`` in the run."""
+    """Start the companion of a run; wandb's files go to ``wandb/`` in the run."""
     wanted = os.environ.get("WANDB_MODE") or "offline"
     if config.logging.wandb is WandbMode.auto and wanted not in _MODES:
         get_logger().warning(f"WANDB_MODE={wanted}: unknown and taken as offline; {nearest(wanted, list(_MODES))}")
@@ -84,25 +84,24 @@ def _request(run_directory: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def default_project(environ: Mapping[str, str]) -> str:
-    """Return the project where no setting names one."""
+    """Return the project of runs whose settings name none."""
     return environ.get("WANDB_PROJECT") or "bigtrain"
 
 
 def forget(run_directory: Path) -> None:
-    """Let the next companion begin a new wandb run, because the training begins anew."""
+    """Let the next companion begin a new wandb run: the training begins anew."""
     for name in (ID_FILE, CURSOR_FILE):
         (run_directory / name).unlink(missing_ok=True)
 
 
 def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: WandbMode, step: int) -> str:
-    """Make an exported model an artifact of the wandb run of a training run; return what came of it, for people.
+    """Make an exported model an artifact of the training run's wandb run; return the result in words.
 
     Args:
-        run_directory: Directory of the training run.
-        exported: Directory of the exported model.
-        config: Configuration of the training run.
-        mode: ``auto`` is what ``WANDB_MODE`` says, otherwise online with a key and offline without one.
-        step: Optimizer step of the checkpoint that was exported.
+        run_directory: of the training run.
+        config: of the training run.
+        mode: ``auto`` follows ``WANDB_MODE``, else online with a key and offline without.
+        step: of the exported checkpoint.
     """
     import wandb
 
@@ -121,7 +120,6 @@ def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: W
 
 
 def _companion() -> int:
-    """Follow the files of a run until the training process ends."""
     environ = dict(os.environ)  # before wandb adds to it
     request, say = read_request(environ)
     # The companion of a launch that was killed may not have logged the rest yet.
@@ -146,8 +144,6 @@ def _companion() -> int:
 
 
 class _WandbSink:
-    """See :class:`bigtrain.telemetry.companion.Sink`."""
-
     def __init__(
         self, wandb: ModuleType, run: Any, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]
     ) -> None:
@@ -255,7 +251,7 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: 
 
 
 def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
-    """Return the id of the run in ``directory``, a new one if it has none or is a copy; it is then logged from its beginning."""
+    """Return the run's wandb id, a new one if it has none or the directory is a copy."""
     file.seek(0)
     run_id, here, cursor = file.read().strip(), _place(directory), _read_cursor(directory)
     if cursor.get("id", run_id) != run_id:
@@ -289,7 +285,7 @@ def _place(directory: Path) -> dict[str, Any]:
 
 
 def _is_copy(run_id: str, place: dict[str, Any] | None, here: dict[str, Any]) -> bool:
-    """Return whether a directory that was at ``place`` has not come from there by being moved."""
+    """Return whether a directory once at ``place`` was copied rather than moved from there."""
     if place is None or here["path"] == place["path"] or here["inode"] == place["inode"]:
         return False
     if here["device"] == place["device"]:
@@ -299,7 +295,7 @@ def _is_copy(run_id: str, place: dict[str, Any] | None, here: dict[str, Any]) ->
 
 
 def _wait_for_a_name(wandb_directory: Path, run_id: str) -> None:
-    """Wait until wandb, which calls a directory after the second and the id, has a name for one more."""
+    """Wait until wandb, which names directories by second and id, has a free name."""
     while any(wandb_directory.glob(f"*run-{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
         time.sleep(0.05)
 
@@ -315,7 +311,7 @@ def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:
 
 
 def has_api_key(environ: Mapping[str, str]) -> bool:
-    """Return whether wandb would find a key: in the environment or in the netrc file, as ``wandb login`` leaves it."""
+    """Return whether wandb would find a key, in the environment or in the netrc file."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc

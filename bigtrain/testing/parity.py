@@ -39,13 +39,10 @@ class Case:
     engine: EngineKind
     world_size: int
     micro_batch_size: int
-    dp_shard: int | None = None
-    """``hsdp`` only."""
-    environ: dict[str, str] = field(default_factory=dict)
-    """What ``accelerate launch`` would set."""
+    dp_shard: int | None = None  # ``hsdp`` only
+    environ: dict[str, str] = field(default_factory=dict)  # what ``accelerate launch`` would set
 
     def __str__(self) -> str:
-        """Return a short label."""
         extra = f" shard {self.dp_shard}" if self.dp_shard else ""
         extra += f" zero{self.environ[ZERO_STAGE]}" if ZERO_STAGE in self.environ else ""
         return f"{self.engine.name}{extra} world {self.world_size} micro {self.micro_batch_size}"
@@ -60,15 +57,13 @@ class Trajectory:
 
     losses: list[float]
     grad_norms: list[float]
-    parameters: dict[str, np.ndarray]
-    """Final fp32 weights by name, in natural shape."""
-    wrapped_type: str
-    """Type of the wrapped model, since libraries fall back to another engine in silence."""
+    parameters: dict[str, np.ndarray]  # final fp32 weights by name, in natural shape
+    wrapped_type: str  # type of the wrapped model, since libraries fall back to another engine in silence
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far a case is from the reference: the largest over all steps, relative, and over all weights."""
+    """Largest differences from the reference: relative, over all steps, and of the weights absolute."""
 
     loss: float
     grad_norm: float
@@ -86,8 +81,7 @@ TOLERANCES = {
     Precision.tf32: _ROUNDED,
     Precision.bf16: _ROUNDED,
     Precision.fp8: _ROUNDED,
-}
-"""How far a case may be from a reference in fp32."""
+}  # how far a case may be from a reference in fp32
 
 
 def compute(
@@ -98,7 +92,7 @@ def compute(
     num_steps: int | None = None,
     timeout_seconds: float = 300,
 ) -> Trajectory:
-    """Train the first ``num_steps`` steps (by default all) of the run as ``case`` says, on ranks of their own.
+    """Train the first ``num_steps`` steps (by default all) of the run as ``case`` says, on new ranks.
 
     Raises:
         RankFailedError: a rank raised, died or did not finish in time.
@@ -161,7 +155,7 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
 
 
 def whole_parameters(state: EngineState) -> dict[str, np.ndarray]:
-    """Return every master weight, put together from all ranks' boxes; for small models only."""
+    """Return every master weight, assembled from all ranks' boxes; for small models only."""
     whole = {}
     for key, entry in state.entries.items():
         if key.startswith(MODEL):

@@ -27,17 +27,16 @@ def run_ranks(
     timeout_seconds: float = 120.0,
     environ: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Call ``function(*args)`` on ``world_size`` ranks, each a process, and return what they return in rank order.
+    """Call ``function(*args)`` on ``world_size`` rank processes and return their results in rank order.
 
     Args:
-        function: module-level function; it finds its rank in the environment, as under torchrun.
-        world_size: number of processes.
-        args: picklable arguments, the same for all ranks.
+        function: module-level; it finds its rank in the environment, as under torchrun.
+        args: picklable.
         timeout_seconds: after this time all ranks are killed.
         environ: additional environment variables.
 
     Raises:
-        RankFailedError: naming the first rank that failed.
+        RankFailedError: names the first rank that failed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, function.__module__])

@@ -39,31 +39,24 @@ TOLERANCES = {Precision.fp32: 1e-6, Precision.bf16: 2e-3}
 """Relative difference of losses between engines or world sizes: sums over ranks are rounded differently."""
 NORM_FACTOR = 10
 """Gradient norms and weights may differ by so much more: both add up rounding that a mean loss averages out."""
-TIMEOUT_SECONDS = 3600.0
-"""Of one launch."""
+TIMEOUT_SECONDS = 3600.0  # of one launch
 SAVE_TIMEOUT_SECONDS = 600.0
 """From the middle of the step in which the launch is killed until its checkpoint is complete."""
 MARKER_FILE = "killed"
 
 RunFunction = Callable[[TrainConfig], int]
-Samples = dict[int, list[str]]
-"""Hashes of the samples of each step."""
+Samples = dict[int, list[str]]  # hashes of the samples of each step
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How long, on what and how the run is resumed."""
 
-    before: int
-    """Steps before the checkpoint that is resumed from, at least 2."""
-    after: int
-    """Steps after it, at least 2."""
-    world_size: int
-    """Ranks of the uninterrupted and of the killed launch."""
-    resume_world_size: int
-    """Ranks of the resumed launch."""
-    resume_engine: EngineKind
-    """Engine of the resumed launch."""
+    before: int  # steps before the checkpoint that is resumed from, at least 2
+    after: int  # steps after it, at least 2
+    world_size: int  # ranks of the uninterrupted and of the killed launch
+    resume_world_size: int  # ranks of the resumed launch
+    resume_engine: EngineKind  # engine of the resumed launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +65,21 @@ class Check:
 
     name: str
     steps: str
-    difference: float
-    """Largest, relative; infinite where something is missing or not a number."""
+    difference: float  # largest, relative; infinite where something is missing or not a number
     allowed: float
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is allowed."""
         return self.difference <= self.allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the comparison found."""
+    """The result of the comparison."""
 
     checks: list[Check]
-    first_difference: str | None
-    """The earliest difference that is not allowed."""
-    is_bitwise: bool
-    """Whether engine and world size were the same, so that no difference at all is allowed."""
+    first_difference: str | None  # the earliest difference that is not allowed
+    is_bitwise: bool  # whether engine and world size were the same, so that no difference at all is allowed
 
     @property
     def holds(self) -> bool:
@@ -110,13 +99,12 @@ def verify_resume(
 
     Args:
         config: resolved and checked for both engines and world sizes.
-        plan: where it is interrupted, and what follows.
-        root: directory to be made for the runs; it may be removed afterwards.
+        root: new directory for the runs; it may be removed afterwards.
         resume: what the ranks of the resumed launch call, for tests of the comparison.
-        say: takes a line about each launch.
+        say: called with a line about each launch.
 
     Raises:
-        BigtrainError: a launch has failed; the message holds the first cause.
+        BigtrainError: a launch failed; the message holds the first cause.
     """
     prepare_data(config.data)
     root.mkdir(parents=True)
@@ -170,7 +158,7 @@ def _where(config: TrainConfig, world_size: int) -> str:
 def _launch(
     config: TrainConfig, world_size: int, log: Path, *, run: RunFunction = trainer.run, kill_in_step: int | None = None
 ) -> Samples:
-    """Train on ranks of their own; return the samples of all ranks together by step."""
+    """Train on new ranks; return the samples of all ranks together by step."""
     try:
         parts = run_ranks(_train, world_size, config, run, kill_in_step, log, timeout_seconds=TIMEOUT_SECONDS)
     except RankFailedError as error:
@@ -179,7 +167,7 @@ def _launch(
 
 
 def _launch_and_kill(config: TrainConfig, plan: Plan, root: Path) -> None:
-    """Train until the ranks kill themselves, and make sure that they did, and what they left."""
+    """Train until the ranks kill themselves; check that they did, and what they left."""
     try:
         _launch(config, plan.world_size, root / "killed.log", kill_in_step=plan.before + 2)
     except BigtrainError:
@@ -191,7 +179,7 @@ def _launch_and_kill(config: TrainConfig, plan: Plan, root: Path) -> None:
 
 
 def _train(config: TrainConfig, run: RunFunction, kill_in_step: int | None, log: Path) -> Samples:
-    """Train as one rank; return the samples of this rank by step."""
+    """Train as one rank; return its samples by step."""
     with log.open("a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -225,7 +213,7 @@ def _digest(tokens: torch.Tensor) -> str:
 
 
 def _die(config: TrainConfig, root: Path) -> None:
-    """Wait until the checkpoint, which is written in the background, is complete, and end like a lost machine."""
+    """Wait until the checkpoint, which is written in the background, is complete, and kill this process."""
     deadline = time.monotonic() + SAVE_TIMEOUT_SECONDS
     while not find_checkpoints(config.run.directory):
         if time.monotonic() > deadline:
@@ -242,11 +230,9 @@ def _die(config: TrainConfig, root: Path) -> None:
 class Outcome:
     """What a run leaves."""
 
-    metrics: dict[int, dict[str, Any]]
-    """Records of ``metrics.jsonl``, and the samples, by step."""
+    metrics: dict[int, dict[str, Any]]  # records of ``metrics.jsonl``, and the samples, by step
     state: RunState
-    tensors: TensorReader
-    """Of the last checkpoint."""
+    tensors: TensorReader  # of the last checkpoint
 
     @staticmethod
     def read(run: Path, samples: Samples, last: int) -> "Outcome":
@@ -290,7 +276,7 @@ def _compare(whole: Outcome, parts: Outcome, plan: Plan, *, is_bitwise: bool) ->
 
 
 def _difference(value: Any, other: Any) -> float:
-    """Return the relative difference of two numbers, and for anything else whether it differs: 0 or infinity."""
+    """Return the relative difference of two numbers; of anything else 0 if equal, else infinity."""
     if value == other and value is not None:
         return 0.0
     if isinstance(value, float) and isinstance(other, float):
@@ -305,7 +291,7 @@ def _contrast(value: Any, other: Any) -> str:
 
 
 def _compare_tensors(whole: TensorReader, parts: TensorReader, prefix: str) -> tuple[float, str | None]:
-    """Return the norm of the difference of all tensors over their norm, and the first tensor with a difference."""
+    """Return the norm of the difference of all tensors over their norm, and the first tensor that differs."""
     square = square_of_difference = 0.0
     first = None
     for key in (key for key in whole.records if key.startswith(prefix)):

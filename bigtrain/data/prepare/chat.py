@@ -33,8 +33,7 @@ CHAT_FILE = "chat.json"
 _ROLES = ("system", "user", ANSWERING_ROLE, "tool", "developer", "function", "ipython")
 _OF_A_CHAT = ("tools", "functions", "documents", "system", "chat_template_kwargs")
 """Fields of a row beside its messages that are, by convention, part of what the model is to see."""
-_LABELS = ("id", "type", "index")
-"""Keys inside a field, such as in a tool call, that a template may do without."""
+_LABELS = ("id", "type", "index")  # keys inside a field, such as in a tool call, that a template may do without
 _CHATML = """\
 {% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}\
 {% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '<|im_end|>\n' }}{% endgeneration %}\
@@ -50,8 +49,7 @@ Span = tuple[int, int]
 class Chat:
     """How the conversations of a source are written."""
 
-    templates: dict[str, str]
-    """``default``, and ``tool_use`` where chats with tools have a template of their own."""
+    templates: dict[str, str]  # ``default``, and ``tool_use`` where chats with tools have a template of their own
     tokens: dict[str, Any]
     """What templates read besides the chat: ``bos_token``, ``eos_token`` and other special tokens."""
     date: str = ""
@@ -60,15 +58,14 @@ class Chat:
     """Whether the template is the ChatML of ``bpe`` and ``bytes``, whose names of special tokens are text."""
 
     def write(self, record: dict[str, Any], name: str, *, is_table: bool) -> tuple[str, list[Span]]:
-        """Return the text of a row and the ranges of characters that count; none: there is nothing to learn.
+        """Return the text of a row and the ranges of characters that count; both empty if nothing does.
 
         Args:
-            record: the row.
-            name: its field with the messages.
-            is_table: whether a null may be there only because other rows have that field.
+            name: the row's field with the messages.
+            is_table: whether a null may only mean that other rows have the field.
 
         Raises:
-            ValueError: the row is no conversation, the template cannot write it, or drops some of it.
+            ValueError: the row is no conversation, or the template cannot write it or drops some of it.
         """
         messages, weights = _read_messages(_without_null(record[name]) if is_table else record[name], name)
         if not any(weight for weight, m in zip(weights, messages, strict=True) if m["role"] == ANSWERING_ROLE):
@@ -82,10 +79,11 @@ class Chat:
     def render(
         self, messages: list[dict[str, Any]], fields: dict[str, Any], *, asks: bool = False
     ) -> tuple[str, list[Span]]:
-        """Return the text of a conversation and the ranges that the template marks; ``asks`` opens an answer after it.
+        """Return a conversation's text and the ranges that the template marks; ValueError if it cannot be written.
 
-        Raises:
-            ValueError: the template cannot write it.
+        Args:
+            fields: other variables of the template.
+            asks: whether to append what opens an answer.
         """
         from transformers.utils import chat_template_utils as templates
 
@@ -108,24 +106,23 @@ class Chat:
         return texts[0], [(begin, end) for begin, end in (spans[0] if spans else [])]
 
     def marks(self, fields: dict[str, Any]) -> bool:
-        """Return whether the template says itself what is generated."""
+        """Return whether the template marks what is generated."""
         return _GENERATION.search(self._template(fields)) is not None
 
     @property
     def endings(self) -> list[str]:
-        """Names of special tokens with which a template may end a chat."""
         return [token for token in self.tokens.values() if isinstance(token, str) and token]
 
     def _template(self, fields: dict[str, Any]) -> str:
         return self.templates["tool_use" if fields.get("tools") and "tool_use" in self.templates else "default"]
 
     def columns(self, names: list[str]) -> list[str]:
-        """Return the columns of a table, besides that of the messages, that say something of a chat."""
+        """Return those of a table's columns, besides the messages, that are part of a chat."""
         read = frozenset(_OF_A_CHAT).union(*map(variables, self.templates.values()))
         return [name for name in names if name in read]
 
     def _fields(self, record: dict[str, Any], name: str) -> dict[str, Any]:
-        """Return the fields of a row that the template reads besides the messages."""
+        """Return the fields, besides the messages, that the template reads."""
         read = variables(self._template(record)) - {name, "messages", "add_generation_prompt", *self.tokens}
         fields = {key: record[key] for key in read if record.get(key) is not None}
         for key in _OF_A_CHAT:
@@ -135,18 +132,14 @@ class Chat:
 
 
 class _Row:
-    """One conversation on its way to a text."""
+    """One conversation being written."""
 
     def __init__(self, chat: Chat, messages: list[dict[str, Any]], fields: dict[str, Any], name: str) -> None:
         self.text, self._spans = chat.render(messages, fields)
         self._chat, self._messages, self._fields, self._name = chat, messages, fields, name
 
     def require_written(self) -> None:
-        """Refuse what the template drops: a content, a part of one, or another field.
-
-        Raises:
-            ValueError: which it is.
-        """
+        """Raise a ValueError if the template drops a content, a part of one, or another field."""
         marked = self._try([_marked(message, number) for number, message in enumerate(self._messages)], self._fields)
         for number, message in enumerate(self._messages):
             for key, value in message.items():
@@ -164,7 +157,6 @@ class _Row:
                 raise ValueError(f"field '{key}': the chat template does not write it, or not all of it")
 
     def answers(self, weights: list[bool]) -> list[Span]:
-        """Return the ranges of characters that count."""
         counted = [i for i, m in enumerate(self._messages) if m["role"] == ANSWERING_ROLE and weights[i]]
         if not self._chat.marks(self._fields):
             return [self._span(number) for number in counted]
@@ -175,7 +167,7 @@ class _Row:
         return [span for n in counted for span in self._spans[bounds[n] : bounds[n + 1]]]
 
     def _span(self, number: int) -> Span:
-        """Return where a message stands: behind what asks for it, up to the end of what is written with it."""
+        """Return the range of a message: behind what asks for it, up to the end of what is written with it."""
         before, _ = self._chat.render(self._messages[:number], self._fields, asks=True)
         upto, _ = self._chat.render(self._messages[: number + 1], self._fields)
         if not self.text.startswith(upto):  # some write a special token when nothing follows
@@ -192,9 +184,9 @@ class _Row:
         return len(self._chat.render(self._messages[:number], self._fields)[1]) if number else 0
 
     def _require_effect(self, number: int, key: str, where: str) -> None:
-        """Refuse a field with a part that changes nothing: neither in the chat nor where the chat ends with its message.
+        """Refuse a field with a part that changes the text neither of the chat nor of the chat up to its message.
 
-        What a template writes only of the last answer, as many do with reasoning, is left out because it wants it so.
+        What a template writes of the last answer only, as many do with reasoning, it leaves out on purpose.
         """
         message = self._messages[number]
         labels = {name: value for name, value in message.items() if name != key}
@@ -214,7 +206,7 @@ class _Row:
 
 
 def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list[bool]]:
-    """Return messages as transformers gives them to a template, without nulls, and which of them may count."""
+    """Return messages in the form that templates read, without nulls, and which of them may count."""
     if not isinstance(messages, list):
         raise ValueError(f"field '{name}' is {type(messages).__name__}, not a list of messages")
     found, weights = [], []
@@ -251,7 +243,7 @@ def _says_something(value: Any) -> bool:
 
 
 def _cuts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield a value without one of its innermost parts, for each of them, and the name of that part."""
+    """Yield the name of each innermost part of a value, and the value without it."""
     keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
     for key in keys:
         if key in _LABELS or not _says_something(value[key]):
@@ -266,7 +258,7 @@ def _cuts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _with(value: Any, key: Any, items: list[Any]) -> Any:
-    """Return a list or dict with one item instead of that at ``key``, or none."""
+    """Return a list or dict with ``items`` (one or none) in place of that at ``key``."""
     if isinstance(value, list):
         return [*value[:key], *items, *value[key + 1 :]]
     return {name: items[0] if name == key else item for name, item in value.items() if name != key or items}
@@ -279,7 +271,7 @@ def _without_null(value: Any) -> Any:
 
 
 def _marks(content: Any, number: int) -> list[str]:
-    """Return what stands behind a content, or behind each of its parts, when it is marked."""
+    """Return the marks behind a content, or behind each of its parts."""
     if isinstance(content, str):
         return [_MARK.format(number)] if content.strip() else []
     return [_MARK.format(f"{number}.{i}") for i, part in enumerate(content) if part["text"].strip()]
@@ -313,11 +305,10 @@ def find_chat(tokenizer: str, chat_template: str | None) -> Chat:
     """Return how chats are written for a tokenizer.
 
     Args:
-        tokenizer: ``data.tokenizer``.
         chat_template: ``data.chat_template``, or what :func:`keep_chat` has written.
 
     Raises:
-        DataError: the tokenizer has no template and none is given, or the template cannot be read or is not valid.
+        DataError: there is no template, or it cannot be read or is not valid.
     """
     text = read_template(chat_template)
     if text is not None and Path(str(chat_template)).name == CHAT_FILE:
@@ -345,16 +336,11 @@ def find_chat(tokenizer: str, chat_template: str | None) -> Chat:
     return Chat(templates, tokens, date, is_plain=ours and text is None)
 
 
-chat_of = lru_cache(maxsize=8)(find_chat)
-"""The same for every row of a source."""
+chat_of = lru_cache(maxsize=8)(find_chat)  # the same for every row of a source
 
 
 def read_template(chat_template: str | None) -> str | None:
-    """Return what is in ``data.chat_template``.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return the content of ``data.chat_template``; DataError if it cannot be read."""
     try:
         return None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -362,12 +348,9 @@ def read_template(chat_template: str | None) -> str | None:
 
 
 def keep_chat(config: DataConfig, directory: Path) -> DataConfig:
-    """Write the template of the chats of ``config`` into ``directory``; return settings that name this file.
+    """Write the chat template into ``directory`` and return settings that name that file.
 
-    By them every process writes chats in the same way, whatever becomes of the tokenizer's own files.
-
-    Raises:
-        DataError: as :func:`find_chat`.
+    With it all processes write chats alike, even if the tokenizer's own files change. Raises as :func:`find_chat`.
     """
     if not _is_templated(config):
         return config
@@ -388,7 +371,7 @@ def build_coding(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
 
 
 def encoding_facts(config: DataConfig) -> dict[str, Any]:
-    """Return what decides the ids besides the source and the tokenizer's files; nothing where it never did."""
+    """Return what decides the ids besides source and tokenizer files; empty by default, for existing identities."""
     if _is_templated(config):
         return {"encoding": ["template", read_template(config.chat_template)]}
     has_index = Path(config.tokenizer, INDEX_FILE).is_file()
@@ -399,7 +382,9 @@ def encoding_facts(config: DataConfig) -> dict[str, Any]:
 
 
 def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
-    """Return the same of a tokenizer that was built and settings of :func:`keep_chat`; "" where ids are as ever."""
+    """Return a hash of :func:`encoding_facts` for a built tokenizer and settings of :func:`keep_chat`; "" by
+    default.
+    """
     bare, whole = (built.tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, built.adds_special))
     facts = [whole] if bare != whole or (built.adds_special and config.content is not Content.text) else []
     facts += [read_template(config.chat_template)] if _is_templated(config) else []

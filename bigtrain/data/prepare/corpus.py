@@ -77,20 +77,17 @@ _COMPARED_CHARACTERS = 1 << 18
 
 
 def prepare(config: DataConfig, *, progress: bool) -> Path:
-    """Tokenise the configured source into ``<data.root>/<name>``; when it is there already, only check it.
+    """Tokenise the source into ``<data.root>/<name>``, or check what is there; return the directory.
 
-    For a source that is tokenised while training only its tokenizer and its parts are written.
+    The name follows from the source and the settings. Of a source that is tokenised while training only tokenizer and
+    parts are written.
 
     Args:
-        config: Source, tokenizer, filters and validation fraction; any source but ``synthetic``.
-        progress: Show a bar when standard error is a terminal; otherwise the log gets a line now and then.
-
-    Returns:
-        The directory; its name follows from the source and the settings.
+        config: any source but ``synthetic``.
+        progress: show a bar when standard error is a terminal, else a log line now and then.
 
     Raises:
-        DataError: the source is missing, damaged or too small, the tokenizer is unsuitable, the
-            directory cannot be written, or a corpus of that name is damaged.
+        DataError: source, tokenizer or directory cannot be used, or an existing corpus is damaged.
     """
     if config.source is DataSource.prepared:
         if is_url(config.path):
@@ -106,10 +103,7 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
 def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[str, Path]]:
     """Prepare all components of a mixture, or the one data set; yield name and directory of each.
 
-    A ``bpe`` is trained on all of them together, with as many characters of each.
-
-    Raises:
-        DataError: as :func:`prepare`.
+    A ``bpe`` is trained on all together, with as many characters of each. Raises as :func:`prepare`.
     """
     texts = {name: part for name, part in component_data(data).items() if part.source is not DataSource.synthetic}
     sources = [part for part in texts.values() if part.source is not DataSource.prepared]
@@ -155,13 +149,13 @@ def _locate(config: DataConfig) -> _Target:
 
 
 def _slug(path: str) -> str:
-    """Return the last part of a path that has no wildcard, as a file name."""
+    """Return the last part of a path without wildcards, as a file name."""
     plain = [part for part in PurePath(path).parts if not glob.has_magic(part)] or ["files"]
     return re.sub(r"[^A-Za-z0-9]+", "-", plain[-1]).strip("-")[:40]
 
 
 def _check(directory: Path, config: DataConfig, identity: str | None = None) -> Path:
-    """Compare a local corpus with its index, so far as its shards are not looked at one by one in the run."""
+    """Compare a local corpus with its index; shards that the run verifies one by one are left to it."""
     verify = Verify.off if config.on_bad_shard is OnBad.skip else config.verify
     index = read_index(directory, check_sizes=verify is not Verify.off)
     if identity not in (None, index.identity):
@@ -172,7 +166,7 @@ def _check(directory: Path, config: DataConfig, identity: str | None = None) -> 
 
 
 def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
-    """Make ``directory`` appear with what ``fill`` writes into another one, unless somebody else does."""
+    """Create ``directory`` atomically with what ``fill`` writes, unless another process does."""
     work = directory.with_name(f".{directory.name}.partial")
     lock = work.with_suffix(".lock")
     try:
@@ -188,7 +182,7 @@ def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
 
 
 def _publish(work: Path, directory: Path) -> None:
-    """Make the finished ``work`` appear as ``directory``, durably and at once."""
+    """Rename the finished ``work`` to ``directory``, durably."""
     for path in (*work.rglob("*"), work):
         sync(path)
     try:
@@ -238,7 +232,7 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
 
 
 def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
-    """Write the tokenizer and the plan of a source that is tokenised while training, and return their index."""
+    """Write tokenizer and plan of a source that is tokenised while training, and return their index."""
     _report_files(config)
     parts = source_parts(config)
     if not parts:
@@ -256,7 +250,7 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
 
 
 def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
-    """Write the tokenizer; return the index of a corpus that has nothing else."""
+    """Write the tokenizer; return the index of a corpus without tokens."""
     (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
     published = keep_published(config.tokenizer, work, config.chat_template)
     vocab_size = num_ids(built.tokenizer)
@@ -289,7 +283,6 @@ def _num_processes(config: DataConfig, parts: list[Part]) -> int:
 
 
 def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> Survey:
-    """Read the source for the first time."""
     with reporter("reading", None, progress) as advance:
         survey = combine(config, run(survey_part, ((config, part) for part in parts)), advance)
     _report_survey(survey, config.content)
@@ -297,7 +290,7 @@ def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> 
 
 
 def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
-    """Train one BPE on several sources; return the directory that has it."""
+    """Train one BPE on several sources; return its directory."""
     targets = [_locate(config) for config in sources]
     identity = hashlib.sha256(" ".join(target.identity for target in targets).encode()).hexdigest()
     directory = Path(sources[0].root, f"tokenizer-bpe{sources[0].tokenizer_vocab_size}-{identity[:8]}")
@@ -326,7 +319,7 @@ def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, run: Run
 
 
 def _begin_parts(work: Path, parts: list[Part], tokenizer_hash: str) -> None:
-    """Keep the tokens of an earlier preparation only if they are of the same parts and tokenizer."""
+    """Discard tokens of an earlier preparation from other parts or another tokenizer."""
     basis = work / PARTS_DIRECTORY / hashlib.sha256(f"{parts} {tokenizer_hash}".encode()).hexdigest()
     if not basis.exists():
         shutil.rmtree(work / PARTS_DIRECTORY, ignore_errors=True)
@@ -335,7 +328,7 @@ def _begin_parts(work: Path, parts: list[Part], tokenizer_hash: str) -> None:
 
 
 def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterator[Document]]) -> bool:
-    """Return whether the fast encoder gives the right ids, as tried on documents from both ends of this very corpus."""
+    """Return whether the fast encoder gives the same ids, tried on both ends of this corpus."""
     fast, slow = (build(built.tokenizer, adds_special=built.adds_special) for build in (fast_encoder, slow_encoder))
     if fast is None:
         return False
@@ -357,7 +350,7 @@ def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterato
 def _join_split(
     work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, run: Run
 ) -> tuple[SplitRecord, np.ndarray]:
-    """Put the shards of a split together; return its record, without entropy, and how often each token occurs."""
+    """Write the shards of a split; return its record, without entropy, and token counts."""
     directories = [part_directory(work, number) for number in range(num_parts)]
     lengths = [np.load(directory / f"{split}.lengths.npy") for directory in directories]
     has_counted = any((directory / f"{split}.counted").exists() for directory in directories)
@@ -411,7 +404,7 @@ def _report_survey(survey: Survey, content: Content) -> None:
 
 
 def _report_files(config: DataConfig) -> LeftOut:
-    """Name the files that ``data.path`` leads to and that are not read, and return them."""
+    """Warn of files that ``data.path`` leads to but that are not read, and return them."""
     if config.source is DataSource.datasets:  # which says itself what it reads
         return {}
     left_out = find_files(config).left_out

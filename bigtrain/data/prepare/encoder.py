@@ -34,7 +34,7 @@ def slow_encoder(tokenizer: "Tokenizer", *, adds_special: bool = False) -> Encod
 
 
 def fast_encoder(tokenizer: "Tokenizer", *, adds_special: bool = False) -> Encode | None:
-    """Return an encoding with the same ids, or None where the tokenizer is of another kind.
+    """Return a faster encoding with the same ids, or None.
 
     A text with the name of a special token, if the tokenizer reads those, is left to the library.
     """
@@ -52,10 +52,9 @@ def fast_encoder(tokenizer: "Tokenizer", *, adds_special: bool = False) -> Encod
 def _tiktoken_encoder(tokenizer: "Tokenizer") -> Encode | None:
     """Return an encoding by tiktoken, or None.
 
-    tiktoken joins the two neighbours whose bytes together have the lowest rank, the tokenizers library those
-    whose pair comes first among the merges. These are the same when every merge makes another token, which is
-    required here, and no token can be reached by another pair, which merges that were learnt from text
-    fulfil and :func:`agrees` looks for.
+    tiktoken merges the neighbours whose joined bytes have the lowest rank, tokenizers those whose pair comes first
+    among the merges. Both agree when every merge makes another token, which is required here, and no token is reached
+    by two pairs, which holds for learnt merges and :func:`agrees` checks.
     """
     description = json.loads(tokenizer.to_str())
     model = description["model"]
@@ -88,7 +87,7 @@ def _tiktoken_encoder(tokenizer: "Tokenizer") -> Encode | None:
 
 
 def encode_pieces(encode: Encode, document: Document) -> Coded:
-    """Encode what counts and what does not one by one, and long texts in pieces, which bounds the memory."""
+    """Encode segments that count and that do not separately, and long texts in pieces, which bounds the memory."""
     tokens, counted = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.uint8)]
     for text, counts in _segments(document):
         for piece in cut(text):
@@ -108,8 +107,8 @@ def encode_whole(tokenizer: "Tokenizer", encode: Encode, document: Document) -> 
 def counted_tokens(encoding: "Encoding", answers: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
     """Return 1 for each token with a character inside ``answers``, uint8 ``(n,)``.
 
-    A token without characters, such as white space that the offsets leave out, stands for what is between its
-    neighbours. What the tokenizer writes in front of a text never counts, what it writes behind counts as its last token.
+    A token without characters (whitespace left out of the offsets) stands for what is between its neighbours. Tokens
+    added in front of a text never count, those added behind count as its last token.
     """
     begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     is_empty = begins == ends
@@ -126,7 +125,7 @@ def counted_tokens(encoding: "Encoding", answers: Sequence[tuple[int, int]]) -> 
 
 
 def _segments(document: Document) -> Iterator[tuple[str, bool]]:
-    """Yield the text of a document in segments that count or do not."""
+    """Yield the segments of a document and whether each counts."""
     end = 0
     for start, stop in [(0, len(document.text))] if document.answers is None else document.answers:
         if end < start:
@@ -143,7 +142,7 @@ def agrees(fast: Encode, slow: Encode, texts: Iterable[str]) -> bool:
 
 
 def _pattern(description: dict[str, Any]) -> str | None:
-    """Return the pattern that cuts text into words, "" if it is not cut, None if that is done in another way."""
+    """Return the pattern that splits text into words, "" if it is not split, None if it is split in another way."""
     pre_tokenizer = description["pre_tokenizer"] or {}
     if description["normalizer"] is not None:
         return None

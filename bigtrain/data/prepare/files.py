@@ -16,8 +16,7 @@ from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data.prepare.saved import DESCRIPTIONS, files_of_split, saved_files
 from bigtrain.errors import DataError, some
 
-LeftOut = dict[str, list[str]]
-"""Names by the reason why they are not read."""
+LeftOut = dict[str, list[str]]  # names by the reason why they are not read
 
 _NOT_STDLIB = frozenset({"__pycache__", "site-packages", "dist-packages"})
 _SUFFIXES = {
@@ -37,27 +36,23 @@ _THIS_NAME = "matched as a pattern, but there is something of this very name"
 class SourceFile(NamedTuple):
     """One file of a source."""
 
-    name: str
-    """Path relative to the root of the source, with '/' on every system."""
+    name: str  # path relative to the root of the source, with '/' on every system
     path: Path
-    """Where it is."""
 
 
 class Found(NamedTuple):
     """What a path leads to."""
 
-    files: list[SourceFile]
-    """What is read, sorted by name."""
-    left_out: LeftOut
-    """What is not."""
+    files: list[SourceFile]  # what is read, sorted by name
+    left_out: LeftOut  # what is not
 
 
 def find_files(config: DataConfig) -> Found:
     """Return the files of a source, and what its path leads to besides.
 
-    What exists is a name, the whole path or a component of it, and only else a pattern. Of a directory those files
-    are read that have an ending of the source; those of a pattern whatever they are called. A file or directory is
-    read once, however often it is linked. Of a saved dataset the files are read that it lists, of one split.
+    A path, or a component of it, that exists is a name; only else it is a pattern. Of a directory the files with a
+    suffix of the source are read, of a pattern all that match, and each file once, however often it is linked. Of a
+    saved dataset the files of one split are read that it lists.
 
     Raises:
         DataError: there is none; one is there packed and not; ``data.split`` is not there, or missing among several.
@@ -102,7 +97,7 @@ def _find(config: DataConfig) -> Found:
 
 
 def _valid(name: str) -> str:
-    """Return a file's name, in which the system allows any bytes, as Unicode."""
+    """Return a file name, which may be any bytes, as Unicode."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -130,7 +125,7 @@ def _endings(suffixes: tuple[str, ...]) -> str:
 def _files_below(
     root: Path, suffixes: tuple[str, ...], left_out: LeftOut, ignored: frozenset[str] = frozenset()
 ) -> list[SourceFile]:
-    """Return the files below ``root`` that end in one of ``suffixes``, in whatever case."""
+    """Return the files below ``root`` that end in one of ``suffixes``, in any case."""
     files = []
     for prefix, directory, names in _walk(root, left_out, ignored):
         for name in names:
@@ -149,7 +144,7 @@ def _files_below(
 def _walk(
     root: str | Path, left_out: LeftOut, ignored: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield every directory from ``root`` on, once, however it is linked: relative to it, path, names of files.
+    """Yield (relative prefix, path, file names) of every directory from ``root`` on, once, however it is linked.
 
     Hidden files and directories, and directories with an ``ignored`` name, are left out.
     """
@@ -173,7 +168,7 @@ def _walk(
 
 
 def _files_matching(pattern: Path, left_out: LeftOut) -> list[SourceFile]:
-    """Return the files that match; in each directory, a component that exists there is a name and not a pattern."""
+    """Return the files that match; in each directory, a component that exists there is a name, not a pattern."""
     root, places = None, [Path(pattern.anchor)]
     for part in pattern.parts[bool(pattern.anchor) :]:
         is_name = len(places) == 1 and (not glob.has_magic(part) or os.path.lexists(places[0] / part))
@@ -210,7 +205,7 @@ def _children(place: Path, part: str, left_out: LeftOut) -> list[Path]:
 
 
 def _once(files: list[SourceFile], left_out: LeftOut) -> list[SourceFile]:
-    """Leave out further names of the same file, those first that are links."""
+    """Leave out further names of the same file, links first."""
     by_inode: dict[tuple[int, int], list[SourceFile]] = defaultdict(list)
     for file in files:
         stat = file.path.stat()
@@ -229,7 +224,7 @@ def _once(files: list[SourceFile], left_out: LeftOut) -> list[SourceFile]:
 
 
 def _is_linked(file: SourceFile) -> bool:
-    """Return whether the way from the root of the source to a file has a link."""
+    """Return whether the path from the root of the source to a file has a link."""
     root = os.path.realpath(str(file.path).removesuffix(file.name))
     return os.path.realpath(file.path) != os.path.join(root, file.name)
 

@@ -30,30 +30,29 @@ _QUOTED_CHARACTERS = 40
 
 
 class SeveralLinesError(ValueError):
-    """A value of JSON goes on over several lines."""
+    """A JSON value spans several lines."""
 
 
 def foreign_format(head: bytes) -> str | None:
-    """Return what a file is by its first bytes, or None if it may be text in UTF-8."""
+    """Return the format of a file by its first bytes, None if it may be text in UTF-8."""
     return next((what for magic, what in _FIRST_BYTES.items() if head.startswith(magic)), None)
 
 
 def foreign_json(head: bytes) -> str | None:
-    """Return the same for a file that should have JSON, whose encoding shows without a mark too."""
+    """Return the same for a file that should be JSON, whose encoding shows without a mark too."""
     unmarked = "UTF-32" if _JSON_UTF32.match(head) else "UTF-16" if _JSON_UTF16.match(head) else None
     return foreign_format(head) or unmarked or ("binary" if head.startswith(b"\0") else None)
 
 
 def parse_object(line: str, following: Callable[[], bytes]) -> dict[str, Any]:
-    """Return the JSON object that a line holds.
+    """Return the JSON object in a line that is not blank.
 
     Args:
-        line: not blank.
-        following: returns the beginning of what comes after it, which may explain what is wrong.
+        following: returns the beginning of what comes after the line, to explain an error.
 
     Raises:
         SeveralLinesError: it goes on over the following lines.
-        ValueError: it is something else.
+        ValueError: it is no JSON object.
     """
     try:
         record = json.loads(line)
@@ -84,7 +83,7 @@ def _not_json(line: str, error: json.JSONDecodeError) -> str:
 
 
 def _goes_on(line: str, following: bytes) -> bool:
-    """Return whether a line that is not JSON is the beginning of JSON over several lines."""
+    """Return whether a line that is not JSON begins JSON over several lines."""
     start = line.lstrip()
     if start[:1] not in ("{", "[") or not following.strip():
         return False

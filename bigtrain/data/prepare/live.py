@@ -34,24 +34,15 @@ _WINDOW_BYTES, _WINDOW_PARTS = 1 << 26, 8
 class Plan:
     """What is known of a source before it is read."""
 
-    fingerprint: str
-    """What decides the documents, their order and their tokens, wherever the files lie."""
-    is_fast: bool
-    """See :class:`bigtrain.data.prepare.tokenise.Coding`."""
-    window_parts: int
-    """Parts that are shuffled together unless configured otherwise: 8 of usual size, fewer large ones."""
-    sizes: dict[str, int]
-    """Bytes of each file, by path."""
+    fingerprint: str  # what decides the documents, their order and their tokens, wherever the files lie
+    is_fast: bool  # see :class:`bigtrain.data.prepare.tokenise.Coding`
+    window_parts: int  # parts that are shuffled together unless configured otherwise: 8 of usual size, fewer large ones
+    sizes: dict[str, int]  # bytes of each file, by path
     parts: list[Part]
-    """Parts of the source."""
 
 
 def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer_hash: str, is_fast: bool) -> str:
-    """Write what :func:`read_plan` reads; return the fingerprint.
-
-    Raises:
-        DataError: the source is missing.
-    """
+    """Write what :func:`read_plan` reads; return the fingerprint. DataError if the source is missing."""
     files = sorted({file for part in parts for file in part.files})
     facts = [
         source_fingerprint(config, with_times=False),
@@ -78,11 +69,7 @@ def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer
 
 
 def read_plan(directory: Path) -> Plan:
-    """Return the plan in a directory.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return the plan in a directory; DataError if it cannot be read."""
     path = directory / PLAN_FILE
     try:
         values = json.loads(path.read_text())
@@ -96,7 +83,7 @@ def read_plan(directory: Path) -> Plan:
 
 
 class Task(NamedTuple):
-    """One part to be tokenised, for a helper."""
+    """One part for a helper process to tokenise."""
 
     name: str
     cache: NodeCache
@@ -112,11 +99,7 @@ class Tokenisation:
     """How the parts of a source become tokens."""
 
     def __init__(self, directory: Path, config: DataConfig, index: CorpusIndex) -> None:
-        """Read the plan in a directory.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Read the plan in a directory; DataError if it cannot be read."""
         self._plan = plan = read_plan(directory)
         self.fingerprint, self.num_parts, self.window_parts = plan.fingerprint, len(plan.parts), plan.window_parts
         # What the template was when the plan was made, wherever the file of the settings is now.
@@ -127,7 +110,6 @@ class Tokenisation:
         self._coding = Coding(plan.is_fast, record.eos_id, bound, record.adds_special, record.reads_special)
 
     def make(self, number: int, name: str, cache: NodeCache, helpers: Helpers) -> None:
-        """See :class:`bigtrain.data.read.live.Source`."""
         part = self._plan.parts[number]
         sizes = [self._plan.sizes[str(file.path)] for file in part.files]
         task = Task(name, cache, self._config, part, sizes, self._directory, self._coding, self._dtype)
@@ -135,19 +117,15 @@ class Tokenisation:
 
 
 def open_live(directory: Path, config: DataConfig, index: CorpusIndex, helpers: Helpers) -> LiveParts:
-    """Open what was found out of a source; nothing is tokenised yet.
-
-    Raises:
-        DataError: the plan or the cache cannot be used.
-    """
+    """Open a planned source; nothing is tokenised yet. DataError if plan or cache cannot be used."""
     return LiveParts(Tokenisation(directory, config, index), config, index, helpers)
 
 
 def make_part(task: Task) -> None:
-    """Tokenise one part into the cache, unless it is there or another process is at it.
+    """Tokenise one part into the cache, unless it is there or another process does.
 
     Raises:
-        DataError: what the source raises; it is not what it was; the cache cannot be written.
+        DataError: the source is damaged or has changed, or the cache cannot be written.
     """
     with explained(task.cache.directory), task.cache.making(task.name, 0, wait=False) as handle:
         if handle is None:

@@ -12,7 +12,7 @@ _REPORT_SECONDS = 10.0
 
 @contextmanager
 def reporter(title: str, total_bytes: int | None, progress: bool) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told each number of bytes done and shows how far the work is."""
+    """Yield a function that is called with each number of bytes done and shows the progress."""
     if progress and sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -19,7 +19,7 @@ _RECALL = 0.95
 
 
 def rejection(text: str, filters: FilterConfig) -> str | None:
-    """Return the name of the first filter that leaves ``text`` out, or None."""
+    """Return the name of the first filter that rejects ``text``, or None."""
     if len(text) < filters.min_characters:
         return "min_characters"
     if filters.max_characters is not None and len(text) > filters.max_characters:
@@ -32,26 +32,26 @@ def rejection(text: str, filters: FilterConfig) -> str | None:
 
 
 def repeated_line_share(text: str) -> float:
-    """Return the share of the characters in lines, blank ones and margins aside, that the text has had before."""
+    """Return the share of characters in lines, stripped and not blank, that repeat earlier ones."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     num_characters = sum(map(len, lines))
     return 1 - sum(map(len, set(lines))) / num_characters if num_characters else 0.0
 
 
 def symbol_share(text: str) -> float:
-    """Return the share of the visible characters that are neither letters nor digits."""
+    """Return the share of visible characters that are neither letters nor digits."""
     num_visible = sum(match.end() - match.start() for match in _VISIBLE.finditer(text))
     return len(_LETTERS_DIGITS_AND_SPACE.sub("", text)) / num_visible if num_visible else 0.0
 
 
 def content_hash(text: str) -> tuple[int, int]:
-    """Return 128 bits that differ for texts that differ, as two 64-bit integers."""
+    """Return a 128-bit hash as two 64-bit integers."""
     value = xxhash.xxh3_128_intdigest(text.encode())
     return value >> 64, value & (1 << 64) - 1
 
 
 def minhash(text: str) -> Any:
-    """Return the MinHash signature (Broder 1997) of the text's sequences of five words."""
+    """Return the MinHash signature (Broder 1997) of the text's five-word shingles."""
     import rensa
 
     words = _WORD.findall(text.lower())
@@ -62,7 +62,7 @@ def minhash(text: str) -> Any:
 
 
 def exact_duplicates(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return which rows of ``hashes``, uint64 ``(N, 2)``, are equal to an earlier one, bool ``(N,)``."""
+    """Return which rows of ``hashes``, uint64 ``(N, 2)``, equal an earlier one, bool ``(N,)``."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the earliest comes first
     ordered = hashes[order]
     is_duplicate = np.zeros(len(hashes), dtype=np.bool_)
@@ -71,10 +71,9 @@ def exact_duplicates(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 def near_duplicates(signatures: Iterator[Any], similarity: float) -> Iterator[bool]:
-    """Yield for each signature whether an earlier one that was not a duplicate itself is at least so similar.
+    """Yield for each signature whether an earlier one that was kept is at least so similar.
 
-    Candidates come from locality-sensitive hashing with so many bands that it finds 95 % of the pairs of just this
-    similarity, and more of the closer ones; the signatures decide.
+    LSH finds the candidates, with as many bands as catch 95 % of the pairs of just this similarity; signatures decide.
     """
     import rensa
 

@@ -9,12 +9,9 @@ from bigtrain.data.prepare.chat import chat_of
 class Document(NamedTuple):
     """One document of a source."""
 
-    id: str
-    """Unique within the source and the same wherever the source lies: relative file name, ``@byte`` or ``:row``."""
-    text: str
-    """Valid Unicode, possibly empty."""
-    is_repaired: bool
-    """Whether something that is not valid Unicode was replaced."""
+    id: str  # unique within the source and the same wherever the source lies: relative file name, ``@byte`` or ``:row``
+    text: str  # valid Unicode, possibly empty
+    is_repaired: bool  # whether something that is not valid Unicode was replaced
     answers: tuple[tuple[int, int], ...] | None = None
     """Ranges of characters that count in the loss, in order; None: all of them."""
     is_templated: bool = False
@@ -42,13 +39,9 @@ def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
 
 
 def record_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
-    """Return the document that a record holds.
+    """Return the document in a record; ValueError if a field is missing or not what it should be.
 
-    A chat is written by its template; see :mod:`bigtrain.data.prepare.chat`. Of a pair, prompt and answer follow each other
-    directly and the answer counts.
-
-    Raises:
-        ValueError: a field is missing or not what it should be.
+    A chat is written by its template. A pair is prompt and answer, joined, of which the answer counts.
     """
     fields = document_fields(config)
     for setting, name in fields.items():
@@ -68,7 +61,7 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
 
 
 def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, bool]:
-    """Return text and whether something in it was replaced because it is not valid."""
+    """Return the text and whether invalid bytes were replaced."""
     try:
         return raw.decode(encoding), False
     except UnicodeDecodeError:

@@ -9,8 +9,7 @@ from bigtrain.config import DataConfig
 from bigtrain.errors import DataError
 
 DICTIONARY = "dataset_dict.json"
-DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")
-"""What is used, though it is no data."""
+DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")  # what is used, though it is no data
 _SPLIT = "train|validation|valid|val|dev|eval|test"
 _OF_SPLIT = re.compile(
     rf"(?:.*[-_.])?({_SPLIT})-\d{{5}}-of-\d{{5}}\..*|((?i:{_SPLIT}))\.(?i:jsonl|ndjson|json|parquet)(?i:\.gz|\.zst)?"
@@ -31,10 +30,10 @@ AnyFile = TypeVar("AnyFile", bound=_File)
 def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
     """Return those of ``files`` that are data of the configured split; Arrow files of other origin have no split.
 
-    ``state.json`` says which files ``save_to_disk`` has written; ``map`` and ``shuffle`` keep their caches beside them.
+    ``state.json`` lists what ``save_to_disk`` wrote; ``map`` and ``shuffle`` keep their caches beside it.
 
     Raises:
-        DataError: the split is not there, or missing among several; a file that is listed is not there.
+        DataError: the split is not there, or missing among several; a listed file is not there.
     """
     is_named = Path(config.path).is_file()
     listings = {directory: _listing(directory) for directory in {file.path.parent for file in files}}
@@ -61,7 +60,7 @@ def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, li
 
 
 def files_of_split(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
-    """Return those of ``files`` that are of the configured split: ``train-00000-of-00002.parquet`` or ``train.jsonl``.
+    """Return the files of the configured split, as ``train-00000-of-00002.parquet`` or ``train.jsonl``.
 
     Raises:
         DataError: the split is not there, or missing among several.
@@ -88,11 +87,7 @@ def files_of_split(files: list[AnyFile], config: DataConfig, left_out: dict[str,
 
 
 def choose_split(there: list[str], config: DataConfig) -> str | None:
-    """Return the split among those ``there`` that is read; None: all, for there are not several.
-
-    Raises:
-        DataError: it is not there, or missing among several.
-    """
+    """Return which of the splits ``there`` is read, None for all; DataError if it is missing or ambiguous."""
     where = f"data.path={config.path}"
     if config.split is None and len(there) > 1:
         raise DataError(f"{where}: holds the splits {', '.join(sorted(there))}; set data.split to one of them")
@@ -133,11 +128,7 @@ def _listing(directory: Path) -> Listing | None:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """Return ``state.json`` of a saved dataset.
-
-    Raises:
-        DataError: it cannot be read, or is of an old version whose selection of rows is not read any more.
-    """
+    """Return ``state.json`` of a saved dataset; DataError if it is damaged or has an old selection of rows."""
     state = _read(directory / "state.json")
     if any(value for key, value in state.items() if key.startswith("_indices")):
         raise DataError(

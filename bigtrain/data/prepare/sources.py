@@ -45,8 +45,7 @@ _BLOCK_BYTES = 1 << 20
 class BadRow(NamedTuple):
     """A row or file that ``data.on_bad_row`` decides about."""
 
-    problem: str
-    """What is wrong, with file and line or row."""
+    problem: str  # what is wrong, with file and line or row
 
 
 Rows = Iterator[Document | BadRow]
@@ -55,18 +54,15 @@ Rows = Iterator[Document | BadRow]
 class Part(NamedTuple):
     """What one process reads at a time: some whole files, or a range of one file or dataset."""
 
-    files: tuple[SourceFile, ...] = ()
-    """None for a dataset."""
-    start: int = 0
-    """First byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)."""
+    files: tuple[SourceFile, ...] = ()  # empty for a dataset
+    start: int = 0  # first byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)
     stop: int | None = None
     """End of that range; None: to the end. Of a text only if it is all that a directory or a pattern holds."""
-    first_row: int = 0
-    """Rows before the range."""
+    first_row: int = 0  # rows before the range
 
 
 def iterate_documents(config: DataConfig) -> Iterator[Document]:
-    """Yield every document of the configured source, in an order fixed by names and positions.
+    """Yield every document of the source, in an order fixed by names and positions.
 
     Raises:
         DataError: the source is missing, unreadable, damaged or lacks the text field.
@@ -76,11 +72,7 @@ def iterate_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def source_parts(config: DataConfig) -> list[Part]:
-    """Return the parts of the configured source, a few megabytes each where it can be divided.
-
-    Raises:
-        DataError: the source is missing or cannot be read.
-    """
+    """Return the parts of the source, a few MB each where it can be divided; DataError if it cannot be read."""
     if config.source is DataSource.datasets:
         return _dataset_parts(config)
     files = find_files(config).files
@@ -123,8 +115,6 @@ def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Ite
     """Yield the documents of one part; raises as :func:`iterate_documents`.
 
     Args:
-        config: the source.
-        part: one of its parts.
         bad: counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
     """
     skips = config.on_bad_row is OnBad.skip
@@ -162,13 +152,11 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
 def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
     """Return a SHA-256 that changes when the source does, without reading the documents.
 
-    Local files enter with relative name, size and time of modification, the standard library with
-    name, size and Python version. A dataset on the hub enters with its name only: it is prepared
-    once and then stays as it is, also offline.
+    Local files enter with relative name, size and modification time, the standard library with name, size and Python
+    version, a dataset on the hub with its name only: once prepared it stays as it is, also offline.
 
     Args:
-        config: the source.
-        with_times: whether the times of modification enter, which a copy of the files may have changed.
+        with_times: whether modification times enter, which a copy may have changed.
 
     Raises:
         DataError: the source is missing.
@@ -190,7 +178,7 @@ def _sha256_of(value: Any) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong inside a file into an error that names the file."""
+    """Turn an error inside a file into a DataError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -281,7 +269,7 @@ def _open_lines(path: Path) -> io.BufferedReader | gzip.GzipFile:
 
 
 def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:
-    """Go to the first line that begins at or after ``start`` and return where it does."""
+    """Seek to the first line that begins at or after ``start`` and return its position."""
     if start == 0:
         return 0
     lines.seek(start - 1)

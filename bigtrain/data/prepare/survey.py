@@ -24,66 +24,46 @@ _QUIET_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 class Piece(NamedTuple):
     """A piece of a document that the BPE is trained on."""
 
-    part: int
-    """Part of the source."""
-    document: int
-    """Number among the candidates of the part."""
-    number: int
-    """Number among the pieces of the document."""
+    part: int  # part of the source
+    document: int  # number among the candidates of the part
+    number: int  # number among the pieces of the document
 
 
 @dataclass(kw_only=True, slots=True)
 class PartSurvey:
-    """What one part of the source holds; arrays have one entry for each candidate: not empty, past the filters."""
+    """What one part holds; arrays have an entry for each candidate: not empty, past the filters."""
 
-    sizes: NDArray[np.int64]
-    """Size of each as UTF-8."""
-    hashes: NDArray[np.uint64]
-    """:func:`content_hash` of each, ``(N, 2)``."""
-    signatures: list[Any]
-    """MinHash of each, if near duplicates are looked for."""
-    empty: Dropped
-    """Documents without text."""
-    num_repaired: int
-    """Documents with text that was not valid UTF-8."""
-    dropped: dict[str, Dropped]
-    """What the filters have left out."""
-    bad: Dropped
-    """What ``data.on_bad_row=skip`` has left out."""
-    ids: list[str]
-    """Id of each, if duplicates are looked for."""
-    pieces: list[list[tuple[int, int]]]
-    """Hash and characters of each piece of each, if a BPE is trained."""
+    sizes: NDArray[np.int64]  # size of each as UTF-8
+    hashes: NDArray[np.uint64]  # :func:`content_hash` of each, ``(N, 2)``
+    signatures: list[Any]  # MinHash of each, if near duplicates are looked for
+    empty: Dropped  # documents without text
+    num_repaired: int  # documents with text that was not valid UTF-8
+    dropped: dict[str, Dropped]  # what the filters have left out
+    bad: Dropped  # what ``data.on_bad_row=skip`` has left out
+    ids: list[str]  # id of each, if duplicates are looked for
+    pieces: list[list[tuple[int, int]]]  # hash and characters of each piece of each, if a BPE is trained
 
 
 @dataclass(kw_only=True, slots=True)
 class Survey:
     """What the first pass found."""
 
-    num_documents: int = 0
-    """Documents that are kept."""
-    num_text_bytes: int = 0
-    """Their size as UTF-8."""
-    unique_share: float = 1.0
-    """Share, in bytes, of the documents past the filters that are not equal to an earlier one."""
-    empty: Dropped = field(default_factory=Dropped)
-    """Documents without text, which are left out."""
-    num_repaired_documents: int = 0
-    """Documents with text that was not valid UTF-8."""
+    num_documents: int = 0  # documents that are kept
+    num_text_bytes: int = 0  # their size as UTF-8
+    unique_share: float = 1.0  # share, in bytes, of the documents past the filters that are not equal to an earlier one
+    empty: Dropped = field(default_factory=Dropped)  # documents without text, which are left out
+    num_repaired_documents: int = 0  # documents with text that was not valid UTF-8
     validation_bound: int = 0
     """A document is for validation if the first number of its :func:`content_hash` is below this."""
     bpe_sample: list[Piece] = field(default_factory=list)
     """Up to 10 M characters of training text, spread over the corpus; only for ``bpe``."""
-    kept: list[NDArray[np.bool_]] = field(default_factory=list)
-    """Of each part: which of its candidates are kept."""
-    dropped: dict[str, Dropped] = field(default_factory=dict)
-    """What was left out, by reason."""
-    bad: Dropped = field(default_factory=Dropped)
-    """What ``data.on_bad_row=skip`` has left out."""
+    kept: list[NDArray[np.bool_]] = field(default_factory=list)  # of each part: which of its candidates are kept
+    dropped: dict[str, Dropped] = field(default_factory=dict)  # what was left out, by reason
+    bad: Dropped = field(default_factory=Dropped)  # what ``data.on_bad_row=skip`` has left out
 
 
 def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
-    """Yield the documents of a part that are kept; ``kept`` is what :attr:`Survey.kept` has for this part.
+    """Yield the documents of a part that are kept, by :attr:`Survey.kept` of this part.
 
     Raises:
         DataError: what the source raises, or it has changed since the survey.
@@ -99,11 +79,7 @@ def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> I
 
 
 def survey_part(config: DataConfig, part: Part) -> PartSurvey:
-    """Read one part of the source.
-
-    Raises:
-        DataError: what the source raises.
-    """
+    """Read one part of the source; DataError as the source raises."""
     num_repaired, empty = 0, Dropped()
     sizes, hashes, signatures, ids, pieces = [], [], [], [], []
     dropped: dict[str, Dropped] = {}
@@ -141,15 +117,10 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
 
 
 def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[int], None]) -> Survey:
-    """Put together what the parts hold, in their order.
+    """Merge the surveys of all parts, in order; DataError if fewer than two documents are kept.
 
     Args:
-        config: Filters, tokenizer and validation fraction.
-        found: What :func:`survey_part` returned for each part.
-        advance: Told the bytes of text of each part.
-
-    Raises:
-        DataError: fewer than two documents are kept.
+        advance: called with the bytes of text of each part.
     """
     survey, parts = Survey(), []
     for part in found:
@@ -179,7 +150,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
 
 
 def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted: list[Piece]) -> list[str]:
-    """Return pieces of the documents of one part; ``wanted`` are all of this part."""
+    """Return the ``wanted`` pieces, which are all of this part."""
     numbers = iter(np.flatnonzero(kept).tolist())
     texts: dict[tuple[int, int], str] = {}
     for number, document in zip(numbers, kept_documents(config, part, kept), strict=True):
@@ -190,7 +161,7 @@ def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted
 
 
 def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
-    """Return the pieces with the lowest hashes, about so many as fit, without those of validation documents."""
+    """Return the pieces of training documents with the lowest hashes, as many as fit."""
     heap: list[tuple[int, Piece, int]] = []  # the highest hash on top: (-hash, piece, characters)
     num_characters = 0
     for part_number, part in enumerate(parts):
@@ -233,7 +204,7 @@ def _duplicates(
     sizes: NDArray[np.int64],
     dropped: dict[str, Dropped],
 ) -> NDArray[np.bool_]:
-    """Return which candidates are left out as duplicates, and count them in ``dropped``."""
+    """Return which candidates are duplicates, and count them in ``dropped``."""
     policy = config.filters.duplicates
     if policy is Duplicates.keep:
         return np.zeros(len(sizes), dtype=np.bool_)
@@ -251,10 +222,10 @@ def _duplicates(
 
 
 def cut(text: str) -> Iterator[str]:
-    """Cut a long text into pieces of 64 k to 128 k characters that are tokenised one by one.
+    """Cut a long text into pieces of 64 k to 128 k characters that are tokenised separately, which bounds the memory.
 
-    This bounds the memory. A cut falls after a line end between two visible characters where there is
-    one: there, byte-level tokenizers start a new word anyway, and the ids are those of the whole.
+    A cut falls after a line end between two visible characters where there is one: byte-level tokenizers start a new
+    word there anyway, so the ids are those of the whole.
     """
     start = 0
     while len(text) - start > 2 * _PIECE_CHARACTERS:

@@ -27,24 +27,18 @@ from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
 from bigtrain.errors import DataError
 
 PARTS_DIRECTORY = "parts"
-SPLIT_BY = "content"
-"""What decides about the split of a document; part of the identity of a corpus."""
+SPLIT_BY = "content"  # what decides about the split of a document; part of the identity of a corpus
 _PIECE_TOKENS = 1 << 24
 
 
 class Coding(NamedTuple):
     """How documents become tokens."""
 
-    is_fast: bool
-    """Whether the fast encoder is used, which has been compared with the slow one."""
-    eos_id: int
-    """Token that ends a document."""
-    validation_bound: int
-    """Documents whose text has a lower hash are for validation."""
-    adds_special: bool = False
-    """See :class:`bigtrain.data.read.index.TokenizerRecord`."""
-    reads_special: bool = False
-    """See there."""
+    is_fast: bool  # whether the fast encoder is used, which has been compared with the slow one
+    eos_id: int  # token that ends a document
+    validation_bound: int  # documents whose text has a lower hash are for validation
+    adds_special: bool = False  # see :class:`bigtrain.data.read.index.TokenizerRecord`
+    reads_special: bool = False  # see there
 
 
 EncodeDocument = Callable[[Document], Coded]
@@ -53,12 +47,7 @@ EncodeDocument = Callable[[Document], Coded]
 def tokenise_part(
     config: DataConfig, part: Part, number: int, kept: NDArray[np.bool_], coding: Coding, work: Path
 ) -> int:
-    """Write the tokens of the documents of one part that are kept, if that has not been done; return its text bytes.
-
-    Raises:
-        DataError: what the source raises.
-        OSError: the files cannot be written.
-    """
+    """Write the tokens of a part's kept documents, unless that is done; return its text bytes."""
     directory = part_directory(work, number)
     if not directory.exists():
         partial = directory.with_suffix(".partial")
@@ -70,7 +59,7 @@ def tokenise_part(
 
 
 def part_directory(work: Path, number: int) -> Path:
-    """Return where the tokens of a part are."""
+    """Return the directory of a part's tokens."""
     return work / PARTS_DIRECTORY / f"{number:06}"
 
 
@@ -100,12 +89,12 @@ def _write_part(
 
 
 def split_of(document: Document, coding: Coding) -> str:
-    """Return the split of a document: equal texts are never on both sides, whatever else the corpus holds."""
+    """Return the split of a document: equal texts are never on both sides."""
     return "validation" if content_hash(document.text)[0] < coding.validation_bound else "train"
 
 
 class TokenBuffer:
-    """Documents of one split of a part: all tokens on end, and how many of them each document has."""
+    """Documents of one split of a part: all tokens concatenated, and the length of each document."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.text_bytes = 0
@@ -116,7 +105,6 @@ class TokenBuffer:
         self._counted: list[NDArray[np.uint8]] = []
 
     def add(self, document: Document, encode: EncodeDocument, eos_id: int) -> None:
-        """Tokenise a document and put it at the end."""
         tokens, counted = encode(document)
         self._tokens += [tokens.astype(self._dtype), np.array([eos_id], dtype=self._dtype)]
         if counted is not None:
@@ -127,7 +115,7 @@ class TokenBuffer:
         self.num_pending += self.lengths[-1]
 
     def take(self) -> tuple[NDArray, NDArray[np.uint8] | None]:
-        """Return the tokens since the last time and, unless all count, which do."""
+        """Return the tokens since the last call and, unless all count, which do."""
         tokens = np.concatenate([np.empty(0, self._dtype), *self._tokens])
         counted = np.concatenate(self._counted) if self._counted else None
         self._tokens, self._counted, self.num_pending = [], [], 0
@@ -142,23 +130,18 @@ def _append(directory: Path, split: str, buffer: TokenBuffer) -> None:
 
 
 class ShardPlan(NamedTuple):
-    """One shard to be put together."""
+    """One shard to be written."""
 
-    name: str
-    """``train-00000`` and so on."""
-    lengths: NDArray[np.int64]
-    """Tokens of each of its documents."""
-    ranges: list[tuple[int, int, int]]
-    """(part, first token, end) in order."""
+    name: str  # ``train-00000`` and so on
+    lengths: NDArray[np.int64]  # tokens of each of its documents
+    ranges: list[tuple[int, int, int]]  # (part, first token, end) in order
 
 
 def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int) -> list[ShardPlan]:
-    """Cut the documents of all parts into shards; each ends with the document by which it has ``shard_tokens``.
+    """Cut documents into shards; each ends with the document by which it has ``shard_tokens``.
 
     Args:
-        split: ``train`` or ``validation``.
-        lengths: Of each part: tokens of each of its documents.
-        shard_tokens: See ``data.shard_tokens``.
+        lengths: of each part, the tokens of each of its documents.
     """
     ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))
     part_ends = np.cumsum([int(part.sum()) for part in lengths])
@@ -179,11 +162,7 @@ def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int)
 
 
 def write_shard(work: Path, plan: ShardPlan, vocab_size: int, has_counted: bool) -> tuple[ShardRecord, NDArray]:
-    """Put a shard together, if that has not been done; return its record and how often each token occurs.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
+    """Write a shard, unless that is done; return its record and how often each token occurs."""
     done = work / PARTS_DIRECTORY / f"{plan.name}.json"
     counts_path = done.with_suffix(".counts.npy")
     if done.exists():
@@ -232,10 +211,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def cross_entropy_nats(counts: NDArray[np.int64], weights: NDArray[np.integer | np.floating]) -> float:
-    """Return the cross-entropy in nats per token of tokens under frequencies proportional to ``weights``.
+    """Return the cross-entropy in nats per token under frequencies proportional to ``weights``.
 
     Args:
-        counts: How often each token occurs, ``(vocab_size,)``.
+        counts: occurrences of each token, ``(vocab_size,)``.
         weights: ``(vocab_size,)``, positive wherever ``counts`` is.
     """
     occurs = counts > 0

@@ -51,7 +51,9 @@ class HFCausalLM(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder layers: the longest ``ModuleList`` with something to train that is not inside another (experts are)."""
+        """Decoder layers: the longest ``ModuleList`` with trainable parameters that is not inside another (experts
+        are).
+        """
         lists = list(outermost_lists(self.causal_lm))
         trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
         return max(trained or lists, key=len)
@@ -66,8 +68,8 @@ class HFCausalLM(nn.Module):
     ) -> Tensor:
         """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar.
 
-        From positions, which count from 0 at each document, transformers derives a mask that keeps attention within
-        documents, in architectures that take them.
+        From positions, counted from 0 in each document, transformers derives a document mask, in architectures that
+        take them.
         """
         if cache is None:
             positions = {} if positions_BT is None or not self.takes_positions else {"position_ids": positions_BT}
@@ -78,12 +80,12 @@ class HFCausalLM(nn.Module):
         return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
 
     def new_cache(self, capacity_tokens: int) -> HFCache | None:
-        """Return an empty cache (it grows as needed), or None for a model without keys and values."""
+        """Return an empty cache, which grows as needed, or None for a model without keys and values."""
         return HFCache() if "past_key_values" in inspect.signature(self.causal_lm.forward).parameters else None
 
 
 def describe_architecture(config: ModelConfig, root: Path) -> str:
-    """Write the ``config.json`` of an architecture with settings into a directory below ``root``, and return that.
+    """Write the ``config.json`` of an architecture with settings into a directory below ``root``; return the directory.
 
     Raises:
         ConfigError: transformers has no such architecture or setting, or refuses a value; a name is given too.
@@ -118,11 +120,7 @@ def describe_architecture(config: ModelConfig, root: Path) -> str:
 
 
 def with_hf_shape(config: ModelConfig) -> ModelConfig:
-    """Return ``config`` with the shape that the Hugging Face model describes, for checks and estimates.
-
-    Raises:
-        ConfigError: if the description cannot be had.
-    """
+    """Return ``config`` with the shape of the Hugging Face model; ConfigError if its description cannot be had."""
     hf_config = read_hf_config(config.name)
     text = hf_config.get_text_config()
     if not getattr(text, "vocab_size", 0):
@@ -147,10 +145,10 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
 
 
 def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
-    """Return the transformers configuration that ``name`` (a hub id or a local directory) describes.
+    """Return the transformers configuration of ``name``, a hub id or a local directory.
 
     Raises:
-        ConfigError: if there is none; it names the ``setting`` that the name is from.
+        ConfigError: there is none; it names the ``setting`` that the name is from.
     """
     from transformers import AutoConfig
 
@@ -171,7 +169,7 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
 
 
 def has_own_code(name: str) -> bool:
-    """Return whether what describes a model names code that comes with it; False where nothing describes it."""
+    """Return whether the description of a model names code that comes with it; False if there is none."""
     from transformers import PreTrainedConfig
 
     try:
@@ -181,12 +179,10 @@ def has_own_code(name: str) -> bool:
 
 
 def build_hf_model(config: ModelConfig) -> HFCausalLM:
-    """Build the architecture that ``config.name`` (a hub id or a local directory) describes.
-
-    Attention is ``sdpa`` wherever the architecture has it, which is ``transformers``' own default.
+    """Build the architecture of ``config.name``, a hub id or a local directory; attention is ``sdpa`` where it has it.
 
     Raises:
-        ConfigError: if the description cannot be had, or is not of a causal language model.
+        ConfigError: the description cannot be had, or is not of a causal language model.
     """
     hf_config = read_hf_config(config.name)
     try:
@@ -220,14 +216,13 @@ def build_causal_lm(hf_config: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
-    """Within this context, modules keep their parameters on the meta device and their buffers on the CPU.
+    """Construct modules with parameters on the meta device and buffers on the CPU.
 
-    Buffers such as rotary frequencies are computed when a model is constructed and are stored in no
-    checkpoint, so on the meta device they would be lost. Ties survive: a parameter that is already on
-    the meta device is registered as it is. Each parameter exists for a moment, as untouched memory.
+    Buffers such as rotary frequencies are computed in constructors and are in no checkpoint: on the meta device they
+    would be lost. Tied parameters stay tied. Each parameter exists for a moment, as untouched memory.
 
     Args:
-        keep_elements: what parameters of at most so many elements hold at that moment is kept in their ``constructed``.
+        keep_elements: parameters of at most so many elements keep what they held then in their ``constructed``.
     """
     register_parameter = nn.Module.register_parameter
 
@@ -256,6 +251,6 @@ def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong on one line, with the kind of error where its text alone says nothing (``KeyError: 'x'``)."""
+    """Return an error in one line, with its type where the text alone says nothing (``KeyError: 'x'``)."""
     text = first_line(error.__cause__ or error)
     return text if isinstance(error, ValueError | ImportError | OSError) and text else f"{type(error).__name__}: {text}"

@@ -20,22 +20,19 @@ from torch import Tensor, nn
 class DiskTensors:
     """Tensors on disk that are made of some of the model's own, and of no others."""
 
-    model: nn.Module
-    """The ``PreTrainedModel``, on the meta device."""
-    sources: tuple[str, ...]
-    """Names in the model."""
-    shapes: dict[str, tuple[int, ...]]
-    """Shape of each tensor on disk, by its name there."""
+    model: nn.Module  # the ``PreTrainedModel``, on the meta device
+    sources: tuple[str, ...]  # names in the model
+    shapes: dict[str, tuple[int, ...]]  # shape of each tensor on disk, by its name there
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors on disk, by their names there, of those of the model, by theirs."""
+        """Return the tensors on disk by name, from those of the model by name."""
         return _convert(self.model, tensors)
 
 
 def disk_tensors(model: nn.Module, names: Iterable[str]) -> list[DiskTensors]:
-    """Return what stands on disk for the tensors ``names`` of a ``PreTrainedModel``, in as small groups as possible.
+    """Return what the tensors ``names`` of a ``PreTrainedModel`` become on disk, in as small groups as possible.
 
-    What belongs together is tried out: names of which the conversion of each alone makes a tensor of the same name.
+    Names belong together if converting each alone gives a tensor of the same name.
     """
     own = model.state_dict(keep_vars=True)
     group_of: dict[str, list[str]] = {}
@@ -63,8 +60,7 @@ def _convert(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) -> dict[str, Any]:
     """Return the content of ``config.json`` for a model that was trained from ``published``.
 
-    Everything stays but the type of the weights, a quantisation and references to code; older forms of the settings
-    of rotary positions are added.
+    Dropped are quantisation and references to code; older forms of rotary settings are added.
 
     Args:
         published: content of the model's own ``config.json``.
@@ -81,7 +77,7 @@ def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) 
 
 
 def _rope_as_read(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the settings of rotary positions that transformers reads from a ``config.json``; None if it refuses it."""
+    """Return the rotary settings that transformers reads from a ``config.json``; None if it refuses it."""
     from transformers import AutoConfig
 
     def rope_of(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +101,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Say again in the names of transformers 4 what transformers 5 renamed; what is said already stays."""
+    """Add the names of transformers 4 for what transformers 5 renamed; existing keys stay."""
     config = {key: _with_older_names(value) if isinstance(value, dict) else value for key, value in config.items()}
     older = _older_rope(config["rope_parameters"], config) if isinstance(config.get("rope_parameters"), dict) else {}
     if config.get("model_type", "").startswith("qwen3") and "num_local_experts" in config:
@@ -127,10 +123,10 @@ def _older_rope(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
 _NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 _MODERNBERT = {"rope_theta": "global_rope_theta"}
+# Names of transformers 4 that differ from those within ``rope_parameters``, by ``model_type``.
 _OLDER_NAMES = {
     "gpt_neox": _NEOX,
     "gpt_neox_japanese": _NEOX,
     "modernbert": _MODERNBERT,
     "modernbert-decoder": _MODERNBERT,
 }
-"""Names of transformers 4 that are not those within ``rope_parameters``, by ``model_type``."""

@@ -13,10 +13,8 @@ ADAPTER = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 """Endings of files that hold weights, by other programs or in other forms."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types of weights; smaller ones need a scale that is written elsewhere."""
-SHOWN = 6
-"""Names in a message."""
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights; smaller ones need a scale that is written elsewhere
+SHOWN = 6  # names in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +27,13 @@ class StoredTensor:
     dtype: str = "F32"
 
     def read(self) -> Tensor:
-        """Return the whole tensor in its own type."""
+        """Return the whole tensor in its own dtype."""
         from safetensors import safe_open
 
         with safe_open(self.path, framework="pt", device="cpu") as file:
             return file.get_tensor(self.key)
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         from safetensors import safe_open
 
         stop, row = start + out.numel(), math.prod(self.shape[1:])
@@ -50,8 +47,7 @@ def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, Store
     """Return every tensor in the safetensors files of ``name``, a hub id or a local directory.
 
     Raises:
-        ConfigError: there are no such files, or one is missing, cut off, or at odds with their index; it names the
-            ``setting`` that the name is from.
+        ConfigError: files are missing, cut off, or at odds with their index; it names the ``setting``.
     """
     stored: dict[str, StoredTensor] = {}
     for path in weight_files(published_directory(name, ["model*.safetensors", INDEX, ADAPTER], setting=setting))[0]:
@@ -65,11 +61,7 @@ def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, Store
 
 
 def tensors_of(path: Path) -> list[StoredTensor]:
-    """Return every tensor in one safetensors file.
-
-    Raises:
-        ConfigError: it is cut off or damaged.
-    """
+    """Return every tensor in one safetensors file; ConfigError if it is cut off or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -84,10 +76,10 @@ def tensors_of(path: Path) -> list[StoredTensor]:
 
 
 def weight_files(directory: Path) -> tuple[list[Path], list[str]]:
-    """Return the files that the weights of a model are read from, and the names of others with weights beside them.
+    """Return the files of a model's weights, and the names of other weight files beside them.
 
     Raises:
-        ConfigError: there are none, one of them is missing, they are at odds with their index, or of an adapter.
+        ConfigError: there are none, one is missing, they are at odds with their index, or of an adapter.
     """
     refuse_adapter(directory)
     index, names = directory / INDEX, [WEIGHTS]
@@ -117,11 +109,7 @@ def weight_files(directory: Path) -> tuple[list[Path], list[str]]:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Refuse a directory that an adapter lies in, which transformers would apply to the weights in it or elsewhere.
-
-    Raises:
-        ConfigError: with the way out.
-    """
+    """Raise a ConfigError if a directory has an adapter, which transformers would apply to the weights."""
     if (directory / ADAPTER).is_file():
         raise ConfigError(
             f"{directory} has an adapter ({ADAPTER}), and adapters are not applied here; load it with peft, call "
@@ -131,10 +119,10 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def published_directory(name: str | None, patterns: list[str], *, setting: str = "model.name") -> Path:
-    """Return a directory with the files of ``name`` (a hub id or a local directory), of the hub's those asked for.
+    """Return a directory with the files of ``name``, a hub id (those that match ``patterns``) or a local directory.
 
     Raises:
-        ConfigError: if they cannot be had; it names the ``setting`` that the name is from.
+        ConfigError: they cannot be had; it names the ``setting`` that the name is from.
     """
     from huggingface_hub import snapshot_download
 
@@ -147,7 +135,7 @@ def published_directory(name: str | None, patterns: list[str], *, setting: str =
 
 
 def unreadable(name: str | None, error: Exception, *, setting: str = "model.name") -> str:
-    """Say why a model could not be read from a directory or the hub, and the way out."""
+    """Return the message for a model that cannot be read from a directory or the hub."""
     if (path := Path(str(name))).is_dir() and not (path / "config.json").is_file():
         return f"{setting}={name!r}: {path} has no config.json, which describes a model of transformers"
     if path.is_file():

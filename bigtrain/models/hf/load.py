@@ -22,8 +22,7 @@ from bigtrain.models.init import InitialValue
 
 BUFFERS_FILE = "buffers.safetensors"
 """Stored buffers of a model that a run was started from; checkpoints hold parameters."""
-CHUNK_ELEMENTS = 2**22
-"""Elements of two tensors that are compared at a time."""
+CHUNK_ELEMENTS = 2**22  # elements of two tensors that are compared at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -31,10 +30,8 @@ class Conversion:
     """One application of one of transformers' conversions."""
 
     model: nn.Module
-    transform: Any
-    """A ``WeightConverter``."""
-    target: str
-    """Name in the model that its first tensor is for."""
+    transform: Any  # a ``WeightConverter``
+    target: str  # name in the model that its first tensor is for
     parts: list[tuple[str, StoredTensor]] = field(default_factory=list)
     """Pattern of the transform that a tensor of the files is for, and that tensor."""
 
@@ -48,7 +45,7 @@ class Conversion:
 
 
 class _Newest:
-    """Holds what the newest conversion has made: ranks ask for the boxes of a tensor one after the other."""
+    """Keeps the result of the newest conversion: a rank asks for the boxes of one tensor after the other."""
 
     def __init__(self):
         self._lock, self._conversion = threading.Lock(), None
@@ -71,17 +68,15 @@ class Converted:
     name: str
     shape: tuple[int, ...]
     newest: _Newest
-    key: str
-    """Of one of the tensors of the files."""
+    key: str  # of one of the tensors of the files
     dtype: str
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         self.newest.fill(self.conversion, self.name, start, out)
 
 
 def published(model: nn.Module, name: str, *, setting: str) -> dict[str, InitialValue]:
-    """Return every parameter and stored buffer of ``model`` from the safetensors files of ``name``, by name.
+    """Return the value of every parameter and stored buffer of ``model`` from the files of ``name``.
 
     Args:
         model: a causal language model of transformers, its parameters on the meta device.
@@ -89,7 +84,7 @@ def published(model: nn.Module, name: str, *, setting: str) -> dict[str, Initial
         setting: that the name is from.
 
     Raises:
-        ConfigError: files or tensors are missing, do not fit, or are of no use to the model; names them.
+        ConfigError: names the files or tensors that are missing, do not fit, or are of no use to the model.
     """
     where = f"{setting}={name!r}"
     if getattr(model.config, "quantization_config", None):
@@ -141,7 +136,7 @@ def stored_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _assigned(
     model: nn.Module, stored: dict[str, StoredTensor], where: str
 ) -> tuple[dict[str, StoredTensor | Converted], list[tuple[str, StoredTensor]]]:
-    """Return what transformers makes of the files by name in the model, and what it has no use for, with names there."""
+    """Return what transformers makes of the files by name in the model, and the files' tensors without a use."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -217,7 +212,7 @@ def _is_equal(a: InitialValue, b: InitialValue) -> bool:
 
 
 def _unexpected(names: set[str], model: nn.Module) -> set[str]:
-    """Return those of the names of tensors left over that transformers would not leave out without a word."""
+    """Return which of the names left over transformers would report."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
     info = LoadStateDictInfo(set(), names, set(), [], {}, set())
@@ -226,7 +221,7 @@ def _unexpected(names: set[str], model: nn.Module) -> set[str]:
 
 
 def _is_derived(tensor: StoredTensor) -> bool:
-    """Return whether a tensor is a table that models compute, as files of older versions have them."""
+    """Return whether a tensor is a computed table, as older versions stored them."""
     shape = tensor.shape
     is_mask = shape in ((), (1,)) or (len(shape) > 2 and shape[-1] == shape[-2] and set(shape[:-2]) == {1})
     if tensor.key.endswith(("attn.bias", "attention.bias", "masked_bias", "causal_mask")):
@@ -235,12 +230,10 @@ def _is_derived(tensor: StoredTensor) -> bool:
 
 
 def read_buffers(model: nn.Module, config: ModelConfig) -> None:
-    """Give a causal language model of transformers the buffers that are stored with its published weights, if it has any.
-
-    A run has them in a file of their own.
+    """Fill the model's stored buffers, if it has any, from the run's own file or the published weights.
 
     Raises:
-        ConfigError: see :func:`published_values`.
+        ConfigError: see :func:`published`.
     """
     if buffers := dict(stored_buffers(model)):
         own = Path(str(config.name), BUFFERS_FILE)

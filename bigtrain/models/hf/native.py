@@ -28,16 +28,11 @@ class Family(Enum):
 class HFTensor:
     """A tensor in the files of transformers, as a part of a native parameter."""
 
-    name: str
-    """Name in the files."""
-    shape: tuple[int, ...]
-    """Shape in the files."""
-    native: str
-    """Name of the native parameter."""
-    first_row: int = 0
-    """Row of the native parameter at which it begins."""
-    is_transposed: bool = False
-    """``(inputs, outputs)`` instead of the native ``(outputs, inputs)``."""
+    name: str  # name in the files
+    shape: tuple[int, ...]  # shape in the files
+    native: str  # name of the native parameter
+    first_row: int = 0  # row of the native parameter at which it begins
+    is_transposed: bool = False  # ``(inputs, outputs)`` instead of the native ``(outputs, inputs)``
 
     def cut_from(self, parameter: Tensor) -> Tensor:
         """Return the tensor as a view of the whole native parameter."""
@@ -51,10 +46,10 @@ _SETTINGS = {
 
 
 def family_of(model: ModelConfig) -> Family:
-    """Return the architecture that a resolved native model is.
+    """Return the architecture of a resolved native model.
 
     Raises:
-        ConfigError: none; lists the settings that stand between the model and the nearest one.
+        ConfigError: none; lists the settings that differ from the nearest one.
     """
     problems = {family: list(_problems(model, family)) for family in Family}
     nearest = min(Family, key=lambda family: len(problems[family]))
@@ -83,10 +78,7 @@ def _problems(model: ModelConfig, family: Family) -> Iterator[str]:
 def hf_config(model: ModelConfig) -> dict[str, Any]:
     """Return the content of ``config.json`` of a resolved native model, without token ids and dtype.
 
-    The names are those that every version of transformers, and the tools that read its files, know.
-
-    Raises:
-        ConfigError: transformers has no such model.
+    The names are those that all versions of transformers know. Raises as :func:`family_of`.
     """
     common = {
         "vocab_size": model.vocab_size,
@@ -142,10 +134,10 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def described(config: Any) -> dict[str, Any]:
-    """Return what decides the function of a GPT-2 or Llama, from its transformers configuration object.
+    """Return what decides the function of a GPT-2 or Llama, from its transformers configuration.
 
-    The keys are the names of :class:`ModelConfig` where it has the setting. Rotary models work at any
-    length, so ``max_positions`` is not among theirs.
+    Keys are the names of :class:`ModelConfig` where it has the setting. Rotary models work at any length, so theirs
+    have no ``max_positions``.
     """
     common = {
         "vocab_size": config.vocab_size,
@@ -179,10 +171,9 @@ def described(config: Any) -> dict[str, Any]:
 
 
 def hf_tensors(model: ModelConfig) -> list[HFTensor]:
-    """Return every tensor of the transformers model; together they are every parameter of the native one.
+    """Return every tensor of the transformers model, which together are all native parameters.
 
-    Raises:
-        ConfigError: transformers has no such model.
+    Raises as :func:`family_of`.
     """
     tensors = _gpt2_tensors(model) if family_of(model) is Family.gpt2 else _llama_tensors(model)
     return list(tensors)

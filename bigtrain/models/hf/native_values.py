@@ -18,12 +18,11 @@ from bigtrain.models.init import Finite, InitialValue
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
-    """A matrix that is stored with its columns as rows; only the part asked for is read."""
+    """A matrix stored transposed, of which only the part asked for is read."""
 
     stored: StoredTensor
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         from safetensors import safe_open
 
         stop, row = start + out.numel(), self.stored.shape[0]
@@ -35,12 +34,11 @@ class Transposed:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Tensors one below the other."""
+    """Tensors concatenated along their rows."""
 
     parts: tuple[StoredTensor, ...]
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`InitialValue`."""
         begin, stop = 0, start + out.numel()
         for part in self.parts:
             end = begin + math.prod(part.shape)
@@ -51,11 +49,7 @@ class Stacked:
 
 
 def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialValue]:
-    """Return every parameter's place in the safetensors files of ``config.init_from``.
-
-    Args:
-        model: native, as built.
-        config: what it was built from, resolved.
+    """Return every parameter's value from the safetensors files of ``config.init_from``.
 
     Raises:
         ConfigError: the files cannot be had, or are of another model; lists the differences.
@@ -77,7 +71,7 @@ def _value(tensors: list[HFTensor], stored: dict[str, StoredTensor], config: Mod
 
 
 def _same_model(config: ModelConfig) -> Any:
-    """Return the model's transformers configuration, which is that of ``config.init_from`` in all that decides its function.
+    """Return the model's transformers configuration after comparing it with that of ``config.init_from``.
 
     Shapes alone would let another rotary base or norm pass.
     """

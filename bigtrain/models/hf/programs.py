@@ -27,26 +27,21 @@ ELEMENTWISE = ("mul_", "add_", "sub_", "div_", "clamp_", "clamp_min_", "clamp_ma
 class Step(NamedTuple):
     """One operation in place."""
 
-    operation: str
-    """Method of a tensor."""
+    operation: str  # method of a tensor
     numbers: tuple[float, ...]
-    """Its arguments."""
-    begin: int
-    """First element that it changes, in row-major order."""
-    end: int
-    """The one after the last."""
+    begin: int  # first element that it changes, in row-major order
+    end: int  # the one after the last
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """See :class:`bigtrain.models.init.InitialValue`."""
+    """Initialisation of one parameter; an :class:`bigtrain.models.init.InitialValue`."""
 
     steps: tuple[Step, ...]
     seed: int
     fqn: str
 
     def fill(self, start: int, out: Tensor) -> None:
-        """See :class:`bigtrain.models.init.InitialValue`."""
         stop = start + out.numel()
         buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
         for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
@@ -66,12 +61,11 @@ class Program:
 
 
 def recorded_values(model: nn.Module, initialise: Callable[[], None], seed: int) -> dict[str, InitialValue]:
-    """Return the initial values of the parameters whose initialisation is such a program; others are missing.
+    """Return the initial values of parameters whose initialisation is such a program, without others.
 
     Args:
         model: with parameters on the meta device.
         initialise: runs the initialisation code of all modules.
-        seed: of the random numbers.
     """
     names = {parameter.untyped_storage()._cdata: name for name, parameter in model.named_parameters()}
     with _untied(model), _orthogonal_on_meta(), _Recorder(names) as recorder, torch.no_grad():
@@ -86,7 +80,7 @@ def recorded_values(model: nn.Module, initialise: Callable[[], None], seed: int)
 
 @contextlib.contextmanager
 def _untied(model: nn.Module) -> Iterator[None]:
-    """Give parameters that are tied ones of their own, as transformers initialises them before it ties them."""
+    """Untie tied parameters, as transformers initialises them before it ties them."""
     first, tied = set(), []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -104,7 +98,7 @@ def _untied(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _orthogonal_on_meta() -> Iterator[None]:
-    """Let it be seen that a matrix is made orthogonal, which torch leaves out on the meta device."""
+    """Record orthogonal initialisation, which torch skips on the meta device."""
     from transformers.initialization import TORCH_INIT_FUNCTIONS
 
     of_torch = TORCH_INIT_FUNCTIONS["orthogonal_"]
@@ -130,7 +124,7 @@ def _since_last_fill(steps: list[Step], numel: int) -> tuple[Step, ...]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what is done in place to the memory of some tensors, which may be views of it."""
+    """Records operations in place on the memory of some tensors, also through views."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()

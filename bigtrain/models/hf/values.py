@@ -14,10 +14,10 @@ from bigtrain.models.init import Finite, Given, InitialValue, seed_of
 
 
 def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
-    """Return every parameter's place in the safetensors files of ``config.name``.
+    """Return every parameter's value from the safetensors files of ``config.name``.
 
     Raises:
-        ConfigError: if there are no such files, or they are not those of this model.
+        ConfigError: there are no such files, or they are not those of this model.
     """
     values = published(model.causal_lm, config.name, setting="model.name")
     names = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
@@ -27,9 +27,8 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
 def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
     """Return values distributed like those that ``transformers`` would start from.
 
-    Matrices are what the model's own initialisation code makes of them, played back part by part
-    (:mod:`bigtrain.models.hf.programs`); all else, such as norms, biases and decay rates, is what that code makes in
-    one piece.
+    Matrices are played back in parts (:mod:`bigtrain.models.hf.programs`); all else, such as norms, biases and decay
+    rates, is initialised in one piece.
     """
     programs = recorded_values(model, lambda: _initialise_as_transformers(model.causal_lm, model.causal_lm), seed)
     values, others = {}, []
@@ -71,10 +70,10 @@ def _own_values(model: HFCausalLM, owned: list[tuple[nn.Module, str]], seed: int
 
 
 def _constructed(model: HFCausalLM, names: list[str]) -> dict[str, InitialValue]:
-    """Return what the constructors of the model's modules give to parameters of which their own initialisation says nothing.
+    """Return what constructors give to parameters that their initialisation leaves alone.
 
     Raises:
-        ConfigError: they give nothing, so that every rank would start from what its memory happened to hold.
+        ConfigError: they give nothing, so that ranks would start from whatever their memory held.
     """
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # memory that nobody writes is NaN then
