@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import Precision, WandbMode
+from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,7 +22,7 @@ class ExportConfig:
     """Directory to be made; it must not exist."""
     dtype: Precision = Precision.fp32
     """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
-    max_shard_gb: float = 4.0
+    max_shard_gb: Annotated[float, Bound(gt=0)] = 4.0
     """Largest file of weights in gigabytes (10^9 bytes), unless a single tensor is larger."""
     wandb: WandbMode = WandbMode.disabled
     """Make the export an artifact of the run on Weights & Biases: ``auto``, ``online`` or ``offline``."""
@@ -44,8 +45,6 @@ Settings, with their defaults:
 
 def run(config: ExportConfig) -> int:
     """Export and say what was written."""
-    if config.max_shard_gb <= 0:
-        raise ConfigError(f"max_shard_gb={config.max_shard_gb}: must be positive")
     from bigtrain import log
     from bigtrain.checkpoint.store import step_of
     from bigtrain.run.export import export

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
+from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath, MaybeEmpty
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,17 +19,17 @@ class GenerateConfig:
     """Directory of the run, or of one of its checkpoints."""
     prompt: MaybeEmpty
     """Text to continue; taken as it is, without quoting for Hydra."""
-    num_samples: int = 5
+    num_samples: Annotated[int, Bound(ge=1, le=10_000)] = 5
     """Number of texts."""
-    max_new_tokens: int = 50
+    max_new_tokens: Annotated[int, Bound(ge=1, le=10**6)] = 50
     """Longest continuation, in tokens."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Bound(ge=0)] = 0.8
     """Below 1 likelier tokens, above 1 more variety; 0 always takes the likeliest."""
-    top_k: int | None = 50
+    top_k: Annotated[int | None, Bound(ge=1)] = 50
     """Draw from so many of the likeliest tokens; null = from all."""
-    top_p: float | None = 0.95
+    top_p: Annotated[float | None, Bound(gt=0, le=1)] = 0.95
     """Draw from the likeliest tokens that together have this probability; null = from all."""
-    seed: int = 0
+    seed: Annotated[int, Bound(ge=0, le=2**63 - 1)] = 0
     """The same seed gives the same texts."""
 
 
@@ -45,9 +46,6 @@ Settings, with their defaults:
 
 def run(config: GenerateConfig) -> int:
     """Generate and print the texts."""
-    for key, least in (("num_samples", 1), ("seed", 0)):
-        if (value := getattr(config, key)) < least:
-            raise ConfigError(f"{key}={value}: must be at least {least}")
     from bigtrain.data.prepare.records import decode
     from bigtrain.log import get_logger
     from bigtrain.run.sampling import sample_run

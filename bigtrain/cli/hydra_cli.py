@@ -34,6 +34,7 @@ from yaml import YAMLError
 
 from bigtrain.cli import overrides, std_streams, yaml_source
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
+from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, padding, resolve
 from bigtrain.config.convert import (
     from_dict,
@@ -179,17 +180,20 @@ def read(schema: type[T], args: list[str]) -> T:
     Raises:
         ConfigError: listing every problem.
     """
-    return compose(schema, args)[0]
+    config, _ = compose(schema, args)
+    if problems := out_of_bounds(config):
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
     """Return the configuration of a launcher that looks at ``runs``, and what is wrong with them; what is no setting is one."""
     runs = [arg for arg in args if os.path.isdir(arg) or not (arg.startswith("-") or "=" in arg)]
-    config = read(schema, [arg for arg in args if arg not in runs])
+    config, _ = compose(schema, [arg for arg in args if arg not in runs])
     config.runs += from_dict(schema, {"runs": runs}, from_user=True).runs
     if not config.runs:
         return config, [f"which run? name its directory{such_as_runs(Path('runs'))}"]
-    return config, [problem for run in config.runs if (problem := not_a_run(Path(run)))]
+    return config, [problem for run in config.runs if (problem := not_a_run(Path(run)))] + out_of_bounds(config)
 
 
 def not_a_run(path: Path) -> str | None:

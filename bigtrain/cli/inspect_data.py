@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import TrainConfig
+from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
@@ -16,9 +17,9 @@ class InspectConfig:
 
     directory: LocalPath | None = None
     """Directory of a run; without one, the settings of launch/train.py say which data."""
-    step: int = 1
+    step: Annotated[int, Bound(ge=1)] = 1
     """Optimizer step, from 1, as in metrics.jsonl."""
-    samples: int = 4
+    samples: Annotated[int, Bound(ge=1)] = 4
     """Samples to show; a step has train.global_batch_size."""
 
 
@@ -45,8 +46,6 @@ def read(args: list[str]) -> tuple[InspectConfig, TrainConfig | None]:
     config, others = hydra_cli.read(InspectConfig, own_args), [arg for arg in args if arg not in own_args]
     if config.directory and others:
         raise ConfigError(f"{others[0]}: with directory= the settings are those of the run")
-    if config.step < 1 or config.samples < 1:
-        raise ConfigError(f"step={config.step}, samples={config.samples}: both must be at least 1")
     return config, None if config.directory else hydra_cli.read_run(others)
 
 

@@ -5,11 +5,12 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bigtrain import log
 from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted
 
@@ -26,9 +27,9 @@ class ParityConfig(TrainConfig):
 
     engines: list[EngineKind] = field(default_factory=lambda: list(EngineKind))
     """Engines to compare."""
-    worlds: list[int] = field(default_factory=lambda: [1, 2])
+    worlds: Annotated[list[int], Bound(ge=1, le=1024)] = field(default_factory=lambda: [1, 2])
     """Numbers of processes to compare; each engine runs with each of them."""
-    steps: int = 20
+    steps: Annotated[int, Bound(ge=1)] = 20
     """Optimizer steps from the beginning of the run that are compared."""
 
 
@@ -81,11 +82,9 @@ def read(args: list[str]) -> ParityConfig:
 def _problems(config: ParityConfig) -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return ["parity.py starts its own processes: start it with python, not with torchrun or another launcher"]
-    problems = []
-    if not 1 <= config.steps <= config.train.steps:
-        problems.append(f"steps={config.steps}: must be between 1 and train.steps={config.train.steps}")
-    if min(config.worlds, default=0) < 1:
-        problems.append(f"worlds={config.worlds}: numbers of processes, 1 or more")
+    problems = out_of_bounds(config)
+    if config.steps > config.train.steps:
+        problems.append(f"steps={config.steps}: must be at most train.steps={config.train.steps}")
     if problems:
         return problems
     cases_by_problem: dict[str, list[str]] = {}

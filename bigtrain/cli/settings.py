@@ -13,8 +13,8 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from bigtrain.config import TrainConfig
-from bigtrain.config.bounds import RANGES
-from bigtrain.config.convert import MOST, PathMark, key_docs, to_dict
+from bigtrain.config.bounds import Bound, OnlyIf, metadata
+from bigtrain.config.convert import PathMark, key_docs, section_of, to_dict, type_hints
 
 HEAD = """\
 # Settings
@@ -46,15 +46,14 @@ def _walk(schema: type, prefix: str, docs: dict[str, str]) -> Iterator[Setting]:
     sections = []
     for field in dataclasses.fields(schema):
         key = prefix + field.name
-        hint = typing.get_type_hints(schema, include_extras=True)[field.name]
-        inner = next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
-        if inner and typing.get_origin(hint) is not list:
-            section = Setting(key, "", "", _one_line(inner.__doc__))
-            sections.append((section, inner, "*." if typing.get_origin(hint) is dict else ""))
+        hint = type_hints(schema)[field.name]
+        star, inner = section_of(hint)
+        said = [str(item) for item in metadata(hint) if isinstance(item, Bound | OnlyIf)]
+        if inner:
+            condition = f" ({', '.join(said)})" if said else ""
+            sections.append((Setting(key, "", "", _one_line(inner.__doc__) + condition), inner, star))
         else:
-            bound = RANGES.get(key, "").replace("must be ", ", ").replace("must not be", ", not")
-            bound += f", at most {MOST[key]}" if key in MOST else ""
-            yield Setting(key, _type_name(hint) + bound, _default(field), _one_line(docs[key]))
+            yield Setting(key, ", ".join([_type_name(hint), *said]), _default(field), _one_line(docs[key]))
     for section, inner, star in sections:
         yield section
         yield from _walk(inner, f"{section.key}.{star}", docs)
@@ -68,8 +67,9 @@ def _type_name(hint: Any) -> str:
     inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return f"{_type_name(inner[0])} or null"
-    if hasattr(hint, "__metadata__"):
-        return "path" if PathMark.local in hint.__metadata__ else "path or URL"
+    if typing.get_origin(hint) is typing.Annotated:
+        marks = [mark for mark in hint.__metadata__ if isinstance(mark, PathMark)]
+        return {PathMark.local: "path", PathMark.any: "path or URL"}[marks[0]] if marks else _type_name(inner[0])
     if typing.get_origin(hint) is list:
         return f"list of {_type_name(inner[0])}"
     if dataclasses.is_dataclass(hint):

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import Precision, TrainConfig
+from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch, ignored_settings, padding
 from bigtrain.config.convert import PathOrUrl
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
@@ -37,9 +38,9 @@ INTERFACE = re.compile(r"[^\s/:]{1,15}")
 class ClusterConfig:
     """The part of a cluster that a job asks for. Presets are in ``configs/cluster``."""
 
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Bound(ge=1)] = 1
     """Nodes of the job."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Bound(ge=0)] = 8
     """GPUs of a node, one rank for each; 0 for nodes without, with one rank each."""
     gpu_memory_gib: float = 0.0
     """Memory of one GPU that a rank can have."""
@@ -54,7 +55,7 @@ class ClusterConfig:
     time_limit: str | None = None
     """Longest time of one launch, as Slurm writes it: ``12:00:00``, ``2-00:00:00``. The run
     goes on in the next launch."""
-    save_before_end_seconds: int = 300
+    save_before_end_seconds: Annotated[int, Bound(ge=1, le=65535)] = 300
     """So long before the time limit the run saves and is queued again."""
     interface: str | None = None
     """The only network interface that rendezvous and ranks listen on, such as ``ib0``; see docs/cluster.md."""
@@ -134,17 +135,11 @@ def world(cluster: ClusterConfig) -> tuple[int, int]:
 
 def _cluster_problems(cluster: ClusterConfig) -> list[str]:
     rules = [
-        (cluster.num_nodes >= 1, f"cluster.num_nodes={cluster.num_nodes}: must be at least 1"),
-        (cluster.gpus_per_node >= 0, f"cluster.gpus_per_node={cluster.gpus_per_node}: must be 0 (none) or more"),
         (
             cluster.gpus_per_node == 0 or cluster.gpu_memory_gib > 0,
             f"cluster.gpu_memory_gib={cluster.gpu_memory_gib}: say how much memory one GPU has",
         ),
         (cluster.host_memory_gib > 0, f"cluster.host_memory_gib={cluster.host_memory_gib}: say how much a node has"),
-        (
-            1 <= cluster.save_before_end_seconds <= 65535,
-            f"cluster.save_before_end_seconds={cluster.save_before_end_seconds}: must be between 1 and 65535",
-        ),
         (
             cluster.time_limit is None or TIME_LIMIT.fullmatch(cluster.time_limit),
             f"cluster.time_limit={cluster.time_limit}: Slurm takes minutes, 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)",
@@ -168,7 +163,7 @@ def _cluster_problems(cluster: ClusterConfig) -> list[str]:
             "cluster.save_before_end_seconds and run.name",
         ),
     ]
-    problems = [message for holds, message in rules if not holds]
+    problems = out_of_bounds(cluster, "cluster.") + [message for holds, message in rules if not holds]
     for name in (f.name for f in dataclasses.fields(ClusterConfig)):
         value = getattr(cluster, name)
         for text in value if isinstance(value, list) else [value]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
+from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,7 +17,7 @@ class ValidateConfig:
 
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
-    batches: int | None = None
+    batches: Annotated[int | None, Bound(ge=1, le=10**6)] = None
     """Global batches of validation data; by default as many as in the run's own validations."""
 
 
@@ -33,8 +34,6 @@ Settings, with their defaults:
 
 def run(config: ValidateConfig) -> int:
     """Validate and print the result."""
-    if config.batches is not None and config.batches < 1:
-        raise ConfigError(f"batches={config.batches}: must be at least 1")
     from bigtrain.run.validation import validate_run
 
     result = validate_run(Path(config.checkpoint), batches=config.batches)

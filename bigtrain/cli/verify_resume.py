@@ -8,10 +8,11 @@ import uuid
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, TrainConfig
+from bigtrain.config.bounds import Bound
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 class VerifyResumeConfig(TrainConfig):
     """A training run, and how it is interrupted."""
 
-    before: int = 6
-    """Steps before the checkpoint that is resumed from, at least 2."""
-    after: int = 6
-    """Steps after it, at least 2; the kill is in the middle of the second one."""
-    world: int | None = None
+    before: Annotated[int, Bound(ge=2)] = 6
+    """Steps before the checkpoint that is resumed from."""
+    after: Annotated[int, Bound(ge=2)] = 6
+    """Steps after it; the kill is in the middle of the second one."""
+    world: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """Ranks on this machine; by default one per GPU, or 2 without a GPU."""
-    resume_world: int | None = None
+    resume_world: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """Ranks of the resumed launch; by default as many."""
     resume_engine: EngineKind | None = None
     """Engine of the resumed launch; by default the same."""
@@ -122,10 +123,6 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
 
 def _own_problems(config: VerifyResumeConfig, plan: "Plan") -> list[str]:
     rules = [
-        (config.before >= 2, f"before={config.before}: must be at least 2"),
-        (config.after >= 2, f"after={config.after}: must be at least 2"),
-        (plan.world_size >= 1, f"world={config.world}: must be at least 1"),
-        (plan.resume_world_size >= 1, f"resume_world={config.resume_world}: must be at least 1"),
         (
             int(os.environ.get("WORLD_SIZE", "1")) == 1,
             "start this command once, without torchrun: it starts world=<number> ranks by itself",

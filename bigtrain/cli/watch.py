@@ -4,9 +4,10 @@ import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from bigtrain.cli import hydra_cli
+from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
@@ -20,7 +21,7 @@ class WatchConfig:
 
     runs: list[LocalPath] = field(default_factory=list)
     """Directories of runs; ``runs=`` is left out."""
-    every_seconds: float = 2.0
+    every_seconds: Annotated[float, Bound(gt=0, le=10**6)] = 2.0
     """Seconds between two looks."""
 
 
@@ -46,8 +47,6 @@ def read(args: list[str]) -> WatchConfig:
         ConfigError: listing every problem.
     """
     config, problems = hydra_cli.read_runs(WatchConfig, args)
-    if not config.every_seconds > 0:
-        problems.append(f"every_seconds={config.every_seconds}: must be positive")
     if problems:
         raise ConfigError("\n".join(problems))
     return config

@@ -9,8 +9,9 @@ The section about the data is in ``data.py``, those about how a run is watched i
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import (
     Activation,
     ActivationCheckpointing,
@@ -92,9 +93,9 @@ class RunConfig:
     """Directory of the run below ``root``; by default the name of the model preset."""
     root: LocalPath = "runs"
     """Directory that holds the runs."""
-    stop_after_steps: int | None = None
+    stop_after_steps: Annotated[int | None, Bound(ge=1)] = None
     """End this launch, saved and resumable, after so many optimizer steps."""
-    max_minutes: float | None = None
+    max_minutes: Annotated[float | None, Bound(gt=0, le=10**8)] = None
     """End this launch, saved and resumable, so early that its last save is done after so many minutes."""
 
     @property
@@ -107,13 +108,13 @@ class RunConfig:
 class RopeScalingConfig:
     """Llama-3.1 frequency scaling of rotary positions (``rope_type: llama3`` in transformers)."""
 
-    factor: float
+    factor: Annotated[float, Bound(ge=1)]
     """Context extension factor."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Annotated[float, Bound(gt=0)] = 1.0
     """Wavelengths above ``original_max_positions / low_freq_factor`` are scaled fully."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Annotated[float, Bound(gt=0)] = 4.0
     """Wavelengths below ``original_max_positions / high_freq_factor`` are left alone."""
-    original_max_positions: int = 8192
+    original_max_positions: Annotated[int, Bound(ge=1)] = 8192
     """Context length of the original pre-training."""
 
 
@@ -125,39 +126,39 @@ class ModelConfig:
     """Preset name; with ``kind: hf`` a hub id or a local directory."""
     kind: ModelKind = ModelKind.native
     """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
-    pretrained: bool = False
-    """``hf`` only: start from the published weights."""
-    architecture: str | None = None
-    """``hf`` only, in place of a name: an architecture of transformers (its ``model_type``, such as ``qwen3``) from scratch."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    pretrained: Annotated[bool, OnlyIf("kind", is_in=("hf",))] = False
+    """Start from the published weights."""
+    architecture: Annotated[str | None, OnlyIf("kind", is_in=("hf",))] = None
+    """In place of a name: an architecture of transformers (its ``model_type``, such as ``qwen3``) from scratch."""
+    settings: Annotated[dict[str, Any], OnlyIf("kind", is_in=("hf",))] = field(default_factory=dict)
     """Settings of ``architecture``'s configuration in transformers, such as ``{hidden_size: 512, num_hidden_layers: 8}``."""
     init_from: LocalPath | None = None
     """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Bound(ge=1, le=10**8)] = 4096
     """Rows of the token embedding."""
-    num_layers: int = 4
+    num_layers: Annotated[int, Bound(ge=1, le=10_000)] = 4
     """Number of Transformer blocks."""
-    hidden_dim: int = 128
+    hidden_dim: Annotated[int, Bound(ge=1, le=10**6)] = 128
     """Width of the residual stream."""
-    num_heads: int = 4
+    num_heads: Annotated[int, Bound(ge=1, le=100_000)] = 4
     """Query heads per block."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int | None, Bound(ge=1)] = None
     """Key/value heads per block (grouped-query attention); by default ``num_heads``."""
-    head_dim: int | None = None
+    head_dim: Annotated[int | None, Bound(ge=1)] = None
     """Width of one head; by default ``hidden_dim / num_heads``."""
-    ffn_dim: int | None = None
+    ffn_dim: Annotated[int | None, Bound(ge=1)] = None
     """Inner width of the feed-forward layer; by default ``4 * hidden_dim``."""
-    max_positions: int = 256
+    max_positions: Annotated[int, Bound(ge=1)] = 256
     """Longest sequence the model is made for."""
     positions: Positions = Positions.learned
     """Learned absolute positions or rotary ones."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Bound(gt=0), OnlyIf("positions", is_in=("rope",))] = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScalingConfig | None = None
+    rope_scaling: Annotated[RopeScalingConfig | None, OnlyIf("positions", is_in=("rope",))] = None
     """Llama-3.1 scaling of the rotary frequencies."""
     norm: Norm = Norm.layernorm
     """Normalisation layer."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Bound(ge=0)] = 1e-5
     """Epsilon of the normalisation layers."""
     activation: Activation = Activation.gelu
     """Feed-forward non-linearity."""
@@ -165,31 +166,31 @@ class ModelConfig:
     """Biases in linear and normalisation layers."""
     tie_embeddings: bool = True
     """Output projection shares the token embedding."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Bound(ge=0, lt=1), OnlyIf("kind", is_in=("native",))] = 0.0
     """Dropout probability on embeddings, attention and residual branches."""
-    init_std: float = 0.02
+    init_std: Annotated[float, Bound(ge=0)] = 0.02
     """Standard deviation of the initial weights; residual outputs use ``init_std / sqrt(2 * num_layers)``."""
 
 
 @dataclass(kw_only=True, slots=True)
 class FsdpConfig:
-    """Settings of ``fsdp`` and ``hsdp``."""
+    """How FSDP2 gathers and reduces."""
 
     reshard_after_forward: bool = True
     """Free the gathered parameters of a block after its forward pass (ZeRO-3); false keeps them (ZeRO-2)."""
     accumulate_whole_gradients: bool = False
     """Communicate gradients once per step instead of once per micro-batch; each rank then holds a whole gradient."""
-    prefetch_blocks: int = 1
+    prefetch_blocks: Annotated[int, Bound(ge=1)] = 1
     """Blocks that are gathered ahead of the one that computes; more than one helps where the network is slow to answer."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DeepSpeedConfig:
-    """Settings of ``zero1``, ``zero2`` and ``zero3``."""
+    """DeepSpeed's buckets."""
 
-    bucket_elements: int = 50_000_000
+    bucket_elements: Annotated[int, Bound(ge=1)] = 50_000_000
     """Elements per reduce and all-gather bucket."""
-    persistence_threshold_elements: int = 100_000
+    persistence_threshold_elements: Annotated[int, Bound(ge=0)] = 100_000
     """``zero3`` only: smaller parameters stay gathered."""
 
 
@@ -205,15 +206,19 @@ class EngineConfig:
     """``bf16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU. On GPUs also ``tf32``, which is fp32 with rounded factors in matrix products, and ``fp8``, which is bf16 with fp8 in products that are large enough to gain from it."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """``full`` recomputes blocks, ``selective`` keeps the matrix products and attention."""
-    activation_checkpointing_every: int = 1
+    activation_checkpointing_every: Annotated[
+        int, Bound(ge=1), OnlyIf("activation_checkpointing", not_in=("none",))
+    ] = 1
     """Apply it to every n-th block."""
     compile: bool = False
     """``torch.compile`` each block."""
-    dp_shard: int | None = None
-    """``hsdp`` only: ranks per shard group; by default the ranks of one node."""
-    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    dp_shard: Annotated[int | None, Bound(ge=1), OnlyIf("kind", is_in=("hsdp",))] = None
+    """Ranks per shard group; by default the ranks of one node."""
+    fsdp: Annotated[FsdpConfig, OnlyIf("kind", is_in=("fsdp", "hsdp"))] = field(default_factory=FsdpConfig)
     """Settings of ``fsdp`` and ``hsdp``."""
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    deepspeed: Annotated[DeepSpeedConfig, OnlyIf("kind", not_in=("ddp", "fsdp", "hsdp"))] = field(
+        default_factory=DeepSpeedConfig
+    )
     """Settings of ``zero1``, ``zero2`` and ``zero3``."""
 
 
@@ -223,15 +228,15 @@ class OptimizerConfig:
 
     kind: OptimizerKind = OptimizerKind.adamw
     """``adamw``; ``muon`` for the matrices of the blocks, with AdamW for the rest; or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
-    lr: float = 3e-4
+    lr: Annotated[float, Bound(gt=0)] = 3e-4
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of the two moment estimates, each at least 0 and less than 1."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    betas: Annotated[list[float], Bound(ge=0, lt=1)] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the two moment estimates."""
+    eps: Annotated[float, Bound(ge=1.2e-38), OnlyIf("kind", not_in=("sgd",))] = 1e-8
+    """Added to the root of the second moment; what is smaller is 0 in fp32."""
+    weight_decay: Annotated[float, Bound(ge=0)] = 0.1
     """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, Bound(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
 
@@ -241,11 +246,11 @@ class SchedulerConfig:
 
     kind: SchedulerKind = SchedulerKind.cosine
     """Shape after warm-up."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, Bound(ge=0)] = 100
     """Steps of linear warm-up from 0."""
-    decay_fraction: float = 0.2
-    """``wsd`` only: share of ``train.steps``, from 0 to 1, in which the rate falls linearly at the end."""
-    min_lr_ratio: float = 0.1
+    decay_fraction: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", is_in=("wsd",))] = 0.2
+    """Share of ``train.steps`` in which the rate falls linearly at the end."""
+    min_lr_ratio: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", not_in=("constant",))] = 0.1
     """Final learning rate as a share of the peak."""
 
 
@@ -253,16 +258,16 @@ class SchedulerConfig:
 class TrainingConfig:
     """Length and size of the training."""
 
-    seed: int = 0
+    seed: Annotated[int, Bound(ge=0, le=2**63 - 1)] = 0
     """Seed of the weights, the sample order and dropout."""
-    steps: int = 1000
+    steps: Annotated[int, Bound(ge=1)] = 1000
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 32
+    global_batch_size: Annotated[int, Bound(ge=1, le=10**6)] = 32
     """Sequences per optimizer step, over all ranks; any number of them."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Annotated[int | None, Bound(ge=1, le=10**6)] = None
     """Sequences per rank and forward pass, from which accumulation follows; by default as many as fit a rank's part of
     the step, up to 4. Where the parts do not come out even, padding that counts for nothing fills them up."""
-    log_every_steps: int = 10
+    log_every_steps: Annotated[int, Bound(ge=1)] = 10
     """Steps between two console lines."""
 
     def micro_batches(self, dp_size: int) -> int:
@@ -274,9 +279,9 @@ class TrainingConfig:
 class ValidationConfig:
     """Loss on documents that are never trained on."""
 
-    every_steps: int = 0
+    every_steps: Annotated[int, Bound(ge=0)] = 0
     """Steps between validations, besides the one at the end; 0 = never, not even at the end."""
-    batches: int = 8
+    batches: Annotated[int, Bound(ge=1, le=10**6), OnlyIf("every_steps", not_in=(0,))] = 8
     """Global batches per validation."""
 
 
@@ -284,7 +289,7 @@ class ValidationConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every_steps: int = 500
+    every_steps: Annotated[int, Bound(ge=0)] = 500
     """Steps between checkpoints, besides the one at the end; 0 = only at the end."""
     keep: str = "latest 2"
     """``all``, ``latest N``, ``every N`` (steps), ``best`` (validation loss), or several with commas; the two newest always are."""
@@ -296,7 +301,7 @@ class CheckpointConfig:
     """Before loading: ``full`` reads and hashes every file, ``sizes`` compares sizes, ``off`` trusts."""
     asynchronous: bool = True
     """Write behind the training loop, which then waits for a copy in memory only."""
-    max_failures: int = 3
+    max_failures: Annotated[int, Bound(ge=1)] = 3
     """Failed saves in a row after which the run stops."""
 
 
@@ -306,13 +311,13 @@ class LoggingConfig:
 
     wandb: WandbMode = WandbMode.disabled
     """``auto`` is online with a key and offline without one."""
-    wandb_project: str | None = None
+    wandb_project: Annotated[str | None, OnlyIf("wandb", not_in=("disabled",))] = None
     """Weights & Biases project; by default that of ``WANDB_PROJECT``, or ``bigtrain``."""
-    wandb_entity: str | None = None
+    wandb_entity: Annotated[str | None, OnlyIf("wandb", not_in=("disabled",))] = None
     """Weights & Biases user or team; by default that of ``WANDB_ENTITY``, or your own."""
     tensorboard: bool = False
     """Write ``tensorboard/`` in the run directory."""
-    layer_norms_every_steps: int = 100
+    layer_norms_every_steps: Annotated[int, Bound(ge=0)] = 100
     """Steps between norms of gradients, weights and updates per layer; 0 = never."""
 
 

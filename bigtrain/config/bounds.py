@@ -1,90 +1,102 @@
-"""What must hold of each number of the configuration by itself."""
+"""What stands beside a field of the configuration: the numbers it may have, and the settings it counts with."""
 
-from collections.abc import Callable
+import dataclasses
+import operator
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from bigtrain.config.convert import flatten, to_dict
+from bigtrain.config.convert import to_dict, type_hints
 
-SMALLEST_FP32 = 2.0**-126
-"""Smaller numbers lose bits in fp32, or are 0."""
-HOLDS: dict[str, Callable[[float], bool]] = {
-    "must be at least 1": lambda value: value >= 1,
-    "must be at least 8": lambda value: value >= 8,
-    "must be positive": lambda value: value > 0,
-    "must be at least 1.2e-38; what is smaller is 0 in fp32": lambda value: value >= SMALLEST_FP32,
-    "must not be negative": lambda value: value >= 0,
-    "must be 0 (off) or positive": lambda value: value >= 0,
-    "must be 0 (never) or positive": lambda value: value >= 0,
-    "must be 0 (only at the end) or positive": lambda value: value >= 0,
-    "must be 0 (off) or more than 1": lambda value: value == 0 or value > 1,
-    "must be from 0 to 1": lambda value: 0 <= value <= 1,
-    "must be above 0 and at most 1": lambda value: 0 < value <= 1,
-    "must be at least 0 and less than 1": lambda value: 0 <= value < 1,
-    "must be above 0 and below 1": lambda value: 0 < value < 1,
-}
-RANGES = {
-    "run.stop_after_steps": "must be at least 1",
-    "run.max_minutes": "must be positive",
-    "model.vocab_size": "must be at least 1",
-    "model.num_layers": "must be at least 1",
-    "model.hidden_dim": "must be at least 1",
-    "model.num_heads": "must be at least 1",
-    "model.num_kv_heads": "must be at least 1",
-    "model.head_dim": "must be at least 1",
-    "model.ffn_dim": "must be at least 1",
-    "model.max_positions": "must be at least 1",
-    "model.dropout": "must be at least 0 and less than 1",
-    "model.rope_theta": "must be positive",
-    "model.rope_scaling.factor": "must be at least 1",
-    "model.rope_scaling.low_freq_factor": "must be positive",
-    "model.rope_scaling.high_freq_factor": "must be positive",
-    "model.rope_scaling.original_max_positions": "must be at least 1",
-    "model.norm_eps": "must not be negative",
-    "model.init_std": "must not be negative",
-    "data.sequence_length": "must be at least 1",
-    "data.shuffle_window_shards": "must be at least 1",
-    "data.validation_fraction": "must be above 0 and below 1",
-    "data.prefetch_steps": "must be at least 1",
-    "data.shard_tokens": "must be at least 1",
-    "data.cache_gib": "must be positive",
-    "data.prepare_processes": "must be at least 1",
-    "data.filters.max_repeated_line_share": "must be from 0 to 1",
-    "data.filters.max_symbol_share": "must be from 0 to 1",
-    "data.filters.near_similarity": "must be above 0 and at most 1",
-    "data.filters.min_characters": "must not be negative",
-    "engine.dp_shard": "must be at least 1",
-    "engine.fsdp.prefetch_blocks": "must be at least 1",
-    "engine.deepspeed.bucket_elements": "must be at least 1",
-    "engine.deepspeed.persistence_threshold_elements": "must not be negative",
-    "engine.activation_checkpointing_every": "must be at least 1",
-    "train.seed": "must not be negative",
-    "train.steps": "must be at least 1",
-    "train.global_batch_size": "must be at least 1",
-    "train.micro_batch_size": "must be at least 1",
-    "train.log_every_steps": "must be at least 1",
-    "optimizer.lr": "must be positive",
-    "optimizer.eps": "must be at least 1.2e-38; what is smaller is 0 in fp32",
-    "optimizer.weight_decay": "must be 0 (off) or positive",
-    "optimizer.grad_clip": "must be 0 (off) or positive",
-    "scheduler.warmup_steps": "must not be negative",
-    "scheduler.min_lr_ratio": "must be from 0 to 1",
-    "validation.every_steps": "must be 0 (never) or positive",
-    "validation.batches": "must be at least 1",
-    "logging.layer_norms_every_steps": "must be 0 (never) or positive",
-    "checkpoint.every_steps": "must be 0 (only at the end) or positive",
-    "checkpoint.max_failures": "must be at least 1",
-    "supervision.hang_seconds": "must be 0 (off) or positive",
-    "supervision.straggler_factor": "must be 0 (off) or more than 1",
-    "supervision.max_failed_attempts": "must be at least 1",
-    "bad_numbers.max_bad_steps": "must not be negative",
-    "bad_numbers.max_rollbacks": "must not be negative",
-    "bad_numbers.spike_zscore": "must be 0 (off) or positive",
-    "bad_numbers.spike_window_steps": "must be at least 8",
-}
-"""What must hold of a number by itself; unset ones (null) are right."""
+LARGEST = 10**12
+"""Upper bound of whole numbers that have none of their own."""
+_WORDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_CHOSEN_BY_GROUP = ("data.source", "engine.kind", "optimizer.kind", "scheduler.kind", "task.kind")
 
 
-def out_of_range(name: str, section: object) -> list[str]:
-    """Return which numbers of a section of the configuration are not as :data:`RANGES` says."""
-    values = flatten({name: to_dict(section)})
-    numbers = [(key, bound, values[key]) for key, bound in RANGES.items() if values.get(key) is not None]
-    return [f"{key}={value}: {bound}" for key, bound, value in numbers if not HOLDS[bound](value)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """What a number is compared with; of a list, each of its numbers."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def limits(self) -> dict[str, float]:
+        """Return the limits by the name of their comparison."""
+        return {name: limit for name in _WORDS if (limit := getattr(self, name)) is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{_WORDS[name]} {limit}" for name, limit in self.limits().items())
+
+
+class OnlyIf:
+    """Condition of a setting: another one of its section has, or has not, one of some values."""
+
+    def __init__(self, name: str, *, is_in: tuple[Any, ...] = (), not_in: tuple[Any, ...] = ()) -> None:
+        self.name, self.is_in, self.not_in = name, is_in, not_in
+
+    def holds(self, section: Any) -> bool:
+        """Return whether the setting counts in ``section``."""
+        value = to_dict(getattr(section, self.name))
+        return value in self.is_in if self.is_in else value not in self.not_in
+
+    def __str__(self) -> str:
+        values = " | ".join(str(value) for value in self.is_in or self.not_in)
+        return f"{'only' if self.is_in else 'not'} with {self.name}={values}"
+
+
+def metadata(hint: Any) -> list[Any]:
+    """Return all that stands beside a type, or beside a part of it, in ``Annotated``."""
+    return [*getattr(hint, "__metadata__", ()), *(item for part in typing.get_args(hint) for item in metadata(part))]
+
+
+def out_of_bounds(section: object, prefix: str = "") -> list[str]:
+    """Return which numbers of a config dataclass are not as its fields say; those that are not set are right."""
+    schema: type = type(section)
+    return [
+        problem
+        for name, hint in type_hints(schema).items()
+        for problem in _outside(f"{prefix}{name}", getattr(section, name), hint)
+    ]
+
+
+def _outside(key: str, value: Any, hint: Any) -> Iterator[str]:
+    if dataclasses.is_dataclass(value):
+        yield from out_of_bounds(value, f"{key}.")
+    elif isinstance(value, list | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from _outside(f"{key}.{name}" if isinstance(value, dict) else f"{key}[{name}]", item, hint)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        limits = next((item.limits() for item in metadata(hint) if isinstance(item, Bound)), {})
+        if isinstance(value, int):
+            limits.setdefault("le", LARGEST)
+        broken = [name for name, limit in limits.items() if not getattr(operator, name)(value, limit)]
+        if broken:
+            yield f"{key}={value}: must be {_WORDS[broken[0]]} {limits[broken[0]]}"
+
+
+def without_effect(section: object, prefix: str = "", *, parts: list[Any] | None = None) -> list[str]:
+    """Return a sentence for every changed setting of a section that does not count, as its field says.
+
+    Args:
+        section: a config dataclass.
+        prefix: of its keys.
+        parts: the sections by which it is used, where that is not itself; to count in one of them is enough.
+    """
+    schema: type = type(section)
+    default, parts, found = schema(), parts or [section], []
+    for name, hint in type_hints(schema).items():
+        value, usual = getattr(section, name), getattr(default, name)
+        conditions = [item for item in metadata(hint) if isinstance(item, OnlyIf)]
+        if value != usual and not any(all(c.holds(part) for c in conditions) for part in parts):
+            condition = next(condition for condition in conditions if not condition.holds(parts[0]))
+            other = f"{prefix}{condition.name}"
+            shown = other.partition(".")[0] if other in _CHOSEN_BY_GROUP else other
+            found.append(f"{prefix}{name} is ignored by {shown}={to_dict(getattr(parts[0], condition.name))}")
+        elif dataclasses.is_dataclass(value) and dataclasses.is_dataclass(usual):
+            found += without_effect(value, f"{prefix}{name}.")
+    return found

@@ -8,15 +8,13 @@ import dataclasses
 import difflib
 import math
 import re
-from dataclasses import fields
-from operator import attrgetter
+from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from bigtrain.config import DataConfig, TrainConfig, TrainingConfig, component_data, is_live
-from bigtrain.config.bounds import out_of_range
+from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
-    ActivationCheckpointing,
     Content,
     DataSource,
     Duplicates,
@@ -24,26 +22,14 @@ from bigtrain.config.choices import (
     Load,
     ModelKind,
     Offload,
-    OptimizerKind,
     Positions,
     Precision,
-    SchedulerKind,
-    WandbMode,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES
 
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
-OF_PREPARATION = (
-    "tokenizer",
-    "tokenizer_vocab_size",
-    "validation_fraction",
-    "shard_tokens",
-    "content",
-    "filters",
-    "on_bad_row",
-)
 OWN_TOKENIZERS = ("bpe", "bytes")
 NUM_BYTES_IDS = 257
 """Of the bytes and the end of a text."""
@@ -95,19 +81,20 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_data(config.data),
         *_check_model_and_data(config),
         *_check_engine(config, world_size, local_world_size),
-        *(problem for name in _own_sections(config) for problem in out_of_range(name, getattr(config, name))),
+        *_check_bounds(config),
         *_check_training(config),
     ]
 
 
-def _own_sections(config: TrainConfig) -> list[str]:
-    """Return the sections whose numbers are settings; the shape of a Hugging Face model is what its files say."""
-    return [s.name for s in fields(config) if s.name != "model" or config.model.kind is ModelKind.native]
+def _check_bounds(config: TrainConfig) -> list[str]:
+    """Find numbers out of bounds; the shape of a Hugging Face model is what its files say."""
+    problems = out_of_bounds(config)
+    return problems if config.model.kind is ModelKind.native else [p for p in problems if not p.startswith("model.")]
 
 
 def check_data(data: DataConfig) -> list[str]:
     """Return every problem of the ``data`` section by itself."""
-    return out_of_range("data", data) + _check_data(data)
+    return out_of_bounds(data, "data.") + _check_data(data)
 
 
 def _check_data(data: DataConfig) -> list[str]:
@@ -123,8 +110,6 @@ def _check_data(data: DataConfig) -> list[str]:
                 f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; "
                 + ("write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine")
             )
-    if data.tokenizer == "bpe" and data.tokenizer_vocab_size < 257:
-        problems.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level BPE needs at least 257")
     problems += _check_tokenizer(data)
     problems += _check_preparation(data)
     problems += _check_live(data)
@@ -170,7 +155,7 @@ def _check_preparation(data: DataConfig) -> list[str]:
     filters = data.filters
     rules = [
         (
-            filters.max_characters is None or filters.max_characters >= max(filters.min_characters, 1),
+            filters.max_characters is None or filters.max_characters >= filters.min_characters,
             f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
         ),
         (
@@ -188,16 +173,9 @@ def _check_mixture(data: DataConfig) -> list[str]:
         where = f"data.mixture.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             problems.append(f"{where}: a name has letters, digits, '_' and '-' only")
-        weights = {f"{where}.weight": component.weight}
-        weights |= {f"{where}.later_weights: step {c.step}: weight": c.weight for c in component.later_weights}
-        for key, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                problems.append(f"{key}={weight}: must be 0 or positive")
         steps = [change.step for change in component.later_weights]
-        if steps != sorted(set(steps)) or (steps and steps[0] < 1):
-            problems.append(f"{where}.later_weights: steps {steps} must be positive and ascending")
-        if component.max_epochs is not None and component.max_epochs < 1:
-            problems.append(f"{where}.max_epochs={component.max_epochs}: must be at least 1")
+        if steps != sorted(set(steps)):
+            problems.append(f"{where}.later_weights: steps {steps} must be ascending")
     if data.mixture and not any(component.weight > 0 for component in data.mixture.values()):
         problems.append("data.mixture: at least one component needs a positive weight from the beginning")
     parts = component_data(data).values()
@@ -211,67 +189,24 @@ def _check_mixture(data: DataConfig) -> list[str]:
     return problems
 
 
-WITH_SPLITS = WITH_RECORDS = (DataSource.datasets, DataSource.arrow, DataSource.parquet, DataSource.jsonl)
-
-
 def ignored_settings(config: TrainConfig) -> list[str]:
-    """Return a warning for every changed setting that the chosen engine, source or schedule ignores."""
-    engine, data, defaults = config.engine, config.data, TrainConfig()
-    is_prepared = data.source is DataSource.prepared and not data.mixture
-    parts = component_data(data).values()
-    any_live, all_live = any(map(is_live, parts)), all(map(is_live, parts))
-    is_remote = any("://" in (part.path or "") for part in parts)
-    contents = {part.content for part in parts if part.source in WITH_RECORDS}
-    is_rope = config.model.kind is ModelKind.hf or config.model.positions is Positions.rope
-    looks_for_near = data.filters.duplicates is Duplicates.near
-    no_checkpointing = engine.activation_checkpointing is ActivationCheckpointing.none
-    rules = [
-        (engine.kind in FSDP_KINDS, "engine.fsdp", f"by engine={engine.kind.name}"),
-        (engine.kind in (*ZERO_KINDS, EngineKind.accelerate), "engine.deepspeed", f"by engine={engine.kind.name}"),
-        (engine.kind is EngineKind.hsdp, "engine.dp_shard", f"by engine={engine.kind.name}"),
-        (not no_checkpointing, "engine.activation_checkpointing_every", "without engine.activation_checkpointing"),
-        (data.source not in PATHLESS, "data.path", f"by data={data.source.name}"),
-        (data.source is DataSource.datasets, "data.subset", f"by data={data.source.name}"),
-        (data.source in WITH_SPLITS, "data.split", f"by data={data.source.name}"),
-        (data.source is DataSource.datasets or data.mixture, "data.streaming", f"by data={data.source.name}"),
-        *(
-            (not is_prepared, f"data.{key}", "by data=prepared, which has been prepared with its own")
-            for key in OF_PREPARATION
-        ),
-        (any_live, "data.on_the_fly", f"by data={data.source.name}"),
-        (not all_live, "data.shard_tokens", "by data.on_the_fly=true"),
-        (not all_live, "data.verify", "by data.on_the_fly=true"),
-        (not all_live, "data.on_bad_shard", "by data.on_the_fly=true"),
-        (is_remote or any_live, "data.cache_directory", "unless data.path is a URL or data.on_the_fly=true"),
-        (is_remote or any_live, "data.cache_gib", "unless data.path is a URL or data.on_the_fly=true"),
-        (Content.text in contents, "data.text_field", f"by data={data.source.name}, data.content={data.content.name}"),
-        (Content.chat in contents, "data.messages_field", "unless data.content=chat"),
-        (Content.chat in contents, "data.chat_template", "unless data.content=chat"),
-        (Content.pairs in contents, "data.prompt_field", "unless data.content=pairs"),
-        (Content.pairs in contents, "data.answer_field", "unless data.content=pairs"),
-        (looks_for_near, "data.filters.near_similarity", "unless data.filters.duplicates=near"),
-        (data.source is DataSource.synthetic, "data.synthetic_ragged", f"by data={data.source.name}"),
-        (data.source is not DataSource.synthetic or data.mixture, "data.packing", f"by data={data.source.name}"),
-        (data.tokenizer == "bpe", "data.tokenizer_vocab_size", f"by data.tokenizer={data.tokenizer}"),
-        (config.model.kind is ModelKind.hf, "model.pretrained", "unless +model=hf"),
-        (config.model.kind is ModelKind.hf, "model.architecture", "unless +model=hf"),
-        (config.model.kind is ModelKind.hf, "model.settings", "unless +model=hf"),
-        (config.model.kind is ModelKind.native, "model.dropout", "by +model=hf"),
-        (is_rope, "model.rope_theta", "by model.positions=learned"),
-        (is_rope, "model.rope_scaling", "by model.positions=learned"),
-        (config.scheduler.kind is not SchedulerKind.constant, "scheduler.min_lr_ratio", "by scheduler=constant"),
-        (config.bad_numbers.spike_zscore > 0, "bad_numbers.spike_window_steps", "while bad_numbers.spike_zscore=0"),
-        (config.optimizer.kind is not OptimizerKind.sgd, "optimizer.eps", f"by optimizer={config.optimizer.kind.name}"),
-        (config.scheduler.kind is SchedulerKind.wsd, "scheduler.decay_fraction", "unless scheduler=wsd"),
-        (config.logging.wandb is not WandbMode.disabled, "logging.wandb_project", "while logging.wandb=disabled"),
-        (config.logging.wandb is not WandbMode.disabled, "logging.wandb_entity", "while logging.wandb=disabled"),
-        (config.validation.every_steps > 0, "validation.batches", "while validation.every_steps=0"),
-    ]
+    """Return a warning for every changed setting that has no effect."""
+    data, defaults = config.data, DataConfig()
+    parts = list(component_data(data).values())
     ignored = [
-        f"{key} is ignored {reason}"
-        for is_used, key, reason in rules
-        if not is_used and attrgetter(key)(config) != attrgetter(key)(defaults)
+        problem
+        for section in fields(config)
+        if is_dataclass(value := getattr(config, section.name))
+        for problem in without_effect(value, f"{section.name}.", parts=parts if value is data else None)
     ]
+    any_live, all_live = any(map(is_live, parts)), all(map(is_live, parts))
+    is_cached = any_live or any("://" in (part.path or "") for part in parts)
+    for keys, is_used, reason in (
+        (("shard_tokens", "verify", "on_bad_shard"), not all_live, "by data.on_the_fly=true"),
+        (("cache_directory", "cache_gib"), is_cached, "unless data.path is a URL or data.on_the_fly=true"),
+    ):
+        changed = [key for key in keys if getattr(data, key) != getattr(defaults, key)]
+        ignored += [f"data.{key} is ignored {reason}" for key in changed if not is_used]
     ignored += [
         f"data.path={part.path}: data=text reads it as plain text; its rows are read by data={part.path.split('.')[-1]}"
         for part in parts
@@ -322,7 +257,7 @@ def _check_model(config: TrainConfig) -> list[str]:
                 "write model.pretrained=true instead"
             )
         return problems
-    if out_of_range("model", model):  # which are told already
+    if out_of_bounds(model):  # which are told already
         return []
     if model.hidden_dim % model.num_heads and model.head_dim == max(model.hidden_dim // model.num_heads, 1):
         problems.append(
@@ -410,27 +345,16 @@ def _check_fp8(config: TrainConfig) -> list[str]:
 
 
 def _check_training(config: TrainConfig) -> list[str]:
-    steps, betas, keep, scheduler = (
-        config.profile.steps,
-        config.optimizer.betas,
-        config.checkpoint.keep,
-        config.scheduler,
-    )
+    steps, betas, keep = config.profile.steps, config.optimizer.betas, config.checkpoint.keep
     hang, first_hang = config.supervision.hang_seconds, config.supervision.first_hang_seconds
+    straggler_factor = config.supervision.straggler_factor
     kept = r"all|best|(latest|every) [1-9][0-9]*"
     rules = [
         (
-            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
-            f"profile.steps={steps}: must be [first, last], as [20, 25]; steps count from 1",
+            not steps or (len(steps) == 2 and steps[0] <= steps[1]),
+            f"profile.steps={steps}: must be [first, last], as [20, 25]",
         ),
-        (
-            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-            f"optimizer.betas={betas}: must be two numbers in [0, 1)",
-        ),
-        (
-            scheduler.kind is not SchedulerKind.wsd or 0 <= scheduler.decay_fraction <= 1,
-            f"scheduler.decay_fraction={scheduler.decay_fraction}: must be from 0 to 1",
-        ),
+        (len(betas) == 2, f"optimizer.betas={betas}: must be two numbers"),
         (
             all(re.fullmatch(kept, rule.strip()) for rule in keep.split(",")),
             f"checkpoint.keep={keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of them with commas",
@@ -442,6 +366,10 @@ def _check_training(config: TrainConfig) -> list[str]:
         (
             first_hang >= hang,
             f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}",
+        ),
+        (
+            not 0 < straggler_factor <= 1,
+            f"supervision.straggler_factor={straggler_factor}: must be more than 1, or 0 to switch it off",
         ),
     ]
     return [message for holds, message in rules if not holds]

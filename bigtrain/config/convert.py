@@ -32,33 +32,6 @@ PathOrUrl = Annotated[str, PathMark.any]
 MaybeEmpty = Annotated[str, "may be empty"]
 """Text of which none is some."""
 
-LARGEST = 10**12
-"""No setting that counts something means more."""
-MOST = {
-    "train.seed": 2**63 - 1,
-    "train.global_batch_size": 1_000_000,
-    "train.micro_batch_size": 1_000_000,
-    "validation.batches": 1_000_000,
-    "data.prefetch_steps": 1_000,
-    "data.prepare_processes": 1_024,
-    "data.tokenizer_vocab_size": 10_000_000,
-    "model.vocab_size": 100_000_000,
-    "model.num_layers": 10_000,
-    "model.hidden_dim": 1_000_000,
-    "model.num_heads": 100_000,
-    "supervision.hang_seconds": 10**8,
-    "supervision.first_hang_seconds": 10**8,
-    "bad_numbers.spike_window_steps": 1_000_000,
-    "run.max_minutes": 10**8,
-    "seed": 2**63 - 1,
-    "num_samples": 10_000,
-    "max_new_tokens": 1_000_000,
-    "every_seconds": 10**6,
-    "worlds": 1_024,
-    "world": 1_024,
-    "resume_world": 1_024,
-}
-"""Upper bounds of settings, by their keys; those without a dot are of commands."""
 MAX_NAME_BYTES = 255
 """Of a file, on the usual file systems."""
 _MAX_PATH_BYTES = 4095 - 200  # what a run, a corpus and a checkpoint put below it fits, too
@@ -93,12 +66,12 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
     Args:
         schema: what is built.
         values: plain data.
-        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite and
-            at most :data:`MOST`, text must not be empty.
+        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite,
+            text must not be empty.
 
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
-            URL, unset variable, empty text and number that is infinite or too large.
+            URL, unset variable, empty text and infinite number.
     """
     builder = _Builder(list(key_types(typing.cast(type, schema))), from_user=from_user)
     config = builder.build(schema, values, "")
@@ -160,6 +133,12 @@ def value_problems(schema: type, key: str, value: Any) -> list[str]:
 
 
 @functools.cache
+def type_hints(schema: type) -> dict[str, Any]:
+    """Return the types of the fields of a config dataclass, with what ``Annotated`` puts beside them."""
+    return typing.get_type_hints(schema, include_extras=True)
+
+
+@functools.cache
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
     """Return the type of every dotted key of ``schema``, sections included: ``train``, ``train.steps``, ...
 
@@ -168,7 +147,7 @@ def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
     types_by_key = {}
     for name, hint in typing.get_type_hints(schema).items():
         types_by_key[prefix + name] = hint
-        star, section = _section(hint)
+        star, section = section_of(hint)
         if section:
             types_by_key |= key_types(section, f"{prefix}{name}.{star}")
     return types_by_key
@@ -182,7 +161,7 @@ def named_sections(schema: type) -> list[str]:
 def optional_sections(schema: type) -> list[str]:
     """Return the dotted keys of ``schema`` that hold a section or null."""
     hints = key_types(schema).items()
-    return [key for key, hint in hints if hint is not _without_none(hint) and _section(hint)[1]]
+    return [key for key, hint in hints if hint is not _without_none(hint) and section_of(hint)[1]]
 
 
 def generic_key(schema: type, key: str) -> str:
@@ -208,7 +187,7 @@ def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 docs[prefix + name] = text
     for name, hint in typing.get_type_hints(schema).items():
-        star, section = _section(hint)
+        star, section = section_of(hint)
         if section:
             docs |= key_docs(section, f"{prefix}{name}.{star}")
     return docs
@@ -243,9 +222,9 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _section(hint: Any) -> tuple[str, Any]:
+def section_of(hint: Any) -> tuple[str, Any]:
     """Return the dataclass that a field's type holds, if any, after ``"*."`` if it holds several by name."""
-    hint = _without_none(hint)
+    hint = _without_none(hint.__origin__ if typing.get_origin(hint) is Annotated else hint)
     if dataclasses.is_dataclass(hint):
         return "", hint
     values = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
@@ -264,7 +243,7 @@ class _Builder:
         """Return ``schema`` filled with ``values``, or None where there are problems."""
         if not isinstance(values, dict):
             return self._problem(f"{path.rstrip('.')}: expected a section with keys, got {values!r}")
-        hints = typing.get_type_hints(schema, include_extras=True)
+        hints = type_hints(schema)
         for key in values:
             if key not in hints:
                 self._problem(f"{path}{key}: unknown key; {nearest_key(f'{path}{key}', self.valid_keys)}")
@@ -284,7 +263,9 @@ class _Builder:
         if hint == MaybeEmpty and isinstance(value, str):
             return value
         if typing.get_origin(hint) is Annotated:
-            return self._path(hint.__metadata__[0], self.convert(hint.__origin__, value, path), path)
+            marks = [mark for mark in hint.__metadata__ if isinstance(mark, PathMark)]
+            converted = self.convert(hint.__origin__, value, path)
+            return self._path(marks[0], converted, path) if marks and self.from_user else converted
         if dataclasses.is_dataclass(hint):
             return self.build(hint, value, f"{path}.")
         if typing.get_origin(hint) is list:
@@ -305,16 +286,13 @@ class _Builder:
             return self._problem(f"{path}: expected {hint.__name__}, got {value!r}")
         if self.from_user and hint is float and not math.isfinite(value):
             return self._problem(f"{path}={value}: must be a finite number")
-        most = MOST.get(path.partition("[")[0], LARGEST if hint is int else math.inf)
-        if self.from_user and hint in (int, float) and value > most:
-            return self._problem(f"{path}={value}: must be at most {most}")
         if self.from_user and hint is str and not value.strip():
             return self._problem(f"{path}: empty, as a variable that is not set; give it a value, or leave it out")
         return value
 
     def _path(self, mark: PathMark, text: str | None, path: str) -> str | None:
-        if text is None or not self.from_user or not isinstance(mark, PathMark):
-            return text
+        if text is None:
+            return None
         try:
             return expand_path(text, mark)
         except ValueError as error:

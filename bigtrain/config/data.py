@@ -1,18 +1,24 @@
 """The section of the configuration about the data; see ``config/__init__.py``."""
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Annotated
 
+from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import Content, DataSource, Duplicates, OnBad, Packing, Verify
 from bigtrain.config.convert import LocalPath, PathOrUrl
+
+_WITH_RECORDS = ("jsonl", "parquet", "arrow", "datasets")
+_TO_PREPARE = OnlyIf("source", not_in=("prepared",))
+"""What was prepared has been prepared with its own."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WeightChangeConfig:
     """A weight that holds from some step on."""
 
-    step: int
-    """Optimizer step, from 0, that is the first with this weight."""
-    weight: float
+    step: Annotated[int, Bound(ge=1)]
+    """Optimizer step that is the first with this weight."""
+    weight: Annotated[float, Bound(ge=0)]
     """Weight from there on."""
 
 
@@ -20,11 +26,11 @@ class WeightChangeConfig:
 class ComponentConfig:
     """One of the data sets of a mixture; what it leaves open is as in the ``data`` section."""
 
-    weight: float = 1.0
+    weight: Annotated[float, Bound(ge=0)] = 1.0
     """Share of the samples, in proportion to the weights of the other components."""
     later_weights: list[WeightChangeConfig] = field(default_factory=list)
     """Changes of the weight, in the order of their steps."""
-    max_epochs: int | None = None
+    max_epochs: Annotated[int | None, Bound(ge=1)] = None
     """Passes over the component after which it is left out; by default any number."""
     source: DataSource | None = None
     """See ``data.source``."""
@@ -56,18 +62,18 @@ class ComponentConfig:
 class FilterConfig:
     """Which documents are left out of a corpus; each is counted in its ``report.json``."""
 
-    min_characters: int = 0
+    min_characters: Annotated[int, Bound(ge=0)] = 0
     """Shorter documents are left out."""
-    max_characters: int | None = None
+    max_characters: Annotated[int | None, Bound(ge=1)] = None
     """Longer documents are left out."""
-    max_repeated_line_share: float = 1.0
+    max_repeated_line_share: Annotated[float, Bound(ge=0, le=1)] = 1.0
     """Largest share of a document's characters in lines that it has had before."""
-    max_symbol_share: float = 1.0
+    max_symbol_share: Annotated[float, Bound(ge=0, le=1)] = 1.0
     """Largest share of a document's visible characters that are neither letters nor digits."""
     duplicates: Duplicates = Duplicates.keep
     """``exact`` leaves out documents that are equal to an earlier one, ``near`` also those that are similar (MinHash)."""
-    near_similarity: float = 0.8
-    """``near`` only: share of 5-word sequences in common (Jaccard) from which on documents count as similar."""
+    near_similarity: Annotated[float, Bound(gt=0, le=1), OnlyIf("duplicates", is_in=("near",))] = 0.8
+    """Share of 5-word sequences in common (Jaccard) from which on documents count as similar."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,68 +82,70 @@ class DataConfig:
 
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
-    path: PathOrUrl | None = None
+    path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
     """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
-    subset: str | None = None
-    """``datasets`` only: the dataset's configuration name."""
-    split: str | None = None
+    subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
+    """The dataset's configuration name."""
+    split: Annotated[str | None, OnlyIf("source", is_in=_WITH_RECORDS)] = None
     """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet`` or ``train.jsonl``: the split; by default the only one, of ``datasets`` train."""
-    streaming: bool = False
-    """``datasets`` only: read the rows as they arrive instead of downloading the dataset first."""
-    on_the_fly: bool = False
+    streaming: Annotated[bool, OnlyIf("source", is_in=("datasets",))] = False
+    """Read the rows as they arrive instead of downloading the dataset first."""
+    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
-    content: Content = Content.text
+    content: Annotated[Content, _TO_PREPARE] = Content.text
     """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
-    text_field: str = "text"
+    text_field: Annotated[str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", is_in=("text",))] = "text"
     """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
-    messages_field: str = "messages"
+    messages_field: Annotated[str, OnlyIf("content", is_in=("chat",))] = "messages"
     """Field with the messages of a ``chat``."""
-    chat_template: LocalPath | None = None
+    chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat",))] = None
     """File of the Jinja template that writes a ``chat``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
-    prompt_field: str = "prompt"
+    prompt_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "prompt"
     """Field with the prompt of ``pairs``."""
-    answer_field: str = "answer"
+    answer_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "answer"
     """Field with the answer of ``pairs``."""
-    filters: FilterConfig = field(default_factory=FilterConfig)
+    filters: Annotated[FilterConfig, _TO_PREPARE] = field(default_factory=FilterConfig)
     """What is left out of a corpus."""
     root: LocalPath = "data"
     """Directory that holds prepared corpora."""
-    tokenizer: LocalPath = "bpe"
+    tokenizer: Annotated[LocalPath, _TO_PREPARE] = "bpe"
     """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
-    tokenizer_vocab_size: int = 4096
-    """Vocabulary size of the trained ``bpe``, at least 257."""
-    shard_tokens: int = 67_108_864
+    tokenizer_vocab_size: Annotated[int, Bound(ge=257, le=10**7), _TO_PREPARE, OnlyIf("tokenizer", is_in=("bpe",))] = (
+        4096
+    )
+    """Vocabulary size of the trained ``bpe``: 256 bytes, the end of a text, and merges."""
+    shard_tokens: Annotated[int, Bound(ge=1), _TO_PREPARE] = 67_108_864
     """Prepared shards end with the document by which they hold so many tokens."""
-    prepare_processes: int | None = None
+    prepare_processes: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
-    validation_fraction: float = 0.02
+    validation_fraction: Annotated[float, Bound(gt=0, lt=1), _TO_PREPARE] = 0.02
     """Share of the documents that is kept for validation."""
     cache_directory: LocalPath | None = None
     """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
-    cache_gib: float = 100.0
+    cache_gib: Annotated[float, Bound(gt=0)] = 100.0
     """Size of that cache; what was not used for longest makes room."""
     verify: Verify = Verify.full
     """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
-    on_bad_row: OnBad = OnBad.stop
+    on_bad_row: Annotated[OnBad, _TO_PREPARE] = OnBad.stop
     """``skip`` leaves out rows that are no documents and files that cannot be read to their end, and counts them."""
     on_bad_shard: OnBad = OnBad.stop
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
-    sequence_length: int | None = None
+    sequence_length: Annotated[int | None, Bound(ge=1)] = None
     """Tokens per sample; by default the model's ``max_positions``."""
-    packing: Packing = Packing.concat
+    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic",))] = Packing.concat
     """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
     document_mask: bool = False
     """Attention stays within documents and positions count from the beginning of each."""
-    shuffle_window_shards: int | None = None
+    shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
     mixture: dict[str, ComponentConfig] = field(default_factory=dict)
     """Several data sets by name, each with its weight."""
     allow_change: bool = False
     """Continue a checkpoint although its data or mixture was another; components with the same name and data go on where they were."""
-    prefetch_steps: int = 4
+    prefetch_steps: Annotated[int, Bound(ge=1, le=1000)] = 4
     """Optimizer steps of batches prepared ahead in the background."""
-    synthetic_ragged: bool = False
-    """``synthetic`` only: mask a random tail of each sample, so that ranks hold different numbers of targets."""
+    synthetic_ragged: Annotated[bool, OnlyIf("source", is_in=("synthetic",))] = False
+    """Mask a random tail of each sample, so that ranks hold different numbers of targets."""
 
 
 def is_live(data: DataConfig) -> bool:

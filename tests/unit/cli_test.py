@@ -154,7 +154,7 @@ def test_contradictions_are_found_for_the_world_of_the_launcher(tmp_path: Path):
     assert code == 2
     assert err.splitlines() == [
         "engine.dp_shard=2 does not divide the world size 3",
-        "optimizer.lr=0.0: must be positive",
+        "optimizer.lr=0.0: must be more than 0",
     ]
 
 

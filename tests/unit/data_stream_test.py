@@ -274,14 +274,14 @@ def test_synthetic_components_hold_different_samples():
 @pytest.mark.parametrize(
     ("component", "problem"),
     [
-        ({"weight": -1.0}, "data.mixture.web.weight=-1.0: must be 0 or positive"),
+        ({"weight": -1.0}, "data.mixture.web.weight=-1.0: must be at least 0"),
         ({"weight": 0.0}, "data.mixture: at least one component needs a positive weight"),
         ({"max_epochs": 0}, "data.mixture.web.max_epochs=0: must be at least 1"),
         (
             {"source": "text"},
             "data.mixture.web.path: missing; data.mixture.web.source=text needs data.mixture.web.path=",
         ),
-        ({"later_weights": [{"step": 5, "weight": 1.0}, {"step": 5, "weight": 2.0}]}, "steps [5, 5] must be positive"),
+        ({"later_weights": [{"step": 5, "weight": 1.0}, {"step": 5, "weight": 2.0}]}, "steps [5, 5] must be ascending"),
     ],
 )
 def test_what_is_wrong_with_a_mixture_is_said(component, problem):

@@ -55,4 +55,4 @@ def test_settings_without_an_architecture_are_refused_and_native_models_ignore_b
     with pytest.raises(ConfigError, match=r"model\.name: \+model=hf needs .* or model\.architecture="):
         read("+model=hf", "model.settings={a: 1}")
     native = hydra_cli.compose_run(hydra_cli.TrainConfig, ["+model=gpt_nano", "model.architecture=llama"])
-    assert "model.architecture is ignored unless +model=hf" in hydra_cli.ignored_settings(native)
+    assert "model.architecture is ignored by model.kind=native" in hydra_cli.ignored_settings(native)

@@ -38,8 +38,11 @@ def warned(*args: str) -> list[str]:
         ("model.rope_theta=5e5", "model.rope_theta is ignored by model.positions=learned"),
         ("model.rope_scaling.factor=8", "model.rope_scaling is ignored by model.positions=learned"),
         ("scheduler=constant scheduler.min_lr_ratio=0.5", "scheduler.min_lr_ratio is ignored by scheduler=constant"),
-        ("bad_numbers.spike_window_steps=9", "bad_numbers.spike_window_steps is ignored while"),
-        ("data=jsonl data.path=x data.content=chat data.text_field=t", "data.text_field is ignored by data=jsonl"),
+        ("bad_numbers.spike_window_steps=9", "bad_numbers.spike_window_steps is ignored by bad_numbers.spike_zscore=0"),
+        (
+            "data=jsonl data.path=x data.content=chat data.text_field=t",
+            "data.text_field is ignored by data.content=chat",
+        ),
         ("data=text data.path=x data.text_field=t", "data.text_field is ignored by data=text"),
         (
             "data=text data.path=a/b.jsonl",

@@ -191,5 +191,5 @@ def test_a_directory_that_is_not_there_is_one_line(tmp_path: Path):
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "missing: there is no such directory; name one",
-        "every_seconds=0.0: must be positive",
+        "every_seconds=0.0: must be more than 0",
     ]
