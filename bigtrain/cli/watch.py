@@ -12,7 +12,7 @@ from bigtrain.config.convert import LocalPath
 from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
-    from bigtrain.telemetry.follow import FollowedRun
+    from bigtrain.telemetry.view import FollowedRun
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +56,7 @@ def run(config: WatchConfig) -> int:
     """Show the runs until none of them runs."""
     from rich.console import Console
 
-    from bigtrain.telemetry.follow import FollowedRun
+    from bigtrain.telemetry.view import FollowedRun
 
     runs, console = [FollowedRun(Path(directory)) for directory in config.runs], Console(highlight=False)
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,1 +1,1 @@
-"""What a run tells: files first, then console and Weights & Biases as readers of the same facts."""
+"""Metrics, events and messages of a run: written to files, from which console and dashboards are fed."""

@@ -1,14 +1,12 @@
 """Dashboards as readers of the run's files, each in a process of its own.
 
-A dashboard's client in the training process would take its interpreter, its exit code, its command line, and its
-time whenever a server is away. Here the training process starts a companion, and that is all it ever does: the
-companion follows ``metrics.jsonl``, ``events.jsonl`` and ``samples.jsonl``, so it can be as slow as it likes, and
-nothing is lost when it is. It ends when the training process ends, however that happens, after it has logged what
-is in the files.
+A dashboard's client in the training process would replace exit hooks, record the command line, and block whenever its
+server is away. The training process only starts a companion, which follows ``metrics.jsonl``, ``events.jsonl`` and
+``samples.jsonl`` at its own pace and ends after the training process, however that ends, has nothing left to log.
 
-``<run>/<backend>_cursor.json`` holds how far a run is logged: steps by their number, events by their place in the file.
-What a run that went back had logged is taken back, as far as the dashboard can. An environment variable holds what a companion is to do, as JSON; a line on standard input, or its
-end, says that the training has ended.
+``<run>/<backend>_cursor.json`` holds how far a run is logged: steps by number, events by their place in the file. Steps
+that a run repeats after going back are taken back, as far as the dashboard can. The request is JSON in an environment
+variable; a line on standard input, or its end, signals the end of the training.
 """
 
 import contextlib
@@ -24,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger
 from bigtrain.processes import start_beside
 from bigtrain.telemetry import names
@@ -59,7 +58,16 @@ class Companion:
         self._say = say or get_logger().info
         self._process: subprocess.Popen[str] | None = None
         try:
-            self._process = _start(command, request, self._log_path)
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self._log_path.open("a") as log:
+                self._process = start_beside(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env={**os.environ, REQUEST_VARIABLE: json.dumps(request)},
+                )
         except OSError as error:
             self._say(f"{label}: cannot start it ({error}); the run goes on without")
             return
@@ -95,19 +103,6 @@ def request_for(run_directory: Path, label: str, **values: Any) -> dict[str, Any
     return {**files, "training_pid": os.getpid(), **values}
 
 
-def _start(command: Sequence[str], request: dict[str, Any], path: Path) -> "subprocess.Popen[str]":
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as log:
-        return start_beside(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, REQUEST_VARIABLE: json.dumps(request)},
-        )
-
-
 def read_request(environ: dict[str, str]) -> tuple[dict[str, Any], Callable[[str], None]]:
     """Return, in a companion, its request and a function that sends messages to the training process."""
     messages, sys.stdout = sys.stdout, sys.stderr
@@ -139,7 +134,7 @@ def follow_until_end(sink: "Sink", request: dict[str, Any]) -> None:
         follower.log_new()
     # A child that the training process forked may hold its end of the pipe: nothing is waited for.
     if not select.select([sys.stdin], [], [], 0)[0] or sys.stdin.readline() == "":
-        follower.tell_of_death()
+        follower.report_death()
 
 
 class Sink(Protocol):
@@ -181,15 +176,14 @@ class Follower:
 
     def _load_cursor(self) -> dict[str, Any]:
         cursor = {"train": 0, "validation": 0, "checkpoint": 0, "events": 0, "num_samples": 0}
-        if self._cursor_path.exists():
-            cursor |= json.loads(self._cursor_path.read_text())
-        path = self._directory / EVENTS_FILE
-        events = [e for e in read_jsonl(path) if e.get("event") not in names.REPEATED_EVENTS] if path.exists() else []
-        if "time" in cursor:  # an older version's
+        cursor |= read_json(self._cursor_path)
+        events = read_jsonl(self._directory / EVENTS_FILE)
+        events = [event for event in events if event.get("event") not in names.REPEATED_EVENTS]
+        if "time" in cursor:  # written before events were counted
             time_passed_on, validated = cursor.pop("time"), cursor.pop("val")
             cursor |= {"validation": validated, "checkpoint": cursor["train"]}
             cursor["events"] = sum(event.get(names.TIME, "") <= time_passed_on for event in events)
-        if cursor["events"] > len(events):  # somebody has removed the file
+        if cursor["events"] > len(events):  # the file was removed
             cursor["events"] = 0
         return cursor
 
@@ -215,7 +209,7 @@ class Follower:
             self._move_cursor(num_samples=len(self._samples))
             self._sink.samples(self._samples)
 
-    def tell_of_death(self) -> None:
+    def report_death(self) -> None:
         """Report that the training process died, with the cause that the watchdog found."""
         cause = self._cause()
         kind = "hang" if cause.get("kind") == "hang" else "fault"
@@ -225,10 +219,9 @@ class Follower:
         """Wait for the watchdog's record of this launch."""
         deadline = time.monotonic() + _CAUSE_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):
-                cause = json.loads((self._directory / _FAILURE_FILE).read_text())
-                if cause.get("attempt") == self._attempt:
-                    return cause
+            cause = read_json(self._directory / _FAILURE_FILE)
+            if cause and cause.get("attempt") == self._attempt:
+                return cause
             time.sleep(0.1)
         return {}
 
@@ -240,7 +233,9 @@ class Follower:
             self._log(record, "train")
 
     def _log(self, record: dict[str, Any], section: str) -> None:
-        self._sink.log({names.dashboard_name(key, section): value for key, value in _numbers(record).items()})
+        non_finite = {key: float(text) for key, text in record.get("non_finite", {}).items()}
+        numbers = {key: value for key, value in {**record, **non_finite}.items() if isinstance(value, int | float)}
+        self._sink.log({names.dashboard_name(key, section): value for key, value in numbers.items()})
 
     def _pass_on(self, event: dict[str, Any]) -> bool:
         """Pass on an event, if it is new; return whether the files have to be read from the beginning again."""
@@ -282,19 +277,4 @@ class Follower:
     def _move_cursor(self, **moved: int) -> None:
         # Before logging: after a crash in between, a step is missing on the dashboard rather than doubled.
         self._cursor |= moved
-        replace_json(self._cursor_path, self._cursor)
-
-
-def replace_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a small file, whole or not at all, and onto the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    non_finite = {key: float(text) for key, text in record.get("non_finite", {}).items()}
-    return {key: value for key, value in {**record, **non_finite}.items() if isinstance(value, (int, float))}
+        write_anew(self._cursor_path, json.dumps(self._cursor))

@@ -1,4 +1,4 @@
-"""Rank 0's display: a progress display on a terminal, plain lines elsewhere, and always ``train.log``."""
+"""Rank 0's console: a progress display on a terminal, plain lines elsewhere, and always ``train.log``."""
 
 import contextlib
 import logging
@@ -44,7 +44,8 @@ class Console:
         """Draw where standard output is a capable terminal, or as ``is_terminal`` says."""
         self._total_steps = total_steps
         self._log_path = log_file
-        self._is_terminal = _can_draw(sys.stdout) if is_terminal is None else is_terminal
+        can_draw = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+        self._is_terminal = can_draw if is_terminal is None else is_terminal
         self._time_left = _TimeLeft(total_steps, clock)
         self._clock = clock
         self._lock = threading.Lock()  # of the log file
@@ -139,7 +140,9 @@ class _Output:
                 self._write(text)
             except OSError:
                 self._is_gone = True
-                _forget(1 if self._file is None else self._file)
+                # Otherwise the interpreter's flush at exit would fail again and change the exit code.
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 1 if self._file is None else self._file)
         return len(text)
 
     def _write(self, text: str) -> None:
@@ -216,14 +219,3 @@ class _TimeLeft:
         first_time, first_step = self._first
         pace = (now - first_time) / (step - first_step) if step > first_step else step_seconds
         return max(self._total_steps - step, 0) * pace
-
-
-def _can_draw(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-
-
-def _forget(file: int) -> None:
-    # Otherwise the interpreter would fail once more when it flushes at exit, and spoil the exit code.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, file)
-    os.close(nowhere)

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn by matplotlib as SVG: text stays text, lines are thinned to what an eye can see."""
+"""Figures of the report, drawn by matplotlib as SVG with text as text and lines thinned."""
 
 import io
 import math

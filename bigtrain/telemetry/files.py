@@ -67,9 +67,7 @@ class JsonLines:
         self._is_refused = True
 
     def remove(self, is_superseded: Callable[[dict[str, Any]], bool]) -> int:
-        """Remove the lines for which ``is_superseded`` holds, atomically, and return their number; damaged lines
-        stay.
-        """
+        """Remove the lines for which ``is_superseded`` holds, atomically; return their number. Damaged lines stay."""
         self.flush()
         num_removed = 0
         temporary = self._path.with_name(self._path.name + ".tmp")
@@ -125,8 +123,8 @@ class Tail:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of ``path``; warns of damaged lines other than a torn last one."""
-    lines = path.read_bytes().split(b"\n")
+    """Return the records of ``path``, none if it is missing; warns of damaged lines other than a torn last one."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     records = [_decode(line) for line in lines]
     for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
         if record is None and line and number < len(lines):

@@ -1,24 +1,33 @@
-"""What rank 0 reads off its instruments at a logging step: throughput, utilisation, memory, the GPU's own sensors."""
+"""Gauges that rank 0 reads at a logging step: throughput, utilisation, memory, the GPU's sensors."""
 
+import contextlib
 import math
+import os
+import platform
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from bigtrain import __version__
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
-from bigtrain.log import get_logger
+from bigtrain.log import get_logger, redact
 from bigtrain.models.flops import TokenFlops, flops_per_token, hf_shape
 from bigtrain.models.sizes import model_sizes
 from bigtrain.tasks.causal_lm import perplexity
 from bigtrain.telemetry import names
-from bigtrain.telemetry.environment import describe_environment
 from bigtrain.telemetry.peak import Peak, find_peak
 
+_GIT_SECONDS = 5
 _SENSOR_SECONDS = 5.0  # between two questions to the GPU's driver
 _HOST_SECONDS = 1.0  # between two questions to the system
 _SAME_MODEL = 0.01
@@ -80,9 +89,7 @@ class Gauges:
         return f"MFU: {counted}; of {self.peak.flops_per_second / 1e12:.4g} TFLOP/s ({self.peak.source})"
 
     def read(self, records: list[dict[str, Any]], phases: dict[str, float]) -> dict[str, Any]:
-        """Return the sectioned metrics of the logging interval of ``records``; ``phases`` are its mean seconds per
-        step.
-        """
+        """Return the sectioned metrics of the interval of ``records``; ``phases`` are its mean seconds per step."""
         seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
         tokens = math.fsum(record[names.STEP_SECONDS] * record[names.TOKENS_PER_SECOND] for record in records)
         stalled = phases.get(names.CHECKPOINT_STALL_SECONDS, 0.0) + phases.get(names.LOGGING_SECONDS, 0.0)
@@ -171,3 +178,38 @@ def utilisation(
         names.MFU_CAUSAL: flops.causal * tokens_per_second / peak.flops_per_second,
         names.MFU_FULL_ATTENTION: flops.full_attention * tokens_per_second / peak.flops_per_second,
     }
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return commit, command, versions and machine of this launch, secrets masked."""
+    packages = {}
+    for name in ("torch", "deepspeed", "accelerate", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    facts = {
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "bigtrain": __version__,
+        "packages": packages,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    return redact({key: value for key, value in facts.items() if value is not None})
+
+
+def _commit() -> str | None:
+    """Return the commit of this source, with a plus sign if tracked files were changed."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_SECONDS).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,4 +1,4 @@
-"""A run as its files tell it, for those who look at it from outside: report and live view. No torch."""
+"""A run read from its files, for report and live view; without torch."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from bigtrain.telemetry import names
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, only_steps, read_jsonl
 from bigtrain.telemetry.text import format_duration, number
 
-# See supervise/attempt.py: whoever has a run touches the one every 3 s, and leaves the other at its end.
+# See supervise/attempt.py: the holder of a run touches the first every 3 s and leaves the second at its end.
 _ATTEMPT_FILE, _EXIT_FILE = "attempt.json", "exit.json"
 _SIGN_SECONDS = 10.0
 
@@ -73,19 +73,20 @@ def read_history(directory: Path) -> History:
     Raises:
         DataError: there are no metrics.
     """
-    # How it stands goes first: who has ended writes nothing more.
-    state = run_state(directory, _read(directory / EVENTS_FILE), max(time.time() - last_sign(directory), 0.0))
-    records = only_steps(_read(directory / METRICS_FILE))
+    # The state first: a run that has ended writes nothing more.
+    events = read_jsonl(directory / EVENTS_FILE)
+    state = run_state(directory, events, max(time.time() - last_sign(directory), 0.0))
+    records = only_steps(read_jsonl(directory / METRICS_FILE))
     if not records:
         raise DataError(f"{directory}: no step is finished yet: {METRICS_FILE} has none")
     return History(
         name=directory.resolve().name,
         directory=directory,
         records=records,
-        events=_read(directory / EVENTS_FILE),
+        events=read_jsonl(directory / EVENTS_FILE),
         state=state,
         config=read_flat_config(directory),
-        samples=_read(directory / SAMPLES_FILE),
+        samples=read_jsonl(directory / SAMPLES_FILE),
         # From the index that a run keeps beside its tokenizer.
         unigram_loss=read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
     )
@@ -98,10 +99,6 @@ def read_flat_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return flatten(config) if isinstance(config, dict) else {}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.exists() else []
 
 
 def differences(histories: list[History]) -> list[tuple[str, list[Any]]]:

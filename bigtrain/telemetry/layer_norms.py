@@ -1,8 +1,8 @@
-"""Norms of gradients, weights and updates per layer, the same numbers under every sharding and every update rule.
+"""Norms of gradients, weights and updates per layer, independent of sharding and update rule.
 
-Every rank adds up the squares of what it holds, in fp64, and one reduction adds up the ranks. An update is the
-difference between the weights after a step and a copy from before it: 4 bytes for each parameter that this rank updates, held
-in the steps that are looked at between the backward pass, which has freed its activations, and the next step.
+Every rank sums the squares of what it holds in fp64, and one all-reduce sums over ranks. An update is the difference to
+a copy of the weights from before the step: 4 bytes for each parameter that this rank updates, held from the end of the
+backward pass, when activations are freed, to the end of the step.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""When memory runs out: what was held, a snapshot, and what to change."""
+"""Out of memory: what was held, a snapshot, and what to change."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The highest rate of matrix products that a device can have, for utilisation (MFU)."""
+"""Peak matmul rates of devices, for utilisation (MFU)."""
 
 import re
 import time
@@ -46,7 +46,7 @@ class Peak:
     """Rate of matrix products of one device."""
 
     flops_per_second: float
-    source: str  # for people: ``data sheet of NVIDIA H200, bf16`` or ``measured ...``
+    source: str  # ``data sheet of NVIDIA H200, bf16`` or ``measured ...``
 
 
 def find_peak(device: torch.device, precision: Precision) -> Peak | None:

@@ -1,4 +1,4 @@
-"""A look inside some steps, on demand: torch's profiler and the allocator's memory, into the run's ``profile/``."""
+"""torch's profiler and memory snapshots for some steps, written to the run's ``profile/``."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,9 +1,8 @@
-"""What the trainer tells: one object takes the facts of a run and hands them to files and displays.
+"""The trainer's recorder: passes metrics, events and messages to files and displays.
 
-Per run directory: ``metrics.jsonl`` with exactly one object per optimizer step, ``events.jsonl`` with
-everything else that happened, ``log/train.log`` with the console's lines. A resumed run writes the steps
-after its checkpoint anew, so their old lines are removed; so are the validations and checkpoints after it.
-Starts, resumes, stops and faults did happen and stay.
+Per run directory: ``metrics.jsonl`` with exactly one object per optimizer step, ``events.jsonl`` with all other events,
+``log/train.log`` with the console's lines. A resumed run repeats the steps after its checkpoint, so their lines are
+removed, and so are the validations and checkpoints after it; starts, resumes, stops and faults stay.
 """
 
 import math

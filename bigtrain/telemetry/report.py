@@ -1,4 +1,4 @@
-"""One page about one or several runs: a file with everything in it, to be sent to somebody."""
+"""One self-contained HTML page about one or several runs."""
 
 import html
 import math
@@ -15,7 +15,7 @@ from bigtrain.telemetry.text import describe_communication, format_count, format
 
 _MAX_EVENTS = 60
 _MAX_SAMPLES = 12
-_DETAILED_RUNS = 4  # with pictures of their own
+_DETAILED_RUNS = 4  # have pictures of their own
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #808890; }
@@ -141,6 +141,7 @@ def _facts(history: History) -> dict[str, str]:
     last, config, launches = history.records[-1], history.config, history.launches()
     launch = launches[-1] if launches else {}
     environment = launch.get("environment", {})
+    commit = environment.get("commit", "")
     state, _, why = history.state.partition(": ")
     steps, total = last[names.STEP], config.get("train.steps")
     validations = [number(event, names.LOSS) for event in history.events_of("validation")]
@@ -163,7 +164,7 @@ def _facts(history: History) -> dict[str, str]:
         "launches": str(len(launches) or ""),
         "engine": str(config.get("engine.kind", "")),
         "devices": f"{launch.get('world_size')} x {environment['device']}" if "device" in environment else "",
-        "commit": _short(str(environment.get("commit", ""))),
+        "commit": f"{commit[:12]}{'+' * commit.endswith('+')}",
         "packages": ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),
     }
 
@@ -245,11 +246,6 @@ def _plain(value: object) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def _short(commit: str) -> str:
-    """Return the beginning of a commit's hash, with the mark of changed files."""
-    return commit[:12] + "+" * commit.endswith("+")
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,7 @@
-"""TensorBoard as a reader of the run's files, in a companion process (see ``companion.py``).
+"""TensorBoard as a companion process that reads the run's files (see ``companion.py``).
 
-Its files are in ``<run>/tensorboard/``. The companion is ``python -m bigtrain.telemetry.tensorboard_logger``; it
-writes with tensorboardX, which is what ``torch.utils.tensorboard`` needs the whole of TensorBoard for.
+It writes to ``<run>/tensorboard/`` with tensorboardX, because ``torch.utils.tensorboard`` needs all of TensorBoard. The
+companion is ``python -m bigtrain.telemetry.tensorboard_logger``.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Numbers and events in words."""
+"""Numbers and events as text."""
 
 import math
 from typing import Any

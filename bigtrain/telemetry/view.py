@@ -1,23 +1,28 @@
-"""A run on a terminal: progress, numbers, the loss as a line of blocks, memory, and what happened last."""
+"""Live view of a run: progress, numbers, loss curve, memory and the last events."""
 
 import itertools
 import math
 import statistics
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bigtrain.telemetry import names
+from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, Tail, only_steps
+from bigtrain.telemetry.history import how_ended, last_sign, read_flat_config, run_state
 from bigtrain.telemetry.text import describe, describe_event, describe_machine, format_duration, number
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = ".:-=+*%#"
 _SPARKLINE_COLUMNS = 48
-MAX_COLUMNS = 120  # on a wide terminal an eye would lose its line
+MAX_COLUMNS = 120  # lines are hard to follow on a wider terminal
 _MAX_POINTS = 4096
 _MAX_EVENTS = 500
 _PACE_STEPS = 50
 _SHOWN_EVENTS = 4
+_LOST_SECONDS = 120.0  # without a sign of life: the run counts as over
 
 
 class RunView:
@@ -50,7 +55,12 @@ class RunView:
     def add_event(self, event: dict[str, Any]) -> None:
         """Add an event, once; a launch voids repeated events after its first step."""
         if event.get("event") in names.LAUNCH_EVENTS:
-            self._events = {key: kept for key, kept in self._events.items() if not _is_void(kept, event)}
+            first = event.get(names.STEP) or 0
+            self._events = {
+                key: kept
+                for key, kept in self._events.items()
+                if kept.get("event") not in names.REPEATED_EVENTS or (kept.get(names.STEP) or 0) <= first
+            }
         self._events[event.get("event"), event.get(names.STEP), event.get(names.TIME)] = event
         if len(self._events) > _MAX_EVENTS:
             del self._events[next(iter(self._events))]
@@ -113,9 +123,42 @@ class RunView:
         return f"{sparkline(losses)}{last}"
 
 
-def _is_void(event: dict[str, Any], launch: dict[str, Any]) -> bool:
-    is_repeated = event.get("event") in names.REPEATED_EVENTS
-    return is_repeated and (event.get(names.STEP) or 0) > (launch.get(names.STEP) or 0)
+class FollowedRun:
+    """Follows a run through its files, which may not exist yet; never writes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = directory.resolve().name
+        self.view = RunView()
+        self._directory = directory
+        self._metrics, self._events = Tail(directory / METRICS_FILE), Tail(directory / EVENTS_FILE)
+        self._sign = last_sign(directory)
+        # A file server's clock may be another: only here are the two compared.
+        self._heard_at = time.monotonic() - (max(time.time() - self._sign, 0.0) if self._sign else 0.0)
+
+    def read(self) -> None:
+        """Read what was added since the last call."""
+        steps = read_flat_config(self._directory).get("train.steps")  # another launch may have changed it
+        self.view.total_steps = steps if isinstance(steps, int) else self.view.total_steps
+        while records := self._metrics.read():
+            for record in only_steps(records):
+                self.view.add(record)
+        while events := self._events.read():
+            for event in events:
+                self.view.add_event(event)
+        if (sign := last_sign(self._directory)) != self._sign:
+            self._sign, self._heard_at = sign, time.monotonic()
+
+    def state(self) -> str:
+        """Return ``begins``, or see :func:`bigtrain.telemetry.history.run_state`."""
+        state = run_state(self._directory, self.view.events, self._silent_seconds())
+        return "begins" if state == "running" and not self.view.last else state
+
+    def is_over(self) -> bool:
+        """Return whether the run has ended or has been silent for too long."""
+        return how_ended(self._directory, self.view.events) is not None or self._silent_seconds() > _LOST_SECONDS
+
+    def _silent_seconds(self) -> float:
+        return time.monotonic() - self._heard_at
 
 
 def sparkline(values: Sequence[float], columns: int = _SPARKLINE_COLUMNS) -> str:

@@ -1,7 +1,4 @@
-"""A dashboard for Weights & Biases: which metrics belong in one picture, and over which axis.
-
-It is a workspace of the project, made with wandb-workspaces.
-"""
+"""The project's workspace on Weights & Biases, made with wandb-workspaces: panels, metrics and axes."""
 
 from typing import Any
 

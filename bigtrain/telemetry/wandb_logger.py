@@ -1,11 +1,11 @@
 """Weights & Biases as a reader of the run's files, in a companion process (see ``companion.py``).
 
-In the training process wandb would replace ``sys.exit`` and ``sys.excepthook``, record the command line with whatever
-secrets are in it, and hold up the exit for seconds to minutes when its server is away.
+In the training process wandb would replace ``sys.exit`` and ``sys.excepthook``, record the command line with its
+secrets, and hold up the exit for minutes when its server is away.
 
-``<run>/wandb_id`` holds the id of the run, which a resumed run continues; a copied directory gets an id of its own. So does
-a run that went back and then came to other numbers: nothing that is logged offline, or over axes of one's own, can be taken back (wandb's
-rewind), so the whole run is logged anew and the old one is named for what it is. The companion is
+``<run>/wandb_id`` holds the id of the run, which a resumed run continues; a copied directory gets a new one. So does a
+run that went back and came to other numbers: wandb's rewind cannot take back what was logged offline or over custom
+axes, so the whole run is logged anew and the old one renamed. The companion is
 ``python -m bigtrain.telemetry.wandb_logger``.
 """
 
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.config.convert import nearest, to_dict
+from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger, redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import (
@@ -33,7 +34,6 @@ from bigtrain.telemetry.companion import (
     follow_until_end,
     lock,
     read_request,
-    replace_json,
     request_for,
 )
 from bigtrain.telemetry.text import describe_event
@@ -138,8 +138,8 @@ def _companion() -> int:
         signal.alarm(0)
         sink = _WandbSink(wandb, run, request, environ, say)
         follow_until_end(sink, request)
-        signal.alarm(_FINISH_SECONDS)  # nobody waits for an upload without end; wandb's own files stay
-        sink.finish()
+        signal.alarm(_FINISH_SECONDS)  # an upload without end is given up; wandb's own files stay
+        sink.run.finish()
     return 0
 
 
@@ -147,12 +147,12 @@ class _WandbSink:
     def __init__(
         self, wandb: ModuleType, run: Any, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]
     ) -> None:
-        self._wandb, self._run = wandb, run
+        self._wandb, self.run = wandb, run
         self._request, self._environ, self._say = request, environ, say
         self._launch: dict[str, Any] = {}
 
     def log(self, row: dict[str, float]) -> None:
-        self._run.log(row)
+        self.run.log(row)
 
     def event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -160,33 +160,30 @@ class _WandbSink:
             # The environment of the newest launch, and what MFU is computed from.
             facts = {key: value for key, value in event.items() if key not in ("event", names.STEP, names.TIME)}
             self._launch = {"launch": redact(facts)}
-            self._run.config.update(self._launch, allow_val_change=True)
+            self.run.config.update(self._launch, allow_val_change=True)
         is_warning = kind in names.ALARMS or event.get("after")  # a launch that tells why the one before it failed
         if level := _ALERTS.get(kind) or ("WARN" if is_warning else None):
             text = describe_event(event)
-            self._run.alert(f"{self._run.name}: {kind}", text, level=self._wandb.AlertLevel[level], wait_duration=0)
+            self.run.alert(f"{self.run.name}: {kind}", text, level=self._wandb.AlertLevel[level], wait_duration=0)
 
     def samples(self, samples: list[dict[str, Any]]) -> None:
         columns = [names.STEP, "prompt", "text"]
         rows = [[sample.get(column) for column in columns] for sample in samples[-_MAX_SAMPLES:]]
-        self._run.log({"samples": self._wandb.Table(columns=columns, data=rows)})
+        self.run.log({"samples": self._wandb.Table(columns=columns, data=rows)})
 
     def take_back(self, step: int, *, differs: bool) -> int | None:
         if not differs:
             return None
-        old = self._run
+        old = self.run
         old.name = f"{self._request['name']} (given up after step {step})"
         old.finish()
         forget(Path(self._request["directory"]))
-        self._run = _init(self._wandb, self._request, self._environ, self._say)
-        if self._run is None:  # it has said why
+        self.run = _init(self._wandb, self._request, self._environ, self._say)
+        if self.run is None:  # it has said why
             sys.exit(0)
-        self._run.config.update({**self._launch, "supersedes": f"{old.id}, after step {step}"}, allow_val_change=True)
-        self._say(f"wandb run {old.id} has steps after {step} that were given up; {self._run.id} has the whole run")
+        self.run.config.update({**self._launch, "supersedes": f"{old.id}, after step {step}"}, allow_val_change=True)
+        self._say(f"wandb run {old.id} has steps after {step} that were given up; {self.run.id} has the whole run")
         return 0
-
-    def finish(self) -> None:
-        self._run.finish()
 
 
 def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]) -> Any:
@@ -253,7 +250,7 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: 
 def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
     """Return the run's wandb id, a new one if it has none or the directory is a copy."""
     file.seek(0)
-    run_id, here, cursor = file.read().strip(), _place(directory), _read_cursor(directory)
+    run_id, here, cursor = file.read().strip(), _place(directory), read_json(directory / CURSOR_FILE)
     if cursor.get("id", run_id) != run_id:
         cursor = {}
     if run_id and _is_copy(run_id, cursor.get("place"), here):
@@ -268,15 +265,8 @@ def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
         file.flush()
     told = cursor | {"id": run_id, "place": here}
     if told != cursor:  # a companion that runs has written it, and goes on writing it
-        replace_json(directory / CURSOR_FILE, told)
+        write_anew(directory / CURSOR_FILE, json.dumps(told))
     return run_id
-
-
-def _read_cursor(directory: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((directory / CURSOR_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _place(directory: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import torch
 from bigtrain.distributed.collectives import init_process_group
 from bigtrain.processes import RankInfo
 from bigtrain.telemetry import names
-from bigtrain.telemetry.follow import FollowedRun
 from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.profiling import communication_seconds
+from bigtrain.telemetry.view import FollowedRun
 from bigtrain.telemetry.wandb_dashboard import build_dashboard
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import SMALL, TRAIN, Launch, Result, events, fork, metrics, num_steps

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from bigtrain.telemetry.follow import FollowedRun
-from bigtrain.telemetry.view import RunView, sparkline
+from bigtrain.telemetry.view import FollowedRun, RunView, sparkline
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "watch.py"
 
