@@ -1,7 +1,7 @@
 """Conversations as the text that a chat template writes, and what of that text counts in the loss.
 
-Templates are rendered by transformers, sandboxed, with the special tokens of the tokenizer. What a row says is
-written by the template or refused: a template drops what it does not know in silence, so every field is probed.
+Templates are rendered by transformers, sandboxed, with the tokenizer's special tokens. Every field of a row is written
+by the template or refused: templates silently drop what they do not know, so each field is probed.
 """
 
 import dataclasses
@@ -109,10 +109,6 @@ class Chat:
         """Return whether the template marks what is generated."""
         return _GENERATION.search(self._template(fields)) is not None
 
-    @property
-    def endings(self) -> list[str]:
-        return [token for token in self.tokens.values() if isinstance(token, str) and token]
-
     def _template(self, fields: dict[str, Any]) -> str:
         return self.templates["tool_use" if fields.get("tools") and "tool_use" in self.templates else "default"]
 
@@ -163,7 +159,8 @@ class _Row:
         if all(weights):
             return self._spans
         # Which spans are those of a message: the ones that are there with it and not before it.
-        bounds = {i: self._num_spans(i) for n in counted for i in (n, n + 1)}
+        places = {i for n in counted for i in (n, n + 1)}
+        bounds = {i: len(self._chat.render(self._messages[:i], self._fields)[1]) if i else 0 for i in places}
         return [span for n in counted for span in self._spans[bounds[n] : bounds[n + 1]]]
 
     def _span(self, number: int) -> Span:
@@ -171,7 +168,8 @@ class _Row:
         before, _ = self._chat.render(self._messages[:number], self._fields, asks=True)
         upto, _ = self._chat.render(self._messages[: number + 1], self._fields)
         if not self.text.startswith(upto):  # some write a special token when nothing follows
-            upto = next((upto.removesuffix(t) for t in self._chat.endings if upto.endswith(t)), upto)
+            special = [token for token in self._chat.tokens.values() if isinstance(token, str) and token]
+            upto = next((upto.removesuffix(token) for token in special if upto.endswith(token)), upto)
         if not (upto.startswith(before) and self.text.startswith(upto)):
             raise ValueError(
                 f"field '{self._name}', message {number}: the chat template writes this answer, or what is before it, in "
@@ -179,9 +177,6 @@ class _Row:
                 "and {% endgeneration %} in a template of your own (data.chat_template=FILE)"
             )
         return len(before), len(upto)
-
-    def _num_spans(self, number: int) -> int:
-        return len(self._chat.render(self._messages[:number], self._fields)[1]) if number else 0
 
     def _require_effect(self, number: int, key: str, where: str) -> None:
         """Refuse a field with a part that changes the text neither of the chat nor of the chat up to its message.
@@ -382,9 +377,7 @@ def encoding_facts(config: DataConfig) -> dict[str, Any]:
 
 
 def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
-    """Return a hash of :func:`encoding_facts` for a built tokenizer and settings of :func:`keep_chat`; "" by
-    default.
-    """
+    """Return a hash of :func:`encoding_facts` for a built tokenizer and settings of :func:`keep_chat`, or ""."""
     bare, whole = (built.tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, built.adds_special))
     facts = [whole] if bare != whole or (built.adds_special and config.content is not Content.text) else []
     facts += [read_template(config.chat_template)] if _is_templated(config) else []

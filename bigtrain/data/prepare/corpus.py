@@ -1,10 +1,8 @@
 """From a source to a prepared corpus: survey, tokenizer, tokens, shards, index, rename.
 
-The directory's name follows from the settings and the source, so preparing again finds what is
-there. Everything is written into a hidden directory beside it, which becomes visible by one
-rename when it is complete: a kill leaves nothing that could be mistaken for a corpus. What was
-finished before a kill is used by the next preparation. A lock that ends with its process keeps two
-from preparing the same at once; the later adopts the result of the earlier.
+The directory's name follows from settings and source, so preparing again finds an existing corpus. It is written under
+a hidden name and renamed when complete; parts that were finished before a kill are reused. A file lock keeps processes
+from preparing the same corpus at once.
 """
 
 import dataclasses
@@ -238,7 +236,7 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     if not parts:
         raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
     given, config = config, keep_chat(config, work)
-    # Where more parts than two have no text, whoever reads the first window says so.
+    # Of more parts than two, the reader of the first window reports that there is no text.
     if len(parts) < 3 and not any(document.text for part in parts for document in read_part(config, part)):
         what = "text" if config.content is Content.text else "an answer that counts"
         raise DataError(f"data={config.source.name} data.path={config.path}: none of its documents has {what}")

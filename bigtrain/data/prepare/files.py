@@ -1,6 +1,6 @@
-"""Which files a source is made of: every file that ``data.path`` leads to is read once, or named with the reason.
+"""The files of a source: every file that ``data.path`` leads to is read once, or named with the reason.
 
-:func:`find_files` is the only door. What it returns depends on nothing but names and links.
+What :func:`find_files` returns depends on names and links only.
 """
 
 import glob
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bigtrain.config import DataConfig, DataSource, OnBad
-from bigtrain.data.prepare.saved import DESCRIPTIONS, files_of_split, saved_files
+from bigtrain.data.prepare.saved import DESCRIPTIONS, SourceFile, files_of_split, saved_files
 from bigtrain.errors import DataError, some
 
 LeftOut = dict[str, list[str]]  # names by the reason why they are not read
@@ -31,13 +31,6 @@ _SUFFIXES = {
 _PACKING = re.compile(r"\.(gz|zst)$", re.IGNORECASE)
 _MOST_NAMES = 8
 _THIS_NAME = "matched as a pattern, but there is something of this very name"
-
-
-class SourceFile(NamedTuple):
-    """One file of a source."""
-
-    name: str  # path relative to the root of the source, with '/' on every system
-    path: Path
 
 
 class Found(NamedTuple):
@@ -108,15 +101,12 @@ def tell_left_out(left_out: LeftOut) -> str:
 
 def _nothing(config: DataConfig, path: Path, left_out: LeftOut) -> str:
     if path.is_dir():
-        what = f"{path}: no file {_endings(_SUFFIXES.get(config.source, ('',)))} in this directory or below it"
+        endings = " or ".join(f"*{suffix}" for suffix in _SUFFIXES.get(config.source, ("",)))
+        what = f"{path}: no file {endings} in this directory or below it"
     else:
         what = f"data.path={config.path}: no such file or directory, and no file matches it as a pattern"
     told = tell_left_out(left_out)
     return f"{what}; not read: {told}; others are read by a pattern such as data.path='*.json'" if told else what
-
-
-def _endings(suffixes: tuple[str, ...]) -> str:
-    return " or ".join(f"*{suffix}" for suffix in suffixes)
 
 
 # Directories and patterns
@@ -150,10 +140,10 @@ def _walk(
     """
     visited = set()
 
-    def is_unreadable(error: OSError) -> None:
+    def on_error(error: OSError) -> None:
         left_out["not readable"].append(f"{os.path.relpath(error.filename, root)}/")
 
-    for directory, children, names in os.walk(root, followlinks=True, onerror=is_unreadable):
+    for directory, children, names in os.walk(root, followlinks=True, onerror=on_error):
         prefix = f"{Path(directory).relative_to(root).as_posix()}/".removeprefix("./")
         identity = os.path.realpath(directory)
         if identity in visited:  # links may lead in circles

@@ -1,4 +1,4 @@
-"""What a file is that is not what it should be, and what is wrong with a line that is not JSON: for messages."""
+"""Messages about files of another format and lines that are not JSON."""
 
 import json
 import re

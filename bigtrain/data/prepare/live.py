@@ -1,4 +1,4 @@
-"""The parts of a source that is tokenised while training: what is known of them ahead, and one as tokens."""
+"""Sources that are tokenised while training: the plan of their parts, and the tokens of one part."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, on a terminal or in the log."""
+"""Progress of long work, as a bar on a terminal or lines in the log."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Which documents are worth training on: simple filters, and duplicates."""
+"""Filters of documents, and exact and near duplicates."""
 
 import re
 from collections.abc import Iterator
@@ -77,7 +77,10 @@ def near_duplicates(signatures: Iterator[Any], similarity: float) -> Iterator[bo
     """
     import rensa
 
-    num_bands = next(b for b in (8, 16, 32, 64, 128) if b == 128 or _chance(similarity, b) >= _RECALL)
+    # The chance to find a pair with ``bands`` bands of ``rows`` rows is 1 - (1 - similarity ** rows) ** bands.
+    rows = {bands: _NUM_PERMUTATIONS // bands for bands in (8, 16, 32, 64)}
+    enough = (bands for bands in rows if 1 - (1 - similarity ** rows[bands]) ** bands >= _RECALL)
+    num_bands = next(enough, _NUM_PERMUTATIONS)
     index = rensa.RMinHashLSH(threshold=similarity, num_perm=_NUM_PERMUTATIONS, num_bands=num_bands)
     kept: dict[int, Any] = {}
     for number, signature in enumerate(signatures):
@@ -86,7 +89,3 @@ def near_duplicates(signatures: Iterator[Any], similarity: float) -> Iterator[bo
             kept[number] = signature
             index.insert(number, signature)
         yield is_duplicate
-
-
-def _chance(similarity: float, num_bands: int) -> float:
-    return 1 - (1 - similarity ** (_NUM_PERMUTATIONS // num_bands)) ** num_bands

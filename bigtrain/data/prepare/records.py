@@ -1,4 +1,4 @@
-"""From one record of a source to one document: plain text, or a conversation of which only the answers count."""
+"""From a record of a source to a document: plain text, or a conversation of which the answers count."""
 
 from typing import Any, NamedTuple
 

@@ -1,9 +1,9 @@
-"""Which Arrow files in a directory that the datasets library has written are the data, and of which split."""
+"""Which files of a saved dataset or a split directory are data, and of which split."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from bigtrain.config import DataConfig
 from bigtrain.errors import DataError
@@ -15,19 +15,16 @@ _OF_SPLIT = re.compile(
     rf"(?:.*[-_.])?({_SPLIT})-\d{{5}}-of-\d{{5}}\..*|((?i:{_SPLIT}))\.(?i:jsonl|ndjson|json|parquet)(?i:\.gz|\.zst)?"
 )
 """Names of files of a split: the hub's, or the split alone. Before such numbers other words stand too, as for the parts of a corpus."""
-Listing = dict[str, str | None]
-"""The files of a directory that are data, and the split that each is of, if that is known."""
 
 
-class _File(Protocol):
-    name: str
+class SourceFile(NamedTuple):
+    """One file of a source."""
+
+    name: str  # path relative to the root of the source, with '/' on every system
     path: Path
 
 
-AnyFile = TypeVar("AnyFile", bound=_File)
-
-
-def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
+def saved_files(files: list[SourceFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[SourceFile]:
     """Return those of ``files`` that are data of the configured split; Arrow files of other origin have no split.
 
     ``state.json`` lists what ``save_to_disk`` wrote; ``map`` and ``shuffle`` keep their caches beside it.
@@ -37,7 +34,7 @@ def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, li
     """
     is_named = Path(config.path).is_file()
     listings = {directory: _listing(directory) for directory in {file.path.parent for file in files}}
-    by_split: dict[str | None, list[AnyFile]] = {}
+    by_split: dict[str | None, list[SourceFile]] = {}
     for file in files:
         listing = listings[file.path.parent]
         if listing is None or file.path.name in listing or is_named:
@@ -59,7 +56,7 @@ def saved_files(files: list[AnyFile], config: DataConfig, left_out: dict[str, li
     return chosen
 
 
-def files_of_split(files: list[AnyFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[AnyFile]:
+def files_of_split(files: list[SourceFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[SourceFile]:
     """Return the files of the configured split, as ``train-00000-of-00002.parquet`` or ``train.jsonl``.
 
     Raises:
@@ -105,8 +102,8 @@ def split_name(split: object) -> str | None:
     return None if split is None else re.sub(r"\[.*?\]", "", str(split))
 
 
-def _listing(directory: Path) -> Listing | None:
-    """Return what the datasets library says of the files in a directory, None if it has not written them."""
+def _listing(directory: Path) -> dict[str, str | None] | None:
+    """Return the data files of a directory with their splits, as far as known; None if datasets has not written it."""
     if (directory / "state.json").is_file():
         state = read_state(directory)
         places = [place for place in (directory, directory.resolve()) if (place.parent / DICTIONARY).is_file()]

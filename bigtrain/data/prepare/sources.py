@@ -1,15 +1,12 @@
-"""Documents of a source, one after the other, in an order that depends on nothing but the source.
+"""Documents of a source, in an order that depends on the source alone.
 
-A source comes in parts, each read by itself, so that several processes share the work; the order of
-the documents is that of the parts. What becomes of odd input, for every source alike:
+A source is read in parts, so that several processes share the work. For all sources:
 
-- Text that is not valid UTF-8 keeps its valid part; each bad sequence becomes U+FFFD and the
-  document counts as repaired. A byte-order mark at the beginning of a file is dropped.
-- Empty and null documents are yielded as empty text (the caller drops and counts them).
-- A missing path, an unreadable or damaged file, a binary file given as text, a line that is not
-  a JSON object, a missing field and a field that is not text are a :class:`DataError` that names
-  the file and the line or row. With ``data.on_bad_row=skip`` such a row, and a file that cannot be
-  read to its end, is left out whole and counted: whether it is depends on its content alone.
+- Invalid UTF-8 becomes U+FFFD and the document counts as repaired. A byte-order mark at the beginning is dropped.
+- Empty and null documents are yielded as empty text, which the caller drops and counts.
+- A missing path, an unreadable or damaged file, a binary file given as text, a line that is not a JSON object, and a
+  field that is missing or not text are a :class:`DataError` that names the file and the line or row. With
+  ``data.on_bad_row=skip`` such a row, and a file that cannot be read to its end, is left out whole and counted.
 """
 
 import gzip
@@ -105,7 +102,7 @@ def _file_ranges(config: DataConfig, file: SourceFile, size: int) -> list[Part]:
                 rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         except DataError:
             if config.on_bad_row is OnBad.skip:
-                return []  # whoever reads it will leave it out
+                return []  # left out when it is read
             raise
         return [Part((file,), i, i + 1, sum(rows[:i])) for i in range(len(rows))]
     return []

@@ -1,4 +1,4 @@
-"""A first pass over the documents: how much there is, what is left out, which are for validation, a BPE's sample."""
+"""First pass over the documents: counts, duplicates, validation documents, and the sample for a BPE."""
 
 import heapq
 import re

@@ -1,8 +1,7 @@
 """Second pass: the tokens of one part of the source, and shards put together from parts.
 
-A part's tokens go into a directory ``parts/<number>``, in pieces that bound the memory, and appear by one
-rename when they are complete. When all parts are there, the bounds of the shards are known and each
-shard is written, hashed and renamed by itself. So whatever is finished survives a kill.
+A part's tokens go into a directory ``parts/<number>``, in pieces that bound the memory, which is renamed when complete.
+Once all parts are there, each shard is written and hashed by itself. What is finished survives a kill.
 """
 
 import json
