@@ -6,7 +6,7 @@
 - ``run_state.json``: everything that is not a tensor;
 - ``manifest.json``, written last: sizes and hashes of the files, and where each box of each tensor lies.
 
-A directory of that name is complete: it is written beside under a name with ``.tmp-`` and renamed. Modules:
-``manifest`` (what is where), ``shard`` (one rank's file), ``store`` (directories of a run), ``saver`` (writing, in
-the background), ``loader`` (verifying and reading), ``reader`` (whole tensors), ``listing`` (for people).
+A directory of that name is complete: it is written under a name with ``.tmp-`` and renamed. Modules: ``manifest``
+(what is where), ``shard`` (files of ranks), ``store`` (directories of a run), ``saver`` (writing, in the background),
+``loader`` (verifying and reading), ``listing`` (for the command line), ``dcp`` (for torch.distributed.checkpoint).
 """

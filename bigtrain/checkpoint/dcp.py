@@ -1,11 +1,11 @@
-"""Our checkpoints for programs that use ``torch.distributed.checkpoint`` (DCP) and nothing of ours.
+"""A StorageReader with which ``torch.distributed.checkpoint`` (DCP) loads our checkpoints.
 
     from bigtrain.checkpoint.dcp import CheckpointReader
     state = {"model": model.state_dict()}
     torch.distributed.checkpoint.load(state, storage_reader=CheckpointReader("runs/x/checkpoints/step-00001000"))
 
-Keys are those of torch's ``get_state_dict``: ``model.<name>`` and ``optim.state.<name>.<key>``. Any sharding of the
-wanted state works, because DCP asks for boxes and boxes are what is stored.
+Keys are those of torch's ``get_state_dict``: ``model.<name>`` and ``optim.state.<name>.<key>``. The wanted state may be
+sharded in any way.
 """
 
 import os

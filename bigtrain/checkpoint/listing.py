@@ -1,4 +1,4 @@
-"""What checkpoints a run has, and in what state they are; for people, and without torch."""
+"""Checkpoints of a run and their condition, for the command line; without torch."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Reading a checkpoint into the boxes of any engine, after it has been verified."""
+"""Verifying a checkpoint and reading it into the boxes of any engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,10 +33,10 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
         found = find_problems(path, verify, share=slice(dist.get_rank(), None, dist.get_world_size())), None
     except UnreadableError as error:
         found = [], str(error)
-    everybody = broadcast_json(gather_json(found))
-    if unreadable := next((reason for _, reason in everybody if reason), None):
+    all_found = broadcast_json(gather_json(found))
+    if unreadable := next((reason for _, reason in all_found if reason), None):
         raise of_all_ranks(UnreadableError(unreadable))
-    return list(dict.fromkeys(problem for problems, _ in everybody for problem in problems))
+    return list(dict.fromkeys(problem for problems, _ in all_found for problem in problems))
 
 
 def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:

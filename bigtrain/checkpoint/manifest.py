@@ -1,8 +1,7 @@
 """The manifest of a checkpoint: its files with sizes and hashes, and where each piece of each tensor lies.
 
-The hash (XXH3, 128 bits) finds damage; it runs at the speed of memory, where SHA-256 would take seconds
-per rank. It does not find tampering: nothing in a checkpoint is executed, so a forged one can hold wrong
-numbers but no code.
+The hash (XXH3, 128 bits) finds damage at the speed of memory, where SHA-256 would take seconds per rank. It does not
+find tampering, but nothing in a checkpoint is executed: a forged one can hold wrong numbers, no code.
 """
 
 import errno
@@ -83,7 +82,8 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     expected = xxhash.xxh3_128_hexdigest(body.removesuffix(b"\n")).encode()
     if found != expected or not body.endswith(b"\n"):
-        raise CheckpointError(f"{path}: damaged: its hash is {expected.decode()}, expected {_printable(found)}")
+        told = found[:40].decode("ascii", "replace")
+        raise CheckpointError(f"{path}: damaged: its hash is {expected.decode()}, expected {told}")
     try:
         values = json.loads(body)
         if values["format"] != FORMAT:
@@ -224,7 +224,3 @@ def hash_file(path: Path) -> str:
 def _require_damage(error: OSError, path: Path) -> None:
     if error.errno not in SIGNS_OF_DAMAGE:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror}; nothing is known to be damaged") from error
-
-
-def _printable(raw: bytes) -> str:
-    return raw[:40].decode("ascii", "replace")

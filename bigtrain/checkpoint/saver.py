@@ -1,9 +1,8 @@
-"""Saving behind the training loop: the loop waits for a copy in memory at most, never for a disk.
+"""Saving behind the training loop, which waits for a copy in memory at most, never for a disk.
 
-All ranks of a save: copy the own share of the state to host memory (staging), write it with its hash to
-one file in a new directory, and vote. If all succeeded, rank 0 commits; otherwise it removes the directory.
-Staging runs beside the next forward and backward passes, which leave the state alone; the loop calls
-:meth:`Saver.wait_until_staged` before it changes anything.
+Each rank copies its share of the state to host memory (staging), writes it to one file in a new directory, and votes.
+If all succeeded rank 0 commits, else it removes the directory. Staging overlaps the next forward and backward passes;
+the loop calls :meth:`Saver.wait_until_staged` before it changes the state.
 """
 
 import math
@@ -137,7 +136,7 @@ class Saver:
             if problem := _not_finite(pieces):
                 raise CheckpointError(problem)
             if dist.get_rank() == 0:
-                partial.parent.mkdir(exist_ok=True)  # but not the run's directory, which somebody may have renamed
+                partial.parent.mkdir(exist_ok=True)  # but not the run's directory, which may have been renamed
             partial.mkdir(parents=dist.get_rank() > 0, exist_ok=True)
             file, tensors = write_shard(partial / f"rank-{dist.get_rank():05d}.safetensors", pieces)
             return {"file": to_dict(file), "tensors": to_dict(tensors)}

@@ -177,23 +177,17 @@ def commit(
         raise CheckpointError(f"{problems[0]}; all nodes must share the file system of run.root")
     text = json.dumps(dataclasses.asdict(run_state), indent=1).encode()
     state_file = write_durably(partial / RUN_STATE_FILE, [memoryview(text)])
-    manifest = Manifest(files=[*files, state_file], tensors=_merge(tensors))
+    merged: dict[str, TensorRecord] = {}
+    for tensor in tensors:
+        if (known := merged.setdefault(tensor.key, tensor)) is not tensor:
+            known.chunks.extend(tensor.chunks)
+    manifest = Manifest(files=[*files, state_file], tensors=list(merged.values()))
     write_durably(partial / MANIFEST_FILE, [memoryview(encode_manifest(manifest))])
     sync(partial)
     if final.exists():
         raise FileExistsError(f"{final} exists; a checkpoint is never overwritten")
     os.rename(partial, final)
     sync(final.parent)
-
-
-def _merge(tensors: list[TensorRecord]) -> list[TensorRecord]:
-    merged: dict[str, TensorRecord] = {}
-    for tensor in tensors:
-        if tensor.key in merged:
-            merged[tensor.key].chunks.extend(tensor.chunks)
-        else:
-            merged[tensor.key] = tensor
-    return list(merged.values())
 
 
 def set_aside(path: Path) -> Path:

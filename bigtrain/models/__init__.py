@@ -1,4 +1,4 @@
-"""Models: plain modules that know nothing of how they are spread over devices."""
+"""Models: plain modules, independent of how they are spread over devices."""
 
 import torch
 from torch import nn

@@ -1,6 +1,4 @@
-"""Attention that stays within documents when a sample holds several.
-
-Positions say all there is to say: a document begins wherever they are 0.
+"""Attention within documents, where a sample packs several; a document begins wherever positions are 0.
 
 Shape suffixes: B batch, T tokens, S tokens attended to, H query heads, G key/value heads, K head width; N blocks of
 tokens, M blocks of tokens attended to.

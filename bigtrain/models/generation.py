@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bigtrain.errors import ConfigError
 
 
+@torch.no_grad()
 def generate(
     model: nn.Module,
     prompt_ids: list[int],
@@ -47,13 +48,13 @@ def generate(
         limit = min(limit, model.max_positions)
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     ids = list(prompt_ids)
-    cache = model.new_cache(limit)
+    cache, device = model.new_cache(limit), next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         while len(ids) < limit:
             unseen = ids if cache is None or len(ids) == len(prompt_ids) else ids[-1:]
-            logits_V = _next_logits(model, unseen, cache)
+            logits_V = model(torch.tensor([unseen], device=device), cache=cache)[0, -1]
             token = sample(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if token in ends:
                 break
@@ -122,9 +123,3 @@ def _check_prompt(model: nn.Module, prompt_ids: list[int]) -> None:
             f"the prompt has {len(prompt_ids)} tokens and the model takes {model.max_positions} in all; "
             f"shorten it to {model.max_positions - 1} or fewer"
         )
-
-
-@torch.no_grad()
-def _next_logits(model: nn.Module, token_ids: list[int], cache: object | None) -> Tensor:
-    device = next(model.parameters()).device
-    return model(torch.tensor([token_ids], device=device), cache=cache)[0, -1]

@@ -1,13 +1,12 @@
-"""What every parameter starts from, as a pure function of its name and its place in it.
+"""Initial values of parameters, as a pure function of (seed, name, position).
 
-The value of element i of a parameter depends on the seed, the parameter's name and i only, never on
-who asks for it: every engine, world size and device starts from the same weights, each rank makes
-just the part that it keeps, and nothing is communicated. (Random numbers are torch's, made on the
-CPU; their last bits may differ between processor families.)
+Every engine, world size and device starts from the same weights; each rank makes just the boxes that it keeps, without
+communication. Random numbers are torch's on the CPU, whose last bits may differ between processor families.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,14 +45,10 @@ class Normal:
     fqn: str
 
     def fill(self, start: int, out: Tensor) -> None:
-        stop = start + out.numel()
-        buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
-        for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
-            # Always the whole block: torch's normal numbers depend on how many are asked for.
+        def draw(block: int, buffer: Tensor) -> None:
             buffer.normal_(0.0, self.std, generator=generator_of(self.seed, self.fqn, block))
-            first = block * BLOCK_ELEMENTS
-            low, high = max(start, first), min(stop, first + BLOCK_ELEMENTS)
-            out[low - start : high - start] = buffer[low - first : high - first]
+
+        fill_blocks(start, out, draw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +77,20 @@ class Finite:
                 f"{self.name} has numbers that are {what} in the published weights, from which nothing can be trained; "
                 "copy or download them again, or choose others"
             )
+
+
+def fill_blocks(start: int, out: Tensor, draw: Callable[[int, Tensor], None]) -> None:
+    """Fill ``out`` as :meth:`InitialValue.fill` does from whole blocks, which ``draw(block, buffer)`` writes.
+
+    Always whole blocks, because torch's random numbers depend on how many are drawn.
+    """
+    stop = start + out.numel()
+    buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
+    for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
+        draw(block, buffer)
+        first = block * BLOCK_ELEMENTS
+        low, high = max(start, first), min(stop, first + BLOCK_ELEMENTS)
+        out[low - start : high - start] = buffer[low - first : high - first]
 
 
 def seed_of(*parts: str | int) -> int:

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy summed over the targets that count, without all logits at once.
+"""Cross-entropy summed over targets, computed in chunks that never hold all logits.
 
 Shape suffixes: B batch, T tokens, D hidden width, V vocabulary, N = B * T, C tokens of one chunk, P the vocabulary
 with padding.

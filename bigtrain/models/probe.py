@@ -1,8 +1,8 @@
-"""What a model of transformers computes, found by running it: its configuration and class are not believed.
+"""Probes of what a model of transformers really computes, whatever its configuration and class say.
 
-A dry run takes a model whose parameters are on the meta device. Everything that depends on a parameter is computed on
-the meta device too, as shapes; everything else (positions, masks, tables) is computed for real. So a model of any size
-is run in a fraction of a second and without memory, and an index beyond a table of positions is still found.
+A dry run takes a model with parameters on the meta device: what depends on them is computed as shapes only, everything
+else (positions, masks, tables) for real. A model of any size runs in a fraction of a second and without memory, and an
+index beyond a table of positions is still found.
 
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
@@ -39,7 +39,7 @@ class _DryRun(TorchDispatchMode):
         if not any(tensor.is_meta for tensor in tensors):
             with contextlib.suppress(NotImplementedError):  # written for another device than the CPU
                 return func(*tree_map(_off_meta, args), **tree_map(_off_meta, kwargs))
-        if name == "aten::_local_scalar_dense":  # the host asks for a number that nobody knows
+        if name == "aten::_local_scalar_dense":  # the host asks for a number that is not known
             return torch.ones((), dtype=tensors[0].dtype).item()
         if name == "aten::_grouped_mm":  # experts; its meta kernel insists on bf16
             return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])

@@ -1,7 +1,7 @@
-"""Sizes of a model from its shape alone: parameters, and what training one micro-batch keeps in memory. No torch.
+"""Parameter counts and activation memory of a model, from its shape alone; without torch.
 
-Names in formulas: hidden is the width of the residual stream, query that of all query heads together,
-key_value that of all key (or all value) heads, inner that of the feed-forward layer.
+In formulas, hidden is the width of the residual stream, query that of all query heads together, key_value that of all
+key (or value) heads, inner that of the feed-forward layer.
 """
 
 from dataclasses import dataclass

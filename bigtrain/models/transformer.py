@@ -1,13 +1,12 @@
 """The native decoder Transformer: GPT-2/GPT-3 and Llama from one description.
 
-GPT (Radford et al. 2019, Brown et al. 2020): learned positions, LayerNorm before each sub-layer, GELU
-with the tanh approximation, biases, tied embeddings. Llama (Touvron et al. 2023, Grattafiori et al. 2024):
-rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases. Parameters hold garbage until
-``init.py`` has said what they start from; apart from them the model has no tensors, so it can be
-built on the meta device.
+GPT (Radford et al. 2019, Brown et al. 2020): learned positions, LayerNorm before each sub-layer, GELU with the tanh
+approximation, biases, tied embeddings. Llama (Touvron et al. 2023, Grattafiori et al. 2024): rotary positions, RMSNorm,
+SwiGLU, grouped-query attention, no biases. Parameters are uninitialised (see ``init.py``); there are no buffers, so the
+model can be built on the meta device.
 
-Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query heads, G key/value
-heads, K head width, V vocabulary. ``X`` stands for heads of any kind.
+Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query heads, G key/value heads, K head width,
+V vocabulary, X heads of any kind.
 """
 
 import math
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
-from bigtrain.models.cache import KVCache, LayerCache
 from bigtrain.models.document_mask import attend, build_document_mask
 from bigtrain.models.loss import sum_cross_entropy
 
@@ -62,6 +60,41 @@ class Vocabulary(nn.Module):
         if targets_BT is None:
             return F.linear(x, self.weight)
         return sum_cross_entropy(x, self.weight, targets_BT, compiled=self.compiles_loss)
+
+
+class LayerCache:
+    """Keys and values of one layer, in buffers allocated at the first append."""
+
+    def __init__(self, capacity_tokens: int):
+        self.capacity_tokens = capacity_tokens
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new tokens and return views of all keys and values so far, ``(B, G, S, K)``."""
+        batch, heads, num_new, width = k_BGTK.shape
+        if self._keys is None:
+            self._keys = k_BGTK.new_empty(batch, heads, self.capacity_tokens, width)
+            self._values = v_BGTK.new_empty(batch, heads, self.capacity_tokens, width)
+        end = self.length + num_new
+        assert end <= self.capacity_tokens, f"cache of {self.capacity_tokens} tokens cannot take {end}"
+        self._keys[:, :, self.length : end] = k_BGTK
+        self._values[:, :, self.length : end] = v_BGTK
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class KVCache:
+    """One :class:`LayerCache` per block; dtype and device follow the first keys stored."""
+
+    def __init__(self, num_layers: int, capacity_tokens: int):
+        self.layers = [LayerCache(capacity_tokens) for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens stored, which is the position of the next one."""
+        return self.layers[0].length
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""Whether a run fits the machine, said before anything is allocated. torch is imported only to ask a GPU."""
+"""Preflight: whether a run fits the machine. torch is imported only to ask a GPU."""
 
 import dataclasses
 import os
@@ -28,13 +28,9 @@ def preflight(
     available_host = available_bytes("cpu", local_world_size)
     available = available_host if device_type == "cpu" else available_bytes(device_type, local_world_size)
     machine = Machine(world_size, local_world_size, device_type, available, available_host)
-    engine = dataclasses.replace(config.engine, precision=precision, kind=_kind_of_layout(config.engine.kind))
+    kind = config.engine.kind
+    if kind is EngineKind.accelerate and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        kind = EngineKind.__members__.get(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", kind)
+    engine = dataclasses.replace(config.engine, precision=precision, kind=kind)
     config = dataclasses.replace(config, engine=engine)
     return Report(config, machine, measure_model(config.model))
-
-
-def _kind_of_layout(kind: EngineKind) -> EngineKind:
-    """Return the engine whose memory layout ``accelerate launch`` asks for."""
-    if kind is EngineKind.accelerate and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        return EngineKind.__members__.get(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", kind)
-    return kind

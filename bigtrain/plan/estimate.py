@@ -1,7 +1,7 @@
-"""The memory of one rank while it trains, counted from shapes.
+"""Memory of one rank in training, counted from shapes.
 
-The state as each engine lays it out, the activations that autograd keeps (``models/sizes.py``), the loss, and
-the engines' own copies. Every layout below was compared with the peak memory of real steps on a CPU.
+State as each engine lays it out, activations (``models/sizes.py``), the loss, and the engines' own copies. Every layout
+was compared with the peak memory of real steps on a CPU.
 """
 
 from dataclasses import dataclass, field

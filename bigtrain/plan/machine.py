@@ -1,4 +1,4 @@
-"""What memory a rank can have. Asking allocates nothing."""
+"""Memory that a rank can have."""
 
 from dataclasses import dataclass
 from pathlib import Path

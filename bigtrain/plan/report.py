@@ -1,4 +1,4 @@
-"""What the user is told: a table, and what would fit."""
+"""The preflight's table, and the settings that would fit."""
 
 import dataclasses
 import functools

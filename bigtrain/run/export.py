@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from bigtrain.checkpoint.reader import TensorReader
-from bigtrain.checkpoint.shard import NAMES
+from bigtrain.checkpoint.shard import NAMES, TensorReader
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.config.convert import from_dict

@@ -1,1 +1,1 @@
-"""What shows that a run is the same anywhere: ranks on this machine, parity, kill and resume."""
+"""Tests of one's own objective and setup: ranks on this machine, parity of engines, kill and resume."""

@@ -1,7 +1,7 @@
 """The parity gate: the same run under every engine and world size, compared step by step.
 
-Every case trains the same few steps from the same weights on the same samples. The first case is
-the reference; losses, gradient norms and final weights of the others must agree with it.
+All cases train the same steps from the same weights on the same samples; losses, gradient norms and final weights must
+agree with those of the first.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.data.order.cursor import Cursor
@@ -146,11 +145,12 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
             if batch.step + 1 == (num_steps or config.train.steps):
                 break
     records = read_back(pending, build_objective(config.task))
+    wrapped = [cls.__name__ for cls in type(engine.module).__mro__]
     return Trajectory(
         losses=[record["loss"] for record in records],
         grad_norms=[record["grad_norm"] for record in records],
         parameters=whole_parameters(engine.state),
-        wrapped_type=_wrapped_type(engine.module),
+        wrapped_type="FSDPModule" if "FSDPModule" in wrapped else wrapped[0],
     )
 
 
@@ -166,8 +166,3 @@ def whole_parameters(state: EngineState) -> dict[str, np.ndarray]:
                 )
             whole[key.removeprefix(MODEL)] = all_reduce_sum(tensor).numpy()
     return whole
-
-
-def _wrapped_type(module: nn.Module) -> str:
-    names = [cls.__name__ for cls in type(module).__mro__]
-    return "FSDPModule" if "FSDPModule" in names else names[0]

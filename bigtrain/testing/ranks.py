@@ -1,7 +1,6 @@
-"""Functions on several ranks of this machine, for comparisons and tests: quick to start, impossible to hang.
+"""Run a function on several ranks of this machine, with a hard time-out.
 
-A server process imports torch once; the ranks of every call are forked from it, so that a call costs
-a fraction of a second instead of several seconds of imports per rank.
+Ranks are forked from a server process that imports torch once, so a call costs a fraction of a second.
 """
 
 import multiprocessing

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.checkpoint.reader import TensorReader
+from bigtrain.checkpoint.shard import TensorReader
 from bigtrain.checkpoint.store import RunState, checkpoint_path, find_checkpoints, read_run_state
 from bigtrain.config import EngineKind, Precision, TrainConfig, WandbMode
 from bigtrain.data.read.loader import StepBatch

@@ -1,1 +1,1 @@
-"""Models of transformers: built, initialised, loaded, and written so that transformers opens them."""
+"""Models of transformers: built, initialised, loaded and exported."""

@@ -1,8 +1,7 @@
-"""A model of transformers as the files of its architecture say it, for every program and version that reads them.
+"""Export of transformers' models under the names that checkpoints on disk have.
 
-transformers 5 has names, shapes and settings of its own for what lies on disk (the experts of a layer are one tensor,
-all settings of rotary positions one section). Programs that read the files, older versions among them, know those
-on disk.
+transformers 5 renames and fuses tensors and settings in memory (the experts of a layer are one tensor, rotary settings
+one section). Other programs, and older versions, know the names on disk.
 """
 
 import json

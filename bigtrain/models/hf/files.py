@@ -1,4 +1,4 @@
-"""The safetensors files of a model of transformers: what is in them, and whether they are whole."""
+"""safetensors files of transformers' models: their tensors, and whether they are whole."""
 
 import json
 import math

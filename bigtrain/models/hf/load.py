@@ -1,7 +1,7 @@
-"""What transformers makes of the files of a model when it loads them, without loading them: in = used + named.
+"""Weights of transformers' models from their files, converted tensor by tensor as transformers does.
 
-Each tensor of the model is a tensor of the files, or is made of several of them (the experts of a layer become one
-tensor), or is cut out of one. The rules are transformers' own; a rank makes one such tensor at a time.
+A tensor of the model is a tensor of the files, is made of several (the experts of a layer become one tensor), or is cut
+out of one. Tensors of the files that the model has no use for are named.
 """
 
 import copy

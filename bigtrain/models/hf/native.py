@@ -1,8 +1,7 @@
-"""The native model as transformers knows it: the configuration and the tensor names of GPT-2 and Llama.
+"""The native model as a GPT-2 or Llama of transformers: configuration and tensor names.
 
-Two of the shapes that the native model can have are architectures of transformers. What they compute is the
-same; how they store it differs: GPT-2's matrices are transposed (its ``Conv1D``), Llama's query, key and value
-projections are three matrices. Rotary channels are paired alike, so no rows are permuted. Nothing here
+The functions are the same, the storage differs: GPT-2's matrices are transposed (its ``Conv1D``), Llama's query, key
+and value projections are three matrices. Rotary channels are paired alike, so no rows are permuted. Nothing here
 imports transformers or reads a file.
 """
 

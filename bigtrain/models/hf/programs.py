@@ -1,9 +1,8 @@
-"""How transformers initialises a parameter, noted down and played back for any part of it.
+"""transformers' initialisation of a parameter, recorded and replayed for any part of it.
 
-Its initialisation code is a few operations in place on each parameter: a random fill, perhaps arithmetic on it, perhaps
-another value in a row for padding. Run on the meta device it costs nothing and shows these operations; played back
-block by block, with the block's own generator, they give values that depend on (seed, name, position) alone, like those
-of native models.
+It is a few operations in place: a random fill, perhaps arithmetic, perhaps another value in a row for padding. They are
+recorded on the meta device, where they cost nothing, and replayed block by block with the block's own generator:
+values depend on (seed, name, position) alone.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain.models.init import BLOCK_ELEMENTS, Constant, InitialValue, Normal, generator_of
+from bigtrain.models.init import BLOCK_ELEMENTS, InitialValue, fill_blocks, generator_of
 
 RANDOM = ("normal_", "uniform_")
 CONSTANT = ("fill_", "zero_")
@@ -42,22 +41,17 @@ class Program:
     fqn: str
 
     def fill(self, start: int, out: Tensor) -> None:
-        stop = start + out.numel()
-        buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
-        for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
-            first = block * BLOCK_ELEMENTS
-            for step in self.steps:
-                self._play(step, buffer, first, block)
-            low, high = max(start, first), min(stop, first + BLOCK_ELEMENTS)
-            out[low - start : high - start] = buffer[low - first : high - first]
+        fill_blocks(start, out, self._play)
 
-    def _play(self, step: Step, buffer: Tensor, first: int, block: int) -> None:
-        if step.operation in RANDOM:  # always the whole block: the numbers depend on how many are asked for
-            getattr(buffer, step.operation)(*step.numbers, generator=generator_of(self.seed, self.fqn, block))
-            return
-        low, high = max(step.begin - first, 0), min(step.end - first, BLOCK_ELEMENTS)
-        if low < high:
-            getattr(buffer[low:high], step.operation)(*step.numbers)
+    def _play(self, block: int, buffer: Tensor) -> None:
+        first = block * BLOCK_ELEMENTS
+        for step in self.steps:
+            if step.operation in RANDOM:
+                getattr(buffer, step.operation)(*step.numbers, generator=generator_of(self.seed, self.fqn, block))
+                continue
+            low, high = max(step.begin - first, 0), min(step.end - first, BLOCK_ELEMENTS)
+            if low < high:
+                getattr(buffer[low:high], step.operation)(*step.numbers)
 
 
 def recorded_values(model: nn.Module, initialise: Callable[[], None], seed: int) -> dict[str, InitialValue]:
@@ -72,9 +66,10 @@ def recorded_values(model: nn.Module, initialise: Callable[[], None], seed: int)
         initialise()
     values = {}
     for name, parameter in model.named_parameters():
-        steps = _since_last_fill(recorder.steps[name], parameter.numel())
-        if steps and all(step.operation in RANDOM + CONSTANT + ELEMENTWISE for step in steps):
-            values[name] = _simplest(Program(steps, seed, name), parameter.numel())
+        steps, whole = recorder.steps[name], (0, parameter.numel())
+        fills = [i for i, s in enumerate(steps) if s.operation in RANDOM + CONSTANT and (s.begin, s.end) == whole]
+        if fills and all(step.operation in RANDOM + CONSTANT + ELEMENTWISE for step in steps[fills[-1] :]):
+            values[name] = Program(tuple(steps[fills[-1] :]), seed, name)
     return values
 
 
@@ -107,20 +102,6 @@ def _orthogonal_on_meta() -> Iterator[None]:
         yield
     finally:
         TORCH_INIT_FUNCTIONS["orthogonal_"] = of_torch
-
-
-def _simplest(program: Program, numel: int) -> InitialValue:
-    first, *others = program.steps
-    if not others and first.operation == "normal_" and first.numbers[0] == 0:
-        return Normal(first.numbers[1], program.seed, program.fqn)
-    if not others and first.operation in CONSTANT:
-        return Constant(first.numbers[0] if first.numbers else 0.0)
-    return program
-
-
-def _since_last_fill(steps: list[Step], numel: int) -> tuple[Step, ...]:
-    fills = [i for i, s in enumerate(steps) if s.operation in RANDOM + CONSTANT and (s.begin, s.end) == (0, numel)]
-    return tuple(steps[fills[-1] :]) if fills else ()
 
 
 class _Recorder(TorchDispatchMode):

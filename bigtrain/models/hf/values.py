@@ -1,4 +1,4 @@
-"""Initial values of Hugging Face models: their own rules, or slices of their published files."""
+"""Initial values of Hugging Face models: their own rules, or their published files."""
 
 import math
 
@@ -76,7 +76,7 @@ def _constructed(model: HFCausalLM, names: list[str]) -> dict[str, InitialValue]
         ConfigError: they give nothing, so that ranks would start from whatever their memory held.
     """
     is_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # memory that nobody writes is NaN then
+    torch.use_deterministic_algorithms(True)  # unwritten memory is NaN then
     try:
         with parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
             again = HFCausalLM(type(model.causal_lm)(model.causal_lm.config))
