@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from bigtrain import log
 from bigtrain.cli import hydra_cli
-from bigtrain.config import DataConfig, DataSource, ModelConfig, ModelKind, TrainConfig, component_data, is_live
+from bigtrain.config import WITHOUT_TEXT, DataConfig, ModelConfig, ModelKind, TrainConfig, component_data, is_live
 from bigtrain.config.check import ignored_settings
 from bigtrain.errors import EXIT_FINISHED, ConfigError, counted
 
@@ -36,8 +36,8 @@ ENOUGH_TOKENS_PER_PARAMETER = 20
 def run(config: TrainConfig) -> int:
     """Prepare what ``config.data`` names and say what it holds."""
     components = component_data(config.data)
-    if all(data.source is DataSource.synthetic for data in components.values()):
-        raise ConfigError("data=synthetic is made while training; there is nothing to prepare")
+    if all(data.source in WITHOUT_TEXT for data in components.values()):
+        raise ConfigError(f"data={config.data.source.name} is no text; there is nothing to prepare")
     if all(map(is_live, components.values())):
         raise ConfigError("data.on_the_fly=true tokenises while training; there is nothing to prepare: leave it out")
     from bigtrain.data.prepare.corpus import prepare_components

@@ -35,10 +35,21 @@ from bigtrain.config.choices import (
     WandbMode,
 )
 from bigtrain.config.convert import LocalPath
-from bigtrain.config.data import ComponentConfig, DataConfig, FilterConfig, WeightChangeConfig, component_data, is_live
+from bigtrain.config.data import (
+    OF_RECORDS,
+    WITHOUT_TEXT,
+    ComponentConfig,
+    DataConfig,
+    FilterConfig,
+    WeightChangeConfig,
+    component_data,
+    is_live,
+)
 from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
 
 __all__ = [
+    "OF_RECORDS",
+    "WITHOUT_TEXT",
     "Activation",
     "ActivationCheckpointing",
     "BadNumbersConfig",

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from bigtrain.config import DataConfig, TrainConfig, TrainingConfig, component_data, is_live
+from bigtrain.config import WITHOUT_TEXT, DataConfig, TrainConfig, TrainingConfig, component_data, is_live
 from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
     Content,
@@ -38,6 +38,7 @@ PATHLESS = {DataSource.stdlib, DataSource.synthetic}
 """Sources that ignore ``data.path``."""
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
+    DataSource.records: ".npz file",
     DataSource.prepared: "directory or URL of a prepared corpus",
 }
 
@@ -180,7 +181,7 @@ def _check_mixture(data: DataConfig) -> list[str]:
         problems.append("data.mixture: at least one component needs a positive weight from the beginning")
     parts = component_data(data).values()
     prepared = [part.path for part in parts if part.source is DataSource.prepared]
-    is_trained = any(part.source not in (DataSource.synthetic, DataSource.prepared) for part in parts)
+    is_trained = any(part.source not in (DataSource.prepared, *WITHOUT_TEXT) for part in parts)
     if data.tokenizer == "bpe" and prepared and is_trained:
         problems.append(
             "data.tokenizer=bpe would train another tokenizer than the one that a component of data.mixture was prepared "
@@ -285,7 +286,7 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
             f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}; "
             f"use data.sequence_length<={model.max_positions} or a larger model.max_positions"
         )
-    without = (DataSource.synthetic, DataSource.prepared)
+    without = (DataSource.prepared, *WITHOUT_TEXT)
     trains_tokenizer = data.tokenizer == "bpe" and data.source not in without
     if model.kind is ModelKind.native and trains_tokenizer and model.vocab_size < data.tokenizer_vocab_size:
         problems.append(

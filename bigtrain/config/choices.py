@@ -48,6 +48,7 @@ class DataSource(Enum):
     datasets = "datasets"
     prepared = "prepared"
     synthetic = "synthetic"
+    records = "records"
 
 
 class Packing(Enum):

@@ -8,8 +8,8 @@ from bigtrain.config.choices import Content, DataSource, Duplicates, OnBad, Pack
 from bigtrain.config.convert import LocalPath, PathOrUrl
 
 _WITH_RECORDS = ("jsonl", "parquet", "arrow", "datasets")
-_TO_PREPARE = OnlyIf("source", not_in=("prepared",))
-"""What was prepared has been prepared with its own."""
+_TO_PREPARE = OnlyIf("source", not_in=("prepared", "records"))
+"""What was prepared has been prepared with its own; records are no text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,14 +83,14 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
     """The dataset's configuration name."""
     split: Annotated[str | None, OnlyIf("source", is_in=_WITH_RECORDS)] = None
     """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet`` or ``train.jsonl``: the split; by default the only one, of ``datasets`` train."""
     streaming: Annotated[bool, OnlyIf("source", is_in=("datasets",))] = False
     """Read the rows as they arrive instead of downloading the dataset first."""
-    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic"))] = False
+    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
     """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
@@ -118,8 +118,8 @@ class DataConfig:
     """Prepared shards end with the document by which they hold so many tokens."""
     prepare_processes: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
-    validation_fraction: Annotated[float, Bound(gt=0, lt=1), _TO_PREPARE] = 0.02
-    """Share of the documents that is kept for validation."""
+    validation_fraction: Annotated[float, Bound(gt=0, lt=1), OnlyIf("source", not_in=("prepared",))] = 0.02
+    """Share of the documents or records that is kept for validation."""
     cache_directory: LocalPath | None = None
     """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
     cache_gib: Annotated[float, Bound(gt=0)] = 100.0
@@ -131,10 +131,10 @@ class DataConfig:
     on_bad_shard: OnBad = OnBad.stop
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
-    """Tokens per sample; by default the model's ``max_positions``."""
-    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic",))] = Packing.concat
+    """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it."""
+    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records"))] = Packing.concat
     """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
-    document_mask: bool = False
+    document_mask: Annotated[bool, OnlyIf("source", not_in=("records",))] = False
     """Attention stays within documents and positions count from the beginning of each."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
@@ -148,9 +148,15 @@ class DataConfig:
     """Mask a random tail of each sample, so that ranks hold different numbers of targets."""
 
 
+OF_RECORDS = (DataSource.records,)
+"""Sources whose samples are records of named columns."""
+WITHOUT_TEXT = (DataSource.synthetic, *OF_RECORDS)
+"""Sources of which nothing is prepared or tokenised."""
+
+
 def is_live(data: DataConfig) -> bool:
     """Return whether a data set is tokenised while training."""
-    return data.on_the_fly and data.source not in (DataSource.prepared, DataSource.synthetic)
+    return data.on_the_fly and data.source not in (DataSource.prepared, *WITHOUT_TEXT)
 
 
 def component_data(data: DataConfig) -> dict[str, DataConfig]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.config import DataConfig, component_data
+from bigtrain.config import OF_RECORDS, DataConfig, component_data
 from bigtrain.data.order.cursor import DataState
+from bigtrain.data.read.arrays import read_npz
 from bigtrain.data.read.corpus import Corpus, Split, SyntheticSplit, open_corpus
 from bigtrain.data.read.index import SPLITS, CorpusIndex
 from bigtrain.data.read.live import LiveParts, validation_split
@@ -13,7 +14,9 @@ from bigtrain.data.read.workers import Helpers
 from bigtrain.errors import DataError
 
 if TYPE_CHECKING:
+    from bigtrain.data.read.records import RecordSplit
     from bigtrain.data.read.stream import SampleStream
+    from bigtrain.tasks.base import Objective
 
 
 def open_streams(
@@ -21,6 +24,7 @@ def open_streams(
     directories: Mapping[str, str | Path],
     *,
     vocab_size: int,
+    objective: "Objective | None" = None,
     seed: int,
     global_batch_size: int,
     validation_samples: int = 0,
@@ -30,15 +34,17 @@ def open_streams(
 
     Args:
         data: The resolved section.
-        directories: Where :func:`bigtrain.data.prepare.corpus.prepare` has put each component that is not synthetic.
+        directories: Where :func:`bigtrain.data.prepare.corpus.prepare` has put each component of text.
         vocab_size: Rows of the model's embedding.
+        objective: What the columns of records have to be; text does without.
         seed: As in :class:`SampleStream`, like what follows.
         global_batch_size: Samples per optimizer step.
         validation_samples: So many are looked for in text that is tokenised while training.
         previous: State of the checkpoint that is continued, if any.
 
     Raises:
-        DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others.
+        DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others; records
+            do not fit the objective.
     """
     from bigtrain.data.read.stream import SampleStream  # torch: those who only prepare do not wait for it
 
@@ -54,10 +60,13 @@ def open_streams(
         for name, corpus in corpora.items()
         if corpus.index.live
     }
-    num_tokens = validation_samples * (data.sequence_length + 1)
+    records = {name: _open_records(part, objective) for name, part in parts.items() if part.source in OF_RECORDS}
 
-    def split(name: str, which: Any) -> Split | LiveParts:
+    def split(name: str, which: Any) -> "Split | LiveParts | RecordSplit":
+        if name in records:
+            return records[name][which]
         if name in live and which == "validation":
+            num_tokens = validation_samples * (data.sequence_length + 1)
             return validation_split(live[name], num_tokens=num_tokens, sequence_length=data.sequence_length)
         if name in corpora:
             return live.get(name) or corpora[name].split(which)
@@ -87,6 +96,19 @@ def open_streams(
         as_before = open_all(keeps_all=True)
         streams = as_before if as_before["train"].continues(previous) else streams
     return streams
+
+
+def _open_records(data: DataConfig, objective: "Objective") -> "dict[str, RecordSplit]":
+    """Return both sides of a component of records."""
+    from bigtrain.data.read.records import split_records
+
+    return split_records(
+        read_npz(data.path),
+        objective,
+        where=f"data.path={data.path}",
+        sequence_length=data.sequence_length,
+        validation_fraction=data.validation_fraction,
+    )
 
 
 def _open_live(directory: Path, data: DataConfig, index: CorpusIndex, helpers: Helpers) -> LiveParts:

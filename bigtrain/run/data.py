@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch.distributed as dist
+
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import DataConfig, OnBad, Packing, TrainConfig, component_data
+from bigtrain.config import OF_RECORDS, DataConfig, OnBad, Packing, TrainConfig, component_data
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
@@ -19,9 +21,9 @@ from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import open_streams
-from bigtrain.distributed.collectives import gather_json, on_rank0
+from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
 from bigtrain.engine.base import Engine
-from bigtrain.errors import CheckpointError, DataError
+from bigtrain.errors import CheckpointError, DataError, of_all_ranks
 from bigtrain.log import get_logger, redact
 from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
@@ -52,10 +54,12 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     data = with_own_tokenizer(config.data, config.run.directory)
     directories = on_rank0(lambda: prepare_data(data), patience=PREPARATION)
     train, validation = config.train, config.validation
+    objective = build_objective(config.task)
     streams = open_streams(
         data,
         directories,
         vocab_size=config.model.vocab_size,
+        objective=objective,
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
@@ -63,14 +67,23 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     )
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
-        sizes |= {"objective": build_objective(config.task)}
-        require_validation_targets(streams["validation"], **sizes)
+        require_validation_targets(streams["validation"], **sizes, objective=objective)
     found, stream = remarks(config, streams["train"]), streams["train"]
+    if dist.is_initialized() and any(part.source in OF_RECORDS for part in component_data(data).values()):
+        _require_same_rows(stream)
     if stream.num_left_out and stream.num_samples:
         found.append(unanswered(stream.num_left_out, stream.num_left_out + stream.num_samples))
     for remark in found:
         get_logger().warning(remark)
     return streams
+
+
+def _require_same_rows(stream: SampleStream) -> None:
+    """Refuse records that are others on another rank, as those of a random source without a seed are."""
+    found = broadcast_json(gather_json(stream.fingerprint))
+    if others := [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]:
+        problem = f"data: the rows of rank {others[0]} are not those of rank 0; every process has to read the same ones"
+        raise of_all_ranks(DataError(problem))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
-from bigtrain.config import TrainConfig
+from bigtrain.config import OF_RECORDS, TrainConfig, component_data
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.stream import SampleStream
@@ -44,7 +44,7 @@ def inspect_step(
     start: Cursor | None = None,
     previous: DataState | None = None,
 ) -> Iterator[str]:
-    """Yield lines that show the samples of an optimizer step.
+    """Yield lines that show the samples of an optimizer step: of records, their columns; of text, its tokens.
 
     Tokens are separated by ``│``. Each is a target, predicted from those before; one that does not count is in
     ``⟦ ⟧``. A document (with ``data.document_mask`` all that its tokens see) begins with the token that opens it in ``( )``.
@@ -67,12 +67,26 @@ def inspect_step(
         raise ConfigError(f"step={step}: must be at least 1, and after the last change of the mixture")
     stream = open_data(config, previous)["train"]
     tokenizer = load_tokenizer(stream.tokenizer_directory) if stream.tokenizer_directory else None
+    is_text = not any(part.source in OF_RECORDS for part in component_data(config.data).values())
     ids = stream.ids(first, batch_size)
     beyond = f", which ends at train.steps={config.train.steps}" if step > config.train.steps else ""
     yield f"step {step}: samples {first} to {first + batch_size - 1} of the run{beyond}"
-    for number, sample_id in enumerate(ids[:num_samples].tolist(), start=1):
-        batch = stream.gather(np.array([sample_id]))
-        yield from _sample_lines(stream, batch, sample_id, f"sample {number} of {batch_size}", tokenizer)
+    for number, sample_id in enumerate(ids[:num_samples].tolist()):
+        batch = stream.gather(np.array([sample_id]), np.array([first + number]))
+        title = f"sample {number + 1} of {batch_size}"
+        if is_text:
+            yield from _sample_lines(stream, batch, sample_id, title, tokenizer)
+        else:
+            yield from _record_lines(stream, batch, sample_id, title)
+
+
+def _record_lines(stream: SampleStream, batch: Batch, sample_id: int, title: str) -> Iterator[str]:
+    component, rows = stream.origin_of(sample_id)
+    yield ""
+    yield f"── {title}: {component} {sample_id}, row {rows[0]}"
+    for name, tensor in batch.items():
+        shown = np.array2string(tensor[0].numpy(), threshold=16, precision=4, separator=", ", prefix=f"   {name}: ")
+        yield f"   {name}: {shown}"
 
 
 def _sample_lines(

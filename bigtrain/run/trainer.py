@@ -232,7 +232,8 @@ def train(run: Run) -> End | RollBack:
     config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
     signal, objective = run.signal, build_objective(run.config.task)
     steps, last_launch_step = config.train.steps, run.start.step + (config.run.stop_after_steps or math.inf)
-    meter = StepMeter(config.train.global_batch_size * config.data.sequence_length, device=engine.device)
+    unit, size = _unit(run.streams["train"])
+    meter = StepMeter(config.train.global_batch_size * size, device=engine.device, unit=unit)
     norms = LayerNorms(engine, config.logging.layer_norms_every_steps)
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
     loader = train_loader(run.streams["train"], config, engine, start=run.start)
@@ -259,7 +260,7 @@ def train(run: Run) -> End | RollBack:
             meter.mark(names.OPTIMIZER_SECONDS)
             norms.after_update(step)
             heartbeat.enter("logging")
-            pace = meter.step_done(tokens=batch.after.samples * config.data.sequence_length)
+            pace = meter.step_done(batch.after.samples * size)
             pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **pace})
             pending[-1] |= {names.DATA_WAIT_SECONDS: loader.wait_seconds, names.DATA_DIGEST: batch.after.digest}
 
@@ -307,8 +308,8 @@ def train(run: Run) -> End | RollBack:
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
     metrics = validate(run.engine, run.streams["validation"], run.config)
-    tokens = done.samples * run.config.data.sequence_length
-    run.recorder.event("validation", step=done.step, tokens=tokens, **metrics)
+    unit, size = _unit(run.streams["train"])
+    run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
     return metrics["loss"]
 
 
@@ -321,7 +322,7 @@ def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: boo
     run.saver.save(
         RunState(
             step=cursor.step,
-            tokens=cursor.samples * run.config.data.sequence_length,
+            tokens=cursor.samples * (stream.sequence_length or 0),
             samples=cursor.samples,
             data_fingerprint=stream.fingerprint,
             config=redact(to_dict(run.config)),
@@ -388,6 +389,11 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
 def _profiler(run: Run) -> Profiler:
     settings, record, begin = run.config.profile, run.recorder.event, partial(run.heartbeat.enter, "profile")
     return Profiler(settings, run.directory, rank=dist.get_rank(), first_step=run.start.step, say=record, begin=begin)
+
+
+def _unit(stream: SampleStream) -> tuple[str, int]:
+    """Return what is counted, tokens or samples, and how many of them a sample is."""
+    return (names.TOKENS, stream.sequence_length) if stream.sequence_length else (names.SAMPLES, 1)
 
 
 def _is_due(step: int, every_steps: int) -> bool:

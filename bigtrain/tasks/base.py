@@ -26,8 +26,10 @@ class Field(NamedTuple):
     """Without the batch dimension; letters stand for sizes that data and model settings decide, such as ``("T",)``."""
     padding: int | float = 0
     """What fills samples up that count for nothing."""
-    ignored: int | None = None
+    ignored: int | float | None = None
     """Value of a target that does not count; then it fills padding too."""
+    is_optional: bool = False
+    """Whether a batch may lack it; such fields are the last ones."""
 
     @property
     def filling(self) -> int | float:
@@ -39,7 +41,7 @@ class Objective(Protocol):
     """What is minimised. An implementation is a small class without state."""
 
     fields: Mapping[str, Field]
-    """What a batch may hold, in the order in which the network gets it; the last ones may be missing."""
+    """What a batch holds, in the order in which the network gets it."""
     sums: Mapping[str, tuple[int, ...]]
     """Names and shapes of the sums beside the loss, in order, of which metrics are made."""
     counts_by_shape: bool

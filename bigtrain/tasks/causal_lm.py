@@ -21,7 +21,7 @@ class CausalLM:
     fields: Mapping[str, Field] = {
         "tokens": Field(torch.int64, ("T",)),
         "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
-        "positions": Field(torch.int64, ("T",)),
+        "positions": Field(torch.int64, ("T",), is_optional=True),
     }
     sums: Mapping[str, tuple[int, ...]] = {}
     counts_by_shape = True

@@ -193,7 +193,7 @@ def _figure(label: str, axis: str) -> tuple[Any, Any]:
     axes.set_ylabel(label)
     axes.set_xlabel("optimizer step" if axis == names.STEP else axis)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if label.startswith("tokens"):
+    if label.startswith((names.TOKENS, names.SAMPLES)):
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)
     axes.grid(color=GREY, alpha=0.2, linewidth=0.7)

@@ -23,7 +23,8 @@ from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.log import get_logger, redact
 from bigtrain.models.flops import TokenFlops, flops_per_token, hf_shape
 from bigtrain.models.sizes import model_sizes
-from bigtrain.tasks.causal_lm import perplexity
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.causal_lm import CausalLM, perplexity
 from bigtrain.telemetry import names
 from bigtrain.telemetry.peak import Peak, find_peak
 
@@ -50,7 +51,7 @@ class Gauges:
             config: resolved, with a precision.
             device: rank 0's; all ranks are taken to have its like.
             num_parameters: of the model as built, to check the shape that operations are counted from.
-            progress: tokens and epochs of each data source after so many samples.
+            progress: tokens (or samples) and epochs of each data source after so many samples.
         """
         self._device = device
         self._world_size = world_size
@@ -60,6 +61,7 @@ class Gauges:
         self._useful_seconds = 0.0
         self._progress = progress
         self._sequence_length = config.data.sequence_length
+        self._has_perplexity = isinstance(build_objective(config.task), CausalLM)
         self._rss_bytes, self._rss_read_at = 0, -math.inf
         self._sensors: dict[str, float] = {}
         self._sensors_read_at = -math.inf
@@ -91,27 +93,29 @@ class Gauges:
     def read(self, records: list[dict[str, Any]], phases: dict[str, float]) -> dict[str, Any]:
         """Return the sectioned metrics of the interval of ``records``; ``phases`` are its mean seconds per step."""
         seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
-        tokens = math.fsum(record[names.STEP_SECONDS] * record[names.TOKENS_PER_SECOND] for record in records)
+        unit, per_second = names.unit_of(records[-1]), names.rate_of(records[-1])
+        size = math.fsum(record[names.STEP_SECONDS] * record[per_second] for record in records)
         stalled = phases.get(names.CHECKPOINT_STALL_SECONDS, 0.0) + phases.get(names.LOGGING_SECONDS, 0.0)
         self._useful_seconds += seconds - stalled * len(records)
-        step_seconds, rate = seconds / len(records), tokens / max(seconds, 1e-9) / self._world_size
+        step_seconds, rate = seconds / len(records), size / max(seconds, 1e-9) / self._world_size
         return {
             names.TIME: datetime.now(UTC).isoformat(timespec="milliseconds"),
-            names.TRAIN_PERPLEXITY: perplexity(records[-1][names.LOSS]),
+            **({names.TRAIN_PERPLEXITY: perplexity(records[-1][names.LOSS])} if self._has_perplexity else {}),
             **phases,
-            names.TOKENS_PER_SECOND_PER_DEVICE: rate,
+            f"perf/{per_second}_per_device": rate,
             **utilisation(self.flops, self.peak, rate, phases.get(names.PAIRS_PER_TOKEN)),
             names.GOODPUT: min(self._useful_seconds / max(time.time() - self._launched_at, 1e-9), 1.0),
             names.DATA_WAIT_FRACTION: phases.get(names.DATA_SECONDS, 0.0) / max(step_seconds, 1e-9),
-            **self._sources(records[-1][names.TOKENS]),
+            **self._sources(unit, records[-1][unit]),
             **self._memory(),
             **self._take_sensors(),
         }
 
-    def _sources(self, tokens: int) -> dict[str, float]:
+    def _sources(self, unit: str, done: int) -> dict[str, float]:
+        samples = done if unit == names.SAMPLES else done // self._sequence_length
         read: dict[str, float] = {}
-        for name, (source_tokens, epochs) in self._progress(tokens // self._sequence_length).items():
-            read[f"{names.SOURCE_TOKENS}/{name}"], read[f"{names.SOURCE_EPOCHS}/{name}"] = source_tokens, epochs
+        for name, (drawn, epochs) in self._progress(samples).items():
+            read[f"data/{unit}/{name}"], read[f"{names.SOURCE_EPOCHS}/{name}"] = drawn, epochs
         return read
 
     def _memory(self) -> dict[str, float]:
@@ -147,8 +151,10 @@ class Gauges:
             get_logger().info(f"the GPU's sensors cannot be read: {error}")
 
 
-def find_flops(model: ModelConfig, sequence_length: int, num_parameters: int) -> TokenFlops | None:
+def find_flops(model: ModelConfig, sequence_length: int | None, num_parameters: int) -> TokenFlops | None:
     """Return the operations per token, or None if the shape does not give the model's number of parameters."""
+    if sequence_length is None:
+        return None
     shape = model
     if model.kind is ModelKind.hf:
         from bigtrain.models.hf.build import read_hf_config

@@ -20,12 +20,13 @@ class StepMeter:
 
     def __init__(
         self,
-        tokens_per_step: int,
+        step_size: int,
         clock: Callable[[], float] = time.perf_counter,
         device: torch.device | None = None,
+        unit: str = names.TOKENS,
     ) -> None:
-        """Begin the first step now; ``tokens_per_step`` is over all ranks."""
-        self._tokens_per_step = tokens_per_step
+        """Begin the first step now; ``step_size`` is in tokens or samples, as ``unit`` says, over all ranks."""
+        self._step_size, self._unit = step_size, unit
         self._clock = clock
         self._begin = self._mark = clock()
         self._num_steps = self._num_pairs = self._num_masked_tokens = 0
@@ -49,22 +50,22 @@ class StepMeter:
     def data_ready(self, micro_batches: Sequence[Any]) -> None:
         """End the wait for data; count the pairs that the document mask leaves, if there is one."""
         for batch in micro_batches:
-            positions = getattr(batch, "positions", None)  # counted from 0 at each document
+            positions = batch.get("positions")  # counted from 0 at each document
             if positions is not None:
                 self._num_pairs += int(positions.sum()) + positions.numel()
                 self._num_masked_tokens += positions.numel()
         self.mark(names.DATA_SECONDS)
 
-    def step_done(self, *, tokens: int) -> dict[str, float]:
-        """End a step and begin the next; return the run's ``tokens``, ``step_seconds`` and ``tokens_per_second``."""
+    def step_done(self, done: int) -> dict[str, float]:
+        """End a step and begin the next; return ``tokens`` (or ``samples``), ``step_seconds`` and ``tokens_per_second``."""
         now = self._clock()
         seconds = max(now - self._begin, 1e-9)  # a coarse clock may not have moved
         self._begin = now
         self._num_steps += 1
         return {
-            names.TOKENS: tokens,
+            self._unit: done,
             names.STEP_SECONDS: seconds,
-            names.TOKENS_PER_SECOND: self._tokens_per_step / seconds,
+            f"{self._unit}_per_second": self._step_size / seconds,
         }
 
     def phases(self) -> dict[str, float]:

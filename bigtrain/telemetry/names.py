@@ -4,13 +4,17 @@ Every record has the plain names. The sectioned ones are in the records of loggi
 ``train.log_every_steps``) and describe the steps since the last one; ``docs/monitoring.md`` lists them.
 """
 
+from typing import Any
+
 STEP = "step"  # optimizer steps done
 TOKENS = "tokens"  # tokens trained on so far, over all ranks
+SAMPLES = "samples"  # in place of tokens: records trained on so far, where they are no sequences
 LOSS = "loss"  # mean cross-entropy per target token, nats
 GRAD_NORM = "grad_norm"  # global norm before clipping
 LR = "lr"
 STEP_SECONDS = "step_seconds"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all ranks
+SAMPLES_PER_SECOND = "samples_per_second"
 DATA_WAIT_SECONDS = "data_wait_seconds"  # part of step_seconds in which rank 0 waited for the batch
 DATA_DIGEST = "data_digest"  # hash of all sample ids up to this step, over all ranks
 
@@ -29,7 +33,6 @@ PHASES = (DATA_SECONDS, FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, CHECKPOINT_
 COMMUNICATION_SECONDS = "communication_seconds"
 EXPOSED_COMMUNICATION_SECONDS = "exposed_communication_seconds"
 
-TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
 TFLOPS_PER_DEVICE = "perf/causal_tflops_per_device"
 MFU_CAUSAL = "perf/mfu_causal"
 MFU_FULL_ATTENTION = "perf/mfu_full_attention"
@@ -65,12 +68,22 @@ REPEATED_EVENTS = ("validation", "checkpoint")  # of a step: a run that goes bac
 SUPERSEDED_EVENT = "superseded"  # from this step on the numbers are others than before the run went back
 ALARMS = ("fault", "hang", "bad_step", "rollback", "straggler", "checkpoint_failed", "damaged_checkpoint")
 
-_SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}
-_AXES = (STEP, TOKENS)
+_SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", SAMPLES_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}
+AXES = (STEP, TOKENS, SAMPLES)
+
+
+def unit_of(record: dict[str, Any]) -> str:
+    """Return what a record counts: ``tokens`` or ``samples``."""
+    return SAMPLES if SAMPLES in record else TOKENS
+
+
+def rate_of(record: dict[str, Any]) -> str:
+    """Return the name of a record's throughput: ``tokens_per_second`` or ``samples_per_second``."""
+    return f"{unit_of(record)}_per_second"
 
 
 def dashboard_name(key: str, section: str = "train") -> str:
     """Return the name of a metric on a dashboard: ``loss`` -> ``train/loss``; axes and sectioned names stay."""
-    if key in _AXES or "/" in key:
+    if key in AXES or "/" in key:
         return key
     return f"{_SECTIONS.get(key, section)}/{key}"

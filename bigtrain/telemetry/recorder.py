@@ -84,7 +84,8 @@ class Recorder(NullRecorder):
         if gauges:
             self._console.message(gauges.sentence())
             samples, length = config.train.global_batch_size, config.data.sequence_length
-            self._console.message(f"a step is {samples:,} samples of {length:,} tokens: {samples * length:,}")
+            tokens = f" of {length:,} tokens: {samples * length:,}" if length else ""
+            self._console.message(f"a step is {samples:,} samples{tokens}")
             self._console.message(_watched(config.supervision))
             self._facts |= gauges.describe()
         self._dashboards = _start_dashboards(config, run_directory, is_new=resume_step == 0)
@@ -192,7 +193,9 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "start" if fields.get("load") == "weights":
             return f"beginning at step 0 with the weights of {fields['checkpoint']}"
         case "validation":
-            return f"validation after step {step}: loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.4g}"
+            metrics = {key: value for key, value in fields.items() if key not in (*names.AXES, names.LOSS)}
+            parts = [f"loss {fields['loss']:.4f}", *(f"{key} {value:.4g}" for key, value in metrics.items())]
+            return f"validation after step {step}: {', '.join(parts)}"
         case "checkpoint":
             return f"saved {fields.get('path')}"
         case "profile":
@@ -215,8 +218,8 @@ def _watched(config: SupervisionConfig) -> str:
 
 
 def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what identifies a step's result on any machine: data digest, tokens, learning rate, loss."""
-    numbers = (number(record, key) for key in (names.TOKENS, names.LR, names.LOSS))
+    """Return what identifies a step's result on any machine: data digest, tokens or samples, learning rate, loss."""
+    numbers = (number(record, key) for key in (names.unit_of(record), names.LR, names.LOSS))
     return record.get(names.DATA_DIGEST), *numbers
 
 
@@ -229,5 +232,6 @@ def _agree(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 def _mean_pace(records: list[dict[str, Any]]) -> dict[str, float]:
     seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
-    tokens = math.fsum(record[names.STEP_SECONDS] * record[names.TOKENS_PER_SECOND] for record in records)
-    return {names.STEP_SECONDS: seconds / len(records), names.TOKENS_PER_SECOND: tokens / max(seconds, 1e-9)}
+    per_second = names.rate_of(records[-1])
+    size = math.fsum(record[names.STEP_SECONDS] * record[per_second] for record in records)
+    return {names.STEP_SECONDS: seconds / len(records), per_second: size / max(seconds, 1e-9)}

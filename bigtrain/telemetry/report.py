@@ -76,6 +76,7 @@ def render(histories: list[History]) -> str:
 def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yield headings with their figures, or None, by caption."""
     line, family = figures.line_figure, figures.family_figure
+    unit = names.unit_of(histories[0].records[-1])
     over_steps = (
         "Loss over optimizer steps. Thin: every step; thick: running mean; dots: validation; triangles: checkpoints; "
         "dotted: what else happened, red where something went wrong."
@@ -84,7 +85,7 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
         "Loss",
         {
             over_steps: figures.loss_figure(histories, names.STEP),
-            "The same over tokens.": figures.loss_figure(histories, names.TOKENS),
+            f"The same over {unit}.": figures.loss_figure(histories, unit),
         },
     )
     grad_norm = line(histories, names.GRAD_NORM, "gradient norm", smooth=True, log=True)
@@ -95,13 +96,13 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
             "Learning rate.": line(histories, names.LR, "learning rate"),
         },
     )
-    speed = line(histories, names.TOKENS_PER_SECOND, "tokens per second", smooth=True)
+    speed = line(histories, f"{unit}_per_second", f"{unit} per second", smooth=True)
     mfu = line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100)
     waits = line(histories, names.DATA_WAIT_FRACTION, "waiting for data (%)", scale=100)
     yield (
         "Speed",
         {
-            "Tokens per second, all devices together.": speed,
+            f"{unit.capitalize()} per second, all devices together.": speed,
             "Model FLOPs utilisation, attention counted causally.": mfu,
             "Share of the time in which rank 0 waited for data.": waits,
         },
@@ -115,7 +116,7 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
                 "Memory.": figures.memory_figure(history),
                 "Gradient norm per layer.": family(history, names.LAYER_GRAD_NORM, "gradient norm", log=True),
                 "Size of an update relative to its weights, per layer.": ratios,
-                "Tokens from each source of data.": family(history, names.SOURCE_TOKENS, "tokens"),
+                f"{unit.capitalize()} from each source of data.": family(history, f"data/{unit}", unit),
                 "Passes over each source of data.": family(history, names.SOURCE_EPOCHS, "passes"),
             },
         )
@@ -139,23 +140,26 @@ def _summary(histories: list[History]) -> str:
 
 def _facts(history: History) -> dict[str, str]:
     last, config, launches = history.records[-1], history.config, history.launches()
+    unit = names.unit_of(last)
     launch = launches[-1] if launches else {}
     environment = launch.get("environment", {})
     commit = environment.get("commit", "")
     state, _, why = history.state.partition(": ")
     steps, total = last[names.STEP], config.get("train.steps")
     validations = [number(event, names.LOSS) for event in history.events_of("validation")]
-    validation = f"{_number(validations[-1])}, perplexity {_perplexity(validations[-1])}" if validations else ""
+    validation = _number(validations[-1]) if validations else ""
+    if validations and "perplexity" in history.events_of("validation")[-1]:
+        validation += f", perplexity {_perplexity(validations[-1])}"
     profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
     return {
         "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
         "model": str(config.get("model.name", "")),
-        "tokens": format_count(number(last, names.TOKENS)),
+        unit: format_count(number(last, unit)),
         "last loss": _number(number(last, names.LOSS)),
         "last validation": validation,
-        "tokens per second": format_count(_median(history, names.TOKENS_PER_SECOND)),
+        f"{unit} per second": format_count(_median(history, f"{unit}_per_second")),
         "MFU, causal": f"{mfu:.1%}; peak: {launch.get('peak_source', 'unknown')}" if mfu == mfu else "",
         "time in steps": format_duration(train_seconds),
         "waiting for data": f"{waited / train_seconds:.1%} of that" if train_seconds else "",
@@ -178,16 +182,18 @@ def _sources(histories: list[History]) -> str:
     """Return the table of data sources as of the last logging step."""
     rows = []
     for history in histories:
-        keys = history.family(names.SOURCE_TOKENS)
-        tokens = {key.removeprefix(f"{names.SOURCE_TOKENS}/"): history.series(key)[1][-1] for key in keys}
-        for name, count in tokens.items():
+        unit = names.unit_of(history.records[-1])
+        drawn = {
+            key.removeprefix(f"data/{unit}/"): history.series(key)[1][-1] for key in history.family(f"data/{unit}")
+        }
+        for name, count in drawn.items():
             _, passes = history.series(f"{names.SOURCE_EPOCHS}/{name}")
-            cells = [name, format_count(count), f"{count / max(sum(tokens.values()), 1):.1%}"]
+            cells = [name, format_count(count), f"{count / max(sum(drawn.values()), 1):.1%}"]
             rows.append([history.name, *cells, f"{passes[-1]:.3g}" if passes else ""])
     if not rows:
         return ""
     first = 0 if len(histories) > 1 else 1
-    head = ["run", "source", "tokens", "share", "passes"][first:]
+    head = ["run", "source", unit, "share", "passes"][first:]
     return f"<h2>Data by source</h2>{_table(head, [row[first:] for row in rows])}"
 
 

@@ -5,16 +5,19 @@ from typing import Any
 
 from bigtrain.telemetry import names
 
+SHORT = {names.TOKENS: "tok", names.SAMPLES: "samples"}
+
 
 def describe(record: dict[str, Any]) -> str:
     """Return the numbers of a step in at most 80 columns."""
+    unit = names.unit_of(record)
     return "  ".join(
         (
             f"loss {number(record, names.LOSS):.4f}",
             f"grad norm {number(record, names.GRAD_NORM):.3g}",
             f"lr {number(record, names.LR):.2e}",
-            f"{format_count(number(record, names.TOKENS))} tokens",
-            f"{format_count(number(record, names.TOKENS_PER_SECOND))} tok/s",
+            f"{format_count(number(record, unit))} {unit}",
+            f"{format_count(number(record, names.rate_of(record)))} {SHORT[unit]}/s",
         )
     )
 

@@ -36,7 +36,7 @@ class RunView:
         self.last: dict[str, Any] = {}
         self._machine: dict[str, Any] = {}
         self._losses: list[tuple[int, float]] = []
-        self._paces: list[tuple[float, float]] = []  # seconds and tokens of the last steps
+        self._paces: list[tuple[float, float]] = []  # seconds and tokens (or samples) of the last steps
         self._events: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class RunView:
             self._losses.append((step, loss))
         if len(self._losses) > _MAX_POINTS:
             self._losses = [*self._losses[:-1:2], self._losses[-1]]
-        seconds, rate = number(record, names.STEP_SECONDS), number(record, names.TOKENS_PER_SECOND)
+        seconds, rate = number(record, names.STEP_SECONDS), number(record, names.rate_of(record))
         self._paces = [*self._paces[-_PACE_STEPS + 1 :], (seconds, seconds * rate)]
         self._machine = {**self._machine, **{key: value for key, value in record.items() if "/" in key}}
         self.last = record
@@ -76,8 +76,8 @@ class RunView:
 
     def numbers(self) -> str:
         """Return the numbers of the last step, with the throughput of the last steps."""
-        seconds, tokens = (math.fsum(values) for values in zip(*self._paces, strict=True))
-        return describe({**self.last, names.TOKENS_PER_SECOND: tokens / seconds if seconds else math.nan})
+        seconds, size = (math.fsum(values) for values in zip(*self._paces, strict=True))
+        return describe({**self.last, names.rate_of(self.last): size / seconds if seconds else math.nan})
 
     def seconds_left(self) -> float:
         """Return the time to the end at the pace of the last steps."""

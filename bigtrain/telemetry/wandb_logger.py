@@ -239,7 +239,7 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: 
             allow_val_change=True,
             settings=wandb.Settings(**known),
         )
-    for axis in (names.STEP, names.TOKENS):
+    for axis in names.AXES:
         run.define_metric(axis)
     for section in names.SECTIONS:
         run.define_metric(f"{section}/*", step_metric=names.STEP)

@@ -194,7 +194,9 @@ def _train(config: TrainConfig, run: RunFunction, kill_in_step: int | None, log:
         engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step = batch.step + 1
-        samples[step] = [_digest(tokens) for micro_batch in batch.micro_batches for tokens in micro_batch["tokens"]]
+        samples[step] = [
+            _digest(*row) for micro_batch in batch.micro_batches for row in zip(*micro_batch.values(), strict=True)
+        ]
 
         def die_or_update() -> None:
             before_update()
@@ -208,8 +210,8 @@ def _train(config: TrainConfig, run: RunFunction, kill_in_step: int | None, log:
     return samples
 
 
-def _digest(tokens: torch.Tensor) -> str:
-    return hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).hexdigest()
+def _digest(*sample: torch.Tensor) -> str:
+    return hashlib.blake2b(b"".join(tensor.numpy().tobytes() for tensor in sample), digest_size=8).hexdigest()
 
 
 def _die(config: TrainConfig, root: Path) -> None:
@@ -249,7 +251,7 @@ def _compare(whole: Outcome, parts: Outcome, plan: Plan, *, is_bitwise: bool) ->
     before, after = range(1, plan.before + 1), range(plan.before + 1, last + 1)
     quantities = [
         ("samples", after, 0.0),
-        ("tokens", after, 0.0),
+        ("data_digest", after, 0.0),
         ("lr", after, 0.0),
         ("loss", before, 0.0),
         ("loss", after, tolerance),

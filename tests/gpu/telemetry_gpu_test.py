@@ -38,7 +38,7 @@ def test_phases_are_timed_on_the_device_and_nobody_waits_for_it():
             meter.mark(names.FORWARD_BACKWARD_SECONDS)
             meter.mark(names.CHECKPOINT_STALL_SECONDS)
             meter.mark(names.OPTIMIZER_SECONDS)
-            meter.step_done(tokens=1)
+            meter.step_done(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()

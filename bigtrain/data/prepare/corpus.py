@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigtrain.config import Content, DataConfig, DataSource, OnBad, Verify, component_data, is_live
+from bigtrain.config import WITHOUT_TEXT, Content, DataConfig, DataSource, OnBad, Verify, component_data, is_live
 from bigtrain.config.convert import to_dict
 from bigtrain.data.prepare.chat import build_coding, coding_hash, encoding_facts, keep_chat
 from bigtrain.data.prepare.encoder import agrees, fast_encoder, slow_encoder
@@ -81,7 +81,7 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
     parts are written.
 
     Args:
-        config: any source but ``synthetic``.
+        config: any source of text.
         progress: show a bar when standard error is a terminal, else a log line now and then.
 
     Raises:
@@ -103,7 +103,7 @@ def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[st
 
     A ``bpe`` is trained on all together, with as many characters of each. Raises as :func:`prepare`.
     """
-    texts = {name: part for name, part in component_data(data).items() if part.source is not DataSource.synthetic}
+    texts = {name: part for name, part in component_data(data).items() if part.source not in WITHOUT_TEXT}
     sources = [part for part in texts.values() if part.source is not DataSource.prepared]
     if data.tokenizer == "bpe" and len(sources) > 1:
         directory = str(_shared_bpe(sources, progress))

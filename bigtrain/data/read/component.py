@@ -10,6 +10,7 @@ from bigtrain.config import DataConfig
 from bigtrain.data.order.permutation import Order
 from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.packing import build_packing
+from bigtrain.data.read.records import RecordSplit
 from bigtrain.errors import DataError
 
 WINDOW_SHARDS = 8
@@ -17,9 +18,9 @@ WINDOW_SHARDS = 8
 
 
 class StoredSamples:
-    """Samples of a prepared corpus, or synthetic ones: all are known from the beginning."""
+    """Samples of a prepared corpus, records, or synthetic ones: all are known from the beginning."""
 
-    def __init__(self, split: Split, data: DataConfig, seed: int, *, keeps_all: bool = False) -> None:
+    def __init__(self, split: Split | RecordSplit, data: DataConfig, seed: int, *, keeps_all: bool = False) -> None:
         """Cut the split into samples; those without a target that counts are left out unless ``keeps_all``.
 
         Raises:

@@ -22,7 +22,7 @@ from bigtrain.errors import DataError
 from bigtrain.tasks.base import Objective
 
 _IDS_AT_ONCE = 4096
-_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
+_SIZE_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
 """Small steps are loaded several at a time: whenever this thread works, the one that trains waits for Python's lock."""
 
 
@@ -89,8 +89,8 @@ class TrainLoader:
         self._share = rank_share(global_batch_size, dp_rank, dp_size)
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = _micro_batches(global_batch_size, micro_batch_size, dp_size)
-        tokens_per_step = self._num_micro_batches * micro_batch_size * stream.sequence_length
-        self._steps_at_once = 1 if stream.is_live else min(max(_TOKENS_AT_ONCE // tokens_per_step, 1), _STEPS_AT_ONCE)
+        step_size = self._num_micro_batches * micro_batch_size * stream.sample_size
+        self._steps_at_once = 1 if stream.is_live else min(max(_SIZE_AT_ONCE // step_size, 1), _STEPS_AT_ONCE)
         self._pin_memory = pin_memory
         self._objective = objective
         self._cursor = start
@@ -168,8 +168,9 @@ class TrainLoader:
     def _load(self, cursor: Cursor, ids: NDArray[np.int64]) -> list[StepBatch]:
         """Return the steps with these samples, one row each."""
         # A rank without samples of its own still computes, so that the others need not wait for it in vain.
-        mine = ids[:, self._share.start : self._share.stop] if self._share else ids[:, :1]
-        samples = self._stream.gather(mine.reshape(-1))
+        own = slice(self._share.start, self._share.stop) if self._share else slice(1)
+        positions = np.arange(cursor.samples, cursor.samples + ids.size).reshape(ids.shape)
+        samples = self._stream.gather(ids[:, own].reshape(-1), positions[:, own].reshape(-1))
         places = self._num_micro_batches * self._micro_batch_size
         filling = {name: field.filling for name, field in self._objective.fields.items()}
         samples = samples.padded(len(ids), places, num_kept=len(self._share), filling=filling)
@@ -179,17 +180,17 @@ class TrainLoader:
         micro_batches = iter(samples.split(self._micro_batch_size))
         batches = []
         for number, step_ids in enumerate(ids):
-            own = list(islice(micro_batches, self._num_micro_batches))
+            mine = list(islice(micro_batches, self._num_micro_batches))
             digest = chain_digest(cursor.digest, step_ids, self._stream.content)
             after = Cursor(cursor.step + 1, cursor.samples + len(step_ids), digest)
-            batches.append(StepBatch(cursor.step, own, num_targets[number], global_num_targets, cursor, after))
+            batches.append(StepBatch(cursor.step, mine, num_targets[number], global_num_targets, cursor, after))
             cursor = after
         return batches
 
     def _count_targets(self, samples: Batch, num_steps: int) -> tuple[list[int], int | None]:
         """Return how many targets of this rank count in each step, and of all ranks if that is known."""
-        if self._stream.is_full and self._objective.counts_by_shape:
-            length = self._stream.sequence_length
+        length = self._stream.sequence_length
+        if length and self._stream.is_full and self._objective.counts_by_shape:
             return [len(self._share) * length] * num_steps, self._global_batch_size * length
         # numpy, because every thread that calls torch gets its own set of OpenMP threads
         counts = self._objective.count({name: tensor.numpy() for name, tensor in samples.items()})
@@ -231,7 +232,9 @@ def validation_batches(
     num_samples = stream.num_samples
     num_chosen = min(batches * global_batch_size, num_samples)
     share = rank_share(global_batch_size, dp_rank, dp_size)
-    ignored = {name: field.ignored for name, field in objective.fields.items() if field.ignored is not None}
+    fields = objective.fields
+    ignored = {name: field.ignored for name, field in fields.items() if field.ignored is not None}
+    ignored = ignored or {name: field.filling for name, field in fields.items()}
     for global_batch in range(math.ceil(num_chosen / global_batch_size)):
         micro_batches = []
         for number in range(_micro_batches(global_batch_size, micro_batch_size, dp_size)):
@@ -240,8 +243,8 @@ def validation_batches(
             is_chosen = (in_batch < share.stop) & (places < num_chosen)
             ids = np.where(is_chosen, places * num_samples // num_chosen, 0)
             batch = stream.gather(ids)
-            for name, value in ignored.items():
-                batch[name][torch.from_numpy(~is_chosen)] = value
+            for name in ignored.keys() & batch.keys():
+                batch[name][torch.from_numpy(~is_chosen)] = ignored[name]
             micro_batches.append(batch)
         yield micro_batches
 

@@ -23,13 +23,21 @@ from numpy.typing import NDArray
 from bigtrain.config import Packing
 from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.read.corpus import Split, SyntheticSplit
+from bigtrain.data.read.records import RecordSplit
 from bigtrain.tasks.base import IGNORE_INDEX
 
 _SHARDS_KEPT = 64
 
 
-def build_packing(split: Split, sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
-    """Cut ``split`` into samples of ``sequence_length`` tokens; with ``document_mask`` they have positions."""
+def build_packing(
+    split: Split | RecordSplit, sequence_length: int, packing: Packing, document_mask: bool
+) -> "PackedSplit":
+    """Cut ``split`` into samples of ``sequence_length`` tokens; with ``document_mask`` they have positions.
+
+    Records are samples already.
+    """
+    if isinstance(split, RecordSplit):
+        return split
     if isinstance(split, SyntheticSplit):
         return SyntheticSamples(split, sequence_length, document_mask)
     kind = BestFitSamples if packing is Packing.best_fit else ConcatSamples
@@ -74,8 +82,11 @@ class _ShardedSamples:
         self._document_mask = document_mask
         self._pool = ArrayPool()
 
-    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
-        """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other."""
+    def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Samples:
+        """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other.
+
+        They are the same at all positions of the run.
+        """
         shards, local = self._locate(sample_ids)
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
@@ -247,7 +258,7 @@ class SyntheticSamples:
         self.shard_samples = np.array([split.num_samples(sequence_length)], dtype=np.int64)
         self.is_full = not split.is_ragged
 
-    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
+    def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Samples:
         """See :class:`ConcatSamples`."""
         windows = self._split.gather(sample_ids, self.sequence_length)
         targets = windows[:, 1:].copy()
@@ -350,4 +361,4 @@ def pack_best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64
     return bin_of_piece
 
 
-PackedSplit = ConcatSamples | BestFitSamples | SyntheticSamples
+PackedSplit = ConcatSamples | BestFitSamples | SyntheticSamples | RecordSplit

@@ -18,6 +18,7 @@ from bigtrain.data.read.component import StoredSamples
 from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.live import LiveParts
 from bigtrain.data.read.packing import no_samples
+from bigtrain.data.read.records import RecordSplit
 from bigtrain.data.read.windows import LiveSamples
 from bigtrain.errors import DataError
 
@@ -31,7 +32,7 @@ class SampleStream:
     def __init__(
         self,
         name: str,
-        splits: Mapping[str, Split | LiveParts],
+        splits: Mapping[str, Split | LiveParts | RecordSplit],
         data: DataConfig,
         *,
         seed: int,
@@ -53,8 +54,12 @@ class SampleStream:
                 they were left out.
         """
         self.name = name
-        self.sequence_length: int = data.sequence_length
-        """Tokens per sample."""
+        records = [split.records for split in splits.values() if isinstance(split, RecordSplit)]
+        lengths = {part.sequence_length for part in records} or {data.sequence_length}
+        self.sequence_length: int | None = lengths.pop() if len(lengths) == 1 else None
+        """Tokens per sample; None of records that are no sequences."""
+        self.sample_size: int = max([part.sample_size for part in records] or [data.sequence_length])
+        """Numbers in a sample, by which the loader decides how many it prepares at a time."""
         self.components = {
             part: _samples(part, split, data, seed, previous, keeps_all) for part, split in splits.items()
         }
@@ -129,13 +134,22 @@ class SampleStream:
                 ids[inside] = chosen + self._begins[number]
         return ids
 
-    def gather(self, sample_ids: NDArray[np.int64]) -> Batch:
-        """Return the samples with these ids, int64 ``(N,)``."""
+    def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Batch:
+        """Return samples.
+
+        Args:
+            sample_ids: int64 ``(N,)``.
+            positions: Of each sample in the run, int64 ``(N,)``, of which what is masked or augmented is a function; by default
+                the ids, so that validation is the same every time.
+        """
+        positions = sample_ids if positions is None else positions
         if len(self._list) == 1:
-            return build_batch(self._list[0].gather(sample_ids))
+            return build_batch(self._list[0].gather(sample_ids, positions))
         numbers = np.searchsorted(self._ends, sample_ids, side="right")
         samples = gather_groups(
-            numbers, lambda i, rows: self._list[i].gather(sample_ids[rows] - self._begins[i]), self._pool
+            numbers,
+            lambda i, rows: self._list[i].gather(sample_ids[rows] - self._begins[i], positions[rows]),
+            self._pool,
         )
         return build_batch(samples)
 
@@ -160,8 +174,12 @@ class SampleStream:
         short = [name for name, component in self.components.items() if component.num_samples < 1]
         if short and (self.name == "train" or not self.num_samples):
             which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
-            num_left_out = self.components[short[0]].num_left_out
-            raise DataError(no_samples(self.name, self.sequence_length, num_left_out, which))
+            component = self.components[short[0]]
+            if isinstance(component, StoredSamples) and isinstance(component.split, RecordSplit):
+                raise DataError(
+                    f"the {self.name} side{which} has no row; use more data, or another data.validation_fraction"
+                )
+            raise DataError(no_samples(self.name, self.sequence_length, component.num_left_out, which))
 
     def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
         """Refuse a run from ``start`` to ``steps`` that is longer than its data.
@@ -199,10 +217,10 @@ class SampleStream:
         )
 
     def progress(self, samples: int) -> dict[str, tuple[int, float]]:
-        """Return, of each component, how many tokens the first ``samples`` of the run drew and how many epochs they are."""
+        """Return, of each component, what the first ``samples`` of the run drew: tokens, else samples, and epochs."""
         counts = self.mixture.counts(self._position(samples))
         return {
-            name: (count * self.sequence_length, component.epochs(count))
+            name: (count * (self.sequence_length or 1), component.epochs(count))
             for (name, component), count in zip(self.components.items(), counts, strict=True)
         }
 
@@ -219,7 +237,12 @@ class SampleStream:
 
 
 def _samples(
-    name: str, split: Split | LiveParts, data: DataConfig, seed: int, previous: DataState | None, keeps_all: bool
+    name: str,
+    split: Split | LiveParts | RecordSplit,
+    data: DataConfig,
+    seed: int,
+    previous: DataState | None,
+    keeps_all: bool,
 ) -> StoredSamples | LiveSamples:
     if not isinstance(split, LiveParts):
         return StoredSamples(split, data, seed, keeps_all=keeps_all)
@@ -229,7 +252,7 @@ def _samples(
 
 
 def _origin(
-    splits: Mapping[str, Split | LiveParts], fingerprint: str, previous: DataState | None
+    splits: Mapping[str, Split | LiveParts | RecordSplit], fingerprint: str, previous: DataState | None
 ) -> tuple[int, dict[str, int]]:
     """Return at which position the mixture begins, and how much of each component was drawn before."""
     if previous is None:
@@ -246,7 +269,7 @@ def _share(component: ComponentConfig, num_samples: int, global_batch_size: int)
     return Share(((0, component.weight), *changes), limit)
 
 
-def _fingerprint(splits: Mapping[str, Split | LiveParts], data: DataConfig) -> str:
+def _fingerprint(splits: Mapping[str, Split | LiveParts | RecordSplit], data: DataConfig) -> str:
     """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
     if not data.mixture:
         return next(iter(splits.values())).fingerprint

@@ -90,8 +90,8 @@ class LiveSamples:
             first, count = first + taken, count - taken
         return np.concatenate(found)
 
-    def gather(self, sample_ids: NDArray[np.int64]) -> Samples:
-        """Return the samples with these ids, int64 ``(N,)``."""
+    def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
+        """Return the samples with these ids, int64 ``(N,)``, which are the same at all positions of the run."""
         numbers, local = sample_ids >> _INDEX_BITS, sample_ids & (1 << _INDEX_BITS) - 1
         return gather_groups(numbers, lambda number, rows: self._window(number).packed.gather(local[rows]), self._pool)
 

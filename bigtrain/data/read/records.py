@@ -1,0 +1,283 @@
+"""Samples that are records: the rows of a map-style dataset, each with named columns."""
+
+import inspect
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from bigtrain.data.order.permutation import derive_key, mix64
+from bigtrain.data.read.arrays import Arrays
+from bigtrain.data.read.batch import ArrayPool, Samples
+from bigtrain.errors import DataError
+from bigtrain.log import get_logger
+from bigtrain.tasks.base import Field, Objective
+
+SEQUENCE = "T"
+"""Letter of a field's shape that stands for ``data.sequence_length``."""
+_ROWS_AT_ONCE = 1024
+_PATIENCE_SECONDS = 5.0
+
+
+class Dataset(Protocol):
+    """Rows with named columns, the same ones in the same order in every process.
+
+    Two more members are used where a dataset has them: ``fingerprint``, a text that names its rows, which are read and
+    hashed at every start otherwise; and ``gather(rows, positions)``, which returns several rows at once as arrays
+    ``(N, ...)``, given two arrays int64 ``(N,)``. What is masked or augmented is a function of a row's position in the run.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        """Return the columns of a row: numbers, or arrays of numbers."""
+
+
+class _Column(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    filling: int | float
+    sequence_axis: int | None
+    """Dimension, counted from the end, along which a value may be shorter and is filled up."""
+
+
+class Records:
+    """The rows of a dataset as arrays of the types and shapes that a task wants."""
+
+    def __init__(self, dataset: Dataset, objective: Objective, *, where: str, sequence_length: int | None) -> None:
+        """Take the shapes that the objective leaves open from the first row.
+
+        Args:
+            dataset: The rows.
+            objective: Which columns there have to be; those that it can do without are left out if the first row lacks them.
+            where: Name of the dataset in messages.
+            sequence_length: Size of the dimension ``T``, to which rows are filled up; None takes it from the first row.
+
+        Raises:
+            DataError: the first row does not fit the objective.
+        """
+        self._dataset, self._where = dataset, where
+        self._gather = getattr(dataset, "gather", None)
+        self._pool = ArrayPool()
+        self._lock = Lock()  # of pool and dataset: the loader's thread goes on while validation reads
+        self._fills_up = sequence_length is not None
+        self._columns: dict[str, _Column] = {}
+        self.num_rows = len(dataset)
+        """Number of rows."""
+        if self.num_rows:
+            self._bind(objective.fields, sequence_length)
+            self._require_idle_padding(objective)
+
+    def read(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
+        """Return rows, int64 ``(N,)``, that are drawn at ``positions`` of the run.
+
+        Raises:
+            DataError: a row does not have the columns, types and shapes of the others.
+        """
+        with self._lock:
+            arrays = {name: self._pool.take(len(rows), *c.shape, dtype=c.dtype) for name, c in self._columns.items()}
+            if self._gather is not None:
+                self._put(arrays, self._gather(rows, positions), "rows")
+                return Samples(arrays)
+            for place, row in enumerate(rows.tolist()):
+                self._put({name: array[place, ...] for name, array in arrays.items()}, self._dataset[row], f"row {row}")
+            return Samples(arrays)
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Size of the dimension ``T``; None if no column has it."""
+        axes = ((column.shape, column.sequence_axis) for column in self._columns.values())
+        return next((shape[axis] for shape, axis in axes if axis is not None), None)
+
+    @property
+    def sample_size(self) -> int:
+        """Numbers in a sample, all columns together."""
+        return sum(math.prod(column.shape) for column in self._columns.values())
+
+    def fingerprint(self) -> str:
+        """Return the dataset's own fingerprint, or a hash of all rows."""
+        if own := getattr(self._dataset, "fingerprint", None):
+            return str(own)
+        digests = {name: xxhash.xxh3_64(f"{name} {c.dtype} {c.shape}".encode()) for name, c in self._columns.items()}
+        begin, is_said = time.monotonic(), False
+        for first in range(0, self.num_rows, _ROWS_AT_ONCE):
+            rows = np.arange(first, min(first + _ROWS_AT_ONCE, self.num_rows))
+            for name, array in self.read(rows, rows).items():
+                digests[name].update(np.ascontiguousarray(array).data)
+            if not is_said and time.monotonic() - begin > _PATIENCE_SECONDS:
+                is_said = True
+                get_logger().info(
+                    f"{self._where}: reading all {self.num_rows:,} rows to tell them from others; a dataset with an "
+                    "attribute 'fingerprint' is not read before it is used"
+                )
+        return xxhash.xxh3_64_hexdigest("".join(digest.hexdigest() for digest in digests.values()).encode())
+
+    def _bind(self, fields: Mapping[str, Field], sequence_length: int | None) -> None:
+        """Find the type and shape of every column."""
+        first = self._first_row()
+        sizes: dict[str, int] = {} if sequence_length is None else {SEQUENCE: sequence_length}
+        self._require_names(first, {n: f for n, f in fields.items() if n in first or not f.is_optional}, "row 0")
+        for name, field in ((name, field) for name, field in fields.items() if name in first):
+            shape = np.shape(first[name])
+            if len(shape) != len(field.shape):
+                raise DataError(f"{self._where}: row 0: {name} has the shape {shape}; the task needs {_named(field)}")
+            for letter, size in zip(field.shape, shape, strict=True):
+                if isinstance(letter, str):
+                    sizes.setdefault(letter, size)
+            wanted = tuple(sizes[d] if isinstance(d, str) else d for d in field.shape)
+            axis = field.shape.index(SEQUENCE) - len(shape) if SEQUENCE in field.shape else None
+            dtype = torch.empty(0, dtype=field.dtype).numpy().dtype
+            self._columns[name] = _Column(dtype, wanted, field.filling, axis)
+
+    def _first_row(self) -> Mapping[str, Any]:
+        if self._gather is None:
+            return self._dataset[0]
+        zero = np.zeros(1, dtype=np.int64)
+        return {name: array[0] for name, array in self._gather(zero, zero).items()}
+
+    def _require_idle_padding(self, objective: Objective) -> None:
+        """Refuse an objective that counts the padding which fills up a rank's part of a step."""
+        padding = {name: np.full((1, *c.shape), c.filling, c.dtype) for name, c in self._columns.items()}
+        if (num_counted := int(objective.count(padding).sum())) != 0:
+            raise DataError(
+                f"{self._where}: the objective counts {num_counted} targets in a sample that is nothing but padding; give the "
+                "field of its targets an 'ignored' value, which its count leaves out"
+            )
+
+    def _require_names(self, found: Mapping[str, Any], wanted: Mapping[str, Any], which: str) -> None:
+        if found.keys() == wanted.keys():
+            return
+        told = [f"it lacks {name}" for name in wanted if name not in found]
+        told += [f"it has {name}" for name in found if name not in wanted]
+        raise DataError(f"{self._where}: {which}: the columns have to be {', '.join(wanted)}; {', '.join(told)}")
+
+    def _put(self, places: Mapping[str, NDArray[Any]], found: Mapping[str, Any], which: str) -> None:
+        """Copy the columns of a row, or of several, to their places."""
+        if found.keys() != self._columns.keys():
+            self._require_names(found, self._columns, which)
+        for name, column in self._columns.items():
+            value, place = np.asarray(found[name]), places[name]
+            if value.dtype != column.dtype:
+                value = self._converted(value, column.dtype, f"{which}: {name}")
+            if value.shape == place.shape:
+                place[...] = value
+                continue
+            self._require_shape(value.shape, place.shape, column.sequence_axis, f"{which}: {name}")
+            place[...] = column.filling
+            place[tuple(map(slice, value.shape))] = value
+
+    def _converted(self, value: NDArray[Any], dtype: np.dtype, which: str) -> NDArray[Any]:
+        is_number = value.dtype.kind in "biuf"
+        if is_number and np.can_cast(value.dtype, dtype, "same_kind"):
+            converted = value.astype(dtype)
+            if dtype.kind == "f" or np.array_equal(converted, value):
+                return converted
+        what = value.dtype if is_number else "no array of numbers"
+        raise DataError(f"{self._where}: {which} is {what}; the task needs {dtype}")
+
+    def _require_shape(self, shape: tuple[int, ...], wanted: tuple[int, ...], axis: int | None, which: str) -> None:
+        """Refuse another shape than ``wanted``, unless it is shorter along ``axis`` and is to be filled up."""
+        advice = ""
+        if axis is not None and len(shape) == len(wanted):
+            if (
+                self._fills_up
+                and (*shape[:axis], wanted[axis], *shape[len(shape) + axis + 1 :]) == wanted
+                and shape[axis] < wanted[axis]
+            ):
+                return
+            advice = "; rows are filled up to data.sequence_length, which has to be that of the longest"
+        raise DataError(f"{self._where}: {which} has the shape {shape}, not {wanted}{advice}")
+
+
+def _named(field: Field) -> str:
+    return f"({', '.join(map(str, field.shape))}{',' * (len(field.shape) == 1)})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordSplit:
+    """Some rows of a dataset, each a sample; the samples of :mod:`bigtrain.data.read.packing` have the same members."""
+
+    name: str
+    records: Records
+    rows: NDArray[np.int64]
+    """The rows, ascending, int64 ``(num_samples,)``."""
+    fingerprint: str
+    """Identity of the rows."""
+    has_answers = is_remote = may_skip = is_full = False
+
+    @property
+    def shard_samples(self) -> NDArray[np.int64]:
+        """Samples, int64 ``(1,)``."""
+        return np.array([len(self.rows)])
+
+    def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
+        """Return the samples with these ids, drawn at these positions of the run, both int64 ``(N,)``."""
+        return self.records.read(self.rows[sample_ids], positions)
+
+    def answered(self) -> None:
+        """All samples are drawn."""
+
+    def documents(self, sample_id: int) -> NDArray[np.int64]:
+        """Return the row of a sample, int64 ``(1,)``."""
+        return self.rows[[sample_id]]
+
+
+def split_records(
+    source: Any, objective: Objective, *, where: str, sequence_length: int | None, validation_fraction: float
+) -> dict[str, RecordSplit]:
+    """Return the training and the validation side of a source.
+
+    Args:
+        source: A :class:`Dataset`, or arrays by column, of which a share is held out by a hash of the row's number; or an
+            object whose ``train()`` returns one, and whose ``validation()``, if it has that, another one or None; or a function
+            that returns either.
+        objective: As in :class:`Records`.
+        where: As there.
+        sequence_length: As there.
+        validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own.
+
+    Raises:
+        DataError: the source is no dataset, or a row does not fit the objective.
+    """
+    if isinstance(source, type) or inspect.isroutine(source):
+        source = source()
+    has_sides = hasattr(source, "train")
+    own = source.validation() if has_sides and hasattr(source, "validation") else None
+    records, fingerprints = {}, {}
+    for name, dataset in (("train", source.train() if has_sides else source), ("validation", own)):
+        if dataset is None and name == "validation":
+            continue
+        if isinstance(dataset, Mapping):
+            dataset = Arrays(dataset, where=where)
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise DataError(f"{where}: the {name} side is a {type(dataset).__name__}; it has to have len() and [row]")
+        records[name] = Records(dataset, objective, where=where, sequence_length=sequence_length)
+        fingerprints[name] = records[name].fingerprint()
+    if own is not None:
+        return {
+            name: RecordSplit(name, part, np.arange(part.num_rows), fingerprints[name])
+            for name, part in records.items()
+        }
+    is_held_out = held_out(records["train"].num_rows, validation_fraction)
+    fingerprint = f"{fingerprints['train']} without {validation_fraction:g}"
+    return {
+        name: RecordSplit(name, records["train"], np.flatnonzero(is_held_out == (name == "validation")), fingerprint)
+        for name in ("train", "validation")
+    }
+
+
+def held_out(num_rows: int, fraction: float) -> NDArray[np.bool_]:
+    """Return whether each row is held out: a function of its number, for about ``fraction`` of them and at least one."""
+    hashes = mix64(np.arange(num_rows, dtype=np.uint64) ^ np.uint64(derive_key(*b"validation")))
+    is_held_out = hashes < np.uint64(fraction * 2**64)
+    if num_rows and not is_held_out.any():
+        is_held_out[hashes.argmin()] = True
+    return is_held_out
