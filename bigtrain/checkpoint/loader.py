@@ -14,7 +14,7 @@ from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry
 from bigtrain.errors import CheckpointError, UnreadableError, of_all_ranks, some
 
-MOST_DIFFERENCES = 5  # so many tensors are named that are missing or other ones
+MOST_DIFFERENCES = 5  # differences named in a message
 
 
 def verify_checkpoint(path: Path, verify: Verify) -> list[str]:

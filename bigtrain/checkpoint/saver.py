@@ -73,11 +73,13 @@ class Saver:
         self._is_ours = is_ours
         self._entries = entries
         self._config = config
-        # A new thread would use GPU 0, whichever GPU this rank has: its stream would wait for the wrong one.
+        # A new thread's current device is GPU 0, so its stream would wait for the wrong one.
         on_gpu = torch.cuda.is_available()
         begin: tuple[Any, ...] = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else ()
         self._thread = ThreadPoolExecutor(1, "checkpoint", *begin)
-        self._group = dist.new_group(backend="gloo")  # the thread's own: it must not meet the loop's collectives
+        self._group = dist.new_group(
+            backend="gloo"
+        )  # of the thread alone: collectives of two threads must not interleave
         self._launch = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
         self._pending: Future[SaveReport] | None = None
         self._staged = threading.Event()
@@ -160,7 +162,7 @@ class Saver:
             return "; ".join(errors)
         try:
             prune(self.run_directory, self._config.keep)
-        except (OSError, CheckpointError) as error:  # the checkpoint is whole all the same
+        except (OSError, CheckpointError) as error:  # the checkpoint is complete nevertheless
             log.get_logger().warning(f"old checkpoints could not be deleted: {error}")
         return None
 
@@ -204,7 +206,7 @@ class Saver:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.run_directory)
-            # A run that continues has some of its checkpoints already, but the next one always comes on top.
+            # A resumed run already has checkpoints; the next one comes on top.
             number = max(1, 2 - len(find_checkpoints(self.run_directory)))
             free, needed = shutil.disk_usage(directory).free, number * num_bytes
         except OSError as error:
@@ -224,7 +226,7 @@ class Saver:
 def _not_finite(pieces: list[Piece]) -> str | None:
     """Return a message about a tensor with non-finite numbers, if there is one; one pass over memory."""
     for key, tensor in ((piece.key, piece.tensor) for piece in pieces if piece.tensor.is_floating_point()):
-        if math.isfinite(tensor.sum().item()):  # it is not if a number is not, or if it overflows
+        if math.isfinite(tensor.sum().item()):  # not finite if a number is not, or on overflow
             continue
         if count := tensor.numel() - int(tensor.isfinite().sum()):
             return f"{count} numbers of {key} are not finite"

@@ -27,7 +27,7 @@ from bigtrain.data.order.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
 from bigtrain.files import FileRecord, sync, write_durably
 
-MIN_KEPT = 2  # so many of the newest are kept whatever ``keep`` says: the newest may turn out to be damaged
+MIN_KEPT = 2  # newest ones kept whatever ``keep`` says: the newest may turn out to be damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class Origin:
     """What a run began with, to which it rolls back when it has no checkpoint."""
 
     checkpoint: str | None = None  # another run's checkpoint; None for initial values
-    weights_only: bool = False  # of that checkpoint only the weights were taken
-    published: str | None = None  # the published weights that the initial values were; None for random ones
+    weights_only: bool = False  # whether only its weights were loaded
+    published: str | None = None  # published weights that it started from; None for random ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class RunState:
     step: int  # completed optimizer steps. Learning rate and random numbers follow from it and from the configuration
     tokens: int
     samples: int  # sequences trained on: the cursor of the data order
-    data_fingerprint: str  # what the samples are numbers of
+    data_fingerprint: str  # of the data that samples are indices into
     config: dict  # resolved
     versions: dict  # software that wrote the checkpoint
     world_size: int  # of the launch that wrote the checkpoint
@@ -54,7 +54,7 @@ class RunState:
     data: DataState | None = None
     """Where the data stands, with the proof; None in checkpoints from before there was one."""
     rollbacks: int = 0  # how often the run has gone back because of bad numbers
-    origin: Origin | None = None  # what the run began with; None in checkpoints from before that was recorded
+    origin: Origin | None = None  # None in checkpoints from before it was recorded
 
     @property
     def cursor(self) -> Cursor:

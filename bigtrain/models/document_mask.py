@@ -4,8 +4,7 @@ Shape suffixes: B batch, T tokens, S tokens attended to, H query heads, G key/va
 tokens, M blocks of tokens attended to.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK_TOKENS = 128  # what FlexAttention's kernels skip or compute as a whole
+_compile_once = functools.cache(torch.compile)
 
 
 def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockMask":
@@ -41,7 +41,7 @@ def _block_mask(documents_BT: Tensor) -> "BlockMask":
         return (documents_BT[b, t] == documents_BT[b, s]) & (t >= s)
 
     length = documents_BT.shape[1]
-    # What fills up the last block is a document of its own, later than all others.
+    # Padding of the last block is a document of its own, later than all others.
     blocks = F.pad(documents_BT, (0, -length % BLOCK_TOKENS), value=length + 1).unflatten(1, (-1, BLOCK_TOKENS))
     first_BN, last_BN = blocks[..., 0], blocks[..., -1]
     earlier_NM = documents_BT.new_ones(2 * first_BN.shape[1:], dtype=torch.bool).tril(-1)
@@ -68,14 +68,7 @@ def attend(
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, enable_gqa=gqa)
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Only compiled does it skip anything; on a CPU it is here to be tested, and a compiled block compiles it.
+    # Only compiled it skips blocks. On a CPU it runs uncompiled, for tests; within a compiled block it is compiled.
     compiled = q_BHTK.is_cuda and not torch.compiler.is_compiling()
-    attention = _compiled_flex_attention() if compiled else flex_attention
+    attention = _compile_once(flex_attention) if compiled else flex_attention
     return attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=gqa)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)

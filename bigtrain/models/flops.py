@@ -1,9 +1,8 @@
-"""Floating-point operations of training a decoder, from its shape alone. No torch.
+"""Floating-point operations of training a decoder, from its shape alone; without torch.
 
-Counted is what the mathematics needs: the products with weight matrices and of attention, a multiply-add as
-two operations, the backward pass as twice the forward pass. Not counted: what is computed again (activation
-checkpointing, flash attention's backward pass), look-ups in embeddings, norms, activations, softmax and the
-optimizer, together below 1 % for models worth a GPU. With
+Counted are the matmuls with weights and of attention, a multiply-add as two operations, the backward pass as twice the
+forward pass. Not counted: recomputation (activation checkpointing, flash attention's backward pass), embedding
+look-ups, norms, activations, softmax and the optimizer, together below 1 % for models worth a GPU. With
 
     W   weights of the matrices that a token is multiplied with: per block (attention, feed-forward), and the output
     Q   query heads x head width, all layers together: num_layers * num_heads * head_dim
@@ -24,10 +23,8 @@ the first and 5.1e10 by the second.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from bigtrain.config import Activation, ModelConfig, Norm
-from bigtrain.models.sizes import native_shape
+from bigtrain.config import Activation, ModelConfig
 
 
 def matrix_weights(model: ModelConfig) -> int:
@@ -80,17 +77,3 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> TokenFlops:
         products=per_token(0),
         pair=12 * model.num_layers * model.num_heads * model.head_dim,
     )
-
-
-def hf_shape(hf_config: Any) -> ModelConfig:
-    """Return the native shape, resolved, that a ``transformers`` text configuration describes.
-
-    It is a guess for architectures other than plain decoders: compare its parameters with the model's.
-    """
-    shape = native_shape(hf_config)
-    shape.bias = shape.norm is Norm.layernorm
-    shape.tie_embeddings = bool(getattr(hf_config, "tie_word_embeddings", True))
-    shape.num_kv_heads = shape.num_kv_heads or shape.num_heads
-    shape.head_dim = shape.head_dim or shape.hidden_dim // shape.num_heads
-    shape.max_positions = getattr(hf_config, "max_position_embeddings", None) or shape.max_positions
-    return shape

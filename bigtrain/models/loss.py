@@ -4,9 +4,8 @@ Shape suffixes: B batch, T tokens, D hidden width, V vocabulary, N = B * T, C to
 with padding.
 """
 
+import functools
 import math
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from bigtrain.models.sizes import chunk_tokens, num_padding_rows
 from bigtrain.tasks.base import IGNORE_INDEX
+
+_compile_once = functools.cache(torch.compile)
 
 
 def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, compiled: bool = False) -> Tensor:
@@ -55,11 +56,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         device, dtype, num_real = hidden_ND.device, _product_dtype(hidden_ND), len(weight_VD)
         weight_PD = _padded(weight_VD, num_padding_rows(num_real, device.type), dtype)
-        fused = compiled and dtype is not torch.float32  # in which torch's own kernels have nothing to convert
+        fused = compiled and dtype is not torch.float32  # fp32 needs no conversions, so torch's own kernels will do
         chunk = chunk_tokens(len(weight_PD), device.type, fused=fused)
-        gradient = _compiled_gradient() if fused else _turn_into_gradient
+        # Compiled, it is two kernels that read and write the logits in their own dtype.
+        gradient = _compile_once(_turn_into_gradient) if fused else _turn_into_gradient
         loss = torch.zeros((), device=device)
-        # One buffer for all chunks: on a CPU, fresh memory takes longer to get than to compute with.
+        # One buffer for all chunks: on a CPU, allocating takes longer than computing.
         buffer_CP = weight_PD.new_empty(min(chunk, len(hidden_ND)), len(weight_PD))
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_gradients else None
         weight_grad_PD = torch.zeros_like(weight_PD, dtype=torch.float32) if wants_gradients else None
@@ -114,16 +116,10 @@ def _turn_into_gradient(logits_CP: Tensor, targets_C1: Tensor) -> Tensor:
     exact_CP = logits_CP.float()
     largest_C1, target_C1 = exact_CP.amax(-1, keepdim=True), exact_CP.gather(1, targets_C1)
     p_CP = exact_CP.softmax(-1) if torch.compiler.is_compiling() else torch.softmax(exact_CP, -1, out=exact_CP)
-    # By way of the largest term, because the probability of the target itself can be too small for a number.
+    # Via the largest term: the probability of the target itself can underflow.
     log_p_C1 = target_C1 - largest_C1 + p_CP.amax(-1, keepdim=True).log()
     if p_CP is not logits_CP:
         logits_CP.copy_(p_CP)
-    # Subtracted before it is rounded: in bf16, 0.999 would be 1.
+    # Subtract before rounding: in bf16, 0.999 would be 1.
     logits_CP.scatter_(1, targets_C1, (log_p_C1.exp() - 1).to(logits_CP.dtype))
     return -(log_p_C1 * counts_C1).sum()
-
-
-@lru_cache(maxsize=1)
-def _compiled_gradient() -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the same as two kernels that read and write the logits in their own dtype."""
-    return torch.compile(_turn_into_gradient)

@@ -7,6 +7,7 @@ index beyond a table of positions is still found.
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
 
+import bisect
 import contextlib
 import copy
 import json
@@ -135,7 +136,7 @@ def outermost(model: nn.Module, names: list[str]) -> list[str]:
 def may_be_too_long(text_config: Any, length: int) -> bool:
     """Return whether a setting of the configuration could limit samples to fewer tokens than ``length``."""
     settings = text_config.to_dict().items()
-    # Some tables of positions have a few rows that are no positions.
+    # Some position tables have a few rows that are no positions.
     return any(
         _LENGTHS.search(key) and type(value) is int and SHORT <= value < length + SHORT for key, value in settings
     )
@@ -168,16 +169,13 @@ def longest_sample(model: nn.Module, length: int) -> int:
     def fits(tokens: int) -> bool:
         try:
             _dry_run(copy.deepcopy(model), tokens)
-        except Exception:  # an index, a broadcast, a check of the model's own: whatever stops it
+        except Exception:  # an index, a broadcast, a check of the model's own
             return False
         return True
 
-    if fits(length) or not fits(short := min(SHORT, length)):  # cannot be run for another reason
+    if fits(length) or not fits(short := min(SHORT, length)):  # fails for another reason
         return length
-    while length - short > 1:
-        middle = (short + length) // 2
-        short, length = (middle, length) if fits(middle) else (short, middle)
-    return short
+    return short + bisect.bisect_left(range(short + 1, length), True, key=lambda tokens: not fits(tokens))
 
 
 @torch.no_grad()
@@ -193,7 +191,7 @@ def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: i
     first = length // 2
     # The same token everywhere, so that an average over later tokens moves as far as one of them.
     tokens_BT[:, first:] = torch.randperm(vocab_size, generator=generator)[:2, None]
-    with torch.compiler.set_stance("force_eager"):  # what is compiled is for the samples of training
+    with torch.compiler.set_stance("force_eager"):  # compiled code is for training's sample length
         logits_BTV = logits_of(tokens_BT.to(device)).float()
     change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
     return (change_T[:first].max() / change_T[first:].max()).item()

@@ -56,10 +56,10 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
 class Numerics:
     """Element sizes of activations, and the kernels that compute them."""
 
-    element_bytes: int  # per element of a matrix product's operands and result
-    residual_bytes: int  # per element of the residual stream: 4 under autocast, where only products are in bf16
+    element_bytes: int  # per element of a matmul's operands and result
+    residual_bytes: int  # per element of the residual stream: 4 under autocast, where only matmuls are in bf16
     on_cpu: bool  # CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix
-    compiled: bool = False  # whether ``torch.compile`` fuses what lies between matrix products
+    compiled: bool = False  # whether ``torch.compile`` fuses what lies between matmuls
 
     @property
     def autocast(self) -> bool:
@@ -92,28 +92,32 @@ def hf_setting(hf_config: Any, name: str) -> Any:
 
 
 def native_shape(hf_config: Any) -> ModelConfig:
-    """Return the native shape most like that of a ``transformers`` text configuration, for activations only.
+    """Return the resolved native shape most like that of a ``transformers`` text configuration.
 
-    Kinds of layers are guessed from what the configuration mentions; a mixture of experts counts as one feed-forward
-    layer as wide as the experts that a token visits.
+    A guess from what the configuration mentions: compare its parameters with the model's. A mixture of experts counts
+    as one feed-forward layer as wide as the experts that a token visits.
     """
 
     def read(default: Any, *names: str) -> Any:
         return next((value for name in names if (value := hf_setting(hf_config, name)) is not None), default)
 
-    hidden_dim = read(None, "hidden_size")
+    hidden_dim, num_heads = read(None, "hidden_size"), read(1, "num_attention_heads")
+    norm = Norm.rmsnorm if read(None, "rms_norm_eps") else Norm.layernorm
     inner = read(4 * hidden_dim, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
     return ModelConfig(
         kind=ModelKind.hf,
         vocab_size=hf_config.vocab_size,
         num_layers=read(1, "num_hidden_layers"),
         hidden_dim=hidden_dim,
-        num_heads=read(1, "num_attention_heads"),
-        num_kv_heads=read(None, "num_key_value_heads"),
-        head_dim=read(None, "head_dim"),
+        num_heads=num_heads,
+        num_kv_heads=read(None, "num_key_value_heads") or num_heads,
+        head_dim=read(None, "head_dim") or hidden_dim // num_heads,
         ffn_dim=inner * read(1, "num_experts_per_tok"),
         positions=Positions.rope if read(None, "rope_parameters", "rope_theta") else Positions.learned,
-        norm=Norm.rmsnorm if read(None, "rms_norm_eps") else Norm.layernorm,
+        norm=norm,
+        bias=norm is Norm.layernorm,
+        tie_embeddings=bool(getattr(hf_config, "tie_word_embeddings", True)),
+        max_positions=read(None, "max_position_embeddings") or ModelConfig().max_positions,
         activation=Activation.swiglu if read("", "hidden_act") == "silu" else Activation.gelu,
         dropout=max(read(0.0, "attention_dropout", "attn_pdrop"), read(0.0, "hidden_dropout", "resid_pdrop")),
     )

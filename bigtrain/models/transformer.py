@@ -42,7 +42,7 @@ class Vocabulary(nn.Module):
     sharding, and engines that gather parameters around a module's forward (ZeRO-3) see both uses.
     """
 
-    compiles_loss = False  # whether what is no matrix product in the loss is compiled
+    compiles_loss = False  # whether the loss, but for its matmuls, is compiled
 
     def __init__(self, vocab_size: int, hidden_dim: int):
         super().__init__()

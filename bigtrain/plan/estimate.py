@@ -57,11 +57,8 @@ class Estimate:
 class _Layout:
     """Bytes that an engine keeps on the device, besides activations and loss."""
 
-    parameters: int
-    gradients: int
-    early_gradients: int  # the part of ``gradients`` that exists already when the backward pass begins
-    masters: int = 0
-    moments: int
+    state: dict[str, int]  # parameters, gradients, master weights, optimizer moments
+    early_gradients: int  # the part of the gradients that exists already when the backward pass begins
     gathered: int = 0  # copies of weights that exist during forward and backward pass
     backward: int  # buckets and temporary gradients of the backward pass
     update: int = 0  # copies made while the weights are updated
@@ -133,30 +130,24 @@ def estimate(
         numerics=numerics,
     )
     loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
-    components = (
-        layout.parameters,
-        layout.gradients,
-        layout.masters,
-        layout.moments,
-        activations.saved + activations.recomputed,
-        loss,
-        0,
-        layout.gathered + max(layout.backward, layout.update),
-    )
-    # While activations shrink, gradients grow: the peak is at one of the ends, or in the update.
+    device = dict.fromkeys(COMPONENTS, 0) | layout.state
+    device["activations"] = activations.saved + activations.recomputed
+    device["loss buffers"] = loss
+    device["engine buffers"] = layout.gathered + max(layout.backward, layout.update)
+    # As activations are freed gradients grow: the peak is at either end of the backward pass, or in the update.
     peak = max(
         activations.saved + loss + layout.gathered + layout.early_gradients,
         activations.saved + activations.recomputed + layout.gathered + layout.backward + layout.early_gradients,
-        layout.gradients + layout.gathered + layout.backward,
-        layout.gradients + layout.update,
+        device["gradients"] + layout.gathered + layout.backward,
+        device["gradients"] + layout.update,
     )
-    peak += layout.parameters + layout.masters + layout.moments
+    peak += sum(layout.state.values()) - device["gradients"]
     # Saving copies the rank's share of the state to the host first, into memory that is kept.
     is_copied = config.checkpoint.asynchronous or device_type != "cpu"
     saved = 4 * sizes.total + _moment_bytes(config.optimizer, sizes)
     staged = {"checkpoint copy": -(-saved // world_size) if is_copied else 0}
     host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
-    return Estimate(dict(zip(COMPONENTS, components, strict=True)), host, not_at_once=sum(components) - peak)
+    return Estimate(device, host, not_at_once=sum(device.values()) - peak)
 
 
 def _layout(
@@ -206,11 +197,10 @@ def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool, has_early_gr
     if engine.activation_checkpointing is ActivationCheckpointing.none:
         num_checkpointed = 0
     num_cast = min(sizes.num_layers - num_checkpointed + 1, sizes.num_layers)
+    moments, whole = _moment_bytes(config.optimizer, sizes), 4 * sizes.total
     return _Layout(
-        parameters=4 * sizes.total,
-        gradients=4 * sizes.total,
-        early_gradients=4 * sizes.total if has_early_gradients else 0,
-        moments=_moment_bytes(config.optimizer, sizes),
+        state={"parameters": whole, "gradients": whole, "optimizer moments": moments},
+        early_gradients=whole if has_early_gradients else 0,
         gathered=2 * (sizes.root + num_cast * sizes.block) if bf16 else 0,
         backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half
     )
@@ -222,18 +212,15 @@ def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumu
     element = 2 if bf16 else 4
     moments = -(-_moment_bytes(config.optimizer, sizes) // num_shards)
     state = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer moments": moments}
-    host = state if config.engine.offload is Offload.cpu else {}
-    here = dict.fromkeys(state, 0) if host else state
-    accumulates_whole = accumulates and config.engine.fsdp.accumulate_whole_gradients
-    gradients = 4 * sizes.total if accumulates_whole else here["gradients"]
+    host, here = (state, {}) if config.engine.offload is Offload.cpu else ({}, dict(state))
+    if accumulates and config.engine.fsdp.accumulate_whole_gradients:
+        here["gradients"] = 4 * sizes.total
     num_gathered = (
         1 + config.engine.fsdp.prefetch_blocks if config.engine.fsdp.reshard_after_forward else sizes.num_layers
     )
     return _Layout(
-        parameters=here["parameters"],
-        gradients=gradients,
-        early_gradients=gradients if accumulates else 0,
-        moments=here["optimizer moments"],
+        state=here,
+        early_gradients=here.get("gradients", 0) if accumulates else 0,
         gathered=element * (sizes.root + min(num_gathered, sizes.num_layers) * sizes.block),
         backward=(element + 4) * max(sizes.root, sizes.block),  # a group's gradient, and in fp32 to be reduced
         host=host,
@@ -249,19 +236,18 @@ def _zero12_layout(
     moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
     state = {"gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
     offload = config.engine.offload is Offload.cpu
-    gradients = 4 * sizes.total if not stage2 else 0 if offload else 4 * part
+    here = {"parameters": 4 * sizes.total} | ({} if offload else state)
+    if not stage2:
+        here["gradients"] = 4 * sizes.total
     # A bucket, what is being reduced of it, and a second bucket where communication overlaps.
     num_buckets = 3 if device_type == "cuda" else 2
     return _Layout(
-        parameters=4 * sizes.total,
-        gradients=gradients,
-        early_gradients=gradients if accumulates else 0,
-        masters=0 if offload else state["master weights"],
-        moments=0 if offload else state["optimizer moments"],
+        state=here,
+        early_gradients=here.get("gradients", 0) if accumulates else 0,
         gathered=_autocast_copies(sizes, bf16),
         backward=num_buckets * _bucket_bytes(config, sizes) + 4 * sizes.root,
         update=0 if offload else 4 * part * (1 if stage2 else 2),
-        # Pinned, there is one more copy of the parameters to send them back from.
+        # A pinned copy of the parameters is where they are sent back from.
         host={**state, "engine buffers": 4 * part} if offload else {},
     )
 
@@ -274,11 +260,8 @@ def _zero3_layout(config: TrainConfig, sizes: ModelSizes, world_size: int, bf16:
     state = {"parameters": 4 * part, "gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
     live = min(sizes.total, max(ZERO3_LIVE_PARAMETERS, sizes.root + 2 * sizes.block)) if world_size > 1 else 0
     return _Layout(
-        parameters=0 if offload else state["parameters"],
-        gradients=0 if offload else state["gradients"],
+        state={} if offload else state,
         early_gradients=0 if offload else state["gradients"],
-        masters=0 if offload else state["master weights"],
-        moments=0 if offload else state["optimizer moments"],
         gathered=4 * live + _autocast_copies(sizes, bf16),
         backward=2 * _bucket_bytes(config, sizes) + 4 * sizes.root,
         update=0 if offload else 4 * min(part, ZERO3_LIVE_PARAMETERS),

@@ -44,7 +44,7 @@ def cgroup_headroom_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path(
             continue
         top = root / "memory" if v1 else root
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
-        # In a container the path is often the host's; then the limit is found at the top.
+        # In a container the path is often the host's, and the limit is at the top.
         group = top / path.lstrip("/")
         for directory in (group, *group.parents):
             if directory.is_relative_to(top) and (directory / names[0]).exists():

@@ -31,7 +31,7 @@ from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, Ta
 REQUEST_VARIABLE = "BIGTRAIN_COMPANION_REQUEST"
 _POLL_SECONDS = 0.5
 _FAILURE_FILE = "failure.json"  # see supervise/failures.py
-_CAUSE_SECONDS = 3.0  # that the watchdog is given to write it
+_CAUSE_SECONDS = 3.0  # for the watchdog to write it
 
 
 class Companion:
@@ -87,7 +87,7 @@ class Companion:
         try:
             self._process.stdin.write("end\n")
             self._process.stdin.close()
-        except OSError:  # it ended before
+        except OSError:  # it has already exited
             pass
         try:
             self._process.wait(timeout_seconds)
@@ -132,7 +132,7 @@ def follow_until_end(sink: "Sink", request: dict[str, Any]) -> None:
         has_ended = bool(select.select([sys.stdin], [], [], _POLL_SECONDS)[0])
         has_ended = has_ended or os.getppid() != request["training_pid"]
         follower.log_new()
-    # A child that the training process forked may hold its end of the pipe: nothing is waited for.
+    # Do not block: a child forked by the training process may hold its end of the pipe.
     if not select.select([sys.stdin], [], [], 0)[0] or sys.stdin.readline() == "":
         follower.report_death()
 
@@ -172,7 +172,7 @@ class Follower:
 
     def _read_from_the_beginning(self) -> None:
         self._metrics, self._events = Tail(self._directory / METRICS_FILE), Tail(self._directory / EVENTS_FILE)
-        self._num_events = 0  # that have been read, but for those of a step
+        self._num_events = 0  # read so far, without repeated events
 
     def _load_cursor(self) -> dict[str, Any]:
         cursor = {"train": 0, "validation": 0, "checkpoint": 0, "events": 0, "num_samples": 0}
@@ -191,7 +191,7 @@ class Follower:
         """Pass on what was added to the files since the last call."""
         while True:
             metrics = self._metrics
-            # Events that say how steps are to be understood are written before them.
+            # Events that change the meaning of steps are written before them.
             records = metrics.read()
             while events := self._events.read():
                 if self._events.began_anew:
@@ -259,7 +259,7 @@ class Follower:
         """Void the logged steps that ``event`` says are no longer part of the run; return whether there were any."""
         logged, differs = self._cursor["train"], True
         if event["event"] in names.LAUNCH_EVENTS:
-            # Those that this launch compares with the new ones: see recorder.py.
+            # The recorder compares the superseded steps with their repetition.
             differs = logged > step + event.get("superseded_steps", 0)
         elif event["event"] == names.SUPERSEDED_EVENT:
             step -= 1
@@ -269,7 +269,7 @@ class Follower:
             return False
         steps = {key: min(self._cursor[key], after) for key in ("train", *names.REPEATED_EVENTS)}
         samples = {"num_samples": self._cursor["num_samples"] if after else 0}
-        self._cursor = self._load_cursor()  # a sink may keep something there, too
+        self._cursor = self._load_cursor()  # a sink may have written it, too
         self._move_cursor(events=self._num_events, **steps, **samples)
         self._read_from_the_beginning()
         return True

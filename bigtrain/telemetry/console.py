@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, TextIO
 
 from bigtrain.log import get_logger, redact
@@ -20,9 +19,9 @@ from bigtrain.telemetry import names
 from bigtrain.telemetry.text import describe, format_duration
 from bigtrain.telemetry.view import RunView
 
-_REDRAW_SECONDS = 1.0  # between two pictures on the terminal: one takes the interpreter for milliseconds
-_MAX_WAITING = 1000  # lines that wait for a terminal
-_CLOSE_SECONDS = 5.0  # that the end of a run waits for a terminal
+_REDRAW_SECONDS = 1.0  # between redraws, which hold the GIL for milliseconds
+_MAX_WAITING = 1000  # queued lines
+_CLOSE_SECONDS = 5.0  # to drain the queue at the end of a run
 
 
 class Console:
@@ -46,8 +45,8 @@ class Console:
         self._log_path = log_file
         can_draw = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
         self._is_terminal = can_draw if is_terminal is None else is_terminal
-        self._time_left = _TimeLeft(total_steps, clock)
         self._clock = clock
+        self._first: tuple[float, int] | None = None  # time and step of the first call of metrics
         self._lock = threading.Lock()  # of the log file
 
     def __enter__(self) -> "Console":
@@ -62,13 +61,11 @@ class Console:
         get_logger().handlers = [_ToConsole(self)]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         get_logger().handlers = self._handlers
         self._waiting.put(None)
         self._thread.join(_CLOSE_SECONDS)
-        sys.stdout, sys.stderr = self._streams  # rich's stand-ins wait for its lock, which a stuck thread holds
+        sys.stdout, sys.stderr = self._streams  # rich's replacements would block on its lock, held by a stuck thread
         with self._lock:
             if self._log:
                 self._log.close()
@@ -76,12 +73,19 @@ class Console:
 
     def metrics(self, record: dict[str, Any]) -> None:
         step = record[names.STEP]
-        left = self._time_left.after(step, record[names.STEP_SECONDS])
+        left = self._seconds_left(step, record[names.STEP_SECONDS])
         line = f"step {step}/{self._total_steps}  {describe(record)}  {format_duration(left)} left"
         self._to_file(line)
         self._show(
             partial(self._live.metrics, record, left) if self._live else partial(self._output.write, f"{line}\n")
         )
+
+    def _seconds_left(self, step: int, step_seconds: float) -> float:
+        """Estimate by the mean pace since the first call, with pauses but without start-up and compilation."""
+        now = self._clock()
+        first_time, first_step = self._first = self._first or (now, step)
+        pace = (now - first_time) / (step - first_step) if step > first_step else step_seconds
+        return max(self._total_steps - step, 0) * pace
 
     def event(self, event: dict[str, Any]) -> None:
         """Update the display; messages say in words what happened."""
@@ -130,7 +134,7 @@ class _Output:
             stream.flush()
         try:
             self._file: int | None = stream.fileno()
-        except (OSError, ValueError):  # a stand-in
+        except (OSError, ValueError):  # a replacement, such as pytest's
             self._file = None
         self._is_gone = False
 
@@ -199,23 +203,3 @@ class _ToConsole(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.message(self.format(record))
-
-
-class _TimeLeft:
-    """Estimates the seconds to the end from the mean pace since the first call, pauses included.
-
-    Time before the first call (compilation, first touch of memory) is left out.
-    """
-
-    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
-        self._total_steps = total_steps
-        self._clock = clock
-        self._first: tuple[float, int] | None = None
-
-    def after(self, step: int, step_seconds: float) -> float:
-        now = self._clock()
-        if self._first is None:
-            self._first = (now, step)
-        first_time, first_step = self._first
-        pace = (now - first_time) / (step - first_step) if step > first_step else step_seconds
-        return max(self._total_steps - step, 0) * pace

@@ -17,11 +17,11 @@ COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6")
 GREY = "#808890"
 _ALARM = "#dc2626"
 _POINTS = 600  # of a line
-_LABEL_WIDTH = 0.035  # of a text that stands upright, as a share of the picture's
+_LABEL_WIDTH = 0.035  # of vertical text, as a share of the figure's
 _LEGEND_CHARACTERS = 72  # that fit above a picture
 _NAME_CHARACTERS = 36
 _UNMARKED_EVENTS = ("start", "validation", "checkpoint", "profile")
-_INCHES = (5.4, 3.1)  # half a desktop's page, and a phone's whole one
+_INCHES = (5.4, 3.1)  # half the page on a desktop, all of it on a phone
 _STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -44,7 +44,7 @@ def loss_figure(histories: list[History], axis: str) -> Any:
         x = [record.get(axis, math.nan) for record in records]
         _draw_range(axes, x, losses, colour)
         _line(axes, x, running_mean(losses), colour, _label(history), gid=f"curve-loss-{history.name}")
-        # The first steps would flatten the rest.
+        # Leave out the first steps, which would flatten the rest.
         tops += _finite(losses[max(len(losses) // 50, min(10, len(losses) - 1)) :])
         tops += _draw_validations(axes, history, axis, colour)
     for loss in sorted({history.unigram_loss for history in histories} - {None}):
@@ -69,8 +69,7 @@ def line_figure(
         return None
     figure, axes = _figure(label, names.STEP)
     for history, colour in zip(histories, _colours(histories), strict=True):
-        records, values = history.series(key)
-        x, y = [record[names.STEP] for record in records], [value * scale for value in values]
+        x, y = _over_steps(history, key, scale)
         if smooth:
             _draw_range(axes, x, y, colour)
             y = running_mean(y)
@@ -91,7 +90,8 @@ def memory_figure(history: History) -> Any:
         names.HOST_RSS_BYTES: "host, process",
     }
     known = {key: label for key, label in kinds.items() if history.series(key)[1]}
-    return _several_lines(history, known, "memory of rank 0 (GiB)", COLOURS, scale=2**-30) if known else None
+    label = "memory of rank 0 (GiB)"
+    return _several_lines(history, known, label, COLOURS, scale=2**-30, log=False) if known else None
 
 
 def breakdown_figure(history: History) -> Any:
@@ -122,33 +122,30 @@ def family_figure(history: History, prefix: str, label: str, *, log: bool = Fals
     if len(keys) < 2:
         return None
     labels: dict[str, str | None] = {key: key.removeprefix(f"{prefix}/") for key in keys}
-    if len(keys) <= len(COLOURS):
-        return _several_lines(history, labels, label, COLOURS, log=log)
-    from matplotlib import colormaps
+    colours: Sequence[Any] = COLOURS
+    if len(keys) > len(COLOURS):
+        from matplotlib import colormaps
 
-    labels |= dict.fromkeys(keys[1:-1])
-    colours = [colormaps["cool"](i / (len(keys) - 1)) for i in range(len(keys))]
-    return _several_lines(history, labels, label, colours, log=log)
+        labels |= dict.fromkeys(keys[1:-1])
+        colours = [colormaps["cool"](i / (len(keys) - 1)) for i in range(len(keys))]
+    return _several_lines(history, labels, label, colours, scale=1.0, log=log)
 
 
 def _several_lines(
-    history: History,
-    labels: Mapping[str, str | None],
-    label: str,
-    colours: Sequence[Any],
-    *,
-    scale: float = 1.0,
-    log: bool = False,
+    history: History, labels: Mapping[str, str | None], label: str, colours: Sequence[Any], *, scale: float, log: bool
 ) -> Any:
     """Return some metrics of a run over steps; a label of None is not in the legend."""
     figure, axes = _figure(label, names.STEP)
     for (key, name), colour in zip(labels.items(), colours, strict=False):
-        records, values = history.series(key)
-        x, y = [record[names.STEP] for record in records], [value * scale for value in values]
-        _line(axes, x, y, colour, name, gid=f"curve-{key}", width=1.2)
+        _line(axes, *_over_steps(history, key, scale), colour, name, gid=f"curve-{key}", width=1.2)
     _scale_y(axes, log)
     _legend(axes)
     return figure
+
+
+def _over_steps(history: History, key: str, scale: float) -> tuple[list[int], list[float]]:
+    records, values = history.series(key)
+    return [record[names.STEP] for record in records], [value * scale for value in values]
 
 
 def to_svg(figure: Any, prefix: str) -> str:
@@ -158,7 +155,7 @@ def to_svg(figure: Any, prefix: str) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)  # the page gives it its size
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)  # the page sizes it
 
 
 def drawing() -> Any:

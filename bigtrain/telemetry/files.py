@@ -12,10 +12,10 @@ from bigtrain.files import sync
 from bigtrain.log import get_logger
 
 METRICS_FILE = "metrics.jsonl"  # one object per optimizer step
-EVENTS_FILE = "events.jsonl"  # everything else that happened
+EVENTS_FILE = "events.jsonl"  # all other events
 SAMPLES_FILE = "samples.jsonl"  # texts that were generated from checkpoints of the run
 
-_MAX_PENDING_LINES = 100_000  # kept in memory while the disk refuses them
+_MAX_PENDING_LINES = 100_000  # kept in memory while writes fail
 _REPAIR_CHUNK_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 23
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -147,7 +147,7 @@ def only_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _encode(record: dict[str, Any]) -> bytes:
     try:
         text = _ENCODER.encode(record)
-    except (TypeError, ValueError):  # what JSON lacks: rare enough for a walk through the record in Python
+    except (TypeError, ValueError):  # something that JSON lacks; rare, so a walk in Python will do
         non_finite: dict[str, str] = {}
         plain = {str(key): _plain(value, str(key), non_finite) for key, value in record.items()}
         text = _ENCODER.encode(plain | {"non_finite": non_finite} if non_finite else plain)

@@ -21,16 +21,16 @@ import torch
 from bigtrain import __version__
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.log import get_logger, redact
-from bigtrain.models.flops import TokenFlops, flops_per_token, hf_shape
-from bigtrain.models.sizes import model_sizes
+from bigtrain.models.flops import TokenFlops, flops_per_token
+from bigtrain.models.sizes import model_sizes, native_shape
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.causal_lm import CausalLM, perplexity
 from bigtrain.telemetry import names
 from bigtrain.telemetry.peak import Peak, find_peak
 
 _GIT_SECONDS = 5
-_SENSOR_SECONDS = 5.0  # between two questions to the GPU's driver
-_HOST_SECONDS = 1.0  # between two questions to the system
+_SENSOR_SECONDS = 5.0  # between readings of the GPU's driver
+_HOST_SECONDS = 1.0  # between readings of the system
 _SAME_MODEL = 0.01
 
 
@@ -159,7 +159,7 @@ def find_flops(model: ModelConfig, sequence_length: int | None, num_parameters: 
     if model.kind is ModelKind.hf:
         from bigtrain.models.hf.build import read_hf_config
 
-        shape = hf_shape(read_hf_config(model.name).get_text_config())
+        shape = native_shape(read_hf_config(model.name).get_text_config())
     if abs(model_sizes(shape).total / max(num_parameters, 1) - 1) > _SAME_MODEL:
         return None
     return flops_per_token(shape, sequence_length)

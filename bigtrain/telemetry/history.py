@@ -31,7 +31,7 @@ class History:
     directory: Path
     records: list[dict[str, Any]]  # one per step, in order
     events: list[dict[str, Any]]
-    state: str  # how it stood when it was read: see :func:`run_state`
+    state: str  # when it was read: see :func:`run_state`
     config: dict[str, Any] = field(default_factory=dict)  # the configuration, flat; empty if there is none
     samples: list[dict[str, Any]] = field(default_factory=list)  # generated texts: ``step``, ``prompt``, ``text``
     unigram_loss: float | None = None  # validation loss of a model that knows only the frequency of each token
@@ -120,7 +120,7 @@ def how_ended(directory: Path, events: Sequence[dict[str, Any]]) -> str | None:
     if told := read_json(directory / _EXIT_FILE):
         ends = {EXIT_FINISHED: "finished", EXIT_RESUMABLE: "stopped"}
         return ends.get(told.get("code"), f"failed: {told.get('reason')}")
-    if events and not (directory / _ATTEMPT_FILE).exists():  # only what is to be seen was copied here
+    if events and not (directory / _ATTEMPT_FILE).exists():  # a copy of the visible files only
         return {"finished": "finished", "stop": "stopped"}.get(events[-1].get("event", ""))
     return None
 
@@ -137,7 +137,7 @@ def last_sign(directory: Path) -> float:
     times = [0.0]
     for name in (_ATTEMPT_FILE, METRICS_FILE, EVENTS_FILE):
         try:
-            with (directory / name).open("rb") as file:  # opened: a network's file system then asks its server
+            with (directory / name).open("rb") as file:  # opening makes a network file system ask its server
                 times.append(os.fstat(file.fileno()).st_mtime)
         except OSError:
             continue

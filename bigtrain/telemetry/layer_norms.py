@@ -15,7 +15,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL
 from bigtrain.telemetry import names
 
-_CHUNK_ELEMENTS = 1 << 24  # of temporary tensors
+_CHUNK_ELEMENTS = 1 << 24  # in temporary tensors
 _GRADIENT, _WEIGHTS, _UPDATE = range(3)
 
 

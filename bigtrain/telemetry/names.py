@@ -64,8 +64,8 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 
 # Events
 LAUNCH_EVENTS = ("start", "resume")
-REPEATED_EVENTS = ("validation", "checkpoint")  # of a step: a run that goes back writes them anew
-SUPERSEDED_EVENT = "superseded"  # from this step on the numbers are others than before the run went back
+REPEATED_EVENTS = ("validation", "checkpoint")  # belong to a step: a run that goes back writes them anew
+SUPERSEDED_EVENT = "superseded"  # from this step on, numbers differ from those before the run went back
 ALARMS = ("fault", "hang", "bad_step", "rollback", "straggler", "checkpoint_failed", "damaged_checkpoint")
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", SAMPLES_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}

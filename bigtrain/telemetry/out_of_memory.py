@@ -14,7 +14,7 @@ from bigtrain.processes import RankInfo
 from bigtrain.telemetry.profiling import DIRECTORY, is_out_of_memory, memory_facts, save_memory_snapshot
 from bigtrain.telemetry.text import format_bytes
 
-_SMALLER = 0.85  # suggested is what needs at most this share of what the estimate says of the run that did not fit
+_SMALLER = 0.85  # suggest settings that need at most this share of the estimate of the run that did not fit
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from bigtrain.config import Precision
 
 _TERA = 10**12
-_MATRIX = 512  # of the measurement on a CPU: large enough for its full rate, 0.3 G operations
+_MATRIX = 512  # side of the matrices measured on a CPU: large enough for its full rate, 0.3 G operations
 _MEASURE_SECONDS = 0.05
 
 # Dense rates in T operations per second, as the makers publish them: products in bf16 with fp32 accumulation, of
@@ -53,7 +53,7 @@ def find_peak(device: torch.device, precision: Precision) -> Peak | None:
     """Return the peak of this rank's device: of a CPU measured, of an unknown device None."""
     if device.type == "cpu":
         return measure_cpu(precision)
-    # Of fp8, too, utilisation is told in terms of bf16: some of the products stay in it.
+    # fp8 utilisation is relative to bf16 as well: some of the matmuls stay in bf16.
     kind = Precision.bf16 if precision is Precision.fp8 else precision
     return published_peak(torch.cuda.get_device_name(device), kind.name)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -44,7 +43,7 @@ class Profiler:
         self._wants_memory = config.memory and rank == 0
         self._memory = self._wants_memory and torch.cuda.is_available()
         self._directory = run_directory / DIRECTORY
-        self._done_steps = self._begun_after = first_step
+        self._done_steps = first_step
         self._say, self._begin = say, begin
         self._profile: profile | None = None
 
@@ -56,9 +55,7 @@ class Profiler:
         self.step_done(self._done_steps)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._profile and error is None:
             self._write(self._done_steps)
         if self._memory:
@@ -77,7 +74,6 @@ class Profiler:
                 activities=[ProfilerActivity.CPU, *on_cuda], record_shapes=True, profile_memory=self._memory
             )
             self._profile.start()
-            self._begun_after = step
             return True
         return False
 
@@ -92,7 +88,7 @@ class Profiler:
         Path(f"{name}.txt").write_text(traced.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS))
         if self._memory:
             save_memory_snapshot(self._directory, f"steps-{self._first}-{last}")
-        communication = communication_seconds(traced.events(), max(last - self._begun_after, 1))
+        communication = communication_seconds(traced.events(), max(last - self._first + 1, 1))
         self._say("profile", step=last, path=f"{name}.trace.json.gz", **communication)
 
 
@@ -113,7 +109,7 @@ def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, fl
     if not spans[True]:
         return {}
     total = _covered(spans[True])
-    exposed = min(_covered(spans[True] + spans[False]) - _covered(spans[False]), total)  # but for rounding
+    exposed = min(_covered(spans[True] + spans[False]) - _covered(spans[False]), total)  # up to rounding
     seconds = {names.COMMUNICATION_SECONDS: total, names.EXPOSED_COMMUNICATION_SECONDS: exposed}
     return {name: microseconds / 1e6 / num_steps for name, microseconds in seconds.items()}
 

@@ -9,7 +9,6 @@ import math
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from bigtrain.config import SupervisionConfig, TrainConfig, WandbMode
@@ -26,7 +25,7 @@ if TYPE_CHECKING:  # it imports torch
 LOG_FILE = "log/train.log"
 
 _MAX_ERROR_CHARACTERS = 2000
-_SAME = 1e-5  # relative: what a repeated step may differ by from rounding in another world
+_SAME = 1e-5  # relative rounding difference of a repeated step at another world size
 _DURABLE_EVENTS = ("checkpoint", "rollback", "finished", "stop", "fault")
 
 
@@ -36,9 +35,7 @@ class NullRecorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
@@ -150,9 +147,7 @@ class Recorder(NullRecorder):
         """Show ``text`` above the progress display and append it to the log file."""
         self._console.message(text)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if isinstance(error, Exception):
             text = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS]
             self._console.keep(text)

@@ -132,7 +132,7 @@ class FollowedRun:
         self._directory = directory
         self._metrics, self._events = Tail(directory / METRICS_FILE), Tail(directory / EVENTS_FILE)
         self._sign = last_sign(directory)
-        # A file server's clock may be another: only here are the two compared.
+        # A file server's clock may differ: the two are compared only here.
         self._heard_at = time.monotonic() - (max(time.time() - self._sign, 0.0) if self._sign else 0.0)
 
     def read(self) -> None:
@@ -167,7 +167,7 @@ def sparkline(values: Sequence[float], columns: int = _SPARKLINE_COLUMNS) -> str
     bounds = [len(values) * i // columns for i in range(columns + 1)]
     means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(bounds)]
     low, high = min(means), max(means[len(means) // 10 :])
-    encoding = sys.stdout.encoding or getattr(sys.__stdout__, "encoding", None) or ""  # rich's stand-in has none
+    encoding = sys.stdout.encoding or getattr(sys.__stdout__, "encoding", None) or ""  # rich's replacement has none
     blocks = _BLOCKS if "utf" in encoding.lower() else _ASCII_BLOCKS
     scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
     return "".join(blocks[min(round((mean - low) * scale), len(blocks) - 1)] for mean in means)

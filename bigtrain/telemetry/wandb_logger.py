@@ -39,12 +39,12 @@ from bigtrain.telemetry.companion import (
 from bigtrain.telemetry.text import describe_event
 
 ID_FILE = "wandb_id"
-CURSOR_FILE = "wandb_cursor.json"  # of the companion; also of which id it is, and of which directory
+CURSOR_FILE = "wandb_cursor.json"  # also holds the wandb id and the directory that it belongs to
 
 _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.wandb_logger")
-_INIT_SECONDS = 60  # then the server counts as away
+_INIT_SECONDS = 60  # after which the server counts as unreachable
 _MARGIN_SECONDS = 30
-_FINISH_SECONDS = 600  # of uploading after the end of the training
+_FINISH_SECONDS = 600  # for uploading after the end of the training
 _MAX_SAMPLES = 200
 _OVERRULED = {  # of wandb's variables; it reads the others itself
     "WANDB_DIR": "its files go to wandb/ in the run",
@@ -52,7 +52,7 @@ _OVERRULED = {  # of wandb's variables; it reads the others itself
     "WANDB_RESUME": "a run is always continued",
 }
 _MODES = {mode: WandbMode[mode] for mode in ("online", "offline", "disabled")}
-_MODES |= {"run": WandbMode.online, "dryrun": WandbMode.offline}  # wandb's older words
+_MODES |= {"run": WandbMode.online, "dryrun": WandbMode.offline}  # older names of wandb's
 _ALERTS = {"fault": "ERROR", "hang": "ERROR", "finished": "INFO"}
 
 
@@ -161,7 +161,7 @@ class _WandbSink:
             facts = {key: value for key, value in event.items() if key not in ("event", names.STEP, names.TIME)}
             self._launch = {"launch": redact(facts)}
             self.run.config.update(self._launch, allow_val_change=True)
-        is_warning = kind in names.ALARMS or event.get("after")  # a launch that tells why the one before it failed
+        is_warning = kind in names.ALARMS or event.get("after")  # a launch whose predecessor failed
         if level := _ALERTS.get(kind) or ("WARN" if is_warning else None):
             text = describe_event(event)
             self.run.alert(f"{self.run.name}: {kind}", text, level=self._wandb.AlertLevel[level], wait_duration=0)
@@ -179,7 +179,7 @@ class _WandbSink:
         old.finish()
         forget(Path(self._request["directory"]))
         self.run = _init(self._wandb, self._request, self._environ, self._say)
-        if self.run is None:  # it has said why
+        if self.run is None:  # _init has reported the reason
             sys.exit(0)
         self.run.config.update({**self._launch, "supersedes": f"{old.id}, after step {step}"}, allow_val_change=True)
         self._say(f"wandb run {old.id} has steps after {step} that were given up; {self.run.id} has the whole run")
@@ -226,7 +226,9 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: 
     (directory / "wandb").mkdir(exist_ok=True)
     with lock(directory / ID_FILE) as id_file:  # an export may begin at the same time
         run_id = _find_id(directory, id_file, say)
-        _wait_for_a_name(directory / "wandb", run_id)
+        # wandb names directories by second and id: wait for a free name.
+        while any(directory.glob(f"wandb/*run-{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
+            time.sleep(0.05)
         run = wandb.init(
             dir=request["directory"],
             id=run_id,
@@ -264,7 +266,7 @@ def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
         file.write(f"{run_id}\n")
         file.flush()
     told = cursor | {"id": run_id, "place": here}
-    if told != cursor:  # a companion that runs has written it, and goes on writing it
+    if told != cursor:  # otherwise leave it to the companion, which may be writing it
         write_anew(directory / CURSOR_FILE, json.dumps(told))
     return run_id
 
@@ -282,12 +284,6 @@ def _is_copy(run_id: str, place: dict[str, Any] | None, here: dict[str, Any]) ->
         return True
     original = Path(place["path"], ID_FILE)  # moved between file systems, it is gone
     return original.exists() and original.read_text().strip() == run_id
-
-
-def _wait_for_a_name(wandb_directory: Path, run_id: str) -> None:
-    """Wait until wandb, which names directories by second and id, has a free name."""
-    while any(wandb_directory.glob(f"*run-{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
-        time.sleep(0.05)
 
 
 def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:

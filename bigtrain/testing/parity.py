@@ -111,7 +111,7 @@ def compare(trajectory: Trajectory, reference: Trajectory) -> Difference:
     """Return how far ``trajectory`` is from ``reference``."""
 
     def relative(values: list[float], expected: list[float]) -> float:
-        # A NaN is infinitely far: max() would pass over it.
+        # NaN counts as infinity: max() would ignore it.
         differences = np.abs(np.subtract(values, expected)) / np.abs(expected)
         return float(np.nan_to_num(differences, nan=np.inf).max())
 

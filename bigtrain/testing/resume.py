@@ -184,7 +184,7 @@ def _train(config: TrainConfig, run: RunFunction, kill_in_step: int | None, log:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     if torch.cuda.is_available():
-        # Some kernels of the backward pass add up in the order in which threads arrive.
+        # Some backward kernels accumulate in the order in which threads arrive.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     samples: Samples = {}

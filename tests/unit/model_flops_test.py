@@ -16,11 +16,10 @@ from bigtrain.models.flops import (
     causal_pairs,
     flops_per_token,
     full_attention_pairs,
-    hf_shape,
     matrix_weights,
     training_flops,
 )
-from bigtrain.models.sizes import model_sizes
+from bigtrain.models.sizes import model_sizes, native_shape
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
 
@@ -129,4 +128,4 @@ def test_a_transformers_model_has_the_shape_that_it_describes():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        assert model_sizes(hf_shape(config)).total == pytest.approx(num_parameters, rel=0.02)
+        assert model_sizes(native_shape(config)).total == pytest.approx(num_parameters, rel=0.02)

@@ -158,7 +158,7 @@ class _Row:
             return [self._span(number) for number in counted]
         if all(weights):
             return self._spans
-        # Which spans are those of a message: the ones that are there with it and not before it.
+        # A message's spans are those that appear when it is added.
         places = {i for n in counted for i in (n, n + 1)}
         bounds = {i: len(self._chat.render(self._messages[:i], self._fields)[1]) if i else 0 for i in places}
         return [span for n in counted for span in self._spans[bounds[n] : bounds[n + 1]]]
@@ -167,7 +167,7 @@ class _Row:
         """Return the range of a message: behind what asks for it, up to the end of what is written with it."""
         before, _ = self._chat.render(self._messages[:number], self._fields, asks=True)
         upto, _ = self._chat.render(self._messages[: number + 1], self._fields)
-        if not self.text.startswith(upto):  # some write a special token when nothing follows
+        if not self.text.startswith(upto):  # some templates write a special token at the end
             special = [token for token in self._chat.tokens.values() if isinstance(token, str) and token]
             upto = next((upto.removesuffix(token) for token in special if upto.endswith(token)), upto)
         if not (upto.startswith(before) and self.text.startswith(upto)):
@@ -196,7 +196,7 @@ class _Row:
     def _try(self, messages: list[dict[str, Any]], fields: dict[str, Any]) -> str:
         try:
             return self._chat.render(messages, fields)[0]
-        except ValueError:  # then what was changed has an effect
+        except ValueError:  # so the change has an effect
             return ""
 
 
@@ -313,7 +313,7 @@ def find_chat(tokenizer: str, chat_template: str | None) -> Chat:
     templates = templates if text is None else text
     if not templates:
         raise DataError(
-            f"data.tokenizer={tokenizer}: it has no chat template, so nobody knows how its model reads chats; name one "
+            f"data.tokenizer={tokenizer}: it has no chat template, which says how its model reads chats; name one "
             "with data.chat_template=<file of a Jinja template>"
         )
     templates = templates if isinstance(templates, dict) else {"default": templates}
@@ -371,7 +371,7 @@ def encoding_facts(config: DataConfig) -> dict[str, Any]:
         return {"encoding": ["template", read_template(config.chat_template)]}
     has_index = Path(config.tokenizer, INDEX_FILE).is_file()
     is_whole = config.tokenizer not in OURS
-    if has_index:  # as it is there
+    if has_index:  # as it was encoded there
         is_whole = read_index(config.tokenizer, check_sizes=False).tokenizer.adds_special
     return {"encoding": ["whole"]} if is_whole else {}
 

@@ -223,7 +223,7 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
     return dataclasses.replace(
         index,
         num_empty_documents=survey.empty.documents,
-        num_repaired_documents=survey.num_repaired_documents,
+        num_repaired_documents=survey.num_repaired,
         train=train,
         validation=validation,
     )
@@ -376,7 +376,7 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
         "train_tokens": train.num_tokens,
         "validation_tokens": validation.num_tokens,
         "empty_documents": survey.empty.documents,
-        "repaired_documents": survey.num_repaired_documents,
+        "repaired_documents": survey.num_repaired,
         "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
     }
     if left_out:
@@ -393,8 +393,8 @@ def _report_survey(survey: Survey, content: Content) -> None:
         remarks.append(
             f"{counted(empty, 'empty document') if content is Content.text else without} left out, such as {survey.empty.examples[0]}"
         )
-    if survey.num_repaired_documents:
-        remarks.append(f"invalid UTF-8 in {counted(survey.num_repaired_documents, 'document')} replaced by U+FFFD")
+    if survey.num_repaired:
+        remarks.append(f"invalid UTF-8 in {counted(survey.num_repaired, 'document')} replaced by U+FFFD")
     remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]
     get_logger().info("; ".join(remarks))
     if survey.bad.documents:
@@ -403,7 +403,7 @@ def _report_survey(survey: Survey, content: Content) -> None:
 
 def _report_files(config: DataConfig) -> LeftOut:
     """Warn of files that ``data.path`` leads to but that are not read, and return them."""
-    if config.source is DataSource.datasets:  # which says itself what it reads
+    if config.source is DataSource.datasets:  # which reports itself what it reads
         return {}
     left_out = find_files(config).left_out
     if left_out:

@@ -24,7 +24,7 @@ Encode = Callable[[str], NDArray[np.integer]]
 Coded = tuple[NDArray[np.integer], NDArray[np.uint8] | None]
 """Ids of a document and, unless all count, 1 for each that does."""
 
-# What the ByteLevel pre-tokenizer does (GPT-2's pattern) without backtracking; the same matches, as tiktoken writes it.
+# GPT-2's pattern of the ByteLevel pre-tokenizer, without backtracking as tiktoken writes it; the matches are the same.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
@@ -80,7 +80,7 @@ def _tiktoken_encoder(tokenizer: "Tokenizer") -> Encode | None:
         return None
     import tiktoken
 
-    # Ranks are places in ``tokens``: bytes first, then the merges in their order.
+    # Ranks are indices into ``tokens``: bytes first, then merges in order.
     ranks = {bytes(symbols[symbol] for symbol in token): rank for rank, token in enumerate(tokens)}
     encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return lambda text: ids[encoding.encode_ordinary(text)] if text else ids[:0]

@@ -185,7 +185,7 @@ def _children(place: Path, part: str, left_out: LeftOut) -> list[Path]:
         others = glob.glob(part, root_dir=place)
         left_out[_THIS_NAME] += [str(place / name) for name in others if name != part]
         return [place / part]
-    if part == "**":  # itself and all below, not through links that lead in circles
+    if part == "**":  # the directory and everything below, safe from cyclic links
         found = [(Path(directory), names) for _, directory, names in _walk(place, defaultdict(list))]
         return [path for directory, names in found for path in (directory, *(directory / name for name in names))]
     return [place / name for name in glob.glob(part, root_dir=place)]
@@ -205,7 +205,7 @@ def _once(files: list[SourceFile], left_out: LeftOut) -> list[SourceFile]:
         first, *others = sorted(same, key=lambda file: (_is_linked(file), file)) if len(same) > 1 else same
         kept.append(first)
         for other in others:
-            # There are file systems whose inode numbers mean nothing.
+            # Some file systems have meaningless inode numbers.
             if first.path.stat().st_nlink > 1 or os.path.realpath(first.path) == os.path.realpath(other.path):
                 left_out["other names of files that are read"].append(f"{other.name} = {first.name}")
             else:

@@ -34,7 +34,7 @@ _WINDOW_BYTES, _WINDOW_PARTS = 1 << 26, 8
 class Plan:
     """What is known of a source before it is read."""
 
-    fingerprint: str  # what decides the documents, their order and their tokens, wherever the files lie
+    fingerprint: str  # of documents, their order and their tokens, independent of where files lie
     is_fast: bool  # see :class:`bigtrain.data.prepare.tokenise.Coding`
     window_parts: int  # parts that are shuffled together unless configured otherwise: 8 of usual size, fewer large ones
     sizes: dict[str, int]  # bytes of each file, by path
@@ -55,7 +55,7 @@ def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer
         *["on_bad_row"] * (config.on_bad_row is OnBad.skip),
     ]
     sizes = {str(file.path): file.path.stat().st_size for file in files}
-    # How large the shards of a streamed dataset are is not known, but they are seldom small.
+    # Shard sizes of a streamed dataset are unknown, but seldom small.
     part_bytes = _WINDOW_BYTES if config.streaming else max(sum(sizes.values()) // max(len(parts), 1), 1)
     plan = {
         "fingerprint": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
@@ -102,7 +102,7 @@ class Tokenisation:
         """Read the plan in a directory; DataError if it cannot be read."""
         self._plan = plan = read_plan(directory)
         self.fingerprint, self.num_parts, self.window_parts = plan.fingerprint, len(plan.parts), plan.window_parts
-        # What the template was when the plan was made, wherever the file of the settings is now.
+        # The template as of the plan; data.chat_template may have changed or moved.
         chat = directory / CHAT_FILE
         self._config = dataclasses.replace(config, chat_template=str(chat)) if chat.exists() else config
         self._directory, self._dtype = directory, index.dtype

@@ -9,7 +9,7 @@ from bigtrain.config import DataConfig
 from bigtrain.errors import DataError
 
 DICTIONARY = "dataset_dict.json"
-DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")  # what is used, though it is no data
+DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")  # used, but no data
 _SPLIT = "train|validation|valid|val|dev|eval|test"
 _OF_SPLIT = re.compile(
     rf"(?:.*[-_.])?({_SPLIT})-\d{{5}}-of-\d{{5}}\..*|((?i:{_SPLIT}))\.(?i:jsonl|ndjson|json|parquet)(?i:\.gz|\.zst)?"
@@ -112,7 +112,7 @@ def _listing(directory: Path) -> dict[str, str | None] | None:
             return {}
         split = splits[0] if splits else split_name(state.get("_split"))
         return {Path(file["filename"]).name: split for file in state["_data_files"]}
-    info = directory / "dataset_info.json"  # of the library's cache: <dataset>-<split>[-00000-of-00002].arrow
+    info = directory / "dataset_info.json"  # of the datasets cache: <dataset>-<split>[-00000-of-00002].arrow
     splits = (_read(info).get("splits") or {}) if info.is_file() else {}
     names = [path.name for path in directory.iterdir()]
     found = {

@@ -137,10 +137,10 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
         try:
             with _readable(file.path):
                 if skips and may_break:
-                    deque(read(file, part, config), maxlen=0)  # half a file has no rows
+                    deque(read(file, part, config), maxlen=0)  # a file that breaks off yields no rows at all
                 yield from read(file, part, config)
         except DataError as error:
-            # What the system says of a disk or a right may be another thing on another node.
+            # Errors of the system (disk, permissions) may differ between nodes.
             if not skips or getattr(error.__cause__, "errno", None):
                 raise
             yield BadRow(str(error))
@@ -195,7 +195,7 @@ def _python_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Ite
     raw = file.path.read_bytes()
     try:
         text, is_repaired = decode(raw, tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
-    except (SyntaxError, LookupError):  # test files of Python declare encodings that do not exist
+    except (SyntaxError, LookupError):  # Python's own tests declare encodings that do not exist
         text, is_repaired = decode(raw)
     yield Document(file.name, text, is_repaired)
 
@@ -213,7 +213,7 @@ def _text_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterato
     if not is_alone or len(text) < 2 * _SMALLEST_PIECE_CHARACTERS:
         yield Document(file.name, text, is_repaired)
         return
-    # One file alone leaves no documents to choose from for validation: its hundredths are.
+    # A single file is split into hundredths, so that there are documents for validation.
     start, size = 0, max(len(text) // 100, _SMALLEST_PIECE_CHARACTERS)
     while start < len(text):
         end = text.find("\n", start + size) + 1 or len(text)
@@ -245,7 +245,7 @@ def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
                 before = _num_lines(file.path, begin) if before is None else before
                 problem = f"{file.path}:{before + number}: {error}"
                 if is_first and isinstance(error, SeveralLinesError):
-                    raise DataError(problem) from error  # the whole file is written so
+                    raise DataError(problem) from error  # the whole file is of this form
                 yield BadRow(problem)
             is_first = is_first and not line.strip()
             offset += len(raw)

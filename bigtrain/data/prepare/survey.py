@@ -29,37 +29,44 @@ class Piece(NamedTuple):
     number: int  # number among the pieces of the document
 
 
-@dataclass(kw_only=True, slots=True)
-class PartSurvey:
-    """What one part holds; arrays have an entry for each candidate: not empty, past the filters."""
+@dataclass(slots=True)
+class Tally:
+    """Documents that were left out or repaired."""
 
-    sizes: NDArray[np.int64]  # size of each as UTF-8
-    hashes: NDArray[np.uint64]  # :func:`content_hash` of each, ``(N, 2)``
-    signatures: list[Any]  # MinHash of each, if near duplicates are looked for
-    empty: Dropped  # documents without text
-    num_repaired: int  # documents with text that was not valid UTF-8
-    dropped: dict[str, Dropped]  # what the filters have left out
-    bad: Dropped  # what ``data.on_bad_row=skip`` has left out
-    ids: list[str]  # id of each, if duplicates are looked for
-    pieces: list[list[tuple[int, int]]]  # hash and characters of each piece of each, if a BPE is trained
+    empty: Dropped = field(default_factory=Dropped)  # without text
+    dropped: dict[str, Dropped] = field(default_factory=dict)  # by filters and as duplicates, by reason
+    bad: Dropped = field(default_factory=Dropped)  # by ``data.on_bad_row=skip``
+    num_repaired: int = 0  # with text that was not valid UTF-8
+
+    def add(self, other: "Tally") -> None:
+        self.empty.merge(other.empty)
+        self.bad.merge(other.bad)
+        self.num_repaired += other.num_repaired
+        for reason, dropped in other.dropped.items():
+            self.dropped.setdefault(reason, Dropped()).merge(dropped)
 
 
-@dataclass(kw_only=True, slots=True)
-class Survey:
+@dataclass(slots=True)
+class PartSurvey(Tally):
+    """What one part holds; sequences have an entry for each candidate: not empty, past the filters."""
+
+    sizes: NDArray[np.int64] | None = None  # in bytes of UTF-8
+    hashes: NDArray[np.uint64] | None = None  # :func:`content_hash`, ``(N, 2)``
+    ids: list[str] = field(default_factory=list)  # if duplicates are looked for
+    signatures: list[Any] = field(default_factory=list)  # MinHash, if near duplicates are looked for
+    pieces: list[list[tuple[int, int]]] = field(default_factory=list)  # (hash, characters) of each, for a BPE
+
+
+@dataclass(slots=True)
+class Survey(Tally):
     """What the first pass found."""
 
     num_documents: int = 0  # documents that are kept
     num_text_bytes: int = 0  # their size as UTF-8
-    unique_share: float = 1.0  # share, in bytes, of the documents past the filters that are not equal to an earlier one
-    empty: Dropped = field(default_factory=Dropped)  # documents without text, which are left out
-    num_repaired_documents: int = 0  # documents with text that was not valid UTF-8
-    validation_bound: int = 0
-    """A document is for validation if the first number of its :func:`content_hash` is below this."""
-    bpe_sample: list[Piece] = field(default_factory=list)
-    """Up to 10 M characters of training text, spread over the corpus; only for ``bpe``."""
+    unique_share: float = 1.0  # in bytes, of documents past the filters that do not equal an earlier one
+    validation_bound: int = 0  # documents with a first number of :func:`content_hash` below it are for validation
+    bpe_sample: list[Piece] = field(default_factory=list)  # up to 10 M characters of training text, for a BPE
     kept: list[NDArray[np.bool_]] = field(default_factory=list)  # of each part: which of its candidates are kept
-    dropped: dict[str, Dropped] = field(default_factory=dict)  # what was left out, by reason
-    bad: Dropped = field(default_factory=Dropped)  # what ``data.on_bad_row=skip`` has left out
 
 
 def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
@@ -80,40 +87,30 @@ def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> I
 
 def survey_part(config: DataConfig, part: Part) -> PartSurvey:
     """Read one part of the source; DataError as the source raises."""
-    num_repaired, empty = 0, Dropped()
-    sizes, hashes, signatures, ids, pieces = [], [], [], [], []
-    dropped: dict[str, Dropped] = {}
-    bad = Dropped()
+    found = PartSurvey()
+    sizes, hashes = [], []
     duplicates = config.filters.duplicates
-    for document in read_part(config, part, bad):
-        num_repaired += document.is_repaired
+    for document in read_part(config, part, found.bad):
+        found.num_repaired += document.is_repaired
         if not document.text:
-            empty.add(document.id, 0)
+            found.empty.add(document.id, 0)
             continue
         text_bytes = len(document.text.encode())
         if reason := rejection(document.text, config.filters):
-            dropped.setdefault(reason, Dropped()).add(document.id, text_bytes)
+            found.dropped.setdefault(reason, Dropped()).add(document.id, text_bytes)
             continue
         if config.tokenizer == "bpe":
             texts = enumerate(cut(document.text))
-            pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
+            found.pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
         sizes.append(text_bytes)
         hashes.append(content_hash(document.text))
         if duplicates is not Duplicates.keep:
-            ids.append(document.id)
+            found.ids.append(document.id)
         if duplicates is Duplicates.near:
-            signatures.append(minhash(document.text))
-    return PartSurvey(
-        sizes=np.array(sizes, dtype=np.int64),
-        hashes=np.array(hashes, dtype=np.uint64).reshape(-1, 2),
-        signatures=signatures,
-        empty=empty,
-        num_repaired=num_repaired,
-        dropped=dropped,
-        bad=bad,
-        ids=ids,
-        pieces=pieces,
-    )
+            found.signatures.append(minhash(document.text))
+    found.sizes = np.array(sizes, dtype=np.int64)
+    found.hashes = np.array(hashes, dtype=np.uint64).reshape(-1, 2)
+    return found
 
 
 def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[int], None]) -> Survey:
@@ -124,11 +121,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     """
     survey, parts = Survey(), []
     for part in found:
-        survey.empty.merge(part.empty)
-        survey.num_repaired_documents += part.num_repaired
-        survey.bad.merge(part.bad)
-        for reason, dropped in part.dropped.items():
-            survey.dropped.setdefault(reason, Dropped()).merge(dropped)
+        survey.add(part)
         parts.append(part)
         advance(int(part.sizes.sum()))
     sizes = np.concatenate([np.empty(0, np.int64), *(part.sizes for part in parts)])
@@ -142,7 +135,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     places = np.unique(hashes[~is_dropped, 0])
     if len(places) < 2:
         raise DataError(_too_few(config, survey, len(places)))
-    # In a small corpus chance may leave a split empty: the lowest goes to validation, the highest to training.
+    # A small corpus could leave a split empty: the lowest hash goes to validation, the highest to training.
     bound = max(int(config.validation_fraction * 2**64), int(places[0]) + 1)
     survey.validation_bound = min(bound, int(places[-1]))
     survey.bpe_sample = _choose_sample(parts, survey)

@@ -26,7 +26,7 @@ from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
 from bigtrain.errors import DataError
 
 PARTS_DIRECTORY = "parts"
-SPLIT_BY = "content"  # what decides about the split of a document; part of the identity of a corpus
+SPLIT_BY = "content"  # decides the split of a document; part of a corpus's identity
 _PIECE_TOKENS = 1 << 24
 
 
@@ -107,7 +107,7 @@ class TokenBuffer:
         tokens, counted = encode(document)
         self._tokens += [tokens.astype(self._dtype), np.array([eos_id], dtype=self._dtype)]
         if counted is not None:
-            # Of a pair, the answer has to end; a template has written how it ends.
+            # The end of a pair's answer is a target; a template writes its own end.
             self._counted += [counted, np.array([not document.is_templated], dtype=np.uint8)]
         self.lengths.append(len(tokens) + 1)
         self.text_bytes += len(document.text.encode())

@@ -109,7 +109,7 @@ def describe_architecture(config: ModelConfig, root: Path) -> str:
         raise ConfigError("\n".join(unknown))
     try:
         text = kind(**settings).to_json_string(use_diff=False)
-    except Exception as error:  # what these classes check raises anything
+    except Exception as error:  # their checks raise any exception
         raise ConfigError(f"model.settings: {architecture} does not take them: {_reason(error)}") from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def describe_architecture(config: ModelConfig, root: Path) -> str:
 
 
 def with_hf_shape(config: ModelConfig) -> ModelConfig:
-    """Return ``config`` with the shape of the Hugging Face model; ConfigError if its description cannot be had."""
+    """Return ``config`` with the shape of the Hugging Face model; ConfigError if it cannot be read."""
     hf_config = read_hf_config(config.name)
     text = hf_config.get_text_config()
     if not getattr(text, "vocab_size", 0):
@@ -154,7 +154,7 @@ def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a config.json holds anything, and what its classes check raises anything
+    except Exception as error:  # a config.json holds anything, and their checks raise any exception
         refuse_adapter(Path(str(name)))
         if has_own_code(name):
             raise ConfigError(
@@ -187,7 +187,7 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     hf_config = read_hf_config(config.name)
     try:
         causal_lm = build_causal_lm(hf_config)
-    except Exception as error:  # constructors meet what the configuration says, and do not expect everything
+    except Exception as error:  # constructors do not expect every configuration
         raise ConfigError(
             f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
             f"{_reason(error)}; choose a decoder-only architecture, or correct its config.json"
@@ -209,7 +209,7 @@ def build_causal_lm(hf_config: Any) -> nn.Module:
 
     hf_config.use_cache = False
     if getattr(hf_config, "rescale_every", 0):
-        hf_config.rescale_every = 0  # RWKV, for fp16's sake: it would divide its weights in every evaluation
+        hf_config.rescale_every = 0  # RWKV would rescale its weights in every evaluation, for fp16
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
 

@@ -42,12 +42,11 @@ def disk_tensors(model: nn.Module, names: Iterable[str]) -> list[DiskTensors]:
         taken = [target for target, group in group_of.items() if id(group) in groups] if groups else []
         group_of |= dict.fromkeys([*taken, *targets], merged)
     groups = {id(group): group for group in group_of.values()}
-    return [_disk_tensors(model, {name: own[name] for name in group}) for group in groups.values()]
-
-
-def _disk_tensors(model: nn.Module, own: Mapping[str, Tensor]) -> DiskTensors:
-    converted = _convert(model, own)
-    return DiskTensors(model, tuple(own), {name: tuple(tensor.shape) for name, tensor in converted.items()})
+    found = []
+    for group in groups.values():
+        converted = _convert(model, {name: own[name] for name in group})
+        found.append(DiskTensors(model, tuple(group), {name: tuple(t.shape) for name, t in converted.items()}))
+    return found
 
 
 def _convert(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +88,7 @@ def _rope_as_read(config: Mapping[str, Any]) -> dict[str, Any] | None:
         (Path(directory) / "config.json").write_text(json.dumps(config))
         try:
             return rope_of(AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict())
-        except Exception:  # whatever its class objects to
+        except Exception:  # its class may raise any exception
             return None
 
 

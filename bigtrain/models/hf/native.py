@@ -74,44 +74,52 @@ def _problems(model: ModelConfig, family: Family) -> Iterator[str]:
         yield f"model.hidden_dim={model.hidden_dim}: llama has a multiple of model.num_heads={model.num_heads}"
 
 
+# Settings that both configurations have: our name and transformers'.
+_NAMES = {
+    Family.gpt2: {
+        "vocab_size": "vocab_size",
+        "num_layers": "n_layer",
+        "hidden_dim": "n_embd",
+        "num_heads": "n_head",
+        "ffn_dim": "n_inner",
+        "max_positions": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    Family.llama: {
+        "vocab_size": "vocab_size",
+        "num_layers": "num_hidden_layers",
+        "hidden_dim": "hidden_size",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "ffn_dim": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+}
+
+
 def hf_config(model: ModelConfig) -> dict[str, Any]:
     """Return the content of ``config.json`` of a resolved native model, without token ids and dtype.
 
     The names are those that all versions of transformers know. Raises as :func:`family_of`.
     """
-    common = {
-        "vocab_size": model.vocab_size,
-        "initializer_range": model.init_std,
-        "tie_word_embeddings": model.tie_embeddings,
-        "use_cache": True,
-    }
-    if family_of(model) is Family.gpt2:
+    family = family_of(model)
+    common = {theirs: getattr(model, ours) for ours, theirs in _NAMES[family].items()}
+    common |= {"model_type": family.name, "initializer_range": model.init_std, "use_cache": True}
+    if family is Family.gpt2:
         return common | {
             "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_positions": model.max_positions,
-            "n_embd": model.hidden_dim,
-            "n_layer": model.num_layers,
-            "n_head": model.num_heads,
-            "n_inner": model.ffn_dim,
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": model.norm_eps,
             "embd_pdrop": model.dropout,
             "attn_pdrop": model.dropout,
             "resid_pdrop": model.dropout,
         }
     return common | {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "max_position_embeddings": model.max_positions,
-        "hidden_size": model.hidden_dim,
-        "intermediate_size": model.ffn_dim,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "rope_scaling": _rope_scaling(model),
         "attention_bias": model.bias,
@@ -138,30 +146,18 @@ def described(config: Any) -> dict[str, Any]:
     Keys are the names of :class:`ModelConfig` where it has the setting. Rotary models work at any length, so theirs
     have no ``max_positions``.
     """
-    common = {
-        "vocab_size": config.vocab_size,
-        "num_layers": config.num_hidden_layers,
-        "hidden_dim": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "tie_embeddings": config.tie_word_embeddings,
-    }
+    found = {ours: getattr(config, theirs) for ours, theirs in _NAMES[Family[config.model_type]].items()}
     if config.model_type == "gpt2":
         same_function = {"gelu_pytorch_tanh": "gelu_new"}
-        return common | {
-            "max_positions": config.n_positions,
+        return found | {
             "ffn_dim": config.n_inner or 4 * config.n_embd,
             "activation": same_function.get(config.activation_function, config.activation_function),
-            "norm_eps": config.layer_norm_epsilon,
             "scale_attn_weights": config.scale_attn_weights,
             "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
         }
     rope = dict(config.rope_parameters)
-    return common | {
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "ffn_dim": config.intermediate_size,
+    return found | {
         "activation": config.hidden_act,
-        "norm_eps": config.rms_norm_eps,
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": rope,
         "attention_bias": config.attention_bias,

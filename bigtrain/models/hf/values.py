@@ -35,7 +35,7 @@ def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             fqn = f"{prefix}.{name}"
-            # A table of sinusoids is not drawn.
+            # Sinusoidal tables, without gradient, are not random.
             if param.requires_grad and _is_matrix(module, name, param) and fqn in programs:
                 values[fqn] = programs[fqn]
             else:
