@@ -186,14 +186,9 @@ def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: i
         logits_of: ``(B, T)`` tokens to ``(B, T, V)`` logits, without dropout.
         length: tokens per sample, at least 2.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)
     first = length // 2
-    # The same token everywhere, so that an average over later tokens moves as far as one of them.
-    tokens_BT[:, first:] = torch.randperm(vocab_size, generator=generator)[:2, None]
-    with torch.compiler.set_stance("force_eager"):  # compiled code is for training's sample length
-        logits_BTV = logits_of(tokens_BT.to(device)).float()
-    change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
+    tokens_BT = _differing_samples(vocab_size, length, slice(first, None)).to(device)
+    change_T = _change_of_logits(lambda: logits_of(tokens_BT))
     return (change_T[:first].max() / change_T[first:].max()).item()
 
 
@@ -205,12 +200,22 @@ def look_across(logits_of: Callable[..., Tensor], vocab_size: int, length: int, 
         logits_of: ``(B, T)`` tokens, None and ``(B, T)`` positions to ``(B, T, V)`` logits, without dropout.
         length: tokens per sample, at least 4.
     """
+    first = length // 2
+    tokens_BT = _differing_samples(vocab_size, length, slice(first)).to(device)
+    positions_BT = torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(2, 1).to(device)
+    change_T = _change_of_logits(lambda: logits_of(tokens_BT, None, positions_BT))
+    return (change_T[first:].max() / change_T[:first].max()).item()
+
+
+def _differing_samples(vocab_size: int, length: int, part: slice) -> Tensor:
+    """Return two samples that differ in ``part``, where each repeats one token, so that averages move as far."""
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)
-    first = length // 2
-    tokens_BT[:, :first] = torch.randperm(vocab_size, generator=generator)[:2, None]
-    positions_BT = torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(2, 1)
-    with torch.compiler.set_stance("force_eager"):
-        logits_BTV = logits_of(tokens_BT.to(device), None, positions_BT.to(device)).float()
-    change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
-    return (change_T[first:].max() / change_T[:first].max()).item()
+    tokens_BT[:, part] = torch.randperm(vocab_size, generator=generator)[:2, None]
+    return tokens_BT
+
+
+def _change_of_logits(compute: Callable[[], Tensor]) -> Tensor:
+    with torch.compiler.set_stance("force_eager"):  # compiled code is for training's sample length
+        logits_BTV = compute().float()
+    return (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()

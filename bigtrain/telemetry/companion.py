@@ -9,8 +9,6 @@ that a run repeats after going back are taken back, as far as the dashboard can.
 variable; a line on standard input, or its end, signals the end of the training.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import select
@@ -20,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger
@@ -114,14 +112,6 @@ def read_request(environ: dict[str, str]) -> tuple[dict[str, Any], Callable[[str
             print(text, file=sys.stderr)
 
     return json.loads(environ[REQUEST_VARIABLE]), say
-
-
-def lock(path: Path) -> TextIO:
-    """Open ``path`` under an exclusive lock, which closing it releases."""
-    file = path.open("a+")
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
 
 
 def follow_until_end(sink: "Sink", request: dict[str, Any]) -> None:

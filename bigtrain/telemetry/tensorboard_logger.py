@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config.packages import lacking
+from bigtrain.files import locked
 from bigtrain.telemetry import names
-from bigtrain.telemetry.companion import Companion, follow_until_end, lock, read_request, request_for
+from bigtrain.telemetry.companion import Companion, follow_until_end, read_request, request_for
 from bigtrain.telemetry.text import describe_event
 
 DIRECTORY = "tensorboard"
@@ -40,7 +41,7 @@ def _companion() -> int:
 
     # The companion of a launch that was killed may not have logged the rest yet.
     directory = Path(request["directory"], DIRECTORY)
-    with lock(Path(request["log"])):
+    with locked(Path(request["log"]), wait=True):
         before = sorted(directory.glob(_FILES))
         # Without the suffix, a writer of the same second would overwrite the file.
         with SummaryWriter(str(directory), filename_suffix=f".{os.getpid()}") as writer:

@@ -20,19 +20,18 @@ from datetime import datetime
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.config.convert import nearest, to_dict
-from bigtrain.files import read_json, write_anew
+from bigtrain.files import locked, read_json, write_anew
 from bigtrain.log import get_logger, redact
 from bigtrain.telemetry import names
 from bigtrain.telemetry.companion import (
     REQUEST_VARIABLE,
     Companion,
     follow_until_end,
-    lock,
     read_request,
     request_for,
 )
@@ -123,7 +122,7 @@ def _companion() -> int:
     environ = dict(os.environ)  # before wandb adds to it
     request, say = read_request(environ)
     # The companion of a launch that was killed may not have logged the rest yet.
-    with lock(Path(request["log"])):
+    with locked(Path(request["log"]), wait=True):
         try:
             import wandb
         except ImportError as error:
@@ -224,7 +223,7 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: 
     known = {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
     directory = Path(request["directory"])
     (directory / "wandb").mkdir(exist_ok=True)
-    with lock(directory / ID_FILE) as id_file:  # an export may begin at the same time
+    with locked(directory / ID_FILE, wait=True) as id_file:  # an export may begin at the same time
         run_id = _find_id(directory, id_file, say)
         # wandb names directories by second and id: wait for a free name.
         while any(directory.glob(f"wandb/*run-{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
@@ -249,10 +248,10 @@ def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: 
     return run
 
 
-def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
+def _find_id(directory: Path, file: BinaryIO, say: Callable[[str], None]) -> str:
     """Return the run's wandb id, a new one if it has none or the directory is a copy."""
     file.seek(0)
-    run_id, here, cursor = file.read().strip(), _place(directory), read_json(directory / CURSOR_FILE)
+    run_id, here, cursor = file.read().decode().strip(), _place(directory), read_json(directory / CURSOR_FILE)
     if cursor.get("id", run_id) != run_id:
         cursor = {}
     if run_id and _is_copy(run_id, cursor.get("place"), here):
@@ -263,7 +262,7 @@ def _find_id(directory: Path, file: TextIO, say: Callable[[str], None]) -> str:
     if not run_id:
         run_id, cursor = secrets.token_hex(4), {}
         file.truncate(0)
-        file.write(f"{run_id}\n")
+        file.write(f"{run_id}\n".encode())
         file.flush()
     told = cursor | {"id": run_id, "place": here}
     if told != cursor:  # otherwise leave it to the companion, which may be writing it

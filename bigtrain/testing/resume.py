@@ -10,7 +10,6 @@ The ranks are processes of their own and run the trainer as always, except that 
 from is noted, and that one launch kills itself.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -30,6 +29,7 @@ from bigtrain.data.read.loader import StepBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import BigtrainError
+from bigtrain.plan.report import with_settings
 from bigtrain.run import trainer
 from bigtrain.run.data import prepare_data
 from bigtrain.telemetry.files import METRICS_FILE, read_jsonl
@@ -130,24 +130,24 @@ def verify_resume(
 def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig, TrainConfig, TrainConfig]:
     """Return the configurations of the three launches; the schedule stays that of the user's run."""
     last = plan.before + plan.after
-    common = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, steps=max(config.train.steps, last)),
-        logging=dataclasses.replace(config.logging, wandb=WandbMode.disabled),
-    )
 
-    def launch(name: str, engine: EngineKind, steps: int, **checkpoint: Any) -> TrainConfig:
-        return dataclasses.replace(
-            common,
-            run=dataclasses.replace(config.run, root=str(root), name=name, stop_after_steps=steps),
-            engine=dataclasses.replace(config.engine, kind=engine),
-            checkpoint=dataclasses.replace(config.checkpoint, **checkpoint),
-        )
+    def launch(name: str, engine: EngineKind, steps: int, every_steps: int, resume: str) -> TrainConfig:
+        changes = {
+            "train.steps": max(config.train.steps, last),
+            "logging.wandb": WandbMode.disabled,
+            "run.root": str(root),
+            "run.name": name,
+            "run.stop_after_steps": steps,
+            "engine.kind": engine,
+            "checkpoint.every_steps": every_steps,
+            "checkpoint.resume": resume,
+        }
+        return with_settings(config, tuple(changes.items()))
 
     return (
-        launch("whole", config.engine.kind, last, every_steps=0, resume="never"),
-        launch("parts", config.engine.kind, last, every_steps=plan.before, resume="never"),
-        launch("parts", plan.resume_engine, plan.after, every_steps=0, resume="must"),
+        launch("whole", config.engine.kind, last, 0, "never"),
+        launch("parts", config.engine.kind, last, plan.before, "never"),
+        launch("parts", plan.resume_engine, plan.after, 0, "must"),
     )
 
 
