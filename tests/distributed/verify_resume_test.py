@@ -47,7 +47,7 @@ def test_the_same_engine_resumes_bit_by_bit(tmp_path: Path, capsys: pytest.Captu
     assert all(check.allowed == 0 for check in verdict.checks)
     assert differences(verdict) == {
         ("samples", "4 to 7"): 0,
-        ("tokens", "4 to 7"): 0,
+        ("data_digest", "4 to 7"): 0,
         ("lr", "4 to 7"): 0,
         ("loss", "1 to 3"): 0,
         ("loss", "4 to 7"): 0,
