@@ -32,18 +32,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from bigtrain.cli import overrides, std_streams, yaml_source
+from bigtrain.cli import overrides, own_parts, std_streams, yaml_source
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, padding, resolve
-from bigtrain.config.convert import (
-    from_dict,
-    key_docs,
-    key_types,
-    nearest,
-    nearest_key,
-    value_problems,
-)
+from bigtrain.config.convert import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
 from bigtrain.config.packages import missing_data_packages, missing_packages
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
 from bigtrain.files import RUN_FILES, such_as_runs
@@ -93,8 +86,9 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
 def _read_and_run(
     args: list[str], read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]
 ) -> int:
+    args = own_parts.bring_in(args)
     if {"-h", "--help"} & set(args):
-        print(as_typed(help_page()))
+        print(own_parts.help_page(args) or as_typed(help_page()))
         return 0
     try:
         config = read(args)
@@ -147,9 +141,10 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
         ConfigError: listing every problem; no model is chosen.
     """
     config, choices = compose(schema, args, config_name=config_name)
+    config = own_parts.recorded(config)
     if "model" not in choices:
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
-    if config.model.kind is ModelKind.native:
+    if config.model.kind is not ModelKind.hf:
         config.model.name = config.model.name or choices["model"]
         return resolve(config)
     from bigtrain.models.hf.build import describe_architecture, with_hf_shape
@@ -238,6 +233,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
             "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
             "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
         )
+    args = own_parts.with_own_parts(args)
     twice = overrides.repeated(args)
     if groups := [f"{' '.join(given)}: write one of them" for key, given in twice.items() if given[-1][0] == "+"]:
         raise ConfigError("\n".join(groups))

@@ -53,7 +53,7 @@ def _walk(schema: type, prefix: str, docs: dict[str, str]) -> Iterator[Setting]:
             condition = f" ({', '.join(said)})" if said else ""
             sections.append((Setting(key, "", "", _one_line(inner.__doc__) + condition), inner, star))
         else:
-            yield Setting(key, ", ".join([_type_name(hint), *said]), _default(field), _one_line(docs[key]))
+            yield Setting(key, ", ".join([_type_name(hint), *said]), _default(field), _one_line(docs.get(key, "")))
     for section, inner, star in sections:
         yield section
         yield from _walk(inner, f"{section.key}.{star}", docs)
@@ -88,11 +88,16 @@ def _default(field: dataclasses.Field) -> str:
 
 def help_all() -> str:
     """Return all settings for a terminal."""
+    return lines(TrainConfig)
+
+
+def lines(schema: type, prefix: str = "") -> str:
+    """Return the settings of ``schema`` for a terminal."""
     return "\n".join(
-        f"{key}={default}  ({kind})\n{textwrap.indent(textwrap.fill(meaning, 110), '      ')}"
+        f"{prefix}{key}={default}  ({kind})\n{textwrap.indent(textwrap.fill(meaning, 110), '      ')}"
         if kind
-        else f"\n{key}: {meaning}\n"
-        for key, kind, default, meaning in settings()
+        else f"\n{prefix}{key}: {meaning}\n"
+        for key, kind, default, meaning in settings(schema)
     ).replace("``", "")
 
 

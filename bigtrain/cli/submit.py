@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from bigtrain.cli import hydra_cli
-from bigtrain.config import Precision, TrainConfig
+from bigtrain.cli import hydra_cli, own_parts
+from bigtrain.config import Precision, TrainConfig, parts
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch, ignored_settings, padding
 from bigtrain.config.convert import PathOrUrl
@@ -112,7 +112,8 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
     world_size, local_world_size = world(config.cluster)
     config = fit_micro_batch(config, max(world_size, 1))
     problems = _cluster_problems(config.cluster)
-    training_args = [arg for arg in args if keys[arg].partition(".")[0] not in ("cluster", "dry_run")]
+    training_args = [f"{own_parts.IMPORT}={typed}" for typed in parts.imports()]
+    training_args += [arg for arg in args if keys[arg].partition(".")[0] not in ("cluster", "dry_run")]
     problems += [
         f"{keys[arg]}: this looks like a secret, and would be readable in the job; put it into the environment instead"
         for arg in args

@@ -134,15 +134,15 @@ class ModelConfig:
     """Shape of the Transformer. Presets are in ``configs/model``."""
 
     name: LocalPath | None = None
-    """Preset name; with ``kind: hf`` a hub id or a local directory."""
+    """Preset name; with ``kind: hf`` a hub id or a local directory; with ``kind: own`` the name of an own part, such as ``ideas.resnet``."""
     kind: ModelKind = ModelKind.native
-    """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM."""
+    """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM, ``own`` for a network of yours."""
     pretrained: Annotated[bool, OnlyIf("kind", is_in=("hf",))] = False
     """Start from the published weights."""
     architecture: Annotated[str | None, OnlyIf("kind", is_in=("hf",))] = None
     """In place of a name: an architecture of transformers (its ``model_type``, such as ``qwen3``) from scratch."""
-    settings: Annotated[dict[str, Any], OnlyIf("kind", is_in=("hf",))] = field(default_factory=dict)
-    """Settings of ``architecture``'s configuration in transformers, such as ``{hidden_size: 512, num_hidden_layers: 8}``."""
+    settings: Annotated[dict[str, Any], OnlyIf("kind", is_in=("hf", "own"))] = field(default_factory=dict)
+    """Settings of ``architecture``'s configuration in transformers, such as ``{hidden_size: 512, num_hidden_layers: 8}``, or of an own model."""
     init_from: LocalPath | None = None
     """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
     vocab_size: Annotated[int, Bound(ge=1, le=10**8)] = 4096
@@ -328,6 +328,8 @@ class LoggingConfig:
     """Weights & Biases user or team; by default that of ``WANDB_ENTITY``, or your own."""
     tensorboard: bool = False
     """Write ``tensorboard/`` in the run directory."""
+    also: list[str] = field(default_factory=list)
+    """Own loggers, such as ``[ideas.csv_logger]``."""
     layer_norms_every_steps: Annotated[int, Bound(ge=0)] = 100
     """Steps between norms of gradients, weights and updates per layer; 0 = never."""
 
@@ -336,8 +338,10 @@ class LoggingConfig:
 class TaskConfig:
     """What the run minimises and measures."""
 
-    kind: TaskKind = TaskKind.causal_lm
-    """``causal_lm``: the cross-entropy of the next token."""
+    kind: str = TaskKind.causal_lm.name
+    """``causal_lm``: the cross-entropy of the next token; or the name of an own part, such as ``ideas.focal``."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of an own objective."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -374,3 +378,5 @@ class TrainConfig:
     """Profiling on demand."""
     preflight: Preflight = Preflight.stop
     """``warn`` goes on although the memory estimate says that the run does not fit."""
+    imports: dict[str, str] = field(default_factory=dict)
+    """Recorded, not set: the content of what ``--import`` has brought in."""

@@ -24,8 +24,13 @@ from bigtrain.config.choices import (
     Offload,
     Positions,
     Precision,
+    TaskKind,
 )
-from bigtrain.config.convert import MAX_NAME_BYTES
+from bigtrain.config.convert import MAX_NAME_BYTES, nearest
+from bigtrain.config.parts import build as build_part
+from bigtrain.config.parts import find as find_part
+from bigtrain.config.parts import is_own as is_own_part
+from bigtrain.errors import ConfigError
 
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
@@ -39,6 +44,7 @@ PATHLESS = {DataSource.stdlib, DataSource.synthetic}
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
     DataSource.records: ".npz file",
+    DataSource.own: "name of a part",
     DataSource.prepared: "directory or URL of a prepared corpus",
 }
 
@@ -78,6 +84,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
     """Return every problem of a resolved ``config`` for this world, each with what to change."""
     return [
         *_check_run(config),
+        *_check_parts(config),
         *_check_model(config),
         *_check_data(config.data),
         *_check_model_and_data(config),
@@ -236,6 +243,29 @@ def _check_run(config: TrainConfig) -> list[str]:
     return []
 
 
+def _check_parts(config: TrainConfig) -> list[str]:
+    """Look own parts up, which are there only if they were imported."""
+    task, model, problems = config.task, config.model, []
+    names = [("task.kind", task.kind, task.settings)] if task.kind not in TaskKind.__members__ else []
+    if model.kind is ModelKind.own:
+        names.append(("model.name", model.name or "", model.settings))
+    for setting, name, settings in names:
+        try:
+            if not is_own_part(name):
+                known = f"; {nearest(name, list(TaskKind.__members__))}" if setting == "task.kind" else ""
+                problems.append(f"{setting}={name}: must be the name of an own part, such as ideas.part{known}")
+            else:
+                build_part(name, settings, setting=setting)
+        except ConfigError as error:
+            problems.append(str(error))
+    for name in config.logging.also:
+        try:
+            find_part(name, "logging.also")
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _check_model(config: TrainConfig) -> list[str]:
     model = config.model
     problems = []
@@ -258,7 +288,7 @@ def _check_model(config: TrainConfig) -> list[str]:
                 "write model.pretrained=true instead"
             )
         return problems
-    if out_of_bounds(model):  # which are told already
+    if model.kind is ModelKind.own or out_of_bounds(model):  # which are told already
         return []
     if model.hidden_dim % model.num_heads and model.head_dim == max(model.hidden_dim // model.num_heads, 1):
         problems.append(

@@ -8,6 +8,7 @@ class ModelKind(Enum):
 
     native = "native"
     hf = "hf"
+    own = "own"
 
 
 class TaskKind(Enum):
@@ -49,6 +50,7 @@ class DataSource(Enum):
     prepared = "prepared"
     synthetic = "synthetic"
     records = "records"
+    own = "own"
 
 
 class Packing(Enum):

@@ -60,7 +60,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = False) -> T:
+def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = False, section: str = "") -> T:
     """Build the dataclass ``schema`` from plain data, strictly.
 
     Args:
@@ -68,13 +68,15 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
         values: plain data.
         from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite,
             text must not be empty.
+        section: prefix of the keys in messages, such as ``task.settings.``.
 
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
             URL, unset variable, empty text and infinite number.
     """
-    builder = _Builder(list(key_types(typing.cast(type, schema))), from_user=from_user)
-    config = builder.build(schema, values, "")
+    valid_keys = [f"{section}{key}" for key in key_types(typing.cast(type, schema))]
+    builder = _Builder(valid_keys, from_user=from_user)
+    config = builder.build(schema, values, section)
     if builder.problems:
         raise ConfigError("\n".join(builder.problems))
     return config
@@ -133,9 +135,10 @@ def value_problems(schema: type, key: str, value: Any) -> list[str]:
 
 
 @functools.cache
-def type_hints(schema: type) -> dict[str, Any]:
-    """Return the types of the fields of a config dataclass, with what ``Annotated`` puts beside them."""
-    return typing.get_type_hints(schema, include_extras=True)
+def type_hints(schema: type, *, include_extras: bool = True) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass, with what ``Annotated`` puts beside them."""
+    hints = typing.get_type_hints(schema, include_extras=include_extras)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
 @functools.cache
@@ -145,7 +148,7 @@ def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
     A section by name, as those of ``dict[str, Section]``, has ``*`` for the name.
     """
     types_by_key = {}
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in type_hints(schema, include_extras=False).items():
         types_by_key[prefix + name] = hint
         star, section = section_of(hint)
         if section:
@@ -186,7 +189,7 @@ def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 docs[prefix + name] = text
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in type_hints(schema, include_extras=False).items():
         star, section = section_of(hint)
         if section:
             docs |= key_docs(section, f"{prefix}{name}.{star}")
@@ -276,6 +279,10 @@ class _Builder:
             if not isinstance(value, dict):
                 return self._problem(f"{path}: expected names with values, got {value!r}")
             return {key: self.convert(typing.get_args(hint)[1], item, f"{path}.{key}") for key, item in value.items()}
+        if not isinstance(hint, type) or typing.get_origin(hint):
+            return self._problem(
+                f"{path}: a setting cannot be a {hint}; use bool, int, float, str, an Enum, a list, a dict or a dataclass"
+            )
         if issubclass(hint, Enum) and not isinstance(value, hint):
             if not isinstance(value, str) or value not in hint.__members__:
                 return self._problem(f"{path}: unknown value {value!r}; {nearest(str(value), list(hint.__members__))}")

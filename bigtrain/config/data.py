@@ -1,14 +1,14 @@
 """The section of the configuration about the data; see ``config/__init__.py``."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import Content, DataSource, Duplicates, OnBad, Packing, Verify
 from bigtrain.config.convert import LocalPath, PathOrUrl
 
 _WITH_RECORDS = ("jsonl", "parquet", "arrow", "datasets")
-_TO_PREPARE = OnlyIf("source", not_in=("prepared", "records"))
+_TO_PREPARE = OnlyIf("source", not_in=("prepared", "records", "own"))
 """What was prepared has been prepared with its own; records are no text."""
 
 
@@ -83,14 +83,16 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    settings: Annotated[dict[str, Any], OnlyIf("source", is_in=("own",))] = field(default_factory=dict)
+    """Settings of an own part."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
     """The dataset's configuration name."""
     split: Annotated[str | None, OnlyIf("source", is_in=_WITH_RECORDS)] = None
     """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet`` or ``train.jsonl``: the split; by default the only one, of ``datasets`` train."""
     streaming: Annotated[bool, OnlyIf("source", is_in=("datasets",))] = False
     """Read the rows as they arrive instead of downloading the dataset first."""
-    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records"))] = False
+    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "own"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
     """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
@@ -132,9 +134,9 @@ class DataConfig:
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
     """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it."""
-    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records"))] = Packing.concat
+    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "own"))] = Packing.concat
     """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
-    document_mask: Annotated[bool, OnlyIf("source", not_in=("records",))] = False
+    document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "own"))] = False
     """Attention stays within documents and positions count from the beginning of each."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
@@ -148,7 +150,7 @@ class DataConfig:
     """Mask a random tail of each sample, so that ranks hold different numbers of targets."""
 
 
-OF_RECORDS = (DataSource.records,)
+OF_RECORDS = (DataSource.records, DataSource.own)
 """Sources whose samples are records of named columns."""
 WITHOUT_TEXT = (DataSource.synthetic, *OF_RECORDS)
 """Sources of which nothing is prepared or tokenised."""

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.config import OF_RECORDS, DataConfig, component_data
+from bigtrain.config import OF_RECORDS, DataConfig, DataSource, component_data
+from bigtrain.config.parts import build as build_part
 from bigtrain.data.order.cursor import DataState
 from bigtrain.data.read.arrays import read_npz
 from bigtrain.data.read.corpus import Corpus, Split, SyntheticSplit, open_corpus
@@ -102,8 +103,9 @@ def _open_records(data: DataConfig, objective: "Objective") -> "dict[str, Record
     """Return both sides of a component of records."""
     from bigtrain.data.read.records import split_records
 
+    is_own = data.source is DataSource.own
     return split_records(
-        read_npz(data.path),
+        build_part(data.path, data.settings, setting="data.path") if is_own else read_npz(data.path),
         objective,
         where=f"data.path={data.path}",
         sequence_length=data.sequence_length,

@@ -16,34 +16,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from bigtrain.config import ActivationCheckpointing, EngineConfig
-from bigtrain.models.hf.build import outermost_lists
+from bigtrain.models.construction import find_stacks
 from bigtrain.models.transformer import Vocabulary
 from bigtrain.tasks.base import TaskModel
-
-SMALLEST_STACK = 0.01
-"""Part of the parameters from which a list of modules is a stack of blocks."""
-
-
-def find_stacks(model: TaskModel) -> list[nn.ModuleList]:
-    """Return the lists of blocks that are wrapped, compiled, recomputed and sharded one by one.
-
-    A network says so itself (``blocks``); otherwise they are the outermost lists with 1 % of its parameters or more, such as
-    those of encoder and decoder, whose modules are called by themselves.
-    """
-    if hasattr(model.network, "blocks"):
-        return [model.network.blocks]
-    num_parameters = sum(p.numel() for p in model.parameters())
-    return [
-        stack
-        for stack in outermost_lists(model.network)
-        if sum(p.numel() for p in stack.parameters()) >= SMALLEST_STACK * num_parameters
-        and all(type(block).forward is not nn.Module.forward for block in stack)
-    ]
 
 
 def find_blocks(model: TaskModel) -> list[nn.Module]:
     """Return the blocks of all stacks."""
-    return [block for stack in find_stacks(model) for block in stack]
+    return [block for stack in find_stacks(model.network) for block in stack]
 
 
 def wrap_blocks(model: TaskModel, config: EngineConfig) -> None:
@@ -52,7 +32,7 @@ def wrap_blocks(model: TaskModel, config: EngineConfig) -> None:
         context: dict[str, Callable[..., Any]] = {}
         if config.activation_checkpointing is ActivationCheckpointing.selective:
             context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}
-        places = [(stack, i) for stack in find_stacks(model) for i in range(len(stack))]
+        places = [(stack, i) for stack in find_stacks(model.network) for i in range(len(stack))]
         for stack, i in places[:: config.activation_checkpointing_every]:
             stack[i] = checkpoint_wrapper(stack[i], **context)
     if config.compile:

@@ -5,14 +5,15 @@ from torch import nn
 
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.models.init import InitialValue, native_value
+from bigtrain.models.own import build_own, own_values
 from bigtrain.models.transformer import Transformer
 
 
 def build_model(config: ModelConfig) -> nn.Module:
     """Build the model of ``config`` on the current default device, with uninitialised fp32 parameters.
 
-    Under ``torch.device("meta")`` parameters take no memory; buffers, which only Hugging Face models have, are real and
-    on the CPU. The result returns logits for ``model(tokens_BT)`` and the summed loss for ``model(tokens_BT,
+    Under ``torch.device("meta")`` parameters take no memory; buffers, which native models have not, are real and
+    on the CPU. A language model returns logits for ``model(tokens_BT)`` and the summed loss for ``model(tokens_BT,
     targets_BT)``; it has ``blocks`` (``ModuleList`` of decoder layers), ``vocab_size`` and ``max_positions``.
 
     Raises:
@@ -20,6 +21,8 @@ def build_model(config: ModelConfig) -> nn.Module:
     """
     if config.kind is ModelKind.native:
         return Transformer(config)
+    if config.kind is ModelKind.own:
+        return build_own(config)
     from bigtrain.models.hf.build import build_hf_model
 
     return build_hf_model(config)
@@ -30,7 +33,7 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
 
     Native models follow GPT-2 (normal numbers with ``config.init_std``, divided by ``sqrt(2 * num_layers)`` where a
     block writes to the residual stream, norms 1, biases 0) or are read from ``config.init_from``. Hugging Face models
-    follow their own rules or are read from their published weights.
+    and own networks follow their own rules; the former may be read from their published weights.
 
     Returns:
         One value per name of ``model.named_parameters()``; tied parameters appear once.
@@ -42,6 +45,8 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
         from bigtrain.models.hf.native_values import imported_values
 
         return imported_values(model, config)
+    if config.kind is ModelKind.own:
+        return own_values(model, config, seed)
     if config.kind is ModelKind.native:
         return {name: native_value(name, config, seed) for name, _ in model.named_parameters()}
     from bigtrain.models.hf.values import fresh_values, published_values

@@ -18,7 +18,15 @@ from bigtrain.config import (
     TrainConfig,
 )
 from bigtrain.config.check import FSDP_KINDS, ZERO_KINDS
-from bigtrain.models.sizes import ModelSizes, Numerics, activation_bytes, loss_bytes, model_sizes, native_shape
+from bigtrain.models.sizes import (
+    ActivationBytes,
+    ModelSizes,
+    Numerics,
+    activation_bytes,
+    loss_bytes,
+    model_sizes,
+    native_shape,
+)
 
 COMPONENTS = (
     "parameters",
@@ -65,8 +73,8 @@ class _Layout:
     host: dict[str, int] = field(default_factory=dict)
 
 
-def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig]:
-    """Return the numbers of parameters, and the native shape with the most similar activations.
+def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
+    """Return the numbers of parameters, and the native shape with the most similar activations, if there is one.
 
     Raises:
         ConfigError: a Hugging Face model, which is built on the meta device, cannot be read.
@@ -76,13 +84,15 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig]:
     import torch
 
     from bigtrain.models import build_model
+    from bigtrain.models.construction import find_stacks
 
     with torch.device("meta"):
         built = build_model(model)
     total = sum(p.numel() for p in built.parameters())
-    num_layers = len(built.blocks)
-    block = sum(p.numel() for p in built.blocks.parameters()) // num_layers
-    matrices = [p.numel() for p in built.blocks.parameters() if p.ndim == 2]
+    blocks = [block for stack in find_stacks(built) for block in stack]
+    num_layers = len(blocks) or 1
+    block = sum(p.numel() for block in blocks for p in block.parameters()) // num_layers
+    matrices = [p.numel() for block in blocks for p in block.parameters() if p.ndim == 2]
     sizes = ModelSizes(
         root=total - block * num_layers,
         block=block,
@@ -90,6 +100,8 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig]:
         matrices=sum(matrices) // num_layers,
         largest=max(matrices, default=0),
     )
+    if model.kind is ModelKind.own:
+        return sizes, None
     return sizes, native_shape(built.causal_lm.config.get_text_config())
 
 
@@ -100,7 +112,7 @@ def estimate(
     precision: Precision,
     local_world_size: int | None = None,
     device_type: str = "cuda",
-    measured: tuple[ModelSizes, ModelConfig] | None = None,
+    measured: tuple[ModelSizes, ModelConfig | None] | None = None,
 ) -> Estimate:
     """Estimate the memory of one rank in training.
 
@@ -121,15 +133,17 @@ def estimate(
         on_cpu=device_type == "cpu",
         compiled=engine.compile,
     )
-    activations = activation_bytes(
-        shape,
-        num_sequences=num_sequences,
-        sequence_length=length,
-        checkpointing=engine.activation_checkpointing,
-        every=engine.activation_checkpointing_every,
-        numerics=numerics,
-    )
-    loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
+    activations, loss = ActivationBytes(0, 0), 0
+    if shape:
+        loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
+        activations = activation_bytes(
+            shape,
+            num_sequences=num_sequences,
+            sequence_length=length,
+            checkpointing=engine.activation_checkpointing,
+            every=engine.activation_checkpointing_every,
+            numerics=numerics,
+        )
     device = dict.fromkeys(COMPONENTS, 0) | layout.state
     device["activations"] = activations.saved + activations.recomputed
     device["loss buffers"] = loss

@@ -33,7 +33,7 @@ class Report:
 
     config: TrainConfig  # resolved, with a precision
     machine: Machine  # this rank's
-    measured: tuple[ModelSizes, ModelConfig]  # what ``measure_model`` says of the model
+    measured: tuple[ModelSizes, ModelConfig | None]  # what ``measure_model`` says of the model
 
     @property
     def estimate(self) -> Estimate:
@@ -177,6 +177,8 @@ class Report:
             remarks.append("The fp32 parameters are the master weights.")
         if self.config.model.kind is ModelKind.hf:
             remarks.append("Activations are those of the most similar native model; other layers may keep more.")
+        if self.config.model.kind is ModelKind.own:
+            remarks.append("Activations and loss are not counted: what an own network keeps is not known.")
         if self.config.engine.kind is EngineKind.accelerate:
             remarks.append("engine=accelerate is counted as DDP; ZeRO in your Accelerate configuration needs less.")
         return remarks

@@ -90,6 +90,10 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         raise ConfigError(f"out={out} exists; nothing is overwritten: choose another name, or remove it")
     run, checkpoint = find_whole(path)
     model = from_dict(TrainConfig, read_run_state(checkpoint).config).model
+    if model.kind is ModelKind.own:
+        raise ConfigError(
+            f"model.name={model.name}: transformers has no such model; bigtrain/checkpoint/dcp.py lets any program load it"
+        )
     tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
     describe = _native if model.kind is ModelKind.native else _hugging_face
     parts, descriptions = describe(model, run, checkpoint, DTYPES[precision], tokenizer)

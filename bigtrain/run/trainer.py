@@ -24,6 +24,7 @@ from bigtrain.data.read.loader import StepBatch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import (
     broadcast_json,
+    gather_json,
     init_process_group,
     on_rank0,
     pick_device,
@@ -37,6 +38,7 @@ from bigtrain.errors import (
     EXIT_NO_RESTART,
     EXIT_RESUMABLE,
     CheckpointError,
+    ConfigError,
     NoRestartError,
     of_all_ranks,
 )
@@ -144,12 +146,29 @@ def run(config: TrainConfig) -> int:
     report.require(config.preflight, "goes on regardless")
     init_process_group(info, device)
     # Rank 0's configuration is the configuration of the run.
-    config = from_dict(TrainConfig, broadcast_json(to_dict(config)))
+    own_imports, config = config.imports, from_dict(TrainConfig, broadcast_json(to_dict(config)))
+    _require_same_imports(own_imports)
     # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
     code = broadcast_json(_run(config, info, device))
     # Only here: after a failure, a collective could wait for ever for ranks that are gone.
     shut_down()
     return code
+
+
+def _require_same_imports(imports: dict[str, str]) -> None:
+    """Refuse ranks that have imported different contents; all ranks call this.
+
+    Raises:
+        ConfigError: they differ; on all ranks.
+    """
+    found = gather_json(imports)
+    differing = broadcast_json([number for number, other in enumerate(found) if other != found[0]])
+    if differing:
+        raise of_all_ranks(
+            ConfigError(
+                f"--import: rank {differing[0]} has imported other files than rank 0; copy the same to every node"
+            )
+        )
 
 
 def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:

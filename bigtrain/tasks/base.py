@@ -38,13 +38,13 @@ class Field(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is minimised. An implementation is a small class without state."""
+    """What is minimised. An implementation is a frozen dataclass, whose fields are its settings, or a class without state."""
 
     fields: Mapping[str, Field]
     """What a batch holds, in the order in which the network gets it."""
-    sums: Mapping[str, tuple[int, ...]]
+    sums: Mapping[str, tuple[int, ...]] = {}
     """Names and shapes of the sums beside the loss, in order, of which metrics are made."""
-    counts_by_shape: bool
+    counts_by_shape: bool = False
     """Whether a sample whose places are all targets has as many as its targets have elements."""
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
@@ -60,6 +60,7 @@ class Objective(Protocol):
             loss: mean over targets.
             sums: over the same samples, by name.
         """
+        return {}
 
 
 class TaskModel(nn.Module):

@@ -156,6 +156,8 @@ def find_flops(model: ModelConfig, sequence_length: int | None, num_parameters: 
     if sequence_length is None:
         return None
     shape = model
+    if model.kind is ModelKind.own:
+        return None
     if model.kind is ModelKind.hf:
         from bigtrain.models.hf.build import read_hf_config
 

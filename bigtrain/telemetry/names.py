@@ -66,7 +66,11 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 LAUNCH_EVENTS = ("start", "resume")
 REPEATED_EVENTS = ("validation", "checkpoint")  # belong to a step: a run that goes back writes them anew
 SUPERSEDED_EVENT = "superseded"  # from this step on, numbers differ from those before the run went back
-ALARMS = ("fault", "hang", "bad_step", "rollback", "straggler", "checkpoint_failed", "damaged_checkpoint")
+LOGGER_FAILED_EVENT = "logger_failed"
+ALARMS = (
+    *("fault", "hang", "bad_step", "rollback", "straggler", "checkpoint_failed", "damaged_checkpoint"),
+    LOGGER_FAILED_EVENT,
+)
 
 _SECTIONS = {STEP_SECONDS: "perf", TOKENS_PER_SECOND: "perf", SAMPLES_PER_SECOND: "perf", DATA_WAIT_SECONDS: "perf"}
 AXES = (STEP, TOKENS, SAMPLES)

@@ -17,6 +17,7 @@ from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
+from bigtrain.telemetry.own_logger import OwnLogger
 from bigtrain.telemetry.text import describe_communication, number
 
 if TYPE_CHECKING:  # it imports torch
@@ -87,6 +88,9 @@ class Recorder(NullRecorder):
             self._facts |= gauges.describe()
         self._dashboards = _start_dashboards(config, run_directory, is_new=resume_step == 0)
         self._is_closed = False
+        self._own: list[OwnLogger] = []
+        for name in config.logging.also:
+            self._own.append(OwnLogger(name, run_directory, self._tell_failed))
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
         """Write a line per step and show the last one with the interval's mean step time and throughput.
@@ -107,6 +111,12 @@ class Recorder(NullRecorder):
         self._last_step = records[-1][names.STEP]
         self._metrics.flush()
         self._console.metrics({**records[-1], **_mean_pace(records)})
+        for logger in self._own:
+            logger.metrics(records)
+
+    def _tell_failed(self, name: str, why: str) -> None:
+        self.message(f"logging.also={name}: {why}; the run goes on without")
+        self.event(names.LOGGER_FAILED_EVENT, step=self._last_step, error=f"{name}: {why}")
 
     def _give_up(self, resume_step: int, record: dict[str, Any]) -> bool:
         """Return whether the step of a record is done again; keeps its outcome for comparison."""
@@ -142,6 +152,8 @@ class Recorder(NullRecorder):
         self._events.flush(durable=is_durable)
         if sentence := _sentence(kind, fields):
             self._console.message(sentence)
+        for logger in self._own:
+            logger.event(event)
 
     def message(self, text: str) -> None:
         """Show ``text`` above the progress display and append it to the log file."""
@@ -158,6 +170,8 @@ class Recorder(NullRecorder):
         """Flush to disk, let dashboards finish for a few seconds, and close; idempotent."""
         if self._is_closed:
             return
+        for logger in self._own:
+            logger.close()
         self._is_closed = True
         self._metrics.close()
         self._events.close()

@@ -96,6 +96,8 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
             "Learning rate.": line(histories, names.LR, "learning rate"),
         },
     )
+    own = {key for history in histories for key in history.family("train")} - {names.TRAIN_PERPLEXITY}
+    yield "Metrics", {f"{key}.": line(histories, key, key.removeprefix("train/"), smooth=True) for key in sorted(own)}
     speed = line(histories, f"{unit}_per_second", f"{unit} per second", smooth=True)
     mfu = line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100)
     waits = line(histories, names.DATA_WAIT_FRACTION, "waiting for data (%)", scale=100)
@@ -146,10 +148,8 @@ def _facts(history: History) -> dict[str, str]:
     commit = environment.get("commit", "")
     state, _, why = history.state.partition(": ")
     steps, total = last[names.STEP], config.get("train.steps")
-    validations = [number(event, names.LOSS) for event in history.events_of("validation")]
-    validation = _number(validations[-1]) if validations else ""
-    if validations and "perplexity" in history.events_of("validation")[-1]:
-        validation += f", perplexity {_perplexity(validations[-1])}"
+    validations = history.events_of("validation")
+    validation = _validation(validations[-1]) if validations else ""
     profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
@@ -258,8 +258,10 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not a number"
 
 
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.4g}" if loss < 700 else "infinite"
+def _validation(event: dict[str, Any]) -> str:
+    """Return the loss and the task's metrics."""
+    others = {key: value for key, value in event.items() if isinstance(value, float) and key != names.LOSS}
+    return ", ".join([_number(number(event, names.LOSS)), *(f"{key} {value:.4g}" for key, value in others.items())])
 
 
 def _slug(heading: str) -> str:

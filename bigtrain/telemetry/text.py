@@ -9,7 +9,8 @@ SHORT = {names.TOKENS: "tok", names.SAMPLES: "samples"}
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return the numbers of a step in at most 80 columns."""
+    """Return the numbers of a step in at most 80 columns, and the metrics of an own objective."""
+    own = [key for key in record if key.startswith("train/") and key != names.TRAIN_PERPLEXITY]
     unit = names.unit_of(record)
     return "  ".join(
         (
@@ -18,6 +19,7 @@ def describe(record: dict[str, Any]) -> str:
             f"lr {number(record, names.LR):.2e}",
             f"{format_count(number(record, unit))} {unit}",
             f"{format_count(number(record, names.rate_of(record)))} {SHORT[unit]}/s",
+            *(f"{key.removeprefix('train/')} {number(record, key):.4g}" for key in own),
         )
     )
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from bigtrain.config import parts
+
 PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "numpy")
 
 
@@ -46,7 +48,9 @@ def run_ranks(
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         variables = {**(environ or {}), **_rank_environ(rank, world_size, port)}
-        process = context.Process(target=_run_rank, args=(sender, variables, function, args), daemon=True)
+        process = context.Process(
+            target=_run_rank, args=(sender, variables, parts.imports(), function, args), daemon=True
+        )
         process.start()
         sender.close()
         processes.append(process)
@@ -71,7 +75,11 @@ def _rank_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _run_rank(
-    sender: Connection, environ: Mapping[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+    sender: Connection,
+    environ: Mapping[str, str],
+    imports: list[str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(environ)
     import torch
@@ -79,6 +87,8 @@ def _run_rank(
     share = max(1, (os.cpu_count() or 1) // int(environ["WORLD_SIZE"]))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
     try:
+        for typed in imports:
+            parts.bring_in(typed)
         sender.send((True, function(*args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))

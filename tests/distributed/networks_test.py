@@ -7,7 +7,7 @@ from bigtrain.config import TrainingConfig
 from bigtrain.distributed.collectives import all_reduce_sum, init_process_group
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
-from bigtrain.models.hf.build import parameters_on_meta
+from bigtrain.models.construction import parameters_on_meta
 from bigtrain.models.init import Given
 from bigtrain.processes import RankInfo
 from bigtrain.tasks.base import split_sums

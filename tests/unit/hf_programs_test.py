@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigtrain.models.hf.build import HFCausalLM, build_causal_lm
-from bigtrain.models.hf.programs import Program, Step, recorded_values
 from bigtrain.models.hf.values import fresh_values
 from bigtrain.models.init import BLOCK_ELEMENTS
+from bigtrain.models.programs import Program, Step, recorded_values
 
 SMALL = dict(vocab_size=384, hidden_size=64, num_hidden_layers=2)
 DECODER = dict(SMALL, num_attention_heads=4, intermediate_size=128, max_position_embeddings=32)

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from bigtrain.config.convert import nearest
 from bigtrain.errors import ConfigError, first_line
 from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
+from bigtrain.models.construction import outermost_lists, parameters_on_meta
 from bigtrain.models.hf.files import refuse_adapter, unreadable
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
@@ -212,42 +212,6 @@ def build_causal_lm(hf_config: Any) -> nn.Module:
         hf_config.rescale_every = 0  # RWKV would rescale its weights in every evaluation, for fp16
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
-    """Construct modules with parameters on the meta device and buffers on the CPU.
-
-    Buffers such as rotary frequencies are computed in constructors and are in no checkpoint: on the meta device they
-    would be lost. Tied parameters stay tied. Each parameter exists for a moment, as untouched memory.
-
-    Args:
-        keep_elements: parameters of at most so many elements keep what they held then in their ``constructed``.
-    """
-    register_parameter = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            held = param.detach() if param.numel() <= keep_elements else None
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-            param.constructed = held
-        register_parameter(module, name, param)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        nn.Module.register_parameter = register_parameter
-
-
-def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """Yield the lists of modules that are not inside another list."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from outermost_lists(child)
 
 
 def _reason(error: Exception) -> str:

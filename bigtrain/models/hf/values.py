@@ -7,10 +7,11 @@ from torch import nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
-from bigtrain.models.hf.build import HFCausalLM, parameters_on_meta
+from bigtrain.models.construction import parameters_on_meta
+from bigtrain.models.hf.build import HFCausalLM
 from bigtrain.models.hf.load import published
-from bigtrain.models.hf.programs import recorded_values
 from bigtrain.models.init import Finite, Given, InitialValue, seed_of
+from bigtrain.models.programs import recorded_values
 
 
 def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
@@ -27,7 +28,7 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
 def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
     """Return values distributed like those that ``transformers`` would start from.
 
-    Matrices are played back in parts (:mod:`bigtrain.models.hf.programs`); all else, such as norms, biases and decay
+    Matrices are played back in parts (:mod:`bigtrain.models.programs`); all else, such as norms, biases and decay
     rates, is initialised in one piece.
     """
     programs = recorded_values(model, lambda: _initialise_as_transformers(model.causal_lm, model.causal_lm), seed)

@@ -1,4 +1,4 @@
-"""transformers' initialisation of a parameter, recorded and replayed for any part of it.
+"""A network's own initialisation of a parameter, recorded and replayed for any part of it.
 
 It is a few operations in place: a random fill, perhaps arithmetic, perhaps another value in a row for padding. They are
 recorded on the meta device, where they cost nothing, and replayed block by block with the block's own generator:
@@ -7,6 +7,7 @@ values depend on (seed, name, position) alone.
 
 import contextlib
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain.models.init import BLOCK_ELEMENTS, InitialValue, fill_blocks, generator_of
@@ -61,16 +63,13 @@ def recorded_values(model: nn.Module, initialise: Callable[[], None], seed: int)
         model: with parameters on the meta device.
         initialise: runs the initialisation code of all modules.
     """
-    names = {parameter.untyped_storage()._cdata: name for name, parameter in model.named_parameters()}
-    with _untied(model), _orthogonal_on_meta(), _Recorder(names) as recorder, torch.no_grad():
+    with _untied(model), _orthogonal_on_meta(), Recorder() as recorder, torch.no_grad():
         initialise()
-    values = {}
-    for name, parameter in model.named_parameters():
-        steps, whole = recorder.steps[name], (0, parameter.numel())
-        fills = [i for i, s in enumerate(steps) if s.operation in RANDOM + CONSTANT and (s.begin, s.end) == whole]
-        if fills and all(step.operation in RANDOM + CONSTANT + ELEMENTWISE for step in steps[fills[-1] :]):
-            values[name] = Program(tuple(steps[fills[-1] :]), seed, name)
-    return values
+    return {
+        name: Program(steps, seed, name)
+        for name, parameter in model.named_parameters()
+        if (steps := recorder.of(parameter))
+    }
 
 
 @contextlib.contextmanager
@@ -104,19 +103,59 @@ def _orthogonal_on_meta() -> Iterator[None]:
         TORCH_INIT_FUNCTIONS["orthogonal_"] = of_torch
 
 
-class _Recorder(TorchDispatchMode):
-    """Records operations in place on the memory of some tensors, also through views."""
+class SkippedFills(TorchFunctionMode):
+    """Tells a recorder of tensors that a function of ``torch.nn.init`` skips because they are on the meta device."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, recorder: "Recorder") -> None:
         super().__init__()
-        self.steps: defaultdict[str, list[Step]] = defaultdict(list)
-        self._names = names
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.is_meta.__get__ and sys._getframe(1).f_globals is vars(nn.init):
+            self._recorder.add(args[0], _unknown(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _since_last_fill(steps: list[Step], numel: int) -> tuple[Step, ...]:
+    fills = [i for i, s in enumerate(steps) if s.operation in RANDOM + CONSTANT and (s.begin, s.end) == (0, numel)]
+    return tuple(steps[fills[-1] :]) if fills else ()
+
+
+class Recorder(TorchDispatchMode):
+    """Records operations in place on the memory of meta tensors, also through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: defaultdict[int, list[Step]] = defaultdict(list)
+        self._storages: list[torch.UntypedStorage] = []  # kept, so that none gets the identity of another
+
+    def of(self, parameter: Tensor) -> tuple[Step, ...]:
+        """Return the steps that a whole parameter's value consists of; none where they are not known."""
+        steps = _since_last_fill(self._steps.get(parameter.untyped_storage()._cdata, []), parameter.numel())
+        known = RANDOM + CONSTANT + ELEMENTWISE
+        return steps if all(step.operation in known for step in steps) else ()
+
+    def has_seen(self, parameter: Tensor) -> bool:
+        """Return whether anything was done to a parameter."""
+        return parameter.untyped_storage()._cdata in self._steps
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        changed = args[0] if func._schema.is_mutable and args else None
-        if isinstance(changed, Tensor) and (name := self._names.get(changed.untyped_storage()._cdata)):
-            self.steps[name].append(_step(func, changed, args[1:], kwargs or {}))
+        for position, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+            value = args[position] if position < len(args) else (kwargs or {}).get(argument.name)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(value, Tensor) and value.is_meta:
+                self.add(value, _step(func, value, args[1:], kwargs or {}) if position == 0 else _unknown(value))
         return func(*args, **(kwargs or {}))
+
+    def add(self, changed: Tensor, step: Step) -> None:
+        """Add a step to those of a tensor's memory."""
+        storage = changed.untyped_storage()
+        self._storages.append(storage)
+        self._steps[storage._cdata].append(step)
+
+
+def _unknown(changed: Tensor) -> Step:
+    return Step("of another argument", (), 0, changed.numel())
 
 
 def _step(func: Any, changed: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:

@@ -1,0 +1,62 @@
+"""How a network is built without memory for its parameters, and where its blocks are."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+SMALLEST_STACK = 0.01  # of the parameters: smaller lists of modules are no stacks of blocks
+
+
+@contextlib.contextmanager
+def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
+    """Construct modules with parameters on the meta device and buffers on the CPU.
+
+    Buffers such as rotary frequencies are computed in constructors and are in no checkpoint: on the meta device they
+    would be lost. Tied parameters stay tied. Each parameter exists for a moment, as untouched memory.
+
+    Args:
+        keep_elements: parameters of at most so many elements keep what they held then in their ``constructed``.
+    """
+    register_parameter = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            held = param.detach() if param.numel() <= keep_elements else None
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param.constructed = held
+        register_parameter(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register_parameter
+
+
+def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Yield the lists of modules that are not inside another list."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from outermost_lists(child)
+
+
+def find_stacks(network: nn.Module) -> list[nn.ModuleList]:
+    """Return the lists of blocks that are wrapped, compiled, recomputed and sharded one by one.
+
+    A network says so itself (``blocks``); otherwise they are the outermost lists with 1 % of its parameters or more, such as
+    those of encoder and decoder, whose modules are called by themselves.
+    """
+    if hasattr(network, "blocks"):
+        return [network.blocks]
+    num_parameters = sum(p.numel() for p in network.parameters())
+    return [
+        stack
+        for stack in outermost_lists(network)
+        if sum(p.numel() for p in stack.parameters()) >= SMALLEST_STACK * num_parameters
+        and all(type(block).forward is not nn.Module.forward for block in stack)
+    ]

@@ -1,0 +1,96 @@
+"""A network of the user's own: built without memory, with initial values that every rank computes alike."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import ModelConfig, parts
+from bigtrain.errors import ConfigError
+from bigtrain.models.construction import parameters_on_meta
+from bigtrain.models.init import Given, InitialValue, seed_of
+from bigtrain.models.programs import Program, Recorder, SkippedFills
+
+KEPT_ELEMENTS = 2**22
+"""Parameters that are made with their values (``nn.Parameter(torch.ones(8))``) are kept up to this size."""
+
+
+def build_own(config: ModelConfig) -> nn.Module:
+    """Build the network of an own part: its ``build()``, or what it returns when it is called.
+
+    Raises:
+        ConfigError: nothing imported has it; what it builds is no module, or has batch statistics.
+    """
+    build = _builder(config)
+    with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
+        network: Any = build()
+    where = f"model.name={config.name}"
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{where}: it builds a {type(network).__name__}; it must return an nn.Module")
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{where}: {name} ({type(module).__name__}) takes means over a micro-batch, so the run would depend on how "
+                "a step is cut; use GroupNorm or LayerNorm"
+            )
+    return network
+
+
+def _builder(config: ModelConfig) -> Callable[[], nn.Module]:
+    part = parts.build(str(config.name), config.settings, setting="model.name")
+    build = getattr(part, "build", part)
+    if not callable(build):
+        raise ConfigError(f"model.name={config.name}: a model is a function, or a dataclass with build()")
+    return build
+
+
+def own_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return what the network's own code gives to each parameter, with random numbers that depend on ``seed`` alone.
+
+    What torch's functions fill in place is recorded on the meta device and played back part by part
+    (:mod:`bigtrain.models.programs`). Small parameters that are made with their values are kept. For anything else the
+    network is built once more with memory.
+
+    Raises:
+        ConfigError: the code leaves a parameter as its memory happened to be.
+    """
+    build = _builder(config)
+    recorder = Recorder()
+    with _seeded(seed), parameters_on_meta(keep_elements=KEPT_ELEMENTS), SkippedFills(recorder), recorder:
+        drawn = build()
+    values: dict[str, InitialValue | None] = {}
+    for name, parameter in drawn.named_parameters():
+        constructed: Tensor | None = getattr(parameter, "constructed", None)
+        if steps := recorder.of(parameter):
+            values[name] = Program(steps, seed, name)
+        elif recorder.has_seen(parameter) or constructed is None or constructed.isnan().any():
+            values[name] = None
+        else:
+            values[name] = Given(constructed.float())
+    if unknown := [name for name, value in values.items() if value is None]:
+        values |= _built_whole(build, unknown, seed, config)
+    return {name: values[name] for name, _ in model.named_parameters()}
+
+
+def _built_whole(build: Callable[[], nn.Module], names: list[str], seed: int, config: ModelConfig) -> dict[str, Given]:
+    with _seeded(seed), torch.device("cpu"):
+        network = build()
+    values = {name: network.get_parameter(name).detach().float() for name in names}
+    if unsaid := [name for name, value in values.items() if value.isnan().any()]:
+        raise ConfigError(f"model.name={config.name}: its code does not say what {', '.join(unsaid)} start from")
+    return {name: Given(value) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed``, and let memory that nobody writes be NaN."""
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "network"))
+            yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic)

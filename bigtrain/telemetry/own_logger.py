@@ -1,0 +1,58 @@
+"""A logger of the user's own, beside the files and dashboards of rank 0; none of its errors ends a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from bigtrain.config import parts
+
+
+class Logger(Protocol):
+    """What ``logging.also`` names: called once with the run's directory, on rank 0, and then as something happens.
+
+    It runs in the training process: what a call takes is missing in the training.
+    """
+
+    def metrics(self, records: list[dict[str, Any]]) -> None:
+        """Take the records of the steps since the last call, in order, as they are in ``metrics.jsonl``."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take an event, as it is in ``events.jsonl``."""
+
+    def close(self) -> None:
+        """Write what is left: the launch ends."""
+
+
+class OwnLogger:
+    """Calls a logger until it raises, which is told once; the run goes on without it."""
+
+    def __init__(self, name: str, directory: Path, tell: Callable[[str, str], None]) -> None:
+        """Make the logger.
+
+        Args:
+            name: of the part.
+            directory: of the run.
+            tell: takes the name and what went wrong.
+        """
+        self._name, self._tell = name, tell
+        self._logger: Any = None
+        self._logger = self._try(parts.find(name, "logging.also"), directory)
+
+    def metrics(self, records: list[dict[str, Any]]) -> None:
+        if self._logger:
+            self._try(self._logger.metrics, records)
+
+    def event(self, event: dict[str, Any]) -> None:
+        if self._logger:
+            self._try(self._logger.event, event)
+
+    def close(self) -> None:
+        if self._logger:
+            self._try(self._logger.close)
+
+    def _try(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except Exception as error:
+            self._logger = None
+            self._tell(self._name, parts.told(error))
