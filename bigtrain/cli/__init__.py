@@ -1,7 +1,9 @@
 """The command ``bigtrain``, one module a command; nothing else imports hydra."""
 
 import difflib
+import glob
 import importlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -53,8 +55,13 @@ def complete() -> None:
     program, *words = os.environ.get("COMP_LINE", "bigtrain train ").split(" ")
     if len(words) < 2:
         print(" ".join(command for command in COMMANDS if command.startswith(words[0] if words else "")))
+    elif words[-2] == "--import":
+        print(" ".join(path for path in glob.glob(f"{words[-1]}*") if path.endswith(".py") or os.path.isdir(path)))
+    elif words[-1].startswith("--"):
+        print("--import")
     elif (command := words[0].replace("-", "_")) in COMMANDS:
-        os.environ["COMP_LINE"] = " ".join([program, *words[1:]])
+        settings = [word for before, word in itertools.pairwise(words) if "--import" not in (before, word)]
+        os.environ["COMP_LINE"] = " ".join([program, *settings])
         start(command)
 
 

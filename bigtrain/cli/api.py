@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from bigtrain.cli import hydra_cli
+from bigtrain.cli import hydra_cli, own_parts
 from bigtrain.config import TrainConfig
 from bigtrain.errors import ConfigError
 from bigtrain.processes import STOP_SIGNALS
@@ -49,11 +49,14 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def train(*overrides: str) -> Run:
+def train(*overrides: str, network: Any = None, objective: Any = None, data: Any = None) -> Run:
     """Train, or continue a run, as ``bigtrain train <overrides>`` does; under torchrun on all ranks.
 
     Args:
         overrides: ``+model=gpt_nano``, ``train.steps=200``, ``data=text``, ...
+        network: in place of ``+model``: a function that builds a module, or a dataclass with ``build()``.
+        objective: in place of ``task``: a :class:`bigtrain.tasks.base.Objective`.
+        data: in place of ``data``: a map-style data set.
 
     Returns:
         The run; ``ended()`` says whether it is finished, or stopped and resumable.
@@ -61,7 +64,8 @@ def train(*overrides: str) -> Run:
     Raises:
         BigtrainError: what the command would say and exit with its ``exit_code``.
     """
-    config = hydra_cli.read_run(list(overrides))
+    given = own_parts.given(network=network, objective=objective, data=data)
+    config = hydra_cli.read_run([*own_parts.bring_in(list(overrides)), *given])
     from bigtrain.run import trainer
 
     with _own_signals():
@@ -69,12 +73,19 @@ def train(*overrides: str) -> Run:
     return load_run(config.run.directory)
 
 
-def load_run(path: str | PathLike[str]) -> Run:
+def load_run(path: str | PathLike[str], *, network: Any = None, objective: Any = None, data: Any = None) -> Run:
     """Return the run in a directory.
+
+    Args:
+        path: the directory.
+        network: what the run was trained with, in a program that has not trained it; like ``objective`` and ``data``.
+        objective: see there.
+        data: see there.
 
     Raises:
         ConfigError: it is none.
     """
+    own_parts.given(network=network, objective=objective, data=data)
     if problem := hydra_cli.not_a_run(Path(path)):
         raise ConfigError(problem)
     return Run(Path(path))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bigtrain.config import ModelKind, TrainConfig, parts
 from bigtrain.errors import ConfigError
@@ -39,6 +39,12 @@ def bring_in(args: list[str]) -> list[str]:
     return rest
 
 
+def given(*, network: Any, objective: Any, data: Any) -> list[str]:
+    """Make parts of a program known, and return the settings that choose them; those that are None are left out."""
+    chosen = {"+model": network, "task": objective, "data": data}
+    return [f"{key}={parts.give(part)}" for key, part in chosen.items() if part is not None]
+
+
 def with_own_parts(args: list[str]) -> list[str]:
     """Return ``args`` with own parts, such as ``task=ideas.focal``, as the settings that they are short for.
 
@@ -62,6 +68,8 @@ def recorded(config: RunT) -> RunT:
         ConfigError: a part is not there, or refuses its settings.
     """
     task, model = config.task, config.model
+    for name in config.logging.also:
+        parts.find(name, "logging.also")
     if parts.is_own(task.kind):
         settings = parts.settings_of(task.kind, task.settings, setting="task.kind")
         task = dataclasses.replace(task, settings=settings)

@@ -12,6 +12,7 @@ from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.config.parts import is_own
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ and final weights with those of the first one. The same numbers mean that the en
   python launch/parity.py +model=gpt_nano
   python launch/parity.py +model=gpt_nano 'engines=[ddp,fsdp,zero2]' 'worlds=[1,2]' steps=20
   python launch/parity.py +model=gpt_nano 'engines=[fsdp,zero3]' engine.precision=bf16 train.global_batch_size=8
+  python launch/parity.py --import ./ideas.py +model=gpt_nano task=ideas.focal 'engines=[ddp]'
   python launch/parity.py +model=hf model.name=gpt2 data=synthetic data.sequence_length=64 'worlds=[2]'
 
 It starts the processes of each case by itself on this machine: no torchrun. Every rank puts the whole model together
 at the end, so it has to fit.
+
+With an objective of your own, micro-batches of another size are compared too: one that takes a mean over them differs.
 
 Settings of its own, with their defaults:
 {settings}
@@ -95,7 +99,7 @@ def _problems(config: ParityConfig) -> list[str]:
             for problem in check(case_config, world_size=world_size, local_world_size=world_size):
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
     problems = [f"{', '.join(cases)}: {problem}" for problem, cases in cases_by_problem.items()]
-    if len(config.engines) * len(config.worlds) < 2:
+    if len(config.engines) * len(config.worlds) < 2 and not is_own(config.task.kind):
         problems.append("nothing to compare: name several engines=[...] or worlds=[...]")
     return problems
 
@@ -111,21 +115,47 @@ def run(config: ParityConfig) -> int:
     train = TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)})
     exact = dataclasses.replace(train, engine=dataclasses.replace(train.engine, precision=Precision.fp32))
     cases = [_case(Case, config, engine, world) for engine in config.engines for world in config.worlds]
+    if is_own(config.task.kind) and (other := _other_micro_batch(cases, config.train.global_batch_size)):
+        cases.append(dataclasses.replace(cases[0], micro_batch_size=other))
     reference = _compute(exact, cases[0], config.steps, "reference")
     if reference is None:
         return EXIT_FAULT
     rows, tolerance = [_row(cases[0], reference, None, "reference, fp32")], TOLERANCES[train.engine.precision]
     compared = cases if train.engine.precision is not Precision.fp32 else cases[1:]
-    num_agreeing = 0
+    differing = []
     for number, case in enumerate(compared, start=1):
         trajectory = _compute(train, case, config.steps, f"{number}/{len(compared)}")
         difference = compare(trajectory, reference) if trajectory else None
         agrees = difference is not None and difference.within(tolerance)
-        num_agreeing += agrees
+        differing += [] if agrees else [case]
         rows.append(_row(case, trajectory, difference, "agrees" if agrees else "DIFFERS" if trajectory else "FAILED"))
     print(_table(rows))
-    print(_verdict(num_agreeing, len(compared), cases[0], config, tolerance))
-    return EXIT_FINISHED if num_agreeing == len(compared) else EXIT_FAULT
+    print(_verdict(len(compared) - len(differing), len(compared), cases[0], config, tolerance))
+    if differing and is_own(config.task.kind):
+        print(_cause(config.task.kind, differing, cases[0]), file=sys.stderr)
+    return EXIT_FAULT if differing else EXIT_FINISHED
+
+
+def _other_micro_batch(cases: list["Case"], global_batch_size: int) -> int | None:
+    """Return another micro-batch size for the first case, where all cases have the same; None if there is no other."""
+    sizes = {case.micro_batch_size for case in cases}
+    size = cases[0].micro_batch_size
+    other = max(size // 2, 1) if size > 1 else min(2, global_batch_size)
+    return other if len(sizes) == 1 and other != size else None
+
+
+def _cause(name: str, differing: list["Case"], reference: "Case") -> str:
+    """Return which comparisons of an own objective differ, and why they usually do."""
+    cuts = {
+        "another micro-batch size": [case for case in differing if case.micro_batch_size != reference.micro_batch_size],
+        "another number of ranks": [case for case in differing if case.world_size != reference.world_size],
+        "another engine": [case for case in differing if case.engine is not reference.engine],
+    }
+    what, cases = next((what, cases) for what, cases in cuts.items() if cases)
+    return (
+        f"task.kind={name}: with {what} ({cases[0]}) the step is another one than {reference}'s: the usual cause is a mean, "
+        "over a micro-batch or its targets, where the objective must return a sum"
+    )
 
 
 def _check_gpus(config: ParityConfig) -> None:

@@ -28,7 +28,6 @@ from bigtrain.config.choices import (
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
 from bigtrain.config.parts import build as build_part
-from bigtrain.config.parts import find as find_part
 from bigtrain.config.parts import is_own as is_own_part
 from bigtrain.errors import ConfigError
 
@@ -256,11 +255,6 @@ def _check_parts(config: TrainConfig) -> list[str]:
                 problems.append(f"{setting}={name}: must be the name of an own part, such as ideas.part{known}")
             else:
                 build_part(name, settings, setting=setting)
-        except ConfigError as error:
-            problems.append(str(error))
-    for name in config.logging.also:
-        try:
-            find_part(name, "logging.also")
         except ConfigError as error:
             problems.append(str(error))
     return problems
