@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from typing import Any, TypeVar
 
-from bigtrain.config import ModelKind, TrainConfig, parts
+from bigtrain.config import DataSource, ModelKind, TrainConfig, parts
 from bigtrain.errors import ConfigError
 
 RunT = TypeVar("RunT", bound=TrainConfig)
@@ -67,7 +67,7 @@ def recorded(config: RunT) -> RunT:
     Raises:
         ConfigError: a part is not there, or refuses its settings.
     """
-    task, model = config.task, config.model
+    task, model, data = config.task, config.model, config.data
     for name in config.logging.also:
         parts.find(name, "logging.also")
     if parts.is_own(task.kind):
@@ -77,7 +77,10 @@ def recorded(config: RunT) -> RunT:
         settings = parts.settings_of(model.name, model.settings, setting="model.name")
         shared = {key: settings[key] for key in KNOWN_TO_DATA if key in settings}
         model = dataclasses.replace(model, settings=settings, **shared)
-    return dataclasses.replace(config, task=task, model=model, imports=parts.versions())
+    if data.source is DataSource.own and parts.is_own(data.path):
+        settings = parts.settings_of(data.path, data.settings, setting="data.path")
+        data = dataclasses.replace(data, settings=settings)
+    return dataclasses.replace(config, task=task, model=model, data=data, imports=parts.versions())
 
 
 def help_page(args: list[str]) -> str:

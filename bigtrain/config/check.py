@@ -248,6 +248,8 @@ def _check_parts(config: TrainConfig) -> list[str]:
     names = [("task.kind", task.kind, task.settings)] if task.kind not in TaskKind.__members__ else []
     if model.kind is ModelKind.own:
         names.append(("model.name", model.name or "", model.settings))
+    data = [part for part in component_data(config.data).values() if part.source is DataSource.own and part.path]
+    names += [("data.path", part.path, part.settings) for part in data]
     for setting, name, settings in names:
         try:
             if not is_own_part(name):

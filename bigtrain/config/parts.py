@@ -208,6 +208,12 @@ def build(name: str, settings: Mapping[str, Any], *, setting: str, from_user: bo
         raise ConfigError(f"{section}: {name}: {first_line(error)}") from error
 
 
+def instance(name: str, settings: Mapping[str, Any], *, setting: str) -> Any:
+    """Return :func:`build`, or of a class without settings an instance."""
+    part = build(name, settings, setting=setting)
+    return part() if isinstance(part, type) else part
+
+
 def settings_of(name: str, settings: Mapping[str, Any], *, setting: str) -> dict[str, Any]:
     """Return ``settings`` as a user gives them with the defaults of all others, as plain data.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.config import OF_RECORDS, DataConfig, DataSource, component_data
-from bigtrain.config.parts import build as build_part
+from bigtrain.config.parts import instance
 from bigtrain.data.order.cursor import DataState
 from bigtrain.data.read.arrays import read_npz
 from bigtrain.data.read.corpus import Corpus, Split, SyntheticSplit, open_corpus
@@ -105,7 +105,7 @@ def _open_records(data: DataConfig, objective: "Objective") -> "dict[str, Record
 
     is_own = data.source is DataSource.own
     return split_records(
-        build_part(data.path, data.settings, setting="data.path") if is_own else read_npz(data.path),
+        instance(data.path, data.settings, setting="data.path") if is_own else read_npz(data.path),
         objective,
         where=f"data.path={data.path}",
         sequence_length=data.sequence_length,

@@ -16,7 +16,7 @@ def build_objective(config: TaskConfig) -> Objective:
     """
     if config.kind in OBJECTIVES:
         return OBJECTIVES[config.kind]()
-    objective = parts.build(config.kind, config.settings, setting="task.kind")
+    objective = parts.instance(config.kind, config.settings, setting="task.kind")
     needed = ("fields", "sums", "count", "counts_by_shape", "metrics")
     missing = [name for name in needed if not hasattr(objective, name)]
     missing += [name for name in ("count", "__call__") if getattr(type(objective), name, None) is vars(Objective)[name]]

@@ -48,8 +48,8 @@ def commands():
         line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in re.split(r"(?<!\\)\n", block)
     ]
     words = [shlex.split(line.replace("\\\n", "")) for line in lines if line]
-    assert all(program == "bigtrain" for program, *_ in words)
-    return {command: arguments for _, command, *arguments in words}
+    assert [command for _, command, *_ in words] == ["parity", "train", "validate", "train"]
+    return {name: words[2:] for name, words in zip(("parity", "train", "validate", "stars"), words, strict=True)}
 
 
 def run_program(directory):
@@ -63,7 +63,7 @@ def run_program(directory):
 
 
 def test_the_examples_run(tmp_path):
-    assert set(write_ideas(tmp_path)) == {"ideas.py", "train.py"}
+    assert set(write_ideas(tmp_path)) == {"ideas.py", "train.py", "stars.py"}
     with (tmp_path / "ideas.py").open("a") as file:
         file.write(FAILING)
     train = [word.replace("csv_logger]", "csv_logger,ideas.failing]") for word in commands()["train"]]
@@ -97,6 +97,9 @@ def test_the_examples_run(tmp_path):
         file.write("# another version\n")
     longer = fork("train.py", *commands()["train"], "train.steps=5", cwd=tmp_path)
     assert longer.code == 0 and "changed since the checkpoint: imports.ideas: " in longer.out
+
+    stars = fork("train.py", *commands()["stars"], cwd=tmp_path)
+    assert stars.code == 0 and len({record["loss"] for record in metrics(tmp_path / "runs/stars")}) == 4, stars.err
 
     accuracies = run_ranks(run_program, 1, tmp_path, timeout_seconds=100)[0]
     assert re.fullmatch(r"0\.\d+ 0\.\d+", accuracies)
