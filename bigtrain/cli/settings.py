@@ -109,7 +109,8 @@ def page() -> str:
             text = f"- `{key}` = `{default}` ({kind}): {meaning}"
             lines.append(textwrap.fill(text.replace("``", "`"), 118, subsequent_indent="  ", break_on_hyphens=False))
         else:
-            lines.append(f"\n{'###' if '.' in key else '##'} {key}\n\n{meaning.replace('``', '`')}\n")
+            text = textwrap.fill(meaning.replace("``", "`"), 118, break_on_hyphens=False)
+            lines.append(f"\n{'###' if '.' in key else '##'} {key}\n\n{text}\n")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 

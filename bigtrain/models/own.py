@@ -46,6 +46,22 @@ def _builder(config: ModelConfig) -> Callable[[], nn.Module]:
     return build
 
 
+class Uncached(nn.Module):
+    """An own network that returns logits for tokens, as text is generated from it: all tokens are computed each time."""
+
+    def __init__(self, network: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.settings.get("max_positions")
+
+    def new_cache(self, capacity_tokens: int) -> None:
+        """Return nothing: there is no cache."""
+
+    def forward(self, tokens_BT: Tensor, *, cache: None = None) -> Tensor:
+        return self.network(tokens_BT)
+
+
 def own_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
     """Return what the network's own code gives to each parameter, with random numbers that depend on ``seed`` alone.
 

@@ -8,6 +8,7 @@ import torch
 
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.store import step_of
+from bigtrain.config import ModelKind
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.engine.state import MODEL, whole_entry
@@ -15,6 +16,7 @@ from bigtrain.engine.wrap import materialise
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
+from bigtrain.models.own import Uncached
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
 from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
 
@@ -58,6 +60,8 @@ def sample_run(
         model = build_model(config.model)
     materialise(model, device)
     load_checkpoint(checkpoint, {MODEL + name: whole_entry(p) for name, p in model.named_parameters()})
+    if config.model.kind is ModelKind.own:
+        model = Uncached(model, config.model)
     model.eval()
     adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
     ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)

@@ -147,7 +147,7 @@ def run(config: TrainConfig) -> int:
     init_process_group(info, device)
     # Rank 0's configuration is the configuration of the run.
     own_imports, config = config.imports, from_dict(TrainConfig, broadcast_json(to_dict(config)))
-    _require_same_imports(own_imports)
+    require_same_imports(own_imports)
     # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
     code = broadcast_json(_run(config, info, device))
     # Only here: after a failure, a collective could wait for ever for ranks that are gone.
@@ -155,7 +155,7 @@ def run(config: TrainConfig) -> int:
     return code
 
 
-def _require_same_imports(imports: dict[str, str]) -> None:
+def require_same_imports(imports: dict[str, str]) -> None:
     """Refuse ranks that have imported different contents; all ranks call this.
 
     Raises:

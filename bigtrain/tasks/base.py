@@ -5,6 +5,7 @@ divide the loss by the global count of targets, which is known before the step; 
 into pieces. There is no place for a mean over a micro-batch, for it would.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from bigtrain.errors import ConfigError, of_all_ranks
 
 IGNORE_INDEX = -100
 """Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
@@ -73,10 +76,21 @@ class TaskModel(nn.Module):
         super().__init__()
         self.network = network
         self.objective = objective
+        self.shape = torch.Size([1 + sum(math.prod(shape) for shape in objective.sums.values())])
 
     def forward(self, *tensors: Tensor, predicts: bool = False) -> Any:
         """Return the vector of sums, or what the network itself says to ``tensors``."""
-        return self.network(*tensors) if predicts else self.objective(self.network, *tensors)
+        if predicts:
+            return self.network(*tensors)
+        sums = self.objective(self.network, *tensors)
+        if sums.shape != self.shape:
+            raise of_all_ranks(
+                ConfigError(
+                    f"{type(self.objective).__name__} returns a tensor {tuple(sums.shape)}; an objective returns "
+                    f"{tuple(self.shape)}: the summed loss, and the sums that it names"
+                )
+            )
+        return sums
 
 
 def sums_of(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigtrain.cli import own_parts, parity
 from bigtrain.config import parts
+from bigtrain.distributed.collectives import init_process_group
+from bigtrain.errors import ConfigError
+from bigtrain.processes import RankInfo
+from bigtrain.run.trainer import require_same_imports
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import events, fork, metrics
 
@@ -104,6 +109,21 @@ def test_the_examples_run(tmp_path):
     accuracies = run_ranks(run_program, 1, tmp_path, timeout_seconds=100)[0]
     assert re.fullmatch(r"0\.\d+ 0\.\d+", accuracies)
     assert [record["loss"] for record in metrics(tmp_path / "runs/second")] == [record["loss"] for record in records]
+
+
+def compare_imports(contents):
+    info = RankInfo.from_env()
+    init_process_group(info, torch.device("cpu"), timeout_seconds=60)
+    try:
+        require_same_imports({"ideas": contents[info.rank]})
+    except ConfigError as error:
+        return str(error)
+
+
+def test_ranks_with_another_file_are_refused():
+    assert run_ranks(compare_imports, 2, ["a", "a"], timeout_seconds=100) == [None, None]
+    refused = "--import: rank 1 has imported other files than rank 0; copy the same to every node"
+    assert run_ranks(compare_imports, 2, ["a", "b"], timeout_seconds=100) == [refused, refused]
 
 
 @pytest.mark.parametrize("name", ["ideas.focal", "means.mean"])

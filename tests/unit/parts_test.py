@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from bigtrain.cli import own_parts
+from bigtrain.cli import own_parts, submit
 from bigtrain.config import ModelConfig, ModelKind, TaskConfig, TrainConfig, parts
 from bigtrain.config.check import check, fit_micro_batch, resolve
 from bigtrain.config.convert import from_dict
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_initial_values, build_model
+from bigtrain.models.generation import generate
+from bigtrain.models.own import Uncached
 from bigtrain.tasks import build_objective
 
 IDEAS = """
@@ -250,6 +254,28 @@ def test_a_part_of_a_program_has_the_name_of_its_module(ideas):
     assert own_parts.given(network=None, objective=part, data=None) == ["task=ideas.focal"]
     assert parts.settings_of("ideas.focal", {"name": "b"}, setting="task.kind") == {"gamma": 4.0, "name": "b"}
     assert parts.imports() == ["./ideas.py"]
+
+
+def test_text_is_generated_without_a_cache(ideas):
+    class Next(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Parameter(torch.ones(()))
+
+        def forward(self, tokens):
+            return F.one_hot((tokens + 1) % 7, 9) * self.one
+
+    model = Uncached(Next(), ModelConfig(kind=ModelKind.own, vocab_size=9, settings={"max_positions": 6}))
+    assert generate(model, [4], max_new_tokens=3, temperature=0) == [5, 6, 0]
+    assert len(generate(model, [4], max_new_tokens=30, temperature=0)) == 5
+    assert "the model knows 0 to 8" in fails(lambda: generate(model, [9], max_new_tokens=1))
+
+
+def test_a_job_imports_what_its_command_did(ideas):
+    args = own_parts.bring_in(["--import=./ideas.py", "+model=gpt_nano", "task=ideas.focal", "cluster=slurm_cpu"])
+    config, training = submit.read(args)
+    assert training == ["--import=./ideas.py", "+model=gpt_nano", "task=ideas.focal"]
+    assert config.task.settings == {"gamma": 2.0, "name": "a"} and config.imports == parts.versions()
 
 
 @pytest.mark.parametrize(
