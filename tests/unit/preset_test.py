@@ -52,7 +52,7 @@ def count_parameters(model):
 
 
 def test_every_preset_is_held_against_a_published_number():
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == {*EXACT, *PRINTED, "hf"}
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == {*EXACT, *PRINTED, "hf", "own"}
     assert read_preset("hf").kind is ModelKind.hf
 
 
