@@ -41,6 +41,11 @@ def build_own(config: ModelConfig) -> nn.Module:
 def _builder(config: ModelConfig) -> Callable[[], nn.Module]:
     part = parts.build(str(config.name), config.settings, setting="model.name")
     build = getattr(part, "build", part)
+    if isinstance(part, nn.Module):
+        raise ConfigError(
+            f"model.name={config.name}: a module that is built already; give a function that builds it, so that its weights "
+            "follow from train.seed on every rank"
+        )
     if not callable(build):
         raise ConfigError(f"model.name={config.name}: a model is a function, or a dataclass with build()")
     return build

@@ -244,6 +244,8 @@ def test_networks_that_cannot_be_trained_alike_are_refused(ideas):
         "model.name=ideas.net: its code does not say what free start from"
     )
     assert "norm (BatchNorm1d) takes means over a micro-batch" in fails(lambda: values_of({"norm": True}))
+    built = ModelConfig(kind=ModelKind.own, name=parts.give(nn.Linear(2, 2)))
+    assert "a module that is built already; give a function" in fails(lambda: build_model(built))
     empty = ModelConfig(kind=ModelKind.own, name="ideas.nothing")
     assert "it builds a NoneType; it must return an nn.Module" in fails(lambda: build_model(empty))
 
