@@ -23,6 +23,7 @@ from bigtrain.checkpoint.store import (
     checkpoints_directory,
     find_checkpoints,
     find_damaged,
+    newest_step,
     read_run_state,
     set_aside,
     step_of,
@@ -306,6 +307,11 @@ def last_saved_step(directory: Path, *, before: int = sys.maxsize) -> int:
     else:
         steps = _saved_steps(read_jsonl(directory / EVENTS_FILE))
     return max((step for step in steps if step < before), default=0)
+
+
+def reached_step(directory: Path) -> int:
+    """Return the step of the newest complete checkpoint; without one, the newest that was recorded as saved."""
+    return newest_step(directory) or last_saved_step(directory)
 
 
 def _newer_than(path: Path, directory: Path) -> int:

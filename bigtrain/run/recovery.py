@@ -14,7 +14,6 @@ from bigtrain.checkpoint.store import (
     RunState,
     checkpoints_directory,
     discard_after,
-    newest_step,
     read_run_state,
 )
 from bigtrain.config import Load, TrainConfig
@@ -30,7 +29,7 @@ from bigtrain.errors import CheckpointError, ConfigError, NoRestartError, of_all
 from bigtrain.models import build_initial_values
 from bigtrain.models.hf.files import stored_tensors
 from bigtrain.processes import RankInfo
-from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, write_run_files, writing
+from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, reached_step, write_run_files, writing
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.supervise.launch import Launch
 
@@ -77,7 +76,7 @@ def claim(launch: Launch) -> None:
 
     def take() -> int:
         with writing(launch.directory):
-            return launch.claim(newest_step(launch.directory) or last_saved_step(launch.directory))
+            return launch.claim(reached_step(launch.directory))
 
     if launch.attempt == 0:
         launch.begin(on_rank0(take))

@@ -32,9 +32,6 @@ ATTEMPT_FILE = "attempt.json"
 EXIT_FILE = "exit.json"
 FAILURE_FILE = "failure.json"
 ROOM_FILE = ".room"
-COUNTS_FAILURES = "BIGTRAIN_COUNTS_FAILURES"
-"""Set by whoever restarts launches and counts those that failed, also those that have never claimed the run."""
-
 _ROOM_BYTES = 2**20
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -44,18 +41,20 @@ def claim_run(
     *,
     newest_step: int,
     max_failed_attempts: int,
-    patient: bool,
     hurry: bool = False,
+    reserve: bool = False,
     on_move: Callable[[], None] = lambda: None,
 ) -> tuple[int, Lease]:
-    """Take the run for this launch; rank 0 calls it.
+    """Take the run for this launch, on rank 0: the one door to it.
+
+    A launcher's restart waits for a holder that is alive, and is refused after too many failures.
 
     Args:
         directory: of the run; it exists.
         newest_step: step of the newest complete checkpoint, 0 if there is none.
-        max_failed_attempts: so many launches in a row that failed without a new checkpoint are restarted.
-        patient: as :func:`bigtrain.supervise.lease.take_lease`.
-        hurry: the same.
+        max_failed_attempts: launches in a row that may fail without a new checkpoint.
+        hurry: wait for no other launch.
+        reserve: take it for ranks that are started next, and count them as failed if they never claim it.
         on_move: called when the directory is found renamed or removed.
 
     Returns:
@@ -67,21 +66,23 @@ def claim_run(
             for a reason that a person has to look at.
         OSError: the directory cannot be written.
     """
-    lease = take_lease(directory / ATTEMPT_FILE, patient=patient, hurry=hurry)
+    lease = take_lease(directory / ATTEMPT_FILE, patient=is_restart() and not hurry, hurry=hurry)
     try:
         last = read_json(directory / ATTEMPT_FILE)
-        number = int(last.get("attempt", 0)) + 1
+        is_reserved = not reserve and last.get("reserved", False)
+        number = int(last.get("attempt", 0)) + (not is_reserved)
         ended = read_exit(directory)
         if is_restart() and ended.get("code") == EXIT_NO_RESTART:
             write_exit(directory, code=EXIT_NO_RESTART, reason=ended["reason"], step=newest_step, attempt=number)
             raise NoRestartError(f"not restarted, launched by hand it tries again: {ended['reason']}")
-        failures = _failures_in_a_row(directory, last, newest_step)
+        failures = _failures_in_a_row(directory, last, newest_step, is_reserved=is_reserved)
         if failures >= max_failed_attempts:
             reason = _exhausted(directory, failures, newest_step)
             write_exit(directory, code=EXIT_NO_RESTART, reason=reason, step=newest_step, attempt=number)
             raise NoRestartError(reason)
         (directory / EXIT_FILE).unlink(missing_ok=True)
-        lease.write({"attempt": number, "failures_without_progress": failures, "step": newest_step, "time": now()})
+        values = {"attempt": number, "failures_without_progress": failures, "step": newest_step, "time": now()}
+        lease.write({**values, "reserved": reserve})
         keep_room(directory)
     except BaseException:
         lease.release()
@@ -99,9 +100,7 @@ def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
         if read_exit(directory).get("code") in (EXIT_FINISHED, EXIT_NO_RESTART):
             return
         directory.mkdir(parents=True, exist_ok=True)
-        number, lease = claim_run(
-            directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, patient=False, hurry=True
-        )
+        number, lease = claim_run(directory, newest_step=newest_step, max_failed_attempts=sys.maxsize, hurry=True)
         write_exit(directory, code=EXIT_RESUMABLE, reason=reason, step=newest_step, attempt=number)
         lease.release()
 
@@ -187,14 +186,13 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTERS)
 
 
-def _failures_in_a_row(directory: Path, last: dict[str, Any], newest_step: int) -> int:
-    """Return how many launches up to now failed one after the other without a new checkpoint."""
-    if not last or not is_restart() or COUNTS_FAILURES in os.environ:
-        return 0
+def _failures_in_a_row(directory: Path, last: dict[str, Any], newest_step: int, *, is_reserved: bool) -> int:
+    """Return how many launches before this one failed one after the other without a new checkpoint."""
     code = read_exit(directory).get("code")
-    if code in (EXIT_FINISHED, EXIT_RESUMABLE) or newest_step > int(last.get("step", 0)):
+    has_progress = code in (EXIT_FINISHED, EXIT_RESUMABLE) or newest_step > int(last.get("step", 0))
+    if "attempt" not in last or not is_restart() or has_progress:
         return 0
-    return int(last.get("failures_without_progress", 0)) + (code != EXIT_USER_ERROR)
+    return int(last.get("failures_without_progress", 0)) + (code != EXIT_USER_ERROR and not is_reserved)
 
 
 def _exhausted(directory: Path, failures: int, step: int) -> str:

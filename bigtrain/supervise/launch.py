@@ -21,7 +21,6 @@ from bigtrain.supervise.attempt import (
     claim_run,
     has_decided,
     has_failed,
-    is_restart,
     write_exit,
 )
 from bigtrain.supervise.failures import Failure, describe, failure_of, is_lost_connection, record_failures
@@ -67,12 +66,10 @@ class Launch:
             NoRestartError: the run has failed too often without a new checkpoint.
             OSError: the directory cannot be written.
         """
-        limit = self.config.max_failed_attempts
         number, self._lease = claim_run(
             self.directory,
             newest_step=newest_step,
-            max_failed_attempts=limit,
-            patient=is_restart(),
+            max_failed_attempts=self.config.max_failed_attempts,
             on_move=self._stop_when_moved,
         )
         return number

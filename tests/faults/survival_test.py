@@ -545,7 +545,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(whole: Path, tmp_path: Pa
 @pytest.mark.parametrize("has_room", [True, False])
 def test_the_last_words_find_room_on_a_full_disk(tmp_path: Path, mount: Callable[..., None], has_room: bool):
     mount(tmp_path, "-t", "tmpfs", "-o", "size=2m", "tmpfs")
-    number, hold = claim_run(tmp_path, newest_step=0, max_failed_attempts=3, patient=False)
+    number, hold = claim_run(tmp_path, newest_step=0, max_failed_attempts=3)
     if not has_room:
         (tmp_path / ROOM_FILE).unlink()
     with contextlib.suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as file:

@@ -23,9 +23,7 @@ from bigtrain.files import is_locked
 from bigtrain.supervise import failures, lease, watchdog
 from bigtrain.supervise.attempt import (
     ATTEMPT_FILE,
-    COUNTS_FAILURES,
     claim_run,
-    is_restart,
     read_exit,
     record_early_stop,
     write_exit,
@@ -44,7 +42,7 @@ def claim(directory: Path, *, newest_step: int = 0) -> int:
 
 def take(directory: Path, *, newest_step: int = 0) -> tuple[int, lease.Lease]:
     """Take the run, as a launch that begins."""
-    return claim_run(directory, newest_step=newest_step, max_failed_attempts=3, patient=is_restart())
+    return claim_run(directory, newest_step=newest_step, max_failed_attempts=3)
 
 
 def test_a_run_is_held_until_it_is_released(tmp_path: Path):
@@ -168,7 +166,7 @@ import signal, sys
 from pathlib import Path
 from bigtrain.supervise import attempt, lease
 lease.BEAT_SECONDS = 0.1
-attempt.claim_run(Path(sys.argv[1]), newest_step=0, max_failed_attempts=3, patient=False)
+attempt.claim_run(Path(sys.argv[1]), newest_step=0, max_failed_attempts=3)
 print("has it", flush=True)
 signal.pause()
 """
@@ -221,15 +219,30 @@ def test_a_restart_waits_for_the_end_of_the_other_launch(
     assert claim(tmp_path) == 2
 
 
-def test_failures_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By whoever restarts launches, if that counts those that never claimed the run too; else here."""
+def failed_before(directory: Path) -> int:
+    return json.loads((directory / ATTEMPT_FILE).read_text())["failures_without_progress"]
+
+
+def reserve(directory: Path, *, newest_step: int = 0) -> int:
+    """Take the run for ranks that are started next."""
+    number, held = claim_run(directory, newest_step=newest_step, max_failed_attempts=3, reserve=True)
+    held.release()
+    return number
+
+
+def test_a_launch_counts_once_whether_its_ranks_come_to_the_run_or_not(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setenv(COUNTS_FAILURES, "1")
-    assert [claim(tmp_path) for _ in range(5)] == [1, 2, 3, 4, 5]
-    monkeypatch.delenv(COUNTS_FAILURES)
+    assert (reserve(tmp_path), failed_before(tmp_path)) == (1, 0)
+    assert (claim(tmp_path), failed_before(tmp_path)) == (1, 0), "the launch that it was taken for"
+    write_exit(tmp_path, code=1, reason="a rank raised", step=0, attempt=1)
+    assert (reserve(tmp_path), failed_before(tmp_path)) == (2, 1)
+    assert (reserve(tmp_path), failed_before(tmp_path)) == (3, 2), "nothing was heard of its ranks"
     with pytest.raises(NoRestartError, match="3 launches in a row"):
-        for _ in range(4):
-            claim(tmp_path)
+        reserve(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert (reserve(tmp_path), failed_before(tmp_path)) == (4, 0), "submitted anew"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert (reserve(tmp_path, newest_step=5), failed_before(tmp_path)) == (5, 0), "there is a newer checkpoint"
 
 
 # First cause

@@ -294,7 +294,10 @@ def test_text_keeps_what_hydra_offers():
 
 def test_a_batch_script_that_counts_failures_is_told_the_limit(tmp_path: Path):
     command = ("where.py", "+model=gpt_nano", "supervision.max_failed_attempts=7")
-    assert run(*command, cwd=tmp_path, BIGTRAIN_COUNTS_FAILURES="1") == (0, "runs/gpt_nano\n7\n", "")
+    assert run(*command, cwd=tmp_path) == (0, "runs/gpt_nano\n", "") and not (tmp_path / "runs").exists()
+    assert run(*command, cwd=tmp_path, BIGTRAIN_RESERVE="1") == (0, "runs/gpt_nano\n0 7\n", "")
+    again = {"BIGTRAIN_RESERVE": "1", "SLURM_RESTART_COUNT": "1"}
+    assert run(*command, cwd=tmp_path, **again) == (0, "runs/gpt_nano\n1 7\n", "")
     assert run(*command, cwd=tmp_path) == (0, "runs/gpt_nano\n", "")
 
 
