@@ -83,14 +83,20 @@ def sync(path: Path) -> None:
 
 
 def write_anew(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all, also where several processes do.
+    """Write ``text`` to ``path`` durably, whole or not at all, also where several processes do.
 
     Raises:
         OSError: it cannot be written.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        sync(partial)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def write_durably(path: Path, parts: Iterable[memoryview]) -> FileRecord:

@@ -1,4 +1,4 @@
-"""The data of a run: prepared once, opened on every rank, continued where a checkpoint stopped."""
+"""The data of a run: prepared once, opened on every rank, continued from a checkpoint."""
 
 import contextlib
 import dataclasses
@@ -29,28 +29,17 @@ from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
 
-VOCAB_MULTIPLE = 128
-"""To so many rows an embedding may be padded for the sake of speed."""
-PREPARATION = datetime.timedelta(days=7)
-"""How long the other ranks wait while rank 0 prepares a corpus."""
+VOCAB_MULTIPLE = 128  # an embedding may be padded to a multiple of so many rows for speed
+PREPARATION = datetime.timedelta(days=7)  # for which the other ranks wait while rank 0 prepares a corpus
 
 
 def prepare_data(data: DataConfig) -> dict[str, str]:
-    """Prepare whatever components have not been, in this process; return the directory of each.
-
-    Raises:
-        DataError: as :func:`bigtrain.data.prepare.corpus.prepare`.
-    """
+    """Prepare the components that need it, in this process; return the directory of each."""
     return {name: str(directory) for name, directory in prepare_components(data, progress=True)}
 
 
 def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
-    """Prepare the data on rank 0 if that has not been done, and open it on every rank.
-
-    Args:
-        config: of the run.
-        previous: of the checkpoint that is continued.
-    """
+    """Prepare the data on rank 0 if needed, and open it on every rank; ``previous`` is that of the checkpoint continued."""
     data = with_own_tokenizer(config.data, config.run.directory)
     directories = on_rank0(lambda: prepare_data(data), patience=PREPARATION)
     train, validation = config.train, config.validation
@@ -88,7 +77,7 @@ def _require_same_rows(stream: SampleStream) -> None:
 
 @contextlib.contextmanager
 def elsewhere(data: DataConfig) -> Iterator[None]:
-    """Say of data that is not found, of a run that is looked at, that its path counts from where the run was started."""
+    """Add to a DataError about missing data that a run's relative paths count from where it was started."""
     try:
         yield
     except DataError as error:
@@ -101,7 +90,7 @@ def elsewhere(data: DataConfig) -> Iterator[None]:
 
 
 def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
-    """Return ``data`` with the tokenizer and the chat template that a run has kept in place of the same ones if gone."""
+    """Return ``data`` with the run's copies of tokenizer and chat template in place of the same ones if gone."""
     if not (directory / INDEX_FILE).is_file():
         return data
     template, own = data.chat_template, directory / PUBLISHED_DIRECTORY / TEMPLATE_FILE
@@ -115,12 +104,12 @@ def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
 
 
 def cache_of(data: DataConfig, stream: SampleStream) -> Path | None:
-    """Return the directory into which data is fetched or tokenised while training, if any is."""
+    """Return the directory into which data is fetched or tokenised in training, if any is."""
     return cache_directory(data) if stream.is_remote or stream.is_live else None
 
 
 def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
-    """Return what is odd about the data of a run without being wrong."""
+    """Return warnings about the data of a run."""
     found = []
     if config.data.packing is Packing.concat and stream.has_answers:
         found.append(
@@ -140,7 +129,7 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
 
 
 def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, start: Cursor) -> TrainLoader:
-    """Return the loader of this rank's part of every step from ``start`` on."""
+    """Return this rank's loader from ``start`` on."""
     return TrainLoader(
         stream,
         global_batch_size=config.train.global_batch_size,
@@ -193,9 +182,7 @@ def _corpus_of(data: DataConfig, fingerprint: str) -> Path | None:
 
 
 def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
-    """Refuse text whose ids mean something else than those that a checkpoint was trained on; one rank calls this.
-
-    The run of the checkpoint keeps its tokenizer; a checkpoint that lies elsewhere does not say which it was.
+    """Refuse data whose tokenizer is not that of the checkpoint's run, if that is there; one rank calls this.
 
     Raises:
         CheckpointError: the tokenizers differ, as the tokenizers library of today writes them.
@@ -213,7 +200,7 @@ def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
 
 
 def count_skipped_shards(stream: SampleStream, config: TrainConfig) -> dict[str, int]:
-    """Return, as a metric, how many shards any rank has skipped, on rank 0; all ranks call this."""
+    """Return the metric of shards skipped by any rank, on rank 0; all ranks call this."""
     if config.data.on_bad_shard is not OnBad.skip:
         return {}
     found = gather_json(stream.skipped_shards)

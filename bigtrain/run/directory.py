@@ -1,7 +1,4 @@
-"""The directory of a run: deterministic, so that the same command finds it again.
-
-``config.yaml`` is the resolved configuration of the newest launch, without secrets.
-"""
+"""The directory of a run, which the same command finds again; ``config.yaml`` is the resolved configuration, redacted."""
 
 import contextlib
 import dataclasses
@@ -52,12 +49,12 @@ DESCRIPTION_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-"""What the directory of a Hugging Face model says besides weights and tokenizer; the first one is needed."""
+"""Files of a Hugging Face model besides weights and tokenizer; the first one is needed."""
 
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Turn what the system refuses into a ConfigError that says what to do."""
+    """Turn an OSError into a ConfigError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -65,11 +62,7 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
-    """Put into the run's directory what it needs to be continued and used, elsewhere and without what it began with.
-
-    Args:
-        config: of this launch.
-        tokenizer: directory of a corpus, if it has a tokenizer.
+    """Write what the run needs to be continued and used elsewhere, with the tokenizer of a corpus directory, if any.
 
     Raises:
         ConfigError: the directory cannot be written.
@@ -85,13 +78,13 @@ def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
 
 
 def write_config(directory: Path, config: TrainConfig) -> None:
-    """Save the configuration of this launch, whole or not at all."""
+    """Save the configuration of this launch."""
     directory.mkdir(parents=True, exist_ok=True)
     write_anew(directory / CONFIG_FILE, yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
 
 
 def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
-    """Copy the tokenizer, whole, and the index that says how to use it, so that a run generates without its data."""
+    """Copy the tokenizer and the index, so that a run generates without its data."""
     published = (corpus_directory / PUBLISHED_DIRECTORY).rglob("*")
     for path in (corpus_directory / INDEX_FILE, corpus_directory / TOKENIZER_FILE, *filter(Path.is_file, published)):
         copy = directory / path.relative_to(corpus_directory)
@@ -100,11 +93,7 @@ def keep_tokenizer(directory: Path, corpus_directory: Path) -> None:
 
 
 def keep_model(directory: Path, model: ModelConfig) -> None:
-    """Copy what describes a Hugging Face model, and its stored buffers: a run goes on and generates without it.
-
-    Raises:
-        ConfigError: the description cannot be had.
-    """
+    """Copy the description and the stored buffers of a Hugging Face model, so that a run continues without it."""
     if model.kind is not ModelKind.hf:
         return
     published, own = published_directory(model.name, list(DESCRIPTION_FILES)), directory / MODEL_DIRECTORY
@@ -120,16 +109,16 @@ def keep_model(directory: Path, model: ModelConfig) -> None:
 
 
 def own_model(model: ModelConfig, directory: Path) -> ModelConfig:
-    """Return ``model`` as a run describes it itself: with its own copy as name, if it has one."""
+    """Return ``model`` with the run's own copy of its description as name, if it has one."""
     own = directory / MODEL_DIRECTORY
     return dataclasses.replace(model, name=str(own)) if (own / DESCRIPTION_FILES[0]).is_file() else model
 
 
 def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
-    """Return the description that a launch builds: the run's own once it has a checkpoint, else what is named.
+    """Return the description to build from: the run's own once it has a checkpoint, else the named one.
 
     Raises:
-        ConfigError: what is named is another model now.
+        ConfigError: the named one is another model now.
     """
     own = own_model(model, directory)
     if own is model or not find_checkpoints(directory):
@@ -154,10 +143,10 @@ def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def unused_of_model(config: TrainConfig) -> list[str]:
-    """Return what a run that begins does not use of what its model was published as, a line each.
+    """Return what a new run does not use of its published model, a line each.
 
     Raises:
-        ConfigError: it would begin with weights of which files are missing in a local directory.
+        ConfigError: files of its weights are missing in a local directory.
     """
     model, setting = config.model, "model.init_from" if config.model.init_from else "model.name"
     name = model.init_from or (model.name if model.kind is ModelKind.hf else None)
@@ -176,7 +165,7 @@ def unused_of_model(config: TrainConfig) -> list[str]:
 
 
 def locate(path: Path) -> tuple[Path, Path]:
-    """Return the run directory and the checkpoint that ``path`` means: a run (its newest) or one checkpoint.
+    """Return the run and the checkpoint of ``path``: a run, of which the newest, or one of its checkpoints.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -193,7 +182,7 @@ def locate(path: Path) -> tuple[Path, Path]:
 
 
 def find_whole(path: Path) -> tuple[Path, Path]:
-    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is; nothing is set aside.
+    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is.
 
     If there is a process group, all ranks call this.
 
@@ -213,7 +202,7 @@ def find_whole(path: Path) -> tuple[Path, Path]:
 
 
 def read_config(directory: Path) -> TrainConfig:
-    """Return the configuration of a run, where it is now, with the Hugging Face model that it has kept.
+    """Return the configuration of a run, with its present directory and its own copy of a Hugging Face model.
 
     Raises:
         CheckpointError: ``directory`` is not a run.
@@ -230,13 +219,11 @@ def read_config(directory: Path) -> TrainConfig:
 
 
 def find_resume(config: TrainConfig) -> Path | None:
-    """Return the checkpoint that this launch continues from, as ``checkpoint.resume`` says; all ranks call this.
-
-    Every checkpoint is verified before it is chosen (:func:`newest_whole`).
+    """Return the verified checkpoint that this launch starts from, by ``checkpoint.resume``; all ranks call this.
 
     Raises:
-        CheckpointError: there is one where there must be none, none where there must be one, none that is
-            whole, none where there were some, or one of another model or optimizer.
+        CheckpointError: there is one against ``never``, none against ``must``, none whole, none where there were some, or
+            one of another model or optimizer.
     """
     directory, resume, verify = config.run.directory, config.checkpoint.resume, config.checkpoint.verify
     if resume == "never" and (found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)])):
@@ -272,9 +259,7 @@ def find_resume(config: TrainConfig) -> Path | None:
 
 
 def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) -> Path | None:
-    """Return the newest checkpoint of a run, of a step below ``before``, that verifies; all ranks call this.
-
-    A damaged one is named and set aside, and the one before it is tried.
+    """Return the newest checkpoint below step ``before`` that verifies; damaged ones are set aside. All ranks call this.
 
     Raises:
         CheckpointError: there are only damaged ones.
@@ -294,10 +279,7 @@ def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) 
 
 
 def last_saved_step(directory: Path, *, before: int = sys.maxsize) -> int:
-    """Return the newest step below ``before`` that a run has recorded as saved and not gone back behind, 0 if none.
-
-    A run that was killed before its first checkpoint has recorded none, however many steps it had made.
-    """
+    """Return the newest step below ``before`` that is recorded as saved and was not rolled back, 0 if none."""
     if not (directory / EVENTS_FILE).is_file():
         ended, attempt = read_exit(directory), read_json(directory / ATTEMPT_FILE)
         steps = {
@@ -315,7 +297,7 @@ def reached_step(directory: Path) -> int:
 
 
 def _newer_than(path: Path, directory: Path) -> int:
-    """Return the newest step that a run has recorded as saved if it is after ``path`` and was not set aside, else 0."""
+    """Return the newest step recorded as saved if it is after ``path`` and was not set aside, else 0."""
     step = last_saved_step(directory)
     return step if step > max(step_of(path), *map(step_of, find_damaged(directory)), 0) else 0
 
@@ -341,7 +323,7 @@ def _without_checkpoints(directory: Path) -> str:
 
 
 def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
-    """Rename a damaged checkpoint, note it among the events, and return its new name."""
+    """Rename a damaged checkpoint, record the event, and return the new name."""
     with writing(directory):
         aside = str(set_aside(path))
         events = JsonLines(directory / EVENTS_FILE)
@@ -351,7 +333,7 @@ def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
 
 
 def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
-    """Return ``path`` if its tensors are those of the run, as far as settings tell."""
+    """Return ``path`` if the run's model and optimizer are those of the checkpoint, by its settings."""
     saved = read_run_state(path).config
     # A setting that did not exist when the checkpoint was saved had its default.
     old, new = to_dict(ModelConfig()) | saved.get("model", {}), to_dict(config.model)
@@ -375,7 +357,7 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
 
 
 def _other_optimizer(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Say which setting makes the tensors of the optimizer's state other ones."""
+    """Return which setting gives the optimizer other state tensors."""
     if old.get("kind", new["kind"]) != new["kind"]:
         return f"optimizer.kind: {old['kind']} in the checkpoint, {new['kind']} now"
     momentum, wanted = (settings.get("betas", new["betas"])[0] for settings in (old, new))

@@ -1,4 +1,4 @@
-"""From a checkpoint to a directory that transformers, and every tool that reads its files, opens without us."""
+"""Export of a checkpoint as a directory of transformers."""
 
 import functools
 import json
@@ -33,8 +33,7 @@ from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, own_model
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
-OWN_ROLES = ("bos_token", "eos_token")
-"""Of a tokenizer that bigtrain has made: both are the end-of-text token, which stands between documents."""
+OWN_ROLES = ("bos_token", "eos_token")  # of a tokenizer made by bigtrain: both are the end-of-text token
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -44,14 +43,11 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    """As it is written."""
-    load: Callable[[], torch.Tensor]
-    """Reads it, in any floating-point type."""
+    dtype: torch.dtype  # in the file
+    load: Callable[[], torch.Tensor]  # in any floating-point dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -59,25 +55,21 @@ class Part:
 class Exported:
     """What was written."""
 
-    checkpoint: Path
-    """What it was written from."""
-    num_parameters: int
-    """Elements of all tensors."""
-    has_tokenizer: bool
-    """Whether the run has one; it has none if its data were synthetic."""
+    checkpoint: Path  # the source
+    num_parameters: int  # elements of all tensors
+    has_tokenizer: bool  # false for synthetic data
 
 
 def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int) -> Exported:
-    """Write ``out`` so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of transformers open it.
+    """Write ``out`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``, one tensor at a time.
 
-    Weights are read and written one tensor at a time. A published tokenizer and the configuration of a Hugging Face
-    model are what the run was started from, byte for byte where it has not changed them; a tokenizer of bigtrain's
-    encodes as in training.
+    A published tokenizer and the configuration of a Hugging Face model are copied byte for byte where the run has not
+    changed them; a tokenizer of bigtrain's encodes as in training.
 
     Args:
-        path: directory of a run, of which the newest checkpoint that verifies is taken, or of one checkpoint.
+        path: directory of a run, or of one of its checkpoints.
         out: directory to be made; it appears when it is complete.
-        precision: of the weights in the files.
+        precision: of the weights.
         max_shard_bytes: largest file of weights, unless a single tensor is larger.
 
     Raises:
@@ -175,7 +167,7 @@ def _disk_parts(model: HFCausalLM, reader: TensorReader, dtype: torch.dtype) -> 
 
 
 def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | None]:
-    """Return what the run's tokenizer says of the tokens that begin, end and pad a text; None where it says nothing."""
+    """Return the tokenizer's ids of BOS, EOS and padding; None where it has none."""
     if tokenizer is None:
         return {f"{role}_id": None for role in ROLES}
     own = dict.fromkeys(OWN_ROLES, load_tokenizer(run).id_to_token(tokenizer.eos_id))
@@ -185,7 +177,7 @@ def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | 
 
 
 def _published_roles(run: Path) -> dict[str, str]:
-    """Return the special tokens by their roles, as the files of a published tokenizer say."""
+    """Return the special tokens of a published tokenizer by role."""
     roles = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = run / PUBLISHED_DIRECTORY / name
@@ -196,7 +188,7 @@ def _published_roles(run: Path) -> dict[str, str]:
 
 
 def _with_ids(described: dict[str, Any], ids: dict[str, int | None]) -> dict[str, Any]:
-    """Put the ids of another tokenizer in; what it does not say stays, and a list of ids that has the tokenizer's."""
+    """Return ``described`` with the ids of another tokenizer, except where it has none or a list has it already."""
 
     def fits(name: str) -> bool:
         told = described.get(name)
@@ -250,7 +242,7 @@ def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int) -> 
 
 
 def _write_safetensors(path: Path, parts: list[Part]) -> None:
-    """Write one file tensor by tensor; the library's own writer would hold all of them in memory."""
+    """Write one file tensor by tensor; the library's writer holds all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     parts = sorted(parts, key=lambda part: -part.dtype.itemsize)  # every tensor begins at a multiple of its elements

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def inspect_run(directory: Path, *, step: int, num_samples: int) -> Iterator[str]:
-    """Yield what :func:`inspect_step` does for a run that has begun, also after its mixture was changed.
-
-    Raises:
-        CheckpointError: ``directory`` is not a run.
-    """
+    """Yield the lines of :func:`inspect_step` for a run on disk, also after a change of its mixture."""
     config, found = read_config(directory), find_checkpoints(directory)
     state = read_run_state(found[-1]) if found else None
     start = Cursor(state.step, state.samples) if state else Cursor()
@@ -51,14 +47,13 @@ def inspect_step(
 
     Args:
         config: resolved and checked.
-        step: from 1, as in ``metrics.jsonl``.
+        step: from 1.
         num_samples: samples to show.
         start: a place that the run has been at, by default its beginning.
         previous: of the checkpoint there.
 
     Raises:
-        ConfigError: there is no such step, or it is from before the mixture was changed.
-        DataError: the data ends before.
+        ConfigError: there is no such step, or it is from before a change of the mixture.
     """
     start = start or Cursor()
     batch_size = config.train.global_batch_size

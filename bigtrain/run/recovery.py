@@ -1,4 +1,4 @@
-"""How a launch takes a run, what it begins with, and how a run goes back."""
+"""How a launch takes a run, what it starts from, and how a run rolls back."""
 
 import dataclasses
 import os
@@ -36,14 +36,11 @@ from bigtrain.supervise.launch import Launch
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a launch, or what follows a rollback, begins with."""
+    """What a launch, or the training after a rollback, starts from."""
 
-    origin: Origin = field(default_factory=Origin)
-    """What the run itself began with."""
-    checkpoint: Path | None = None
-    """None for initial values."""
-    weights_only: bool = False
-    """Of the checkpoint only the weights are taken, and the run begins at step 0."""
+    origin: Origin = field(default_factory=Origin)  # of the run itself
+    checkpoint: Path | None = None  # None for initial values
+    weights_only: bool = False  # take only the weights of the checkpoint, and begin at step 0
 
     def read_state(self) -> RunState | None:
         """Return the run state that is continued; None at step 0."""
@@ -51,11 +48,7 @@ class Start:
 
 
 def require_place(config: TrainConfig, start: Start) -> None:
-    """Refuse, before anything long begins, a run that cannot be written, or whose published weights are not whole.
-
-    Raises:
-        ConfigError: why.
-    """
+    """Raise a ConfigError, before anything slow, if the run cannot be written or its published weights are not whole."""
     directory = config.run.directory
     there = next(place for place in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(place))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -67,7 +60,7 @@ def require_place(config: TrainConfig, start: Start) -> None:
 
 
 def claim(launch: Launch) -> None:
-    """Take the run for this launch; all ranks call this, a second call does nothing.
+    """Take the run for this launch, unless it has it; all ranks call this.
 
     Raises:
         ConfigError: another launch has it, or its directory cannot be written.
@@ -83,15 +76,9 @@ def claim(launch: Launch) -> None:
 
 
 def follow(config: TrainConfig, find: Callable[[], Path], stream: SampleStream) -> Path:
-    """Return where the run's directory is now; one that was removed becomes that of a run again. All ranks call this.
+    """Return where the run's directory is now, by :meth:`Launch.follow`; all ranks call this.
 
-    Args:
-        config: of the run.
-        find: :meth:`Launch.follow`.
-        stream: the samples of the run.
-
-    Raises:
-        ConfigError: the directory was removed and cannot be made anew.
+    A directory that was removed becomes that of a run again.
     """
 
     def found() -> str:
@@ -119,11 +106,7 @@ def has_moved(config: TrainConfig, place: Path) -> str:
 
 
 def find_start(config: TrainConfig) -> Start:
-    """Return what this launch begins with, as ``checkpoint.resume`` and ``checkpoint.load`` say; all ranks call this.
-
-    Raises:
-        CheckpointError: as :func:`bigtrain.run.directory.find_resume`.
-    """
+    """Return what this launch starts from, by ``checkpoint.resume`` and ``checkpoint.load``; all ranks call this."""
     path = find_resume(config)
     if path is None:
         return Start(Origin(published=_published(to_dict(config.model))))
@@ -135,7 +118,7 @@ def find_start(config: TrainConfig) -> Start:
 
 
 def _former_origin(config: dict[str, Any]) -> Origin:
-    """Return what a run began with whose checkpoint does not say so, from the configuration in it."""
+    """Return the origin of a run from the configuration in an old checkpoint."""
     resume = config.get("checkpoint", {}).get("resume", "auto")
     published = _published(config.get("model", {}))
     return Origin(published=published) if resume in RESUME_WORDS else Origin(checkpoint=resume)
@@ -146,7 +129,7 @@ def _published(model: dict[str, Any]) -> str | None:
 
 
 def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
-    """Give the engine what the run begins with; return how far the run is with it.
+    """Fill the engine's state and return how far the run is with it.
 
     Raises:
         ConfigError: with these weights the model looks ahead.
@@ -174,21 +157,20 @@ def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> 
 def go_back(
     config: TrainConfig, verdict: RollBack, stream: SampleStream, *, start: Start, begin: Cursor, rollbacks: int
 ) -> Start:
-    """Find what to go back to, before the bad steps; all ranks call this. What is newer is for the caller to discard.
+    """Return what to roll back to: the newest whole checkpoint before the bad steps, or the run's origin.
+
+    All ranks call this; the caller discards newer checkpoints.
 
     Args:
         config: of the run.
-        verdict: which steps are bad.
-        stream: the samples of the run, which leaves out those of the bad steps from then on.
-        start: what the launch, or what followed the last time, began with.
+        verdict: the bad steps.
+        stream: the samples of the run; those of the bad steps are left out from now on.
+        start: what was trained from until now.
         begin: where that was.
-        rollbacks: how often the run has gone back before.
-
-    Returns:
-        The newest whole checkpoint before; what the run began with if it has saved none since.
+        rollbacks: number of rollbacks before.
 
     Raises:
-        NoRestartError: the run has gone back too often, or what it would go back to is gone.
+        NoRestartError: too many rollbacks, or what to roll back to is gone.
     """
     first, last, batch = verdict.first_step, verdict.last_step, config.train.global_batch_size
     bad = f"steps {first} to {last} of {config.run.directory} have bad numbers"
@@ -212,12 +194,12 @@ def go_back(
 
 
 def discard(directory: Path, verdict: RollBack) -> None:
-    """Delete the checkpoints from the first bad step on; all ranks call this, and nobody is saving."""
+    """Delete the checkpoints from the first bad step on; all ranks call this while no save is under way."""
     on_rank0(lambda: discard_after(directory, verdict.first_step - 1))
 
 
 def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
-    """Return the newest checkpoint before ``step``, or what the run began with if it has had none."""
+    """Return the newest checkpoint before ``step``, or the origin if there was none."""
     directory = config.run.directory
     if path := newest_whole(directory, config.checkpoint.verify, before=step):
         return Start(origin, path)

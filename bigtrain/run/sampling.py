@@ -35,17 +35,9 @@ def sample_run(
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """Return continuations of ``prompt`` by the model of a run, and keep them in its ``samples.jsonl``.
+    """Return continuations of ``prompt`` by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
 
-    Args:
-        path: directory of the run, or of one of its checkpoints.
-        prompt: text to continue.
-        num_samples: number of continuations.
-        max_new_tokens: longest continuation.
-        temperature: 0 always takes the likeliest token.
-        top_k: draw from so many of the likeliest tokens; None = from all.
-        top_p: draw from the likeliest tokens that together have this probability; None = from all.
-        seed: the same seed gives the same texts.
+    The settings are those of :class:`bigtrain.cli.generate.GenerateConfig`.
 
     Raises:
         CheckpointError: no whole checkpoint.
@@ -90,7 +82,7 @@ def sample_run(
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, *, adds_special: bool) -> list[int]:
-    """Return the prompt as the beginning of a text: with BOS where the tokenizer writes it, but nothing that ends a text."""
+    """Return the ids of the prompt, with BOS where the tokenizer writes it, but without a closing special token."""
     encoding = tokenizer.encode(prompt, add_special_tokens=adds_special)
     ids, written = encoding.ids, encoding.special_tokens_mask
     while ids and written[len(ids) - 1] and 0 in written:
@@ -99,7 +91,7 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, *, adds_special: bool) -> li
 
 
 def continuation(tokenizer: "Tokenizer", ids: list[int], new_ids: list[int]) -> str:
-    """Return the text of ``new_ids`` behind that of ``ids``; alone, its first word loses the space in front in some."""
+    """Return the text of ``new_ids``, decoded after ``ids``: some tokenizers drop the space of a first word."""
     prompt, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *new_ids])
     return whole.removeprefix(prompt) if whole.startswith(prompt) else tokenizer.decode(new_ids)
 
@@ -116,7 +108,7 @@ def end_ids(run: Path, *, is_pretrained: bool) -> set[int]:
 
 
 def _keep(run: Path, step: int, prompt: str, texts: list[str]) -> None:
-    """Leave the texts in the run, for its report and dashboard; a run that cannot be written goes without."""
+    """Append the texts to the run's samples, or warn."""
     try:
         samples = JsonLines(run / SAMPLES_FILE)
     except OSError as error:

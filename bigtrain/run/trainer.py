@@ -85,8 +85,7 @@ from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler, save_hang
 from bigtrain.telemetry.recorder import NullRecorder, Recorder
 
-GC_EVERY_STEPS = 1000
-"""Python's garbage collector runs on all ranks at the same step, instead of at a different one on each."""
+GC_EVERY_STEPS = 1000  # Python's garbage collector runs on all ranks at the same step
 
 
 @dataclass(slots=True)
@@ -99,18 +98,13 @@ class Run:
     streams: Mapping[str, SampleStream]
     recorder: Any
     saver: Saver
-    start: Cursor
-    """Where this launch begins, or what follows after going back."""
-    origin: Origin = field(default_factory=Origin)
-    """What the run began with."""
-    rollbacks: int = 0
-    """How often the run has gone back because of bad numbers."""
+    start: Cursor  # of this launch, or after a rollback
+    origin: Origin = field(default_factory=Origin)  # of the run
+    rollbacks: int = 0  # because of bad numbers
     signal: StopSignal = field(default_factory=StopSignal)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    limits: StopLimits | None = None
-    """What besides signals ends this launch; on rank 0."""
-    follow: Callable[[], Path] | None = None
-    """Tells on rank 0 where the directory is now, should somebody have renamed or removed it; None if nobody looks."""
+    limits: StopLimits | None = None  # on rank 0
+    follow: Callable[[], Path] | None = None  # returns, on rank 0, where a renamed or removed directory is now
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +116,7 @@ class End:
 
 
 def run(config: TrainConfig) -> int:
-    """Train as ``config`` (resolved and checked) says, from the newest checkpoint on.
-
-    Returns:
-        ``EXIT_FINISHED`` or ``EXIT_RESUMABLE``.
-
-    Raises:
-        BigtrainError: the user can mend it.
-    """
+    """Train by ``config``, resolved and checked, from the newest checkpoint on; return EXIT_FINISHED or EXIT_RESUMABLE."""
     info = RankInfo.from_env()
     log.setup(info.rank)
     device = pick_device(info)
@@ -148,9 +135,9 @@ def run(config: TrainConfig) -> int:
     # Rank 0's configuration is the configuration of the run.
     own_imports, config = config.imports, from_dict(TrainConfig, broadcast_json(to_dict(config)))
     require_same_imports(own_imports)
-    # Some launchers end all ranks as soon as one has ended: none goes before rank 0 has written everything.
+    # Some launchers end all ranks as soon as one has ended: all wait until rank 0 has written everything.
     code = broadcast_json(_run(config, info, device))
-    # Only here: after a failure, a collective could wait for ever for ranks that are gone.
+    # Not after a failure, when a collective could wait for ever for ranks that are gone.
     shut_down()
     return code
 
@@ -235,7 +222,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
             begin, rollbacks = parts.start, parts.rollbacks
             start = go_back(config, end, streams["train"], start=start, begin=begin, rollbacks=rollbacks)
             bad = {"first_bad_step": end.first_step, "last_bad_step": end.last_step}
-            # First the word, then the deed: what is recorded as saved, and not taken back, has to be there.
+            # Record first: a checkpoint recorded as saved and not rolled back has to exist.
             parts.recorder.event("rollback", step=end.last_step, checkpoint=str(start.checkpoint or ""), **bad)
             discard(directory, end)
         parts.rollbacks += 1
@@ -243,7 +230,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
 
 
 def train(run: Run) -> End | RollBack:
-    """Train until the run is finished, or somebody wants it to stop, or it has to go back.
+    """Run the loop until completion, a stop request, or a rollback.
 
     Raises:
         CheckpointError: saving has failed too often, or at the end.
@@ -267,7 +254,7 @@ def train(run: Run) -> End | RollBack:
         meter.mark(names.CHECKPOINT_STALL_SECONDS)
 
     gc.disable()
-    gc.freeze()  # what is there by now stays: to look through it again and again takes a tenth of a second each time
+    gc.freeze()  # a collection would look through all modules, for a tenth of a second
     with loader, _profiler(run) as profiler:
         for batch in heartbeat.during("data", loader):
             meter.data_ready(batch.micro_batches)
@@ -333,7 +320,7 @@ def record_validation(run: Run, done: Cursor) -> float:
 
 
 def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: bool) -> None:
-    """Begin to save a checkpoint of the step that ``batch`` was for; the last one goes where the directory is by then."""
+    """Begin to save a checkpoint of the step of ``batch``; the last one follows a renamed directory."""
     record_save(run, run.saver.finish())
     if last and run.follow:
         run.directory = run.saver.run_directory = follow(run.config, run.follow, run.streams["train"])
@@ -356,7 +343,7 @@ def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: boo
 
 
 def record_save(run: Run, report: SaveReport | None) -> None:
-    """Record how a save has ended, if one has."""
+    """Record the end of a save, if one has ended."""
     if report is None:
         return
     run.heartbeat.took("checkpoint", report.seconds)
@@ -370,7 +357,7 @@ def record_save(run: Run, report: SaveReport | None) -> None:
 
 
 def record_bad_numbers(run: Run, judge: BadNumbers, records: list[dict[str, Any]]) -> RollBack | None:
-    """Record the bad ones of these steps; return how far the run has to go back, if it has to."""
+    """Record the bad steps; return the rollback, if one is due."""
     found, verdict = judge.judge(records)
     for bad in found:
         run.recorder.event("bad_step", step=bad.step, why=bad.why)
@@ -386,11 +373,7 @@ def record_stragglers(run: Run, found: list[Straggler]) -> None:
 
 
 def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:
-    """Return this rank's recorder; all ranks call this.
-
-    Raises:
-        ConfigError: the run's directory cannot be written; on all ranks.
-    """
+    """Return this rank's recorder; all ranks call this."""
     directory, recorder = config.run.directory, NullRecorder()
     described = dataclasses.replace(config, model=continued_model(config.model, directory))
     num_parameters = sum(math.prod(e.shape) for key, e in engine.state.entries.items() if key.startswith(MODEL))

@@ -1,4 +1,4 @@
-"""The loss of a run on the documents that it never trains on, while it trains and afterwards."""
+"""The loss of a run on held-out documents, in training and afterwards."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ from bigtrain.tasks.base import split_sums
 
 
 def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[str, float]:
-    """Return the mean loss per target over the validation batches and the task's metrics, the same for every world size."""
+    """Return the mean loss per target over the validation batches, and the task's metrics, at any world size."""
     objective = build_objective(config.task)
     num_sums = sum(math.prod(shape) for shape in objective.sums.values())
     total = torch.zeros(2 + num_sums, dtype=torch.float64)
@@ -50,22 +50,21 @@ def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[
 
 
 def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
-    """Return loss and perplexity of a run's checkpoint on its validation split, on all ranks of this world.
+    """Return loss and metrics of a checkpoint on its run's validation split, on all ranks of this world.
 
     Args:
-        path: directory of the run, or of one of its checkpoints.
-        batches: global batches; by default as many as in the run's own validations.
+        path: directory of a run, or of one of its checkpoints.
+        batches: global batches; by default those of the run's own validations.
 
     Raises:
         CheckpointError: no whole checkpoint.
-        ConfigError: the run's batch does not divide over this world.
     """
     info = RankInfo.from_env()
     log.setup(info.rank)
     device = pick_device(info)
     directory, _ = locate(path)
     config = read_config(directory)
-    # How the run was spread over ranks does not matter to its loss; here the least memory does.
+    # The engine does not matter to the loss; this one needs the least memory.
     engine_config = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     config = dataclasses.replace(config, engine=engine_config)
     config.validation = dataclasses.replace(

@@ -1,9 +1,8 @@
-"""Launches of a run: one at a time, counted, and each leaves a record of how it ended.
+"""Launches of a run: one at a time, counted, each with a record of its end.
 
-``attempt.json`` says which launch has the run; that one holds it (:mod:`bigtrain.supervise.lease`). ``exit.json`` says how
-the newest launch ended, in words that survive launchers which turn every exit code into 1. Scripts
-that restart read it: ``{"code", "reason", "step", "attempt", "time"}`` with a code of
-:mod:`bigtrain.errors`; it is absent while a launch runs.
+``attempt.json`` is the lease of the launch that holds the run (:mod:`bigtrain.supervise.lease`). ``exit.json`` is how the
+newest launch ended, ``{"code", "reason", "step", "attempt", "time"}`` with a code of :mod:`bigtrain.errors`, for scripts
+behind a launcher that turns every exit code into 1; it is absent while a launch runs.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from bigtrain.errors import (
     BigtrainError,
     NoRestartError,
 )
-from bigtrain.files import read_json
+from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger, redact
 from bigtrain.supervise.lease import Lease, take_lease
 
@@ -92,10 +91,7 @@ def claim_run(
 
 
 def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
-    """Leave the record of a launch that is stopped before it has taken the run.
-
-    None is left if another launch has it or seems to, or where there is a verdict that a stop does not change.
-    """
+    """Record a launch that is stopped before it takes the run, unless another one has it or the last verdict stands."""
     with contextlib.suppress(OSError, BigtrainError):
         if read_exit(directory).get("code") in (EXIT_FINISHED, EXIT_NO_RESTART):
             return
@@ -106,12 +102,12 @@ def record_early_stop(directory: Path, newest_step: int, reason: str) -> None:
 
 
 def holds(directory: Path, attempt: int) -> bool:
-    """Return whether no later launch has the run."""
+    """Return whether no later launch has taken the run."""
     return read_json(directory / ATTEMPT_FILE).get("attempt", attempt) <= attempt
 
 
 def keep_room(directory: Path) -> None:
-    """Take a part of the disk, in ``.room``, for the last words of this launch, if there is as much."""
+    """Reserve disk space, in ``.room``, for the records of a failure, if there is as much."""
     path = directory / ROOM_FILE
     try:
         path.write_bytes(os.urandom(_ROOM_BYTES))  # zeros would take nothing on a file system that compresses
@@ -121,63 +117,43 @@ def keep_room(directory: Path) -> None:
 
 
 def make_room(directory: Path, attempt: int) -> None:
-    """Free what a launch has kept of the disk, so that its last words can be written though the disk is full."""
+    """Free the reserved disk space for the records of a failure."""
     if holds(directory, attempt):
         with contextlib.suppress(OSError):
             (directory / ROOM_FILE).unlink(missing_ok=True)
 
 
 def write_exit(directory: Path, *, code: int, reason: str, step: int, attempt: int) -> None:
-    """Leave the record of how a launch ended, whole or not at all; a disk that refuses it costs a warning."""
+    """Write the record of how a launch ended; warn where the disk refuses it."""
     if not holds(directory, attempt):
         return
     make_room(directory, attempt)
     values = {"code": code, "reason": redact(reason), "step": step, "attempt": attempt, "time": now()}
     try:
-        write_json(directory / EXIT_FILE, values)
+        write_anew(directory / EXIT_FILE, json.dumps(values, indent=1) + "\n")
     except OSError as error:
         get_logger().warning(f"cannot write {directory / EXIT_FILE}: {error}")
 
 
 def read_exit(directory: Path) -> dict[str, Any]:
-    """Return the record of how the newest launch ended; empty while it runs, or if it ended without a word."""
+    """Return the record of how the newest launch ended; empty while it runs or if it was killed."""
     return read_json(directory / EXIT_FILE)
 
 
 def has_decided(directory: Path, attempt: int) -> bool:
-    """Return whether a launch has said that it ends; ranks that still wait then lose their peers."""
+    """Return whether a launch has recorded its end, other than a fault; its ranks then lose their connections."""
     found = read_exit(directory)
     return found.get("attempt") == attempt and found.get("code") != EXIT_FAULT
 
 
 def has_failed(directory: Path, attempt: int) -> bool:
-    """Return whether some rank of a launch has said that the run fails."""
+    """Return whether a rank of the launch has recorded a failure."""
     found = read_exit(directory)
     return found.get("attempt") == attempt and found.get("code") not in (EXIT_FINISHED, EXIT_RESUMABLE)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write ``values`` to ``path``, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w") as file:
-            json.dump(values, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
 def now() -> str:
-    """Return the time of day (UTC), for people; nothing is decided by it."""
+    """Return the time (UTC) for records; nothing is decided by it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 

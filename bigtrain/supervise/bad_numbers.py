@@ -1,10 +1,8 @@
-"""Steps whose numbers are not to be trained on: NaN and infinity, and spikes of the loss.
+"""Non-finite steps and loss spikes: which steps are bad, and when to roll back.
 
-The engines leave out the update of a step whose gradient is not finite, on all ranks alike (a loss that is
-not finite makes its gradient so). This module judges afterwards, when the numbers are read back: a few
-bad steps are put up with; too many among the last ones send the run back to a checkpoint before the first of
-them, and from there on without the samples of the bad stretch (as PaLM's authors did by hand: Chowdhery et
-al. 2022, section 5.1). Every rank judges the same numbers, so all come to the same verdict.
+Engines skip the update of a step with a non-finite gradient, on all ranks. This module decides when the numbers are read
+back: a few bad steps are tolerated; too many roll the run back to the checkpoint before the first of them, and skip
+the samples of the bad stretch (Chowdhery et al. 2022, section 5.1). All ranks see the same numbers and decide alike.
 """
 
 import math
@@ -16,13 +14,12 @@ from typing import Any
 
 from bigtrain.config import BadNumbersConfig
 
-REMEMBERED_STEPS = 100
-"""Bad steps longer ago than this are forgotten."""
+REMEMBERED_STEPS = 100  # bad steps longer ago do not count
 
 
 @dataclass(frozen=True, slots=True)
 class BadStep:
-    """A step that was not to be trained on."""
+    """A non-finite or spiking step."""
 
     step: int
     why: str
@@ -30,28 +27,23 @@ class BadStep:
 
 @dataclass(frozen=True, slots=True)
 class RollBack:
-    """The verdict that the run has to go back, and to leave out the steps from the first to the last."""
+    """Roll back, and skip the samples of the steps from the first to the last."""
 
     first_step: int
     last_step: int
 
 
 class BadNumbers:
-    """The judge of one launch, on every rank."""
+    """Finds the bad steps of a launch, alike on every rank."""
 
     def __init__(self, config: BadNumbersConfig) -> None:
         self._config = config
         self._losses: deque[float] = deque(maxlen=config.spike_window_steps)
         self._bad: deque[BadStep] = deque()
-        self.has_good = False
-        """Whether any step was not bad."""
+        self.has_good = False  # whether any step was not bad
 
     def judge(self, records: Sequence[dict[str, Any]]) -> tuple[list[BadStep], RollBack | None]:
-        """Return the bad ones among the steps since the last call, and whether they are too many.
-
-        Args:
-            records: per step ``step, loss, grad_norm`` with the loss of all ranks, in order.
-        """
+        """Return the bad steps among ``records`` (``step, loss, grad_norm``, in order), and the rollback if one is due."""
         found = []
         for record in records:
             if why := self._fault(record["loss"], record["grad_norm"]):
@@ -77,11 +69,7 @@ class BadNumbers:
 
 
 def robust_zscore(value: float, window: Sequence[float]) -> tuple[float, float]:
-    """Return the median of ``window`` and how many standard deviations ``value`` is above it.
-
-    The deviation is estimated from the median of the absolute deviations, times 1.4826, which a few outliers
-    do not move (Iglewicz and Hoaglin 1993).
-    """
+    """Return the median of ``window`` and the z-score of ``value`` by 1.4826 times the MAD (Iglewicz and Hoaglin 1993)."""
     median = statistics.median(window)
     deviation = 1.4826 * statistics.median(abs(loss - median) for loss in window)
     return median, (value - median) / max(deviation, 1e-6 * abs(median), 1e-12)

@@ -1,13 +1,11 @@
-"""What failed first: every rank that fails leaves a record, and few of them sum up.
+"""The first cause of a failure: every rank that fails leaves a record, and few of them summarise.
 
-When all ranks of a large job fail at once, and each would read what the others have left, they would read ranks² files. So the
-first record of each kind is summed up with all others by its writer, and once more by the watchdog of rank 0's node
-when the ranks of that node are gone; everybody else reads the sum alone.
+``failures/attempt-00003/rank-00001.json`` is the record of a rank, ``failure.json`` in the run's directory the summary of
+the newest attempt that failed. If every rank of a large job summarised, they would read ranks² files. So only the writer
+of the first record of each kind does, and finally the watchdog of rank 0's node.
 
-``failures/attempt-00003/rank-00001.json`` is one rank's record, ``failure.json`` in the run's directory the
-sum of the newest attempt that failed. The first cause is not the earliest record: when a rank dies
-the others lose their connections to it, and say so before anybody has noticed the death. So a rank's own
-exception, or a hang, goes before a death without a word, and that before a lost connection.
+The first cause is not the earliest record: when a rank dies, others report their lost connections before the death is
+noticed. An exception or a hang goes before a death, and a death before a lost connection.
 """
 
 import contextlib
@@ -20,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import EXIT_FAULT
-from bigtrain.files import read_json
+from bigtrain.files import read_json, write_anew
 from bigtrain.log import redact
-from bigtrain.supervise.attempt import FAILURE_FILE, holds, make_room, now, write_exit, write_json
+from bigtrain.supervise.attempt import FAILURE_FILE, holds, make_room, now, write_exit
 from bigtrain.supervise.heartbeat import Beat
 
 _ROUNDS = 3
@@ -35,20 +33,15 @@ _CONNECTION_WORDS = ("gloo/transport", "connection closed by peer", "connection 
 class Failure:
     """How one rank failed."""
 
-    kind: str
-    """``exception``, ``hang``, ``died`` (without a word) or ``connection`` (to a rank that is gone)."""
+    kind: str  # exception, hang, died (killed or crashed) or connection (to a rank that is gone)
     rank: int
     phase: str
-    step: int
-    """The optimizer step under way, from 1."""
-    error: str
-    """What happened, in a line."""
-    detail: str = ""
-    """Traceback or stacks."""
+    step: int  # the optimizer step under way, from 1
+    error: str  # one line
+    detail: str = ""  # traceback or stacks
     host: str = ""
     time: str = ""
-    code: int = EXIT_FAULT
-    """How the run ends if this is the first cause."""
+    code: int = EXIT_FAULT  # of the run if this is the first cause
 
 
 def failure_of(error: BaseException, *, rank: int, phase: str, step: int) -> Failure:
@@ -67,26 +60,23 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def record_failures(directory: Path, attempt: int, failures: list[Failure], beats: list[Beat]) -> dict[str, Any]:
-    """Write the records, and, if one is the first of its kind, sum up all of this attempt.
-
-    Never raises: what cannot be written is returned all the same.
+    """Write records, and summarise the attempt if one is the first of its kind. Never raises.
 
     Args:
         directory: of the run.
         attempt: number of this launch.
-        failures: new ones; a rank that has a record already keeps it.
-        beats: what the ranks of this node do.
+        failures: new ones; a rank that has a record keeps it.
+        beats: heartbeats of the ranks of this node.
 
     Returns:
-        The sum: the first cause with ``summary``, a line about it, and ``others``, what the other ranks did; as others have
-        left it if it is not summed up anew.
+        The first cause with ``summary``, a line about it, and ``others``, what the other ranks did.
     """
     place = _place(directory, attempt)
     host = socket.gethostname()
     records = [redact({**asdict(failure), "host": host, "time": now()}) for failure in failures]
     make_room(directory, attempt)
     with contextlib.suppress(OSError):
-        place.parent.mkdir(exist_ok=True)  # but not the run's directory, which somebody may have renamed
+        place.parent.mkdir(exist_ok=True)  # but not the run's directory, which may have been renamed
         place.mkdir(exist_ok=True)
         for record in records:
             _write_new(place / f"rank-{record['rank']:05d}.json", record)
@@ -98,18 +88,11 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
 def sum_up(
     directory: Path, attempt: int, beats: list[Beat], records: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Read all records of an attempt, leave ``failure.json`` and ``exit.json``, and return the sum; nothing without records.
-
-    Args:
-        directory: of the run.
-        attempt: number of the launch.
-        beats: what the ranks of this node do.
-        records: what counts when none can be read.
-    """
+    """Summarise the records of an attempt (``records`` if none can be read) in ``failure.json`` and ``exit.json``."""
     place = _place(directory, attempt)
     found: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
-    for _ in range(_ROUNDS):  # others may record what they know meanwhile, and nobody waits for anybody
+    for _ in range(_ROUNDS):  # other ranks may write their records meanwhile
         if (now_found := _read_records(place) or records or []) == found:
             break
         found = now_found
@@ -119,8 +102,8 @@ def sum_up(
         write_exit(directory, code=summary["code"], reason=summary["summary"], step=summary["step"], attempt=attempt)
         with contextlib.suppress(OSError):
             if holds(directory, attempt):
-                write_json(directory / FAILURE_FILE, summary)
-            write_json(place / FAILURE_FILE, summary)
+                write_anew(directory / FAILURE_FILE, json.dumps(summary, indent=1))
+            write_anew(place / FAILURE_FILE, json.dumps(summary, indent=1))
     return summary
 
 
@@ -134,18 +117,15 @@ def _states(beats: list[Beat]) -> list[dict[str, Any]]:
 
 
 def _is_first_of_kind(place: Path, kind: str) -> bool:
-    """Return whether nobody has asked that before, or it cannot be known."""
     try:
         os.close(os.open(place / f".{kind}", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 
 def describe(run: str, summary: dict[str, Any]) -> str:
-    """Return the sum of a failure in a few lines for the console."""
+    """Return the summary of a failure in a few lines for the console."""
     lines = [f"{run} has failed (attempt {summary['attempt']}). First cause: {summary['summary']}"]
     others = [f"rank {o['rank']} in {o['phase']} of step {o['step']}" for o in summary["others"][:8]]
     if others:

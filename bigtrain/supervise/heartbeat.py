@@ -1,8 +1,7 @@
-"""Heartbeats: which phase of which step each rank of this node is in, and how long it may stay there.
+"""Heartbeats: the phase and step of each rank of a node, and the deadline of the phase.
 
-A rank writes six numbers into shared memory whenever it enters a phase; that costs a microsecond. Whoever
-watches (:mod:`bigtrain.supervise.watchdog`) only compares clocks. All times are CLOCK_MONOTONIC, which all
-processes of a node share and which nobody can set back.
+A rank writes six numbers into shared memory when it enters a phase, in a microsecond; the watchdog compares clocks. All
+times are CLOCK_MONOTONIC, which the processes of a node share.
 """
 
 import mmap
@@ -28,7 +27,7 @@ PHASES = (
     "profile",
     "ending",
 )
-"""In the order in which a step goes through them. In ``profile``, rank 0 begins or exports a trace, and all others wait."""
+"""In the order of a step. In ``profile``, rank 0 begins or exports a trace while the others wait."""
 _FIELDS = ("pid", "rank", "phase", "step", "since_ns", "deadline_ns")
 _NUM_BYTES = 8 * len(_FIELDS)
 _WINDOW = 200  # durations of a phase that are remembered
@@ -47,13 +46,12 @@ class Heartbeat:
         """Begin in the phase ``starting``.
 
         Args:
-            path: file that a watchdog reads; None if there is none.
+            path: file that the watchdog reads, if there is one.
             rank: global rank.
-            hang_seconds: a phase may always take so long, and three times the longest of its last times.
-            first_hang_seconds: a phase that has been seen fewer than three times may take so long, and a profile always.
+            hang_seconds: deadline of a phase, unless three times the longest of its last 200 durations is more.
+            first_hang_seconds: deadline of a phase that has been seen fewer than three times, and of every profile.
         """
-        self.step = 0
-        """The optimizer step under way, from 1."""
+        self.step = 0  # the optimizer step under way, from 1
         self._floor_ns, self._first_ns = int(hang_seconds * 1e9), int(first_hang_seconds * 1e9)
         self._durations: list[deque[int]] = [deque(maxlen=_WINDOW) for _ in PHASES]
         self._num_seen = [0] * len(PHASES)
@@ -67,7 +65,6 @@ class Heartbeat:
 
     @property
     def phase(self) -> str:
-        """The phase that this rank is in."""
         return PHASES[self._phase]
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -84,15 +81,15 @@ class Heartbeat:
         new = self._phase = PHASES.index(phase)
         self._since_ns = now
         slots = self._slots
-        # The deadline goes first: whoever reads in between sees the old phase with more time, never with less.
+        # The deadline first: a reader in between sees the old phase with more time, never less.
         slots[5], slots[4], slots[2], slots[3] = now + self._limits_ns[new], now, new, self.step
 
     def took(self, phase: str, seconds: float) -> None:
-        """Count what went on beside other phases as a time of ``phase``: it may have to be waited for the next time."""
+        """Count a duration of ``phase`` that passed in the background: the next time it may have to be waited for."""
         self._durations[PHASES.index(phase)].append(int(seconds * 1e9))
 
     def during(self, phase: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield from ``items``; waiting for the next one is in ``phase``, of the step after this one."""
+        """Yield from ``items``; waiting for the next one is in ``phase`` of the next step."""
         iterator = iter(items)
         while True:
             self.enter(phase, self.step + 1)
@@ -103,26 +100,24 @@ class Heartbeat:
             yield item
 
     def seconds_in(self, phase: str) -> float:
-        """Return how long this rank has been in ``phase``, all times together that have ended."""
+        """Return the sum of the completed durations of ``phase``."""
         return self._total_ns[PHASES.index(phase)] / 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a heartbeat said last."""
+    """A heartbeat as it was read."""
 
     pid: int
     rank: int
     phase: str
     step: int
-    since_ns: int
-    """When the phase began."""
-    deadline_ns: int
-    """When it should have ended."""
+    since_ns: int  # when the phase began
+    deadline_ns: int  # when it has to have ended
 
 
 def read_beats(directory: Path) -> list[Beat]:
-    """Return the heartbeats of the ranks of this node that have begun, in rank order."""
+    """Return the heartbeats of the ranks of this node in rank order."""
     beats = []
     for path in sorted(directory.glob("*.beat")):
         data = path.read_bytes()
@@ -133,11 +128,7 @@ def read_beats(directory: Path) -> list[Beat]:
 
 
 def beats_directory(name: str) -> Path:
-    """Return where the ranks of a node put their heartbeats: in memory, where there is such a place.
-
-    Args:
-        name: of this launch and this node; nodes may share a machine.
-    """
+    """Return where the ranks of a launch on a node put their heartbeats, in shared memory if there is any."""
     place = Path("/dev/shm")
     if not os.access(place, os.W_OK):
         place = Path(tempfile.gettempdir())

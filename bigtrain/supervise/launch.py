@@ -1,4 +1,4 @@
-"""One launch of a run on this rank: its lease of the run, its heartbeat, and the word that it leaves at its end."""
+"""One launch of a run on this rank: its lease, its heartbeat, and the record of its end."""
 
 import contextlib
 import faulthandler
@@ -29,43 +29,27 @@ from bigtrain.supervise.lease import Lease
 from bigtrain.supervise.signals import MOVED, StopSignal
 from bigtrain.supervise.watchdog import STACK_SIGNAL, Watch, question_path, stacks_path, start_watchdog
 
-_RECORD_SECONDS = 1.0
-"""So long it may take until a failure is recorded that a launcher has noticed."""
+_RECORD_SECONDS = 1.0  # until a failure that the launcher has noticed is recorded
 
 
 class Launch:
-    """A context manager around a run; what goes wrong inside is recorded and raised on."""
+    """A context manager around a run that records and re-raises its errors; nothing is written before :meth:`claim`."""
 
     def __init__(self, directory: Path, rank: int, config: SupervisionConfig) -> None:
-        """Begin; nothing is written before :meth:`claim`.
-
-        Args:
-            directory: of the run.
-            rank: global rank.
-            config: bounds of hangs and restarts.
-        """
         self.directory = directory
         self.rank = rank
         self.config = config
-        self.attempt = 0
-        """Number of this launch of the run, from 1; 0 as long as it has not been claimed."""
+        self.attempt = 0  # number of this launch, from 1; 0 until the run is claimed
         self.started = time.monotonic()
         self.heartbeat = Heartbeat()
         self.signal = StopSignal()
-        """Whether somebody wants this launch to stop; from :meth:`begin` on."""
         self._lease: Lease | None = None
         self._beats: Path | None = None
         self._stacks: TextIO | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
 
     def claim(self, newest_step: int) -> int:
-        """Take the run, on rank 0, and return the number of this launch, from 1.
-
-        Raises:
-            ConfigError: another launch has the run.
-            NoRestartError: the run has failed too often without a new checkpoint.
-            OSError: the directory cannot be written.
-        """
+        """Take the run, on rank 0, and return the number of this launch; see :func:`claim_run`."""
         number, self._lease = claim_run(
             self.directory,
             newest_step=newest_step,
@@ -82,21 +66,17 @@ class Launch:
             self.signal.request(MOVED)
 
     def is_here(self) -> bool:
-        """Return whether the directory of the run is still that which rank 0 has taken; another rank cannot tell."""
+        """Return, on rank 0, whether the run's directory is where it was taken; other ranks cannot tell."""
         return self._lease is None or self._lease.is_here()
 
     def follow(self) -> Path:
-        """Return on rank 0 where the directory of the run is now, and leave the last words there.
-
-        Raises:
-            OSError: it was removed and cannot be made anew.
-        """
+        """Return, on rank 0, where the run's directory is now; records go there."""
         if self._lease is not None:
             self.directory = self._lease.follow()
         return self.directory
 
     def begin(self, attempt: int) -> None:
-        """Know, on every rank, that the run has been taken; from now on signals stop it in order."""
+        """Note, on every rank, that the run has been taken; from now on signals are handled in order."""
         self.attempt = attempt
         self.signal.at_once = True
         self.signal.listen()
@@ -108,19 +88,19 @@ class Launch:
         save: Callable[[str], None] | None = None,
         cache: Path | None = None,
     ) -> None:
-        """Let the heartbeat be seen; the first rank of each node starts the watchdog.
+        """Publish the heartbeat, and start the watchdog on the first rank of each node.
 
         Args:
-            launch_id: the same on all ranks, and no other launch's.
+            launch_id: the same on all ranks, unique to the launch.
             local_rank: rank on this node.
-            save: what this process saves when it hangs, under a name, before it is ended; in a thread.
-            cache: where data is fetched for the ranks of this node; to wait for it is no hang.
+            save: called in a thread, with a name, before a hung process is killed.
+            cache: where data is fetched for the ranks of this node; waiting for it is no hang.
         """
         hang_seconds = self.config.hang_seconds
         place = beats_directory(f"{launch_id}-{self.rank - local_rank}")
         try:
             place.mkdir(mode=0o700, exist_ok=True)
-            # Open from now on: the answer to the watchdog is written when nothing can be opened any more.
+            # Opened now: a rank that hangs cannot open anything any more.
             self._stacks = stacks_path(place, self.rank).open("w")
             faulthandler.enable(self._stacks)
             faulthandler.register(STACK_SIGNAL, self._stacks)
@@ -150,19 +130,19 @@ class Launch:
             get_logger().warning(f"no watchdog on this node: {error}")
 
     def _answer(self, question: Path, save: Callable[[str], None]) -> None:
-        """Wait, without the interpreter, for the watchdog to ask; save, and take the question away."""
+        """Block in ``open`` until the watchdog asks; save, and remove the question."""
         with contextlib.suppress(OSError):
             question.open("rb").close()
             save(f"hang-step-{self.heartbeat.step}-rank-{self.rank}")
             question.unlink()
 
     def previous_failure(self) -> str | None:
-        """Return the first cause of the failure of the launch before this one, if it has failed."""
+        """Return the first cause of the previous launch's failure, if it failed."""
         found = read_json(self.directory / FAILURE_FILE)
         return found.get("summary") if found.get("attempt") == self.attempt - 1 else None
 
     def end(self, code: int, reason: str) -> None:
-        """Leave the word of how the launch ended, on rank 0."""
+        """Record, on rank 0, how the launch ended."""
         if self.rank == 0 and self.attempt:
             write_exit(self.directory, code=code, reason=reason, step=self.heartbeat.step, attempt=self.attempt)
 
@@ -182,18 +162,18 @@ class Launch:
         if isinstance(error, StopError):
             self._stop(error)
         elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
-            if self.rank == 0 and self._beats is not None:  # before that, exit.json says all there is to say
+            if self.rank == 0 and self._beats is not None:  # before that, exit.json says everything
                 record_failures(self.directory, self.attempt, [self._failure(error)], [])
             self.end(error.exit_code, first_line(error))
         elif error is not None:
             self._record(error)
         self.heartbeat.enter("ending")
-        # After a fault the run is held until the process ends: other ranks may still be there.
+        # After a fault the lease is held until the process ends: other ranks may still run.
         if self._lease is not None and (error is None or isinstance(error, BigtrainError)):
             self._lease.release()
 
     def _stop(self, error: StopError) -> None:
-        """Leave word of a stop, unless the signal is a launcher's answer to the failure of another rank."""
+        """Record a stop, unless the signal was the launcher's answer to the failure of another rank."""
         error.shared = True
         time.sleep(_RECORD_SECONDS)
         if has_failed(self.directory, self.attempt):
@@ -203,7 +183,7 @@ class Launch:
             self.end(error.exit_code, str(self.signal.reason))
 
     def _is_said_by_rank0(self) -> bool:
-        """Return whether rank 0, before there is a watchdog, ends the launch with an error, perhaps the same."""
+        """Return whether rank 0 reports an error from before the watchdog was started."""
         if self._beats is not None:
             return False
         if self.rank > 0:
@@ -214,7 +194,7 @@ class Launch:
         return failure_of(error, rank=self.rank, phase=self.heartbeat.phase, step=self.heartbeat.step)
 
     def _record(self, error: BaseException) -> None:
-        """Record a fault of ours or of the machine; no rank waits for another one any more."""
+        """Record a fault of the program or of the machine."""
         failure = self._failure(error)
         if failure.kind == "connection" and has_decided(self.directory, self.attempt):
             return

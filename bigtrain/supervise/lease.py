@@ -1,15 +1,13 @@
-"""The lease of a launch on its run: signs of life, a lock where there are locks, and who may take over.
+"""The lease of a launch on its run: a heartbeat in a file, a lock where there are locks, and the take-over.
 
-A lock is not enough: it may be local to a node or without effect (Lustre ``localflock``, NFS ``local_lock``), and a
-node that is cut off may keep it while Slurm has queued the job again elsewhere. So the file says who has the run, and
-its holder counts up a number in it every 3 s. A lock that is taken proves that its holder is there; one that is free proves
-nothing but on the machine that had it. Otherwise whoever comes watches the number, with no clock but its own, and takes
-over when it has stood still for 30 s.
+A lock alone is not enough: it may be local to a node or without effect (Lustre ``localflock``, NFS ``local_lock``), and a
+node that is cut off keeps it while Slurm has queued the job again elsewhere. So the holder increments a number in the file
+every 3 s. A taken lock proves a live holder; a free one proves something only on the holder's own machine. Otherwise a
+newcomer watches the number, by its own clock, and takes over when it has not changed for 30 s.
 
-To take over is to create ``<file>.<n>``, one above all numbers that there are, which only one of several can (O_EXCL); to
-remove lower ones; to look whether all is still as judged; and to rename it to the file, which fails if somebody with a
-higher number has removed it meanwhile. A holder that was cut off looks before each sign of life whether the file is still
-its own, and ends: two launches have a run at once for as long as it takes until that look, 3 s.
+A take-over creates ``<file>.<n>`` with n above all others (O_EXCL), removes lower ones, checks that nothing has changed,
+and renames it to the file, which fails if a higher n has removed it. A holder that was cut off checks before each beat
+that the file is still its own, and ends: two launches overlap for at most one beat.
 """
 
 import contextlib
@@ -29,49 +27,37 @@ from bigtrain.files import try_lock
 from bigtrain.log import get_logger
 
 BEAT_SECONDS = 3.0
-LEASE_SECONDS = 30.0
-"""A holder without a sign of life for so long is cut off."""
+LEASE_SECONDS = 30.0  # without a beat for so long, a holder is cut off
 PATIENCE_SECONDS = 600.0
-"""So long a restart waits for a holder that is alive: its watchdog may have to notice that other nodes are gone, which
-takes three times the longest phase."""
+"""A restart waits so long for a live holder, whose watchdog may need three times the longest phase to end it."""
 _LOOK_SECONDS = 1.0
 _BEAT_OFFSET, _BEAT_WIDTH = len('{"beat": "'), 12
 _RELEASED = "released"
 
 
 class Lease:
-    """The open file of a run that this launch has; let go at the latest when the process ends."""
+    """The open lease file of a run that this launch holds, until the process ends at the latest."""
 
     def __init__(self, path: Path, file: int, content: bytes) -> None:
-        """Take the open ``file`` at ``path`` with this launch's ``content``."""
         self._path, self._file = path, file
         self._record = _parse(content)
         self._num_beats = 0
         self._released = threading.Event()
-        self._lock = threading.Lock()  # the number of a closed file may be another file's
-        self._directory = os.open(path.parent, os.O_RDONLY)  # stays the run's when it is renamed
+        self._lock = threading.Lock()  # the descriptor of a closed file may be reused
+        self._directory = os.open(path.parent, os.O_RDONLY)  # follows a rename
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Let the file say ``values`` besides who has the run.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Record ``values`` beside the holder."""
         self._record = {**self._record, **values}
         content = _encode(self._record)
         os.pwrite(self._file, content, 0)
         os.ftruncate(self._file, len(content))
 
     def keep(self, on_move: Callable[[], None] = lambda: None) -> None:
-        """Give signs of life from now on; end this process when another launch has taken over.
-
-        Args:
-            on_move: called when the directory is found renamed or removed.
-        """
+        """Beat from now on; call ``on_move`` when the directory is renamed or removed, and end if another launch took over."""
         threading.Thread(target=self._beat, args=(on_move,), daemon=True).start()
 
     def release(self) -> None:
-        """Let go."""
         with self._lock, contextlib.suppress(OSError):
             self._released.set()
             self._sign(_RELEASED)
@@ -79,11 +65,11 @@ class Lease:
             os.close(self._directory)
 
     def is_here(self) -> bool:
-        """Return whether the directory at the path is still the run's, and the run this launch's."""
+        """Return whether the file at the path is still this launch's."""
         return _read(self._path).get("id") == self._record["id"]
 
     def has_moved(self) -> bool:
-        """Return whether the run's directory is not at its path any more; another one may be."""
+        """Return whether the run's directory was renamed or removed."""
         if self.is_here():
             return False
         try:
@@ -92,11 +78,7 @@ class Lease:
             return True
 
     def follow(self) -> Path:
-        """Return where the run's directory is now, and hold it there; a removed one is made anew beside its old place.
-
-        Raises:
-            OSError: it cannot be made.
-        """
+        """Return where the run's directory is now; a removed one is made anew as ``<name>-rescued``."""
         with self._lock:
             if not self.is_here() and self.has_moved():
                 if place := self._find():
@@ -124,15 +106,11 @@ class Lease:
         self._put_back()
 
     def give_sign(self, on_move: Callable[[], None]) -> None:
-        """Look whether the run is still this launch's, and say that it lives.
-
-        Raises:
-            OSError: the file server does not answer.
-        """
+        """Check that the run is still this launch's, and beat."""
         if not self.is_here():
             if self.has_moved():
                 on_move()
-            elif not self._path.exists():  # to remove the file is not to take over
+            elif not self._path.exists():  # removed by hand, which is no take-over
                 self._put_back()
             else:
                 _end_cut_off(self._path)
@@ -148,7 +126,7 @@ class Lease:
     def _sign(self, text: str) -> None:
         try:
             os.pwrite(self._file, f"{text:<{_BEAT_WIDTH}}".encode(), _BEAT_OFFSET)
-        except OSError:  # a full disk of a file system that copies on write
+        except OSError:  # a full disk, where the file system copies on write
             os.utime(self._file)
 
     def _put_back(self) -> None:
@@ -160,16 +138,15 @@ class Lease:
 
 
 def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
-    """Take the run whose file is ``path``.
+    """Take the run whose lease file is ``path``.
 
     Args:
-        path: its content says who has it: ``pid``, ``host`` and ``time``.
-        patient: whether to wait for a holder that lives; one that seems to be silent is waited for in any case.
-        hurry: whether to wait for nobody.
+        path: with ``pid``, ``host`` and ``time`` of its holder.
+        patient: wait for a live holder too, not only for one that seems silent.
+        hurry: wait for none.
 
     Raises:
-        ConfigError: another process has it and is alive.
-        OSError: the file cannot be opened.
+        ConfigError: a live process holds it.
     """
     sign: tuple[Any, ...] | None = None
     waited, silent, is_heard = 0.0, 0.0, False
@@ -177,7 +154,7 @@ def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
         content, lock, touched = _look(path)
         newest = max([int(_parse(content).get("hold", 0)), *_claims(path)])
         before, sign = sign, (content, touched, newest)
-        # Only looks that succeed count: while the file server is away, neither side can say or hear anything.
+        # Only successful reads count: while the file server is away, nothing is known of the holder.
         silent = silent + _LOOK_SECONDS if sign == before else 0.0
         is_heard = is_heard or before not in (None, sign)
         is_cut_off = silent >= LEASE_SECONDS
@@ -187,7 +164,7 @@ def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
             if lease := _seize(path, content, newest + 1):
                 return lease
             continue
-        # Another machine's clock only decides whether a taken lock is waited for; who looks takes it for a moment.
+        # Another machine's clock decides only whether a taken lock is waited for: a look takes it for a moment.
         seems_silent = (
             lock != "taken" or _is_released(_parse(content)) or time.time() - (touched or 0) / 1e9 > LEASE_SECONDS
         )
@@ -201,10 +178,10 @@ def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
 
 
 def _look(path: Path) -> tuple[bytes | None, str, int | None]:
-    """Return the content of the file, how its lock is, and when it was written.
+    """Return the content of the file, the state of its lock, and the time of the last write.
 
-    The lock is ``taken`` by a process that lives, ``ours`` where it excludes others at least on this machine, or ``free``,
-    which means nothing.
+    The lock is ``taken`` by a live process, ``ours`` where it excludes others on this machine, or ``free``, which proves
+    nothing.
     """
     try:
         file = os.open(path, os.O_RDWR)
@@ -224,7 +201,7 @@ def _look(path: Path) -> tuple[bytes | None, str, int | None]:
 
 
 def _is_free(content: bytes | None, lock: str, newest: int) -> bool:
-    """Return whether nobody has the run for certain, nor is about to take it."""
+    """Return whether the run certainly has no holder, nor a launch that is taking it."""
     record = _parse(content)
     if newest > int(record.get("hold", 0)):
         return False
@@ -238,7 +215,7 @@ def _is_released(record: Mapping[str, Any]) -> bool:
 
 
 def _seize(path: Path, judged: bytes | None, number: int) -> Lease | None:
-    """Take the run as it was judged; None if somebody else moves too."""
+    """Take the run if its file is as ``judged``; None if another launch takes it too."""
     claim = path.with_name(f"{path.name}.{number}")
     with contextlib.suppress(FileExistsError):
         file = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -258,7 +235,7 @@ def _seize(path: Path, judged: bytes | None, number: int) -> Lease | None:
                     return Lease(path, file, content)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(claim)
-        except FileNotFoundError:  # who has a higher number has removed the claim
+        except FileNotFoundError:  # removed by a higher number
             pass
         except BaseException:
             os.close(file)
@@ -268,22 +245,18 @@ def _seize(path: Path, judged: bytes | None, number: int) -> Lease | None:
 
 
 def _claims(path: Path) -> list[int]:
-    """Return the numbers of those who are taking the run, or have ended while they did."""
+    """Return the numbers of take-overs that are under way or were cut short."""
     prefix = f"{path.name}."
     tails = [name.removeprefix(prefix) for name in os.listdir(path.parent) if name.startswith(prefix)]
     return [int(tail) for tail in tails if tail.isascii() and tail.isdecimal()]
 
 
 def _content(path: Path) -> bytes | None:
-    # Opened, because a client of a file server may answer stat from its cache for a minute.
+    # Opened, because an NFS client may answer stat from its cache for a minute.
     try:
-        file = os.open(path, os.O_RDONLY)
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        return os.pread(file, 1 << 16, 0)
-    finally:
-        os.close(file)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -297,7 +270,7 @@ def _parse(content: bytes | None) -> dict[str, Any]:
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    # First and of a fixed width, so that a sign of life is one small write in place.
+    # The beat is first and of fixed width: one small write in place.
     values = {key: value for key, value in record.items() if key != "beat"}
     return json.dumps({"beat": f"{0:0{_BEAT_WIDTH}d}", **values}).encode() + b"\n"
 
@@ -310,12 +283,8 @@ def _machine() -> str:
 
 def _end_cut_off(path: Path) -> None:
     with contextlib.suppress(OSError):
-        print(
-            f"{path.parent}: nothing was heard of this launch for a while, and another one has taken the run over; "
-            "this one ends here",
-            file=sys.stderr,
-            flush=True,
-        )
+        why = "nothing was heard of this launch for a while, and another one has taken the run over; this one ends here"
+        print(f"{path.parent}: {why}", file=sys.stderr, flush=True)
     os._exit(EXIT_NO_RESTART)
 
 

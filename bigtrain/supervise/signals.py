@@ -1,6 +1,6 @@
-"""Stopping: signals, a file and a time limit become a wish to stop; before the run is taken, a signal ends it at once.
+"""Stop requests by signal, file or time limit; before the run is taken, a signal ends the process at once.
 
-Nothing slow is imported here: a process is to end in order from its first moments on.
+Imports nothing slow: signals are handled from the first moments of the process.
 """
 
 import contextlib
@@ -27,25 +27,20 @@ REASONS = (
 """Why a run stops before its end; where ranks have different reasons, the last of these counts."""
 STOP_FILE = "STOP"
 FORCE_AFTER_SECONDS = 2.0
-"""A launcher repeats the terminal's Ctrl-C at once; only a later one means that the user insists."""
-
-
+"""A launcher repeats the terminal's Ctrl-C at once; a later one is the user's second."""
 _PR_SET_PDEATHSIG = 1
 
 
 class EarlyStop:
-    """From its making until :class:`StopSignal` listens, stop signals end this process with the code of a stop.
+    """Ends the process at a stop signal, with the code of a stop, until :class:`StopSignal` listens.
 
-    There is nothing to save and nobody to agree with, and libraries that are being imported may swallow exceptions: the
-    process ends where it stands.
+    There is nothing to save, and libraries being imported may swallow exceptions, so it ends with ``os._exit``.
     """
 
     def __init__(self) -> None:
+        # Records the reason, once it is known where. Only for a single process: to one of several ranks, SIGTERM may be
+        # the launcher's answer to the failure of another one.
         self.leave_word: Callable[[str], None] = lambda reason: None
-        """Records the stop for a reason; for a single process, once it is known where.
-
-        To one of several ranks SIGTERM may be the launcher's answer to another one, which has failed without a record.
-        """
         self._pid = os.getpid()
         _stop_with_torchrun()
         for number in STOP_SIGNALS:
@@ -66,22 +61,17 @@ class EarlyStop:
 
 
 def _stop_with_torchrun() -> None:
-    """Have SIGTERM sent to this rank when torchrun ends without a word (kill -9, SIGUSR1): it would train on."""
+    """Ask for SIGTERM when torchrun is killed (kill -9, SIGUSR1): its ranks would train on."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignal:
-    """Once it listens, stop signals set a flag, until the process ends.
-
-    So what a launcher sends, or repeats, when the run has ended does not disturb its last words and its exit code.
-    """
+    """Records stop signals as a flag, to the end of the process: what a launcher repeats does not disturb the end."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        """Why this rank wants to stop: one of :data:`REASONS`."""
-        self.at_once = False
-        """Whether a signal raises a StopError too: there is nothing to save yet, and nobody who asks for the flag."""
+        self.reason: str | None = None  # of REASONS
+        self.at_once = False  # raise a StopError too, while there is nothing to save
         self._first_time = 0.0
 
     def listen(self) -> None:
@@ -91,7 +81,7 @@ class StopSignal:
                 signal.signal(number, self._handle)
 
     def request(self, reason: str | None) -> None:
-        """Want to stop without a signal, unless ``reason`` is None; the first reason stays."""
+        """Request a stop, unless ``reason`` is None; the first reason stays."""
         self.reason = self.reason or reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -105,26 +95,19 @@ class StopSignal:
 
 
 class StopLimits:
-    """What besides signals ends a launch: the file ``STOP`` in the run's directory, and a time limit."""
+    """The other stop requests: the file ``STOP`` in the run's directory, and a time limit."""
 
     CHECK_SECONDS = 0.5
 
     def __init__(self, directory: Path, max_minutes: float | None, *, started: float) -> None:
-        """Look at nothing yet.
-
-        Args:
-            directory: of the run.
-            max_minutes: time limit of this launch; None if there is none.
-            started: when it began, in monotonic seconds.
-        """
+        """Set the limit of a launch that ``started`` at a time of ``time.monotonic``."""
         self._file = directory / STOP_FILE
         self._end = None if max_minutes is None else started + 60 * max_minutes
         self._next_look = 0.0
-        self.save_seconds = 0.0
-        """The longest save so far: the time limit is kept with such a save at the end."""
+        self.save_seconds = 0.0  # the longest save so far, for which the time limit leaves room
 
     def reached(self) -> str | None:
-        """Return the reason to stop, if there is one; looks at the file twice a second at most."""
+        """Return the reason to stop, if any; stats the file at most twice a second."""
         now = time.monotonic()
         if self._end is not None and now + self.save_seconds >= self._end:
             return "run.max_minutes"
@@ -134,6 +117,6 @@ class StopLimits:
         return "stop file" if self._file.exists() else None
 
     def honour(self) -> None:
-        """Remove the stop file, so that the next launch goes on."""
+        """Remove the stop file, so that the next launch continues."""
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)

@@ -1,8 +1,6 @@
-"""Ranks that keep the others waiting.
+"""Slow ranks, by what a rank does alone: a small matmul, for its processor's speed, and its waiting for data.
 
-In synchronous training all ranks take the same time for a step, whoever is the slow one: the others wait for it
-inside collectives, where no clock of theirs can tell waiting from working. So what is compared is what a rank
-does alone: a small product of matrices, for the speed of its processor, and its waiting for data.
+Step times do not tell: the other ranks wait for the slow one inside collectives.
 """
 
 import math
@@ -14,15 +12,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-CHECK_SECONDS = 30.0
-"""About so often the ranks are compared, so that it costs nothing."""
+CHECK_SECONDS = 30.0  # approximate interval of the comparisons
 _REPEATS = 3
 _SIZES = {"cpu": 192, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """A rank that is slower than the others, and in what."""
+    """A slow rank."""
 
     rank: int
     why: str
@@ -32,12 +29,7 @@ class Stragglers:
     """Compares the ranks now and then; every rank calls :meth:`check` at the same steps."""
 
     def __init__(self, device: torch.device, factor: float) -> None:
-        """Compare nothing yet.
-
-        Args:
-            device: whose speed is compared.
-            factor: a rank so many times slower than the median is named; 0 = never.
-        """
+        """Prepare to name ranks ``factor`` times slower than the median; 0 = never."""
         self._device = device
         self._factor = factor
         self._group = dist.new_group(backend="gloo") if factor and dist.get_world_size() > 1 else None
@@ -47,11 +39,11 @@ class Stragglers:
         self._named: set[tuple[int, str]] = set()
 
     def check(self, step: int, data_seconds: float) -> list[Straggler]:
-        """Return ranks that were slow in two comparisons in a row and have not been named before.
+        """Return the ranks that are newly slow, in two comparisons in a row.
 
         Args:
             step: steps done.
-            data_seconds: how long this rank has waited for data since the launch.
+            data_seconds: time this rank has waited for data since the launch.
         """
         if self._group is None or step < self._next_step:
             return []
@@ -65,7 +57,7 @@ class Stragglers:
         numbers = [torch.zeros(3, dtype=torch.float64) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(numbers, torch.tensor(own, dtype=torch.float64), group=self._group)
         ranks = [row.tolist() for row in numbers]
-        # From numbers that all ranks have, so that all come back at the same step.
+        # From numbers that all ranks have: they compare at the same step again.
         self._next_step = step + max(1, math.ceil(CHECK_SECONDS / max(ranks[0][2], 1e-6)))
         found = {(s.rank, s.why.split()[0]): s for s in slow_ranks(ranks, self._factor)}
         sure = self._suspects & found.keys() - self._named
@@ -92,7 +84,7 @@ def slow_ranks(ranks: Sequence[Sequence[float]], factor: float) -> list[Straggle
 
 
 def _probe(device: torch.device) -> float:
-    """Return the least time of a few products of matrices: what disturbs now and then does not count."""
+    """Return the shortest time of a few matmuls."""
     matrix = torch.ones(_SIZES[device.type], _SIZES[device.type], device=device)
     seconds = []
     for _ in range(1 + _REPEATS):

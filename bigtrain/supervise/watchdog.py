@@ -1,10 +1,7 @@
-"""The watchdog of a node: a small process beside the ranks that sees what they cannot see themselves.
+"""The watchdog of a node: a process beside the ranks, standard library only, that reads heartbeats and process states.
 
-A thread of a rank stands still with it when the interpreter is stuck in native code or the process is
-stopped. This process reads the ranks' heartbeats and the system's list of processes, and imports nothing
-but the standard library. A rank that died without a word is recorded. When a rank stays in a phase beyond
-its deadline, the stacks of all ranks of the node are written and the ranks are killed, so that the
-launcher starts them anew from the newest checkpoint.
+A thread inside a rank would hang with it. A rank that dies is recorded. When one stays in a phase beyond its deadline, the
+stacks of all ranks of the node are recorded and the ranks killed, so that the launcher restarts from the newest checkpoint.
 """
 
 import contextlib
@@ -26,47 +23,32 @@ from bigtrain.supervise.attempt import has_decided, has_failed
 from bigtrain.supervise.failures import Failure, describe, record_failures, sum_up
 from bigtrain.supervise.heartbeat import PHASES, Beat, read_beats
 
-STACK_SIGNAL = signal.SIGUSR2
-"""Ranks answer with their stacks, in native code and without the interpreter."""
+STACK_SIGNAL = signal.SIGUSR2  # answered by faulthandler with the stacks, without the interpreter
 STACKS_SECONDS = 2.0
 LOOK_SECONDS = 5.0
-PATIENT_LOOKS = 3
-"""So many looks may find that the run has failed before the ranks of this node, which may wait for ever, are ended."""
-FED_PHASES = ("starting", "data", "validation")
-"""In these a rank may wait for a file that is being fetched or tokenised."""
-FETCHING_FILE = ".fetching"
-"""Touched in the run's directory while others may wait for a rank, for such a file or a profile, and its watchdog with it."""
-FRESH_SECONDS = 30.0
-"""Since when that must have been touched to count; the clocks of the nodes may differ by as much."""
-SAVE_SECONDS = 3.0
-"""How long a hung rank may take to save what it knows; one whose interpreter is stuck cannot."""
+PATIENT_LOOKS = 3  # looks that find the run failed on another node before the waiting ranks of this one are killed
+FED_PHASES = ("starting", "data", "validation")  # in which a rank may wait for a file that is fetched or tokenised
+FETCHING_FILE = ".fetching"  # touched in the run's directory while a rank waits for such a file, or exports a profile
+FRESH_SECONDS = 30.0  # for how long that counts; the clocks of the nodes may differ by as much
+SAVE_SECONDS = 3.0  # for a hung rank to save its profile
 _STOPPED, _DEAD = "Tt", "ZX"
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What a watchdog has to know."""
+    """Arguments of a watchdog."""
 
-    beats: str
-    """Directory of the heartbeats of this node."""
-    run: str
-    """Directory of the run."""
+    beats: str  # directory of the heartbeats of this node
+    run: str  # directory of the run
     attempt: int
     interval_seconds: float
-    kills: bool
-    """Whether hung ranks are killed; deaths are recorded in any case."""
-    cache: str = ""
-    """Directory in which files are fetched and tokenised for the ranks of this node; empty if there is none."""
-    fetch_seconds: float = 0.0
-    """A file of which nothing has come for so long is not waited for any more."""
+    kills: bool  # kill hung ranks; deaths are recorded in any case
+    cache: str = ""  # directory where files are fetched and tokenised for the ranks of this node
+    fetch_seconds: float = 0.0  # a file that has not grown for so long is not waited for
 
 
 def start_watchdog(watch: Watch) -> "subprocess.Popen[bytes]":
-    """Start the watchdog of this node; it ends by itself when the ranks have.
-
-    Raises:
-        OSError: it cannot be started.
-    """
+    """Start the watchdog of this node, which ends with its ranks."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     return start_beside(
@@ -83,7 +65,7 @@ def stacks_path(beats: Path, rank: int) -> Path:
 
 
 def question_path(beats: Path, rank: int) -> Path:
-    """Return the pipe by which a rank is asked to save what it knows; it removes it when it has."""
+    """Return the pipe by which a rank is asked to save its profile; it removes the pipe afterwards."""
     return beats / f"{rank:05d}.question"
 
 
@@ -106,11 +88,11 @@ def watch_node(watch: Watch) -> None:
             break
         now_ns = time.monotonic_ns()
         if all(state[beat.rank] in _STOPPED for beat in living):
-            resumed_ns = now_ns  # somebody has suspended the whole job, which is no hang
+            resumed_ns = now_ns  # the whole job is suspended, which is no hang
         suspect = next((b for b in living if state[b.rank] in _STOPPED), min(living, key=_progress))
         is_stopped = state[suspect.rank] in _STOPPED
         if not is_stopped and _is_waited_for(watch, suspect, now_ns):
-            resumed_ns = now_ns  # nor do those hang who wait for it
+            resumed_ns = now_ns  # nor do ranks hang that wait for this one
         late = [b for b in living if now_ns - max(b.since_ns, resumed_ns) > b.deadline_ns - b.since_ns]
         if late and _is_fresh(Path(watch.run, FETCHING_FILE), FRESH_SECONDS):
             resumed_ns = now_ns
@@ -119,27 +101,27 @@ def watch_node(watch: Watch) -> None:
         if now_ns > next_look_ns and watch.kills:
             next_look_ns = now_ns + int(LOOK_SECONDS * 1e9)
             num_looks = num_looks + 1 if has_failed(Path(watch.run), watch.attempt) else 0
-            if num_looks > PATIENT_LOOKS:  # on another node, and nobody has told this one
+            if num_looks > PATIENT_LOOKS:  # a failure on another node, of which the launcher did not tell this one
                 reported.update(beat.rank for beat in living)
                 _kill(living)
     _end(watch, beats)
 
 
 class Deaths:
-    """Waits for the end of processes, so that the first one is seen before the launcher has ended the others."""
+    """Waits for the end of processes: the first death is seen before the launcher has killed the others."""
 
     def __init__(self) -> None:
         self._files: dict[int, int] = {}
 
     def expect(self, pids: list[int]) -> None:
-        """Wait for these too; where the system does not offer that, the interval has to do."""
+        """Wait for these too, where the system has pidfds."""
         for pid in pids:
             if pid not in self._files and hasattr(os, "pidfd_open"):
                 with contextlib.suppress(OSError):
                     self._files[pid] = os.pidfd_open(pid)
 
     def wait(self, seconds: float) -> None:
-        """Wait until one more has ended, but not longer than this."""
+        """Wait until one more has ended, at most so long."""
         ready, _, _ = select.select([file for file in self._files.values() if file >= 0], [], [], seconds)
         for pid, file in self._files.items():
             if file in ready:
@@ -148,10 +130,10 @@ class Deaths:
 
 
 def _is_waited_for(watch: Watch, suspect: Beat, now_ns: int) -> bool:
-    """Return whether others may wait for a rank that has time: for data that somebody is at, or a profile; tell other nodes."""
+    """Return whether a rank may take its time, for data being fetched or a profile; tell the watchdogs of other nodes."""
     has_time = suspect.phase == "profile" and now_ns < suspect.deadline_ns
     if watch.cache and suspect.phase in FED_PHASES:
-        with contextlib.suppress(OSError):  # files of other people, and file servers that do not answer
+        with contextlib.suppress(OSError):  # files of other users, and file servers that do not answer
             files = Path(watch.cache).glob("*.partial")
             has_time = any(_is_fresh(path, watch.fetch_seconds) and is_locked(path) for path in files)
     if has_time and now_ns - suspect.since_ns > 1e9:
@@ -167,7 +149,7 @@ def _is_fresh(path: Path, seconds: float) -> bool:
 
 
 def _progress(beat: Beat) -> tuple[int, int, int]:
-    """Order ranks by how far they have come: those that wait for another have come further than it."""
+    """Order ranks by progress: those that wait for another one are further."""
     return beat.step, PHASES.index(beat.phase), beat.since_ns
 
 
@@ -180,7 +162,7 @@ def _death(place: Path, beat: Beat, *, oom: bool) -> Failure:
 
 
 def _num_oom_kills() -> float:
-    """Return how often Linux has killed a process for want of memory since it was started; NaN if it does not say."""
+    """Return the number of processes killed by the out-of-memory killer since boot; NaN if unknown."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/vmstat").read_text().splitlines()
         return float(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
@@ -211,7 +193,7 @@ def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool)
 
 
 def _end(watch: Watch, beats: list[Beat]) -> None:
-    """Sum up, on the node of rank 0, what ranks have recorded since somebody did, and leave nothing behind."""
+    """Summarise the records of ranks, on the node of rank 0, and remove the heartbeats."""
     run = Path(watch.run)
     if any(beat.rank == 0 for beat in beats) and not has_decided(run, watch.attempt):
         sum_up(run, watch.attempt, beats)
@@ -230,7 +212,7 @@ def _report(watch: Watch, failures: list[Failure], beats: list[Beat]) -> None:
 
 
 def _wait_for_stacks(paths: list[Path]) -> None:
-    """Wait until all ranks have written their stacks, which takes as long as they have threads, but not for ever."""
+    """Wait until the files of stacks have stopped growing."""
     deadline, sizes = time.monotonic() + STACKS_SECONDS, [-1]
     while time.monotonic() < deadline:
         before, sizes = sizes, [path.stat().st_size for path in paths if path.exists()]
@@ -240,7 +222,7 @@ def _wait_for_stacks(paths: list[Path]) -> None:
 
 
 def _ask(question: Path) -> bool:
-    """Wake the thread of a rank that waits for the question; return whether there is one."""
+    """Wake the thread of a rank that waits for the question; return whether it has one."""
     with contextlib.suppress(OSError):
         os.close(os.open(question, os.O_WRONLY | os.O_NONBLOCK))
         return True
@@ -260,7 +242,7 @@ def _read_stacks(place: Path, rank: int) -> str:
 
 
 def _process_state(pid: int) -> str:
-    """Return the state letter of a process as the system calls it; ``X`` if it is gone."""
+    """Return the state letter of a process in ``/proc``; ``X`` if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
