@@ -36,7 +36,8 @@ class Engine(Protocol):
                 the host does not know it.
 
         Returns:
-            The objective's sums over this rank's samples, that of the loss first: fp32 ``(1 + K,)`` on ``device``, detached.
+            The objective's sums over this rank's samples, that of the loss first: fp32 ``(1 + K,)`` on ``device``, detached;
+            0-d from an objective without other sums.
         """
         ...
 

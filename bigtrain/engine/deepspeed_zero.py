@@ -33,7 +33,7 @@ from bigtrain.engine.state import (
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
-from bigtrain.tasks.base import gradient_scale, sums_of
+from bigtrain.tasks.base import gradient_scale, loss_of, sums_of
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 
@@ -59,10 +59,11 @@ class ZeroEngine:
         for number, batch in enumerate(micro_batches, start=1):
             self.module.set_gradient_accumulation_boundary(number == len(micro_batches))
             sums = sums_of(self.module, batch.to(self.device))
+            loss = loss_of(sums)
             # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
             # accumulation steps, which scale_wrt_gas=False switches off.
-            scale = gradient_scale(sums[0], self.dp_size / num_targets)
-            self.module.backward(sums[0] * scale, scale_wrt_gas=False)
+            scale = gradient_scale(loss, self.dp_size / num_targets)
+            self.module.backward(loss * scale, scale_wrt_gas=False)
             total = sums.detach() if total is None else total + sums.detach()
         return total
 
@@ -76,7 +77,8 @@ class ZeroEngine:
     def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.eval()
-        return torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
+        sums = torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
+        return sums.view(len(sums), -1)
 
 
 class Zero12State:

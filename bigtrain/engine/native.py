@@ -30,7 +30,7 @@ from bigtrain.engine.state import (
 )
 from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
-from bigtrain.tasks.base import TaskModel, gradient_scale, sums_of
+from bigtrain.tasks.base import TaskModel, gradient_scale, loss_of, sums_of
 
 
 class NativeEngine:
@@ -94,15 +94,23 @@ class NativeEngine:
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
         update_unless_bad(self.optimizer, norm, ask_host=self._parameters[0].device.type == "cpu")
-        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
+        self._forget_gradients()
         return norm
+
+    def _forget_gradients(self) -> None:
+        if self.keep_gradients:
+            self.optimizer.zero_grad(set_to_none=False)
+        else:  # what zero_grad() does, without its record for the profiler
+            for parameter in self._parameters:
+                parameter.grad = None
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
         self.module.eval()
         with self.autocast():
-            return torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
+            sums = torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
+        return sums.view(len(sums), -1)
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Return the 2-norm of all gradients on all ranks.
@@ -112,11 +120,11 @@ class NativeEngine:
         """
         gradients = [g for g in gradients if g.numel()]
         if gradients and gradients[0].is_cuda:
-            squares = [torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()]
+            norms = torch._foreach_norm(gradients, 2, torch.float32)
         else:
             rows = [torch.linalg.vector_norm(g.reshape(-1, g.shape[-1] if g.ndim else 1), dim=-1) for g in gradients]
-            squares = [torch.linalg.vector_norm(row).square() for row in rows]
-        total = torch.stack(squares).sum().to(self.device) if squares else torch.zeros((), device=self.device)
+            norms = [torch.linalg.vector_norm(row) for row in rows]
+        total = torch.stack(norms).square().sum().to(self.device) if norms else torch.zeros((), device=self.device)
         if self.shard_group is not None:
             dist.all_reduce(total, group=self.shard_group)
         return total.sqrt()
@@ -128,15 +136,12 @@ class NativeEngine:
         place in a bucket decides in which order the ranks' shares are added up. So the first step after a
         resume would be rounded differently from the same step of the uninterrupted run.
         """
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            with self.autocast():
-                sums = sums_of(self.module, batch)
-            sums[0].backward()
-        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.autocast():
+            loss_of(sums_of(self.module, batch)).backward()
+        self._forget_gradients()
         self._has_final_buckets = True
 
-    @contextlib.contextmanager
-    def _communicate(self, *, last: bool) -> Iterator[None]:
+    def _communicate(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Communicate gradients in the backward pass of the last micro-batch only, unless that costs too much memory."""
         if isinstance(self.module, FSDPModule):
             if last != self._communicates_as_last:  # each of these walks through all modules
@@ -145,12 +150,9 @@ class NativeEngine:
                 self.module.set_requires_all_reduce(last)
                 self.module.set_is_last_backward(last)
                 self._communicates_as_last = last
-            yield
         elif isinstance(self.module, DistributedDataParallel) and not last:
-            with self.module.no_sync():
-                yield
-        else:
-            yield
+            return self.module.no_sync()
+        return contextlib.nullcontext()
 
 
 def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, ask_host: bool) -> None:

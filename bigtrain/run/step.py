@@ -18,8 +18,8 @@ def train_step(
     """Run one optimizer step; the loss is the mean over the targets of all ranks, never a mean of means.
 
     Returns:
-        This rank's addend of the loss and of the objective's other sums, ``(1 + K,)``, and the global gradient norm, 0-d;
-        both on the device, without waiting for it.
+        This rank's addend of the loss and of the objective's other sums, ``(1 + K,)`` or 0-d, and the global gradient
+        norm, 0-d; both on the device, without waiting for it.
     """
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
@@ -27,13 +27,12 @@ def train_step(
     sums = engine.forward_backward(batch.micro_batches, num_targets=num_targets)
     before_update()
     grad_norm = engine.step(lr)
-    loss = sums[:1] / num_targets
-    return loss if len(sums) == 1 else torch.cat([loss, sums[1:]]), grad_norm
+    return torch.cat([sums[:1] / num_targets, sums[1:]]) if sums.ndim else sums / num_targets, grad_norm
 
 
 def read_back(pending: list[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
     """Wait for the device, all-reduce the losses, and return the pending records as plain numbers; clears ``pending``."""
-    sums = all_reduce_sum(torch.stack([record["loss"] for record in pending]))
+    sums = all_reduce_sum(torch.stack([record["loss"] for record in pending])).view(len(pending), -1)
     norms = torch.stack([record["grad_norm"] for record in pending])
     records = [
         {**record, "loss": loss, "grad_norm": norm, **train_metrics(objective, loss, rest)}

@@ -54,7 +54,10 @@ class Objective(Protocol):
         """Return how many targets count in each sample, ``(N,)``; on the host, before the step."""
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the loss, *summed* over the batch's targets, and the sums, flat: fp32 ``(1 + K,)``; only the first has a gradient."""
+        """Return the loss, *summed* over the batch's targets, and the sums, flat: fp32 ``(1 + K,)``; only the first has a gradient.
+
+        An objective without sums may return the loss itself, 0-d.
+        """
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return metrics by name.
@@ -83,7 +86,7 @@ class TaskModel(nn.Module):
         if predicts:
             return self.network(*tensors)
         sums = self.objective(self.network, *tensors)
-        if sums.shape != self.shape:
+        if sums.shape != self.shape and (sums.ndim or self.shape.numel() > 1):
             raise of_all_ranks(
                 ConfigError(
                     f"{type(self.objective).__name__} returns a tensor {tuple(sums.shape)}; an objective returns "
@@ -94,8 +97,13 @@ class TaskModel(nn.Module):
 
 
 def sums_of(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return what a wrapped :class:`TaskModel` says of a batch: fp32 ``(1 + K,)``, the summed loss first."""
+    """Return what a wrapped :class:`TaskModel` computes of a batch: fp32 ``(1 + K,)``, or the summed loss alone, 0-d."""
     return module(*batch.values())
+
+
+def loss_of(sums: Tensor) -> Tensor:
+    """Return the summed loss, 0-d, of what an objective returns."""
+    return sums[0] if sums.ndim else sums
 
 
 def gradient_scale(loss: Tensor, scale: Tensor | float) -> Tensor:
@@ -104,7 +112,7 @@ def gradient_scale(loss: Tensor, scale: Tensor | float) -> Tensor:
     A loss can be infinite although its gradient is not. So made, its gradient is not finite either, and neither is
     the sum over the ranks: all of them see it in the gradient's norm, without an exchange of its own.
     """
-    return scale + 0 * loss.detach()
+    return (loss.detach() * 0).add_(scale)
 
 
 def split_sums(objective: Objective, flat: Sequence[float]) -> dict[str, NDArray[np.float64]]:

@@ -32,7 +32,7 @@ class CausalLM:
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed loss in nats; the network computes it, so that the logits of all tokens never exist at once."""
-        return torch.stack([network(*tensors)])  # FSDP2 warns of views
+        return network(*tensors)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return the perplexity."""

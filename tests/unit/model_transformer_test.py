@@ -249,7 +249,7 @@ def test_objective_hands_tokens_and_targets_to_the_model():
 
     batch, model = Batch(tokens=tokens_BT(config), targets=tokens_BT(config, seed=1)), ready(config)
     task_model = TaskModel(model, CausalLM())
-    assert sums_of(task_model, batch).tolist() == [model(*batch.values()).item()]
+    assert sums_of(task_model, batch).item() == model(*batch.values()).item()
     assert torch.equal(task_model(batch["tokens"], predicts=True), model(batch["tokens"]))
 
 
