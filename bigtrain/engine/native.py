@@ -61,6 +61,8 @@ class NativeEngine:
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
         is_sharded = isinstance(module, FSDPModule) and mesh["dp_shard"].size() > 1
         self.shard_group = mesh.get_group("dp_shard") if is_sharded else None
+        # DDP averages gradients over the ranks, which this factor turns into the sum; FSDP is told to sum.
+        self._averages_over = self.dp_size if isinstance(module, DistributedDataParallel) else 1
         self._communicates_as_last: bool | None = None
         # A sum of two is the same in any order, and only DDP has buckets.
         self._has_final_buckets = not isinstance(module, DistributedDataParallel) or self.dp_size <= 2
@@ -79,9 +81,8 @@ class NativeEngine:
             with self._communicate(last=number == len(micro_batches)):
                 with self.autocast():
                     sums = sums_of(self.module, batch)
-                # DDP and FSDP average gradients over the ranks; the factor dp_size turns that into the sum. What is summed
-                # beside the loss has no gradient, whatever comes in for it.
-                sums.backward(gradient_scale(sums, self.dp_size / num_targets))
+                # What is summed beside the loss has no gradient, whatever comes in for it.
+                sums.backward(gradient_scale(sums, self._averages_over / num_targets))
             total = sums.detach() if total is None else total + sums.detach()
         return total
 
@@ -322,4 +323,8 @@ def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: DeviceMesh) -> nn
             block.set_modules_to_backward_prefetch(units[max(i - num_ahead, 0) : i][::-1])
     # So does what the root itself holds, the head; embeddings in a unit of their own would be out of reach of a head that
     # is tied to them, and of models that use their weights elsewhere.
-    return fully_shard(model, reshard_after_forward=False, **kwargs)
+    fully_shard(model, reshard_after_forward=False, **kwargs)
+    for module in (*units, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # by a factor gloo cannot multiply, not even by 1
+    return model
