@@ -245,7 +245,7 @@ def bare_torch_step(config: TrainConfig, device: torch.device, model: nn.Module)
 
 def bare_deepspeed_step(config: TrainConfig, info: RankInfo, device: torch.device, model: nn.Module) -> BareStep:
     deepspeed = import_deepspeed(info, device)
-    settings = deepspeed_settings(config, world_size=info.world_size, device=device)
+    settings = deepspeed_settings(config, dp_size=info.world_size, device=device)
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=bare_optimizer(config, model), config=settings, dist_init_required=False
     )

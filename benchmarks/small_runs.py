@@ -127,7 +127,7 @@ def run_losses(config: TrainConfig) -> list[float]:
 
 def batches(config: TrainConfig) -> Iterator[Batch]:
     """Yield the global batches of a run with a micro-batch size of its global one."""
-    only_rank = SimpleNamespace(dp_rank=0, dp_size=1, device=torch.device("cpu"))
+    only_rank = SimpleNamespace(mesh=SimpleNamespace(dp_rank=0, dp_size=1), device=torch.device("cpu"))
     with train_loader(open_data(config)["train"], config, only_rank, start=Cursor()) as loader:
         for batch in loader:
             yield from batch.micro_batches

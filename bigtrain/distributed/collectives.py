@@ -1,4 +1,4 @@
-"""How this process talks to the others: the only place that starts and ends the process group and builds the mesh."""
+"""How this process talks to the others: the only place that starts and ends the process group."""
 
 import datetime
 import json
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigtrain import errors
 from bigtrain.distributed.rendezvous import Patience, in_slices, meet, require_interfaces
@@ -102,18 +101,6 @@ def shut_down() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def build_mesh(device: torch.device, *, world_size: int, dp_shard: int) -> DeviceMesh:
-    """Return the mesh with axes ``dp_replicate`` (slow network) and ``dp_shard`` (fast network).
-
-    Args:
-        device: this rank's device.
-        world_size: number of processes.
-        dp_shard: ranks that share one copy of the state; divides ``world_size``.
-    """
-    shape = (world_size // dp_shard, dp_shard)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineKind, Precision, TrainConfig
-from bigtrain.distributed.collectives import build_mesh
+from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.deepspeed_zero import (
     ZeroEngine,
@@ -34,7 +34,7 @@ from bigtrain.processes import RankInfo
 
 
 def build_accelerated(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     """Build the model, let Accelerate wrap it, and assert that it wrapped what it says.
 
@@ -45,12 +45,12 @@ def build_accelerated(
         raise ConfigError("accelerate is configured for FSDP, which bigtrain builds itself: use engine=fsdp or hsdp")
     _name_ignored(config)
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return _build_zero(build_model, config, info=info, device=device)
-    return _build_ddp(build_model, config, info=info, device=device)
+        return _build_zero(build_model, config, info=info, mesh=mesh, device=device)
+    return _build_ddp(build_model, config, info=info, mesh=mesh, device=device)
 
 
 def _build_ddp(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     info.publish()  # without it Accelerate wraps nothing in a world of one
     accelerator = Accelerator(
@@ -64,7 +64,7 @@ def _build_ddp(
         model = build_model()
     wrap_blocks(model, config.engine)
     materialise(model, device)
-    accumulates = config.train.micro_batches(info.world_size) > 1
+    accumulates = config.train.micro_batches(mesh.dp_size) > 1
     if accumulates:
         allocate_gradients(model)
     module = accelerator.prepare_model(model)
@@ -74,7 +74,7 @@ def _build_ddp(
     return NativeEngine(
         module,
         build_optimizer(parameter_groups(module.named_parameters(), config.optimizer), config.optimizer),
-        mesh=build_mesh(device, world_size=info.world_size, dp_shard=1),
+        mesh=mesh,
         device=device,
         grad_clip=config.optimizer.grad_clip,
         autocast=config.engine.precision.base is Precision.bf16,
@@ -83,7 +83,7 @@ def _build_ddp(
 
 
 def _build_zero(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     deepspeed = import_deepspeed(info, device)
     plugin = DeepSpeedPlugin()  # the user's stage and offload, from the environment
@@ -93,7 +93,7 @@ def _build_zero(
         )
     kind = EngineKind[f"zero{plugin.zero_stage}"]
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=kind))
-    settings = deepspeed_settings(config, world_size=info.world_size, device=device)
+    settings = deepspeed_settings(config, dp_size=mesh.dp_size, device=device)
     user_zero = plugin.deepspeed_config.get("zero_optimization", {})
     settings["zero_optimization"] |= {key: value for key, value in user_zero.items() if value not in ("auto", None)}
     with _without_deepspeed_variables():
@@ -107,7 +107,7 @@ def _build_zero(
     module, _ = accelerator.prepare(model, optimizer)
     if not isinstance(module, deepspeed.DeepSpeedEngine):
         raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DeepSpeedEngine")
-    return ZeroEngine(module, device=device)
+    return ZeroEngine(module, mesh=mesh, device=device)
 
 
 def _name_ignored(config: TrainConfig) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.state import EngineState
 
 
@@ -20,10 +21,8 @@ class Engine(Protocol):
     """What updates the weights that this rank holds."""
     device: torch.device
     """Where batches go."""
-    dp_rank: int
-    """Which part of a global batch this rank takes."""
-    dp_size: int
-    """Into how many parts a global batch is cut."""
+    mesh: Mesh
+    """Where this rank stands among the others."""
     state: EngineState
     """Master weights and optimizer state on this rank."""
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from bigtrain.config import EngineKind, ModelKind, OptimizerKind, Precision, TrainConfig
-from bigtrain.distributed.collectives import broadcast_json, build_mesh
+from bigtrain.config.layout import layout_of
+from bigtrain.distributed.collectives import broadcast_json
+from bigtrain.distributed.mesh import build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.errors import ConfigError, of_all_ranks
@@ -18,15 +20,6 @@ from bigtrain.tasks.base import Objective, TaskModel
 
 CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
 """Compute capability from which on GPUs have matrix products in these."""
-
-
-def dp_shard_size(config: TrainConfig, info: RankInfo) -> int:
-    """Return how many ranks share one copy of the state under the native engines."""
-    if config.engine.kind is EngineKind.ddp:
-        return 1
-    if config.engine.kind is EngineKind.hsdp:
-        return config.engine.dp_shard or info.local_world_size
-    return info.world_size
 
 
 def build_engine(
@@ -141,21 +134,19 @@ def _build(
 ) -> Engine:
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind
+    layout = layout_of(config.engine, world_size=info.world_size, local_world_size=info.local_world_size)
+    mesh = build_mesh(device, layout)
     if kind in (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp):
         from bigtrain.engine.native import build_native
 
-        mesh = build_mesh(device, world_size=info.world_size, dp_shard=dp_shard_size(config, info))
-        accumulates = config.train.micro_batches(info.world_size) > 1
-        return build_native(
-            build_model, config.engine, config.optimizer, mesh=mesh, device=device, accumulates=accumulates
-        )
+        return build_native(build_model, config, mesh=mesh, device=device)
     if kind is EngineKind.accelerate:
         from bigtrain.engine.accelerated import build_accelerated
 
-        return build_accelerated(build_model, config, info=info, device=device)
+        return build_accelerated(build_model, config, info=info, mesh=mesh, device=device)
     from bigtrain.engine.deepspeed_zero import build_deepspeed
 
-    return build_deepspeed(build_model, config, info=info, device=device)
+    return build_deepspeed(build_model, config, info=info, mesh=mesh, device=device)
 
 
 def require_hardware(precision: Precision | None, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
 from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -41,16 +42,16 @@ STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 class ZeroEngine:
     """See :class:`bigtrain.engine.base.Engine`."""
 
-    def __init__(self, module: nn.Module, *, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, *, mesh: Mesh, device: torch.device) -> None:
         self.module = module  # a deepspeed.DeepSpeedEngine
         self.optimizer: torch.optim.Optimizer = module.optimizer.optimizer
         self.device = device
-        self.dp_rank, self.dp_size = dist.get_rank(), dist.get_world_size()
+        self.mesh = mesh
         if module.zero_optimization_stage() == 3:
             hide_gathering(module)
-            self.state: Zero3State | Zero12State = Zero3State(module)
+            self.state: Zero3State | Zero12State = Zero3State(module, mesh)
         else:
-            self.state = Zero12State(module)
+            self.state = Zero12State(module, mesh)
 
     def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
@@ -60,9 +61,9 @@ class ZeroEngine:
             self.module.set_gradient_accumulation_boundary(number == len(micro_batches))
             sums = sums_of(self.module, batch.to(self.device))
             loss = loss_of(sums)
-            # DeepSpeed averages over the ranks, which dp_size undoes, and would divide by the number of
+            # DeepSpeed averages over the ranks, which the factor dp_size undoes, and would divide by the number of
             # accumulation steps, which scale_wrt_gas=False switches off.
-            scale = gradient_scale(loss, self.dp_size / num_targets)
+            scale = gradient_scale(loss, self.mesh.dp_size / num_targets)
             self.module.backward(loss * scale, scale_wrt_gas=False)
             total = sums.detach() if total is None else total + sums.detach()
         return total
@@ -84,21 +85,21 @@ class ZeroEngine:
 class Zero12State:
     """Stages 1 and 2: each rank owns one flat range of every parameter group."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._zero = module.optimizer
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        self._zero, self._mesh = module.optimizer, mesh
         create_optimizer_state(self._zero.optimizer)
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.places: dict[str, Place] = {}
         for parameter in _frozen(module):
-            entry = whole_entry(parameter, replica=dist.get_rank(), num_replicas=dist.get_world_size())
+            entry = whole_entry(parameter, replica=mesh.rank, num_replicas=mesh.size)
             self.entries[MODEL + self._names[parameter]] = entry
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
                 name, place = self._names[parameter], Place(flat, begin, start, end - begin)
                 self.places[name] = place
-                self.entries |= _entries(name, tuple(parameter.shape), place, self._zero.optimizer.state[flat])
+                self.entries |= _entries(name, tuple(parameter.shape), place, self._zero.optimizer.state[flat], mesh)
 
     def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         """Yield (parameter, first element held, begin, end) with begin and end in this rank's partition.
@@ -133,8 +134,8 @@ class Zero12State:
 class Zero3State:
     """Stage 3: every parameter is cut into equal flat parts, padded at the end."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._zero = module.optimizer
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        self._zero, self._mesh = module.optimizer, mesh
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.places: dict[str, Place] = {}
@@ -159,7 +160,7 @@ class Zero3State:
         return Place(holder, begin, start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start)))
 
     def _entries(self, parameter: nn.Parameter, place: Place, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
-        return dict(_entries(self._names[parameter], tuple(parameter.ds_shape), place, state))
+        return dict(_entries(self._names[parameter], tuple(parameter.ds_shape), place, state, self._mesh))
 
     def commit(self) -> None:
         """Refresh the partitioned parameters from the masters, and gather the small ones that stay gathered."""
@@ -182,7 +183,7 @@ def _frozen(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _entries(
-    name: str, shape: tuple[int, ...], place: Place, state: dict[str, torch.Tensor]
+    name: str, shape: tuple[int, ...], place: Place, state: dict[str, torch.Tensor], mesh: Mesh
 ) -> Iterator[tuple[str, Entry]]:
     """Yield key and entry of the master weight and the optimizer state at the place of a parameter."""
     flat, end = place.holder.detach(), place.begin + place.numel
@@ -191,19 +192,19 @@ def _entries(
         if value.shape == flat.shape:
             entry = Entry(shape, value.dtype, flat_boxes(shape, place.start, value[place.begin : end]))
         else:  # one number for the whole group, such as the step
-            entry = Entry((), value.dtype, (Box((), value),), dist.get_rank(), dist.get_world_size())
+            entry = Entry((), value.dtype, (Box((), value),), mesh.rank, mesh.size)
         yield f"{OPTIMIZER}{name}.{key}", entry
 
 
 def build_deepspeed(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, device: torch.device
+    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> ZeroEngine:
     """Build the model (partitioned from the start with stage 3) and hand it to DeepSpeed; weights are garbage."""
     deepspeed = import_deepspeed(info, device)
-    settings = deepspeed_settings(config, world_size=info.world_size, device=device)
+    settings = deepspeed_settings(config, dp_size=mesh.dp_size, device=device)
     model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
     module, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    return ZeroEngine(module, device=device)
+    return ZeroEngine(module, mesh=mesh, device=device)
 
 
 def build_for_deepspeed(
@@ -283,7 +284,7 @@ def import_deepspeed(info: RankInfo, device: torch.device) -> Any:
     return deepspeed
 
 
-def deepspeed_settings(config: TrainConfig, *, world_size: int, device: torch.device) -> dict[str, Any]:
+def deepspeed_settings(config: TrainConfig, *, dp_size: int, device: torch.device) -> dict[str, Any]:
     """Return DeepSpeed's own configuration, derived from ours."""
     engine, train = config.engine, config.train
     offload = {"device": "cpu", "pin_memory": device.type == "cuda"} if engine.offload is Offload.cpu else None
@@ -302,7 +303,7 @@ def deepspeed_settings(config: TrainConfig, *, world_size: int, device: torch.de
             zero["offload_param"] = offload
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.micro_batches(world_size),
+        "gradient_accumulation_steps": train.micro_batches(dp_size),
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -9,14 +9,14 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from bigtrain.config import EngineConfig, EngineKind, Offload, OptimizerConfig, Precision
+from bigtrain.config import EngineConfig, EngineKind, Offload, Precision, TrainConfig
 from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
@@ -41,7 +41,7 @@ class NativeEngine:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        mesh: DeviceMesh,
+        mesh: Mesh,
         device: torch.device,
         grad_clip: float,
         autocast: bool,
@@ -51,7 +51,7 @@ class NativeEngine:
         self.module = module
         self.optimizer = optimizer
         self.device = device
-        self.dp_rank, self.dp_size = mesh.get_rank(), mesh.size()
+        self.mesh = mesh
         self.grad_clip = grad_clip
         # Each weight is cast once per forward pass anyway, and cached copies would outlive checkpointed blocks.
         bf16 = partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
@@ -59,13 +59,13 @@ class NativeEngine:
         self.keep_gradients = keep_gradients
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
-        is_sharded = isinstance(module, FSDPModule) and mesh["dp_shard"].size() > 1
-        self.shard_group = mesh.get_group("dp_shard") if is_sharded else None
+        is_sharded = isinstance(module, FSDPModule) and mesh.ranks["dp_shard"].size() > 1
+        self.shard_group = mesh.ranks.get_group("dp_shard") if is_sharded else None
         # DDP averages gradients over the ranks, which this factor turns into the sum; FSDP is told to sum.
-        self._averages_over = self.dp_size if isinstance(module, DistributedDataParallel) else 1
+        self._averages_over = mesh.dp_size if isinstance(module, DistributedDataParallel) else 1
         self._communicates_as_last: bool | None = None
         # A sum of two is the same in any order, and only DDP has buckets.
-        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or self.dp_size <= 2
+        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.size <= 2
         create_optimizer_state(optimizer)
         self.state = NativeState(module, optimizer, mesh)
 
@@ -181,7 +181,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 class NativeState:
     """The state of DDP (whole tensors) and FSDP2 (DTensors). See :class:`bigtrain.engine.state.EngineState`."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.entries: dict[str, Entry] = {}
         self.places: dict[str, Place] = {}
         self._parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
@@ -202,9 +202,9 @@ class NativeState:
         return ((name, _local(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
 
 
-def _entry(tensor: torch.Tensor, mesh: DeviceMesh) -> Entry:
+def _entry(tensor: torch.Tensor, mesh: Mesh) -> Entry:
     if not isinstance(tensor, DTensor):
-        return whole_entry(tensor, replica=mesh.get_rank(), num_replicas=mesh.size())
+        return whole_entry(tensor, replica=mesh.rank, num_replicas=mesh.size)
     shape, local = tuple(tensor.shape), tensor.to_local().detach()
     _, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     boxes = (Box(tuple(offsets), local),) if local.numel() else ()
@@ -223,31 +223,25 @@ def _replica(tensor: DTensor) -> tuple[int, int]:
 
 
 def build_native(
-    build_model: Callable[[], TaskModel],
-    engine: EngineConfig,
-    optimizer: OptimizerConfig,
-    *,
-    mesh: DeviceMesh,
-    device: torch.device,
-    accumulates: bool,
+    build_model: Callable[[], TaskModel], config: TrainConfig, *, mesh: Mesh, device: torch.device
 ) -> NativeEngine:
     """Build the model on the meta device, wrap, shard and materialise it; the weights are still garbage.
 
     Args:
         build_model: builds the model on the current default device.
-        engine: chooses ``ddp``, ``fsdp`` or ``hsdp``.
-        optimizer: the update rule.
+        config: resolved, with ``ddp``, ``fsdp`` or ``hsdp``.
         mesh: of all ranks.
         device: this rank's device.
-        accumulates: whether a step has several micro-batches.
     """
+    engine, optimizer = config.engine, config.optimizer
+    accumulates = config.train.micro_batches(mesh.dp_size) > 1
     with torch.device("meta"):
         model = build_model()
     wrap_blocks(model, engine)
     if engine.kind is EngineKind.ddp:
         materialise(model, device)
         # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
-        module = _data_parallel(model, device, accumulates) if mesh.size() > 1 else model
+        module = _data_parallel(model, device, accumulates) if mesh.size > 1 else model
     else:
         module = _fully_shard(model, engine, mesh)
         materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
@@ -300,13 +294,13 @@ def _blocks_of_their_own(model: TaskModel) -> list[nn.Module]:
     return [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
 
 
-def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: DeviceMesh) -> nn.Module:
+def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> nn.Module:
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
     if engine.precision.base is Precision.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    device_type = mesh.device_type
+    device_type = mesh.ranks.device_type
     kwargs = {
-        "mesh": mesh if engine.kind is EngineKind.hsdp else mesh["dp_shard"],
+        "mesh": mesh.ranks["dp_replicate", "dp_shard"] if engine.kind is EngineKind.hsdp else mesh.ranks["dp_shard"],
         "mp_policy": precision,
         "offload_policy": CPUOffloadPolicy(pin_memory=device_type == "cuda")
         if engine.offload is Offload.cpu

@@ -18,6 +18,7 @@ from bigtrain.config import (
     TrainConfig,
 )
 from bigtrain.config.check import FSDP_KINDS, ZERO_KINDS
+from bigtrain.config.layout import Layout, layout_of
 from bigtrain.models.sizes import (
     ActivationBytes,
     ModelSizes,
@@ -125,7 +126,8 @@ def estimate(
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     bf16 = precision.base is Precision.bf16
-    layout = _layout(config, sizes, world_size, local_world_size or world_size, bf16, device_type)
+    ranks = layout_of(engine, world_size=world_size, local_world_size=local_world_size or world_size)
+    layout = _layout(config, sizes, ranks, bf16, device_type)
     numerics = Numerics(
         element_bytes=2 if bf16 else 4,
         # FSDP casts the whole model, the others autocast, which leaves the residual stream in fp32.
@@ -164,14 +166,11 @@ def estimate(
     return Estimate(device, host, not_at_once=sum(device.values()) - peak)
 
 
-def _layout(
-    config: TrainConfig, sizes: ModelSizes, world_size: int, local_world_size: int, bf16: bool, device_type: str
-) -> _Layout:
-    kind, num_shards = config.engine.kind, world_size
-    accumulates = config.train.micro_batches(world_size) > 1
+def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, device_type: str) -> _Layout:
+    kind, world_size = config.engine.kind, ranks.world_size
+    accumulates = config.train.micro_batches(ranks.dp_size) > 1
     if kind in FSDP_KINDS:
-        num_shards = world_size if kind is EngineKind.fsdp else config.engine.dp_shard or local_world_size
-        layout = _fsdp_layout(config, sizes, num_shards, accumulates, bf16)
+        layout = _fsdp_layout(config, sizes, ranks.dp_shard, accumulates, bf16)
     elif kind is EngineKind.zero3:
         layout = _zero3_layout(config, sizes, world_size, bf16)
     elif kind in (EngineKind.zero1, EngineKind.zero2):
@@ -181,7 +180,8 @@ def _layout(
         layout = _ddp_layout(config, sizes, bf16, has_early_gradients)
     if config.optimizer.kind is OptimizerKind.muon:
         is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
-        layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_shards, is_sharded)
+        num_owners = ranks.dp_shard if is_sharded else world_size
+        layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_owners, is_sharded)
     if config.logging.layer_norms_every_steps and config.engine.offload is Offload.none:
         layout.update += 4 * -(-sizes.total // world_size)  # the weights before the update
     return layout

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bigtrain.data.read.loader import StepBatch
-from bigtrain.distributed.collectives import all_reduce_sum
+from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
 from bigtrain.tasks.base import Objective, split_sums
 
@@ -23,16 +23,16 @@ def train_step(
     """
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
-        num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
+        num_targets = engine.mesh.total(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
     sums = engine.forward_backward(batch.micro_batches, num_targets=num_targets)
     before_update()
     grad_norm = engine.step(lr)
     return torch.cat([sums[:1] / num_targets, sums[1:]]) if sums.ndim else sums / num_targets, grad_norm
 
 
-def read_back(pending: list[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
+def read_back(pending: list[dict[str, Any]], objective: Objective, mesh: Mesh) -> list[dict[str, Any]]:
     """Wait for the device, all-reduce the losses, and return the pending records as plain numbers; clears ``pending``."""
-    sums = all_reduce_sum(torch.stack([record["loss"] for record in pending])).view(len(pending), -1)
+    sums = mesh.total(torch.stack([record["loss"] for record in pending])).view(len(pending), -1)
     norms = torch.stack([record["grad_norm"] for record in pending])
     records = [
         {**record, "loss": loss, "grad_norm": norm, **train_metrics(objective, loss, rest)}

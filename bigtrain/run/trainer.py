@@ -261,7 +261,7 @@ def train(run: Run) -> End | RollBack:
             heartbeat.enter("forward_backward")
             step = batch.step + 1
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=steps, config=config.scheduler)
-            seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
+            seed_step(config.train.seed, batch.step, engine.mesh.rank, engine.device)
             loss, grad_norm = train_step(engine, batch, lr, before_update=before_update)
             meter.mark(names.OPTIMIZER_SECONDS)
             norms.after_update(step)
@@ -281,7 +281,7 @@ def train(run: Run) -> End | RollBack:
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             if saving or step % config.train.log_every_steps == 0:
-                records = norms.merge(read_back(pending, objective))
+                records = norms.merge(read_back(pending, objective, engine.mesh))
                 records[-1] |= count_skipped_shards(run.streams["train"], config)
                 recorder.metrics(records, meter.phases())
                 record_stragglers(run, stragglers.check(step, heartbeat.seconds_in("data")))

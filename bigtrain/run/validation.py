@@ -14,7 +14,7 @@ from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import count_targets, validation_batches
 from bigtrain.data.read.stream import SampleStream
-from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device, shut_down
+from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL
@@ -37,14 +37,14 @@ def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[
         batches=config.validation.batches,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
+        dp_rank=engine.mesh.dp_rank,
+        dp_size=engine.mesh.dp_size,
         objective=objective,
     )
     for micro_batches in steps:
         for batch, sums in zip(micro_batches, engine.evaluate(micro_batches).tolist(), strict=True):
             total += torch.tensor([count_targets(objective, batch), *sums], dtype=torch.float64)
-    num_targets, loss_sum, *sums = all_reduce_sum(total).tolist()
+    num_targets, loss_sum, *sums = engine.mesh.total(total).tolist()
     loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
     return {"loss": loss, **objective.metrics(loss, split_sums(objective, sums))}
 

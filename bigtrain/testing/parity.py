@@ -139,12 +139,12 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
     with train_loader(open_data(config)["train"], config, engine, start=Cursor()) as loader:
         for batch in loader:
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
-            seed_step(config.train.seed, batch.step, engine.dp_rank, engine.device)
+            seed_step(config.train.seed, batch.step, engine.mesh.rank, engine.device)
             loss, grad_norm = step_function(engine, batch, lr)
             pending.append({"loss": loss, "grad_norm": grad_norm})
             if batch.step + 1 == (num_steps or config.train.steps):
                 break
-    records = read_back(pending, build_objective(config.task))
+    records = read_back(pending, build_objective(config.task), engine.mesh)
     wrapped = [cls.__name__ for cls in type(engine.module).__mro__]
     return Trajectory(
         losses=[record["loss"] for record in records],

@@ -59,7 +59,7 @@ def run_steps(engine, config, first, last):
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
             loss, norm = train_step(engine, batch, lr)
             pending.append({"loss": loss, "grad_norm": norm})
-    return [record["loss"] for record in read_back(pending, CausalLM())]
+    return [record["loss"] for record in read_back(pending, CausalLM(), engine.mesh)]
 
 
 def state_hashes(engine):

@@ -1,9 +1,12 @@
 """What the native engines communicate."""
 
+import dataclasses
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigtrain.config.layout import layout_of
 from bigtrain.data.read.batch import Batch
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.ranks import small_config, start_engine
@@ -48,3 +51,17 @@ def test_a_micro_batch_communicates_no_more_than_it_has_to():
     # The root and every block in the forward pass; in the backward pass neither the root nor the last block again.
     assert fsdp == {"_allgather_base_": 1 + LAYERS + LAYERS - 1, "_reduce_scatter_base_": 1 + LAYERS}
     assert "broadcast_" not in ddp, "buffers are alike on all ranks"
+
+
+def totals():
+    """Return sums of two ranks that load the same samples, and of two that do not."""
+    mesh = start_engine(small_config("ddp")).mesh
+    copies = dataclasses.replace(mesh, dp_rank=0, dp_size=1, copies=2)
+    whole = layout_of(small_config("fsdp").engine, world_size=2, local_world_size=2)
+    assert (mesh.dp_rank, mesh.dp_size, mesh.copies) == (mesh.rank, 2, 1) == (mesh.rank, whole.dp_size, whole.copies)
+    count = 2**24 + 1  # more than fp32 can tell from its neighbour
+    return [(m.total(torch.tensor(count)).item(), m.total(torch.tensor([1.5])).item()) for m in (copies, mesh)]
+
+
+def test_ranks_that_load_the_same_samples_count_them_once():
+    assert run_ranks(totals, 2, timeout_seconds=100)[0] == [(2**24 + 1, 1.5), (2**25 + 2, 3.0)]

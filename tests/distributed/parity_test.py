@@ -221,7 +221,7 @@ def test_bf16_agrees_with_every_fast_path_on(short_reference):
 def mean_of_means(engine, batch, lr):
     """The classic mistake: every micro-batch divides by its own number of targets."""
     loss_sum = torch.zeros(1)
-    num_micro_batches = torch.tensor(len(batch.micro_batches) * engine.dp_size)
+    num_micro_batches = torch.tensor(len(batch.micro_batches) * engine.mesh.dp_size)
     total = all_reduce_sum(torch.tensor(batch.num_targets))
     for micro_batch in batch.micro_batches:
         own = (micro_batch["targets"] != -100).sum() * num_micro_batches

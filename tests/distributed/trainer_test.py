@@ -434,7 +434,7 @@ from bigtrain.run import trainer
 whole_step = trainer.train_step
 
 def train_step(engine, batch, lr, **options):
-    if batch.step == 3 and engine.dp_rank == 1:
+    if batch.step == 3 and engine.mesh.dp_rank == 1:
         raise ZeroDivisionError("a fault on rank 1")
     return whole_step(engine, batch, lr, **options)
 

@@ -174,10 +174,10 @@ def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
         with trainer.train_loader(trainer.open_data(config)["train"], config, engine, start=start) as loader:
             for batch in itertools.islice(loader, last - first):
                 lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=8, config=config.scheduler)
-                trainer.seed_step(0, batch.step, engine.dp_rank, engine.device)
+                trainer.seed_step(0, batch.step, engine.mesh.dp_rank, engine.device)
                 loss, grad_norm = trainer.train_step(engine, batch, lr)
                 pending.append({"loss": loss, "grad_norm": grad_norm})
-        return [(record["loss"], record["grad_norm"]) for record in trainer.read_back(pending, CausalLM())]
+        return [(record["loss"], record["grad_norm"]) for record in trainer.read_back(pending, CausalLM(), engine.mesh)]
 
     engine, fresh = start_engine(config), start_engine(config)
     train(engine, 0, 3)
