@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from bigtrain import errors
 from bigtrain.distributed.rendezvous import Patience, in_slices, meet, require_interfaces
@@ -101,6 +102,11 @@ def shut_down() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

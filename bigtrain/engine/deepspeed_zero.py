@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ from bigtrain.engine.state import (
     OPTIMIZER,
     Box,
     Entry,
-    Place,
     canonical_name,
     create_optimizer_state,
     flat_boxes,
@@ -37,6 +36,19 @@ from bigtrain.processes import RankInfo
 from bigtrain.tasks.base import gradient_scale, loss_of, sums_of
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
+
+
+class _Place(NamedTuple):
+    """What this rank holds of a parameter: a range of its elements in row-major order."""
+
+    holder: torch.Tensor
+    """Flat, with other parameters."""
+    begin: int
+    """First element of the range in the holder."""
+    start: int
+    """First element of the range in the whole parameter."""
+    numel: int
+    """Elements of the range; 0 if this rank holds nothing."""
 
 
 class ZeroEngine:
@@ -90,15 +102,15 @@ class Zero12State:
         create_optimizer_state(self._zero.optimizer)
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
-        self.places: dict[str, Place] = {}
+        self.holders: dict[str, torch.Tensor] = {}
         for parameter in _frozen(module):
             entry = whole_entry(parameter, replica=mesh.rank, num_replicas=mesh.size)
             self.entries[MODEL + self._names[parameter]] = entry
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
-                name, place = self._names[parameter], Place(flat, begin, start, end - begin)
-                self.places[name] = place
+                name, place = self._names[parameter], _Place(flat, begin, start, end - begin)
+                self.holders[name] = flat
                 self.entries |= _entries(name, tuple(parameter.shape), place, self._zero.optimizer.state[flat], mesh)
 
     def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
@@ -138,7 +150,7 @@ class Zero3State:
         self._zero, self._mesh = module.optimizer, mesh
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
-        self.places: dict[str, Place] = {}
+        self.holders: dict[str, torch.Tensor] = {}
         for parameter in _frozen(module):
             self.entries |= self._entries(parameter, self._place(parameter, parameter.ds_tensor, 0), {})
         for i, (parameters, flat) in enumerate(
@@ -151,15 +163,16 @@ class Zero3State:
             group["params"] = []
             offset = 0
             for parameter in parameters:
-                place = self.places[self._names[parameter]] = self._place(parameter, flat, offset)
+                place = self._place(parameter, flat, offset)
+                self.holders[self._names[parameter]] = flat
                 self.entries |= self._entries(parameter, place, self._zero.optimizer.state[flat])
                 offset += parameter.partition_numel()
 
-    def _place(self, parameter: nn.Parameter, holder: torch.Tensor, begin: int) -> Place:
+    def _place(self, parameter: nn.Parameter, holder: torch.Tensor, begin: int) -> _Place:
         start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
-        return Place(holder, begin, start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start)))
+        return _Place(holder, begin, start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start)))
 
-    def _entries(self, parameter: nn.Parameter, place: Place, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
+    def _entries(self, parameter: nn.Parameter, place: _Place, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
         return dict(_entries(self._names[parameter], tuple(parameter.ds_shape), place, state, self._mesh))
 
     def commit(self) -> None:
@@ -183,7 +196,7 @@ def _frozen(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _entries(
-    name: str, shape: tuple[int, ...], place: Place, state: dict[str, torch.Tensor], mesh: Mesh
+    name: str, shape: tuple[int, ...], place: _Place, state: dict[str, torch.Tensor], mesh: Mesh
 ) -> Iterator[tuple[str, Entry]]:
     """Yield key and entry of the master weight and the optimizer state at the place of a parameter."""
     flat, end = place.holder.detach(), place.begin + place.numel

@@ -1,29 +1,18 @@
-"""Which matrices lie where in the memory of which parameter: the one thing that Muon has to be told by an engine."""
+"""Which rectangles of which matrices lie in the memory of the optimizer's parameters: what Muon is told by an engine."""
 
-import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from bigtrain.distributed.collectives import local_part
 from bigtrain.engine.base import Engine
-from bigtrain.engine.state import MODEL, Place, canonical_name
+from bigtrain.engine.state import MODEL, Box, canonical_name
 from bigtrain.errors import ConfigError
-from bigtrain.optim.muon import Matrix, Muon, Workshop, is_hidden_matrix
+from bigtrain.optim.muon import Matrix, Muon, Rectangle, Workshop, is_hidden_matrix
 
-
-class _Part(NamedTuple):
-    """This rank's part of a matrix."""
-
-    place: Place
-    rows: int
-    columns: int
-    start: int
-    """First element, in the matrix."""
-    numel: int
-    begin: int
-    """First element, in the holder's memory."""
+MOST_RECTANGLES = 3
+"""That a rank may hold of a matrix, which is what a flat range comes to: the end of a row, whole rows, part of a row."""
 
 
 def hand_over_matrices(engine: Engine, ranks: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
@@ -44,34 +33,46 @@ def hand_over_matrices(engine: Engine, ranks: dist.ProcessGroup | None, dtype: t
         for name, module in engine.module.named_modules()
         if (rows := getattr(module, "fused_rows", ()))
     }
-    parts = []
-    for name, place in state.places.items():
-        shape = state.entries[MODEL + name].shape
-        if is_hidden_matrix(name, len(shape)):
-            parts += _parts(place, fused.get(name, shape[:1]), shape[1])
-    if not parts:
+    found = []
+    for name, holder in state.holders.items():
+        entry = state.entries[MODEL + name]
+        if is_hidden_matrix(name, len(entry.shape)):
+            rows = fused.get(name, entry.shape[:1])
+            found += [(holder, entry.shape[1], *part) for part in _parts(holder, entry.boxes, rows)]
+    if not found:
         raise ConfigError("optimizer=muon is for the matrices of numbered blocks, and this model has none: use adamw")
-    rank, num_ranks = dist.get_rank(ranks), dist.get_world_size(ranks)
-    own = torch.tensor([[part.start, part.numel] for part in parts], device=engine.device)
+    own = torch.zeros(len(found), MOST_RECTANGLES, len(Rectangle._fields), dtype=torch.int64)
+    for numbers, (*_, rectangles) in zip(own, found, strict=True):
+        for row, rectangle in zip(numbers, rectangles, strict=False):
+            row.copy_(torch.tensor(rectangle))
+    num_ranks, own = dist.get_world_size(ranks), own.to(engine.device)
     of_ranks = own.new_empty(num_ranks, *own.shape)
     dist.all_gather(list(of_ranks), own, group=ranks)
-    optimizer.workshop = Workshop(device=engine.device, dtype=dtype, rank=rank, num_ranks=num_ranks, group=ranks)
+    optimizer.workshop = Workshop(
+        device=engine.device, dtype=dtype, rank=dist.get_rank(ranks), num_ranks=num_ranks, group=ranks
+    )
     optimizer.matrices = {}
-    for part, ranges in zip(parts, of_ranks.unbind(1), strict=True):
-        starts, numels = map(tuple, ranges.T.tolist())
-        matrix = Matrix(part.rows, part.columns, part.place.holder, part.begin, numels)
-        in_order = itertools.accumulate(numels, initial=0)
-        is_tiled = all(n == 0 or a == b for a, n, b in zip(starts, numels, in_order, strict=False))
-        assert matrix.is_whole or (is_tiled and sum(numels) == part.rows * part.columns), (part, starts, numels)
-        optimizer.matrices.setdefault(matrix.holder, []).append(matrix)
+    for (holder, columns, rows, begin, _), numbers in zip(found, of_ranks.transpose(0, 1).tolist(), strict=True):
+        parts = tuple(tuple(Rectangle(*four) for four in rank if four[2]) for rank in numbers)
+        matrix = Matrix(rows, columns, holder, begin, parts)
+        assert matrix.is_whole or sum(map(matrix.numel_of, range(num_ranks))) == rows * columns, matrix
+        optimizer.matrices.setdefault(holder, []).append(matrix)
 
 
-def _parts(place: Place, rows: tuple[int, ...], columns: int) -> Iterator[_Part]:
-    """Yield what lies at ``place`` of the matrices with so many ``rows`` that a parameter consists of."""
+def _parts(
+    holder: torch.Tensor, boxes: tuple[Box, ...], fused_rows: tuple[int, ...]
+) -> Iterator[tuple[int, int, list[Rectangle]]]:
+    """Yield what ``boxes`` hold of each matrix that a parameter consists of: its rows, where that begins, rectangles."""
     first = 0
-    for count in rows:
-        end = first + count * columns
-        low = min(max(place.start, first), end)
-        high = max(min(place.start + place.numel, end), low)
-        yield _Part(place, count, columns, low - first, high - low, place.begin + low - place.start)
-        first = end
+    for count in fused_rows:
+        begin, rectangles = 0, []
+        for box in boxes:
+            (row, column), (num_rows, num_columns) = box.offsets, box.view.shape
+            low, high = max(row, first), min(row + num_rows, first + count)
+            if low < high:
+                if not rectangles:
+                    within = box.view.storage_offset() - local_part(holder).storage_offset()
+                    begin = within + (low - row) * num_columns
+                rectangles.append(Rectangle(low - first, column, high - low, num_columns))
+        yield count, begin, rectangles
+        first += count

@@ -16,16 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.config import EngineConfig, EngineKind, Offload, Precision, TrainConfig
 from bigtrain.data.read.batch import Batch
+from bigtrain.distributed.collectives import local_part
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.state import (
     MODEL,
     OPTIMIZER,
     Box,
     Entry,
-    Place,
     canonical_name,
     create_optimizer_state,
-    flat_start,
     whole_entry,
 )
 from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
@@ -88,7 +87,7 @@ class NativeEngine:
 
     def step(self, lr: float) -> torch.Tensor:
         """See :class:`bigtrain.engine.base.Engine`."""
-        gradients = [_local(p.grad) for p in self._parameters if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._parameters if p.grad is not None]
         norm = self._global_norm(gradients)
         if self.grad_clip and gradients:
             factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -174,23 +173,18 @@ def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, a
     optimizer.step()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class NativeState:
     """The state of DDP (whole tensors) and FSDP2 (DTensors). See :class:`bigtrain.engine.state.EngineState`."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.entries: dict[str, Entry] = {}
-        self.places: dict[str, Place] = {}
+        self.holders: dict[str, torch.Tensor] = {}
         self._parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         for name, parameter in self._parameters.items():
-            entry = self.entries[MODEL + name] = _entry(parameter, mesh)
+            self.entries[MODEL + name] = _entry(parameter, mesh)
             if not parameter.requires_grad:
                 continue
-            start = flat_start(entry.shape, entry.boxes[0].offsets) if entry.boxes else 0
-            self.places[name] = Place(parameter, 0, start, _local(parameter).numel())
+            self.holders[name] = parameter
             for key, value in optimizer.state[parameter].items():
                 self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh)
 
@@ -199,7 +193,7 @@ class NativeState:
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See :class:`bigtrain.engine.state.EngineState`."""
-        return ((name, _local(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
+        return ((name, local_part(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
 
 
 def _entry(tensor: torch.Tensor, mesh: Mesh) -> Entry:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -50,26 +50,14 @@ class Entry:
         return tuple(piece for box in self.boxes for piece in _share(box, self.replica, self.num_replicas))
 
 
-class Place(NamedTuple):
-    """Where the optimizer finds what this rank holds of a parameter, a range of its elements in row-major order."""
-
-    holder: torch.Tensor
-    """Parameter of the optimizer, which may hold others too."""
-    begin: int
-    """First element of the range in the holder's memory."""
-    start: int
-    """First element of the range in the whole parameter."""
-    numel: int
-    """Elements of the range; 0 if this rank holds nothing."""
-
-
 class EngineState(Protocol):
     """The state of a training run as one engine holds it on this rank."""
 
     entries: Mapping[str, Entry]
     """``model.<name>`` (fp32 master weights) and ``optim.state.<name>.<key>``, the same keys on every rank."""
-    places: Mapping[str, Place]
-    """By name of the parameter, of those that are trained."""
+    holders: Mapping[str, torch.Tensor]
+    """By name of each trained parameter the optimizer's parameter, which may hold others too, in whose memory the boxes
+    of ``model.<name>`` lie, one after the other."""
 
     def commit(self) -> None:
         """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""
@@ -136,14 +124,6 @@ def _share(box: Box, replica: int, num_replicas: int) -> Iterator[Box]:
     bounds = [flat.numel() * r // num_replicas for r in (replica, replica + 1)]
     for piece in _cut(shape, bounds[0], flat[bounds[0] : bounds[1]]):
         yield Box(tuple(a + b for a, b in zip(box.offsets, piece.offsets, strict=True)), piece.view)
-
-
-def flat_start(shape: tuple[int, ...], offsets: tuple[int, ...]) -> int:
-    """Return the row-major position of the element at ``offsets``."""
-    start = 0
-    for size, offset in zip(shape, offsets, strict=True):
-        start = start * size + offset
-    return start
 
 
 def initialise(state: EngineState, values: Mapping[str, InitialValue], *, num_threads: int) -> None:

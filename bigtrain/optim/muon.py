@@ -12,12 +12,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from bigtrain.distributed.collectives import local_part
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -27,27 +28,49 @@ IN_FLIGHT_ELEMENTS = 1 << 24
 """Elements of the matrices that one owner orthogonalises at a time, unless a single one has more."""
 
 
+class Rectangle(NamedTuple):
+    """Consecutive rows and columns of a matrix."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.rows * self.columns
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """Return the view of it in a whole matrix ``(rows, columns)``."""
+        return matrix[self.row : self.row + self.rows, self.column : self.column + self.columns]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
-    """A hidden matrix, and where this rank's part of it is: a range of its elements in row-major order."""
+    """A hidden matrix, and where this rank's part of it is: some rectangles."""
 
     rows: int
     columns: int
     holder: Tensor
     """Parameter of the optimizer in whose memory the part is."""
     begin: int
-    """Where the part begins in that memory."""
-    part_numels: tuple[int, ...]
-    """Number of elements that each rank of the group holds: consecutive ranges, or all of them on all ranks."""
+    """Where the part begins in that memory; its rectangles lie there one after the other."""
+    rectangles: tuple[tuple[Rectangle, ...], ...]
+    """What each rank of the group holds: together the matrix once, or all of it on all ranks."""
 
     def part(self, tensor: Tensor, rank: int) -> Tensor:
         """Return the part that ``rank``, which is this one, holds in ``tensor``, the holder or one like it; flat."""
-        return _local(tensor).view(-1)[self.begin : self.begin + self.part_numels[rank]]
+        return local_part(tensor).view(-1)[self.begin : self.begin + self.numel_of(rank)]
+
+    def numel_of(self, rank: int) -> int:
+        """Return the number of elements that ``rank`` holds."""
+        return sum(rectangle.numel for rectangle in self.rectangles[rank])
 
     @property
     def is_whole(self) -> bool:
         """Whether every rank holds all of it."""
-        return min(self.part_numels) == self.rows * self.columns
+        return self.rectangles[0] == self.rectangles[-1] == (Rectangle(0, 0, self.rows, self.columns),)
 
     @property
     def lr_factor(self) -> float:
@@ -118,7 +141,7 @@ class Muon(torch.optim.AdamW):
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            gradient, momentum = _local(p.grad), _local(self.state[p]["momentum_buffer"])
+            gradient, momentum = local_part(p.grad), local_part(self.state[p]["momentum_buffer"])
             if bad is not None:
                 gradient.masked_fill_(keep == 0, 0.0)
             momentum.lerp_(gradient, (1 - MOMENTUM) * keep)
@@ -126,7 +149,7 @@ class Muon(torch.optim.AdamW):
         if not group["lr"]:  # as when an engine has the state created, before it knows of matrices
             return
         for p in parameters:
-            _local(p).mul_(1 - group["lr"] * group["weight_decay"] * keep)
+            local_part(p).mul_(1 - group["lr"] * group["weight_decay"] * keep)
         rank = self.workshop.rank
         matrices = [matrix for p in parameters for matrix in self.matrices[p]]
         for some in rounds(matrices, self.workshop.num_ranks):
@@ -171,12 +194,12 @@ def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Worksho
     results = _orthogonalise(owned, _gather(matrices, parts, at))
     if n == 1:
         return results
-    numels = [[m.part_numels[at.rank] for m in matrices[r::n]] for r in range(n)]
+    numels = [[m.numel_of(at.rank) for m in matrices[r::n]] for r in range(n)]
     if matrices[0].is_whole:
         pieces = _broadcast(results, numels, at)
     else:
-        cut = [x.split(m.part_numels) for m, x in zip(owned, results, strict=True)]
-        pieces = _swap([[of_ranks[r] for of_ranks in cut] for r in range(n)], numels, at)
+        cut = [_cut(m, x) for m, x in zip(owned, results, strict=True)]
+        pieces = _swap([[piece for of_ranks in cut for piece in of_ranks[r]] for r in range(n)], numels, at)
     return [pieces[i % n][i // n] for i in range(len(matrices))]
 
 
@@ -186,9 +209,25 @@ def _gather(matrices: list[Matrix], parts: list[Tensor], at: Workshop) -> list[T
     if matrices[0].is_whole:
         return [whole.to(at.device, at.dtype) for whole in parts[at.rank :: n]]
     travelling = [part.to(at.device, at.dtype) for part in parts]
-    numels = [[m.part_numels[r] for m in matrices[at.rank :: n]] for r in range(n)]
+    numels = [[m.numel_of(r) for m in matrices[at.rank :: n]] for r in range(n)]
     pieces = _swap([travelling[r::n] for r in range(n)], numels, at)
-    return [torch.cat(of_ranks) for of_ranks in zip(*pieces, strict=True)]
+    owned = matrices[at.rank :: n]
+    return [_put_together(m, of_ranks) for m, of_ranks in zip(owned, zip(*pieces, strict=True), strict=True)]
+
+
+def _put_together(matrix: Matrix, parts: tuple[Tensor, ...]) -> Tensor:
+    """Return a matrix, flat, from the flat part of each rank."""
+    whole = parts[0].new_empty(matrix.rows, matrix.columns)
+    for own, part in zip(matrix.rectangles, parts, strict=True):
+        for rectangle, piece in zip(own, part.split([rectangle.numel for rectangle in own]), strict=True):
+            rectangle.of(whole).copy_(piece.view(rectangle.rows, rectangle.columns))
+    return whole.view(-1)
+
+
+def _cut(matrix: Matrix, whole: Tensor) -> list[list[Tensor]]:
+    """Return the rectangles of each rank, flat, of a flat matrix."""
+    whole = whole.view(matrix.rows, matrix.columns)
+    return [[rectangle.of(whole).flatten() for rectangle in own] for own in matrix.rectangles]
 
 
 def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]:
@@ -224,7 +263,3 @@ def _swap(outgoing: list[list[Tensor]], numels: list[list[int]], at: Workshop) -
     dist.all_to_all_single(received, sent, [sum(row) for row in numels], sizes, group=at.group)
     pieces = iter(received.split([numel for row in numels for numel in row]))
     return [[next(pieces) for _ in row] for row in numels]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

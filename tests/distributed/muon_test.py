@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 from bigtrain.config import Activation, Norm, OptimizerKind, Positions, Precision
 from bigtrain.data.read.batch import Batch
+from bigtrain.engine import native
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.optim import muon
 from bigtrain.testing.parity import compare, trace
@@ -47,6 +50,19 @@ def keep_to_oneself(outgoing, numels, at):
     """The mistake: nothing is communicated, everybody takes their own for that of the others."""
     (own, *_) = (tensor for row in outgoing for tensor in row)
     return [[own.repeat(numel)[:numel] for numel in row] for row in numels]
+
+
+def trace_columns():
+    """FSDP with shards of columns, as tensor parallelism would have them."""
+    right = native.fully_shard
+    native.fully_shard = partial(right, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+    found = trace(muon_config("fsdp", 2)), held_boxes(start_engine(muon_config("fsdp", 2)))
+    native.fully_shard = right
+    return found
+
+
+def held_boxes(engine):
+    return {key: (entry.shape, *(box.view.shape for box in entry.boxes)) for key, entry in engine.state.entries.items()}
 
 
 MISTAKES = {"orthogonalise_parts": orthogonalise_apart, "_swap": keep_to_oneself}
@@ -97,6 +113,7 @@ def compute_all(world_size):
     if world_size == 2:
         found["bf16"] = trace_variants(2, BF16, "bf16")
         found["mistakes"] = {name: trace_mistake(name) for name in MISTAKES}
+        found["columns"] = trace_columns()
         found["looked_at"] = {variant: look_at(variant) for variant in (*SHARDED, "ddp")}
     return found
 
@@ -137,6 +154,16 @@ def test_wrong_sharing_is_noticed(mistake, found, reference):
     print(difference)
     assert difference.loss > 1e-3
     assert difference.parameters > 1e-3
+
+
+def test_shards_of_columns_compute_it_too(found, reference):
+    trajectory, boxes = found[2][0]["columns"]
+    (rows, columns), held = boxes["model.blocks.0.feed_forward.down.weight"]
+    assert tuple(held) == (rows, columns // 2)
+    difference = compare(trajectory, reference)
+    print(difference)
+    assert max(difference.loss, difference.grad_norm) <= 1e-5
+    assert difference.parameters <= 1e-4
 
 
 def test_a_rank_holds_its_part_of_the_momentum_only(found):

@@ -9,7 +9,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from bigtrain.config import OptimizerConfig, OptimizerKind
 from bigtrain.engine.native import update_unless_bad
 from bigtrain.optim.build import build_optimizer, parameter_groups
-from bigtrain.optim.muon import COEFFICIENTS, NUM_ITERATIONS, Matrix, Muon, Workshop, newton_schulz, rounds
+from bigtrain.optim.muon import COEFFICIENTS, NUM_ITERATIONS, Matrix, Muon, Rectangle, Workshop, newton_schulz, rounds
 
 SHAPES = {
     "embed.weight": (50, 24),
@@ -27,6 +27,11 @@ def fresh(seed=0):
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
+def all_of(rows, columns):
+    """All of a matrix on the only rank."""
+    return ((Rectangle(0, 0, rows, columns),),)
+
+
 def build(weights, *, dtype=torch.float32, lr=0.02):
     """Muon over ``weights``, told of its matrices as an engine would."""
     parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
@@ -38,7 +43,7 @@ def build(weights, *, dtype=torch.float32, lr=0.02):
         if name.startswith("blocks") and parameter.ndim == 2:
             begin, columns = 0, parameter.shape[1]
             for rows in FUSED.get(name, parameter.shape[:1]):
-                matrix = Matrix(rows, columns, parameter, begin, (rows * columns,))
+                matrix = Matrix(rows, columns, parameter, begin, all_of(rows, columns))
                 optimizer.matrices.setdefault(parameter, []).append(matrix)
                 begin += rows * columns
     return parameters, optimizer
@@ -84,7 +89,7 @@ def test_fused_matrices_are_not_one():
     ours, optimizer = build(fresh())
     whole, other = build(fresh())
     (qkv,) = (p for name, p in whole.items() if name == "blocks.0.qkv.weight")
-    other.matrices[qkv] = [Matrix(40, 24, qkv, 0, (40 * 24,))]
+    other.matrices[qkv] = [Matrix(40, 24, qkv, 0, all_of(40, 24))]
     for parameters, each in ((ours, optimizer), (whole, other)):
         for name, gradient in fresh(1).items():
             parameters[name].grad = gradient.clone()
@@ -136,7 +141,7 @@ def test_a_bad_gradient_changes_neither_weights_nor_momentum(ask_host, norm):
 def test_every_matrix_is_in_one_round_and_owners_have_about_the_same_to_do(num_owners):
     holder = torch.empty(0)
     shapes = [(2048, 2048)] * 4 * 24 + [(8192, 2048), (2048, 8192)] * 24
-    matrices = [Matrix(rows, columns, holder, 0, (rows * columns,)) for rows, columns in shapes]
+    matrices = [Matrix(rows, columns, holder, 0, all_of(rows, columns)) for rows, columns in shapes]
     in_rounds = list(rounds(matrices, num_owners))
     assert sorted(id(m) for some in in_rounds for m in some) == sorted(map(id, matrices))
     costs = [sum(m.cost for some in in_rounds for m in some[owner::num_owners]) for owner in range(num_owners)]
