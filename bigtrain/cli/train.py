@@ -24,6 +24,7 @@ Train a Transformer: the same run on one process or many, under any engine.
   torchrun --nproc-per-node=8 launch/train.py +model=gpt3_1b engine=zero3 engine.offload=cpu
   torchrun --nproc-per-node=2 launch/train.py +model=gpt_nano data=text data.path='books/*.txt'
   python launch/train.py +model=hf model.name=gpt2 model.pretrained=true
+  python launch/train.py --import ./ideas.py +model=ideas.mixer task=ideas.focal       parts of your own
 
 The same command again continues the run; runs/<run.name>/ is its directory.
 

@@ -17,6 +17,8 @@ from bigtrain.distributed.collectives import init_process_group
 from bigtrain.errors import ConfigError
 from bigtrain.processes import RankInfo
 from bigtrain.run.trainer import require_same_imports
+from bigtrain.telemetry.history import read_history
+from bigtrain.telemetry.report import render
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import events, fork, metrics
 
@@ -88,6 +90,9 @@ def test_the_examples_run(tmp_path):
         assert {row[0]: float(row[1]) for row in csv.reader(file)} == {
             str(record["step"]): record["loss"] for record in records
         }
+    page = render([read_history(run)])
+    assert "train/accuracy." in page and f"accuracy {validation['accuracy']:.4g}" in page
+
     config = (run / "config.yaml").read_text()
     assert "gamma: 1.5" in config and "depth: 2" in config and re.search(r"imports:\n  ideas: [0-9a-f]{16}\n", config)
 
