@@ -169,7 +169,7 @@ def find(name: str, setting: str) -> Any:
     """
     module, _, attribute = name.rpartition(".")
     if module not in _modules:
-        raise ConfigError(f"{setting}={name}: nothing imported has it; add {_how_to_import(module)}")
+        raise ConfigError(f"{setting}={name}: nothing imported has it; {_how_to_import(module)}")
     parts = _modules[module].parts
     if attribute not in parts:
         own = [key for key, part in parts.items() if callable(part) and getattr(part, "__module__", module) == module]
@@ -179,8 +179,8 @@ def find(name: str, setting: str) -> Any:
 
 def _how_to_import(module: str) -> str:
     if module == "__main__":
-        return "it from Python, where it was given, as in bigtrain.train(objective=...)"
-    return f"--import {module if importlib.metadata.entry_points(group=GROUP, name=module) else f'./{module}.py'}"
+        return "it was given from Python: name it again there, as in bigtrain.load_run(path, network=...)"
+    return f"add --import {module if importlib.metadata.entry_points(group=GROUP, name=module) else f'./{module}.py'}"
 
 
 def build(name: str, settings: Mapping[str, Any], *, setting: str, from_user: bool = False) -> Any:
