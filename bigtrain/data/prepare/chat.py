@@ -136,7 +136,8 @@ class _Row:
 
     def require_written(self) -> None:
         """Raise a ValueError if the template drops a content, a part of one, or another field."""
-        marked = self._try([_marked(message, number) for number, message in enumerate(self._messages)], self._fields)
+        marked = [_marked(message, number) for number, message in enumerate(self._messages)]
+        text = self._try([message for message, _ in marked], self._fields)
         for number, message in enumerate(self._messages):
             for key, value in message.items():
                 if key == "role" or not _says_something(value):
@@ -144,7 +145,7 @@ class _Row:
                 where = f"field '{self._name}', message {number}"
                 if isinstance(value, list) and any(repr(part) in self.text for part in value):
                     raise ValueError(f"{where}: {key} is a list, and the chat template takes text only")
-                if key != "content" or not all(mark in marked for mark in _marks(value, number)):
+                if key != "content" or not all(mark in text for mark in marked[number][1]):
                     self._require_effect(number, key, where)
         for key in set(_OF_A_CHAT) & set(self._fields):
             value = self._fields[key]
@@ -265,21 +266,16 @@ def _without_null(value: Any) -> Any:
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-def _marks(content: Any, number: int) -> list[str]:
-    """Return the marks behind a content, or behind each of its parts."""
-    if isinstance(content, str):
-        return [_MARK.format(number)] if content.strip() else []
-    return [_MARK.format(f"{number}.{i}") for i, part in enumerate(content) if part["text"].strip()]
-
-
-def _marked(message: dict[str, Any], number: int) -> dict[str, Any]:
+def _marked(message: dict[str, Any], number: int) -> tuple[dict[str, Any], list[str]]:
+    """Return a message with a mark behind each text of its content, and the marks of texts that are not blank."""
     content = message.get("content")
     if not content:
-        return message
-    if isinstance(content, str):
-        return message | {"content": content + _MARK.format(number)}
-    parts = [part | {"text": part["text"] + _MARK.format(f"{number}.{i}")} for i, part in enumerate(content)]
-    return message | {"content": parts}
+        return message, []
+    parts = [{"text": content}] if isinstance(content, str) else content
+    marks = [_MARK.format(f"{number}.{i}") for i in range(len(parts))]
+    marked = [part | {"text": part["text"] + mark} for part, mark in zip(parts, marks, strict=True)]
+    of_text = [mark for part, mark in zip(parts, marks, strict=True) if part["text"].strip()]
+    return message | {"content": marked[0]["text"] if isinstance(content, str) else marked}, of_text
 
 
 @lru_cache(maxsize=8)

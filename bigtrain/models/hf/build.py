@@ -23,7 +23,7 @@ from bigtrain.models.construction import outermost_lists, parameters_on_meta
 from bigtrain.models.hf.files import refuse_adapter, unreadable
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
-from bigtrain.models.sizes import hf_setting
+from bigtrain.models.sizes import hf_setting, native_shape
 
 quiet_torchao()  # transformers imports it
 
@@ -130,18 +130,11 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         if isinstance(value := hf_setting(text, key), int | float) and value < 1:
             raise ConfigError(f"model.name={config.name!r}: {key}={value} in its config.json: must be at least 1")
-    hidden_dim, num_heads = hf_setting(text, "hidden_size"), hf_setting(text, "num_attention_heads") or 1
-    return dataclasses.replace(
-        config,
-        vocab_size=text.vocab_size,
-        num_layers=hf_setting(text, "num_hidden_layers"),
-        hidden_dim=hidden_dim,
-        num_heads=num_heads,
-        num_kv_heads=hf_setting(text, "num_key_value_heads") or num_heads,
-        head_dim=hf_setting(text, "head_dim") or hidden_dim // num_heads,
-        ffn_dim=hf_setting(text, "intermediate_size") or hf_setting(text, "n_inner") or 4 * hidden_dim,
-        max_positions=hf_setting(text, "max_position_embeddings") or config.max_positions,
-    )
+    shape = native_shape(text)
+    names = ("vocab_size", "num_layers", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "max_positions")
+    # Of a mixture of experts, unlike the shape that activations are counted from, the width of one.
+    ffn_dim = hf_setting(text, "intermediate_size") or hf_setting(text, "n_inner") or 4 * shape.hidden_dim
+    return dataclasses.replace(config, ffn_dim=ffn_dim, **{name: getattr(shape, name) for name in names})
 
 
 def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
