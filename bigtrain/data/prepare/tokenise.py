@@ -24,6 +24,7 @@ from bigtrain.data.prepare.survey import kept_documents
 from bigtrain.data.read.index import SPLITS, ShardRecord, record_file
 from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
 from bigtrain.errors import DataError
+from bigtrain.files import write_anew
 
 PARTS_DIRECTORY = "parts"
 SPLIT_BY = "content"  # decides the split of a document; part of a corpus's identity
@@ -187,9 +188,7 @@ def write_shard(work: Path, plan: ShardPlan, vocab_size: int, has_counted: bool)
         num_documents=len(plan.lengths),
     )
     np.save(counts_path, counts)
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(to_dict(record)))
-    partial.rename(done)
+    write_anew(done, json.dumps(to_dict(record)))
     return record, counts
 
 
