@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def complete() -> None:
-    """Answer the script that Hydra installs in a shell: commands from here, all that follows one from Hydra."""
+    """Complete commands; the settings of a command are completed by Hydra."""
     program, *words = os.environ.get("COMP_LINE", "bigtrain train ").split(" ")
     if len(words) < 2:
         print(" ".join(command for command in COMMANDS if command.startswith(words[0] if words else "")))
@@ -66,7 +66,7 @@ def complete() -> None:
 
 
 def start(command: str) -> None:
-    """Run one command with the settings in ``sys.argv``; it ends the process."""
+    """Run a command with the settings in ``sys.argv`` and end the process."""
     _tell_other_package(command)
     arguments = []
     if command == "train":

@@ -43,11 +43,7 @@ COLUMNS = "{:>10} {:>18} {:>11}  {:<16} {:>10}  {}"
 
 
 def read(args: list[str]) -> CheckpointsConfig:
-    """Return the configuration; a directory by itself is the run.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration; a directory by itself is the run."""
     named = [
         f"run={arg}" if os.path.exists(arg) or (not arg.startswith("-") and "=" not in arg) else arg for arg in args
     ]
@@ -102,11 +98,6 @@ def show_progress(file: str | None) -> None:
         sys.stderr.flush()
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(CheckpointsConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(read, run, help_page)
+    hydra_cli.command(CheckpointsConfig, run, HELP, reader=read)

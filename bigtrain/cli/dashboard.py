@@ -34,11 +34,7 @@ Settings, with their defaults:
 
 
 def read(args: list[str]) -> DashboardConfig:
-    """Return the configuration.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration."""
     config = hydra_cli.read(DashboardConfig, args)
     config.entity = config.entity or os.environ.get("WANDB_ENTITY")
     if not config.entity:
@@ -63,11 +59,6 @@ def run(config: DashboardConfig) -> int:
     return EXIT_FINISHED
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(DashboardConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(read, run, help_page)
+    hydra_cli.command(DashboardConfig, run, HELP, reader=read)

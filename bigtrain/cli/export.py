@@ -1,7 +1,6 @@
 """Write a run's weights for transformers: ``python launch/export.py checkpoint=runs/gpt_nano out=exported``."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -68,11 +67,6 @@ def run(config: ExportConfig) -> int:
     return EXIT_FINISHED
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(ExportConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(partial(hydra_cli.read, ExportConfig), run, help_page)
+    hydra_cli.command(ExportConfig, run, HELP)

@@ -1,13 +1,12 @@
 """Generate text with a trained model: ``python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("``."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.bounds import Bound
-from bigtrain.config.convert import LocalPath, MaybeEmpty
+from bigtrain.config.convert import LocalPath, MaybeEmpty, to_dict
 from bigtrain.errors import EXIT_FINISHED
 
 
@@ -54,26 +53,13 @@ def run(config: GenerateConfig) -> int:
     prompt, is_repaired = decode(config.prompt.encode("utf-8", "surrogateescape"), "utf-8")
     if is_repaired:
         get_logger().warning("prompt: it is not valid UTF-8; each bad sequence is taken as U+FFFD")
-    texts = sample_run(
-        Path(config.checkpoint),
-        prompt=prompt,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
+    settings = to_dict(config) | {"prompt": prompt}
+    texts = sample_run(Path(settings.pop("checkpoint")), **settings)
     for number, text in enumerate(texts, start=1):
         print(f"--- {number} of {len(texts)} ---\n{prompt}{text}")
     return EXIT_FINISHED
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(GenerateConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(partial(hydra_cli.read, GenerateConfig), run, help_page)
+    hydra_cli.command(GenerateConfig, run, HELP)

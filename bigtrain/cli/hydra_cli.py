@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.conf import HydraConf, RunDir
@@ -81,6 +81,20 @@ def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_pa
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     leave(code)
+
+
+def command(
+    schema: type,
+    run: Callable[[Any], int | None],
+    help_text: str,
+    *,
+    reader: Callable[[list[str]], Any] | None = None,
+    shown: list[str] | None = None,
+) -> NoReturn:
+    """Run a command with the settings of ``schema``, of which ``--help`` shows all or those named in ``shown``."""
+    main(
+        reader or functools.partial(read, schema), run, lambda: help_text.format(settings=setting_lines(schema, shown))
+    )
 
 
 def _read_and_run(
@@ -170,7 +184,7 @@ def _is_other_shape(given: ModelConfig, shaped: ModelConfig, key: str) -> bool:
 
 
 def read(schema: type[T], args: list[str]) -> T:
-    """Return the configuration of a launcher that has a schema of its own and no config files.
+    """Return the configuration of a command that has a schema of its own and no config files.
 
     Raises:
         ConfigError: listing every problem.

@@ -36,11 +36,7 @@ Settings of its own, with their defaults; without directory=, all settings of la
 
 
 def read(args: list[str]) -> tuple[InspectConfig, TrainConfig | None]:
-    """Return what to show, and the run if it is not one in a directory.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return what to show, and the run if it is not one in a directory."""
     own = {field.name for field in fields(InspectConfig)}
     own_args = [arg for arg in args if arg.partition("=")[0] in own]
     config, others = hydra_cli.read(InspectConfig, own_args), [arg for arg in args if arg not in own_args]
@@ -63,11 +59,6 @@ def run(chosen: tuple[InspectConfig, TrainConfig | None]) -> int:
     return EXIT_FINISHED
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(InspectConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(read, run, help_page)
+    hydra_cli.command(InspectConfig, run, HELP, reader=read)

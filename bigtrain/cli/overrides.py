@@ -1,4 +1,4 @@
-"""Settings on the command line, made ready for Hydra's parser, which has a language of its own."""
+"""Settings on the command line, rewritten for the grammar of Hydra's parser."""
 
 import contextlib
 import itertools
@@ -12,22 +12,22 @@ from hydra.errors import HydraException
 from bigtrain.config.convert import generic_key, key_types, named_sections, optional_sections, value_problems
 from bigtrain.errors import ConfigError
 
-VALUED_OPTIONS = (
+VALUED_OPTIONS = {
     "--config-dir",
-    "-cd",
     "--config-name",
-    "-cn",
     "--config-path",
-    "-cp",
     "--package",
-    "-p",
     "--cfg",
+    "-cd",
+    "-cn",
+    "-cp",
+    "-p",
     "-c",
-)
+}
 
 
 def prepare(args: list[str], schema: type) -> list[str]:
-    """Return ``args`` so that Hydra understands what the user means: text is text, options may stand anywhere.
+    """Return ``args`` for Hydra: text quoted, options last, named sections nested.
 
     Raises:
         ConfigError: listing numbers in sections and lists where text is meant.
@@ -48,7 +48,7 @@ def repeated(args: list[str]) -> dict[str, list[str]]:
 
 
 def _options_last(args: list[str]) -> list[str]:
-    """Return ``args`` with Hydra's options, and their values, behind the settings: its parser takes none in between."""
+    """Return ``args`` with Hydra's options, and their values, behind the settings, as argparse needs them."""
     settings, options, rest = [], [], iter(args)
     for arg in rest:
         (options if arg.startswith("-") else settings).append(arg)
@@ -58,7 +58,7 @@ def _options_last(args: list[str]) -> list[str]:
 
 
 def _numbers_for_text(args: list[str], schema: type) -> list[str]:
-    """Return what is a number in a section or list on the command line, where text is meant and quotes would say so."""
+    """Return the numbers in sections and lists where text is meant, which need quotes."""
     types_by_key, problems = key_types(schema), []
     for override in parsed([arg for arg in args if "{" in arg or "[" in arg]):
         if override.key_or_group in types_by_key and isinstance(override.value(), list | dict):
@@ -72,7 +72,7 @@ def _numbers_for_text(args: list[str], schema: type) -> list[str]:
 
 
 def _quote_text(arg: str, schema: type) -> str:
-    """Quote the value of a setting that is text, so that ``prompt=Hello, world (1)`` needs no quotes of Hydra's.
+    """Quote the value of a text setting, so that ``prompt=Hello, world (1)`` needs no quotes of Hydra's.
 
     ``null`` for a setting that may be null, ``${train.seed}`` and values in quotes keep their meaning.
     """
@@ -91,9 +91,9 @@ def _quote_text(arg: str, schema: type) -> str:
 
 
 def _nest(arg: str, schema: type) -> str:
-    """Write a setting of a section by name as Hydra merges it, whether the section is new or not.
+    """Write a setting of a named section as Hydra merges it, whether the section is new or not.
 
-    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``, and likewise of a section that may be null.
+    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``; likewise for a section that may be null.
     """
     key, equals, value = arg.lstrip("+").partition("=")
     for section in optional_sections(schema):  # OmegaConf merges into what is null only from the section around it
@@ -113,7 +113,7 @@ def _nest(arg: str, schema: type) -> str:
 
 
 def parsed(args: list[str]) -> Iterator[Override]:
-    """Yield the settings among ``args`` that are well formed and not Hydra's own."""
+    """Yield the well-formed settings among ``args``, without Hydra's own."""
     parser = OverridesParser.create()
     for arg in args:
         with contextlib.suppress(HydraException):

@@ -61,11 +61,7 @@ Exit codes: 0 all agree, 1 some do not (or failed), 2 something to change in the
 
 
 def read(args: list[str]) -> ParityConfig:
-    """Return the run with a precision, checked for every case.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the run with a precision, checked for every case."""
     keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
     if misplaced := [arg for arg in args if keys[arg] in ("engine", "engine.kind")]:
         raise ConfigError(f"{misplaced[0]}: write 'engines=[{misplaced[0].partition('=')[2].strip('[]')}]'")
@@ -211,11 +207,6 @@ def _verdict(num_agreeing: int, num_compared: int, reference: "Case", config: Pa
     )
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(ParityConfig, ["engines", "worlds", "steps"]))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(read, run, help_page)
+    hydra_cli.command(ParityConfig, run, HELP, reader=read, shown=["engines", "worlds", "steps"])

@@ -35,11 +35,7 @@ PICTURES = (".svg", ".png", ".pdf")
 
 
 def read(args: list[str]) -> ReportConfig:
-    """Return the configuration; what is no setting is a run.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration; what is no setting is a run."""
     config, problems = hydra_cli.read_runs(ReportConfig, args)
     problems += lacking("bigtrain report", "matplotlib", "report")
     config.out = config.out or (f"{config.runs[0]}/report.html" if len(config.runs) == 1 else "report.html")
@@ -69,11 +65,6 @@ def run(config: ReportConfig) -> int:
     return EXIT_FINISHED
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(ReportConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(read, run, help_page)
+    hydra_cli.command(ReportConfig, run, HELP, reader=read)

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full or gone: nobody's work ends because nobody can hear of it."""
+"""Standard streams that are closed, full or gone: a run does not end because its messages cannot be written."""
 
 import contextlib
 import io
@@ -13,11 +13,11 @@ class OutputError(BigtrainError, OSError):
     """Standard output takes no more: a full disk, or a reader that has ended."""
 
     exit_code = EXIT_FAULT
-    shared = True  # rank 0's is the one that somebody reads
+    shared = True  # only rank 0's is read
 
 
 class _Output(io.TextIOWrapper):
-    """Says in a sentence that it cannot be written."""
+    """Raises an OutputError where it cannot be written."""
 
     def write(self, text: str) -> int:
         with _said():
@@ -29,7 +29,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Errors(io.TextIOWrapper):
-    """Drops what it cannot write: there is nobody else to tell."""
+    """Drops what cannot be written."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -46,12 +46,12 @@ def _said() -> Any:
     try:
         yield
     except OSError as error:
-        gone = isinstance(error, BrokenPipeError)  # as of `| head`: somebody has seen enough
+        gone = isinstance(error, BrokenPipeError)  # as of `| head`
         raise OutputError("" if gone else f"standard output cannot be written: {error.strerror}") from error
 
 
 def open_closed() -> None:
-    """Open what was closed (``>&-``) as ``/dev/null``, before a file of ours gets its number."""
+    """Open closed streams (``>&-``) as ``/dev/null``, before a file gets their numbers."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -62,7 +62,7 @@ def open_closed() -> None:
 
 
 def guard() -> None:
-    """Let standard output fail in a sentence, and standard error never."""
+    """Let standard output fail with a sentence, and standard error never."""
     for name, kind in (("stdout", _Output), ("stderr", _Errors)):
         stream = getattr(sys, name)
         with contextlib.suppress(OSError, ValueError):  # a stand-in, without a number

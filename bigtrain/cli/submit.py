@@ -98,11 +98,7 @@ Exit codes: 0, 2 something to change in the command, 1 sbatch has refused the jo
 
 
 def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
-    """Return the configuration, checked for the job's world, and the arguments of the job's ``launch/train.py``.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration, checked for the job's world, and the arguments of the job's ``launch/train.py``."""
     keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
     hydras = {"--cfg", "-c", "--info", "-i", "--multirun", "-m", "-sc"}
     if "cluster" not in keys.values() and not hydras & set(args):

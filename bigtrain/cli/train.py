@@ -57,7 +57,7 @@ MOST_USED = [
 
 
 def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
-    """Train, and leave the first cause of a fault where torchrun looks for it."""
+    """Train; record a fault where torchrun looks for it."""
     directory = config.run.directory
     if early_stop:
         early_stop.leave_word = lambda reason: record_early_stop(directory, newest_step(directory), reason)
@@ -71,11 +71,11 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
     faults.initialize()
     try:
         code = trainer.run(config)
-    except BigtrainError as error:  # the user's to mend: one message, not a traceback per rank in torchrun's report
+    except BigtrainError as error:  # a sentence for the user, not a traceback per rank in torchrun's report
         error.exit_code = _code_for_launcher(error.exit_code)
         raise
     except Exception as error:
-        if is_lost_connection(error):  # what this rank could say would only hide what the other one says
+        if is_lost_connection(error):  # it would hide the error of the other rank
             return EXIT_FAULT
         faults.record_exception(error)
         _redact_file(os.environ.get("TORCHELASTIC_ERROR_FILE"))
@@ -85,12 +85,12 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
 
 
 def _code_for_launcher(code: int) -> int:
-    """Return 0 for 75: torchrun and accelerate would report a failure, and torchrun's --max-restarts undo the stop."""
+    """Return 0 for 75 under torchrun and accelerate, which would report a failure and restart."""
     return EXIT_FINISHED if code == EXIT_RESUMABLE and only_zero_is_success() else code
 
 
 def _redact_file(path: str | None) -> None:
-    """Take the secrets out of what torchrun is about to show."""
+    """Redact the error file that torchrun shows."""
     if path:
         content = json.loads(Path(path).read_text())
         Path(path).write_text(json.dumps(redact(content)))
@@ -102,6 +102,6 @@ def help_page() -> str:
 
 
 def main(early_stop: EarlyStop) -> NoReturn:
-    """Run the command; until the run has begun, signals are those of ``early_stop``."""
+    """Run the command; ``early_stop`` handles signals until the run has begun."""
     page = settings.help_all if "all" in sys.argv else help_page
     hydra_cli.main(hydra_cli.read_run, partial(run, early_stop=early_stop), page)

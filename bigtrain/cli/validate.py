@@ -1,7 +1,6 @@
 """Validate a run's newest checkpoint: ``python launch/validate.py checkpoint=runs/gpt_nano``."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -43,11 +42,6 @@ def run(config: ValidateConfig) -> int:
     return EXIT_FINISHED
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(ValidateConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(partial(hydra_cli.read, ValidateConfig), run, help_page)
+    hydra_cli.command(ValidateConfig, run, HELP)

@@ -149,11 +149,7 @@ def _run_problems(config: VerifyResumeConfig, plan: "Plan") -> list[str]:
     return problems
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(VerifyResumeConfig, OWN_SETTINGS))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(partial(hydra_cli.compose_run, VerifyResumeConfig), run, help_page)
+    read = partial(hydra_cli.compose_run, VerifyResumeConfig)
+    hydra_cli.command(VerifyResumeConfig, run, HELP, reader=read, shown=OWN_SETTINGS)

@@ -41,11 +41,7 @@ Settings, with their defaults:
 
 
 def read(args: list[str]) -> WatchConfig:
-    """Return the configuration; what is no setting is a run.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration; what is no setting is a run."""
     config, problems = hydra_cli.read_runs(WatchConfig, args)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -101,11 +97,6 @@ def _panel(followed: "FollowedRun") -> Any:
     return Panel(Group(*shown), title=Text(f"{followed.name}: {state}"), title_align="left")
 
 
-def help_page() -> str:
-    """Return the text of ``--help``."""
-    return HELP.format(settings=hydra_cli.setting_lines(WatchConfig))
-
-
 def main() -> NoReturn:
     """Run the command."""
-    hydra_cli.main(read, run, help_page)
+    hydra_cli.command(WatchConfig, run, HELP, reader=read)

@@ -1,4 +1,4 @@
-"""YAML files as Hydra reads them, but with text settings as they are written: in ``name: 010`` there is no number."""
+"""Hydra's YAML files, with text settings as written: the ``010`` of ``name: 010`` is no number."""
 
 from pathlib import Path
 
@@ -15,11 +15,9 @@ _TEXT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", 
 
 
 def keep_text(schema: type) -> None:
-    """Let Hydra read files in this way; ``schema`` says which settings are text."""
+    """Replace Hydra's source of files; ``schema`` has the settings that are text."""
 
-    class FileConfigSource(
-        file_config_source.FileConfigSource
-    ):  # Hydra registers its own unless there is one of its name
+    class FileConfigSource(file_config_source.FileConfigSource):
         def load_config(self, config_path: str) -> ConfigResult:
             result = super().load_config(config_path)
             path = Path(self.path, self._normalize_file_name(config_path))
@@ -41,7 +39,7 @@ def _read(path: Path, package: str, schema: type) -> OmegaConf:
 
 
 def _keep(node: yaml.Node, key: str, schema: type) -> None:
-    """Make text of the names of settings, of the values of those that are text, and of what a defaults list names."""
+    """Tag as text the names of settings, the values of text settings, and the entries of a defaults list."""
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             if name.tag == _MERGE:

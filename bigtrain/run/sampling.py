@@ -28,12 +28,12 @@ def sample_run(
     path: Path,
     *,
     prompt: str,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = 0.95,
+    seed: int = 0,
 ) -> list[str]:
     """Return continuations of ``prompt`` by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
 

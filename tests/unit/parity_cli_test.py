@@ -110,7 +110,7 @@ def test_a_case_that_differs_and_one_that_fails_end_with_1(tmp_path: Path):
     assert "accelerate is configured for ZeRO stage 0" in result.stderr
 
 
-def test_help_says_what_is_compared():
-    help_page = parity.help_page()
+def test_help_says_what_is_compared(tmp_path: Path):
+    help_page = run("--help", cwd=tmp_path).stdout
     for text in ("engines=", "worlds=", "steps=20", "1e-5", "2e-3", "Exit codes"):
         assert text in help_page
