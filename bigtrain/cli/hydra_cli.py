@@ -1,8 +1,6 @@
-"""The front door of every launcher: the command line in, a checked configuration out.
+"""The front door of every command: the command line in, a checked configuration out, and an exit code.
 
-Hydra is the parser and nothing else. It composes the configuration and has returned before the run
-starts, so the run's exceptions, exit code, logging and directories are the run's own. What the user
-did wrong ends in one short message on standard error and exit code 2. Nothing here imports torch.
+A mistake of the user ends with a sentence on standard error and exit code 2. Nothing here imports torch.
 """
 
 import contextlib
@@ -10,8 +8,6 @@ import dataclasses
 import functools
 import gc
 import io
-import itertools
-import json
 import os
 import re
 import signal
@@ -19,26 +15,23 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-import hydra
-from hydra.conf import HydraConf, RunDir
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
-
-from bigtrain.cli import overrides, own_parts, std_streams, yaml_source
+from bigtrain.cli import own_parts, std_streams
+from bigtrain.cli.groups import group_options
+from bigtrain.cli.settings import setting_lines
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, padding, resolve
-from bigtrain.config.convert import from_dict, key_docs, key_types, nearest, nearest_key, value_problems
+from bigtrain.config.convert import (
+    from_dict,
+    key_types,
+)
 from bigtrain.config.packages import missing_data_packages, missing_packages
-from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import RUN_FILES, such_as_runs
 from bigtrain.log import redact
 from bigtrain.processes import RankInfo, lone_ranks
@@ -48,10 +41,7 @@ std_streams.open_closed()  # before a file of ours has the number of one
 T = TypeVar("T")
 RunT = TypeVar("RunT", bound=TrainConfig)
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-CONFIGS = next(place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir())
 RANK_0_HEAD_START_SECONDS = 5.0
-TORCHRUN_OPTION = re.compile(r"--(nproc|nnodes|node[-_]rank|master|rdzv|standalone|max[-_]restarts)")
 
 
 def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]) -> NoReturn:
@@ -148,6 +138,13 @@ def read_run(args: list[str]) -> TrainConfig:
     return config
 
 
+def compose(schema: type[T], args: list[str], *, config_name: str | None = None) -> tuple[T, dict[str, str]]:
+    """Compose ``schema`` by :func:`bigtrain.cli.composing.compose`; ``--help`` does without Hydra, which takes 0.1 s."""
+    from bigtrain.cli.composing import compose
+
+    return compose(schema, args, config_name=config_name)
+
+
 def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "train") -> RunT:
     """Return the resolved configuration of a training run, with what a launcher's ``schema`` adds; not yet checked.
 
@@ -227,91 +224,9 @@ def read_data(args: list[str]) -> TrainConfig:
     return config
 
 
-def compose(schema: type[T], args: list[str], *, config_name: str | None = None) -> tuple[T, dict[str, str]]:
-    """Compose ``schema`` from ``configs/<config_name>.yaml`` and the command line.
-
-    Args:
-        schema: the dataclass to build.
-        args: settings and Hydra's own options such as ``--cfg job``, which Hydra answers by ending
-            the process.
-        config_name: the primary file; by default the defaults of ``schema`` alone.
-
-    Returns:
-        The configuration, and the option chosen in each group.
-
-    Raises:
-        ConfigError: listing what is misspelt, missing or of the wrong type.
-    """
-    if {"-m", "--multirun"} & set(args):
-        raise ConfigError(
-            "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
-            "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
-        )
-    args = own_parts.with_own_parts(args)
-    twice = overrides.repeated(args)
-    if groups := [f"{' '.join(given)}: write one of them" for key, given in twice.items() if given[-1][0] == "+"]:
-        raise ConfigError("\n".join(groups))
-    if rank() == 0:
-        for key, given in twice.items():
-            print(f"warning: {key} is given {len(given)} times; the last one counts, {given[-1]}", file=sys.stderr)
-    typed, args = args, overrides.prepare(args, schema)
-    yaml_source.keep_text(schema)
-    composed: list[tuple[DictConfig, dict[str, str]]] = []
-    store = ConfigStore.instance()
-    store.store(group="hydra", name="config", node=_quiet_hydra())
-    store.store(name="schema", node=schema)
-    parse = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name or "schema")(
-        lambda node: composed.append((node, dict(HydraConfig.get().runtime.choices)))
-    )
-    try:
-        with _hydra_command_line(args):
-            parse()
-        if not composed:
-            sys.exit(0)  # Hydra has answered --cfg, --info or the like
-        node, choices = composed[0]
-        if missing := sorted(OmegaConf.missing_keys(node)):
-            raise ConfigError("\n".join(f"{key}: missing; write {key}=..." for key in missing))
-        values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
-    except BigtrainError:
-        raise
-    except Exception as error:  # nothing but Hydra and OmegaConf ran
-        groups = _groups(config_name) if config_name else {}
-        problems = _problems(args, schema, groups) or _problems(typed, schema, groups)
-        raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
-    # Hydra lets `+train.stpes=1` into its structured config; this does not.
-    return from_dict(schema, values, from_user=True), choices
-
-
-def group_options(group: str) -> list[str]:
-    """Return the names that ``group=<name>`` accepts."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-
-
 def rank() -> int:
     """Return this process's rank as the launcher set it; a plain process is rank 0."""
     return RankInfo.from_env().rank
-
-
-def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = "") -> str:
-    """Return one line per setting of ``schema``, or of ``keys`` only: the key, its default and what it is."""
-    docs = key_docs(schema)
-    defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
-    lines = []
-    for key in keys or (key for key in docs if "*" not in key):
-        value = functools.reduce(lambda section, name: section[name], key.split("."), defaults)
-        shown = "<needed>" if value == "???" else value if isinstance(value, str) else json.dumps(value)
-        lines.append(f"  {f'{prefix}{key}={shown}':<38} {' '.join(docs[key].split()).replace('``', '')}")
-    return "\n".join(lines)
-
-
-def group_lines() -> str:
-    """Return one line per config group with its options; defaults are marked with a star."""
-    lines = []
-    for group, default in _groups().items():
-        options = [name + "*" * (name == default) for name in group_options(group)]
-        text = f"  {group if default else '+' + group:<12} {'  '.join(options)}"
-        lines.append(textwrap.fill(text, width=110, subsequent_indent=" " * 15, break_on_hyphens=False))
-    return "\n".join(lines)
 
 
 def _exit_with(error: BigtrainError) -> NoReturn:
@@ -368,93 +283,3 @@ def leave(code: int) -> NoReturn:
 def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show a traceback as Python does, without the secrets that its messages may hold."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
-
-
-def _quiet_hydra() -> HydraConf:
-    """Return Hydra's own configuration: no directories and no logging.
-
-    Under torchrun every rank would make an output directory of its own and log into it. ``none`` leaves
-    Python's logging alone; Hydra's ``disabled`` would mute other people's loggers.
-    """
-    quiet = HydraConf(run=RunDir(dir="."), output_subdir=None)
-    silent = {"hydra_logging": "none", "job_logging": "none"}
-    quiet.defaults = [{name: silent.get(name, option) for name, option in entry.items()} for entry in quiet.defaults]
-    return quiet
-
-
-@contextlib.contextmanager
-def _hydra_command_line(args: list[str]) -> Iterator[None]:
-    """Let Hydra read ``args``; turn its usage errors into ConfigErrors and its other words over to rank 0."""
-    before = sys.argv
-    sys.argv = [before[0], *args]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, rather than print half a traceback and exit
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except SystemExit as stop:
-        if stop.code != EXIT_USER_ERROR:  # the code of argparse
-            raise
-        reason = said.getvalue().strip().rpartition("error: ")[2]
-        advice = "settings are written key=value, without dashes"
-        if TORCHRUN_OPTION.search(reason):
-            advice = "torchrun's options go in front of the script"
-        raise ConfigError(f"{reason}; {advice}") from stop
-    finally:
-        sys.argv = before
-    if rank() == 0:
-        sys.stderr.write(said.getvalue())
-
-
-def _groups(config_name: str = "train") -> dict[str, str | None]:
-    """Return the config groups of ``configs/<config_name>.yaml``, with the option in its defaults list or None."""
-    groups: dict[str, str | None] = {"experiment": None, "model": None}
-    for entry in OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml"))["defaults"]:
-        if isinstance(entry, dict):
-            groups.update(entry)
-        elif entry == "train":
-            groups |= _groups()
-    return dict(sorted(groups.items()))
-
-
-def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> list[str]:
-    """Return what is wrong with the settings on the command line: plus signs of groups, keys, values."""
-    problems = []
-    valid = list(key_types(schema))
-    for override in overrides.parsed(args):
-        key, value = override.key_or_group, override.value()
-        plus = override.is_add() or override.is_force_add()
-        if key in groups:
-            if groups[key] and plus:
-                problems.append(f"{override.input_line}: write {key}={value}; it replaces a default")
-            elif not groups[key] and not plus and not override.is_delete():
-                problems.append(f"{override.input_line}: write +{key}={value}; there is no default to replace")
-        elif key not in valid:
-            problems.append(f"{key}: unknown key; {nearest_key(key, valid)}")
-        elif override.is_delete():
-            problems.append(
-                f"~{key}: nothing is removed here; leave the setting out for its default, or write {key}=null where it may be null"
-            )
-        elif override.is_sweep_override():
-            problems.append(f"{override.input_line}: one value, please; a list is written {key}=[1,2]")
-        elif "${" not in str(value):
-            problems += value_problems(schema, key, value)
-    return problems
-
-
-def _explain(error: Exception, args: list[str], schema: type) -> str:
-    """Return the one thing that the user needs to know of an error that Hydra or OmegaConf raised."""
-    if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}; settings are written key=value, lists key=[1,2]"
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group}={name}: unknown; {nearest(name, sorted(error.options))}"
-    lines = [line for line in str(error).partition("Config search path:")[0].splitlines() if line.strip()]
-    for line, following in itertools.pairwise(lines):
-        if "full_key: " in following:  # OmegaConf's way to say where
-            key = following.split()[-1]
-            unknown = line.startswith("Key ")
-            return f"{key}: unknown key; {nearest_key(key, list(key_types(schema)))}" if unknown else f"{key}: {line}"
-    if isinstance(error, HydraException | YAMLError):
-        return "\n".join(lines[:2])
-    return f"cannot compose {' '.join(args)}: {error}"

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigtrain import log
-from bigtrain.cli import hydra_cli
+from bigtrain.cli import groups, hydra_cli
+from bigtrain.cli.settings import setting_lines
 from bigtrain.config import WITHOUT_TEXT, DataConfig, ModelConfig, ModelKind, TrainConfig, component_data, is_live
 from bigtrain.config.check import ignored_settings
 from bigtrain.errors import EXIT_FINISHED, ConfigError, counted
@@ -107,8 +108,8 @@ def per_parameter(num_tokens: int, model: ModelConfig) -> str:
 
 def help_page() -> str:
     """Return the text of ``--help``."""
-    settings = hydra_cli.setting_lines(DataConfig, prefix="data.")
-    return HELP.format(sources=", ".join(hydra_cli.group_options("data")), settings=settings)
+    settings = setting_lines(DataConfig, prefix="data.")
+    return HELP.format(sources=", ".join(groups.group_options("data")), settings=settings)
 
 
 def main() -> NoReturn:

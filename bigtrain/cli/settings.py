@@ -86,6 +86,14 @@ def _default(field: dataclasses.Field) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = "") -> str:
+    """Return one line per setting of ``schema``, or of ``keys`` only: the key, its default and what it is."""
+    by_key = {setting.key: setting for setting in settings(schema) if setting.kind and "*" not in setting.key}
+    shown = [by_key[key] for key in keys] if keys else by_key.values()
+    lines = (f"  {f'{prefix}{s.key}={s.default}':<38} {s.meaning.replace('``', '')}" for s in shown)
+    return "\n".join(lines)
+
+
 def help_all() -> str:
     """Return all settings for a terminal."""
     return lines(TrainConfig)

@@ -7,13 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from bigtrain.checkpoint.store import newest_step
-from bigtrain.cli import hydra_cli, settings
+from bigtrain.cli import groups, hydra_cli, settings
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_RESUMABLE, BigtrainError
 from bigtrain.log import redact
 from bigtrain.processes import only_zero_is_success
-from bigtrain.supervise.attempt import record_early_stop
 from bigtrain.supervise.signals import EarlyStop
 
 HELP = """\
@@ -58,10 +56,13 @@ MOST_USED = [
 
 def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
     """Train; record a fault where torchrun looks for it."""
+    # Only now, as all imports here: --help and mistakes answer at once.
+    from bigtrain.checkpoint.store import newest_step
+    from bigtrain.supervise.attempt import record_early_stop
+
     directory = config.run.directory
     if early_stop:
         early_stop.leave_word = lambda reason: record_early_stop(directory, newest_step(directory), reason)
-    # Only now: --help and configuration errors answer without torch.
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from bigtrain.run import trainer
@@ -98,7 +99,7 @@ def _redact_file(path: str | None) -> None:
 
 def help_page() -> str:
     """Return the text of ``--help``."""
-    return HELP.format(groups=hydra_cli.group_lines(), settings=hydra_cli.setting_lines(TrainConfig, MOST_USED))
+    return HELP.format(groups=groups.group_lines(), settings=settings.setting_lines(TrainConfig, MOST_USED))
 
 
 def main(early_stop: EarlyStop) -> NoReturn:

@@ -184,11 +184,12 @@ def is_text(schema: type, key: str) -> bool:
 def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
     """Return the docstring under every field of ``schema``, by the same dotted keys as :func:`key_types`."""
     docs = {}
-    definition: Any = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
-    for statement, following in itertools.pairwise(definition.body):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[prefix + name] = text
+    for base in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
+        definition: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        for statement, following in itertools.pairwise(definition.body):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[prefix + name] = text
     for name, hint in type_hints(schema, include_extras=False).items():
         star, section = section_of(hint)
         if section:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.cli import hydra_cli, submit
+from bigtrain.cli import groups, submit
 from bigtrain.errors import ConfigError, PreflightError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -24,7 +24,7 @@ def problem(*args: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", hydra_cli.group_options("cluster"))
+@pytest.mark.parametrize("name", groups.group_options("cluster"))
 def test_every_cluster_composes(name: str):
     config, _ = submit.read(["+model=gpt_nano", f"cluster={name}"])
     assert (config.cluster.gpus_per_node > 0) == (config.cluster.gpu_memory_gib > 0)
