@@ -34,8 +34,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
 
     Args:
         schema: the dataclass to build.
-        args: settings and Hydra's own options such as ``--cfg job``, which Hydra answers by ending
-            the process.
+        args: settings and Hydra's options; Hydra answers ``--cfg job`` and the like and ends the process.
         config_name: the primary file; by default the defaults of ``schema`` alone.
 
     Returns:
@@ -63,7 +62,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     store.store(group="hydra", name="config", node=_quiet_hydra())
     store.store(name="schema", node=schema)
     # Hydra would compose everything once more to find out that it does not sweep.
-    Hydra.get_mode = lambda *args, **kwargs: RunMode.RUN  # type: ignore[method-assign]
+    Hydra.get_mode = lambda *args, **kwargs: RunMode.RUN
     parse = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name or "schema")(
         lambda node: composed.append((node, dict(HydraConfig.get().runtime.choices)))
     )
@@ -87,10 +86,9 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
 
 
 def _quiet_hydra() -> HydraConf:
-    """Return Hydra's own configuration: no directories and no logging.
+    """Return Hydra's own configuration without output directories and logging.
 
-    Under torchrun every rank would make an output directory of its own and log into it. ``none`` leaves
-    Python's logging alone; Hydra's ``disabled`` would mute other people's loggers.
+    ``none`` leaves Python's logging alone; Hydra's ``disabled`` would mute existing loggers.
     """
     quiet = HydraConf(run=RunDir(dir="."), output_subdir=None)
     silent = {"hydra_logging": "none", "job_logging": "none"}
@@ -100,7 +98,7 @@ def _quiet_hydra() -> HydraConf:
 
 @contextlib.contextmanager
 def _hydra_command_line(args: list[str]) -> Iterator[None]:
-    """Let Hydra read ``args``; turn its usage errors into ConfigErrors and its other words over to rank 0."""
+    """Let Hydra read ``args``; turn its usage errors into ConfigErrors, and print its other messages on rank 0."""
     before = sys.argv
     sys.argv = [before[0], *args]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, rather than print half a traceback and exit
@@ -123,7 +121,7 @@ def _hydra_command_line(args: list[str]) -> Iterator[None]:
 
 
 def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> list[str]:
-    """Return what is wrong with the settings on the command line: plus signs of groups, keys, values."""
+    """Return the problems of the settings on the command line: plus signs of groups, keys, values."""
     problems = []
     valid = list(key_types(schema))
     for override in overrides.parsed(args):
@@ -148,7 +146,7 @@ def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> l
 
 
 def _explain(error: Exception, args: list[str], schema: type) -> str:
-    """Return the one thing that the user needs to know of an error that Hydra or OmegaConf raised."""
+    """Return what the user needs to know of an error of Hydra or OmegaConf."""
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; settings are written key=value, lists key=[1,2]"
     if isinstance(error, MissingConfigException) and error.options:

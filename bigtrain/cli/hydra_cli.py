@@ -45,24 +45,18 @@ RANK_0_HEAD_START_SECONDS = 5.0
 
 
 def main(read: Callable[[list[str]], T], run: Callable[[T], int | None], help_page: Callable[[], str]) -> NoReturn:
-    """Run a launcher from its command line to its exit code.
-
-    Args:
-        read: turns the command line's arguments into the launcher's configuration.
-        run: does the work and returns the exit code; None counts as 0.
-        help_page: text of ``--help``.
-    """
+    """Run a command from its arguments (``read``) to its exit code (of ``run``; None is 0), or show ``help_page``."""
     std_streams.guard()
     sys.excepthook = _show_fault
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter gets its number
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Imports leave no garbage, but to look for it as often as Python does takes a quarter of their time.
+    # Imports leave no garbage; the default thresholds take a quarter of their time.
     gc.set_threshold(100_000, 50, 100)
     args = [arg for arg in sys.argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]
     try:
         code = _read_and_run(args, read, run, help_page)
         if code == 0:
-            sys.stdout.flush()  # what was to be written is not
+            sys.stdout.flush()  # may fail, and is the command's failure
     except BigtrainError as error:
         _exit_with(error)
     except Exception as error:
@@ -110,11 +104,7 @@ def as_typed(text: str) -> str:
 
 
 def read_run(args: list[str]) -> TrainConfig:
-    """Return the resolved and checked configuration of a training run.
-
-    Raises:
-        ConfigError: listing every problem; no model is chosen; the values contradict each other.
-    """
+    """Return the resolved and checked configuration of a training run; a ConfigError lists every problem."""
     if problem := lone_ranks():
         raise ConfigError(problem)
     info = RankInfo.from_env()
@@ -175,17 +165,13 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
 
 
 def _is_other_shape(given: ModelConfig, shaped: ModelConfig, key: str) -> bool:
-    """Return whether somebody has set a part of the shape that a Hugging Face model brings along otherwise."""
+    """Return whether a key is set that the Hugging Face model's own configuration decides otherwise."""
     value, default = getattr(given, key, None), getattr(ModelConfig(), key, None)
     return value not in (default, getattr(shaped, key, None))
 
 
 def read(schema: type[T], args: list[str]) -> T:
-    """Return the configuration of a command that has a schema of its own and no config files.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration of a command with a schema of its own; a ConfigError lists every problem."""
     config, _ = compose(schema, args)
     if problems := out_of_bounds(config):
         raise ConfigError("\n".join(problems))
@@ -193,7 +179,7 @@ def read(schema: type[T], args: list[str]) -> T:
 
 
 def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
-    """Return the configuration of a launcher that looks at ``runs``, and what is wrong with them; what is no setting is one."""
+    """Return the configuration of a command with ``runs``, which are the arguments that are no settings, and problems."""
     runs = [arg for arg in args if os.path.isdir(arg) or not (arg.startswith("-") or "=" in arg)]
     config, _ = compose(schema, [arg for arg in args if arg not in runs])
     config.runs += from_dict(schema, {"runs": runs}, from_user=True).runs
@@ -203,7 +189,7 @@ def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
 
 
 def not_a_run(path: Path) -> str | None:
-    """Say that ``path`` is not the directory of a run; None if it is one."""
+    """Return why ``path`` is not the directory of a run; None if it is one."""
     if any((path / name).is_file() for name in RUN_FILES):
         return None
     what = f"not the directory of a run: it has no {RUN_FILES[0]}" if path.exists() else "there is no such directory"
@@ -211,11 +197,7 @@ def not_a_run(path: Path) -> str | None:
 
 
 def read_data(args: list[str]) -> TrainConfig:
-    """Return the configuration of a run of which only ``data`` matters; a model may be chosen and then has a name.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
+    """Return the configuration of a run with only ``data`` checked; a ConfigError lists every problem."""
     config, choices = compose(TrainConfig, args, config_name="train")
     config.model.name = config.model.name or choices.get("model")
     config = resolve(config)
@@ -225,15 +207,15 @@ def read_data(args: list[str]) -> TrainConfig:
 
 
 def rank() -> int:
-    """Return this process's rank as the launcher set it; a plain process is rank 0."""
+    """Return the global rank, 0 without a launcher."""
     return RankInfo.from_env().rank
 
 
 def _exit_with(error: BigtrainError) -> NoReturn:
-    """Show ``error`` and end the process; rank 0 goes first, if it may have the same to say.
+    """Print ``error`` and end the process; rank 0 first, which may have the same error.
 
-    torchrun ends all ranks as soon as one has failed. So the others give rank 0 time to say what
-    is wrong, and only a rank that nobody has ended by then, and that rank 0 does not speak for, speaks for itself.
+    torchrun kills all ranks as soon as one has failed: the others give rank 0 time to print, and print only what it does
+    not.
     """
     message, begin = redact(as_typed(str(error))), time.monotonic()
     number = os.environ.get("RANK") or "0"
@@ -252,7 +234,7 @@ def _exit_with(error: BigtrainError) -> NoReturn:
 
 
 def _tell_other_ranks(reason: str) -> bool:
-    """Tell ranks that wait for this one that it cannot begin; return whether rank 0 has heard, and says it."""
+    """Tell ranks waiting at the rendezvous that this one failed; return whether rank 0 prints the reason."""
     with contextlib.suppress(ConfigError):  # what the launcher has set makes no sense
         info = RankInfo.from_env()
         if info.world_size > 1 and {"RANK", "MASTER_ADDR"} <= os.environ.keys():
@@ -265,14 +247,13 @@ def _tell_other_ranks(reason: str) -> bool:
 def leave(code: int) -> NoReturn:
     """End the process at once.
 
-    To look through everything once more takes Python a while; helper processes would be waited for; and a process group
-    that is torn down while others use it aborts, with another code. Only semaphores are given back, of which the system
-    would complain otherwise.
+    Python's own teardown is slow, waits for helper processes, and aborts, with another code, where other ranks still use
+    the process group. Only semaphores are released, which multiprocessing would report as leaked.
     """
-    if "multiprocessing" in sys.modules:  # those that are just starting miss the semaphores
+    if "multiprocessing" in sys.modules:  # children that are just starting need the semaphores
         for child in sys.modules["multiprocessing"].active_children():
             child.kill()
-    if "multiprocessing.util" in sys.modules:  # it has no public name; what is public waits for the helpers first
+    if "multiprocessing.util" in sys.modules:  # the public way waits for the children first
         sys.modules["multiprocessing.util"]._run_finalizers(0)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -281,5 +262,5 @@ def leave(code: int) -> NoReturn:
 
 
 def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a traceback as Python does, without the secrets that its messages may hold."""
+    """Print a traceback as Python does, redacted."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

@@ -1,8 +1,4 @@
-"""One pass that fills in derived values and one that finds every contradiction.
-
-Both are pure functions of the configuration and the world; neither imports torch, so a
-contradiction is reported within a second and before any process group exists.
-"""
+"""Derived values, and every contradiction, of a configuration and a world; without torch, and before any process group."""
 
 import dataclasses
 import difflib
@@ -49,10 +45,7 @@ WHAT_PATH_IS = {
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Return a copy of ``config`` in which values that follow from others are filled in.
-
-    ``engine.precision`` stays open: it follows from the device and is set by the trainer.
-    """
+    """Return a copy of ``config`` with derived values; ``engine.precision`` follows from the device, in the trainer."""
     model = dataclasses.replace(config.model)
     if model.kind is ModelKind.native:
         derived: dict[str, Any] = {
@@ -124,7 +117,7 @@ def _check_data(data: DataConfig) -> list[str]:
 
 
 def _check_tokenizer(data: DataConfig) -> list[str]:
-    """Find what is meant to be one of ours before a hub is asked for it."""
+    """Find a misspelt ``bpe`` or ``bytes`` before a hub is asked for it."""
     name = data.tokenizer
     meant = difflib.get_close_matches(name.lower(), OWN_TOKENIZERS, n=1, cutoff=0.75)
     if name in OWN_TOKENIZERS or not meant:
@@ -133,14 +126,14 @@ def _check_tokenizer(data: DataConfig) -> list[str]:
 
 
 def _check_live(data: DataConfig) -> list[str]:
-    """Find what is asked of text that is tokenised while training and needs the whole text before."""
+    """Find settings that need the whole text before training, which is tokenised on the fly."""
     live = [name for name, part in component_data(data).items() if is_live(part)]
     if not live:
         return []
     problems = []
     if data.tokenizer == "bpe":
         problems.append(
-            "data.on_the_fly=true: a bpe is trained on the whole text, which nobody has read; use data.tokenizer=bytes, a "
+            "data.on_the_fly=true: a bpe is trained on the whole text, which is not read first; use data.tokenizer=bytes, a "
             "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
             "(python launch/prepare.py on a part of the text makes one)"
         )
@@ -150,7 +143,7 @@ def _check_live(data: DataConfig) -> list[str]:
             "leave it out, or prepare the text before (data.on_the_fly=false)"
         )
     problems += [
-        f"data.mixture.{name}.max_epochs: not offered on the fly, where nobody knows how long an epoch is; leave it out, "
+        f"data.mixture.{name}.max_epochs: not offered on the fly, where the length of an epoch is unknown; leave it out, "
         f"or prepare this component before (data.mixture.{name}.on_the_fly=false)"
         for name in live
         if data.mixture and data.mixture[name].max_epochs is not None
@@ -328,7 +321,7 @@ def _check_model_and_data(config: TrainConfig) -> list[str]:
 
 
 def padding(train: TrainingConfig, world_size: int) -> list[str]:
-    """Say what share of the computing is padding, where it is more than 1 %."""
+    """Return a warning with the share of the computing that is padding, where it is more than 1 %."""
     places = train.micro_batches(world_size) * train.micro_batch_size * world_size
     if places <= 1.01 * train.global_batch_size:
         return []

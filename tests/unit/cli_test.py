@@ -108,7 +108,7 @@ def test_help_and_mistakes_answer_quickly_and_without_torch(launcher: str, tmp_p
         imported = set(re.findall(r"\| +([\w.]+)$", err, re.MULTILINE))
         assert "bigtrain.errors" in imported
         assert not {"torch", "numpy", "transformers", "deepspeed", "wandb"} & imported
-        assert ("hydra" in imported) == (expected != 0), "help does without it"
+        assert expected != 0 or "hydra" not in imported
         assert len(imported) < MAX_IMPORTED_MODULES
 
 
