@@ -166,7 +166,6 @@ class ModelConfig:
     rope_theta: Annotated[float, Bound(gt=0), OnlyIf("positions", is_in=("rope",))] = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: Annotated[RopeScalingConfig | None, OnlyIf("positions", is_in=("rope",))] = None
-    """Llama-3.1 scaling of the rotary frequencies."""
     norm: Norm = Norm.layernorm
     """Normalisation layer."""
     norm_eps: Annotated[float, Bound(ge=0)] = 1e-5
@@ -226,7 +225,6 @@ class EngineConfig:
     dp_shard: Annotated[int | None, Bound(ge=1), OnlyIf("kind", is_in=("hsdp",))] = None
     """Ranks per shard group; by default the ranks of one node."""
     fsdp: Annotated[FsdpConfig, OnlyIf("kind", is_in=("fsdp", "hsdp"))] = field(default_factory=FsdpConfig)
-    """Settings of ``fsdp`` and ``hsdp``."""
     deepspeed: Annotated[DeepSpeedConfig, OnlyIf("kind", not_in=("ddp", "fsdp", "hsdp"))] = field(
         default_factory=DeepSpeedConfig
     )
@@ -349,33 +347,19 @@ class TrainConfig:
     """Everything that defines a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    """Identity and place of the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model; chosen with ``+model=<preset>``."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """The task."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """The engine."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The update rule."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    """The learning rate over time."""
     train: TrainingConfig = field(default_factory=TrainingConfig)
-    """Length and size."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Checkpoints."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
-    """Supervision."""
     bad_numbers: BadNumbersConfig = field(default_factory=BadNumbersConfig)
-    """Bad numbers."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Logging backends."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    """Profiling on demand."""
     preflight: Preflight = Preflight.stop
     """``warn`` goes on although the memory estimate says that the run does not fit."""
     imports: dict[str, str] = field(default_factory=dict)

@@ -182,7 +182,7 @@ def is_text(schema: type, key: str) -> bool:
 
 
 def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
-    """Return the docstring under every field of ``schema``, by the same dotted keys as :func:`key_types`."""
+    """Return the docstring under every field of ``schema``, or of its section, by the dotted keys of :func:`key_types`."""
     docs = {}
     for base in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
         definition: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
@@ -193,6 +193,7 @@ def key_docs(schema: type, prefix: str = "") -> dict[str, str]:
     for name, hint in type_hints(schema, include_extras=False).items():
         star, section = section_of(hint)
         if section:
+            docs.setdefault(prefix + name, section.__doc__)
             docs |= key_docs(section, f"{prefix}{name}.{star}")
     return docs
 

@@ -107,7 +107,6 @@ class DataConfig:
     answer_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "answer"
     """Field with the answer of ``pairs``."""
     filters: Annotated[FilterConfig, _TO_PREPARE] = field(default_factory=FilterConfig)
-    """What is left out of a corpus."""
     root: LocalPath = "data"
     """Directory that holds prepared corpora."""
     tokenizer: Annotated[LocalPath, _TO_PREPARE] = "bpe"
@@ -141,7 +140,6 @@ class DataConfig:
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
     mixture: dict[str, ComponentConfig] = field(default_factory=dict)
-    """Several data sets by name, each with its weight."""
     allow_change: bool = False
     """Continue a checkpoint although its data or mixture was another; components with the same name and data go on where they were."""
     prefetch_steps: Annotated[int, Bound(ge=1, le=1000)] = 4
