@@ -88,12 +88,23 @@ class Convolutional(nn.Module):
         return self.head(self.body(pixels_BCHW.to(memory_format=torch.channels_last)).mean((2, 3)))
 
 
+class Thin(nn.Module):
+    """Two classes by way of one number: tensors with fewer rows than there are ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(27, 1), nn.Linear(1, 2)
+
+    def forward(self, pixels_BCHW):
+        return self.head(self.body(pixels_BCHW.flatten(1)).tanh())
+
+
 def bert():
     from transformers import BertConfig, BertForMaskedLM
 
     sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16)
-    return Answer(BertForMaskedLM(config), "input_ids"), TokenTargets("tokens"), dict(tokens=8, targets=8)
+    return language_model(BertForMaskedLM(config))
 
 
 def vit():
@@ -117,6 +128,26 @@ def t5():
     )
 
 
+def moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    return language_model(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)))
+
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return language_model(
+        MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2))
+    )
+
+
+def language_model(model):
+    return Answer(model, "input_ids"), TokenTargets("tokens"), dict(tokens=8, targets=8)
+
+
 def lstm():
     return Recurrent(), TokenTargets("tokens"), dict(tokens=8, targets=8)
 
@@ -125,7 +156,12 @@ def cnn():
     return Convolutional(), Classification(pixels=Field(torch.float32, (3, "H", "W"))), dict(pixels=(3, 8, 8), label=())
 
 
-NETWORKS = {"bert": bert, "vit": vit, "t5": t5, "lstm": lstm, "cnn": cnn}
+def thin():
+    pixels = Classification(pixels=Field(torch.float32, (3, "H", "W")))
+    return Thin(), pixels, dict(pixels=(3, 3, 3), label=())
+
+
+NETWORKS = {"thin": thin, "bert": bert, "vit": vit, "t5": t5, "moe": moe, "mamba": mamba, "lstm": lstm, "cnn": cnn}
 
 
 def build(name):
@@ -145,7 +181,9 @@ def batch_of(name, num_samples, step):
         if field == "pixels":
             batch[field] = torch.randn(size, generator=generator)
         else:
-            batch[field] = torch.randint(5 if field == "label" else 32, size, generator=generator)
+            batch[field] = torch.randint(
+                (2 if name == "thin" else 5) if field == "label" else 32, size, generator=generator
+            )
         if field in ("label", "targets"):
             batch[field].view(-1)[::3] = IGNORE_INDEX
     return batch
