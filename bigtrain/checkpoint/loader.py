@@ -39,17 +39,20 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
     return list(dict.fromkeys(problem for problems, _ in all_found for problem in problems))
 
 
-def load_checkpoint(path: Path, entries: Mapping[str, Entry]) -> None:
+def load_checkpoint(path: Path, entries: Mapping[str, Entry], *, some_only: bool = False) -> None:
     """Fill the boxes of ``entries`` from a checkpoint, without collectives or buffers.
 
     Overlaps of stored boxes with boxes of this rank are copied from the mapped file into the engine's memory.
+
+    Args:
+        some_only: whether the checkpoint may hold more than ``entries``.
 
     Raises:
         CheckpointError: tensors are missing or have other shapes, or the manifest is damaged.
     """
     manifest = read_manifest(path)
     tensors = {tensor.key: tensor for tensor in manifest.tensors}
-    if problems := list(_differences(entries, manifest)):
+    if problems := list(_differences(entries, manifest, some_only)):
         found = some(problems, MOST_DIFFERENCES, "\n  ")
         raise CheckpointError(f"{path} belongs to another model or optimizer:\n  {found}")
     reader = ShardReader(path)
@@ -94,7 +97,7 @@ def _narrow(tensor: torch.Tensor, ranges: Ranges, offsets: Sequence[int]) -> tor
     return tensor
 
 
-def _differences(entries: Mapping[str, Entry], manifest: Manifest) -> Iterator[str]:
+def _differences(entries: Mapping[str, Entry], manifest: Manifest, some_only: bool) -> Iterator[str]:
     """Yield how the stored tensors differ from the wanted ones; an unwanted half (optimizer) is no difference."""
     stored = {tensor.key: tensor for tensor in manifest.tensors}
     for key, entry in entries.items():
@@ -104,7 +107,7 @@ def _differences(entries: Mapping[str, Entry], manifest: Manifest) -> Iterator[s
             yield f"{key}: shape {tuple(stored[key].shape)} in the checkpoint, expected {entry.shape}"
     halves = {key.split(".")[0] for key in entries}
     trained = {key.rpartition(".")[0] for key in entries}
-    for key in stored.keys() - entries.keys():
+    for key in () if some_only else stored.keys() - entries.keys():
         parameter = key.rpartition(".")[0]
         is_frozen = parameter not in trained and parameter.replace(OPTIMIZER, MODEL, 1) in entries  # since then
         if key.split(".")[0] in halves and not is_frozen:

@@ -40,6 +40,14 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Frozen:
+    """Weights that a checkpoint leaves out, because the run never changes what it began with."""
+
+    names: list[str]
+    hash: str  # of all of them, whole
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """Everything besides tensors that a run continues from."""
 
@@ -55,6 +63,7 @@ class RunState:
     """Where the data stands, with the proof; None in checkpoints from before there was one."""
     rollbacks: int = 0  # how often the run has gone back because of bad numbers
     origin: Origin | None = None  # None in checkpoints from before it was recorded
+    frozen: Frozen | None = None
 
     @property
     def cursor(self) -> Cursor:

@@ -178,6 +178,9 @@ class ModelConfig:
     """Output projection shares the token embedding."""
     dropout: Annotated[float, Bound(ge=0, lt=1), OnlyIf("kind", is_in=("native",))] = 0.0
     """Dropout probability on embeddings, attention and residual branches."""
+    freeze: list[str] = field(default_factory=list)
+    """Names of parameters that are not trained, with ``*`` and ``?``, such as ``[embed_*, blocks.0.*]``; checkpoints do
+    not hold them."""
     init_std: Annotated[float, Bound(ge=0)] = 0.02
     """Standard deviation of the initial weights; residual outputs use ``init_std / sqrt(2 * num_layers)``."""
 

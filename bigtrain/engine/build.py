@@ -14,6 +14,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
+from bigtrain.models.freeze import with_frozen
 from bigtrain.processes import RankInfo
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Objective, TaskModel
@@ -46,6 +47,8 @@ def build_engine(
     require_hardware(precision, device)
     if config.model.kind is ModelKind.hf:
         build_model = with_unreached_frozen(build_model)
+    if config.model.freeze:
+        build_model = with_frozen(build_model, config.model.freeze)
     # Explicit, because containers change the default of a whole process by environment variables.
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
     if precision is Precision.fp8:

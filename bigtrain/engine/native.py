@@ -257,7 +257,8 @@ def allocate_gradients(model: nn.Module) -> None:
     Gradients of micro-batches that are not communicated would else lie outside of the buckets until the last one.
     """
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _data_parallel(model: nn.Module, device: torch.device, accumulates: bool) -> DistributedDataParallel:

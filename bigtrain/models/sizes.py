@@ -27,10 +27,15 @@ class ModelSizes:
     num_layers: int
     matrices: int  # in the matrices of one block
     largest: int  # in the largest of them
+    frozen: int = 0  # anywhere, by ``model.freeze``
 
     @property
     def total(self) -> int:
         return self.root + self.num_layers * self.block
+
+    @property
+    def trained(self) -> int:
+        return self.total - self.frozen
 
 
 def model_sizes(model: ModelConfig) -> ModelSizes:

@@ -4,6 +4,7 @@ State as each engine lays it out, activations (``models/sizes.py``), the loss, a
 was compared with the peak memory of real steps on a CPU.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from bigtrain.config import (
@@ -80,15 +81,20 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
     Raises:
         ConfigError: a Hugging Face model, which is built on the meta device, cannot be read.
     """
-    if model.kind is ModelKind.native:
+    if model.kind is ModelKind.native and not model.freeze:
         return model_sizes(model), model
     import torch
 
     from bigtrain.models import build_model
     from bigtrain.models.construction import find_stacks
+    from bigtrain.models.freeze import frozen_names
 
     with torch.device("meta"):
         built = build_model(model)
+    parameters = dict(built.named_parameters())
+    frozen = sum(parameters[name].numel() for name in frozen_names(parameters, model.freeze))
+    if model.kind is ModelKind.native:
+        return dataclasses.replace(model_sizes(model), frozen=frozen), model
     total = sum(p.numel() for p in built.parameters())
     blocks = [block for stack in find_stacks(built) for block in stack]
     num_layers = len(blocks) or 1
@@ -100,6 +106,7 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
         num_layers=num_layers,
         matrices=sum(matrices) // num_layers,
         largest=max(matrices, default=0),
+        frozen=frozen,
     )
     if model.kind is ModelKind.own:
         return sizes, None
@@ -160,7 +167,7 @@ def estimate(
     peak += sum(layout.state.values()) - device["gradients"]
     # Saving copies the rank's share of the state to the host first, into memory that is kept.
     is_copied = config.checkpoint.asynchronous or device_type != "cpu"
-    saved = 4 * sizes.total + _moment_bytes(config.optimizer, sizes)
+    saved = 4 * sizes.trained + _moment_bytes(config.optimizer, sizes)
     staged = {"checkpoint copy": -(-saved // world_size) if is_copied else 0}
     host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(device, host, not_at_once=sum(device.values()) - peak)
@@ -190,9 +197,9 @@ def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, d
 def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
     """Return the size of the optimizer's whole state: two numbers per parameter, one for SGD and Muon's matrices."""
     if optimizer.kind is OptimizerKind.sgd:
-        return 4 * sizes.total if optimizer.betas[0] else 0
-    by_muon = sizes.num_layers * sizes.matrices if optimizer.kind is OptimizerKind.muon else 0
-    return 8 * sizes.total - 4 * by_muon
+        return 4 * sizes.trained if optimizer.betas[0] else 0
+    by_muon = min(sizes.num_layers * sizes.matrices, sizes.trained) if optimizer.kind is OptimizerKind.muon else 0
+    return 8 * sizes.trained - 4 * by_muon
 
 
 def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:
@@ -211,10 +218,10 @@ def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool, has_early_gr
     if engine.activation_checkpointing is ActivationCheckpointing.none:
         num_checkpointed = 0
     num_cast = min(sizes.num_layers - num_checkpointed + 1, sizes.num_layers)
-    moments, whole = _moment_bytes(config.optimizer, sizes), 4 * sizes.total
+    moments, whole, trained = _moment_bytes(config.optimizer, sizes), 4 * sizes.total, 4 * sizes.trained
     return _Layout(
-        state={"parameters": whole, "gradients": whole, "optimizer moments": moments},
-        early_gradients=whole if has_early_gradients else 0,
+        state={"parameters": whole, "gradients": trained, "optimizer moments": moments},
+        early_gradients=trained if has_early_gradients else 0,
         gathered=2 * (sizes.root + num_cast * sizes.block) if bf16 else 0,
         backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half
     )
@@ -225,10 +232,10 @@ def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumu
     shard = -(-sizes.total // num_shards)
     element = 2 if bf16 else 4
     moments = -(-_moment_bytes(config.optimizer, sizes) // num_shards)
-    state = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer moments": moments}
+    state = {"parameters": 4 * shard, "gradients": 4 * -(-sizes.trained // num_shards), "optimizer moments": moments}
     host, here = (state, {}) if config.engine.offload is Offload.cpu else ({}, dict(state))
     if accumulates and config.engine.fsdp.accumulate_whole_gradients:
-        here["gradients"] = 4 * sizes.total
+        here["gradients"] = 4 * sizes.trained
     num_gathered = (
         1 + config.engine.fsdp.prefetch_blocks if config.engine.fsdp.reshard_after_forward else sizes.num_layers
     )
@@ -245,14 +252,14 @@ def _zero12_layout(
     config: TrainConfig, sizes: ModelSizes, world_size: int, accumulates: bool, bf16: bool, device_type: str
 ) -> _Layout:
     """Whole fp32 parameters, and the rank's part of masters, moments and (stage 2) gradients."""
-    part = -(-sizes.total // world_size)
+    part = -(-sizes.trained // world_size)
     stage2 = config.engine.kind is EngineKind.zero2
     moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
     state = {"gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
     offload = config.engine.offload is Offload.cpu
     here = {"parameters": 4 * sizes.total} | ({} if offload else state)
     if not stage2:
-        here["gradients"] = 4 * sizes.total
+        here["gradients"] = 4 * sizes.trained
     # A bucket, what is being reduced of it, and a second bucket where communication overlaps.
     num_buckets = 3 if device_type == "cuda" else 2
     return _Layout(
@@ -268,10 +275,11 @@ def _zero12_layout(
 
 def _zero3_layout(config: TrainConfig, sizes: ModelSizes, world_size: int, bf16: bool) -> _Layout:
     """The rank's part of everything; gathered fp32 parameters stay while no more than a limit are live."""
-    part = -(-sizes.total // world_size)
+    part = -(-sizes.trained // world_size)
     offload = config.engine.offload is Offload.cpu
     moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
-    state = {"parameters": 4 * part, "gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
+    state = {"parameters": 4 * -(-sizes.total // world_size), "gradients": 4 * part, "master weights": 4 * part}
+    state["optimizer moments"] = moments
     live = min(sizes.total, max(ZERO3_LIVE_PARAMETERS, sizes.root + 2 * sizes.block)) if world_size > 1 else 0
     return _Layout(
         state={} if offload else state,

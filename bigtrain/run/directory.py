@@ -337,7 +337,7 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
     saved = read_run_state(path).config
     # A setting that did not exist when the checkpoint was saved had its default.
     old, new = to_dict(ModelConfig()) | saved.get("model", {}), to_dict(config.model)
-    ignored = {"name", "pretrained", "architecture", "settings", "init_from", "dropout", "init_std"}
+    ignored = {"name", "pretrained", "architecture", "settings", "init_from", "dropout", "init_std", "freeze"}
     differences = [
         f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now"
         for key in new

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from bigtrain.checkpoint.shard import NAMES, TensorReader
+from bigtrain.checkpoint.shard import NAMES
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.config.convert import from_dict
@@ -30,6 +30,7 @@ from bigtrain.models.hf.files import published_directory
 from bigtrain.models.hf.load import stored_buffers
 from bigtrain.models.hf.native import HFTensor, hf_config, hf_tensors
 from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, own_model
+from bigtrain.run.frozen import WeightReader
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -114,7 +115,7 @@ def _native(
     model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
 ) -> tuple[list[Part], dict[str, bytes]]:
     """Return the tensors of a native model and the files that describe it."""
-    reader = TensorReader(checkpoint)
+    reader = WeightReader(checkpoint)
     read = functools.lru_cache(maxsize=1)(reader.read)  # query, key and value are parts of one tensor
 
     def part(tensor: HFTensor) -> Part:
@@ -142,13 +143,13 @@ def _hugging_face(
         if GENERATION in files:
             files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
     files[CONFIG] = _json(config)
-    return list(_disk_parts(built, TensorReader(checkpoint), dtype)), files
+    return list(_disk_parts(built, WeightReader(checkpoint), dtype)), files
 
 
-def _disk_parts(model: HFCausalLM, reader: TensorReader, dtype: torch.dtype) -> Iterator[Part]:
+def _disk_parts(model: HFCausalLM, reader: WeightReader, dtype: torch.dtype) -> Iterator[Part]:
     """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
     prefix = f"{MODEL}causal_lm."
-    parameters = [key.removeprefix(prefix) for key in reader.records if key.startswith(prefix)]
+    parameters = [key.removeprefix(prefix) for key in reader.keys if key.startswith(prefix)]
     buffers = dict(stored_buffers(model.causal_lm))
 
     @functools.lru_cache(maxsize=1)  # the experts of a layer are parts of one tensor

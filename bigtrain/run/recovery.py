@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import log
-from bigtrain.checkpoint.loader import load_checkpoint, verify_checkpoint
+from bigtrain.checkpoint.loader import verify_checkpoint
 from bigtrain.checkpoint.store import (
     Origin,
     RunState,
@@ -25,11 +25,13 @@ from bigtrain.distributed.collectives import on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import require_causal
 from bigtrain.engine.state import MODEL, clear_optimizer, initialise
-from bigtrain.errors import CheckpointError, ConfigError, NoRestartError, of_all_ranks
+from bigtrain.errors import CheckpointError, ConfigError, NoRestartError, of_all_ranks, some
 from bigtrain.models import build_initial_values
+from bigtrain.models.freeze import frozen_names
 from bigtrain.models.hf.files import stored_tensors
 from bigtrain.processes import RankInfo
 from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, reached_step, write_run_files, writing
+from bigtrain.run.frozen import load_state, parameters_of
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.supervise.launch import Launch
 
@@ -145,13 +147,31 @@ def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> 
         values = build_initial_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=max(1, (os.cpu_count() or 1) // info.local_world_size))
         return Cursor()
+    _require_same_frozen(config, parameters_of(entries), start)
     if start.weights_only:
         clear_optimizer(engine.state)
         entries = {key: entry for key, entry in entries.items() if key.startswith(MODEL)}
-    load_checkpoint(start.checkpoint, entries)
+    load_state(start.checkpoint, entries)
     engine.state.commit()
     state = start.read_state()
     return state.cursor if state else Cursor()
+
+
+def _require_same_frozen(config: TrainConfig, names: list[str], start: Start) -> None:
+    """Refuse to go on with other frozen weights: of what was trained the origin is gone, of the rest the optimizer state."""
+    if (state := start.read_state()) is None:
+        return
+    before = set(state.frozen.names) if state.frozen else set()
+    now = set(frozen_names(names, config.model.freeze))
+    is_own = start.checkpoint.parent == checkpoints_directory(config.run.directory)
+    if changed := (before ^ now if is_own else before - now):
+        raise of_all_ranks(
+            ConfigError(
+                f"model.freeze={config.model.freeze}: {some(sorted(changed), 3)} {'was' if changed <= before else 'was not'} "
+                f"frozen in {start.checkpoint}; go on as before, or begin another run.name with "
+                f"checkpoint.resume={start.checkpoint} checkpoint.load=weights"
+            )
+        )
 
 
 def go_back(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.store import step_of
 from bigtrain.config import ModelKind
 from bigtrain.data.read.index import read_index
@@ -18,6 +17,7 @@ from bigtrain.models import build_model
 from bigtrain.models.generation import generate
 from bigtrain.models.own import Uncached
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
+from bigtrain.run.frozen import load_state
 from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def sample_run(
     with torch.device("meta"):
         model = build_model(config.model)
     materialise(model, device)
-    load_checkpoint(checkpoint, {MODEL + name: whole_entry(p) for name, p in model.named_parameters()})
+    load_state(checkpoint, {MODEL + name: whole_entry(p) for name, p in model.named_parameters()})
     if config.model.kind is ModelKind.own:
         model = Uncached(model, config.model)
     model.eval()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bigtrain import __version__, log
 from bigtrain.checkpoint.saver import Saver, SaveReport
-from bigtrain.checkpoint.store import Origin, RunState, find_checkpoints
+from bigtrain.checkpoint.store import Frozen, Origin, RunState, find_checkpoints
 from bigtrain.config import Load, Precision, TrainConfig
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.data.order.cursor import Cursor
@@ -56,6 +56,7 @@ from bigtrain.run.data import (
     train_loader,
 )
 from bigtrain.run.directory import continued_model, write_run_files, writing
+from bigtrain.run.frozen import describe_frozen, without_frozen
 from bigtrain.run.recovery import (
     claim,
     discard,
@@ -100,6 +101,7 @@ class Run:
     saver: Saver
     start: Cursor  # of this launch, or after a rollback
     origin: Origin = field(default_factory=Origin)  # of the run
+    frozen: Frozen | None = None  # what checkpoints leave out
     rollbacks: int = 0  # because of bad numbers
     signal: StopSignal = field(default_factory=StopSignal)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
@@ -191,13 +193,15 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
     engine = build_engine(config, lambda: build_model(model), info=info, device=device)
     fill_state(config, engine, start, info)
+    frozen = describe_frozen(engine.state.entries, config.model.freeze)
     parts = Run(
         config=config,
         directory=directory,
         engine=engine,
         streams=streams,
         recorder=NullRecorder(),
-        saver=Saver(directory, engine.state.entries, config.checkpoint, is_ours=launch.is_here),
+        saver=Saver(directory, without_frozen(engine.state.entries, frozen), config.checkpoint, is_ours=launch.is_here),
+        frozen=frozen,
         follow=launch.follow,
         start=begin,
         origin=start.origin,
@@ -338,6 +342,7 @@ def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: boo
             data=stream.state(batch.before, cursor),
             rollbacks=run.rollbacks,
             origin=run.origin,
+            frozen=run.frozen,
         )
     )
 

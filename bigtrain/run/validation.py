@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from bigtrain import log
-from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import EngineKind, Offload, TrainConfig
 from bigtrain.config.check import check, fit_micro_batch
@@ -23,6 +22,7 @@ from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
 from bigtrain.run.data import elsewhere, open_data
 from bigtrain.run.directory import find_whole, locate, read_config
+from bigtrain.run.frozen import load_state
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import split_sums
 
@@ -80,7 +80,7 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
         streams = open_data(config)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
-    load_checkpoint(checkpoint, weights)
+    load_state(checkpoint, weights)
     engine.state.commit()
     metrics = validate(engine, streams["validation"], config)
     shut_down()

@@ -100,7 +100,7 @@ def skipped_step(config: TrainConfig) -> int:
 
 
 def forgotten_momentum(config: TrainConfig) -> int:
-    load = recovery.load_checkpoint
+    load = recovery.load_state
 
     def load_and_forget(path: Path, entries: dict[str, Any]) -> None:
         load(path, entries)
@@ -108,7 +108,7 @@ def forgotten_momentum(config: TrainConfig) -> int:
             for box in entries[key].boxes:
                 box.view.zero_()
 
-    recovery.load_checkpoint = load_and_forget
+    recovery.load_state = load_and_forget
     return trainer.run(config)
 
 

@@ -1,0 +1,143 @@
+"""Frozen weights: filled from what the run began with; checkpoints hold their names and a hash, not the weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.shard import TensorReader
+from bigtrain.checkpoint.store import Frozen, RunState, read_run_state
+from bigtrain.config import TrainConfig
+from bigtrain.config.convert import from_dict
+from bigtrain.distributed.collectives import all_reduce_sum
+from bigtrain.engine.state import MODEL, Box, Entry, fill_box, whole_entry
+from bigtrain.errors import CheckpointError, of_all_ranks
+from bigtrain.models import build_initial_values, build_model
+from bigtrain.models.freeze import frozen_names
+from bigtrain.run.directory import own_model
+
+_ODD = 0x1E3779B97F4A7C15
+_CHUNK_ROWS = 4096
+
+
+def parameters_of(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the names of a state's parameters."""
+    return [key.removeprefix(MODEL) for key in entries if key.startswith(MODEL)]
+
+
+def describe_frozen(entries: Mapping[str, Entry], patterns: list[str]) -> Frozen | None:
+    """Return what checkpoints say of frozen weights, which are in place; None if there are none. All ranks call this."""
+    names = frozen_names(parameters_of(entries), patterns)
+    return Frozen(names, hash_of({MODEL + name: entries[MODEL + name] for name in names})) if names else None
+
+
+def without_frozen(entries: Mapping[str, Entry], frozen: Frozen | None) -> Mapping[str, Entry]:
+    """Return what checkpoints hold of a state."""
+    left_out = {MODEL + name for name in frozen.names} if frozen else set()
+    return {key: entry for key, entry in entries.items() if key not in left_out}
+
+
+def hash_of(entries: Mapping[str, Entry]) -> str:
+    """Return a hash of whole tensors from the boxes of all ranks, the same under every engine; all ranks call this."""
+    keys = sorted(entries)
+    sums = torch.zeros(len(keys), dtype=torch.int64)
+    for number, key in enumerate(keys):
+        for box in entries[key].own_boxes():
+            sums[number] += _sum(box, entries[key].shape)
+    if dist.is_initialized():
+        all_reduce_sum(sums)
+    return xxhash.xxh3_128_hexdigest(json.dumps([keys, sums.tolist()]).encode())
+
+
+def _sum(box: Box, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a sum of the bits of a box's elements, each times a number of its place in the whole tensor, modulo 2^64."""
+    view, offsets = (box.view, box.offsets) if shape else (box.view[None], (0,))
+    total, first = torch.zeros((), dtype=torch.int64), offsets[0]
+    for rows in view.split(_CHUNK_ROWS):
+        place = torch.zeros((), dtype=torch.int64, device=rows.device)
+        for dim, size in enumerate(rows.shape):
+            begin = first if dim == 0 else offsets[dim]
+            along = torch.arange(begin, begin + size, device=rows.device).view(-1, *[1] * (rows.ndim - dim - 1))
+            place = place * (shape[dim] if shape else 1) + along
+        total += ((2 * place + 1) * _ODD * rows.contiguous().view(torch.int32)).sum().cpu()
+        first += len(rows)
+    return total
+
+
+def load_state(path: Path, entries: Mapping[str, Entry], *, some_only: bool = False) -> None:
+    """Fill entries from a checkpoint and, where it leaves frozen weights out, from what its run began with.
+
+    All ranks call this; without a process group, one alone.
+
+    Args:
+        path: of the checkpoint.
+        entries: what is wanted.
+        some_only: whether the checkpoint may hold more.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`; or what the run began with is gone, or is not what it was.
+    """
+    state = read_run_state(path)
+    stored = without_frozen(entries, state.frozen)
+    load_checkpoint(path, stored, some_only=some_only)
+    if state.frozen is None or not (frozen := {key: entry for key, entry in entries.items() if key not in stored}):
+        return
+    _refill(path, state, frozen)
+    if len(frozen) == len(state.frozen.names) and hash_of(frozen) != state.frozen.hash:
+        raise of_all_ranks(
+            CheckpointError(
+                f"{path} leaves out {len(frozen)} frozen weights, and {_origin(state)}, which they came from, has others "
+                "by now; put back what it was"
+            )
+        )
+
+
+def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
+    origin = state.origin.checkpoint if state.origin else None
+    if origin is None:
+        config = from_dict(TrainConfig, state.config)
+        model = config.model
+        if not (model.pretrained or model.init_from):
+            model = own_model(model, path.parent.parent)
+        values = build_initial_values(model, config.train.seed)
+        with torch.no_grad():
+            for key, entry in frozen.items():
+                for box in entry.boxes:
+                    fill_box(values[key.removeprefix(MODEL)], entry.shape, box.offsets, box.view)
+    elif Path(origin).is_dir():
+        load_state(Path(origin), frozen, some_only=True)
+    else:
+        raise of_all_ranks(
+            CheckpointError(
+                f"{path} leaves out {len(frozen)} frozen weights, which came from {origin}, and that is gone"
+            )
+        )
+
+
+def _origin(state: RunState) -> str:
+    origin = state.origin
+    return (origin and (origin.checkpoint or origin.published)) or f"seed {state.config['train']['seed']}"
+
+
+class WeightReader:
+    """Reads whole weights of a checkpoint, frozen ones too, which are kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError as :func:`load_state`."""
+        self._stored, self._frozen = TensorReader(path), {}
+        state = read_run_state(path)
+        if state.frozen:
+            model = own_model(from_dict(TrainConfig, state.config).model, path.parent.parent)
+            with torch.device("meta"):
+                shapes = {name: p.shape for name, p in build_model(model).named_parameters()}
+            self._frozen = {MODEL + name: torch.empty(shapes[name]) for name in state.frozen.names}
+            load_state(path, {key: whole_entry(tensor) for key, tensor in self._frozen.items()})
+        self.keys = [*self._stored.records, *self._frozen]
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return a tensor on the CPU."""
+        return self._frozen[key] if key in self._frozen else self._stored.read(key)
