@@ -42,6 +42,7 @@ from bigtrain.config.data import (
     DataConfig,
     FilterConfig,
     WeightChangeConfig,
+    are_records,
     component_data,
     is_live,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "Verify",
     "WandbMode",
     "WeightChangeConfig",
+    "are_records",
     "component_data",
     "is_live",
 ]

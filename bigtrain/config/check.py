@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from bigtrain.config import WITHOUT_TEXT, DataConfig, TrainConfig, TrainingConfig, component_data, is_live
+from bigtrain.config import WITHOUT_TEXT, DataConfig, TrainConfig, TrainingConfig, are_records, component_data, is_live
 from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
     Content,
@@ -54,8 +54,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "ffn_dim": 4 * model.hidden_dim,
         }
         model = dataclasses.replace(model, **{k: v for k, v in derived.items() if getattr(model, k) is None})
-    length = model.max_positions if config.data.sequence_length is None else config.data.sequence_length
-    data = dataclasses.replace(config.data, sequence_length=length)
+    data = dataclasses.replace(config.data)
+    has_length = model.kind is not ModelKind.own or "max_positions" in model.settings
+    if data.sequence_length is None and (has_length or not are_records(data)):
+        data.sequence_length = model.max_positions
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
     if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
         data.tokenizer = origin
@@ -348,7 +350,7 @@ def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -
 
 
 def _check_fp8(config: TrainConfig) -> list[str]:
-    engine, num_tokens = config.engine, (config.train.micro_batch_size or 1) * config.data.sequence_length
+    engine, num_tokens = config.engine, (config.train.micro_batch_size or 1) * (config.data.sequence_length or 1)
     rules = [
         (
             engine.kind in (EngineKind.ddp, *FSDP_KINDS),

@@ -36,6 +36,8 @@ class ComponentConfig:
     """See ``data.source``."""
     path: PathOrUrl | None = None
     """See ``data.path``."""
+    settings: dict[str, Any] | None = None
+    """See ``data.settings``."""
     subset: str | None = None
     """See ``data.subset``."""
     split: str | None = None
@@ -132,7 +134,7 @@ class DataConfig:
     on_bad_shard: OnBad = OnBad.stop
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
-    """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it."""
+    """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it; with a model of yours that has no setting ``max_positions`` it is by default that of the first record."""
     packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "own"))] = Packing.concat
     """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
     document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "own"))] = False
@@ -157,6 +159,11 @@ WITHOUT_TEXT = (DataSource.synthetic, *OF_RECORDS)
 def is_live(data: DataConfig) -> bool:
     """Return whether a data set is tokenised while training."""
     return data.on_the_fly and data.source not in (DataSource.prepared, *WITHOUT_TEXT)
+
+
+def are_records(data: DataConfig) -> bool:
+    """Return whether all samples are records."""
+    return all(part.source in OF_RECORDS for part in component_data(data).values())
 
 
 def component_data(data: DataConfig) -> dict[str, DataConfig]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import OF_RECORDS, DataConfig, OnBad, Packing, TrainConfig, component_data
+from bigtrain.config import OF_RECORDS, DataConfig, DataSource, OnBad, Packing, TrainConfig, are_records, component_data
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
@@ -81,7 +81,8 @@ def elsewhere(data: DataConfig) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        paths = [part.path for part in component_data(data).values() if part.path and "://" not in part.path]
+        found = [part for part in component_data(data).values() if part.source is not DataSource.own]
+        paths = [part.path for part in found if part.path and "://" not in part.path]
         gone = [path for path in paths if not os.path.isabs(path) and not os.path.exists(path)]
         if not gone:
             raise
@@ -162,8 +163,9 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
         problem = f"step {state.step} would not have had the samples that the checkpoint has recorded"
     if problem:
         of_data = [text for key, text in changed.items() if key.startswith("data.") or key == "train.seed"]
+        text = "the text itself has: its files, with data=stdlib Python, or how bigtrain prepares it"
         what = of_data or [
-            "no setting has changed, so the text itself has: its files, with data=stdlib Python, or how bigtrain prepares it"
+            f"no setting has changed, so {'the rows themselves have' if are_records(config.data) else text}"
         ]
         former = _corpus_of(config.data, state.data_fingerprint)
         what += [f"its own text, as it was prepared then: data=prepared data.path={former}"] if former else []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
-from bigtrain.config import OF_RECORDS, TrainConfig, component_data
+from bigtrain.config import TrainConfig, are_records
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.stream import SampleStream
@@ -62,7 +62,7 @@ def inspect_step(
         raise ConfigError(f"step={step}: must be at least 1, and after the last change of the mixture")
     stream = open_data(config, previous)["train"]
     tokenizer = load_tokenizer(stream.tokenizer_directory) if stream.tokenizer_directory else None
-    is_text = not any(part.source in OF_RECORDS for part in component_data(config.data).values())
+    is_text = not are_records(config.data)
     ids = stream.ids(first, batch_size)
     beyond = f", which ends at train.steps={config.train.steps}" if step > config.train.steps else ""
     yield f"step {step}: samples {first} to {first + batch_size - 1} of the run{beyond}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bigtrain.cli import own_parts
 from bigtrain.config import ComponentConfig, DataConfig, DataSource
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.arrays import Arrays, read_npz
@@ -247,3 +248,11 @@ def test_a_file_of_arrays_and_a_mixture_of_two(tmp_path):
     assert set(streams["train"].progress(40)) == {"a", "b"} and streams["train"].progress(40)["b"][0] == 10
     held = streams["validation"].gather(np.arange(streams["validation"].num_samples))["label"].tolist()
     assert held and not set(held) & set(labels.tolist())
+
+
+def test_arrays_of_a_program_are_data():
+    columns = {"pixels": np.zeros((ROWS, 1, 2, 3)), "label": np.arange(ROWS)}
+    [setting] = own_parts.given(network=None, objective=None, data=columns)
+    data = DataConfig(source=DataSource.own, path=setting.removeprefix("data="))
+    stream = open_streams(data, {}, vocab_size=1, objective=IMAGES, seed=0, global_batch_size=8)["train"]
+    assert stream.gather(np.arange(2))["pixels"].dtype == torch.float32 and stream.num_samples > ROWS / 2
