@@ -209,6 +209,7 @@ def several(**columns):
         ([*several(bag=[[1], [1], [1]], label=[0, 1, 2]), {"bag": [1]}], BAGS, 2, "row 3: .* it lacks label"),
         ({"pixels": np.zeros((3, 1, 4, 4)), "label": np.zeros(2)}, IMAGES, None, "their lengths are pixels: 3, label: 2"),
         ({"pixels": np.zeros((3, 2, 4, 4)), "label": np.zeros(3, int)}, IMAGES, None, r"not \(3, 1, 4, 4\)"),
+        ([([1], 0)], BAGS, 2, "row 0 is a tuple; a row has to be columns by name"),
         (lambda: 3, IMAGES, None, "the train side is a int; it has to have"),
     ],
 )  # fmt: skip

@@ -138,10 +138,11 @@ class Records:
             self._columns[name] = _Column(dtype, wanted, field.filling, axis)
 
     def _first_row(self) -> Mapping[str, Any]:
-        if self._gather is None:
-            return self._dataset[0]
         zero = np.zeros(1, dtype=np.int64)
-        return {name: array[0] for name, array in self._gather(zero, zero).items()}
+        first = self._dataset[0] if self._gather is None else self._gather(zero, zero)
+        if not isinstance(first, Mapping):
+            raise DataError(f"{self._where}: row 0 is a {type(first).__name__}; a row has to be columns by name")
+        return first if self._gather is None else {name: array[0] for name, array in first.items()}
 
     def _require_idle_padding(self, objective: Objective) -> None:
         """Refuse an objective that counts the padding which fills up a rank's part of a step."""
@@ -187,11 +188,9 @@ class Records:
         """Refuse another shape than ``wanted``, unless it is shorter along ``axis`` and is to be filled up."""
         advice = ""
         if axis is not None and len(shape) == len(wanted):
-            if (
-                self._fills_up
-                and (*shape[:axis], wanted[axis], *shape[len(shape) + axis + 1 :]) == wanted
-                and shape[axis] < wanted[axis]
-            ):
+            filled_up = list(shape)
+            filled_up[axis] = wanted[axis]
+            if self._fills_up and tuple(filled_up) == wanted and shape[axis] < wanted[axis]:
                 return
             advice = "; rows are filled up to data.sequence_length, which has to be that of the longest"
         raise DataError(f"{self._where}: {which} has the shape {shape}, not {wanted}{advice}")
