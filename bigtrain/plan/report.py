@@ -147,11 +147,11 @@ class Report:
         )
 
     def _title(self) -> str:
-        config = self.config
+        config, length = self.config, self.config.data.sequence_length
         return (
             f"{config.model.name} {'fits' if self.fits else 'does not fit'}. Estimated memory per rank with "
             f"engine={config.engine.kind.name} in {config.engine.precision.name}, world size {self.machine.world_size}, "
-            f"micro-batches of {config.train.micro_batch_size} x {config.data.sequence_length} tokens:"
+            f"micro-batches of {config.train.micro_batch_size}{f' x {length} tokens' if length else ''}:"
         )
 
     def _rows(self) -> list[tuple[str, int, int]]:
@@ -212,7 +212,7 @@ def _axes(config: TrainConfig, device_type: str) -> list[list[Setting]]:
 
     Lists are ordered by what they change: time, then placement, then (the sequence length) the run itself.
     """
-    engine, train, length = config.engine, config.train, config.data.sequence_length
+    engine, train, length = config.engine, config.train, config.data.sequence_length or 0
     order = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
     undone = []
     if (

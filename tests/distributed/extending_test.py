@@ -110,6 +110,7 @@ def test_the_examples_run(tmp_path):
 
     stars = fork("train.py", *commands()["stars"], cwd=tmp_path)
     assert stars.code == 0 and len({record["loss"] for record in metrics(tmp_path / "runs/stars")}) == 4, stars.err
+    assert "samples/s" in stars.out and "tokens" not in stars.out
 
     accuracies = run_ranks(run_program, 1, tmp_path, timeout_seconds=100)[0]
     assert re.fullmatch(r"0\.\d+ 0\.\d+", accuracies)
