@@ -5,6 +5,8 @@ import inspect
 from typing import Any, TypeVar
 
 from bigtrain.config import DataSource, ModelKind, TrainConfig, parts
+from bigtrain.config.check import SMALL_NETWORKS
+from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.errors import ConfigError
 
 RunT = TypeVar("RunT", bound=TrainConfig)
@@ -77,6 +79,11 @@ def recorded(config: RunT) -> RunT:
         settings = parts.settings_of(model.name, model.settings, setting="model.name")
         shared = {key: settings[key] for key in KNOWN_TO_DATA if key in settings}
         model = dataclasses.replace(model, settings=settings, **shared)
+    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS:
+        from bigtrain.models.small import NETWORKS
+
+        network = from_dict(NETWORKS[model.name], model.settings, from_user=True, section="model.settings.")
+        model = dataclasses.replace(model, settings=to_dict(network))
     if data.source is DataSource.own and parts.is_own(data.path):
         settings = parts.settings_of(data.path, data.settings, setting="data.path")
         data = dataclasses.replace(data, settings=settings)

@@ -19,6 +19,8 @@ from bigtrain.config.choices import (
     DataSource,
     Duplicates,
     EngineKind,
+    Head,
+    Inputs,
     Load,
     ModelKind,
     Norm,
@@ -65,6 +67,8 @@ __all__ = [
     "EngineKind",
     "FilterConfig",
     "FsdpConfig",
+    "Head",
+    "Inputs",
     "Load",
     "LoggingConfig",
     "ModelConfig",
@@ -145,6 +149,8 @@ class ModelConfig:
     """In place of a name: an architecture of transformers (its ``model_type``, such as ``qwen3``) from scratch."""
     settings: Annotated[dict[str, Any], OnlyIf("kind", is_in=("hf", "own"))] = field(default_factory=dict)
     """Settings of ``architecture``'s configuration in transformers, such as ``{hidden_size: 512, num_hidden_layers: 8}``, or of an own model."""
+    head: Annotated[Head, OnlyIf("kind", is_in=("hf",))] = Head.causal_lm
+    """What a model of transformers ends with; follows from the task."""
     init_from: LocalPath | None = None
     """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
     vocab_size: Annotated[int, Bound(ge=1, le=10**8)] = 4096
@@ -342,9 +348,21 @@ class TaskConfig:
     """What the run minimises and measures."""
 
     kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the cross-entropy of the next token; or the name of an own part, such as ``ideas.focal``."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``regression``: numbers per sample; or the name of an own part, such as ``ideas.focal``."""
+    settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
+        default_factory=dict
+    )
     """Settings of an own objective."""
+    mask_share: Annotated[float, Bound(gt=0, le=1), OnlyIf("kind", is_in=("masked_lm",))] = 0.15
+    """Expected share of the words that are hidden and predicted."""
+    mask_id: Annotated[int | None, Bound(ge=0), OnlyIf("kind", is_in=("masked_lm",))] = None
+    """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
+    inputs: Annotated[Inputs, OnlyIf("kind", is_in=("classification", "regression"))] = Inputs.features
+    """Column of the data that the network gets."""
+    num_labels: Annotated[int, Bound(ge=2), OnlyIf("kind", is_in=("classification",))] = 2
+    """Labels are below this, and the network returns as many logits."""
+    num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1
+    """Numbers of a sample that are predicted, as many as the network returns."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,9 +15,11 @@ from bigtrain.config.choices import (
     DataSource,
     Duplicates,
     EngineKind,
+    Head,
     Load,
     ModelKind,
     Offload,
+    Packing,
     Positions,
     Precision,
     TaskKind,
@@ -30,6 +32,7 @@ from bigtrain.errors import ConfigError
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
+SMALL_NETWORKS = ("mlp", "cnn", "rnn")
 OWN_TOKENIZERS = ("bpe", "bytes")
 NUM_BYTES_IDS = 257
 """Of the bytes and the end of a text."""
@@ -54,6 +57,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "ffn_dim": 4 * model.hidden_dim,
         }
         model = dataclasses.replace(model, **{k: v for k, v in derived.items() if getattr(model, k) is None})
+    if model.kind is ModelKind.hf:
+        model.head = Head.masked_lm if config.task.kind == TaskKind.masked_lm.name else Head.causal_lm
     data = dataclasses.replace(config.data)
     has_length = model.kind is not ModelKind.own or "max_positions" in model.settings
     if data.sequence_length is None and (has_length or not are_records(data)):
@@ -82,6 +87,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model(config),
         *_check_data(config.data),
         *_check_model_and_data(config),
+        *_check_masked_lm(config),
         *_check_engine(config, world_size, local_world_size),
         *_check_bounds(config),
         *_check_training(config),
@@ -241,14 +247,15 @@ def _check_parts(config: TrainConfig) -> list[str]:
     """Look own parts up, which are there only if they were imported."""
     task, model, problems = config.task, config.model, []
     names = [("task.kind", task.kind, task.settings)] if task.kind not in TaskKind.__members__ else []
-    if model.kind is ModelKind.own:
+    if model.kind is ModelKind.own and model.name not in SMALL_NETWORKS:
         names.append(("model.name", model.name or "", model.settings))
     data = [part for part in component_data(config.data).values() if part.source is DataSource.own and part.path]
     names += [("data.path", part.path, part.settings) for part in data]
     for setting, name, settings in names:
         try:
             if not is_own_part(name):
-                known = f"; {nearest(name, list(TaskKind.__members__))}" if setting == "task.kind" else ""
+                ours = {"task.kind": list(TaskKind.__members__), "model.name": list(SMALL_NETWORKS)}.get(setting)
+                known = f"; {nearest(name, ours)}" if ours else ""
                 problems.append(f"{setting}={name}: must be the name of an own part, such as ideas.part{known}")
             else:
                 build_part(name, settings, setting=setting)
@@ -331,6 +338,24 @@ def padding(train: TrainingConfig, world_size: int) -> list[str]:
         f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {world_size} ranks with micro-batches of "
         f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
     ]
+
+
+def _check_masked_lm(config: TrainConfig) -> list[str]:
+    """Find what samples of hidden tokens cannot be made of, or predicted by."""
+    model, data = config.model, config.data
+    if config.task.kind != TaskKind.masked_lm.name:
+        return []
+    rules = [
+        (
+            model.kind is not ModelKind.native,
+            "task=masked_lm: bigtrain's own decoder sees earlier tokens only; use +model=bert_mini, or another encoder with "
+            "+model=hf",
+        ),
+        (data.packing is Packing.concat, "task=masked_lm: data.packing=best_fit pads samples; use data.packing=concat"),
+        (not data.document_mask, "task=masked_lm: data.document_mask is not offered; leave it out"),
+        (data.content is Content.text, f"task=masked_lm: data.content={data.content.name} is for answers; use text"),
+    ]
+    return [problem for holds, problem in rules if not holds]
 
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:

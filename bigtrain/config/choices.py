@@ -15,6 +15,25 @@ class TaskKind(Enum):
     """What is minimised."""
 
     causal_lm = "causal_lm"
+    masked_lm = "masked_lm"
+    classification = "classification"
+    regression = "regression"
+
+
+class Inputs(Enum):
+    """Column of the data that a network gets."""
+
+    tokens = "tokens"
+    pixels = "pixels"
+    features = "features"
+    sequence = "sequence"
+
+
+class Head(Enum):
+    """What a model of transformers ends with."""
+
+    causal_lm = "causal_lm"
+    masked_lm = "masked_lm"
 
 
 class Positions(Enum):

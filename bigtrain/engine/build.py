@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bigtrain.config import EngineKind, ModelKind, OptimizerKind, Precision, TrainConfig
+from bigtrain.config import EngineKind, Head, ModelKind, OptimizerKind, Precision, TrainConfig
 from bigtrain.config.layout import layout_of
 from bigtrain.distributed.collectives import broadcast_json
 from bigtrain.distributed.mesh import build_mesh
@@ -95,7 +95,11 @@ def require_causal(engine: Engine, config: TrainConfig) -> None:
     Raises:
         ConfigError: earlier logits move when later tokens change.
     """
-    if config.model.kind is not ModelKind.hf or config.data.sequence_length < 2:
+    if (
+        config.model.kind is not ModelKind.hf
+        or config.model.head is not Head.causal_lm
+        or config.data.sequence_length < 2
+    ):
         return
     from bigtrain.models.probe import LONG_ENOUGH, direction_settings, look_ahead
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config import ModelConfig, parts
+from bigtrain.config.convert import from_dict
 from bigtrain.errors import ConfigError
 from bigtrain.models.construction import parameters_on_meta
 from bigtrain.models.init import Given, InitialValue, seed_of
 from bigtrain.models.programs import Program, Recorder, SkippedFills
+from bigtrain.models.small import NETWORKS
 
 KEPT_ELEMENTS = 2**22
 """Parameters that are made with their values (``nn.Parameter(torch.ones(8))``) are kept up to this size."""
@@ -39,6 +41,8 @@ def build_own(config: ModelConfig) -> nn.Module:
 
 
 def _builder(config: ModelConfig) -> Callable[[], nn.Module]:
+    if config.name in NETWORKS:
+        return from_dict(NETWORKS[config.name], config.settings, section="model.settings.").build
     part = parts.build(str(config.name), config.settings, setting="model.name")
     build = getattr(part, "build", part)
     if isinstance(part, nn.Module):

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bigtrain.checkpoint.store import RunState
-from bigtrain.config import OF_RECORDS, DataConfig, DataSource, OnBad, Packing, TrainConfig, are_records, component_data
+from bigtrain.config import (
+    OF_RECORDS,
+    DataConfig,
+    DataSource,
+    OnBad,
+    Packing,
+    TaskKind,
+    TrainConfig,
+    are_records,
+    component_data,
+)
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
@@ -25,6 +35,7 @@ from bigtrain.distributed.collectives import broadcast_json, gather_json, on_ran
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError, DataError, of_all_ranks
 from bigtrain.log import get_logger, redact
+from bigtrain.run.collation import build_collation
 from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
@@ -54,6 +65,9 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
         previous=previous,
     )
+    if collate := build_collation(config, streams["train"].tokenizer_directory):
+        for stream in streams.values():
+            stream.collated(collate)
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
         require_validation_targets(streams["validation"], **sizes, objective=objective)
@@ -120,7 +134,8 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
     weights_are_given = config.model.pretrained or config.model.init_from
     if stream.tokenizer_directory and not weights_are_given:
         tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
-        num_rows, num_enough = config.model.vocab_size, -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        num_used = tokenizer.vocab_size + (config.task.kind == TaskKind.masked_lm.name)
+        num_rows, num_enough = config.model.vocab_size, -(-num_used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if num_rows > num_enough:
             found.append(
                 f"model.vocab_size={num_rows}, but the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids: the "

@@ -69,7 +69,9 @@ def inspect_step(
     for number, sample_id in enumerate(ids[:num_samples].tolist()):
         batch = stream.gather(np.array([sample_id]), np.array([first + number]))
         title = f"sample {number + 1} of {batch_size}"
-        if is_text:
+        if stream.collate is not None:
+            yield from _masked_lines(batch, sample_id, title, tokenizer)
+        elif is_text:
             yield from _sample_lines(stream, batch, sample_id, title, tokenizer)
         else:
             yield from _record_lines(stream, batch, sample_id, title)
@@ -82,6 +84,20 @@ def _record_lines(stream: SampleStream, batch: Batch, sample_id: int, title: str
     for name, tensor in batch.items():
         shown = np.array2string(tensor[0].numpy(), threshold=16, precision=4, separator=", ", prefix=f"   {name}: ")
         yield f"   {name}: {shown}"
+
+
+def _masked_lines(batch: Batch, sample_id: int, title: str, tokenizer: "Tokenizer | None") -> Iterator[str]:
+    """Yield the tokens of a sample; a predicted one is in ``[ ]``, behind what the network sees in its place if that differs."""
+    tokens, targets = batch["tokens"][0].tolist(), batch["targets"][0].tolist()
+    pieces = []
+    for token, target in zip(tokens, targets, strict=True):
+        seen = _text(token, tokenizer) or "?"
+        is_target, is_same = target != IGNORE_INDEX, token == target
+        pieces.append(f"{'' if is_same else seen}[{_text(target, tokenizer)}]" if is_target else seen)
+    counted = sum(target != IGNORE_INDEX for target in targets)
+    yield ""
+    yield f"── {title}: sample {sample_id}, {counted} of {len(targets)} tokens are predicted"
+    yield f"   {'│'.join(pieces)}"
 
 
 def _sample_lines(

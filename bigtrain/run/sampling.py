@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from bigtrain.checkpoint.store import step_of
-from bigtrain.config import ModelKind
+from bigtrain.config import ModelKind, TaskKind
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
+from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.generation import generate
@@ -46,6 +47,8 @@ def sample_run(
     """
     run, checkpoint = find_whole(path)
     config = read_config(run)
+    if config.task.kind in set(TaskKind.__members__) - {TaskKind.causal_lm.name}:
+        raise ConfigError(f"{run}: task={config.task.kind} writes no text; only a causal language model does")
     tokenizer = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):

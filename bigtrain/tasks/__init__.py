@@ -4,8 +4,9 @@ from bigtrain.config import TaskConfig, TaskKind, parts
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import Objective
 from bigtrain.tasks.causal_lm import CausalLM
-
-OBJECTIVES = {TaskKind.causal_lm.name: CausalLM}
+from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.masked_lm import MaskedLM
+from bigtrain.tasks.regression import Regression
 
 
 def build_objective(config: TaskConfig) -> Objective:
@@ -14,8 +15,15 @@ def build_objective(config: TaskConfig) -> Objective:
     Raises:
         ConfigError: nothing imported has it, or it is none.
     """
-    if config.kind in OBJECTIVES:
-        return OBJECTIVES[config.kind]()
+    match config.kind:
+        case TaskKind.causal_lm.name:
+            return CausalLM()
+        case TaskKind.masked_lm.name:
+            return MaskedLM()
+        case TaskKind.classification.name:
+            return Classification(inputs=config.inputs, num_labels=config.num_labels)
+        case TaskKind.regression.name:
+            return Regression(inputs=config.inputs, num_values=config.num_values)
     objective = parts.instance(config.kind, config.settings, setting="task.kind")
     needed = ("fields", "sums", "count", "counts_by_shape", "metrics")
     missing = [name for name in needed if not hasattr(objective, name)]

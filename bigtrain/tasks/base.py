@@ -43,12 +43,17 @@ class Field(NamedTuple):
 class Objective(Protocol):
     """What is minimised. An implementation is a frozen dataclass, whose fields are its settings, or a class without state."""
 
-    fields: Mapping[str, Field]
-    """What a batch holds, in the order in which the network gets it."""
-    sums: Mapping[str, tuple[int, ...]] = {}
-    """Names and shapes of the sums beside the loss, in order, of which metrics are made."""
     counts_by_shape: bool = False
     """Whether a sample whose places are all targets has as many as its targets have elements."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What a batch holds, in the order in which the network gets it; a class attribute will do."""
+
+    @property
+    def sums(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the sums beside the loss, in order, of which metrics are made; a class attribute will do."""
+        return {}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return how many targets count in each sample, ``(N,)``; on the host, before the step."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from bigtrain.config import ModelConfig, ModelKind, TrainConfig
+from bigtrain.config import Head, ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.check import resolve
 from bigtrain.config.convert import from_dict
 from bigtrain.models import build_model
+from bigtrain.models.hf.build import describe_architecture
 from bigtrain.models.sizes import model_sizes
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
@@ -26,6 +27,17 @@ EXACT = {
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "llama3_405b": 405_853_388_800,
+}
+# BERT's masked language model as released; Keras' and PyTorch's counts of the other shapes.
+OTHERS = {
+    "bert_mini": None,
+    "bert_base": 109_514_298,
+    "bert_large": 335_174_458,
+    "mlp_mnist": 784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10,
+    "cnn_mnist": 93_322,
+    "cnn_cifar": 3 * 32 * 9 + 32 + 32 * 64 * 9 + 64 + 64 * 64 * 128 + 128 + 128 * 10 + 10,
+    "lstm": 4 * 50 * (1 + 50 + 2) + 4 * 50 * (50 + 50 + 2) + 102,
+    "gru": 3 * 50 * (1 + 50 + 2) + 3 * 50 * (50 + 50 + 2) + 102,
 }
 PRINTED = {
     "gpt3_125m": 125e6,
@@ -52,7 +64,7 @@ def count_parameters(model):
 
 
 def test_every_preset_is_held_against_a_published_number():
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == {*EXACT, *PRINTED, "hf", "own"}
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == {*EXACT, *PRINTED, *OTHERS, "hf", "own"}
     assert read_preset("hf").kind is ModelKind.hf
 
 
@@ -67,6 +79,14 @@ def test_number_of_parameters(name):
     else:
         # Two printed digits, and a printed shape that leaves rounding open: the largest gap is 350M, 1.7 %.
         assert num_parameters == pytest.approx(PRINTED[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_number_of_parameters_of_other_networks(name, tmp_path):
+    model = from_dict(ModelConfig, yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+    if model.kind is ModelKind.hf:
+        model.head, model.name = Head.masked_lm, describe_architecture(model, tmp_path)
+    assert OTHERS[name] in (None, count_parameters(model))
 
 
 def test_a_wrong_shape_is_noticed():

@@ -18,6 +18,10 @@ class Samples(dict[str, NDArray[Any]]):
             self[name][rows] = array
 
 
+Collate = Callable[[Samples, NDArray[np.int64]], Samples]
+"""Makes other samples of samples and their positions in the run, int64 ``(N,)``: a pure function."""
+
+
 class ArrayPool:
     """Memory for samples that is used again as soon as nobody holds it.
 

@@ -13,7 +13,7 @@ from bigtrain.config import ComponentConfig, DataConfig
 from bigtrain.data.order.cursor import Cursor, DataState, chain_digest
 from bigtrain.data.order.mixture import Mixture, Share
 from bigtrain.data.order.skips import extend, pieces
-from bigtrain.data.read.batch import ArrayPool, Batch, build_batch, gather_groups
+from bigtrain.data.read.batch import ArrayPool, Batch, Collate, Samples, build_batch, gather_groups
 from bigtrain.data.read.component import StoredSamples
 from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.live import LiveParts
@@ -28,6 +28,8 @@ class SampleStream:
 
     tokenizer_directory: Path | None = None
     """Where the tokenizer of the text is, and the index that says how to use it; None when there is no text."""
+    collate: Collate | None = None
+    """What the task does to samples; see :meth:`collated`."""
 
     def __init__(
         self,
@@ -143,15 +145,24 @@ class SampleStream:
                 the ids, so that validation is the same every time.
         """
         positions = sample_ids if positions is None else positions
+        samples = self._gather(sample_ids, positions)
+        return build_batch(samples if self.collate is None else self.collate(samples, positions))
+
+    def _gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
         if len(self._list) == 1:
-            return build_batch(self._list[0].gather(sample_ids, positions))
+            return self._list[0].gather(sample_ids, positions)
         numbers = np.searchsorted(self._ends, sample_ids, side="right")
-        samples = gather_groups(
+        return gather_groups(
             numbers,
             lambda i, rows: self._list[i].gather(sample_ids[rows] - self._begins[i], positions[rows]),
             self._pool,
         )
-        return build_batch(samples)
+
+    def collated(self, collate: Collate) -> None:
+        """From now on pass all samples through ``collate``, whose text says what it does, for the digest of the data."""
+        self.collate = collate
+        self.content = f"{self.content} {collate}"
+        self.is_full = False
 
     def prefetch(self, samples: int) -> None:
         """Begin to fetch what is needed after the first ``samples`` of the run."""

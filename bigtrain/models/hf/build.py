@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigtrain.config import ModelConfig
+from bigtrain.config import Head, ModelConfig
 from bigtrain.config.convert import nearest
 from bigtrain.errors import ConfigError, first_line
 from bigtrain.files import write_anew
@@ -26,6 +26,11 @@ from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting, native_shape
 
 quiet_torchao()  # transformers imports it
+WHAT = {Head.causal_lm: "causal", Head.masked_lm: "masked"}
+ARCHITECTURES = {
+    Head.causal_lm: "a decoder-only architecture",
+    Head.masked_lm: "an encoder, such as bert or modernbert",
+}
 
 
 class HFCache:
@@ -47,7 +52,8 @@ class HFCausalLM(nn.Module):
         text_config = causal_lm.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
+        self._without_cache = {"use_cache": False} if _takes(causal_lm, "use_cache") else {}
+        self.takes_positions = _takes(causal_lm, "position_ids")
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -73,7 +79,7 @@ class HFCausalLM(nn.Module):
         """
         if cache is None:
             positions = {} if positions_BT is None or not self.takes_positions else {"position_ids": positions_BT}
-            logits_BTV = self.causal_lm(input_ids=tokens_BT, use_cache=False, **positions).logits
+            logits_BTV = self.causal_lm(input_ids=tokens_BT, **self._without_cache, **positions).logits
         else:
             output = self.causal_lm(input_ids=tokens_BT, past_key_values=cache.past_key_values, use_cache=True)
             cache.past_key_values, logits_BTV = output.past_key_values, output.logits
@@ -81,7 +87,11 @@ class HFCausalLM(nn.Module):
 
     def new_cache(self, capacity_tokens: int) -> HFCache | None:
         """Return an empty cache, which grows as needed, or None for a model without keys and values."""
-        return HFCache() if "past_key_values" in inspect.signature(self.causal_lm.forward).parameters else None
+        return HFCache() if _takes(self.causal_lm, "past_key_values") else None
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def describe_architecture(config: ModelConfig, root: Path) -> str:
@@ -179,11 +189,11 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     """
     hf_config = read_hf_config(config.name)
     try:
-        causal_lm = build_causal_lm(hf_config)
+        causal_lm = build_causal_lm(hf_config, config.head)
     except Exception as error:  # constructors do not expect every configuration
         raise ConfigError(
-            f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a causal language model: "
-            f"{_reason(error)}; choose a decoder-only architecture, or correct its config.json"
+            f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a {WHAT[config.head]} language model: "
+            f"{_reason(error)}; choose {ARCHITECTURES[config.head]}, or correct its config.json"
         ) from error
     if config.pretrained:
         with torch.device("cpu"):
@@ -191,20 +201,21 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM:
     return HFCausalLM(causal_lm)
 
 
-def build_causal_lm(hf_config: Any) -> nn.Module:
-    """Build the causal language model of a transformers configuration; see :func:`build_hf_model`.
+def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm) -> nn.Module:
+    """Build the language model of a transformers configuration; see :func:`build_hf_model`.
 
     Raises:
         ValueError: there is none, or its code is not transformers' own.
         ImportError: it needs a package that is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+    auto = {Head.causal_lm: AutoModelForCausalLM, Head.masked_lm: AutoModelForMaskedLM}[head]
     hf_config.use_cache = False
     if getattr(hf_config, "rescale_every", 0):
         hf_config.rescale_every = 0  # RWKV would rescale its weights in every evaluation, for fp16
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
-        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+        return auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,60 @@
+"""What a task does to samples between the corpus and the network: a function of the samples and their places in the run."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import TaskKind, TrainConfig
+from bigtrain.data.read.batch import Collate, Samples
+from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
+from bigtrain.data.read.words import mask_token_id, special_ids, starts_word
+from bigtrain.errors import ConfigError
+from bigtrain.tasks.masking import Masking, number_words
+
+
+class MaskedTokens:
+    """Hides whole words of samples of tokens; see :class:`bigtrain.tasks.masking.Masking`."""
+
+    def __init__(self, masking: Masking, starts_word_V: NDArray[np.bool_], special: list[int]) -> None:
+        self.masking = masking
+        self._starts_word_V = starts_word_V
+        self._is_special_V = np.zeros_like(starts_word_V)
+        self._is_special_V[special] = True
+
+    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        """Return inputs and targets."""
+        tokens = samples["tokens"]
+        words = np.where(self._is_special_V[tokens], -1, number_words(tokens, self._starts_word_V))
+        inputs, targets = self.masking(tokens, words, positions)
+        return Samples(tokens=inputs, targets=targets)
+
+    def __str__(self) -> str:
+        """Return what decides the masks, for the digest of the data."""
+        return str(self.masking)
+
+
+def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
+    """Return what ``config.task`` does to samples, if it does anything.
+
+    Raises:
+        ConfigError: no token is left to stand for a hidden one.
+    """
+    if config.task.kind != TaskKind.masked_lm.name:
+        return None
+    vocab_size, given = config.model.vocab_size, config.task.mask_id
+    if tokenizer_directory is None:  # synthetic data: every id is a word
+        num_used, mask_id, special, starts = vocab_size - 1, vocab_size - 1, [], np.ones(vocab_size, dtype=np.bool_)
+    else:
+        tokenizer = load_tokenizer(tokenizer_directory)
+        num_used, special, starts = num_ids(tokenizer), special_ids(tokenizer), starts_word(tokenizer)
+        mask_id = mask_token_id(tokenizer, tokenizer_directory)
+        mask_id = num_used if mask_id is None else mask_id
+    mask_id = mask_id if given is None else given
+    if mask_id >= vocab_size:
+        raise ConfigError(
+            f"task=masked_lm: the tokenizer has no mask token and uses all {num_used} rows of the embedding; "
+            f"model.vocab_size={num_used + 1} or more has one for it, or name one with task.mask_id"
+        )
+    masking = Masking(mask_id=mask_id, vocab_size=num_used, share=config.task.mask_share, seed=config.train.seed)
+    return MaskedTokens(masking, starts, special)

@@ -1,0 +1,52 @@
+"""One label per sample: text, images, tables or sequences of numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigtrain.config import Inputs
+from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.inputs import input_fields
+from bigtrain.tasks.metrics import confusion_counts, label_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classification:
+    """Cross-entropy of the label; see :class:`bigtrain.tasks.base.Objective`."""
+
+    inputs: Inputs = Inputs.tokens
+    """Column that the network gets."""
+    num_labels: int = 2
+    """C: labels are below this, and the network returns as many logits."""
+
+    counts_by_shape = True
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {**input_fields(self.inputs), "labels": Field(torch.int64, (), ignored=IGNORE_INDEX)}
+
+    @property
+    def sums(self) -> Mapping[str, tuple[int, ...]]:
+        return {"confusion": (self.num_labels, self.num_labels)}
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return 1 for each sample with a label, else 0."""
+        return (samples["labels"] != IGNORE_INDEX).astype(np.int64)
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        """Return the summed cross-entropy in nats and the confusion matrix, a row per true label."""
+        *inputs, labels_B = tensors
+        logits_BC = network(*inputs).float()
+        loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
+        confusion = confusion_counts(logits_BC.argmax(dim=-1), labels_B, self.num_labels, ignored=IGNORE_INDEX)
+        return torch.cat([loss.view(1), confusion.flatten()])
+
+    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return accuracy, Matthews' correlation, and precision, recall and F1 as means over labels."""
+        return label_metrics(sums["confusion"])

@@ -1,0 +1,55 @@
+"""Numbers per sample."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bigtrain.config import Inputs
+from bigtrain.tasks.base import Field
+from bigtrain.tasks.inputs import input_fields
+from bigtrain.tasks.metrics import regression_metrics, regression_sums
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regression:
+    """Squared error of each value, without the factor 1/2; see :class:`bigtrain.tasks.base.Objective`.
+
+    A value that is NaN does not count.
+    """
+
+    inputs: Inputs = Inputs.features
+    """Column that the network gets."""
+    num_values: int = 1
+    """Values of a sample, as many as the network returns."""
+
+    counts_by_shape = False
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        values = Field(torch.float32, (self.num_values,), padding=float("nan"))
+        return {**input_fields(self.inputs), "values": values}
+
+    @property
+    def sums(self) -> Mapping[str, tuple[int, ...]]:
+        return {"errors": (5,)}
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return how many values each sample has."""
+        return np.isfinite(samples["values"]).sum(axis=1)
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        """Return the summed squared error and the sums of :func:`regression_sums`."""
+        *inputs, values_BV = tensors
+        predicted_BV = network(*inputs).float()
+        counted_BV = values_BV.isfinite()
+        loss = torch.where(counted_BV, predicted_BV - torch.where(counted_BV, values_BV, 0), 0).square().sum()
+        return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV)])
+
+    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return MAE, RMSE and R²."""
+        return regression_metrics(sums["errors"])
