@@ -1,0 +1,148 @@
+"""The house's tasks under engines and worlds: each the run of one process, in loss, gradient norm and metrics."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigtrain.cli.hydra_cli import read_run
+from bigtrain.config import EngineKind
+from bigtrain.testing.parity import Case, compare, compute
+
+ROOT = Path(__file__).parents[2]
+TINY_BERT = [
+    "+model=bert_mini",
+    "model.settings.num_hidden_layers=2",
+    "model.settings.hidden_size=32",
+    "model.settings.intermediate_size=48",
+    "model.settings.vocab_size=272",
+    "task=masked_lm",
+    "data=text",
+    "data.tokenizer=bytes",
+    "data.sequence_length=32",
+]
+RECORDS = ["data=records", "data.validation_fraction=0.2"]
+TASKS = {
+    "masked_lm": TINY_BERT,
+    "classification": [
+        *("+model=cnn_mnist", "model.settings.image_size=8", "model.settings.pads=true", "model.settings.dense_dim=16"),
+        *("model.settings.channels=[8,8]", "task=classification", "task.inputs=pixels", "task.num_labels=10", *RECORDS),
+    ],
+    "regression": [
+        *("+model=mlp_mnist", "model.settings.num_inputs=6", "model.settings.num_outputs=2", "task=regression"),
+        *("task.num_values=2", *RECORDS),
+    ],
+    "sequences": [
+        *("+model=lstm", "model.settings.hidden_dim=8", "task=classification", "task.inputs=sequence", *RECORDS),
+    ],
+}
+RUN = [
+    "engine.precision=fp32",
+    "train.steps=4",
+    "train.global_batch_size=7",
+    "optimizer.lr=1e-2",
+    "scheduler.warmup_steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Data of every task: text; digits; a table; sequences."""
+    place = tmp_path_factory.mktemp("tasks")
+    for number in range(40):
+        text = "\n".join(f"def function_{number * j % 97}(x): return x + {number + j}" for j in range(20))
+        (place / f"{number}.txt").write_text(text)
+    random = np.random.default_rng(0)
+    pixels, labels = random.random((60, 1, 8, 8), dtype=np.float32), np.arange(60) % 10
+    np.savez(place / "classification.npz", pixels=pixels, labels=np.where(labels == 3, -100, labels))
+    features = random.random((60, 6), dtype=np.float32)
+    values = np.stack([features.sum(axis=1), np.where(np.arange(60) % 5, features[:, 0], np.nan)], axis=1)
+    np.savez(place / "regression.npz", features=features, values=values)
+    sequence = random.random((60, 5, 1), dtype=np.float32)
+    np.savez(place / "sequences.npz", sequence=sequence, labels=(sequence[:, -1, 0] > 0.5).astype(np.int64))
+    return place
+
+
+def settings(task, place):
+    path = place / ("*.txt" if task == "masked_lm" else f"{task}.npz")
+    return [*TASKS[task], *RUN, f"data.path={path}", f"data.root={place}/data", f"run.root={place}/runs"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_engines_and_worlds_agree(task, place):
+    config = read_run(settings(task, place))
+    reference = compute(config, Case(EngineKind.ddp, 1, 2))
+    assert len(set(reference.losses)) == 4
+    for case in (Case(EngineKind.fsdp, 2, 1), Case(EngineKind.zero2, 3, 2), Case(EngineKind.zero3, 2, 4)):
+        difference = compare(compute(config, case), reference)
+        print(task, case, difference)
+        assert difference.loss <= 1e-6 and difference.grad_norm <= 1e-5, case
+
+
+def launch(world_size, *args):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command = [*torchrun, "launch/train.py", *args, "validation.every_steps=2", "train.log_every_steps=1"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def records(place, run, name):
+    lines = (place / "runs" / run / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("task", ["masked_lm", pytest.param("classification", marks=pytest.mark.slow)])
+def test_stopped_and_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(task, place):
+    given = settings(task, place)
+    launch(1, *given, "engine=ddp", "run.name=whole")
+    launch(2, *given, "engine=zero2", "run.name=parts", "run.stop_after_steps=2")
+    launch(3, *given, "engine=fsdp", "run.name=parts")
+    whole, parts = records(place, "whole", "metrics"), records(place, "parts", "metrics")
+    assert [r["data_digest"] for r in parts] == [r["data_digest"] for r in whole] and len(whole) == 4
+    for found, right in zip(parts, whole, strict=True):
+        assert found["loss"] == pytest.approx(right["loss"], rel=1e-6)
+        assert found["train/accuracy"] == right["train/accuracy"]
+    events = [[e for e in records(place, run, "events") if e["event"] == "validation"] for run in ("parts", "whole")]
+    for found, right in zip(*events, strict=True):
+        assert found["loss"] == pytest.approx(right["loss"], rel=1e-6) and found["accuracy"] == right["accuracy"]
+    for run in ("whole", "parts"):
+        (place / "runs" / run).rename(place / "runs" / f"{run}-{task}")
+
+
+def test_digits_are_learnt(place):
+    found = importlib.util.find_spec("sklearn")
+    if found is None:
+        pytest.skip("scikit-learn is not installed, which has the digits")
+    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(path, delimiter=",", dtype=np.float32)
+    pixels = table[:, :-1].reshape(-1, 1, 8, 8) / 16
+    np.savez(place / "digits.npz", pixels=pixels, labels=table[:, -1].astype(np.int64))
+    model = ["+model=cnn_mnist", "model.settings.image_size=8", "model.settings.pads=true"]
+    task = [
+        "task=classification",
+        "task.inputs=pixels",
+        "task.num_labels=10",
+        *RECORDS,
+        f"data.path={place}/digits.npz",
+    ]
+    run = ["train.steps=100", "train.global_batch_size=64", "optimizer.lr=3e-3", "scheduler.warmup_steps=10"]
+    launch(1, *model, *task, *run, f"run.root={place}/runs", "run.name=digits", "engine=ddp", "validation.batches=6")
+    last = [e for e in records(place, "digits", "events") if e["event"] == "validation"][-1]
+    assert last["accuracy"] >= 0.9, last  # majority 0.10
+
+
+def test_what_does_not_go_together_is_a_sentence(place):
+    from bigtrain.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="sees earlier tokens only"):
+        read_run(["+model=gpt_nano", "task=masked_lm"])
+    with pytest.raises(ConfigError, match=r"packing=best_fit pads"):
+        read_run([*settings("masked_lm", place), "data.packing=best_fit"])
+    with pytest.raises(ConfigError, match=r"kernel_siz.*did you mean 'model.settings.kernel_size'"):
+        read_run([*settings("classification", place), "model.settings.kernel_siz=5"])
