@@ -1,6 +1,7 @@
 """The commands as functions, for notebooks and programs of other people; ``import bigtrain`` offers them."""
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,10 +67,15 @@ def train(*overrides: str, network: Any = None, objective: Any = None, data: Any
     """
     given = own_parts.given(network=network, objective=objective, data=data)
     config = hydra_cli.read_run([*own_parts.bring_in(list(overrides)), *given])
+    from bigtrain.distributed.collectives import shut_down
     from bigtrain.run import trainer
 
     with _own_signals():
-        trainer.run(config)
+        try:
+            trainer.run(config)
+        finally:
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                shut_down()  # after a failure, too: a program goes on, and may train again
     return load_run(config.run.directory)
 
 

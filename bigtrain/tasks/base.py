@@ -31,6 +31,8 @@ class Field(NamedTuple):
     """What fills samples up that count for nothing."""
     ignored: int | float | None = None
     """Value of a target that does not count; then it fills padding too."""
+    below: int | None = None
+    """Whole numbers in a record that are not ``ignored`` lie in ``[0, below)``."""
     is_optional: bool = False
     """Whether a batch may lack it; such fields are the last ones."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.base import IGNORE_INDEX, Field
-from bigtrain.tasks.inputs import input_fields
+from bigtrain.tasks.inputs import input_fields, require_size
 from bigtrain.tasks.metrics import confusion_counts, label_metrics
 
 
@@ -29,7 +29,10 @@ class Classification:
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        return {**input_fields(self.inputs), "labels": Field(torch.int64, (), ignored=IGNORE_INDEX)}
+        return {
+            **input_fields(self.inputs),
+            "labels": Field(torch.int64, (), ignored=IGNORE_INDEX, below=self.num_labels),
+        }
 
     @property
     def sums(self) -> Mapping[str, tuple[int, ...]]:
@@ -43,6 +46,7 @@ class Classification:
         """Return the summed cross-entropy in nats and the confusion matrix, a row per true label."""
         *inputs, labels_B = tensors
         logits_BC = network(*inputs).float()
+        require_size(logits_BC, self.num_labels, "task.num_labels")
         loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
         confusion = confusion_counts(logits_BC.argmax(dim=-1), labels_B, self.num_labels, ignored=IGNORE_INDEX)
         return torch.cat([loss.view(1), confusion.flatten()])

@@ -1,8 +1,10 @@
 """The columns that a network may get, besides its targets."""
 
 import torch
+from torch import Tensor
 
 from bigtrain.config import Inputs
+from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import Field
 
 
@@ -15,3 +17,14 @@ def input_fields(inputs: Inputs) -> dict[str, Field]:
         Inputs.features: {"features": Field(torch.float32, ("F",))},
         Inputs.sequence: {"sequence": Field(torch.float32, ("T", "F"))},
     }[inputs]
+
+
+def require_size(outputs: Tensor, size: int, setting: str) -> None:
+    """Refuse a network that returns something else than ``(B, size)``.
+
+    Raises:
+        ConfigError: it does; names ``setting``.
+    """
+    if outputs.shape[1:] != (size,):
+        shape = ", ".join(map(str, outputs.shape[1:]))
+        raise ConfigError(f"{setting}={size}, but the network returns ({shape}) for each sample; one of them is wrong")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.base import Field
-from bigtrain.tasks.inputs import input_fields
+from bigtrain.tasks.inputs import input_fields, require_size
 from bigtrain.tasks.metrics import regression_metrics, regression_sums
 
 
@@ -46,6 +46,7 @@ class Regression:
         """Return the summed squared error and the sums of :func:`regression_sums`."""
         *inputs, values_BV = tensors
         predicted_BV = network(*inputs).float()
+        require_size(predicted_BV, self.num_values, "task.num_values")
         counted_BV = values_BV.isfinite()
         loss = torch.where(counted_BV, predicted_BV - torch.where(counted_BV, values_BV, 0), 0).square().sum()
         return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV)])

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bigtrain
 from bigtrain.cli.hydra_cli import read_run
 from bigtrain.config import EngineKind
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.testing.parity import Case, compare, compute
 
 ROOT = Path(__file__).parents[2]
@@ -137,9 +139,31 @@ def test_digits_are_learnt(place):
     assert last["accuracy"] >= 0.9, last  # majority 0.10
 
 
-def test_what_does_not_go_together_is_a_sentence(place):
-    from bigtrain.errors import ConfigError
+def refused(*args):
+    """Return what ends a launch in this process with code 2."""
+    with pytest.raises(BigtrainError) as told:
+        bigtrain.train(*args)
+    assert told.value.exit_code == 2
+    return str(told.value)
 
+
+def test_labels_and_outputs_that_do_not_fit_are_named(place):
+    features = np.zeros((40, 6), dtype=np.float32)
+    labels = np.arange(40) % 10
+    given = ["+model=mlp_mnist", "model.settings.num_inputs=6", "task=classification", *RECORDS, *RUN, "engine=ddp"]
+    given += [f"run.root={place}/refused", f"data.path={place}/labels.npz"]
+
+    def told(labels, *args):
+        np.savez(place / "labels.npz", features=features, labels=labels)
+        return refused(*given, *args)
+
+    assert "row 0: labels is -1; it must be from 0 to 9, or -100" in told(labels - 1, "task.num_labels=10")
+    assert "row 5: labels is 5; it must be from 0 to 4" in told(labels, "task.num_labels=5")
+    assert "none of the" in told(np.full(40, -100), "task.num_labels=10")
+    assert "task.num_labels=12, but the network returns (10) for each sample" in told(labels, "task.num_labels=12")
+
+
+def test_what_does_not_go_together_is_a_sentence(place):
     with pytest.raises(ConfigError, match="sees earlier tokens only"):
         read_run(["+model=gpt_nano", "task=masked_lm"])
     with pytest.raises(ConfigError, match=r"packing=best_fit pads"):

@@ -47,6 +47,8 @@ class _Column(NamedTuple):
     filling: int | float
     sequence_axis: int | None
     """Dimension, counted from the end, along which a value may be shorter and is filled up."""
+    below: int | None
+    """See :class:`bigtrain.tasks.base.Field`."""
 
 
 class Records:
@@ -72,6 +74,8 @@ class Records:
         self._columns: dict[str, _Column] = {}
         self.num_rows = len(dataset)
         """Number of rows."""
+        self._objective = objective
+        self._has_target = np.ones(self.num_rows, dtype=np.bool_)  # unless the rows are read
         if self.num_rows:
             self._bind(objective.fields, sequence_length)
             self._require_idle_padding(objective)
@@ -86,9 +90,11 @@ class Records:
             arrays = {name: self._pool.take(len(rows), *c.shape, dtype=c.dtype) for name, c in self._columns.items()}
             if self._gather is not None:
                 self._put(arrays, self._gather(rows, positions), "rows")
-                return Samples(arrays)
-            for place, row in enumerate(rows.tolist()):
-                self._put({name: array[place, ...] for name, array in arrays.items()}, self._dataset[row], f"row {row}")
+            else:
+                for place, row in enumerate(rows.tolist()):
+                    places = {name: array[place, ...] for name, array in arrays.items()}
+                    self._put(places, self._dataset[row], f"row {row}")
+            self._require_below(arrays, rows)
             return Samples(arrays)
 
     @property
@@ -110,8 +116,10 @@ class Records:
         begin, is_said = time.monotonic(), False
         for first in range(0, self.num_rows, _ROWS_AT_ONCE):
             rows = np.arange(first, min(first + _ROWS_AT_ONCE, self.num_rows))
-            for name, array in self.read(rows, rows).items():
+            samples = self.read(rows, rows)
+            for name, array in samples.items():
                 digests[name].update(np.ascontiguousarray(array).data)
+            self._has_target[rows] = self._objective.count(samples) > 0
             if not is_said and time.monotonic() - begin > _PATIENCE_SECONDS:
                 is_said = True
                 get_logger().info(
@@ -119,6 +127,28 @@ class Records:
                     "attribute 'fingerprint' is not read before it is used"
                 )
         return xxhash.xxh3_64_hexdigest("".join(digest.hexdigest() for digest in digests.values()).encode())
+
+    def require_targets(self, rows: NDArray[np.int64], side: str) -> None:
+        """Refuse rows, int64 ``(N,)``, of which none has a target that counts.
+
+        Raises:
+            DataError: none has.
+        """
+        if len(rows) and not self._has_target[rows].any():
+            raise DataError(f"{self._where}: none of the {len(rows)} rows of the {side} side has a target that counts")
+
+    def _require_below(self, samples: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
+        for name, column in self._columns.items():
+            if column.below is None:
+                continue
+            values = samples[name]
+            is_outside = (values != column.filling) & ((values < 0) | (values >= column.below))
+            if is_outside.any():
+                place = tuple(np.argwhere(is_outside)[0])
+                raise DataError(
+                    f"{self._where}: row {rows[place[0]]}: {name} is {values[place]}; it must be from 0 to "
+                    f"{column.below - 1}, or {column.filling}, which does not count"
+                )
 
     def _bind(self, fields: Mapping[str, Field], sequence_length: int | None) -> None:
         """Find the type and shape of every column."""
@@ -135,7 +165,7 @@ class Records:
             wanted = tuple(sizes[d] if isinstance(d, str) else d for d in field.shape)
             axis = field.shape.index(SEQUENCE) - len(shape) if SEQUENCE in field.shape else None
             dtype = torch.empty(0, dtype=field.dtype).numpy().dtype
-            self._columns[name] = _Column(dtype, wanted, field.filling, axis)
+            self._columns[name] = _Column(dtype, wanted, field.filling, axis, field.below)
 
     def _first_row(self) -> Mapping[str, Any]:
         zero = np.zeros(1, dtype=np.int64)
@@ -261,11 +291,15 @@ def split_records(
         records[name] = Records(dataset, objective, where=where, sequence_length=sequence_length)
         fingerprints[name] = records[name].fingerprint()
     if own is not None:
+        for name, part in records.items():
+            part.require_targets(np.arange(part.num_rows), name)
         return {
             name: RecordSplit(name, part, np.arange(part.num_rows), fingerprints[name])
             for name, part in records.items()
         }
     is_held_out = held_out(records["train"].num_rows, validation_fraction)
+    for name in ("train", "validation"):
+        records["train"].require_targets(np.flatnonzero(is_held_out == (name == "validation")), name)
     fingerprint = f"{fingerprints['train']} without {validation_fraction:g}"
     return {
         name: RecordSplit(name, records["train"], np.flatnonzero(is_held_out == (name == "validation")), fingerprint)
