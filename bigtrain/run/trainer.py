@@ -380,7 +380,9 @@ def record_stragglers(run: Run, found: list[Straggler]) -> None:
 def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:
     """Return this rank's recorder; all ranks call this."""
     directory, recorder = config.run.directory, NullRecorder()
-    described = dataclasses.replace(config, model=continued_model(config.model, directory))
+    # Rows say their own length where data.sequence_length does not.
+    data = dataclasses.replace(config.data, sequence_length=config.data.sequence_length or stream.sequence_length)
+    described = dataclasses.replace(config, model=continued_model(config.model, directory), data=data)
     num_parameters = sum(math.prod(e.shape) for key, e in engine.state.entries.items() if key.startswith(MODEL))
 
     def open_files() -> None:

@@ -117,6 +117,12 @@ def test_stopped_and_continued_elsewhere_it_is_the_same_run_with_the_same_metric
         (place / "runs" / run).rename(place / "runs" / f"{run}-{task}")
 
 
+def test_rows_that_say_their_own_length_are_counted_in_tokens(place):
+    assert read_run(settings("sequences", place)).data.sequence_length is None
+    launch(1, *settings("sequences", place), "run.name=rows")
+    assert [r["tokens"] for r in records(place, "rows", "metrics")] == [35, 70, 105, 140]
+
+
 def test_digits_are_learnt(place):
     found = importlib.util.find_spec("sklearn")
     if found is None:
