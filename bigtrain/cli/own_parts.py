@@ -5,6 +5,7 @@ import inspect
 from typing import Any, TypeVar
 
 from bigtrain.config import DataSource, ModelKind, TrainConfig, parts
+from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import SMALL_NETWORKS
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.errors import ConfigError
@@ -83,6 +84,8 @@ def recorded(config: RunT) -> RunT:
         from bigtrain.models.small import NETWORKS
 
         network = from_dict(NETWORKS[model.name], model.settings, from_user=True, section="model.settings.")
+        if problems := out_of_bounds(network, "model.settings."):
+            raise ConfigError("\n".join(problems))
         model = dataclasses.replace(model, settings=to_dict(network))
     if data.source is DataSource.own and parts.is_own(data.path):
         settings = parts.settings_of(data.path, data.settings, setting="data.path")

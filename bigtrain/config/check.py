@@ -88,6 +88,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_data(config.data),
         *_check_model_and_data(config),
         *_check_masked_lm(config),
+        *_check_records(config),
         *_check_engine(config, world_size, local_world_size),
         *_check_bounds(config),
         *_check_training(config),
@@ -338,6 +339,26 @@ def padding(train: TrainingConfig, world_size: int) -> list[str]:
         f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {world_size} ranks with micro-batches of "
         f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
     ]
+
+
+def _check_records(config: TrainConfig) -> list[str]:
+    """Find tasks of records that get text, and networks that take the other of the two."""
+    task, model, problems = config.task.kind, config.model, []
+    is_small = model.kind is ModelKind.own and model.name in SMALL_NETWORKS
+    if task in (TaskKind.classification.name, TaskKind.regression.name):
+        if not are_records(config.data):
+            problems.append(
+                f"task={task}: data={config.data.source.name} has no records; use data=records or your own data"
+            )
+        if model.kind is not ModelKind.own:
+            problems.append(
+                f"task={task}: model.kind={model.kind.name} is not offered; use +model=mlp_mnist, or your own"
+            )
+    elif is_small and task in TaskKind.__members__:
+        problems.append(
+            f"task={task}: model.name={model.name} predicts nothing of text; it is for classification, regression"
+        )
+    return problems
 
 
 def _check_masked_lm(config: TrainConfig) -> list[str]:

@@ -4,11 +4,16 @@ None has batch normalisation: its statistics are those of a micro-batch on a ran
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+
+from bigtrain.config.bounds import Bound
+from bigtrain.errors import ConfigError, of_all_ranks
 
 
 class NonLinearity(Enum):
@@ -35,15 +40,15 @@ class Cell(Enum):
 class MLP:
     """Dense layers: ``(B, ...)`` of any shape to ``(B, num_outputs)``."""
 
-    num_inputs: int = 784
+    num_inputs: Annotated[int, Bound(ge=1)] = 784
     """Numbers in a sample, flattened."""
-    hidden_dims: list[int] = field(default_factory=lambda: [64, 64])
+    hidden_dims: Annotated[list[int], Bound(ge=1)] = field(default_factory=lambda: [64, 64])
     """Width of each hidden layer; none makes a linear model."""
-    num_outputs: int = 10
+    num_outputs: Annotated[int, Bound(ge=1)] = 10
     """Logits or values."""
     activation: NonLinearity = NonLinearity.relu
     """Between the layers."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Bound(ge=0, lt=1)] = 0.0
     """After each hidden layer."""
 
     def build(self) -> nn.Module:
@@ -52,49 +57,72 @@ class MLP:
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(dims):
             layers += [nn.Linear(before, after), self.activation.build(), *_dropout(self.dropout)]
-        return nn.Sequential(*layers, nn.Linear(dims[-1], self.num_outputs))
+        return _OfSize((self.num_inputs,), [*layers, nn.Linear(dims[-1], self.num_outputs)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CNN:
     """Convolutions, the first ones followed by 2x2 max-pooling, and a dense layer: ``(B, C, H, W)`` to ``(B, num_outputs)``."""
 
-    num_channels: int = 1
+    num_channels: Annotated[int, Bound(ge=1)] = 1
     """C."""
-    image_size: int = 28
+    image_size: Annotated[int, Bound(ge=1)] = 28
     """H and W in pixels."""
-    channels: list[int] = field(default_factory=lambda: [32, 64, 64])
+    channels: Annotated[list[int], Bound(ge=1)] = field(default_factory=lambda: [32, 64, 64])
     """Of each convolution."""
-    kernel_size: int = 3
+    kernel_size: Annotated[int, Bound(ge=1)] = 3
     """Of each convolution, odd."""
     pads: bool = True
     """Keep the size of an image in a convolution, with zeros around it."""
-    num_pools: int = 2
+    num_pools: Annotated[int, Bound(ge=0)] = 2
     """Convolutions that are followed by max-pooling."""
-    dense_dim: int = 64
+    dense_dim: Annotated[int, Bound(ge=1)] = 64
     """Width of the dense layer."""
-    num_outputs: int = 10
+    num_outputs: Annotated[int, Bound(ge=1)] = 10
     """Logits or values."""
     group_norm: bool = False
     """Normalise after each convolution, in groups of 8 channels (Wu and He, "Group Normalization", 2018)."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Bound(ge=0, lt=1)] = 0.0
     """Before the last layer."""
+
+    def __post_init__(self) -> None:
+        if self.pads and self.kernel_size % 2 == 0:
+            raise ConfigError(f"model.settings.kernel_size={self.kernel_size}: must be odd with pads=true")
+        if self.num_pools > len(self.channels):
+            raise ConfigError(
+                f"model.settings.num_pools={self.num_pools}: at most one for each of the {len(self.channels)} channels"
+            )
+        if self.group_norm and (uneven := [size for size in self.channels if size % max(size // 8, 1)]):
+            raise ConfigError(
+                f"model.settings.channels: {uneven[0]} does not divide into groups of 8; group_norm needs that"
+            )
+        if self.last_size() < 1:
+            raise ConfigError(
+                f"model.settings.image_size={self.image_size}: nothing is left of an image after these convolutions; use "
+                "pads=true, fewer num_pools or larger images"
+            )
+
+    def last_size(self) -> int:
+        """Return H and W after the convolutions."""
+        size = self.image_size
+        for number in range(1, len(self.channels) + 1):
+            size -= 0 if self.pads else self.kernel_size - 1
+            size //= 2 if number <= self.num_pools else 1
+        return size
 
     def build(self) -> nn.Module:
         """Build the network on the current default device."""
-        dims, size = [self.num_channels, *self.channels], self.image_size
+        dims = [self.num_channels, *self.channels]
         layers: list[nn.Module] = []
         for number, (before, after) in enumerate(itertools.pairwise(dims), start=1):
             layers.append(nn.Conv2d(before, after, self.kernel_size, padding=self.kernel_size // 2 * self.pads))
-            size -= 0 if self.pads else self.kernel_size - 1
             layers += [nn.GroupNorm(max(after // 8, 1), after)] if self.group_norm else []
             layers.append(nn.ReLU())
             if number <= self.num_pools:
                 layers.append(nn.MaxPool2d(2))
-                size //= 2
-        dense = nn.Linear(dims[-1] * size**2, self.dense_dim)
+        dense = nn.Linear(dims[-1] * self.last_size() ** 2, self.dense_dim)
         head = [nn.Flatten(), dense, nn.ReLU(), *_dropout(self.dropout), nn.Linear(self.dense_dim, self.num_outputs)]
-        return nn.Sequential(*layers, *head)
+        return _OfSize((self.num_channels, self.image_size, self.image_size), [*layers, *head])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,20 +131,40 @@ class RNN:
 
     cell: Cell = Cell.lstm
     """Kind of recurrence."""
-    vocab_size: int = 0
+    vocab_size: Annotated[int, Bound(ge=0)] = 0
     """Ids below this are embedded; 0: the inputs are numbers."""
-    num_inputs: int = 1
+    num_inputs: Annotated[int, Bound(ge=1)] = 1
     """Numbers at each step, or the width of the embedding."""
-    hidden_dim: int = 50
+    hidden_dim: Annotated[int, Bound(ge=1)] = 50
     """Width of the state."""
-    num_layers: int = 2
+    num_layers: Annotated[int, Bound(ge=1)] = 2
     """Recurrent layers."""
-    num_outputs: int = 2
+    num_outputs: Annotated[int, Bound(ge=1)] = 2
     """Logits or values."""
 
     def build(self) -> nn.Module:
         """Build the network on the current default device."""
         return _Recurrent(self)
+
+
+class _OfSize(nn.Sequential):
+    """Layers that take samples of one size: ``(C, H, W)``, or ``(N,)`` numbers of any shape."""
+
+    def __init__(self, size: tuple[int, ...], layers: list[nn.Module]) -> None:
+        super().__init__(*layers)
+        self.size = size
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        shape = tuple(inputs.shape[1:])
+        found = (math.prod(shape),) if len(self.size) == 1 else shape
+        if found != self.size:
+            settings = "num_inputs" if len(self.size) == 1 else "num_channels and image_size"
+            raise of_all_ranks(
+                ConfigError(
+                    f"model.settings: the network takes {self.size} by its {settings}, but a sample has the shape {shape}"
+                )
+            )
+        return super().forward(inputs)
 
 
 class _Recurrent(nn.Module):

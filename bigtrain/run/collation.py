@@ -51,6 +51,8 @@ def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Co
         mask_id = mask_token_id(tokenizer, tokenizer_directory)
         mask_id = num_used if mask_id is None else mask_id
     mask_id = mask_id if given is None else given
+    if given is not None and given >= vocab_size:
+        raise ConfigError(f"task.mask_id={given}: must be less than model.vocab_size={vocab_size}")
     if mask_id >= vocab_size:
         raise ConfigError(
             f"task=masked_lm: the tokenizer has no mask token and uses all {num_used} rows of the embedding; "

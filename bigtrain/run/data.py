@@ -177,7 +177,7 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
     elif not config.data.allow_change and state.data and not stream.continues(state.data):
         problem = f"step {state.step} would not have had the samples that the checkpoint has recorded"
     if problem:
-        of_data = [text for key, text in changed.items() if key.startswith("data.") or key == "train.seed"]
+        of_data = [text for key, text in changed.items() if key.startswith(("data.", "task.mask_", "train.seed"))]
         text = "the text itself has: its files, with data=stdlib Python, or how bigtrain prepares it"
         what = of_data or [
             f"no setting has changed, so {'the rows themselves have' if are_records(config.data) else text}"

@@ -27,7 +27,11 @@ def build_objective(config: TaskConfig) -> Objective:
     objective = parts.instance(config.kind, config.settings, setting="task.kind")
     needed = ("fields", "sums", "count", "counts_by_shape", "metrics")
     missing = [name for name in needed if not hasattr(objective, name)]
-    missing += [name for name in ("count", "__call__") if getattr(type(objective), name, None) is vars(Objective)[name]]
+    missing += [
+        name
+        for name in ("fields", "count", "__call__")
+        if getattr(type(objective), name, None) is vars(Objective)[name]
+    ]
     if missing or not callable(objective):
         raise ConfigError(
             f"task.kind={config.kind}: it has no {', '.join(missing) or '__call__'}; an objective has what "

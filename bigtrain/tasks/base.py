@@ -93,6 +93,10 @@ class TaskModel(nn.Module):
         if predicts:
             return self.network(*tensors)
         sums = self.objective(self.network, *tensors)
+        if not isinstance(sums, Tensor) or not sums.is_floating_point():
+            what = sums.dtype if isinstance(sums, Tensor) else type(sums).__name__
+            told = f"{type(self.objective).__name__} returns {what}; an objective returns a tensor of fractions, fp32"
+            raise of_all_ranks(ConfigError(told))
         if sums.shape != self.shape and (sums.ndim or self.shape.numel() > 1):
             raise of_all_ranks(
                 ConfigError(

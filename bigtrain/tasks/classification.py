@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.base import IGNORE_INDEX, Field
-from bigtrain.tasks.inputs import input_fields, require_size
+from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import confusion_counts, label_metrics
 
 
@@ -40,6 +40,7 @@ class Classification:
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return 1 for each sample with a label, else 0."""
+        require_lengths(samples)
         return (samples["labels"] != IGNORE_INDEX).astype(np.int64)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """The columns that a network may get, besides its targets."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bigtrain.config import Inputs
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, DataError
 from bigtrain.tasks.base import Field
 
 
@@ -17,6 +21,18 @@ def input_fields(inputs: Inputs) -> dict[str, Field]:
         Inputs.features: {"features": Field(torch.float32, ("F",))},
         Inputs.sequence: {"sequence": Field(torch.float32, ("T", "F"))},
     }[inputs]
+
+
+def require_lengths(samples: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse samples whose ``lengths``, if they have any, are not those of their tokens.
+
+    Raises:
+        DataError: a length is not in ``[1, T]``.
+    """
+    if "lengths" in samples:
+        lengths, most = samples["lengths"], samples["tokens"].shape[1]
+        if (wrong := lengths[(lengths < 1) | (lengths > most)]).size:
+            raise DataError(f"lengths: {wrong[0]}, but a sample has from 1 to {most} tokens")
 
 
 def require_size(outputs: Tensor, size: int, setting: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.base import Field
-from bigtrain.tasks.inputs import input_fields, require_size
+from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import regression_metrics, regression_sums
 
 
@@ -40,6 +40,7 @@ class Regression:
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return how many values each sample has."""
+        require_lengths(samples)
         return np.isfinite(samples["values"]).sum(axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:

@@ -36,23 +36,23 @@ class OwnLogger:
         """
         self._name, self._tell = name, tell
         self._logger: Any = None
-        self._logger = self._try(parts.find(name, "logging.also"), directory)
+        self._logger = self._try(lambda: parts.find(name, "logging.also")(directory))
 
     def metrics(self, records: list[dict[str, Any]]) -> None:
         if self._logger:
-            self._try(self._logger.metrics, records)
+            self._try(lambda: self._logger.metrics(records))
 
     def event(self, event: dict[str, Any]) -> None:
         if self._logger:
-            self._try(self._logger.event, event)
+            self._try(lambda: self._logger.event(event))
 
     def close(self) -> None:
         if self._logger:
-            self._try(self._logger.close)
+            self._try(lambda: self._logger.close())
 
-    def _try(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _try(self, call: Callable[[], Any]) -> Any:
         try:
-            return call(*args)
+            return call()
         except Exception as error:
             self._logger = None
             self._tell(self._name, parts.told(error))

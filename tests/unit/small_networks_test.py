@@ -1,0 +1,97 @@
+"""Settings of the small networks and of their tasks that cannot be right: one sentence, before anything is computed."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from bigtrain.cli.hydra_cli import read_run
+from bigtrain.config import Inputs, TaskConfig
+from bigtrain.errors import ConfigError, DataError
+from bigtrain.models.small import CNN, MLP
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import Objective, TaskModel
+from bigtrain.tasks.classification import Classification
+
+RECORDS = ["data=records", "data.path=x.npz"]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("+model=mlp_mnist model.settings.num_outputs=0", r"model\.settings\.num_outputs=0: must be at least 1"),
+        ("+model=mlp_mnist model.settings.hidden_dims=[8,-4]", r"hidden_dims\[1\]=-4: must be at least 1"),
+        ("+model=mlp_mnist model.settings.dropout=1.0", "dropout=1.0: must be less than 1"),
+        ("+model=cnn_mnist model.settings.image_size=2", "image_size=2: nothing is left of an image"),
+        ("+model=cnn_mnist model.settings.num_pools=9", "num_pools=9: at most one for each of the 3"),
+        ("+model=cnn_mnist model.settings.pads=true model.settings.kernel_size=4", "kernel_size=4: must be odd"),
+        (
+            "+model=cnn_mnist model.settings.group_norm=true model.settings.channels=[8,17]",
+            "channels: 17 does not divide into groups",
+        ),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_named(args, told):
+    with pytest.raises(ConfigError, match=told):
+        read_run([*args.split(), "task=classification", *RECORDS])
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("+model=mlp_mnist task=classification data=stdlib", "data=stdlib has no records"),
+        ("+model=bert_mini task=classification data=records data.path=x.npz", "model.kind=hf is not offered"),
+        ("+model=gpt_nano task=regression data=records data.path=x.npz", "model.kind=native is not offered"),
+        (
+            "+model=mlp_mnist task=masked_lm data=stdlib data.sequence_length=8",
+            "model.name=mlp predicts nothing of text",
+        ),
+    ],
+)
+def test_tasks_name_the_data_and_networks_that_are_not_theirs(args, told):
+    with pytest.raises(ConfigError, match=told):
+        read_run(args.split())
+    assert read_run(["+model=mlp_mnist", "task=classification", *RECORDS]).model.name == "mlp"
+
+
+def test_samples_of_another_size_are_named():
+    for network, shape in ((MLP(num_inputs=6), (2, 5)), (CNN(image_size=8), (2, 1, 9, 9)), (CNN(), (2, 28, 28))):
+        with pytest.raises(ConfigError, match=rf"a sample has the shape \({shape[1]},"):
+            network.build()(torch.zeros(shape))
+    assert MLP(num_inputs=6).build()(torch.zeros(2, 2, 3)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("length", [0, 4])
+def test_lengths_that_are_not_those_of_the_tokens_are_named(length):
+    objective = Classification(inputs=Inputs.tokens)
+    samples = {"tokens": np.zeros((2, 3), int), "lengths": np.array([3, 1]), "labels": np.zeros(2, int)}
+    assert objective.count(samples).tolist() == [1, 1]
+    with pytest.raises(DataError, match=f"lengths: {length}, but a sample has from 1 to 3 tokens"):
+        objective.count(samples | {"lengths": np.array([3, length])})
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, torch.zeros(1, dtype=torch.int64)])
+def test_an_objective_that_returns_no_tensor_of_fractions_is_named(returned):
+    class Wrong(Objective):
+        fields: ClassVar[dict] = {}
+
+        def __call__(self, network, *tensors):
+            return returned
+
+    with pytest.raises(ConfigError, match=r"Wrong returns .*; an objective returns a tensor of fractions"):
+        TaskModel(torch.nn.Identity(), Wrong())()
+
+
+def test_an_objective_without_fields_is_named(tmp_path, monkeypatch):
+    class Bare(Objective):
+        def count(self, samples):
+            return np.ones(1, dtype=np.int64)
+
+        def __call__(self, network, *tensors):
+            return torch.zeros(1)
+
+    monkeypatch.setattr("bigtrain.config.parts.instance", lambda *_, **__: Bare())
+    with pytest.raises(ConfigError, match="it has no fields"):
+        build_objective(dataclasses.replace(TaskConfig(), kind="ideas.bare"))
