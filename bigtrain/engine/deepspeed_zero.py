@@ -25,7 +25,6 @@ from bigtrain.engine.state import (
     OPTIMIZER,
     Box,
     Entry,
-    canonical_name,
     create_optimizer_state,
     flat_boxes,
     whole_entry,
@@ -33,7 +32,7 @@ from bigtrain.engine.state import (
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
-from bigtrain.tasks.base import gradient_scale, loss_of, sums_of
+from bigtrain.tasks.base import canonical_name, gradient_scale, loss_of, sums_of
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 

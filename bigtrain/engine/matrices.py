@@ -7,9 +7,10 @@ import torch.distributed as dist
 
 from bigtrain.distributed.collectives import local_part
 from bigtrain.engine.base import Engine
-from bigtrain.engine.state import MODEL, Box, canonical_name
+from bigtrain.engine.state import MODEL, Box
 from bigtrain.errors import ConfigError
 from bigtrain.optim.muon import Matrix, Muon, Rectangle, Workshop, is_hidden_matrix
+from bigtrain.tasks.base import canonical_name
 
 MOST_RECTANGLES = 3
 """That a rank may hold of a matrix, which is what a flat range comes to: the end of a row, whole rows, part of a row."""

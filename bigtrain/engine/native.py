@@ -23,13 +23,12 @@ from bigtrain.engine.state import (
     OPTIMIZER,
     Box,
     Entry,
-    canonical_name,
     create_optimizer_state,
     whole_entry,
 )
 from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
-from bigtrain.tasks.base import TaskModel, gradient_scale, loss_of, sums_of
+from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
 
 
 class NativeEngine:
@@ -80,7 +79,6 @@ class NativeEngine:
             with self._communicate(last=number == len(micro_batches)):
                 with self.autocast():
                     sums = sums_of(self.module, batch)
-                # What is summed beside the loss has no gradient, whatever comes in for it.
                 sums.backward(gradient_scale(sums, self._averages_over / num_targets))
             total = sums.detach() if total is None else total + sums.detach()
         return total

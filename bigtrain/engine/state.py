@@ -181,12 +181,6 @@ def clear_optimizer(state: EngineState) -> None:
                 box.view.zero_()
 
 
-def canonical_name(name: str) -> str:
-    """Return a parameter's name without what wrappers put into it."""
-    name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-    return name.removeprefix("module.").removeprefix("network.")
-
-
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Make an optimizer create its per-parameter state, which torch optimizers do in their first step.
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from bigtrain.config import OptimizerConfig, OptimizerKind
 from bigtrain.optim.muon import Muon, is_hidden_matrix
+from bigtrain.tasks.base import canonical_name
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         if not parameter.requires_grad:
             continue
         num_dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters
-        by_muon = config.kind is OptimizerKind.muon and is_hidden_matrix(name, num_dims)
+        by_muon = config.kind is OptimizerKind.muon and is_hidden_matrix(canonical_name(name), num_dims)
         (hidden if by_muon else decay if num_dims >= 2 else no_decay).append(parameter)
     groups = [
         {"params": hidden, "weight_decay": config.weight_decay, "muon": True},

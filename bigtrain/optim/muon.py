@@ -88,7 +88,7 @@ class Matrix:
 
 
 def is_hidden_matrix(name: str, num_dims: int) -> bool:
-    """Return whether Muon is for this parameter: a matrix in a numbered block, hence no embedding and no head."""
+    """Return whether Muon is for the parameter of this name in the network: a matrix in a numbered block, hence no embedding and no head."""
     return num_dims == 2 and re.search(r"\.\d+\..*weight$", name) is not None
 
 

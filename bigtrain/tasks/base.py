@@ -104,7 +104,15 @@ class TaskModel(nn.Module):
                     f"{tuple(self.shape)}: the summed loss, and the sums that it names"
                 )
             )
+        if sums.ndim:  # whether or not the objective has detached its metrics
+            sums = torch.cat([sums[:1], sums[1:].detach()])
         return sums
+
+
+def canonical_name(name: str) -> str:
+    """Return the name within the network of a parameter of a wrapped :class:`TaskModel`."""
+    name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    return name.removeprefix("module.").removeprefix("network.")
 
 
 def sums_of(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 
 from bigtrain.config import OptimizerKind, TrainConfig
 from bigtrain.data.order.cursor import Cursor
-from bigtrain.engine.state import canonical_name
 from bigtrain.run import trainer
+from bigtrain.tasks.base import canonical_name
 from bigtrain.telemetry.layer_norms import LayerNorms, layer_of
 from bigtrain.testing.parity import whole_parameters
 from bigtrain.testing.ranks import run_ranks

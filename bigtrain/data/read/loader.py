@@ -222,7 +222,7 @@ def validation_batches(
 
     ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the
     whole split. Every rank yields the same number of micro-batches, so that collectives cannot wait
-    for a missing one; where samples run out, targets are masked. The union over the ranks is exactly
+    for a missing one; where samples run out, padding fills them up. The union over the ranks is exactly
     the chosen samples, for any world and micro-batch.
 
     Raises:
@@ -232,9 +232,7 @@ def validation_batches(
     num_samples = stream.num_samples
     num_chosen = min(batches * global_batch_size, num_samples)
     share = rank_share(global_batch_size, dp_rank, dp_size)
-    fields = objective.fields
-    ignored = {name: field.ignored for name, field in fields.items() if field.ignored is not None}
-    ignored = ignored or {name: field.filling for name, field in fields.items()}
+    filling = {name: field.filling for name, field in objective.fields.items()}
     for global_batch in range(math.ceil(num_chosen / global_batch_size)):
         micro_batches = []
         for number in range(_micro_batches(global_batch_size, micro_batch_size, dp_size)):
@@ -243,8 +241,8 @@ def validation_batches(
             is_chosen = (in_batch < share.stop) & (places < num_chosen)
             ids = np.where(is_chosen, places * num_samples // num_chosen, 0)
             batch = stream.gather(ids)
-            for name in ignored.keys() & batch.keys():
-                batch[name][torch.from_numpy(~is_chosen)] = ignored[name]
+            for name, tensor in batch.items():
+                tensor[torch.from_numpy(~is_chosen)] = filling[name]
             micro_batches.append(batch)
         yield micro_batches
 
