@@ -72,7 +72,7 @@ def train(*overrides: str, network: Any = None, objective: Any = None, data: Any
 
     with _own_signals():
         try:
-            trainer.run(config)
+            trainer.run(config, outlived=True)
         finally:
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 shut_down()  # after a failure, too: a program goes on, and may train again

@@ -117,8 +117,16 @@ class End:
     reason: str
 
 
-def run(config: TrainConfig) -> int:
-    """Train by ``config``, resolved and checked, from the newest checkpoint on; return EXIT_FINISHED or EXIT_RESUMABLE."""
+def run(config: TrainConfig, *, outlived: bool = False) -> int:
+    """Train by ``config``, resolved and checked, from the newest checkpoint on.
+
+    Args:
+        config: the same on all ranks, or rank 0's counts.
+        outlived: this process goes on after the run and is not watched then.
+
+    Returns:
+        EXIT_FINISHED or EXIT_RESUMABLE.
+    """
     info = RankInfo.from_env()
     log.setup(info.rank)
     device = pick_device(info)
@@ -138,9 +146,14 @@ def run(config: TrainConfig) -> int:
     own_imports, config = config.imports, from_dict(TrainConfig, broadcast_json(to_dict(config)))
     require_same_imports(own_imports)
     # Some launchers end all ranks as soon as one has ended: all wait until rank 0 has written everything.
-    code = broadcast_json(_run(config, info, device))
-    # Not after a failure, when a collective could wait for ever for ranks that are gone.
-    shut_down()
+    launch = Launch(config.run.directory, info.rank, config.supervision)
+    try:
+        code = broadcast_json(_run(config, info, device, launch))
+        # Not after a failure, when a collective could wait for ever for ranks that are gone.
+        shut_down()
+    finally:
+        if outlived:
+            launch.leave()
     return code
 
 
@@ -160,9 +173,8 @@ def require_same_imports(imports: dict[str, str]) -> None:
         )
 
 
-def _run(config: TrainConfig, info: RankInfo, device: torch.device) -> int:
-    directory = config.run.directory
-    with Launch(directory, info.rank, config.supervision) as launch, explained(config, directory, info, device):
+def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> int:
+    with launch, explained(config, config.run.directory, info, device):
         end = _train_run(config, info, device, launch)
         launch.end(end.code, end.reason)
         return end.code

@@ -105,7 +105,7 @@ class Launch:
             faulthandler.enable(self._stacks)
             faulthandler.register(STACK_SIGNAL, self._stacks)
             self.heartbeat = Heartbeat(
-                place / f"{self.rank:05d}.beat",
+                self._heartbeat_path(place),
                 rank=self.rank,
                 hang_seconds=hang_seconds,
                 first_hang_seconds=self.config.first_hang_seconds,
@@ -146,6 +146,14 @@ class Launch:
         if self.rank == 0 and self.attempt:
             write_exit(self.directory, code=code, reason=reason, step=self.heartbeat.step, attempt=self.attempt)
 
+    def leave(self) -> None:
+        """Take this rank's heartbeat away, on a process that goes on after the run: a watchdog ends with its ranks."""
+        if self._beats is not None:
+            self._heartbeat_path(self._beats).unlink(missing_ok=True)
+
+    def _heartbeat_path(self, place: Path) -> Path:
+        return place / f"{self.rank:05d}.beat"
+
     def __enter__(self) -> "Launch":
         return self
 
@@ -159,6 +167,7 @@ class Launch:
         self.signal.at_once = False
         with contextlib.suppress(OSError):
             self.follow()
+        raised, error = error, _stop_behind(error) or error
         if isinstance(error, StopError):
             self._stop(error)
         elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
@@ -171,6 +180,8 @@ class Launch:
         # After a fault the lease is held until the process ends: other ranks may still run.
         if self._lease is not None and (error is None or isinstance(error, BigtrainError)):
             self._lease.release()
+        if error is not None and error is not raised:
+            raise error from None
 
     def _stop(self, error: StopError) -> None:
         """Record a stop, unless the signal was the launcher's answer to the failure of another rank."""
@@ -210,3 +221,10 @@ class Launch:
             )
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+
+
+def _stop_behind(error: BaseException | None) -> StopError | None:
+    """Return the stop that a signal raised in the midst of a library, which may have wrapped it in an error of its own."""
+    while error is not None and not isinstance(error, StopError):
+        error = error.__cause__ or error.__context__
+    return error

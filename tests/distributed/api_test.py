@@ -10,7 +10,7 @@ import pytest
 import bigtrain
 from bigtrain.errors import BigtrainError
 from bigtrain.testing.ranks import run_ranks
-from tests.distributed.launches import SMALL
+from tests.distributed.launches import SMALL, watchdogs_left
 
 IMPORTED = "import sys, bigtrain; print(bigtrain.__version__, sorted({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
 
@@ -24,6 +24,7 @@ def use(directory):
     stopped, losses = run.ended(), [record["loss"] for record in run.metrics()]
     again = bigtrain.train(*settings)
     assert signal.getsignal(signal.SIGTERM) is before
+    assert not watchdogs_left(), "they would end a program that goes on"
     result = bigtrain.validate(again, batches=1)
     problems = []
     for mistake in (

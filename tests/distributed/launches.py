@@ -189,3 +189,15 @@ def num_steps(run: Path) -> int:
         return (run / "metrics.jsonl").read_text().count("\n")
     except FileNotFoundError:
         return 0
+
+
+def watchdogs_left(seconds: float = 20) -> list[psutil.Process]:
+    """Return the watchdogs that this process has started and that do not end in time."""
+    dogs = [child for child in psutil.Process().children() if _is_watchdog(child)]
+    return psutil.wait_procs(dogs, timeout=seconds)[1]
+
+
+def _is_watchdog(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # it has ended
+        return "bigtrain.supervise.watchdog" in process.cmdline()
+    return False

@@ -95,7 +95,8 @@ def test_a_rank_that_stands_still_is_found_and_all_are_ended(kind: str, word: st
         assert place in found["detail"], "the stacks of all ranks"
     collectives = json.loads((tmp_path / RUN / "profile/hang-step-7-rank-0.gloo.json").read_text())["entries"]
     waiting = {entry["profiling_name"] for entry in collectives if not entry["retired"]}
-    assert waiting == {"gloo:all_gather"}, "rank 0 gathers the weights of the next step"
+    # The vote on stopping, which is looked at only in the next step, may wait too.
+    assert {"gloo:all_gather"} <= waiting <= {"gloo:all_gather", "gloo:all_reduce"}, "rank 0 gathers the next weights"
     assert f"First cause: rank 1 on {found['host']}, in data of step 7" in ended.said[0]
     assert train(tmp_path, *SETTINGS).codes == [0, 0]
     assert_same(tmp_path / RUN, whole)

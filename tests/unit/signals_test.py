@@ -1,6 +1,7 @@
 """Signals set a flag, a second thought forces, and ranks agree on the step."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config import SupervisionConfig
 from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
+from bigtrain.errors import StopError
 from bigtrain.processes import STOP_SIGNALS, RankInfo
 from bigtrain.supervise import signals
 from bigtrain.supervise.agreement import StopAgreement
+from bigtrain.supervise.launch import Launch
 from bigtrain.supervise.signals import STOP_FILE, StopLimits, StopSignal
 from bigtrain.testing.ranks import run_ranks
 
@@ -207,3 +211,16 @@ def test_the_time_limit_leaves_time_for_the_last_save(tmp_path: Path):
     assert limits.reached() is None
     limits.save_seconds = 11.0
     assert limits.reached() == "run.max_minutes"
+
+
+def test_a_stop_that_a_library_wraps_in_an_error_of_its_own_stays_a_stop(tmp_path: Path):
+    launch = Launch(tmp_path, 0, SupervisionConfig())
+    launch.attempt, launch.signal.reason = 1, "SIGTERM"
+    with pytest.raises(StopError), launch:
+        try:
+            raise StopError("stopped by SIGTERM before the first step")
+        except StopError as error:
+            raise RuntimeError("propagation failed") from error
+    ended = json.loads((tmp_path / "exit.json").read_text())
+    assert (ended["code"], ended["reason"]) == (75, "SIGTERM")
+    assert not (tmp_path / "failure.json").exists()
