@@ -357,8 +357,8 @@ class TaskConfig:
     """Expected share of the words that are hidden and predicted."""
     mask_id: Annotated[int | None, Bound(ge=0), OnlyIf("kind", is_in=("masked_lm",))] = None
     """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
-    inputs: Annotated[Inputs, OnlyIf("kind", is_in=("classification", "regression"))] = Inputs.features
-    """Column of the data that the network gets."""
+    inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
+    """Column of the data that the network gets; by default ``tokens`` of text, ``features`` of records."""
     num_labels: Annotated[int, Bound(ge=2), OnlyIf("kind", is_in=("classification",))] = 2
     """Labels are below this, and the network returns as many logits."""
     num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1

@@ -16,6 +16,7 @@ from bigtrain.config.choices import (
     Duplicates,
     EngineKind,
     Head,
+    Inputs,
     Load,
     ModelKind,
     Offload,
@@ -37,6 +38,8 @@ OWN_TOKENIZERS = ("bpe", "bytes")
 NUM_BYTES_IDS = 257
 """Of the bytes and the end of a text."""
 RESUME_WORDS = ("auto", "never", "must")
+OF_DOCUMENTS = {TaskKind.classification.name: Content.labelled, TaskKind.regression.name: Content.numbers}
+"""Tasks whose samples of text are documents, and what these have to hold."""
 PATHLESS = {DataSource.stdlib, DataSource.synthetic}
 """Sources that ignore ``data.path``."""
 WHAT_PATH_IS = {
@@ -63,11 +66,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
     has_length = model.kind is not ModelKind.own or "max_positions" in model.settings
     if data.sequence_length is None and (has_length or not are_records(data)):
         data.sequence_length = model.max_positions
+    task = config.task
+    if task.kind in OF_DOCUMENTS:
+        is_text = not are_records(data)
+        data.packing = Packing.documents if is_text and data.packing is Packing.concat else data.packing
+        task = dataclasses.replace(task, inputs=task.inputs or (Inputs.tokens if is_text else Inputs.features))
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
     if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
         data.tokenizer = origin
     name = config.run.name or re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(model.name or "run").name)
-    return dataclasses.replace(config, model=model, data=data, run=dataclasses.replace(config.run, name=name))
+    return dataclasses.replace(
+        config, model=model, task=task, data=data, run=dataclasses.replace(config.run, name=name)
+    )
 
 
 def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -168,9 +178,9 @@ def _check_preparation(data: DataConfig) -> list[str]:
             f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
         ),
         (
-            data.content is Content.text or data.source not in (DataSource.text, DataSource.stdlib),
+            data.content in (Content.text, Content.labelled) or data.source not in (DataSource.text, DataSource.stdlib),
             f"data.content={data.content.name}: data={data.source.name} has no records; "
-            "use jsonl, parquet, arrow or datasets",
+            "use jsonl, csv, parquet, arrow or datasets",
         ),
     ]
     return [message for holds, message in rules if not holds]
@@ -219,7 +229,8 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     ignored += [
         f"data.path={part.path}: data=text reads it as plain text; its rows are read by data={part.path.split('.')[-1]}"
         for part in parts
-        if part.source is DataSource.text and (part.path or "").lower().endswith((".jsonl", ".parquet", ".arrow"))
+        if part.source is DataSource.text
+        and (part.path or "").lower().endswith((".jsonl", ".csv", ".tsv", ".parquet", ".arrow"))
     ]
     if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
         ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
@@ -345,11 +356,8 @@ def _check_records(config: TrainConfig) -> list[str]:
     """Find tasks of records that get text, and networks that take the other of the two."""
     task, model, problems = config.task.kind, config.model, []
     is_small = model.kind is ModelKind.own and model.name in SMALL_NETWORKS
-    if task in (TaskKind.classification.name, TaskKind.regression.name):
-        if not are_records(config.data):
-            problems.append(
-                f"task={task}: data={config.data.source.name} has no records; use data=records or your own data"
-            )
+    if task in OF_DOCUMENTS:
+        problems += [] if are_records(config.data) else _check_documents(config, OF_DOCUMENTS[task])
         if model.kind is not ModelKind.own:
             problems.append(
                 f"task={task}: model.kind={model.kind.name} is not offered; use +model=mlp_mnist, or your own"
@@ -358,7 +366,38 @@ def _check_records(config: TrainConfig) -> list[str]:
         problems.append(
             f"task={task}: model.name={model.name} predicts nothing of text; it is for classification, regression"
         )
+    if task in TaskKind.__members__ and task not in OF_DOCUMENTS:
+        if config.data.packing is Packing.documents:
+            problems.append(f"data.packing=documents: task={task} reads rows of documents; use concat or best_fit")
+        problems += [
+            f"data.content={part.content.name}: task={task} predicts no labels; use data.content=text"
+            for part in component_data(config.data).values()
+            if part.content.has_labels
+        ]
     return problems
+
+
+def _check_documents(config: TrainConfig, content: Content) -> list[str]:
+    """Find text that is not labelled as the task needs it."""
+    task, parts = config.task, component_data(config.data).values()
+    labelled = [part for part in parts if part.content.has_labels or part.source is DataSource.prepared]
+    rules = [
+        (
+            all(part.content is content or part.source is DataSource.prepared for part in parts),
+            f"task={task.kind}: needs data.content={content.name} (text with what is predicted), or records (data=records)",
+        ),
+        (
+            task.inputs is Inputs.tokens,
+            f"task.inputs={task.inputs and task.inputs.name}: text is tokens; leave it out, or use data=records",
+        ),
+        (
+            config.data.packing is Packing.documents,
+            f"data.packing={config.data.packing.name}: task={task.kind} makes a sample of each document; leave it out",
+        ),
+        (not any(map(is_live, labelled)), "data.on_the_fly=true: labels are known when all is prepared; leave it out"),
+        (not config.data.document_mask, "data.document_mask: a sample is one document; leave it out"),
+    ]
+    return [problem for holds, problem in rules if not holds]
 
 
 def _check_masked_lm(config: TrainConfig) -> list[str]:

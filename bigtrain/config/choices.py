@@ -63,6 +63,7 @@ class DataSource(Enum):
     stdlib = "stdlib"
     text = "text"
     jsonl = "jsonl"
+    csv = "csv"
     parquet = "parquet"
     arrow = "arrow"
     datasets = "datasets"
@@ -77,6 +78,7 @@ class Packing(Enum):
 
     concat = "concat"
     best_fit = "best_fit"
+    documents = "documents"
 
 
 class Content(Enum):
@@ -85,6 +87,14 @@ class Content(Enum):
     text = "text"
     chat = "chat"
     pairs = "pairs"
+    labelled = "labelled"
+    numbers = "numbers"
+    tagged = "tagged"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether documents have labels beside their text."""
+        return self in (Content.labelled, Content.numbers, Content.tagged)
 
 
 class Duplicates(Enum):

@@ -7,7 +7,8 @@ from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import Content, DataSource, Duplicates, OnBad, Packing, Verify
 from bigtrain.config.convert import LocalPath, PathOrUrl
 
-_WITH_RECORDS = ("jsonl", "parquet", "arrow", "datasets")
+_WITH_RECORDS = ("jsonl", "csv", "parquet", "arrow", "datasets")
+WITH_LABELS = ("labelled", "numbers", "tagged")
 _TO_PREPARE = OnlyIf("source", not_in=("prepared", "records", "own"))
 """What was prepared has been prepared with its own; records are no text."""
 
@@ -58,6 +59,8 @@ class ComponentConfig:
     """See ``data.prompt_field``."""
     answer_field: str | None = None
     """See ``data.answer_field``."""
+    label_field: str | None = None
+    """See ``data.label_field``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,7 +88,7 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     settings: Annotated[dict[str, Any], OnlyIf("source", is_in=("own",))] = field(default_factory=dict)
     """Settings of an own part."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
@@ -97,9 +100,11 @@ class DataConfig:
     on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "own"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
-    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss."""
-    text_field: Annotated[str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", is_in=("text",))] = "text"
-    """Field that holds the text in ``jsonl``, ``parquet``, ``arrow`` and ``datasets``."""
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) or ``tagged`` (a list of words with a list of labels)."""
+    text_field: Annotated[str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", not_in=("chat", "pairs"))] = (
+        "text"
+    )
+    """Field that holds the text, of ``tagged`` the words, in ``jsonl``, ``csv``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: Annotated[str, OnlyIf("content", is_in=("chat",))] = "messages"
     """Field with the messages of a ``chat``."""
     chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat",))] = None
@@ -108,6 +113,8 @@ class DataConfig:
     """Field with the prompt of ``pairs``."""
     answer_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "answer"
     """Field with the answer of ``pairs``."""
+    label_field: Annotated[str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", is_in=WITH_LABELS)] = "label"
+    """Field with the label, the labels or the numbers of a document."""
     filters: Annotated[FilterConfig, _TO_PREPARE] = field(default_factory=FilterConfig)
     root: LocalPath = "data"
     """Directory that holds prepared corpora."""
@@ -136,7 +143,7 @@ class DataConfig:
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
     """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it; with a model of yours that has no setting ``max_positions`` it is by default that of the first record."""
     packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "own"))] = Packing.concat
-    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads."""
+    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer."""
     document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "own"))] = False
     """Attention stays within documents and positions count from the beginning of each."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None

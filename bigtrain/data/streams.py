@@ -10,9 +10,10 @@ from bigtrain.data.order.cursor import DataState
 from bigtrain.data.read.arrays import read_npz
 from bigtrain.data.read.corpus import Corpus, Split, SyntheticSplit, open_corpus
 from bigtrain.data.read.index import SPLITS, CorpusIndex
+from bigtrain.data.read.labels import require_labels
 from bigtrain.data.read.live import LiveParts, validation_split
 from bigtrain.data.read.workers import Helpers
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, some
 
 if TYPE_CHECKING:
     from bigtrain.data.read.records import RecordSplit
@@ -55,6 +56,8 @@ def open_streams(
         for name, directory in directories.items()
     }
     _require_one_tokenizer(corpora)
+    for name, corpus in corpora.items():
+        require_labels(corpus.index.labels, objective, where=str(directories[name]))
     helpers = Helpers(data.prepare_processes)
     live = {
         name: _open_live(Path(directories[name]), parts[name], corpus.index, helpers)
@@ -87,6 +90,7 @@ def open_streams(
                 previous=previous,
                 keeps_all=keeps_all or which == "validation",
             )
+            streams[which].label_names = _label_names(corpora)
             streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
         return streams
 
@@ -117,6 +121,23 @@ def _open_live(directory: Path, data: DataConfig, index: CorpusIndex, helpers: H
     from bigtrain.data.prepare.live import open_live  # who reads a corpus does without all that prepares one
 
     return open_live(directory, data, index, helpers)
+
+
+def _label_names(corpora: Mapping[str, Corpus]) -> list[str]:
+    """Return the names of the labels.
+
+    Raises:
+        DataError: the components of a mixture have different ones.
+    """
+    names = {part: corpus.index.labels.names for part, corpus in corpora.items() if corpus.index.labels}
+    first = next(iter(names), None)
+    for part, other in names.items():
+        if other != names[first]:
+            raise DataError(
+                f"data.mixture: {part} has the labels {some(other, 8)}, {first} has {some(names[first], 8)}; a mixture needs "
+                "the same ones"
+            )
+    return names[first] if first else []
 
 
 def _require_one_tokenizer(corpora: Mapping[str, Corpus]) -> None:

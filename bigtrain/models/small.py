@@ -177,6 +177,10 @@ class _Recurrent(nn.Module):
 
     def forward(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Return ``(B, num_outputs)``, read at the last step of each sample."""
+        if inputs.is_floating_point() == isinstance(self.embedding, nn.Embedding):
+            what = "numbers" if inputs.is_floating_point() else "ids"
+            needed = "0" if inputs.is_floating_point() else "<number of ids>, and model.settings.num_inputs=<width>"
+            raise of_all_ranks(ConfigError(f"the rnn gets {what}, which need model.settings.vocab_size={needed}"))
         states_BTD, _ = self.recurrence(self.embedding(inputs))
         if lengths_B is None:
             return self.head(states_BTD[:, -1])

@@ -131,6 +131,11 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
             "data.packing=concat cuts the text every data.sequence_length tokens, which parts answers from their prompts; "
             "data.packing=best_fit keeps them in one sample"
         )
+    if stream.num_cut:
+        found.append(
+            f"{stream.num_cut} of {stream.num_samples} documents are longer than data.sequence_length={stream.sequence_length} "
+            "tokens, of which the first are used"
+        )
     weights_are_given = config.model.pretrained or config.model.init_from
     if stream.tokenizer_directory and not weights_are_given:
         tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer

@@ -43,6 +43,17 @@ TASKS = {
     "sequences": [
         *("+model=lstm", "model.settings.hidden_dim=8", "task=classification", "task.inputs=sequence", *RECORDS),
     ],
+    "documents": [
+        *("+model=lstm", "model.settings.hidden_dim=8", "model.settings.vocab_size=257", "model.settings.num_inputs=6"),
+        *(
+            "model.settings.num_outputs=3",
+            "task=classification",
+            "task.num_labels=3",
+            "data=jsonl",
+            "data.tokenizer=bytes",
+        ),
+        *("data.content=labelled", "data.sequence_length=24", "data.validation_fraction=0.2"),
+    ],
 }
 RUN = [
     "engine.precision=fp32",
@@ -67,12 +78,16 @@ def place(tmp_path_factory):
     values = np.stack([features.sum(axis=1), np.where(np.arange(60) % 5, features[:, 0], np.nan)], axis=1)
     np.savez(place / "regression.npz", features=features, values=values)
     sequence = random.random((60, 5, 1), dtype=np.float32)
+    rows = [
+        {"text": "word " * (number % 7) + str(number), "label": ["a", "b", "c"][number % 3]} for number in range(40)
+    ]
+    (place / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     np.savez(place / "sequences.npz", sequence=sequence, labels=(sequence[:, -1, 0] > 0.5).astype(np.int64))
     return place
 
 
 def settings(task, place):
-    path = place / ("*.txt" if task == "masked_lm" else f"{task}.npz")
+    path = place / {"masked_lm": "*.txt", "documents": "documents.jsonl"}.get(task, f"{task}.npz")
     return [*TASKS[task], *RUN, f"data.path={path}", f"data.root={place}/data", f"run.root={place}/runs"]
 
 
@@ -100,7 +115,7 @@ def records(place, run, name):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("task", ["masked_lm", pytest.param("classification", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["masked_lm", "documents", pytest.param("classification", marks=pytest.mark.slow)])
 def test_stopped_and_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(task, place):
     given = settings(task, place)
     launch(1, *given, "engine=ddp", "run.name=whole")

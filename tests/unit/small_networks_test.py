@@ -41,7 +41,7 @@ def test_shapes_that_cannot_be_built_are_named(args, told):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ("+model=mlp_mnist task=classification data=stdlib", "data=stdlib has no records"),
+        ("+model=mlp_mnist task=classification data=stdlib", "needs data.content=labelled"),
         ("+model=bert_mini task=classification data=records data.path=x.npz", "model.kind=hf is not offered"),
         ("+model=gpt_nano task=regression data=records data.path=x.npz", "model.kind=native is not offered"),
         (

@@ -34,6 +34,7 @@ from bigtrain.data.prepare.tokenise import (
     SPLIT_BY,
     Coding,
     cross_entropy_nats,
+    labels_of_shards,
     part_directory,
     plan_shards,
     token_dtype,
@@ -46,6 +47,7 @@ from bigtrain.data.read.index import (
     FORMAT,
     SPLITS,
     CorpusIndex,
+    LabelKind,
     LiveRecord,
     ShardRecord,
     SplitRecord,
@@ -65,7 +67,7 @@ from bigtrain.data.read.tokenizer import (
     tokenizer_name,
 )
 from bigtrain.data.read.workers import Run, workers
-from bigtrain.errors import DataError, counted
+from bigtrain.errors import DataError, counted, some
 from bigtrain.files import locked, sync
 from bigtrain.log import get_logger
 from bigtrain.processes import num_usable_cpus
@@ -129,7 +131,7 @@ def _locate(config: DataConfig) -> _Target:
         "format": FORMAT,
         "source": config.source.name,
         "source_fingerprint": fingerprint,
-        "content": [config.content.name, document_fields(config)] if has_fields else None,
+        "content": [config.content.name, document_fields(config)] if has_fields or config.content.has_labels else None,
         "streaming": config.streaming and config.source is DataSource.datasets,
         "filters": to_dict(config.filters),
         "validation": [SPLIT_BY, config.validation_fraction],
@@ -209,13 +211,15 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
             ends = [kept_documents(config, parts[i], survey.kept[i]) for i in (0, -1)]
             is_fast = _is_fast_exact(config, built, ends)
             coding = Coding(is_fast, built.eos_id, survey.validation_bound, built.adds_special, built.reads_special)
+            if survey.labels and survey.labels.kind is LabelKind.per_token:
+                coding = coding._replace(label_names=tuple(survey.labels.names))
             chosen = enumerate(zip(parts, survey.kept, strict=True))
-            tasks = ((config, part, i, kept, coding, work) for i, (part, kept) in chosen)
+            tasks = ((config, part, i, kept, coding, survey.labels, work) for i, (part, kept) in chosen)
             for text_bytes in run(tokenise_part, tasks):
                 advance(text_bytes)
-        vocab_size = index.tokenizer.vocab_size
-        train, train_counts = _join_split(work, "train", len(parts), vocab_size, config, run)
-        validation, validation_counts = _join_split(work, "validation", len(parts), vocab_size, config, run)
+        index.labels = survey.labels
+        train, train_counts = _join_split(work, "train", len(parts), index, config, run)
+        validation, validation_counts = _join_split(work, "validation", len(parts), index, config, run)
     train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
     validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
     shutil.rmtree(work / PARTS_DIRECTORY)
@@ -346,14 +350,15 @@ def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterato
 
 
 def _join_split(
-    work: Path, split: str, num_parts: int, vocab_size: int, config: DataConfig, run: Run
+    work: Path, split: str, num_parts: int, index: CorpusIndex, config: DataConfig, run: Run
 ) -> tuple[SplitRecord, np.ndarray]:
     """Write the shards of a split; return its record, without entropy, and token counts."""
     directories = [part_directory(work, number) for number in range(num_parts)]
     lengths = [np.load(directory / f"{split}.lengths.npy") for directory in directories]
     has_counted = any((directory / f"{split}.counted").exists() for directory in directories)
     plans = plan_shards(split, lengths, config.shard_tokens)
-    tasks = ((work, plan, vocab_size, has_counted) for plan in plans)
+    labels, vocab_size = labels_of_shards(work, plans, split, num_parts, index.labels), index.tokenizer.vocab_size
+    tasks = ((work, plan, vocab_size, has_counted, part) for plan, part in zip(plans, labels, strict=True))
     counts, shards = np.zeros(vocab_size, dtype=np.int64), list[ShardRecord]()
     for shard, shard_counts in run(write_shard, tasks):
         shards.append(shard)
@@ -395,6 +400,8 @@ def _report_survey(survey: Survey, content: Content) -> None:
         )
     if survey.num_repaired:
         remarks.append(f"invalid UTF-8 in {counted(survey.num_repaired, 'document')} replaced by U+FFFD")
+    if survey.labels and survey.labels.names:
+        remarks.append(f"{counted(survey.labels.size, 'label')}: {some(survey.labels.names, 12)}")
     remarks += [f"{reason}: {dropped.documents} left out" for reason, dropped in survey.dropped.items()]
     get_logger().info("; ".join(remarks))
     if survey.bad.documents:

@@ -6,12 +6,13 @@ tiktoken encodes where it gives the same ids as the tokenizers library, because 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config.packages import lacking
+from bigtrain.data.prepare.labels import number_tokens
 from bigtrain.data.prepare.records import Document
 from bigtrain.data.prepare.survey import cut
 from bigtrain.data.read.tokenizer import byte_symbols
@@ -21,8 +22,18 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 Encode = Callable[[str], NDArray[np.integer]]
-Coded = tuple[NDArray[np.integer], NDArray[np.uint8] | None]
-"""Ids of a document and, unless all count, 1 for each that does."""
+
+
+class Coded(NamedTuple):
+    """A document as tokens."""
+
+    tokens: NDArray[np.integer]
+    """Ids."""
+    counted: NDArray[np.uint8] | None = None
+    """1 for each that counts, unless all do."""
+    labels: NDArray[np.int32] | None = None
+    """Of each, if they have some."""
+
 
 # GPT-2's pattern of the ByteLevel pre-tokenizer, without backtracking as tiktoken writes it; the matches are the same.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -93,15 +104,24 @@ def encode_pieces(encode: Encode, document: Document) -> Coded:
         for piece in cut(text):
             tokens.append(encode(piece))
             counted.append(np.full(len(tokens[-1]), counts, dtype=np.uint8))
-    return np.concatenate(tokens), None if document.answers is None else np.concatenate(counted)
+    return Coded(np.concatenate(tokens), None if document.answers is None else np.concatenate(counted))
 
 
 def encode_whole(tokenizer: "Tokenizer", encode: Encode, document: Document) -> Coded:
     """Encode a document as the tokenizer does; a token counts if any of its characters does, as in transformers."""
     if document.answers is None:
-        return encode(document.text), None
+        return Coded(encode(document.text))
     encoding = tokenizer.encode(document.text, add_special_tokens=not document.is_templated)
-    return np.array(encoding.ids, dtype=np.uint32), counted_tokens(encoding, document.answers)
+    return Coded(np.array(encoding.ids, dtype=np.uint32), counted_tokens(encoding, document.answers))
+
+
+def encode_tagged(
+    tokenizer: "Tokenizer", label_names: Sequence[str], document: Document, *, adds_special: bool
+) -> Coded:
+    """Encode a document of labelled words; the first token of each has its label."""
+    encoding = tokenizer.encode(document.text, add_special_tokens=adds_special)
+    labels = number_tokens(label_names, document.labels, encoding.offsets)
+    return Coded(np.array(encoding.ids, dtype=np.uint32), labels=labels)
 
 
 def counted_tokens(encoding: "Encoding", answers: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:

@@ -25,6 +25,7 @@ _SUFFIXES = {
         *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
         *(".json.gz", ".json.zst"),
     ),
+    DataSource.csv: (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst"),
     DataSource.parquet: (".parquet",),
     DataSource.arrow: (".arrow",),
 }
@@ -76,14 +77,14 @@ def _find(config: DataConfig) -> Found:
     files = _once(files, left_out)
     if config.source is DataSource.arrow:
         files = saved_files(files, config, left_out)
-    elif config.source in (DataSource.jsonl, DataSource.parquet):
+    elif config.source in (DataSource.jsonl, DataSource.csv, DataSource.parquet):
         files = files_of_split(files, config, left_out)
     if config.on_bad_row is OnBad.skip:
         left_out["not readable"] += [file.name for file in files if not os.access(file.path, os.R_OK)]
         files = [file for file in files if os.access(file.path, os.R_OK)]
     if not files:
         raise DataError(_nothing(config, path, left_out))
-    if config.source is DataSource.jsonl:
+    if config.source in (DataSource.jsonl, DataSource.csv):
         _refuse_packed_and_not(config, files)
     files = [SourceFile(_valid(file.name), file.path) for file in sorted(files)]
     return Found(files, {reason: [*map(_valid, names)] for reason, names in left_out.items() if names})

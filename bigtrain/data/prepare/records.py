@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from bigtrain.config import Content, DataConfig, DataSource
 from bigtrain.data.prepare.chat import chat_of
+from bigtrain.data.prepare.labels import Labels, read_labels, read_words
 
 
 class Document(NamedTuple):
@@ -14,6 +15,10 @@ class Document(NamedTuple):
     is_repaired: bool  # whether something that is not valid Unicode was replaced
     answers: tuple[tuple[int, int], ...] | None = None
     """Ranges of characters that count in the loss, in order; None: all of them."""
+    labels: Labels | None = None
+    """What it is labelled with."""
+    group: str | None = None
+    """Text that decides its split instead of its own: pieces of one file are on one side."""
     is_templated: bool = False
     """Whether a chat template has written it, with all special tokens: none is added, and what ends it does not count."""
 
@@ -24,6 +29,9 @@ def document_fields(config: DataConfig) -> dict[str, str]:
         Content.text: ("text_field",),
         Content.chat: ("messages_field",),
         Content.pairs: ("prompt_field", "answer_field"),
+        Content.labelled: ("text_field", "label_field"),
+        Content.numbers: ("text_field", "label_field"),
+        Content.tagged: ("text_field", "label_field"),
     }[config.content]
     return {setting: getattr(config, setting) for setting in settings}
 
@@ -49,6 +57,8 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
             raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}")
     if config.content is Content.chat:
         return _chat_document(config, document_id, record, is_repaired)
+    if config.content.has_labels:
+        return _labelled_document(config, document_id, record, is_repaired)
     text, answers = "", []
     for name in fields.values():
         part, was_repaired = _join_surrogates(_text(record[name], name))
@@ -58,6 +68,17 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
             return Document(document_id, "", is_repaired, ())
         text += part
     return Document(document_id, text, is_repaired, None if config.content is Content.text else tuple(answers))
+
+
+def _labelled_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
+    repaired = _repair({name: record[name] for name in (config.text_field, config.label_field)})
+    is_repaired |= any(repaired[name] != record[name] for name in repaired)
+    value, label = repaired[config.text_field], repaired[config.label_field]
+    if config.content is Content.tagged:
+        text, labels = read_words(value, label, config.text_field, config.label_field)
+    else:
+        text, labels = _text(value, config.text_field), read_labels(config.content, label, config.label_field)
+    return Document(document_id, text, is_repaired, labels=labels)
 
 
 def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, bool]:
@@ -75,7 +96,7 @@ def _chat_document(config: DataConfig, document_id: str, record: dict[str, Any],
     repaired = _repair(record)
     is_repaired |= repaired != record
     text, answers = chat.write(repaired, config.messages_field, is_table=config.source is not DataSource.jsonl)
-    return Document(document_id, text if answers else "", is_repaired, tuple(answers), not chat.is_plain)
+    return Document(document_id, text if answers else "", is_repaired, tuple(answers), is_templated=not chat.is_plain)
 
 
 def _repair(value: Any) -> Any:

@@ -12,7 +12,7 @@ DICTIONARY = "dataset_dict.json"
 DESCRIPTIONS = ("state.json", DICTIONARY, "dataset_info.json")  # used, but no data
 _SPLIT = "train|validation|valid|val|dev|eval|test"
 _OF_SPLIT = re.compile(
-    rf"(?:.*[-_.])?({_SPLIT})-\d{{5}}-of-\d{{5}}\..*|((?i:{_SPLIT}))\.(?i:jsonl|ndjson|json|parquet)(?i:\.gz|\.zst)?"
+    rf"(?:.*[-_.])?({_SPLIT})-\d{{5}}-of-\d{{5}}\..*|((?i:{_SPLIT}))\.(?i:jsonl|ndjson|json|csv|tsv|parquet)(?i:\.gz|\.zst)?"
 )
 """Names of files of a split: the hub's, or the split alone. Before such numbers other words stand too, as for the parts of a corpus."""
 

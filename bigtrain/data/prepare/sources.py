@@ -9,23 +9,27 @@ A source is read in parts, so that several processes share the work. For all sou
   ``data.on_bad_row=skip`` such a row, and a file that cannot be read to its end, is left out whole and counted.
 """
 
+import csv
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tokenize
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.config import Content, DataConfig, DataSource, OnBad
 from bigtrain.data.prepare.files import SourceFile, find_files
 from bigtrain.data.prepare.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
+from bigtrain.data.prepare.labels import Labels
 from bigtrain.data.prepare.records import Document, columns_to_read, decode, document_fields, record_document
 from bigtrain.data.prepare.saved import choose_split, read_state, split_name
 from bigtrain.data.read.dropped import Dropped
@@ -37,6 +41,8 @@ _ROWS_PER_READ = 1024
 _SMALLEST_PIECE_CHARACTERS = 1024
 _HEAD_BYTES = 4096
 _BLOCK_BYTES = 1 << 20
+_LABELLED_CHARACTERS = 500
+_PACKAGE_BYTES = 120_000
 
 
 class BadRow(NamedTuple):
@@ -45,7 +51,8 @@ class BadRow(NamedTuple):
     problem: str  # what is wrong, with file and line or row
 
 
-Rows = Iterator[Document | BadRow]
+Row = Document | BadRow
+Rows = Iterator[Row]
 
 
 class Part(NamedTuple):
@@ -129,6 +136,7 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
         DataSource.stdlib: _python_documents,
         DataSource.text: _text_documents,
         DataSource.jsonl: _jsonl_rows,
+        DataSource.csv: _csv_rows,
         DataSource.parquet: _parquet_rows,
         DataSource.arrow: _arrow_rows,
     }[config.source]
@@ -191,13 +199,44 @@ def _readable(path: Path) -> Iterator[None]:
 # Text
 
 
-def _python_documents(file: SourceFile, _part: Part, _config: DataConfig) -> Iterator[Document]:
+def _python_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterator[Document]:
     raw = file.path.read_bytes()
     try:
         text, is_repaired = decode(raw, tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
     except (SyntaxError, LookupError):  # Python's own tests declare encodings that do not exist
         text, is_repaired = decode(raw)
-    yield Document(file.name, text, is_repaired)
+    if config.content is Content.labelled:
+        yield from _labelled_pieces(file, text, is_repaired)
+    else:
+        yield Document(file.name, text, is_repaired)
+
+
+def _labelled_pieces(file: SourceFile, text: str, is_repaired: bool) -> Iterator[Document]:
+    """Yield pieces of a module of the standard library, labelled with its package, if that is one of some size."""
+    package = file.name.partition("/")[0]
+    if package in _large_packages():
+        for start, end in _pieces(text, _LABELLED_CHARACTERS):
+            labels = Labels((package,))
+            yield Document(f"{file.name}#{start}", text[start:end], is_repaired, labels=labels, group=file.name)
+
+
+@cache
+def _large_packages() -> frozenset[str]:
+    """Return the packages of the standard library, tests aside, with so many bytes of source."""
+    sizes: Counter[str] = Counter()
+    for file in find_files(DataConfig()).files:
+        if "/" in file.name and not file.name.startswith(("test/", "idlelib/idle_test/")):
+            sizes[file.name.partition("/")[0]] += file.path.stat().st_size
+    return frozenset(package for package, size in sizes.items() if size >= _PACKAGE_BYTES)
+
+
+def _pieces(text: str, num_characters: int) -> Iterator[tuple[int, int]]:
+    """Yield where pieces of at least so many characters begin and end, at the ends of lines."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + num_characters) + 1 or len(text)
+        yield start, end
+        start = end
 
 
 def _text_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterator[Document]:
@@ -209,16 +248,55 @@ def _text_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterato
             f"data.path='{file.path.parent}/**/*.txt'"
         )
     text, is_repaired = decode(raw)
+    if config.content is Content.labelled:
+        yield Document(file.name, text, is_repaired, labels=Labels((_directory_label(file, config),)))
+        return
     is_alone = part.stop is not None or Path(config.path).is_file()
     if not is_alone or len(text) < 2 * _SMALLEST_PIECE_CHARACTERS:
         yield Document(file.name, text, is_repaired)
         return
     # A single file is split into hundredths, so that there are documents for validation.
-    start, size = 0, max(len(text) // 100, _SMALLEST_PIECE_CHARACTERS)
-    while start < len(text):
-        end = text.find("\n", start + size) + 1 or len(text)
+    for start, end in _pieces(text, max(len(text) // 100, _SMALLEST_PIECE_CHARACTERS)):
         yield Document(f"{file.name}#{start}", text[start:end], is_repaired and start == 0)
-        start = end
+
+
+def _directory_label(file: SourceFile, config: DataConfig) -> str:
+    """Return the directory below ``data.path`` that a file lies in."""
+    label, slash, _ = file.name.partition("/")
+    if not slash:
+        raise DataError(
+            f"{file.path}: lies in no directory below data.path={config.path}; with data.content=labelled the name of that "
+            "directory is the label"
+        )
+    return label
+
+
+def _csv_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
+    name = re.sub(r"\.(gz|zst)$", "", file.name.lower())
+    with _open_lines(file.path) as lines:
+        if what := foreign_format(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
+            raise DataError(f"{file.path}: {what}, not text in UTF-8 with a header and a row per line")
+        text = io.TextIOWrapper(lines, encoding="utf-8-sig", errors="replace", newline="")
+        reader = csv.reader(text, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        try:
+            columns = next(reader, [])
+            _require_columns(config, columns, str(file.path))
+            for number, values in enumerate(reader):
+                yield _csv_row(config, f"{file.name}:{number}", columns, values, f"{file.path}:{reader.line_num}")
+        except csv.Error as error:
+            raise DataError(f"{file.path}:{reader.line_num}: {error}") from error
+
+
+def _csv_row(config: DataConfig, document_id: str, columns: list[str], values: list[str], where: str) -> Row:
+    if len(values) != len(columns):
+        return BadRow(f"{where}: {len(values)} columns, but the header has {len(columns)}")
+    row: dict[str, Any] = dict(zip(columns, values, strict=True))
+    if config.content is Content.numbers:
+        try:
+            row[config.label_field] = float(row[config.label_field])
+        except ValueError:
+            return BadRow(f"{where}: {config.label_field} is {row[config.label_field]!r}, which is no number")
+    return _row(config, document_id, row, where, is_repaired=any("\N{REPLACEMENT CHARACTER}" in v for v in values))
 
 
 def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
@@ -394,8 +472,8 @@ def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, whe
         yield Document(f"{prefix}{row}", *decode(raw or b"", "utf-8"))
 
 
-def _row(config: DataConfig, document_id: str, row: dict[str, Any], where: str) -> Document | BadRow:
+def _row(config: DataConfig, document_id: str, row: dict[str, Any], where: str, *, is_repaired: bool = False) -> Row:
     try:
-        return record_document(config, document_id, row, False)
+        return record_document(config, document_id, row, is_repaired)
     except ValueError as error:
         return BadRow(f"{where}: {error}")

@@ -2,6 +2,7 @@
 
 import heapq
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import Content, DataConfig, Duplicates
+from bigtrain.data.prepare.labels import Labels, label_record
 from bigtrain.data.prepare.quality import content_hash, exact_duplicates, minhash, near_duplicates, rejection
 from bigtrain.data.prepare.records import Document
 from bigtrain.data.prepare.sources import Part, read_part
 from bigtrain.data.read.dropped import Dropped, tell_bad_rows
+from bigtrain.data.read.index import LabelRecord
 from bigtrain.errors import DataError, counted
 
 _BPE_SAMPLE_CHARACTERS = 10_000_000
@@ -52,9 +55,23 @@ class PartSurvey(Tally):
 
     sizes: NDArray[np.int64] | None = None  # in bytes of UTF-8
     hashes: NDArray[np.uint64] | None = None  # :func:`content_hash`, ``(N, 2)``
+    places: list[int] = field(default_factory=list)  # :func:`split_place`, if that is not the first of the hashes
+    labels: Counter[str] = field(default_factory=Counter)  # documents, or words, by label
+    has_lists: bool = False  # whether a document may have several labels
+    num_values: set[int] = field(default_factory=set)  # how many numbers documents have
     ids: list[str] = field(default_factory=list)  # if duplicates are looked for
     signatures: list[Any] = field(default_factory=list)  # MinHash, if near duplicates are looked for
     pieces: list[list[tuple[int, int]]] = field(default_factory=list)  # (hash, characters) of each, for a BPE
+
+    def split_places(self) -> NDArray[np.uint64]:
+        """Return :func:`split_place` of each candidate."""
+        return np.array(self.places, dtype=np.uint64) if self.places else self.hashes[:, 0]
+
+    def add_labels(self, labels: Labels | None) -> None:
+        if labels is not None:
+            self.labels.update(labels.names)
+            self.has_lists |= labels.is_list
+            self.num_values.add(len(labels.numbers))
 
 
 @dataclass(slots=True)
@@ -64,9 +81,15 @@ class Survey(Tally):
     num_documents: int = 0  # documents that are kept
     num_text_bytes: int = 0  # their size as UTF-8
     unique_share: float = 1.0  # in bytes, of documents past the filters that do not equal an earlier one
-    validation_bound: int = 0  # documents with a first number of :func:`content_hash` below it are for validation
+    validation_bound: int = 0  # documents with a lower :func:`split_place` are for validation
+    labels: LabelRecord | None = None
     bpe_sample: list[Piece] = field(default_factory=list)  # up to 10 M characters of training text, for a BPE
     kept: list[NDArray[np.bool_]] = field(default_factory=list)  # of each part: which of its candidates are kept
+
+
+def split_place(document: Document) -> int:
+    """Return where a document lies among all, by which its split is decided: equal texts are never on both sides."""
+    return content_hash(document.group or document.text)[0]
 
 
 def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
@@ -104,6 +127,9 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
             found.pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
         sizes.append(text_bytes)
         hashes.append(content_hash(document.text))
+        if document.group is not None:
+            found.places.append(split_place(document))
+        found.add_labels(document.labels)
         if duplicates is not Duplicates.keep:
             found.ids.append(document.id)
         if duplicates is Duplicates.near:
@@ -132,14 +158,30 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     survey.num_documents = int((~is_dropped).sum())
     survey.num_text_bytes = int(sizes[~is_dropped].sum())
     survey.kept = np.split(~is_dropped, np.cumsum([len(part.sizes) for part in parts])[:-1])
-    places = np.unique(hashes[~is_dropped, 0])
+    places = np.concatenate([np.empty(0, np.uint64), *(part.split_places() for part in parts)])
+    places = np.unique(places[~is_dropped])
     if len(places) < 2:
         raise DataError(_too_few(config, survey, len(places)))
     # A small corpus could leave a split empty: the lowest hash goes to validation, the highest to training.
     bound = max(int(config.validation_fraction * 2**64), int(places[0]) + 1)
     survey.validation_bound = min(bound, int(places[-1]))
     survey.bpe_sample = _choose_sample(parts, survey)
+    survey.labels = _combine_labels(config, parts)
     return survey
+
+
+def _combine_labels(config: DataConfig, parts: list[PartSurvey]) -> LabelRecord | None:
+    if not config.content.has_labels:
+        return None
+    try:
+        return label_record(
+            config.content,
+            sum((part.labels for part in parts), Counter()),
+            has_lists=any(part.has_lists for part in parts),
+            num_values=set.union(*(part.num_values for part in parts)),
+        )
+    except ValueError as error:
+        raise DataError(f"data={config.source.name} data.path={config.path}: {error}") from error
 
 
 def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted: list[Piece]) -> list[str]:
@@ -155,6 +197,7 @@ def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted
 
 def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
     """Return the pieces of training documents with the lowest hashes, as many as fit."""
+    places = [part.split_places() for part in parts]
     heap: list[tuple[int, Piece, int]] = []  # the highest hash on top: (-hash, piece, characters)
     num_characters = 0
     for part_number, part in enumerate(parts):
@@ -169,7 +212,7 @@ def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
     return [
         piece
         for _, piece, _ in sorted(heap, reverse=True)
-        if int(parts[piece.part].hashes[piece.document, 0]) >= survey.validation_bound
+        if int(places[piece.part][piece.document]) >= survey.validation_bound
     ]
 
 

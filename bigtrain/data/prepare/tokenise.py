@@ -9,24 +9,32 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig
 from bigtrain.config.convert import from_dict, to_dict
-from bigtrain.data.prepare.encoder import Coded, encode_pieces, encode_whole, fast_encoder, slow_encoder
-from bigtrain.data.prepare.quality import content_hash
+from bigtrain.data.prepare.encoder import (
+    Coded,
+    encode_pieces,
+    encode_tagged,
+    encode_whole,
+    fast_encoder,
+    slow_encoder,
+)
+from bigtrain.data.prepare.labels import NOT_FIRST, Labels, number_labels
 from bigtrain.data.prepare.records import Document
 from bigtrain.data.prepare.sources import Part
-from bigtrain.data.prepare.survey import kept_documents
-from bigtrain.data.read.index import SPLITS, ShardRecord, record_file
+from bigtrain.data.prepare.survey import kept_documents, split_place
+from bigtrain.data.read.index import SPLITS, LabelKind, LabelRecord, ShardRecord, record_file
 from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
 from bigtrain.errors import DataError
 from bigtrain.files import write_anew
 
 PARTS_DIRECTORY = "parts"
+LABELS_FILE = "{}.labels.npy"
 SPLIT_BY = "content"  # decides the split of a document; part of a corpus's identity
 _PIECE_TOKENS = 1 << 24
 
@@ -39,21 +47,28 @@ class Coding(NamedTuple):
     validation_bound: int  # documents whose text has a lower hash are for validation
     adds_special: bool = False  # see :class:`bigtrain.data.read.index.TokenizerRecord`
     reads_special: bool = False  # see there
+    label_names: tuple[str, ...] = ()  # if each token has one
 
 
 EncodeDocument = Callable[[Document], Coded]
 
 
 def tokenise_part(
-    config: DataConfig, part: Part, number: int, kept: NDArray[np.bool_], coding: Coding, work: Path
+    config: DataConfig,
+    part: Part,
+    number: int,
+    kept: NDArray[np.bool_],
+    coding: Coding,
+    labels: LabelRecord | None,
+    work: Path,
 ) -> int:
-    """Write the tokens of a part's kept documents, unless that is done; return its text bytes."""
+    """Write the tokens and labels of a part's kept documents, unless that is done; return its text bytes."""
     directory = part_directory(work, number)
     if not directory.exists():
         partial = directory.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_part(partial, config, kept_documents(config, part, kept), coding, encoder(work, coding))
+        _write_part(partial, config, kept_documents(config, part, kept), coding, labels, encoder(work, coding))
         partial.rename(directory)
     return int(np.load(directory / "text_bytes.npy").sum())
 
@@ -67,13 +82,20 @@ def part_directory(work: Path, number: int) -> Path:
 def encoder(work: Path, coding: Coding) -> EncodeDocument:
     """Return how the tokenizer in a directory encodes documents."""
     tokenizer = load_tokenizer(work, reads_special=coding.reads_special)
+    if coding.label_names:
+        return partial(encode_tagged, tokenizer, coding.label_names, adds_special=coding.adds_special)
     fast = fast_encoder(tokenizer, adds_special=coding.adds_special) if coding.is_fast else None
     encode = fast or slow_encoder(tokenizer, adds_special=coding.adds_special)
     return partial(encode_whole, tokenizer, encode) if coding.adds_special else partial(encode_pieces, encode)
 
 
 def _write_part(
-    directory: Path, config: DataConfig, documents: Iterator[Document], coding: Coding, encode: EncodeDocument
+    directory: Path,
+    config: DataConfig,
+    documents: Iterator[Document],
+    coding: Coding,
+    labels: LabelRecord | None,
+    encode: EncodeDocument,
 ) -> None:
     dtype = token_dtype(num_ids(load_tokenizer(directory.parents[1])))
     buffers = {split: TokenBuffer(dtype) for split in SPLITS}
@@ -85,12 +107,14 @@ def _write_part(
     for split, buffer in buffers.items():
         _append(directory, split, buffer)
         np.save(directory / f"{split}.lengths.npy", np.array(buffer.lengths, dtype=np.int64))
+        if labels is not None:
+            np.save(directory / LABELS_FILE.format(split), buffer.take_labels(labels))
     np.save(directory / "text_bytes.npy", np.array([buffers[split].text_bytes for split in SPLITS], dtype=np.int64))
 
 
 def split_of(document: Document, coding: Coding) -> str:
     """Return the split of a document: equal texts are never on both sides."""
-    return "validation" if content_hash(document.text)[0] < coding.validation_bound else "train"
+    return "validation" if split_place(document) < coding.validation_bound else "train"
 
 
 class TokenBuffer:
@@ -103,13 +127,19 @@ class TokenBuffer:
         self._dtype = dtype
         self._tokens: list[NDArray] = []
         self._counted: list[NDArray[np.uint8]] = []
+        self._labels: list[Labels] = []
+        self._token_labels: list[NDArray[np.int32]] = []
 
     def add(self, document: Document, encode: EncodeDocument, eos_id: int) -> None:
-        tokens, counted = encode(document)
+        tokens, counted, labels = encode(document)
         self._tokens += [tokens.astype(self._dtype), np.array([eos_id], dtype=self._dtype)]
         if counted is not None:
             # The end of a pair's answer is a target; a template writes its own end.
             self._counted += [counted, np.array([not document.is_templated], dtype=np.uint8)]
+        if labels is not None:
+            self._token_labels += [labels, np.array([NOT_FIRST], dtype=np.int32)]
+        elif document.labels is not None:
+            self._labels.append(document.labels)
         self.lengths.append(len(tokens) + 1)
         self.text_bytes += len(document.text.encode())
         self.num_pending += self.lengths[-1]
@@ -120,6 +150,12 @@ class TokenBuffer:
         counted = np.concatenate(self._counted) if self._counted else None
         self._tokens, self._counted, self.num_pending = [], [], 0
         return tokens, counted
+
+    def take_labels(self, record: LabelRecord) -> NDArray[Any]:
+        """Return the labels of all documents; see :class:`LabelKind`."""
+        if record.kind is LabelKind.per_token:
+            return np.concatenate([np.empty(0, dtype=np.int32), *self._token_labels])
+        return number_labels(record, self._labels)
 
 
 def _append(directory: Path, split: str, buffer: TokenBuffer) -> None:
@@ -161,7 +197,20 @@ def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int)
     return plans
 
 
-def write_shard(work: Path, plan: ShardPlan, vocab_size: int, has_counted: bool) -> tuple[ShardRecord, NDArray]:
+def labels_of_shards(
+    work: Path, plans: list[ShardPlan], split: str, num_parts: int, record: LabelRecord | None
+) -> list[NDArray[Any] | None]:
+    """Return the labels of each shard, if the corpus has labels."""
+    if record is None:
+        return [None] * len(plans)
+    labels = np.concatenate([np.load(part_directory(work, i) / LABELS_FILE.format(split)) for i in range(num_parts)])
+    sizes = [int(plan.lengths.sum()) if record.kind is LabelKind.per_token else len(plan.lengths) for plan in plans]
+    return np.split(labels, np.cumsum(sizes)[:-1])
+
+
+def write_shard(
+    work: Path, plan: ShardPlan, vocab_size: int, has_counted: bool, labels: NDArray[Any] | None
+) -> tuple[ShardRecord, NDArray]:
     """Write a shard, unless that is done; return its record and how often each token occurs."""
     done = work / PARTS_DIRECTORY / f"{plan.name}.json"
     counts_path = done.with_suffix(".counts.npy")
@@ -180,10 +229,14 @@ def write_shard(work: Path, plan: ShardPlan, vocab_size: int, has_counted: bool)
                 counted.tofile(file)
     documents_path = work / f"{plan.name}.documents.npy"
     np.save(documents_path, np.concatenate([[0], np.cumsum(plan.lengths)]).astype("<i8"))
+    labels_path = work / f"{plan.name}.labels.npy"
+    if labels is not None:
+        np.save(labels_path, labels)
     record = ShardRecord(
         tokens=record_file(tokens_path),
         documents=record_file(documents_path),
         counted=record_file(counted_path) if has_counted else None,
+        labels=None if labels is None else record_file(labels_path),
         num_tokens=int(plan.lengths.sum()),
         num_documents=len(plan.lengths),
     )

@@ -6,9 +6,10 @@ This one is of a prepared corpus; :mod:`bigtrain.data.read.windows` has that of 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import DataConfig
+from bigtrain.config import DataConfig, Packing
 from bigtrain.data.order.permutation import Order
-from bigtrain.data.read.corpus import Split
+from bigtrain.data.read.corpus import FileSplit, Split
+from bigtrain.data.read.documents import DocumentSamples
 from bigtrain.data.read.packing import build_packing
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.errors import DataError
@@ -20,6 +21,9 @@ WINDOW_SHARDS = 8
 class StoredSamples:
     """Samples of a prepared corpus, records, or synthetic ones: all are known from the beginning."""
 
+    num_cut = 0
+    """Documents that are longer than the sample that each is."""
+
     def __init__(self, split: Split | RecordSplit, data: DataConfig, seed: int, *, keeps_all: bool = False) -> None:
         """Cut the split into samples; those without a target that counts are left out unless ``keeps_all``.
 
@@ -29,7 +33,11 @@ class StoredSamples:
         window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
         if split.is_remote:
             _require_room(split, window, data.cache_gib)
-        packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
+        if data.packing is Packing.documents and isinstance(split, FileSplit):
+            packed = DocumentSamples(split, data.sequence_length)
+            self.num_cut = packed.num_cut()
+        else:
+            packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
         self.fingerprint = split.fingerprint
         self.split = split
         self.num_ids, self.is_full = int(packed.shard_samples.sum()), packed.is_full

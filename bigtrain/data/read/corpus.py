@@ -6,7 +6,7 @@ A split is a row of shards, each holding whole documents; samples never cross a 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.read.cache import cache_directory
-from bigtrain.data.read.index import SPLITS, CorpusIndex, SplitRecord, check_size, parse_index, read_index, verify_file
+from bigtrain.data.read.index import (
+    SPLITS,
+    CorpusIndex,
+    LabelKind,
+    SplitRecord,
+    check_size,
+    parse_index,
+    read_index,
+    verify_file,
+)
 from bigtrain.data.read.remote import RemoteDirectory, ShardCache, is_url, read_remote_index
 from bigtrain.errors import DataError, ShardError
 from bigtrain.files import FileRecord
@@ -150,6 +159,12 @@ class FileSplit:
         """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
         self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
         """Number of tokens of each shard, int64 ``(num_shards,)``."""
+        self.shard_documents = np.array([shard.num_documents for shard in record.shards], dtype=np.int64)
+        """Number of documents of each shard, int64 ``(num_shards,)``."""
+        self.labels = corpus.index.labels
+        """What documents are labelled with, if they are."""
+        self.adds_special = corpus.index.tokenizer.adds_special
+        """Whether documents have what the tokenizer writes around them."""
         self.skipped: set[int] = set()
         """Shards that could not be had so far and whose tokens do not count."""
         self._records = record.shards
@@ -178,12 +193,8 @@ class FileSplit:
             DataError: the file cannot be fetched or is damaged; it is never skipped, for samples may depend on it.
         """
         record = self._records[shard]
-        try:
-            with self._files.open(record.documents) as file:
-                offsets = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{record.documents.name}: cannot be read: {error}") from error
-        if offsets.shape != (record.num_documents + 1,) or offsets[-1] != record.num_tokens:
+        offsets = self._load(record.documents, record.num_documents + 1)
+        if offsets.ndim != 1 or offsets[-1] != record.num_tokens:
             raise DataError(f"{record.documents.name}: its documents are not those of the index")
         return offsets
 
@@ -209,6 +220,27 @@ class FileSplit:
         if file is not None:
             counted = self._map(shard, file, np.dtype(np.uint8))
         return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
+
+    def read_labels(self, shard: int) -> NDArray[Any]:
+        """Return what :class:`LabelKind` says of a shard.
+
+        Raises:
+            DataError: the file cannot be fetched or is damaged.
+        """
+        record = self._records[shard]
+        per_token = self.labels.kind is LabelKind.per_token
+        return self._load(record.labels, record.num_tokens if per_token else record.num_documents)
+
+    def _load(self, file: FileRecord, num_rows: int) -> NDArray[Any]:
+        """Return the content of a npy file with so many rows."""
+        try:
+            with self._files.open(file) as handle:
+                array = np.load(handle, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file.name}: cannot be read: {error}") from error
+        if len(array) != num_rows:
+            raise DataError(f"{file.name}: its {len(array)} rows are not those of the index")
+        return array
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Begin to fetch ``shards``, if they are remote, in the background and in this order."""

@@ -1,14 +1,14 @@
 """``index.json`` of a prepared corpus: what its files hold, and how to know that they still do."""
 
-import dataclasses
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
-from bigtrain.config.convert import from_dict
+from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.errors import ConfigError, DataError, ShardError
 from bigtrain.files import FileRecord, hash_content
 
@@ -17,6 +17,31 @@ PUBLISHED_DIRECTORY = "tokenizer"
 """Beside the index of a corpus or run: the files that its tokenizer was published as."""
 FORMAT = 2
 SPLITS = ("train", "validation")
+
+
+class LabelKind(Enum):
+    """What a corpus has beside its text."""
+
+    one = "one"
+    """A label per document: int32 ``(num_documents,)``."""
+    several = "several"
+    """Any number of labels per document: uint8 ``(num_documents, size)``, 1 where it has the label."""
+    numbers = "numbers"
+    """Numbers per document: float32 ``(num_documents, size)``."""
+    per_token = "per_token"
+    """A label per token: int32 ``(num_tokens,)``, -100 where a token has none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LabelRecord:
+    """The labels of a corpus."""
+
+    kind: LabelKind
+    """What a document has."""
+    size: int
+    """Different labels, or numbers of a document."""
+    names: list[str]
+    """Of the labels, in the order of their numbers; none of numbers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +54,8 @@ class ShardRecord:
     """npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end."""
     counted: FileRecord | None = None
     """uint8 per token, 1 where the loss counts it as a target; none when all are counted."""
+    labels: FileRecord | None = None
+    """npy: what :class:`LabelKind` says, if the corpus has labels."""
     num_tokens: int
     """Number of tokens, end-of-text tokens included."""
     num_documents: int
@@ -37,7 +64,7 @@ class ShardRecord:
     @property
     def files(self) -> list[FileRecord]:
         """Every file of the shard."""
-        return [self.tokens, self.documents, *([self.counted] if self.counted else [])]
+        return [file for file in (self.tokens, self.documents, self.counted, self.labels) if file]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,6 +140,8 @@ class CorpusIndex:
     """Documents to train on."""
     validation: SplitRecord
     """Documents that are never trained on."""
+    labels: LabelRecord | None = None
+    """What documents are labelled with."""
     live: LiveRecord | None = None
     """Where the tokens come from if they were not prepared."""
 
@@ -138,7 +167,7 @@ class CorpusIndex:
 
 def write_index(directory: Path, index: CorpusIndex) -> None:
     """Write ``index.json``; it is complete on disk only after the caller's fsync."""
-    text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
+    text = json.dumps(to_dict(index), indent=2) + "\n"
     Path(directory, INDEX_FILE).write_text(text, encoding="utf-8")
 
 

@@ -26,7 +26,8 @@ from bigtrain.data.read.corpus import Split, SyntheticSplit
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.tasks.base import IGNORE_INDEX
 
-_SHARDS_KEPT = 64
+SHARDS_KEPT = 64
+"""Shards whose documents are remembered."""
 
 
 def build_packing(
@@ -66,7 +67,7 @@ def unanswered(num_left_out: int, num_samples: int, where: str = "") -> str:
     )
 
 
-class _ShardedSamples:
+class ShardedSamples:
     """What both kinds of packing have in common: ids are looked up shard by shard."""
 
     shard_samples: NDArray[np.int64]
@@ -77,7 +78,7 @@ class _ShardedSamples:
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
         self._split = split
         # Read from a file every time, and needed for every batch.
-        self._documents = lru_cache(maxsize=_SHARDS_KEPT)(split.documents)
+        self._documents = lru_cache(maxsize=SHARDS_KEPT)(split.documents)
         self.sequence_length = sequence_length
         self._document_mask = document_mask
         self._pool = ArrayPool()
@@ -130,7 +131,7 @@ class _ShardedSamples:
         raise NotImplementedError
 
 
-class ConcatSamples(_ShardedSamples):
+class ConcatSamples(ShardedSamples):
     """Samples that begin every T tokens."""
 
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
@@ -185,14 +186,14 @@ class _Plan:
     """Token that stands before each piece: the one before it or, at the beginning of a document, its last one."""
 
 
-class BestFitSamples(_ShardedSamples):
+class BestFitSamples(ShardedSamples):
     """Samples of whole documents."""
 
     is_full = False
 
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
         super().__init__(split, sequence_length, document_mask)
-        self._plan = lru_cache(maxsize=_SHARDS_KEPT)(self._pack)
+        self._plan = lru_cache(maxsize=SHARDS_KEPT)(self._pack)
         num_shards = len(split.shard_tokens)
         counts = (len(self._plan(shard).first_piece) - 1 for shard in range(num_shards))
         self.shard_samples = np.fromiter(counts, dtype=np.int64, count=num_shards)

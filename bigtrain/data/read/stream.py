@@ -3,7 +3,7 @@
 A sample of the stream has one number: the components' samples are numbered on end, in the order of their names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ class SampleStream:
 
     tokenizer_directory: Path | None = None
     """Where the tokenizer of the text is, and the index that says how to use it; None when there is no text."""
+    label_names: Sequence[str] = ()
+    """Of the labels that are predicted, where they have names."""
     collate: Collate | None = None
     """What the task does to samples; see :meth:`collated`."""
 
@@ -105,6 +107,11 @@ class SampleStream:
     def num_left_out(self) -> int:
         """Samples without a target that counts, so far as they are known."""
         return sum(component.num_left_out for component in self._list)
+
+    @property
+    def num_cut(self) -> int:
+        """Documents that are longer than the sample that each of them is."""
+        return sum(part.num_cut for _, part in self._stored)
 
     @property
     def skipped_shards(self) -> list[tuple[int, int]]:
