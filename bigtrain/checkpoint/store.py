@@ -48,6 +48,29 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a run stands by ``validation.metric``."""
+
+    metric: str
+    less_is_better: bool
+    value: float | None = None  # of the newest validation
+    step: int = 0  # of that validation
+    best: float | None = None  # NaN is never the best
+    best_step: int = 0
+    num_since: int = 0  # validations since the best one
+
+    def after(self, step: int, value: float) -> "Standing":
+        """Return the standing after one more validation."""
+        is_best = not math.isnan(value) and (self.best is None or self.order(value) < self.order(self.best))
+        best = {"best": value, "best_step": step, "num_since": 0} if is_best else {"num_since": self.num_since + 1}
+        return dataclasses.replace(self, value=value, step=step, **best)
+
+    def order(self, value: float) -> float:
+        """Return a number that is less for a better value."""
+        return value if self.less_is_better else -value
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """Everything besides tensors that a run continues from."""
 
@@ -64,6 +87,14 @@ class RunState:
     rollbacks: int = 0  # how often the run has gone back because of bad numbers
     origin: Origin | None = None  # None in checkpoints from before it was recorded
     frozen: Frozen | None = None
+    standing: Standing | None = None  # None in checkpoints from before there was one
+
+    @property
+    def measured(self) -> Standing | None:
+        """Standing with the validation at this step, None if there was none."""
+        if self.standing is None and self.validation_loss is not None:
+            return Standing("loss", less_is_better=True).after(self.step, self.validation_loss)
+        return self.standing if self.standing and self.standing.step == self.step > 0 else None
 
     @property
     def cursor(self) -> Cursor:
@@ -262,15 +293,17 @@ def _kept_by(rule: list[str], found: list[Path]) -> list[Path]:
 
 
 def _best(found: list[Path]) -> list[Path]:
-    """Return the checkpoint with the least validation loss, and unreadable ones, which might be it."""
-    losses: dict[Path, float] = {}
+    """Return the best checkpoint by the newest one's metric, and unreadable ones, which might be it."""
+    measured: dict[Path, Standing] = {}
     unreadable = []
     for path in found:
         try:
-            loss = read_run_state(path).validation_loss
+            standing = read_run_state(path).measured
         except CheckpointError:
             unreadable.append(path)
         else:
-            if loss is not None and not math.isnan(loss):
-                losses[path] = loss
-    return [*unreadable, *([min(losses, key=losses.__getitem__)] if losses else [])]
+            if standing is not None and not math.isnan(standing.value):
+                measured[path] = standing
+    metric = next((standing.metric for standing in reversed(measured.values())), None)
+    values = {path: s.order(s.value) for path, s in measured.items() if s.metric == metric}
+    return [*unreadable, *([min(values, key=values.__getitem__)] if values else [])]

@@ -26,7 +26,7 @@ class CheckpointsConfig:
 
 
 HELP = """\
-List the checkpoints of a run: step, tokens, size, what wrote them, validation loss, and whether they are whole.
+List the checkpoints of a run: step, tokens, size, what wrote them, the validation by validation.metric, and whether they are whole.
 
   python launch/checkpoints.py runs/gpt_nano
   python launch/checkpoints.py runs/gpt3_1b verify=off
@@ -80,7 +80,7 @@ def row(item: "Listed", verify: Verify) -> str:
     state, written_by, loss = item.run_state, "", ""
     if state:
         written_by = f"{state.config.get('engine', {}).get('kind', 'unknown')} x {state.world_size}"
-        loss = "" if state.validation_loss is None else f"{state.validation_loss:.4f}"
+        loss = "" if state.measured is None else f"{state.measured.value:.4f}"
     condition = "DAMAGED" if item.problems else TRUST[verify]
     if item.status == "set aside":
         condition = f"{condition.lower()}, set aside as {item.path.name}"

@@ -303,6 +303,12 @@ class ValidationConfig:
     """Steps between validations, besides the one at the end; 0 = never, not even at the end."""
     batches: Annotated[int, Bound(ge=1, le=10**6), OnlyIf("every_steps", not_in=(0,))] = 8
     """Global batches per validation."""
+    metric: Annotated[str, OnlyIf("every_steps", not_in=(0,))] = "loss"
+    """``loss`` or a metric of the task, by which validations are compared; whether more of it is better is the metric's own."""
+    patience: Annotated[int | None, Bound(ge=1), OnlyIf("every_steps", not_in=(0,))] = None
+    """The run ends, as finished, after so many validations in a row without a better ``metric``."""
+    stop_at: Annotated[float | None, OnlyIf("every_steps", not_in=(0,))] = None
+    """The run ends, as finished, when ``metric`` reaches this value."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -312,7 +318,7 @@ class CheckpointConfig:
     every_steps: Annotated[int, Bound(ge=0)] = 500
     """Steps between checkpoints, besides the one at the end; 0 = only at the end."""
     keep: str = "latest 2"
-    """``all``, ``latest N``, ``every N`` (steps), ``best`` (validation loss), or several with commas; the two newest always are."""
+    """``all``, ``latest N``, ``every N`` (steps), ``best`` (by ``validation.metric``; saved when it is found), or several with commas; the two newest always are."""
     resume: LocalPath = "auto"
     """``auto`` continues if there is a checkpoint, ``never`` refuses to, ``must`` insists; anything else is the path of another run, or of one of its checkpoints, with which this one begins."""
     load: Load = Load.all

@@ -12,6 +12,7 @@ from bigtrain.checkpoint.loader import verify_checkpoint
 from bigtrain.checkpoint.store import (
     Origin,
     RunState,
+    Standing,
     checkpoints_directory,
     discard_after,
     read_run_state,
@@ -21,7 +22,7 @@ from bigtrain.config.check import RESUME_WORDS
 from bigtrain.config.convert import to_dict
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.stream import SampleStream
-from bigtrain.distributed.collectives import on_rank0
+from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import require_causal
 from bigtrain.engine.state import MODEL, clear_optimizer, initialise
@@ -32,6 +33,7 @@ from bigtrain.models.hf.files import stored_tensors
 from bigtrain.processes import RankInfo
 from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, reached_step, write_run_files, writing
 from bigtrain.run.frozen import load_state, parameters_of
+from bigtrain.run.standing import explain_end, why_ended
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.supervise.launch import Launch
 
@@ -47,6 +49,22 @@ class Start:
     def read_state(self) -> RunState | None:
         """Return the run state that is continued; None at step 0."""
         return read_run_state(self.checkpoint) if self.checkpoint and not self.weights_only else None
+
+
+def require_same_imports(imports: dict[str, str]) -> None:
+    """Refuse ranks that have imported different contents; all ranks call this.
+
+    Raises:
+        ConfigError: they differ; on all ranks.
+    """
+    found = gather_json(imports)
+    differing = broadcast_json([number for number, other in enumerate(found) if other != found[0]])
+    if differing:
+        raise of_all_ranks(
+            ConfigError(
+                f"--import: rank {differing[0]} has imported other files than rank 0; copy the same to every node"
+            )
+        )
 
 
 def require_place(config: TrainConfig, start: Start) -> None:
@@ -94,8 +112,12 @@ def follow(config: TrainConfig, find: Callable[[], Path], stream: SampleStream) 
     return Path(on_rank0(found))
 
 
-def nothing_to_do(directory: Path, step: int, wanted_steps: int) -> str:
-    """Say why a run is not trained."""
+def nothing_to_do(config: TrainConfig, state: RunState, standing: Standing) -> str | None:
+    """Say why a run is not trained on, None if it is."""
+    directory, step, wanted_steps = config.run.directory, state.step, config.train.steps
+    if step < wanted_steps:
+        ended = why_ended(standing, config.validation)
+        return ended and f"{directory} is finished at step {step}: {explain_end(standing, ended)}"
     if step > wanted_steps:
         return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
     return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bigtrain import __version__, log
 from bigtrain.checkpoint.saver import Saver, SaveReport
-from bigtrain.checkpoint.store import Frozen, Origin, RunState, find_checkpoints
+from bigtrain.checkpoint.store import Frozen, Origin, RunState, Standing, find_checkpoints
 from bigtrain.config import Load, Precision, TrainConfig
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.data.order.cursor import Cursor
@@ -24,7 +24,6 @@ from bigtrain.data.read.loader import StepBatch
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import (
     broadcast_json,
-    gather_json,
     init_process_group,
     on_rank0,
     pick_device,
@@ -38,7 +37,6 @@ from bigtrain.errors import (
     EXIT_NO_RESTART,
     EXIT_RESUMABLE,
     CheckpointError,
-    ConfigError,
     NoRestartError,
     of_all_ranks,
 )
@@ -67,7 +65,9 @@ from bigtrain.run.recovery import (
     has_moved,
     nothing_to_do,
     require_place,
+    require_same_imports,
 )
+from bigtrain.run.standing import begin_standing, explain_end, why_ended
 from bigtrain.run.step import read_back, seed_step, train_step
 from bigtrain.run.validation import validate
 from bigtrain.supervise.agreement import StopAgreement
@@ -100,6 +100,7 @@ class Run:
     recorder: Any
     saver: Saver
     start: Cursor  # of this launch, or after a rollback
+    standing: Standing
     origin: Origin = field(default_factory=Origin)  # of the run
     frozen: Frozen | None = None  # what checkpoints leave out
     rollbacks: int = 0  # because of bad numbers
@@ -157,22 +158,6 @@ def run(config: TrainConfig, *, outlived: bool = False) -> int:
     return code
 
 
-def require_same_imports(imports: dict[str, str]) -> None:
-    """Refuse ranks that have imported different contents; all ranks call this.
-
-    Raises:
-        ConfigError: they differ; on all ranks.
-    """
-    found = gather_json(imports)
-    differing = broadcast_json([number for number, other in enumerate(found) if other != found[0]])
-    if differing:
-        raise of_all_ranks(
-            ConfigError(
-                f"--import: rank {differing[0]} has imported other files than rank 0; copy the same to every node"
-            )
-        )
-
-
 def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> int:
     with launch, explained(config, config.run.directory, info, device):
         end = _train_run(config, info, device, launch)
@@ -186,11 +171,12 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         claim(launch)
     start = find_start(config)
     state = start.read_state()
-    if state and state.step >= config.train.steps:
-        log.get_logger().info(nothing_to_do(directory, state.step, config.train.steps))
+    standing = begin_standing(config, state)
+    if state and (told := nothing_to_do(config, state, standing)):
+        log.get_logger().info(told)
         on_rank0(lambda: repair(directory))
         launch.heartbeat.step = state.step
-        return End(EXIT_FINISHED, "finished")
+        return End(EXIT_FINISHED, why_ended(standing, config.validation) or "finished")
     on_rank0(lambda: require_place(config, start))
     streams = open_data(config, state.data if state else None)
     changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
@@ -213,6 +199,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
         streams=streams,
         recorder=NullRecorder(),
         saver=Saver(directory, without_frozen(engine.state.entries, frozen), config.checkpoint, is_ours=launch.is_here),
+        standing=standing,
         frozen=frozen,
         follow=launch.follow,
         start=begin,
@@ -243,6 +230,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
             discard(directory, end)
         parts.rollbacks += 1
         parts.start = fill_state(config, engine, start, info)
+        parts.standing = begin_standing(config, start.read_state())
 
 
 def train(run: Run) -> End | RollBack:
@@ -260,7 +248,8 @@ def train(run: Run) -> End | RollBack:
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
     loader = train_loader(run.streams["train"], config, engine, start=run.start)
     stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
-    heartbeat.step, verdict = run.start.step, None
+    heartbeat.step, verdict, ended = run.start.step, None, None
+    keeps_best = "best" in config.checkpoint.keep
 
     def before_update() -> None:
         meter.mark(names.FORWARD_BACKWARD_SECONDS)
@@ -296,7 +285,8 @@ def train(run: Run) -> End | RollBack:
                 stopping = stopping or "run.stop_after_steps"
             finished = step == steps
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
-            if saving or step % config.train.log_every_steps == 0:
+            validating = _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps)
+            if saving or validating or step % config.train.log_every_steps == 0:
                 records = norms.merge(read_back(pending, objective, engine.mesh))
                 records[-1] |= count_skipped_shards(run.streams["train"], config)
                 recorder.metrics(records, meter.phases())
@@ -305,31 +295,34 @@ def train(run: Run) -> End | RollBack:
                     break
             meter.mark(names.LOGGING_SECONDS)
             validation_loss = None
-            if _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps):
+            if validating:
                 heartbeat.enter("validation")
                 validation_loss = record_validation(run, batch.after)
+                ended = why_ended(run.standing, config.validation)
+                saving = saving or ended or (keeps_best and run.standing.best_step == step)
                 meter.skip()
             if saving:
                 heartbeat.enter("checkpoint")
-                save(run, batch, validation_loss, last=finished or stopping is not None)
+                save(run, batch, validation_loss, last=bool(finished or stopping or ended))
                 meter.skip()
             if profiler.step_done(step):
                 meter.skip()
             if step % GC_EVERY_STEPS == 0:
                 gc.collect()
-            if finished or stopping:
+            if finished or stopping or ended:
                 break
         agreement.settle()
         heartbeat.enter("checkpoint")
         record_save(run, saver.finish())
     gc.unfreeze()
     gc.enable()
-    return verdict or _end(run, step, finished, stopping, has_good=judge.has_good)
+    return verdict or _end(run, step, "finished" if finished else ended, stopping, has_good=judge.has_good)
 
 
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
     metrics = validate(run.engine, run.streams["validation"], run.config)
+    run.standing = run.standing.after(done.step, metrics[run.standing.metric])
     unit, size = _unit(run.streams["train"])
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
     return metrics["loss"]
@@ -355,6 +348,7 @@ def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: boo
             rollbacks=run.rollbacks,
             origin=run.origin,
             frozen=run.frozen,
+            standing=run.standing,
         )
     )
 
@@ -421,7 +415,7 @@ def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _end(run: Run, step: int, finished: bool, reason: str | None, *, has_good: bool) -> End:
+def _end(run: Run, step: int, finished: str | None, reason: str | None, *, has_good: bool) -> End:
     if run.saver.num_failures:
         last = find_checkpoints(run.directory)
         problem = (
@@ -438,8 +432,9 @@ def _end(run: Run, step: int, finished: bool, reason: str | None, *, has_good: b
     if run.limits:
         run.limits.honour()
     if finished:
-        run.recorder.event("finished", step=step)
-        return End(EXIT_FINISHED, "finished")
+        why = {} if finished == "finished" else {"reason": explain_end(run.standing, finished)}
+        run.recorder.event("finished", step=step, **why)
+        return End(EXIT_FINISHED, finished)
     run.recorder.event("stop", step=step, reason=reason)
     if run.directory != run.config.run.directory:
         run.recorder.message(f"stopped by {reason} after step {step}: {has_moved(run.config, run.directory)}")

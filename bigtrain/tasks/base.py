@@ -67,7 +67,7 @@ class Objective(Protocol):
         """
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return metrics by name.
+        """Return metrics by name; those that improve by falling are in ``LESS_IS_BETTER`` or in an attribute ``less_is_better``.
 
         Args:
             loss: mean over targets.

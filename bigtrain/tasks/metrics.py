@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "wer", "cer"})
+"""Metrics that improve by falling; of all others more is better."""
 NUM_SCORE_BINS = 2**16
 """One per bf16 number: AUC is exact for scores rounded to bf16, ties included."""
 

@@ -213,7 +213,8 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case names.SUPERSEDED_EVENT:
             return f"steps {step} to {fields['last_step']} have other numbers than before the run went back"
         case "finished":
-            return f"finished after step {step}"
+            why = fields.get("reason")
+            return f"finished after step {step}{f': {why}' if why else ''}"
     return None
 
 
