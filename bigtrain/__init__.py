@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigtrain.cli.api import Run, generate, load_run, train, validate
+    from bigtrain.cli.api import Run, generate, load_run, predict, train, validate
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "generate", "load_run", "train", "validate"]
+__all__ = ["Run", "__version__", "generate", "load_run", "predict", "train", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a Transformer",
     "prepare": "prepare a corpus ahead of the training",
     "validate": "validate a checkpoint",
+    "predict": "write what a run says of new inputs",
     "generate": "continue a prompt",
     "export": "write the weights for transformers",
     "watch": "look at runs while they run",

@@ -108,6 +108,35 @@ def validate(run: Run | str | PathLike[str], *, batches: int | None = None) -> d
     return validate_run(_path(run), batches=batches)
 
 
+def predict(
+    run: Run | str | PathLike[str],
+    inputs: Any,
+    *,
+    top_k: int = 1,
+    threshold: float | None = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Return what a run says of each input: ``label`` and ``probability``, or ``value``.
+
+    Args:
+        run: the run, or the path of one of its checkpoints.
+        inputs: arrays by column, rows, texts, or the path of a file.
+        top_k: see :class:`bigtrain.cli.predict.PredictConfig`, like what follows.
+        threshold: see there.
+        batch_size: see there.
+
+    Raises:
+        BigtrainError: there is no whole checkpoint, or the inputs do not fit its network.
+    """
+    from bigtrain.run import prediction
+    from bigtrain.tasks.answers import Wanted
+
+    inputs = Path(inputs) if isinstance(inputs, str | PathLike) else inputs
+    return prediction.predict(
+        _path(run), inputs, wanted=Wanted(top_k=top_k, threshold=threshold), batch_size=batch_size
+    )
+
+
 def generate(
     run: Run | str | PathLike[str],
     prompt: str,

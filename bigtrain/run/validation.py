@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from bigtrain import log
 from bigtrain.checkpoint.store import read_run_state
@@ -49,6 +50,55 @@ def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[
     return {"loss": loss, **objective.metrics(loss, split_sums(objective, sums))}
 
 
+def evaluation_config(path: Path, *, batches: int | None = None) -> TrainConfig:
+    """Return the configuration of a run for measuring and predicting on the ranks of this world.
+
+    Args:
+        path: directory of a run, or of one of its checkpoints.
+        batches: global batches of a validation; by default those of the run's own.
+
+    Raises:
+        CheckpointError: no checkpoint.
+        ConfigError: it is of no use in this world.
+    """
+    info = RankInfo.from_env()
+    log.setup(info.rank)
+    config = read_config(locate(path)[0])
+    # The engine does not matter to the numbers; this one needs the least memory.
+    engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
+    every_steps, batches = config.validation.every_steps or 1, batches or config.validation.batches
+    validation = dataclasses.replace(config.validation, batches=batches, every_steps=every_steps)
+    train = dataclasses.replace(config.train, micro_batch_size=None)
+    config = dataclasses.replace(config, engine=engine, validation=validation, train=train)
+    config = fit_micro_batch(config, info.world_size)
+    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def load_engine(path: Path, config: TrainConfig) -> tuple[Engine, Path]:
+    """Return an engine with the weights of a run's newest whole checkpoint, and that; starts the process group.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+    """
+    info, device = _join_group()
+    _, checkpoint = find_whole(path)
+    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
+    load_state(checkpoint, {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)})
+    engine.state.commit()
+    return engine, checkpoint
+
+
+def _join_group() -> tuple[RankInfo, torch.device]:
+    """Start the process group, unless there is one."""
+    info = RankInfo.from_env()
+    device = pick_device(info)
+    if not dist.is_initialized():
+        init_process_group(info, device)
+    return info, device
+
+
 def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     """Return loss and metrics of a checkpoint on its run's validation split, on all ranks of this world.
 
@@ -59,29 +109,11 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     Raises:
         CheckpointError: no whole checkpoint.
     """
-    info = RankInfo.from_env()
-    log.setup(info.rank)
-    device = pick_device(info)
-    directory, _ = locate(path)
-    config = read_config(directory)
-    # The engine does not matter to the loss; this one needs the least memory.
-    engine_config = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
-    config = dataclasses.replace(config, engine=engine_config)
-    config.validation = dataclasses.replace(
-        config.validation, batches=batches or config.validation.batches, every_steps=config.validation.every_steps or 1
-    )
-    config.train.micro_batch_size = None
-    config = fit_micro_batch(config, info.world_size)
-    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
-        raise ConfigError("\n".join(problems))
-    init_process_group(info, device)
-    _, checkpoint = find_whole(path)
+    config, (directory, _) = evaluation_config(path, batches=batches), locate(path)
+    _join_group()
     with elsewhere(config.data):
         streams = open_data(config)
-    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    weights = {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
-    load_state(checkpoint, weights)
-    engine.state.commit()
+    engine, checkpoint = load_engine(path, config)
     metrics = validate(engine, streams["validation"], config)
     shut_down()
     result = {"step": read_run_state(checkpoint).step, **metrics}

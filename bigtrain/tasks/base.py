@@ -30,7 +30,7 @@ class Field(NamedTuple):
     padding: int | float = 0
     """What fills samples up that count for nothing."""
     ignored: int | float | None = None
-    """Value of a target that does not count; then it fills padding too."""
+    """Of a target: its value where it does not count, which fills padding too. What has none is an input."""
     below: int | None = None
     """Whole numbers in a record that are not ``ignored`` lie in ``[0, below)``."""
     is_optional: bool = False
@@ -65,6 +65,9 @@ class Objective(Protocol):
 
         An objective without sums may return the loss itself, 0-d.
         """
+
+    # An objective that predicts has also ``answers(network, *inputs, wanted)``: given a function and what the fields without
+    # ``ignored`` hold, it returns plain data, a mapping for each sample; see :mod:`bigtrain.tasks.answers`.
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return metrics by name; those that improve by falling are in ``LESS_IS_BETTER`` or in an attribute ``less_is_better``.

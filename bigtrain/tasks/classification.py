@@ -1,6 +1,6 @@
 """One label per sample: text, images, tables or sequences of numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigtrain.config import Inputs
+from bigtrain.tasks.answers import Wanted, label_answers
 from bigtrain.tasks.base import IGNORE_INDEX, Field
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import confusion_counts, label_metrics
@@ -51,6 +52,10 @@ class Classification:
         loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
         confusion = confusion_counts(logits_BC.argmax(dim=-1), labels_B, self.num_labels, ignored=IGNORE_INDEX)
         return torch.cat([loss.view(1), confusion.flatten()])
+
+    def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+        """Return the likeliest labels of each sample."""
+        return label_answers(network(*inputs).float(), wanted)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return accuracy, Matthews' correlation, and precision, recall and F1 as means over labels."""

@@ -1,6 +1,6 @@
 """Numbers per sample."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigtrain.config import Inputs
+from bigtrain.tasks.answers import Wanted, value_answers
 from bigtrain.tasks.base import Field
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import regression_metrics, regression_sums
@@ -31,7 +32,7 @@ class Regression:
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        values = Field(torch.float32, (self.num_values,), padding=float("nan"))
+        values = Field(torch.float32, (self.num_values,), ignored=float("nan"))
         return {**input_fields(self.inputs), "values": values}
 
     @property
@@ -51,6 +52,10 @@ class Regression:
         counted_BV = values_BV.isfinite()
         loss = torch.where(counted_BV, predicted_BV - torch.where(counted_BV, values_BV, 0), 0).square().sum()
         return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV)])
+
+    def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+        """Return the values of each sample."""
+        return value_answers(network(*inputs).float())
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return MAE, RMSE and R²."""

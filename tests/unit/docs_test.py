@@ -45,7 +45,10 @@ def test_every_setting_and_every_bound_is_listed():
     listed = {setting.key: setting for setting in settings.settings()}
     assert listed.keys() == key_types(TrainConfig).keys()
     assert listed["train.steps"] == ("train.steps", "int, at least 1", "1000", "Optimizer steps of the whole run.")
-    assert listed["data.packing"][1:3] == ("concat | best_fit | documents, not with source=synthetic | records | own", "concat")
+    assert listed["data.packing"][1:3] == (
+        "concat | best_fit | documents, not with source=synthetic | records | own",
+        "concat",
+    )
     assert listed["model.rope_scaling.factor"][1:3] == ("float, at least 1", "<needed>")
     assert listed["data.mixture.*.weight"].kind == "float, at least 0"
     assert listed["train.micro_batch_size"].kind == "int or null, at least 1, at most 1000000"

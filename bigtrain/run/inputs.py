@@ -1,0 +1,148 @@
+"""Inputs of a trained network from a file or a program: rows of columns, or text that the run's tokenizer reads."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config import TrainConfig
+from bigtrain.data.read.arrays import Arrays, read_npz
+from bigtrain.data.read.index import INDEX_FILE, read_index
+from bigtrain.data.read.records import Records
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.errors import DataError
+from bigtrain.files import read_json
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import Field, Objective
+
+FORMATS = (".jsonl", ".csv", ".txt", ".npz")
+Row = Mapping[str, Any]
+
+
+class Unlabelled(Objective):
+    """The inputs of an objective, without its targets."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._fields = {name: field for name, field in objective.fields.items() if field.ignored is None}
+        self.targets = objective.fields.keys() - self._fields.keys()
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return self._fields
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return 0 for each sample."""
+        return np.zeros(len(next(iter(samples.values()))), dtype=np.int64)
+
+
+class Rows:
+    """Rows as a dataset of the columns that a network takes; what else is in a row is left alone."""
+
+    def __init__(self, rows: list[Any], where: str, read: Callable[[Any], Row]) -> None:
+        self._rows, self._where, self._read = rows, where, read
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Row:
+        try:
+            return self._read(self._rows[row])
+        except (ValueError, TypeError, KeyError) as error:
+            told = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{self._where}:{row + 1}: {told}") from error
+
+
+class Encoded:
+    """Text as ``tokens`` and ``lengths``, as :class:`bigtrain.data.read.documents.DocumentSamples` has them of a corpus."""
+
+    def __init__(self, run: Path, length: int) -> None:
+        self._tokenizer, self._record, self._length = (
+            load_tokenizer(run),
+            read_index(run, check_sizes=False).tokenizer,
+            length,
+        )
+
+    def __call__(self, text: Any) -> Row:
+        """Return the columns of a text; ValueError for anything else."""
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is no text")
+        adds_special = self._record.adds_special
+        ids = self._tokenizer.encode(text, add_special_tokens=adds_special).ids
+        ids = ids if adds_special else [self._record.eos_id, *ids]
+        if len(ids) > self._length:
+            ids = [*ids[: self._length - 1], ids[-1]] if adds_special else ids[: self._length]
+        return {"tokens": np.array(ids, dtype=np.int64), "lengths": len(ids)}
+
+
+def label_names(run: Path) -> list[str]:
+    """Return the names of the labels that a run predicts; none if they are numbers only."""
+    return (read_json(run / INDEX_FILE).get("labels") or {}).get("names", [])
+
+
+def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config: TrainConfig) -> Records:
+    """Return the inputs for the network of a run.
+
+    Args:
+        inputs: a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line, ``.npz``), arrays by column, or rows.
+        run: directory of the run, which has its tokenizer.
+        config: of the run.
+
+    Raises:
+        DataError: there is no such file, or nothing in it that the network takes.
+    """
+    where = str(inputs) if isinstance(inputs, Path) else "inputs"
+    objective = Unlabelled(build_objective(config.task))
+    wanted = list(objective.fields)
+    if isinstance(inputs, Mapping) or where.endswith(".npz"):
+        columns = read_npz(inputs)[:] if isinstance(inputs, Path) else inputs
+        if missing := [name for name in wanted if name not in columns]:
+            raise DataError(f"{where}: it lacks {', '.join(missing)}; it has {', '.join(columns)}")
+        dataset: Any = Arrays({name: columns[name] for name in wanted}, where=where)
+    else:
+        rows = _read(inputs) if isinstance(inputs, Path) else inputs
+        dataset = Rows(rows, where, _reader(rows, objective, run, config))
+    if not len(dataset):
+        raise DataError(f"{where}: it has no row")
+    return Records(dataset, objective, where=where, sequence_length=config.data.sequence_length)
+
+
+def _read(path: Path) -> list[Any]:
+    """Return the rows of a file: text, or mappings; those of JSON are read when they are wanted."""
+    if path.suffix not in FORMATS:
+        raise DataError(f"{path}: one of {', '.join(FORMATS)} is read, by the name's ending")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(content)))
+    return content.removesuffix("\n").split("\n") if content else []
+
+
+def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: TrainConfig) -> Callable[[Any], Row]:
+    """Return what makes columns of a row: of one with text its tokens, of a row of a table its numbers."""
+    wanted, text_field, first = list(objective.fields), config.data.text_field, next(iter(rows), None)
+    is_json = isinstance(first, str) and first.lstrip().startswith("{")
+    sample = json.loads(first) if is_json else first
+    has_text = "tokens" in wanted and (isinstance(sample, str) or "tokens" not in (sample or {}))
+    encode = Encoded(run, config.data.sequence_length or 1) if has_text else None
+    is_table = wanted == ["features"] and "features" not in (sample or {})
+
+    def read(row: Any) -> Row:
+        row = json.loads(row) if is_json else row
+        if encode:
+            return encode(row if isinstance(row, str) else row[text_field])
+        if is_table:  # its columns are the features, in their order
+            return {
+                "features": np.array(
+                    [float(value) for name, value in row.items() if name not in objective.targets], dtype=np.float32
+                )
+            }
+        return {name: row[name] for name in wanted}
+
+    return read

@@ -1,0 +1,189 @@
+"""What a trained network says of inputs: on all ranks, in the order of the inputs, a part of the output at a time."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
+from bigtrain.config import TrainConfig
+from bigtrain.data.read.batch import build_batch
+from bigtrain.data.read.records import Records
+from bigtrain.distributed.collectives import on_rank0, shut_down
+from bigtrain.engine.base import Engine
+from bigtrain.errors import ConfigError
+from bigtrain.files import read_json, write_anew
+from bigtrain.log import get_logger
+from bigtrain.run.inputs import label_names, open_inputs
+from bigtrain.run.validation import evaluation_config, load_engine
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.answers import Wanted
+from bigtrain.telemetry.text import format_duration
+
+REQUEST_FILE = "request.json"
+_SAY_EVERY_SECONDS = 10.0
+
+
+def predict_file(
+    path: Path, inputs: Path, out: Path, *, wanted: Wanted, batch_size: int = 32, part_rows: int = 1024
+) -> int:
+    """Write the answers of a run, or one of its checkpoints, to a file of inputs; return how many. All ranks call this.
+
+    Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world size.
+
+    Args:
+        path: directory of a run, or of one of its checkpoints.
+        inputs: see :func:`bigtrain.run.inputs.open_inputs`.
+        out: ``.jsonl`` or ``.csv``; must not exist.
+        wanted: what is written of each input.
+        batch_size: inputs of a rank in a forward pass.
+        part_rows: inputs of a part.
+
+    Raises:
+        BigtrainError: no whole checkpoint, inputs that do not fit, or a task that answers nothing.
+    """
+    if out.suffix not in (".jsonl", ".csv"):
+        raise ConfigError(f"out={out}: name a file that ends with .jsonl or .csv")
+    config = evaluation_config(path)
+    engine, checkpoint = load_engine(path, config)
+    run = checkpoint.parent.parent
+    records = open_inputs(inputs, run, config)
+    wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
+    sizes = {"batch_size": batch_size, "part_rows": part_rows}
+    request = {
+        "inputs": hash_file(inputs),
+        "weights": hash_file(checkpoint / MANIFEST_FILE),
+        "wanted": str(wanted),
+        **sizes,
+    }
+    parts = [
+        Path(f"{out}.parts") / f"{number:08d}{out.suffix}" for number in range(math.ceil(records.num_rows / part_rows))
+    ]
+    todo = on_rank0(partial(_begin, out, parts, request))
+    begin = said = time.monotonic()
+    for done in range(0, len(todo), engine.mesh.size):
+        mine = todo[done : done + engine.mesh.size][engine.mesh.rank :][:1]
+        rows = (
+            np.arange(mine[0] * part_rows, min((mine[0] + 1) * part_rows, records.num_rows)) if mine else np.arange(0)
+        )
+        answers = _answers(
+            engine,
+            config,
+            records,
+            rows,
+            wanted,
+            num_batches=math.ceil(min(part_rows, records.num_rows) / batch_size),
+            batch_size=batch_size,
+        )
+        if mine:
+            write_anew(parts[mine[0]], encode(answers, out.suffix, with_header=mine[0] == 0))
+        if time.monotonic() - said > _SAY_EVERY_SECONDS:
+            said = time.monotonic()
+            _say(min((done + engine.mesh.size), len(todo)), len(todo), part_rows, said - begin)
+    dist.barrier()  # until every rank has written its last part
+    on_rank0(partial(_join, out, parts))
+    shut_down()
+    return records.num_rows
+
+
+def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:
+    """Return the answers of a run to inputs, in their order; every rank returns all."""
+    config = evaluation_config(path)
+    engine, checkpoint = load_engine(path, config)
+    run = checkpoint.parent.parent
+    records = open_inputs(inputs, run, config)
+    wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
+    rows, num_batches = np.arange(records.num_rows), math.ceil(records.num_rows / batch_size)
+    answers = _answers(engine, config, records, rows, wanted, num_batches=num_batches, batch_size=batch_size)
+    shut_down()
+    return answers
+
+
+def _answers(
+    engine: Engine,
+    config: TrainConfig,
+    records: Records,
+    rows: np.ndarray,
+    wanted: Wanted,
+    *,
+    num_batches: int,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Return the answers to some rows; a rank that has fewer computes as many batches, for the others gather weights with it."""
+    objective, answers = build_objective(config.task), []
+    if not hasattr(objective, "answers"):
+        raise ConfigError(f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'")
+    engine.module.eval()
+    network = partial(engine.module, predicts=True)
+    for number in range(num_batches):
+        own = rows[number * batch_size : (number + 1) * batch_size]
+        read = own if len(own) else np.zeros(1, dtype=np.int64)
+        batch = build_batch(records.read(read, read)).to(engine.device)
+        with torch.no_grad():
+            found = objective.answers(network, *batch.values(), wanted=wanted)
+        answers += found[: len(own)]
+    return answers
+
+
+def encode(answers: list[dict[str, Any]], suffix: str, *, with_header: bool) -> str:
+    """Return answers as lines of JSON or CSV; lists in CSV are JSON."""
+    if suffix == ".jsonl":
+        return "".join(f"{json.dumps(answer, ensure_ascii=False)}\n" for answer in answers)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(answers[0]), lineterminator="\n")
+    if with_header:
+        writer.writeheader()
+    lists = (list, dict)
+    writer.writerows({k: json.dumps(v) if isinstance(v, lists) else v for k, v in answer.items()} for answer in answers)
+    return text.getvalue()
+
+
+def _begin(out: Path, parts: list[Path], request: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of the parts that are still to be made.
+
+    Raises:
+        ConfigError: the output exists, or its parts are those of another request.
+    """
+    if out.exists():
+        raise ConfigError(f"out={out}: exists already; name another file, or remove it")
+    try:
+        parts[0].parent.mkdir(parents=True, exist_ok=True)
+        before = read_json(parts[0].parent / REQUEST_FILE)
+        if before and before != request:
+            changed = ", ".join(key for key in request if before.get(key) != request[key])
+            raise ConfigError(
+                f"{parts[0].parent} has parts of other predictions ({changed}); remove it, or name another out"
+            )
+        write_anew(parts[0].parent / REQUEST_FILE, json.dumps(request))
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error}") from error
+    todo = [number for number, part in enumerate(parts) if not part.exists()]
+    if len(todo) < len(parts):
+        get_logger().info(f"{len(parts) - len(todo)} of {len(parts)} parts are there already")
+    return todo
+
+
+def _join(out: Path, parts: list[Path]) -> None:
+    partial_file = out.with_name(f"{out.name}.partial")
+    with partial_file.open("wb") as joined:
+        for part in parts:
+            joined.write(part.read_bytes())
+    partial_file.replace(out)
+    shutil.rmtree(parts[0].parent)
+
+
+def _say(num_done: int, num_parts: int, part_rows: int, seconds: float) -> None:
+    left = format_duration((num_parts - num_done) * seconds / num_done)
+    rate = num_done * part_rows / seconds
+    get_logger().info(f"{num_done} of {num_parts} parts of {part_rows:,}, {rate:,.0f} rows/s, {left} left")

@@ -1,0 +1,48 @@
+"""What a network says of samples without targets, as plain data, one mapping a sample."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """How answers are written; see :class:`bigtrain.cli.predict.PredictConfig`."""
+
+    top_k: int = 1
+    threshold: float | None = None
+    label_names: tuple[str, ...] = ()
+
+    def name(self, label: int) -> str | int:
+        """Return what a label is called."""
+        return self.label_names[label] if self.label_names else label
+
+
+def label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+    """Return the likeliest label of each sample with its probability, or the ``top_k`` likeliest ones.
+
+    Raises:
+        ConfigError: a threshold for more than two labels.
+    """
+    num_labels = logits_BC.shape[-1]
+    if wanted.threshold is not None and num_labels != 2:
+        raise ConfigError(f"threshold={wanted.threshold}: the likeliest of {num_labels} labels is taken; it is for two")
+    probabilities_BC = torch.softmax(logits_BC.double(), dim=-1)
+    if wanted.threshold is None:
+        chosen_BK = probabilities_BC.argsort(dim=-1, descending=True, stable=True)[:, : max(wanted.top_k, 1)]
+    else:
+        chosen_BK = (probabilities_BC[:, 1:] >= wanted.threshold).long()
+    found_BK = probabilities_BC.gather(-1, chosen_BK)
+    rows = zip(chosen_BK.tolist(), found_BK.tolist(), strict=True)
+    if wanted.top_k > 1 and wanted.threshold is None:
+        return [{"labels": [wanted.name(label) for label in row], "probabilities": found} for row, found in rows]
+    return [{"label": wanted.name(row[0]), "probability": found[0]} for row, found in rows]
+
+
+def value_answers(values_BV: Tensor) -> list[dict[str, Any]]:
+    """Return the numbers of each sample: ``value``, or ``values`` where there are several."""
+    return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in values_BV.tolist()]
