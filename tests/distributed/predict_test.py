@@ -138,7 +138,12 @@ def test_text_is_read_as_in_training_and_labels_have_their_names(place: Path):
         "model.settings.num_inputs=8",
     ]
     args += ["model.vocab_size=257", "data.sequence_length=32", "task=classification", "data=jsonl"]
-    args += [f"data.path={place}/pets.jsonl", "data.content=labelled", "data.tokenizer=bytes", f"data.root={place}/data"]
+    args += [
+        f"data.path={place}/pets.jsonl",
+        "data.content=labelled",
+        "data.tokenizer=bytes",
+        f"data.root={place}/data",
+    ]
     args += ["train.steps=30", "train.global_batch_size=16", "optimizer.lr=3e-2", "engine=ddp", "engine.precision=fp32"]
     done = fork("train.py", *args, "run.name=pets", f"run.root={place}/runs", cwd=place)
     assert done.code == 0, done.err
