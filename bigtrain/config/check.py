@@ -156,6 +156,8 @@ def _check_live(data: DataConfig) -> list[str]:
             "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
             "(python launch/prepare.py on a part of the text makes one)"
         )
+    if data.packing is Packing.documents:
+        problems.append("data.on_the_fly=true: data.packing=documents is of prepared text; leave one of them out")
     if data.filters.duplicates is not Duplicates.keep:
         problems.append(
             f"data.filters.duplicates={data.filters.duplicates.name}: duplicates are found by reading the whole text; "
@@ -380,7 +382,6 @@ def _check_records(config: TrainConfig) -> list[str]:
 def _check_documents(config: TrainConfig, content: Content) -> list[str]:
     """Find text that is not labelled as the task needs it."""
     task, parts = config.task, component_data(config.data).values()
-    labelled = [part for part in parts if part.content.has_labels or part.source is DataSource.prepared]
     rules = [
         (
             all(part.content is content or part.source is DataSource.prepared for part in parts),
@@ -394,7 +395,6 @@ def _check_documents(config: TrainConfig, content: Content) -> list[str]:
             config.data.packing is Packing.documents,
             f"data.packing={config.data.packing.name}: task={task.kind} makes a sample of each document; leave it out",
         ),
-        (not any(map(is_live, labelled)), "data.on_the_fly=true: labels are known when all is prepared; leave it out"),
         (not config.data.document_mask, "data.document_mask: a sample is one document; leave it out"),
     ]
     return [problem for holds, problem in rules if not holds]

@@ -90,6 +90,12 @@ class Content(Enum):
     labelled = "labelled"
     numbers = "numbers"
     tagged = "tagged"
+    seq2seq = "seq2seq"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether only part of a document counts as targets."""
+        return self in (Content.chat, Content.pairs, Content.seq2seq)
 
     @property
     def has_labels(self) -> bool:

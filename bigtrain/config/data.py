@@ -61,6 +61,10 @@ class ComponentConfig:
     """See ``data.answer_field``."""
     label_field: str | None = None
     """See ``data.label_field``."""
+    source_field: str | None = None
+    """See ``data.source_field``."""
+    target_field: str | None = None
+    """See ``data.target_field``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,10 +104,10 @@ class DataConfig:
     on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "own"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
-    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) or ``tagged`` (a list of words with a list of labels)."""
-    text_field: Annotated[str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", not_in=("chat", "pairs"))] = (
-        "text"
-    )
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
+    text_field: Annotated[
+        str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", not_in=("chat", "pairs", "seq2seq"))
+    ] = "text"
     """Field that holds the text, of ``tagged`` the words, in ``jsonl``, ``csv``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: Annotated[str, OnlyIf("content", is_in=("chat",))] = "messages"
     """Field with the messages of a ``chat``."""
@@ -115,6 +119,10 @@ class DataConfig:
     """Field with the answer of ``pairs``."""
     label_field: Annotated[str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", is_in=WITH_LABELS)] = "label"
     """Field with the label, the labels or the numbers of a document."""
+    source_field: Annotated[str, OnlyIf("content", is_in=("seq2seq",))] = "source"
+    """Field with the text that an encoder reads."""
+    target_field: Annotated[str, OnlyIf("content", is_in=("seq2seq",))] = "target"
+    """Field with the text that a decoder writes."""
     filters: Annotated[FilterConfig, _TO_PREPARE] = field(default_factory=FilterConfig)
     root: LocalPath = "data"
     """Directory that holds prepared corpora."""
@@ -144,6 +152,8 @@ class DataConfig:
     """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it; with a model of yours that has no setting ``max_positions`` it is by default that of the first record."""
     packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "own"))] = Packing.concat
     """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer."""
+    source_length: Annotated[int | None, Bound(ge=1), OnlyIf("content", is_in=("seq2seq",))] = None
+    """Tokens of a source; by default ``sequence_length``, which is that of targets."""
     document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "own"))] = False
     """Attention stays within documents and positions count from the beginning of each."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None

@@ -37,7 +37,7 @@ def masked_splits(draw):
     return TokenSplit("train", tokens, "f", documents=documents, counted=counted)
 
 
-@given(split=masked_splits(), packing=st.sampled_from(Packing))
+@given(split=masked_splits(), packing=st.sampled_from([Packing.concat, Packing.best_fit]))
 @settings(deadline=None)
 def test_answered_are_the_samples_with_a_target(split, packing):
     packed = build_packing(split, T, packing, document_mask=False)
@@ -70,7 +70,7 @@ def first_step(stream):
     return stream.state(Cursor(), Cursor(1, 4, chain_digest(Cursor().digest, ids, stream.content)))
 
 
-@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("packing", [Packing.concat, Packing.best_fit])
 def test_every_sample_that_is_drawn_has_a_target(tmp_path, packing):
     stream = open_in(tmp_path, [90] * 30, packing=packing)["train"]
     assert stream.num_left_out > 40

@@ -123,7 +123,7 @@ def documents_in(stream, ids):
     return Counter(text.decode().split("\0")[:-1])
 
 
-@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("packing", [Packing.concat, Packing.best_fit])
 def test_every_training_document_is_there_once_an_epoch_and_no_validation_document(place, packing):
     config = config_in(place, packing=packing, sequence_length=100 if packing is Packing.best_fit else T)
     stream = stream_of(config)
@@ -160,7 +160,9 @@ def test_epochs_and_seeds_have_different_orders(place):
 @given(data=st.data())
 def test_any_split_of_the_run_into_launches_has_the_same_samples(place, data):
     config = config_in(
-        place, packing=data.draw(st.sampled_from(Packing)), shuffle_window_shards=data.draw(st.integers(1, 5))
+        place,
+        packing=data.draw(st.sampled_from([Packing.concat, Packing.best_fit])),
+        shuffle_window_shards=data.draw(st.integers(1, 5)),
     )
     stream, cursor, whole = stream_of(config), Cursor(), []
     for _ in range(30):

@@ -129,7 +129,7 @@ def test_a_hundred_thousand_documents_are_packed_tightly_and_soon():
     assert lengths.sum() / (2048 * (bins.max() + 1)) > 0.99
 
 
-@given(split=corpora(), packing=st.sampled_from(Packing))
+@given(split=corpora(), packing=st.sampled_from([Packing.concat, Packing.best_fit]))
 def test_what_is_masked_in_the_data_does_not_count(split, packing):
     counted = [(split.read(shard) % 3 > 0).astype(np.uint8) for shard in range(len(split.shard_tokens))]
     shards = range(len(split.shard_tokens))
@@ -142,7 +142,7 @@ def test_what_is_masked_in_the_data_does_not_count(split, packing):
 
 
 @settings(deadline=None)
-@given(split=corpora(), packing=st.sampled_from(Packing), data=st.data())
+@given(split=corpora(), packing=st.sampled_from([Packing.concat, Packing.best_fit]), data=st.data())
 def test_samples_do_not_depend_on_what_is_gathered_with_them(split, packing, data):
     packed, whole = gathered(split, packing)
     ids = data.draw(st.lists(st.sampled_from(range(len(whole["tokens"]))), max_size=9)) if len(whole["tokens"]) else []
@@ -157,7 +157,7 @@ def test_samples_do_not_depend_on_what_is_gathered_with_them(split, packing, dat
 
 def test_without_a_document_mask_there_are_no_positions():
     split = TokenSplit("train", np.arange(100, dtype=np.uint16), "f")
-    for packing in Packing:
+    for packing in (Packing.concat, Packing.best_fit):
         assert gathered(split, packing, document_mask=False)[1].keys() == {"tokens", "targets"}
     synthetic = SyntheticSplit("train", 100, is_ragged=False)
     samples = build_packing(synthetic, T, Packing.concat, document_mask=True).gather(np.arange(3))
@@ -179,7 +179,7 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
     assert pool.take(4, T + 1).shape == (4, T + 1)
 
 
-@given(split=corpora(), packing=st.sampled_from(Packing))
+@given(split=corpora(), packing=st.sampled_from([Packing.concat, Packing.best_fit]))
 def test_what_was_gathered_stays(split, packing):
     packed, whole = gathered(split, packing)
     before = [array.copy() for array in whole.values()]

@@ -10,7 +10,7 @@ from bigtrain.config import Content, DataConfig, DataSource, Inputs, OnBad
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.sources import iterate_documents
 from bigtrain.data.read.corpus import Corpus
-from bigtrain.data.read.documents import DocumentSamples
+from bigtrain.data.read.documents import DocumentSamples, PairSamples
 from bigtrain.data.read.index import LabelKind, read_index
 from bigtrain.data.read.labels import require_labels
 from bigtrain.errors import DataError
@@ -171,3 +171,50 @@ def test_labels_that_are_not_those_of_the_task_are_named(tmp_path):
         require_labels(labels, Classification(inputs=Inputs.tokens, num_labels=2), where="here")
     with pytest.raises(DataError, match="have no labels; the task needs one label per document"):
         require_labels(None, Classification(inputs=Inputs.tokens, num_labels=2), where="here")
+
+
+EOS = NUM_BYTES_IDS - 1
+
+
+def pairs_config(path: Path, root: Path, **settings) -> DataConfig:
+    given = {"content": Content.seq2seq, "source_field": "en", "target_field": "uk"}
+    return config(path, root, **given | settings)
+
+
+def test_a_source_and_its_target_are_a_sample(tmp_path):
+    rows = [{"en": f"word {i}", "uk": f"слово {i}"} for i in range(20)]
+    directory = prepare(pairs_config(write_rows(tmp_path / "p.jsonl", rows), tmp_path), progress=False)
+    found = {}
+    for split in ("train", "validation"):
+        pairs = PairSamples(Corpus.open(directory, vocab_size=NUM_BYTES_IDS).split(split), 10, 16)
+        samples = pairs.gather(np.arange(int(pairs.shard_samples.sum())))
+        assert samples["source"].shape[1] == 10 and samples["targets"].shape[1] == 16 and pairs.num_cut() == 0
+        for source, length, tokens, targets in zip(*samples.values(), strict=True):
+            is_target = targets != -100
+            written = targets[is_target]
+            assert written[-1] == EOS and tokens[0] == EOS and (tokens[1 : len(written)] == written[:-1]).all()
+            assert (source[length:] == 0).all() and not is_target[len(written) :].any()
+            text = bytes(written[:-1].astype(np.uint8)).decode()
+            found[bytes(source[:length].astype(np.uint8)).decode()] = text
+    assert found == {row["en"]: row["uk"] for row in rows}
+
+
+def test_a_source_with_several_targets_is_in_one_split_and_what_is_long_is_cut(tmp_path):
+    rows = [{"en": f"word {i // 4}", "uk": f"слово {i}"} for i in range(80)]
+    directory = prepare(pairs_config(write_rows(tmp_path / "p.jsonl", rows), tmp_path), progress=False)
+    sources = {}
+    for split in ("train", "validation"):
+        pairs = PairSamples(Corpus.open(directory, vocab_size=NUM_BYTES_IDS).split(split), 8, 10)
+        samples = pairs.gather(np.arange(int(pairs.shard_samples.sum())))
+        assert pairs.num_cut() == len(samples["source"]), "every target is longer"
+        assert (samples["targets"] != -100).all() and (samples["targets"] != EOS).all()
+        sources[split] = {row.tobytes() for row in samples["source"]}
+    assert len(sources["train"]) + len(sources["validation"]) == 20 and not sources["train"] & sources["validation"]
+
+
+def test_a_pair_without_a_target_is_left_out(tmp_path):
+    rows = [{"en": f"word {i}", "uk": f"{i}" if i % 5 else ""} for i in range(20)]
+    directory = prepare(pairs_config(write_rows(tmp_path / "p.jsonl", rows), tmp_path), progress=False)
+    index = read_index(directory)
+    assert index.num_empty_documents == 4
+    assert index.train.num_documents + index.validation.num_documents == 16

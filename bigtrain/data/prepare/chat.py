@@ -375,7 +375,7 @@ def encoding_facts(config: DataConfig) -> dict[str, Any]:
 def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
     """Return a hash of :func:`encoding_facts` for a built tokenizer and settings of :func:`keep_chat`, or ""."""
     bare, whole = (built.tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, built.adds_special))
-    facts = [whole] if bare != whole or (built.adds_special and config.content is not Content.text) else []
+    facts = [whole] if bare != whole or (built.adds_special and config.content.has_answers) else []
     facts += [read_template(config.chat_template)] if _is_templated(config) else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else ""
 

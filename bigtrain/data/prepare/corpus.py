@@ -23,11 +23,11 @@ from bigtrain.config import WITHOUT_TEXT, Content, DataConfig, DataSource, OnBad
 from bigtrain.config.convert import to_dict
 from bigtrain.data.prepare.chat import build_coding, coding_hash, encoding_facts, keep_chat
 from bigtrain.data.prepare.encoder import agrees, fast_encoder, slow_encoder
-from bigtrain.data.prepare.files import LeftOut, find_files, tell_left_out
+from bigtrain.data.prepare.files import LeftOut, Part, find_files, tell_left_out
 from bigtrain.data.prepare.live import PLAN_FILE, write_plan
 from bigtrain.data.prepare.progress import reporter
 from bigtrain.data.prepare.records import Document, document_fields
-from bigtrain.data.prepare.sources import Part, read_part, source_fingerprint, source_parts
+from bigtrain.data.prepare.sources import read_part, source_fingerprint, source_parts
 from bigtrain.data.prepare.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
 from bigtrain.data.prepare.tokenise import (
     PARTS_DIRECTORY,
@@ -242,7 +242,7 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     given, config = config, keep_chat(config, work)
     # Of more parts than two, the reader of the first window reports that there is no text.
     if len(parts) < 3 and not any(document.text for part in parts for document in read_part(config, part)):
-        what = "text" if config.content is Content.text else "an answer that counts"
+        what = "an answer that counts" if config.content.has_answers else "text"
         raise DataError(f"data={config.source.name} data.path={config.path}: none of its documents has {what}")
     built = build_coding(config, ())
     index = _begin(work, given, target, built)
@@ -396,7 +396,7 @@ def _report_survey(survey: Survey, content: Content) -> None:
     if empty := survey.empty.documents:
         without = f"{counted(empty, 'document')} without an answer that counts"
         remarks.append(
-            f"{counted(empty, 'empty document') if content is Content.text else without} left out, such as {survey.empty.examples[0]}"
+            f"{counted(empty, 'empty document') if not content.has_answers else without} left out, such as {survey.empty.examples[0]}"
         )
     if survey.num_repaired:
         remarks.append(f"invalid UTF-8 in {counted(survey.num_repaired, 'document')} replaced by U+FFFD")

@@ -111,6 +111,10 @@ def encode_whole(tokenizer: "Tokenizer", encode: Encode, document: Document) -> 
     """Encode a document as the tokenizer does; a token counts if any of its characters does, as in transformers."""
     if document.answers is None:
         return Coded(encode(document.text))
+    if document.is_parted:
+        parts = [(encode(text), counts) for text, counts in _segments(document)]
+        counted = [np.full(len(tokens), counts, dtype=np.uint8) for tokens, counts in parts]
+        return Coded(np.concatenate([tokens for tokens, _ in parts]), np.concatenate(counted))
     encoding = tokenizer.encode(document.text, add_special_tokens=not document.is_templated)
     return Coded(np.array(encoding.ids, dtype=np.uint32), counted_tokens(encoding, document.answers))
 

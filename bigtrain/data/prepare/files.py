@@ -4,6 +4,8 @@ What :func:`find_files` returns depends on names and links only.
 """
 
 import glob
+import gzip
+import io
 import os
 import re
 import sysconfig
@@ -32,6 +34,16 @@ _SUFFIXES = {
 _PACKING = re.compile(r"\.(gz|zst)$", re.IGNORECASE)
 _MOST_NAMES = 8
 _THIS_NAME = "matched as a pattern, but there is something of this very name"
+
+
+class Part(NamedTuple):
+    """What one process reads at a time: some whole files, or a range of one file or dataset."""
+
+    files: tuple[SourceFile, ...] = ()  # empty for a dataset
+    start: int = 0  # first byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)
+    stop: int | None = None
+    """End of that range; None: to the end. Of a text only if it is all that a directory or a pattern holds."""
+    first_row: int = 0  # rows before the range
 
 
 class Found(NamedTuple):
@@ -88,6 +100,22 @@ def _find(config: DataConfig) -> Found:
         _refuse_packed_and_not(config, files)
     files = [SourceFile(_valid(file.name), file.path) for file in sorted(files)]
     return Found(files, {reason: [*map(_valid, names)] for reason, names in left_out.items() if names})
+
+
+def packing(path: Path) -> str | None:
+    """Return how a file is packed, by its name."""
+    return {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+
+
+def open_lines(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    """Open a file, packed or not, to read its lines."""
+    if packing(path) == "gzip":
+        return gzip.open(path, "rb")
+    if packing(path) == "zstd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
 
 
 def _valid(name: str) -> str:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from bigtrain.config import DataConfig, OnBad
 from bigtrain.config.convert import to_dict
 from bigtrain.data.prepare.chat import CHAT_FILE
-from bigtrain.data.prepare.files import SourceFile
+from bigtrain.data.prepare.files import Part, SourceFile
 from bigtrain.data.prepare.quality import rejection
 from bigtrain.data.prepare.records import document_fields
-from bigtrain.data.prepare.sources import Part, read_part, source_fingerprint
+from bigtrain.data.prepare.sources import read_part, source_fingerprint
 from bigtrain.data.prepare.tokenise import SPLIT_BY, Coding, TokenBuffer, encoder, split_of
 from bigtrain.data.read.cache import NodeCache, explained
 from bigtrain.data.read.dropped import Dropped

@@ -1,5 +1,6 @@
 """From a record of a source to a document: plain text, or a conversation of which the answers count."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bigtrain.config import Content, DataConfig, DataSource
@@ -19,8 +20,20 @@ class Document(NamedTuple):
     """What it is labelled with."""
     group: str | None = None
     """Text that decides its split instead of its own: pieces of one file are on one side."""
+    is_parted: bool = False
+    """Whether what does not count and what does are texts of their own, each with what a tokenizer adds to one."""
     is_templated: bool = False
     """Whether a chat template has written it, with all special tokens: none is added, and what ends it does not count."""
+
+
+class BadRow(NamedTuple):
+    """A row or file that ``data.on_bad_row`` decides about."""
+
+    problem: str  # what is wrong, with file and line or row
+
+
+Row = Document | BadRow
+Rows = Iterator[Row]
 
 
 def document_fields(config: DataConfig) -> dict[str, str]:
@@ -32,6 +45,7 @@ def document_fields(config: DataConfig) -> dict[str, str]:
         Content.labelled: ("text_field", "label_field"),
         Content.numbers: ("text_field", "label_field"),
         Content.tagged: ("text_field", "label_field"),
+        Content.seq2seq: ("source_field", "target_field"),
     }[config.content]
     return {setting: getattr(config, setting) for setting in settings}
 
@@ -49,7 +63,7 @@ def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
 def record_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
     """Return the document in a record; ValueError if a field is missing or not what it should be.
 
-    A chat is written by its template. A pair is prompt and answer, joined, of which the answer counts.
+    A chat is written by its template. A pair is prompt and answer, or source and target, joined, of which the second counts.
     """
     fields = document_fields(config)
     for setting, name in fields.items():
@@ -64,10 +78,14 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
         part, was_repaired = _join_surrogates(_text(record[name], name))
         is_repaired |= was_repaired
         answers = [(len(text), len(text) + len(part))]  # the last is what counts
-        if config.content is Content.pairs and not part:
+        if config.content.has_answers and not part:
             return Document(document_id, "", is_repaired, ())
         text += part
-    return Document(document_id, text, is_repaired, None if config.content is Content.text else tuple(answers))
+    if config.content is Content.text:
+        return Document(document_id, text, is_repaired)
+    is_seq2seq = config.content is Content.seq2seq
+    source = text[: answers[0][0]] if is_seq2seq else None  # what it becomes in the other split would be known
+    return Document(document_id, text, is_repaired, tuple(answers), group=source, is_parted=is_seq2seq)
 
 
 def _labelled_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:

@@ -9,13 +9,11 @@ A source is read in parts, so that several processes share the work. For all sou
   ``data.on_bad_row=skip`` such a row, and a file that cannot be read to its end, is left out whole and counted.
 """
 
-import csv
 import gzip
 import hashlib
 import io
 import json
 import os
-import re
 import sys
 import tokenize
 import zlib
@@ -24,45 +22,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bigtrain.config import Content, DataConfig, DataSource, OnBad
-from bigtrain.data.prepare.files import SourceFile, find_files
+from bigtrain.data.prepare.files import Part, SourceFile, find_files, open_lines, packing
 from bigtrain.data.prepare.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
 from bigtrain.data.prepare.labels import Labels
-from bigtrain.data.prepare.records import Document, columns_to_read, decode, document_fields, record_document
-from bigtrain.data.prepare.saved import choose_split, read_state, split_name
+from bigtrain.data.prepare.records import BadRow, Document, Rows, decode, record_document
+from bigtrain.data.prepare.tables import arrow_rows, csv_rows, dataset_parts, dataset_rows, parquet_rows
 from bigtrain.data.read.dropped import Dropped
-from bigtrain.errors import DataError, UnreachableError
+from bigtrain.errors import DataError
 
 _PART_BYTES = 8 << 20
-_PART_ROWS = 8192
-_ROWS_PER_READ = 1024
 _SMALLEST_PIECE_CHARACTERS = 1024
 _HEAD_BYTES = 4096
 _BLOCK_BYTES = 1 << 20
 _LABELLED_CHARACTERS = 500
 _PACKAGE_BYTES = 120_000
-
-
-class BadRow(NamedTuple):
-    """A row or file that ``data.on_bad_row`` decides about."""
-
-    problem: str  # what is wrong, with file and line or row
-
-
-Row = Document | BadRow
-Rows = Iterator[Row]
-
-
-class Part(NamedTuple):
-    """What one process reads at a time: some whole files, or a range of one file or dataset."""
-
-    files: tuple[SourceFile, ...] = ()  # empty for a dataset
-    start: int = 0  # first byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)
-    stop: int | None = None
-    """End of that range; None: to the end. Of a text only if it is all that a directory or a pattern holds."""
-    first_row: int = 0  # rows before the range
 
 
 def iterate_documents(config: DataConfig) -> Iterator[Document]:
@@ -78,7 +54,7 @@ def iterate_documents(config: DataConfig) -> Iterator[Document]:
 def source_parts(config: DataConfig) -> list[Part]:
     """Return the parts of the source, a few MB each where it can be divided; DataError if it cannot be read."""
     if config.source is DataSource.datasets:
-        return _dataset_parts(config)
+        return dataset_parts(config)
     files = find_files(config).files
     if config.source is DataSource.text and len(files) == 1 and not Path(config.path).is_file():
         return [Part(tuple(files), stop=files[0].path.stat().st_size)]
@@ -122,7 +98,7 @@ def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Ite
         bad: counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
     """
     skips = config.on_bad_row is OnBad.skip
-    for row in _dataset_rows(config, part) if config.source is DataSource.datasets else _file_rows(config, part, skips):
+    for row in dataset_rows(config, part) if config.source is DataSource.datasets else _file_rows(config, part, skips):
         if isinstance(row, Document):
             yield row
         elif not skips:
@@ -136,12 +112,12 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
         DataSource.stdlib: _python_documents,
         DataSource.text: _text_documents,
         DataSource.jsonl: _jsonl_rows,
-        DataSource.csv: _csv_rows,
-        DataSource.parquet: _parquet_rows,
-        DataSource.arrow: _arrow_rows,
+        DataSource.csv: csv_rows,
+        DataSource.parquet: parquet_rows,
+        DataSource.arrow: arrow_rows,
     }[config.source]
     for file in part.files:
-        may_break = config.source in (DataSource.parquet, DataSource.arrow) or _packing(file.path)
+        may_break = config.source in (DataSource.parquet, DataSource.arrow) or packing(file.path)
         try:
             with _readable(file.path):
                 if skips and may_break:
@@ -271,41 +247,13 @@ def _directory_label(file: SourceFile, config: DataConfig) -> str:
     return label
 
 
-def _csv_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
-    name = re.sub(r"\.(gz|zst)$", "", file.name.lower())
-    with _open_lines(file.path) as lines:
-        if what := foreign_format(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
-            raise DataError(f"{file.path}: {what}, not text in UTF-8 with a header and a row per line")
-        text = io.TextIOWrapper(lines, encoding="utf-8-sig", errors="replace", newline="")
-        reader = csv.reader(text, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
-        try:
-            columns = next(reader, [])
-            _require_columns(config, columns, str(file.path))
-            for number, values in enumerate(reader):
-                yield _csv_row(config, f"{file.name}:{number}", columns, values, f"{file.path}:{reader.line_num}")
-        except csv.Error as error:
-            raise DataError(f"{file.path}:{reader.line_num}: {error}") from error
-
-
-def _csv_row(config: DataConfig, document_id: str, columns: list[str], values: list[str], where: str) -> Row:
-    if len(values) != len(columns):
-        return BadRow(f"{where}: {len(values)} columns, but the header has {len(columns)}")
-    row: dict[str, Any] = dict(zip(columns, values, strict=True))
-    if config.content is Content.numbers:
-        try:
-            row[config.label_field] = float(row[config.label_field])
-        except ValueError:
-            return BadRow(f"{where}: {config.label_field} is {row[config.label_field]!r}, which is no number")
-    return _row(config, document_id, row, where, is_repaired=any("\N{REPLACEMENT CHARACTER}" in v for v in values))
-
-
 def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
     if file.path.stat().st_size == 0:
-        if _packing(file.path):
+        if packing(file.path):
             raise DataError(f"{file.path}: empty, not even the header of a compressed file; was it copied to the end?")
         yield Document(file.name, "", False)  # so that it is counted
         return
-    with _open_lines(file.path) as lines:
+    with open_lines(file.path) as lines:
         if what := foreign_json(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
             raise DataError(
                 f"{file.path}: {what}, not JSON lines in UTF-8, plain or packed by gzip (.gz) or zstd (.zst)"
@@ -329,20 +277,6 @@ def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
             offset += len(raw)
 
 
-def _packing(path: Path) -> str | None:
-    return {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-
-
-def _open_lines(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    if _packing(path) == "gzip":
-        return gzip.open(path, "rb")
-    if _packing(path) == "zstd":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
-
-
 def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:
     """Seek to the first line that begins at or after ``start`` and return its position."""
     if start == 0:
@@ -353,127 +287,5 @@ def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:
 
 def _num_lines(path: Path, end: int) -> int:
     """Return the number of lines before the byte ``end``."""
-    with _open_lines(path) as lines:
+    with open_lines(path) as lines:
         return sum(lines.read(min(_BLOCK_BYTES, end - at)).count(b"\n") for at in range(0, end, _BLOCK_BYTES))
-
-
-# Tables
-
-
-def _parquet_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(file.path) as table:
-        fields = _require_columns(config, table.schema_arrow.names, str(file.path))
-        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
-        first_row = part.first_row
-        for batch in table.iter_batches(batch_size=_ROWS_PER_READ, columns=fields, row_groups=list(groups)):
-            yield from _batch_rows(config, batch, first_row, f"{file.name}:", str(file.path))
-            first_row += len(batch)
-
-
-def _arrow_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
-    import pyarrow
-    from pyarrow import ipc
-
-    with pyarrow.memory_map(str(file.path)) as mapped:
-        is_file = mapped.read(6) == b"ARROW1"  # else a stream, as the datasets library writes it
-        mapped.seek(0)
-        if is_file:
-            reader = ipc.open_file(mapped)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = reader = ipc.open_stream(mapped)
-        fields = _require_columns(config, reader.schema.names, str(file.path))
-        first_row = 0
-        for batch in batches:
-            yield from _batch_rows(config, batch.select(fields), first_row, f"{file.name}:", str(file.path))
-            first_row += len(batch)
-
-
-def _dataset_parts(config: DataConfig) -> list[Part]:
-    dataset = _load_dataset(config)
-    if config.streaming:
-        return [Part(start=shard, stop=shard + 1) for shard in range(dataset.num_shards)]
-    return [Part(start=row, stop=min(row + _PART_ROWS, len(dataset))) for row in range(0, len(dataset), _PART_ROWS)]
-
-
-def _dataset_rows(config: DataConfig, part: Part) -> Rows:
-    where = f"data.path={config.path}"
-    dataset = _load_dataset(config)
-    if config.streaming:
-        yield from _streamed_rows(config, dataset.shard(dataset.num_shards, part.start), part, where)
-        return
-    rows = dataset.select_columns(_require_columns(config, dataset.column_names, where)).with_format("arrow")
-    for first_row in range(part.start, part.stop, _ROWS_PER_READ):
-        table = rows[first_row : min(first_row + _ROWS_PER_READ, part.stop)]
-        yield from _batch_rows(config, table, first_row, "", where)
-
-
-def _streamed_rows(config: DataConfig, shard: Any, part: Part, where: str) -> Rows:
-    import datasets
-
-    try:
-        for row, record in enumerate(shard):
-            yield _row(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
-
-
-def _load_dataset(config: DataConfig) -> Any:
-    import datasets
-
-    where = f"data.path={config.path}"
-    saved = [Path(config.path, name) for name in ("dataset_dict.json", "state.json")]
-    try:
-        if not any(file.exists() for file in saved):
-            split = config.split or "train"
-            return datasets.load_dataset(config.path, config.subset, split=split, streaming=config.streaming)
-        dataset = datasets.load_from_disk(config.path)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        may_pass = config.streaming and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        raise (UnreachableError if may_pass else DataError)(
-            f"{where}: cannot load this dataset (data.subset={config.subset}, data.split={config.split or 'train'}): {error}"
-        ) from error
-    directory = Path(config.path)
-    if isinstance(dataset, datasets.DatasetDict):
-        is_default = config.split is None and "train" in dataset
-        split = "train" if is_default else choose_split(list(dataset), config) or next(iter(dataset))
-        dataset, directory = dataset[split], directory / split
-    else:
-        choose_split([split_name(dataset.split)] if dataset.split else [], config)
-    read_state(directory)
-    return dataset.to_iterable_dataset() if config.streaming else dataset
-
-
-def _require_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
-    fields = document_fields(config)
-    for name in fields.values():
-        if name not in columns:
-            setting = next(key for key, value in fields.items() if value == name)
-            raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}")
-    return columns_to_read(config, columns)
-
-
-def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:
-    """Yield the documents of an Arrow table or record batch."""
-    import pyarrow
-
-    if config.content is not Content.text:
-        for row, record in enumerate(batch.to_pylist(), start=first_row):
-            yield _row(config, f"{prefix}{row}", record, f"{where}: row {row}")
-        return
-    column = batch.column(0)
-    try:
-        values = column.cast(pyarrow.large_binary()).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{where}: the text column has type {column.type}, not text") from error
-    for row, raw in enumerate(values, start=first_row):
-        yield Document(f"{prefix}{row}", *decode(raw or b"", "utf-8"))
-
-
-def _row(config: DataConfig, document_id: str, row: dict[str, Any], where: str, *, is_repaired: bool = False) -> Row:
-    try:
-        return record_document(config, document_id, row, is_repaired)
-    except ValueError as error:
-        return BadRow(f"{where}: {error}")

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import Content, DataConfig, Duplicates
+from bigtrain.config import DataConfig, Duplicates
+from bigtrain.data.prepare.files import Part
 from bigtrain.data.prepare.labels import Labels, label_record
 from bigtrain.data.prepare.quality import content_hash, exact_duplicates, minhash, near_duplicates, rejection
 from bigtrain.data.prepare.records import Document
-from bigtrain.data.prepare.sources import Part, read_part
+from bigtrain.data.prepare.sources import read_part
 from bigtrain.data.read.dropped import Dropped, tell_bad_rows
 from bigtrain.data.read.index import LabelRecord
 from bigtrain.errors import DataError, counted
@@ -222,10 +223,10 @@ def _too_few(config: DataConfig, survey: Survey, num_different: int) -> str:
     left_out += f" ({tell_bad_rows(survey.bad)})" if survey.bad.documents else ""
     equal = ", equal ones counted once" if num_different < survey.num_documents else ""
     where = f"data={config.source.name} data.path={config.path}"
-    if config.content is not Content.text and not num_different and not left_out:
+    if config.content.has_answers and not num_different and not left_out:
         return f"{where}: no target that counts: nothing is answered (by the assistant, without weight 0)"
     what, advice = "an answer that counts", "use more of them"
-    if config.content is Content.text:
+    if not config.content.has_answers:
         what, advice = "text", "cut the text into several files or jsonl lines"
     return (
         f"{where}: {counted(num_different, 'document')} with {what}{left_out}{equal}, but "

@@ -24,9 +24,9 @@ from bigtrain.data.prepare.encoder import (
     fast_encoder,
     slow_encoder,
 )
+from bigtrain.data.prepare.files import Part
 from bigtrain.data.prepare.labels import NOT_FIRST, Labels, number_labels
 from bigtrain.data.prepare.records import Document
-from bigtrain.data.prepare.sources import Part
 from bigtrain.data.prepare.survey import kept_documents, split_place
 from bigtrain.data.read.index import SPLITS, LabelKind, LabelRecord, ShardRecord, record_file
 from bigtrain.data.read.tokenizer import load_tokenizer, num_ids

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from bigtrain.config import DataConfig, Packing
 from bigtrain.data.order.permutation import Order
 from bigtrain.data.read.corpus import FileSplit, Split
-from bigtrain.data.read.documents import DocumentSamples
+from bigtrain.data.read.documents import document_samples
 from bigtrain.data.read.packing import build_packing
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.errors import DataError
@@ -34,7 +34,7 @@ class StoredSamples:
         if split.is_remote:
             _require_room(split, window, data.cache_gib)
         if data.packing is Packing.documents and isinstance(split, FileSplit):
-            packed = DocumentSamples(split, data.sequence_length)
+            packed = document_samples(split, data)
             self.num_cut = packed.num_cut()
         else:
             packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)

@@ -163,6 +163,8 @@ class FileSplit:
         """Number of documents of each shard, int64 ``(num_shards,)``."""
         self.labels = corpus.index.labels
         """What documents are labelled with, if they are."""
+        self.eos_id = corpus.index.tokenizer.eos_id
+        """Token that ends a document."""
         self.adds_special = corpus.index.tokenizer.adds_special
         """Whether documents have what the tokenizer writes around them."""
         self.skipped: set[int] = set()

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import Content, DataConfig
+from bigtrain.config import DataConfig
 from bigtrain.data.read.cache import Ahead, NodeCache, cache_directory, explained
 from bigtrain.data.read.corpus import TokenSplit
 from bigtrain.data.read.dropped import Dropped
@@ -77,7 +77,7 @@ class LiveParts:
         self.num_parts = source.num_parts
         self.window_parts = config.shuffle_window_shards or source.window_parts
         """Parts that are shuffled together."""
-        self.has_answers = config.content is not Content.text
+        self.has_answers = config.content.has_answers
         self._source = source
         self._config = config
         self._index = index

@@ -1,0 +1,179 @@
+"""Rows of tables as documents: csv, Parquet, Arrow, and data sets of the datasets library."""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Content, DataConfig
+from bigtrain.data.prepare.files import Part, SourceFile, open_lines
+from bigtrain.data.prepare.formats import foreign_format
+from bigtrain.data.prepare.records import (
+    BadRow,
+    Document,
+    Row,
+    Rows,
+    columns_to_read,
+    decode,
+    document_fields,
+    record_document,
+)
+from bigtrain.data.prepare.saved import choose_split, read_state, split_name
+from bigtrain.errors import DataError, UnreachableError
+
+_ROWS_PER_READ = 1024
+_PART_ROWS = 8192
+_HEAD_BYTES = 4096
+
+
+def csv_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
+    """Yield the rows of a csv or tsv file with a header."""
+    name = re.sub(r"\.(gz|zst)$", "", file.name.lower())
+    with open_lines(file.path) as lines:
+        if what := foreign_format(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
+            raise DataError(f"{file.path}: {what}, not text in UTF-8 with a header and a row per line")
+        text = io.TextIOWrapper(lines, encoding="utf-8-sig", errors="replace", newline="")
+        reader = csv.reader(text, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        try:
+            columns = next(reader, [])
+            _require_columns(config, columns, str(file.path))
+            for number, values in enumerate(reader):
+                yield _csv_row(config, f"{file.name}:{number}", columns, values, f"{file.path}:{reader.line_num}")
+        except csv.Error as error:
+            raise DataError(f"{file.path}:{reader.line_num}: {error}") from error
+
+
+def _csv_row(config: DataConfig, document_id: str, columns: list[str], values: list[str], where: str) -> Row:
+    if len(values) != len(columns):
+        return BadRow(f"{where}: {len(values)} columns, but the header has {len(columns)}")
+    row: dict[str, Any] = dict(zip(columns, values, strict=True))
+    if config.content is Content.numbers:
+        try:
+            row[config.label_field] = float(row[config.label_field])
+        except ValueError:
+            return BadRow(f"{where}: {config.label_field} is {row[config.label_field]!r}, which is no number")
+    return _row(config, document_id, row, where, is_repaired=any("\N{REPLACEMENT CHARACTER}" in v for v in values))
+
+
+def parquet_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
+    """Yield the rows of a Parquet file, or of some of its row groups."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file.path) as table:
+        fields = _require_columns(config, table.schema_arrow.names, str(file.path))
+        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
+        first_row = part.first_row
+        for batch in table.iter_batches(batch_size=_ROWS_PER_READ, columns=fields, row_groups=list(groups)):
+            yield from _batch_rows(config, batch, first_row, f"{file.name}:", str(file.path))
+            first_row += len(batch)
+
+
+def arrow_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
+    """Yield the rows of an Arrow file or stream."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(str(file.path)) as mapped:
+        is_file = mapped.read(6) == b"ARROW1"  # else a stream, as the datasets library writes it
+        mapped.seek(0)
+        if is_file:
+            reader = ipc.open_file(mapped)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = reader = ipc.open_stream(mapped)
+        fields = _require_columns(config, reader.schema.names, str(file.path))
+        first_row = 0
+        for batch in batches:
+            yield from _batch_rows(config, batch.select(fields), first_row, f"{file.name}:", str(file.path))
+            first_row += len(batch)
+
+
+def dataset_parts(config: DataConfig) -> list[Part]:
+    """Return the parts of a data set of the datasets library."""
+    dataset = _load_dataset(config)
+    if config.streaming:
+        return [Part(start=shard, stop=shard + 1) for shard in range(dataset.num_shards)]
+    return [Part(start=row, stop=min(row + _PART_ROWS, len(dataset))) for row in range(0, len(dataset), _PART_ROWS)]
+
+
+def dataset_rows(config: DataConfig, part: Part) -> Rows:
+    """Yield the rows of a part of such a data set."""
+    where = f"data.path={config.path}"
+    dataset = _load_dataset(config)
+    if config.streaming:
+        yield from _streamed_rows(config, dataset.shard(dataset.num_shards, part.start), part, where)
+        return
+    rows = dataset.select_columns(_require_columns(config, dataset.column_names, where)).with_format("arrow")
+    for first_row in range(part.start, part.stop, _ROWS_PER_READ):
+        table = rows[first_row : min(first_row + _ROWS_PER_READ, part.stop)]
+        yield from _batch_rows(config, table, first_row, "", where)
+
+
+def _streamed_rows(config: DataConfig, shard: Any, part: Part, where: str) -> Rows:
+    import datasets
+
+    try:
+        for row, record in enumerate(shard):
+            yield _row(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
+
+
+def _load_dataset(config: DataConfig) -> Any:
+    import datasets
+
+    where = f"data.path={config.path}"
+    saved = [Path(config.path, name) for name in ("dataset_dict.json", "state.json")]
+    try:
+        if not any(file.exists() for file in saved):
+            split = config.split or "train"
+            return datasets.load_dataset(config.path, config.subset, split=split, streaming=config.streaming)
+        dataset = datasets.load_from_disk(config.path)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        may_pass = config.streaming and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (UnreachableError if may_pass else DataError)(
+            f"{where}: cannot load this dataset (data.subset={config.subset}, data.split={config.split or 'train'}): {error}"
+        ) from error
+    directory = Path(config.path)
+    if isinstance(dataset, datasets.DatasetDict):
+        is_default = config.split is None and "train" in dataset
+        split = "train" if is_default else choose_split(list(dataset), config) or next(iter(dataset))
+        dataset, directory = dataset[split], directory / split
+    else:
+        choose_split([split_name(dataset.split)] if dataset.split else [], config)
+    read_state(directory)
+    return dataset.to_iterable_dataset() if config.streaming else dataset
+
+
+def _require_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
+    fields = document_fields(config)
+    for name in fields.values():
+        if name not in columns:
+            setting = next(key for key, value in fields.items() if value == name)
+            raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}")
+    return columns_to_read(config, columns)
+
+
+def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:
+    """Yield the documents of an Arrow table or record batch."""
+    import pyarrow
+
+    if config.content is not Content.text:
+        for row, record in enumerate(batch.to_pylist(), start=first_row):
+            yield _row(config, f"{prefix}{row}", record, f"{where}: row {row}")
+        return
+    column = batch.column(0)
+    try:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{where}: the text column has type {column.type}, not text") from error
+    for row, raw in enumerate(values, start=first_row):
+        yield Document(f"{prefix}{row}", *decode(raw or b"", "utf-8"))
+
+
+def _row(config: DataConfig, document_id: str, row: dict[str, Any], where: str, *, is_repaired: bool = False) -> Row:
+    try:
+        return record_document(config, document_id, row, is_repaired)
+    except ValueError as error:
+        return BadRow(f"{where}: {error}")
