@@ -7,9 +7,18 @@ from typing import NoReturn
 from bigtrain import log
 from bigtrain.cli import groups, hydra_cli
 from bigtrain.cli.settings import setting_lines
-from bigtrain.config import WITHOUT_TEXT, DataConfig, ModelConfig, ModelKind, TrainConfig, component_data, is_live
+from bigtrain.config import (
+    WITHOUT_TEXT,
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    ModelKind,
+    TrainConfig,
+    component_data,
+    is_live,
+)
 from bigtrain.config.check import ignored_settings
-from bigtrain.errors import EXIT_FINISHED, ConfigError, counted
+from bigtrain.errors import EXIT_FINISHED, ConfigError, counted, some
 
 HELP = """\
 Tokenise a corpus once, so that no run has to wait for it. Training prepares what is missing by itself.
@@ -37,7 +46,7 @@ ENOUGH_TOKENS_PER_PARAMETER = 20
 def run(config: TrainConfig) -> int:
     """Prepare what ``config.data`` names and say what it holds."""
     components = component_data(config.data)
-    if all(data.source in WITHOUT_TEXT for data in components.values()):
+    if not {data.source for data in components.values()} - set(WITHOUT_TEXT) | {DataSource.images}:
         raise ConfigError(f"data={config.data.source.name} is no text; there is nothing to prepare")
     if all(map(is_live, components.values())):
         raise ConfigError("data.on_the_fly=true tokenises while training; there is nothing to prepare: leave it out")
@@ -51,13 +60,26 @@ def run(config: TrainConfig) -> int:
     for name, directory in prepare_components(config.data, progress=True):
         if config.data.mixture:
             print(f"component   {name}")
-        if is_live(components[name]):
+        if components[name].source is DataSource.images:
+            describe_images(directory)
+        elif is_live(components[name]):
             print("tokenised while training")
         else:
             num_tokens += describe(directory)
     if config.model.name and config.model.kind is ModelKind.native:
         print(f"enough?     {per_parameter(num_tokens, config.model)}")
     return EXIT_FINISHED
+
+
+def describe_images(directory: Path) -> None:
+    """Print what a directory of prepared images holds."""
+    from bigtrain.data.read.images import read_image_index
+
+    index = read_image_index(directory)
+    print(f"images      {directory}")
+    print(f"classes     {len(index.label_names)}: {some(index.label_names, 12)}")
+    print(f"train       {counted(index.num_train, 'image')}")
+    print(f"validation  {counted(index.num_validation, 'image')}")
 
 
 def describe(directory: Path) -> int:

@@ -40,6 +40,7 @@ from bigtrain.config.convert import LocalPath
 from bigtrain.config.data import (
     OF_RECORDS,
     WITHOUT_TEXT,
+    AugmentConfig,
     ComponentConfig,
     DataConfig,
     FilterConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "WITHOUT_TEXT",
     "Activation",
     "ActivationCheckpointing",
+    "AugmentConfig",
     "BadNumbersConfig",
     "CheckpointConfig",
     "ComponentConfig",
@@ -364,7 +366,7 @@ class TaskConfig:
     mask_id: Annotated[int | None, Bound(ge=0), OnlyIf("kind", is_in=("masked_lm",))] = None
     """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
     inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
-    """Column of the data that the network gets; by default ``tokens`` of text, ``features`` of records."""
+    """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
     num_labels: Annotated[int, Bound(ge=2), OnlyIf("kind", is_in=("classification",))] = 2
     """Labels are below this, and the network returns as many logits."""
     num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1

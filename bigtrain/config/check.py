@@ -45,6 +45,7 @@ PATHLESS = {DataSource.stdlib, DataSource.synthetic}
 WHAT_PATH_IS = {
     DataSource.datasets: "dataset name or directory",
     DataSource.records: ".npz file",
+    DataSource.images: "directory of images",
     DataSource.own: "name of a part",
     DataSource.prepared: "directory or URL of a prepared corpus",
 }
@@ -70,7 +71,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if task.kind in OF_DOCUMENTS:
         is_text = not are_records(data)
         data.packing = Packing.documents if is_text and data.packing is Packing.concat else data.packing
-        task = dataclasses.replace(task, inputs=task.inputs or (Inputs.tokens if is_text else Inputs.features))
+        are_images = all(part.source is DataSource.images for part in component_data(data).values())
+        usual = Inputs.tokens if is_text else Inputs.pixels if are_images else Inputs.features
+        task = dataclasses.replace(task, inputs=task.inputs or usual)
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
     if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
         data.tokenizer = origin
@@ -174,7 +177,13 @@ def _check_live(data: DataConfig) -> list[str]:
 
 def _check_preparation(data: DataConfig) -> list[str]:
     filters = data.filters
+    sources = {part.source for part in component_data(data).values()}
     rules = [
+        (data.image_channels != 2, "data.image_channels=2: must be 1 or 3"),
+        (
+            not data.augment.mixup or sources == {DataSource.images},
+            "data.augment.mixup: every component has to be of data=images, which alone have labels to mix",
+        ),
         (
             filters.max_characters is None or filters.max_characters >= filters.min_characters,
             f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",

@@ -70,6 +70,7 @@ class DataSource(Enum):
     prepared = "prepared"
     synthetic = "synthetic"
     records = "records"
+    images = "images"
     own = "own"
 
 

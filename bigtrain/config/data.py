@@ -9,8 +9,9 @@ from bigtrain.config.convert import LocalPath, PathOrUrl
 
 _WITH_RECORDS = ("jsonl", "csv", "parquet", "arrow", "datasets")
 WITH_LABELS = ("labelled", "numbers", "tagged")
-_TO_PREPARE = OnlyIf("source", not_in=("prepared", "records", "own"))
+_TO_PREPARE = OnlyIf("source", not_in=("prepared", "records", "images", "own"))
 """What was prepared has been prepared with its own; records are no text."""
+_OF_IMAGES = OnlyIf("source", is_in=("images",))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,13 +87,27 @@ class FilterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AugmentConfig:
+    """Random changes of training images, a function of the seed and the sample's place in the run."""
+
+    crop_padding: Annotated[int, Bound(ge=0, le=4096)] = 0
+    """Pixels of black padding on each side, before a crop of the old size at a random place."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    rotation: Annotated[float, Bound(ge=0, le=180)] = 0.0
+    """Largest angle in degrees, either way."""
+    mixup: Annotated[float, Bound(ge=0, le=1)] = 0.0
+    """Blend each image and its label with those of a random other one, in shares drawn from Beta(mixup, mixup); 0: never."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Which tokens are trained on, and how they are cut."""
 
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     settings: Annotated[dict[str, Any], OnlyIf("source", is_in=("own",))] = field(default_factory=dict)
     """Settings of an own part."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
@@ -101,7 +116,7 @@ class DataConfig:
     """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet`` or ``train.jsonl``: the split; by default the only one, of ``datasets`` train."""
     streaming: Annotated[bool, OnlyIf("source", is_in=("datasets",))] = False
     """Read the rows as they arrive instead of downloading the dataset first."""
-    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "own"))] = False
+    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "images", "own"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
     """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
@@ -123,6 +138,11 @@ class DataConfig:
     """Field with the text that an encoder reads."""
     target_field: Annotated[str, OnlyIf("content", is_in=("seq2seq",))] = "target"
     """Field with the text that a decoder writes."""
+    image_size: Annotated[int | None, Bound(ge=1, le=8192), _OF_IMAGES] = None
+    """Height and width to which ``images`` are resized (the shorter side, bilinear) and cropped at the centre; by default that of the first one, which all must have."""
+    image_channels: Annotated[int | None, Bound(ge=1, le=3), _OF_IMAGES] = None
+    """1 for grey, 3 for colour; by default as the first one."""
+    augment: Annotated[AugmentConfig, _OF_IMAGES] = field(default_factory=AugmentConfig)
     filters: Annotated[FilterConfig, _TO_PREPARE] = field(default_factory=FilterConfig)
     root: LocalPath = "data"
     """Directory that holds prepared corpora."""
@@ -144,17 +164,17 @@ class DataConfig:
     """Size of that cache; what was not used for longest makes room."""
     verify: Verify = Verify.full
     """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
-    on_bad_row: Annotated[OnBad, _TO_PREPARE] = OnBad.stop
-    """``skip`` leaves out rows that are no documents and files that cannot be read to their end, and counts them."""
+    on_bad_row: Annotated[OnBad, OnlyIf("source", not_in=("prepared", "records", "own"))] = OnBad.stop
+    """``skip`` leaves out rows that are no documents, images that cannot be decoded, and files that cannot be read to their end, and counts them."""
     on_bad_shard: OnBad = OnBad.stop
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
     """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it; with a model of yours that has no setting ``max_positions`` it is by default that of the first record."""
-    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "own"))] = Packing.concat
+    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "images", "own"))] = Packing.concat
     """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer."""
     source_length: Annotated[int | None, Bound(ge=1), OnlyIf("content", is_in=("seq2seq",))] = None
     """Tokens of a source; by default ``sequence_length``, which is that of targets."""
-    document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "own"))] = False
+    document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "images", "own"))] = False
     """Attention stays within documents and positions count from the beginning of each."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
@@ -167,10 +187,10 @@ class DataConfig:
     """Mask a random tail of each sample, so that ranks hold different numbers of targets."""
 
 
-OF_RECORDS = (DataSource.records, DataSource.own)
+OF_RECORDS = (DataSource.records, DataSource.images, DataSource.own)
 """Sources whose samples are records of named columns."""
 WITHOUT_TEXT = (DataSource.synthetic, *OF_RECORDS)
-"""Sources of which nothing is prepared or tokenised."""
+"""Sources of which nothing is tokenised."""
 
 
 def is_live(data: DataConfig) -> bool:

@@ -36,7 +36,7 @@ def open_streams(
 
     Args:
         data: The resolved section.
-        directories: Where :func:`bigtrain.data.prepare.corpus.prepare` has put each component of text.
+        directories: Where :func:`bigtrain.data.prepare.corpus.prepare_components` has put text and images.
         vocab_size: Rows of the model's embedding.
         objective: What the columns of records have to be; text does without.
         seed: As in :class:`SampleStream`, like what follows.
@@ -51,9 +51,9 @@ def open_streams(
     from bigtrain.data.read.stream import SampleStream  # torch: those who only prepare do not wait for it
 
     parts = component_data(data)
+    texts = {name: directory for name, directory in directories.items() if parts[name].source not in OF_RECORDS}
     corpora = {
-        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory)
-        for name, directory in directories.items()
+        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory) for name, directory in texts.items()
     }
     _require_one_tokenizer(corpora)
     for name, corpus in corpora.items():
@@ -64,7 +64,11 @@ def open_streams(
         for name, corpus in corpora.items()
         if corpus.index.live
     }
-    records = {name: _open_records(part, objective) for name, part in parts.items() if part.source in OF_RECORDS}
+    records = {
+        name: _open_records(part, objective, directories.get(name), seed)
+        for name, part in parts.items()
+        if part.source in OF_RECORDS
+    }
 
     def split(name: str, which: Any) -> "Split | LiveParts | RecordSplit":
         if name in records:
@@ -90,8 +94,9 @@ def open_streams(
                 previous=previous,
                 keeps_all=keeps_all or which == "validation",
             )
-            streams[which].label_names = _label_names(corpora)
-            streams[which].tokenizer_directory = next(map(Path, directories.values()), None)
+            names = _label_names(corpora) or streams[which].facts.get("label_names", ())
+            streams[which].label_names = names
+            streams[which].tokenizer_directory = next(map(Path, texts.values()), None)
         return streams
 
     streams = open_all(keeps_all=False)
@@ -103,18 +108,38 @@ def open_streams(
     return streams
 
 
-def _open_records(data: DataConfig, objective: "Objective") -> "dict[str, RecordSplit]":
-    """Return both sides of a component of records."""
+def _open_records(
+    data: DataConfig, objective: "Objective", directory: str | Path | None, seed: int
+) -> "dict[str, RecordSplit]":
+    """Return both sides of a component of records; images are in ``directory``."""
+    from bigtrain.data.read.augment import Augmentation
+    from bigtrain.data.read.images import ImageSet
     from bigtrain.data.read.records import split_records
 
-    is_own = data.source is DataSource.own
+    if data.source is DataSource.images:
+        source: Any = ImageSet(Path(directory), Augmentation(data.augment, seed))
+        _require_labels(source.index.label_names, objective, data)
+    elif data.source is DataSource.own:
+        source = instance(data.path, data.settings, setting="data.path")
+    else:
+        source = read_npz(data.path)
     return split_records(
-        instance(data.path, data.settings, setting="data.path") if is_own else read_npz(data.path),
+        source,
         objective,
         where=f"data.path={data.path}",
         sequence_length=data.sequence_length,
         validation_fraction=data.validation_fraction,
     )
+
+
+def _require_labels(label_names: list[str], objective: "Objective", data: DataConfig) -> None:
+    """Refuse a task with fewer labels than the data has."""
+    num_labels = getattr(objective, "num_labels", None)
+    if num_labels is not None and num_labels < len(label_names):
+        raise DataError(
+            f"data.path={data.path}: has {len(label_names)} classes ({some(label_names, 4)}), but "
+            f"task.num_labels={num_labels}; set task.num_labels={len(label_names)}"
+        )
 
 
 def _open_live(directory: Path, data: DataConfig, index: CorpusIndex, helpers: Helpers) -> LiveParts:

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit
 from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
 
 MODEL_DIRECTORY = "model"
+FACTS_FILE = "data.json"
+"""What is known of the data, such as the names of labels, mean and deviation of images."""
 DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
@@ -61,8 +64,13 @@ def writing(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
 
 
-def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
-    """Write what the run needs to be continued and used elsewhere, with the tokenizer of a corpus directory, if any.
+def write_run_files(config: TrainConfig, tokenizer: Path | None, facts: Mapping[str, Any] | None = None) -> None:
+    """Write what the run needs to be continued and used elsewhere.
+
+    Args:
+        config: of this launch.
+        tokenizer: directory of the corpus whose tokenizer is kept, if any.
+        facts: of the data, such as the names of labels.
 
     Raises:
         ConfigError: the directory cannot be written.
@@ -73,6 +81,8 @@ def write_run_files(config: TrainConfig, tokenizer: Path | None) -> None:
         write_config(directory, config)
         if tokenizer:
             keep_tokenizer(directory, tokenizer)
+        if facts:
+            write_anew(directory / FACTS_FILE, json.dumps(facts, indent=1))
         if not is_described:
             keep_model(directory, config.model)
 

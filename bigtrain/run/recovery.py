@@ -106,7 +106,7 @@ def follow(config: TrainConfig, find: Callable[[], Path], stream: SampleStream) 
             place = find()
         if place != config.run.directory:
             settings = dataclasses.replace(config.run, root=str(place.parent), name=place.name)
-            write_run_files(dataclasses.replace(config, run=settings), stream.tokenizer_directory)
+            write_run_files(dataclasses.replace(config, run=settings), stream.tokenizer_directory, stream.facts)
         return str(place)
 
     return Path(on_rank0(found))

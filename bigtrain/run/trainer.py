@@ -185,7 +185,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     begin = state.cursor if state else Cursor()
     streams["train"].require_steps(begin, config.train.steps, config.train.global_batch_size)
     model = continued_model(config.model, directory)
-    on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory))
+    on_rank0(lambda: write_run_files(config, streams["train"].tokenizer_directory, streams["train"].facts))
     claim(launch)
     cache = cache_of(config.data, streams["train"])
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)

@@ -33,6 +33,9 @@ class Classification:
         return {
             **input_fields(self.inputs),
             "labels": Field(torch.int64, (), ignored=IGNORE_INDEX, below=self.num_labels),
+            # Of samples that are blends of two: the label of the other one, and how much of the loss is the first's.
+            "mixed_labels": Field(torch.int64, (), ignored=IGNORE_INDEX, below=self.num_labels, is_optional=True),
+            "shares": Field(torch.float32, (), is_optional=True),
         }
 
     @property
@@ -46,10 +49,19 @@ class Classification:
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed cross-entropy in nats and the confusion matrix, a row per true label."""
-        *inputs, labels_B = tensors
+        num_inputs = len(input_fields(self.inputs))
+        inputs, (labels_B, *mixed) = tensors[:num_inputs], tensors[num_inputs:]
         logits_BC = network(*inputs).float()
         require_size(logits_BC, self.num_labels, "task.num_labels")
-        loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
+        if mixed:
+            other_labels_B, shares_B = mixed
+            losses = [
+                F.cross_entropy(logits_BC, y, ignore_index=IGNORE_INDEX, reduction="none")
+                for y in (labels_B, other_labels_B)
+            ]
+            loss = (shares_B * losses[0] + (1 - shares_B) * losses[1]).sum()
+        else:
+            loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
         confusion = confusion_counts(logits_BC.argmax(dim=-1), labels_B, self.num_labels, ignored=IGNORE_INDEX)
         return torch.cat([loss.view(1), confusion.flatten()])
 

@@ -31,7 +31,7 @@ FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 # itself is imported that way.
 LAZY = [
     *("accelerate", "datasets", "deepspeed", "fsspec", "matplotlib", "pyarrow", "rensa", "s3fs", "tiktoken"),
-    *("tensorboardX", "tokenizers", "transformers", "wandb", "wandb_workspaces"),
+    *("PIL", "tensorboardX", "tokenizers", "transformers", "wandb", "wandb_workspaces"),
 ]
 WITHOUT_TORCH = [
     "bigtrain.errors",

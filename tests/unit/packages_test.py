@@ -74,7 +74,7 @@ def test_every_extra_that_is_named_exists():
     source = "\n".join(path.read_text() for path in (ROOT / "bigtrain").rglob("*.py"))
     named = re.findall(r'\b(?:lacking|require)\(f?"[^"]*", "([\w.]+)", "(\w+)"\)', source)
     assert {extra for _, extra in named} >= {"report", "tensorboard", "s3", "tiktoken", "dedup", "dashboard", "fp8"}
-    for package, extra in named:
+    for package, extra in ((package.replace("PIL", "pillow"), extra) for package, extra in named):
         assert any(need.startswith(package.replace("_", "-")) for need in extras[extra]), (package, extra)
         assert extra in re.search(r"\[(.*)\]", extras["all"][0])[1].split(",")
     require("this", "torch", "none")

@@ -33,6 +33,8 @@ OTHERS = {
     "bert_mini": None,
     "bert_base": 109_514_298,
     "bert_large": 335_174_458,
+    "mlp_digits": 8_970,
+    "cnn_digits": 85_066,
     "mlp_mnist": 784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10,
     "cnn_mnist": 93_322,
     "cnn_cifar": 3 * 32 * 9 + 32 + 32 * 64 * 9 + 64 + 64 * 64 * 128 + 128 + 128 * 10 + 10,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
@@ -22,8 +22,10 @@ import numpy as np
 from bigtrain.config import WITHOUT_TEXT, Content, DataConfig, DataSource, OnBad, Verify, component_data, is_live
 from bigtrain.config.convert import to_dict
 from bigtrain.data.prepare.chat import build_coding, coding_hash, encoding_facts, keep_chat
+from bigtrain.data.prepare.directory import make_directory
 from bigtrain.data.prepare.encoder import agrees, fast_encoder, slow_encoder
 from bigtrain.data.prepare.files import LeftOut, Part, find_files, tell_left_out
+from bigtrain.data.prepare.images import prepare_images
 from bigtrain.data.prepare.live import PLAN_FILE, write_plan
 from bigtrain.data.prepare.progress import reporter
 from bigtrain.data.prepare.records import Document, document_fields
@@ -68,7 +70,6 @@ from bigtrain.data.read.tokenizer import (
 )
 from bigtrain.data.read.workers import Run, workers
 from bigtrain.errors import DataError, counted, some
-from bigtrain.files import locked, sync
 from bigtrain.log import get_logger
 from bigtrain.processes import num_usable_cpus
 
@@ -96,7 +97,7 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
     target = _locate(config)
     if not target.directory.exists():
         fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
-        _make(target.directory, lambda work: fill(work, config, target))
+        make_directory(target.directory, lambda work: write_index(work, fill(work, config, target)))
     return _check(target.directory, config, target.identity)
 
 
@@ -112,6 +113,9 @@ def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[st
         texts = {name: dataclasses.replace(part, tokenizer=directory) for name, part in texts.items()}
     for name, part in texts.items():
         yield name, prepare(part, progress=progress)
+    for name, part in component_data(data).items():
+        if part.source is DataSource.images:
+            yield name, prepare_images(part, progress=progress)
 
 
 # Where
@@ -163,35 +167,6 @@ def _check(directory: Path, config: DataConfig, identity: str | None = None) -> 
     if verify is Verify.full:
         verify_hashes(directory, index)
     return directory
-
-
-def _make(directory: Path, fill: Callable[[Path], CorpusIndex]) -> None:
-    """Create ``directory`` atomically with what ``fill`` writes, unless another process does."""
-    work = directory.with_name(f".{directory.name}.partial")
-    lock = work.with_suffix(".lock")
-    try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock, wait=True):
-            if not directory.exists():
-                work.mkdir(exist_ok=True)
-                write_index(work, fill(work))
-                _publish(work, directory)
-            lock.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{directory}: cannot be written: {error}") from error
-
-
-def _publish(work: Path, directory: Path) -> None:
-    """Rename the finished ``work`` to ``directory``, durably."""
-    for path in (*work.rglob("*"), work):
-        sync(path)
-    try:
-        work.rename(directory)
-    except OSError:
-        if not directory.exists():
-            raise
-        get_logger().info("%s was prepared by another process at the same time; using that", directory)
-    sync(directory.parent)
 
 
 # What
@@ -307,7 +282,7 @@ def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
         return _begin(work, sources[0], targets[0], build_coding(sources[0], list(texts())))
 
     if not directory.exists():
-        _make(directory, fill)
+        make_directory(directory, lambda work: write_index(work, fill(work)))
     return directory
 
 

@@ -240,6 +240,8 @@ class RecordSplit:
     """The rows, ascending, int64 ``(num_samples,)``."""
     fingerprint: str
     """Identity of the rows."""
+    facts: Mapping[str, Any]
+    """What is recorded with a run, such as ``label_names``."""
     has_answers = is_remote = may_skip = is_full = False
 
     @property
@@ -279,6 +281,7 @@ def split_records(
     if isinstance(source, type) or inspect.isroutine(source):
         source = source()
     has_sides = hasattr(source, "train")
+    facts = getattr(source, "facts", {})
     own = source.validation() if has_sides and hasattr(source, "validation") else None
     records, fingerprints = {}, {}
     for name, dataset in (("train", source.train() if has_sides else source), ("validation", own)):
@@ -294,7 +297,7 @@ def split_records(
         for name, part in records.items():
             part.require_targets(np.arange(part.num_rows), name)
         return {
-            name: RecordSplit(name, part, np.arange(part.num_rows), fingerprints[name])
+            name: RecordSplit(name, part, np.arange(part.num_rows), fingerprints[name], facts)
             for name, part in records.items()
         }
     is_held_out = held_out(records["train"].num_rows, validation_fraction)
@@ -302,7 +305,9 @@ def split_records(
         records["train"].require_targets(np.flatnonzero(is_held_out == (name == "validation")), name)
     fingerprint = f"{fingerprints['train']} without {validation_fraction:g}"
     return {
-        name: RecordSplit(name, records["train"], np.flatnonzero(is_held_out == (name == "validation")), fingerprint)
+        name: RecordSplit(
+            name, records["train"], np.flatnonzero(is_held_out == (name == "validation")), fingerprint, facts
+        )
         for name in ("train", "validation")
     }
 

@@ -79,6 +79,8 @@ class SampleStream:
         """Whether every place of every sample is known to be a target that counts."""
         self.has_answers = any(split.has_answers for split in splits.values())
         """Whether there is text of which only the answers count."""
+        self.facts = next((dict(s.facts) for s in splits.values() if isinstance(s, RecordSplit) and s.facts), {})
+        """What is recorded with a run: of images their ``label_names``, ``mean`` and ``deviation``."""
         self.fingerprint = _fingerprint(splits, data)
         """What the sample ids are numbers of, and in which proportions they are drawn."""
         cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"

@@ -1,0 +1,74 @@
+"""Images, augmented and mixed: the run of one process at every world size, and continued elsewhere the same run."""
+
+import os
+
+import numpy as np
+import pytest
+
+from bigtrain.cli.hydra_cli import read_run
+from bigtrain.config import EngineKind
+from bigtrain.data.read.augment import Augmentation
+from bigtrain.run.step import train_step
+from bigtrain.testing.parity import Case, compare, compute, configure, trace
+from bigtrain.testing.ranks import run_ranks
+from tests.distributed.tasks_test import RUN, launch, records
+
+SETTINGS = [
+    *("+model=cnn_digits", "model.settings.channels=[8,8]", "model.settings.dense_dim=16", "task=classification"),
+    *("task.num_labels=3", "model.settings.num_outputs=3", "data=images", "data.validation_fraction=0.2", *RUN),
+    *("data.augment.crop_padding=1", "data.augment.flip=true", "data.augment.rotation=15", "data.augment.mixup=0.4"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """60 images in three directories."""
+    image = pytest.importorskip("PIL.Image")
+    place = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number in range(60):
+        directory = place / "pictures" / f"class{number % 3}"
+        directory.mkdir(parents=True, exist_ok=True)
+        image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(directory / f"{number}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def given(place):
+    return [*SETTINGS, f"data.path={place}/pictures", f"data.root={place}/data", f"run.root={place}/runs"]
+
+
+def trace_with_augmentation_of_the_rank(config, *args):
+    """Break the promise: each rank draws its own crops."""
+    right = Augmentation._hash
+    Augmentation._hash = lambda self, purpose, places: right(self, purpose, places + int(os.environ["RANK"]))
+    return trace(config, *args)
+
+
+def test_engines_and_worlds_agree_and_augmentation_of_the_rank_is_seen(given):
+    config = read_run(given)
+    reference = compute(config, Case(EngineKind.ddp, 1, 2))
+    assert len(set(reference.losses)) == 4
+    for case in (Case(EngineKind.fsdp, 2, 1), Case(EngineKind.zero2, 3, 2), Case(EngineKind.ddp, 3, 4)):
+        difference = compare(compute(config, case), reference)
+        print(case, difference)
+        assert difference.loss <= 1e-6 and difference.grad_norm <= 1e-5, case
+    wrong = configure(config, Case(EngineKind.ddp, 2, 1))
+    found = run_ranks(trace_with_augmentation_of_the_rank, 2, wrong, train_step, None, timeout_seconds=200)[0]
+    assert compare(found, reference).loss > 1e-3
+
+
+@pytest.mark.slow
+def test_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(given, place):
+    launch(1, *given, "engine=ddp", "run.name=whole")
+    launch(2, *given, "engine=zero2", "run.name=parts", "run.stop_after_steps=2")
+    launch(3, *given, "engine=fsdp", "run.name=parts")
+    whole, parts = records(place, "whole", "metrics"), records(place, "parts", "metrics")
+    assert [r["data_digest"] for r in parts] == [r["data_digest"] for r in whole] and len(whole) == 4
+    for found, right in zip(parts, whole, strict=True):
+        assert found["loss"] == pytest.approx(right["loss"], rel=1e-6)
+        assert found["train/accuracy"] == right["train/accuracy"]
+    events = [[e for e in records(place, run, "events") if e["event"] == "validation"] for run in ("parts", "whole")]
+    for found, right in zip(*events, strict=True):
+        assert found["loss"] == pytest.approx(right["loss"], rel=1e-6) and found["accuracy"] == right["accuracy"]
+    assert (place / "runs" / "parts" / "data.json").read_text() == (place / "runs" / "whole" / "data.json").read_text()
