@@ -311,6 +311,8 @@ class ValidationConfig:
     """The run ends, as finished, after so many validations in a row without a better ``metric``."""
     stop_at: Annotated[float | None, OnlyIf("every_steps", not_in=(0,))] = None
     """The run ends, as finished, when ``metric`` reaches this value."""
+    written_samples: Annotated[int, Bound(ge=0, le=10**6), OnlyIf("every_steps", not_in=(0,))] = 0
+    """With ``task=seq2seq``: for so many sources a text is written, and compared with the target (exact, BLEU, chrF)."""
 
 
 @dataclass(kw_only=True, slots=True)

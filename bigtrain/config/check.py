@@ -159,6 +159,8 @@ def _check_live(data: DataConfig) -> list[str]:
             "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
             "(python launch/prepare.py on a part of the text makes one)"
         )
+    if data.max_train_samples is not None:
+        problems.append("data.max_train_samples: not offered on the fly, where samples are not known before")
     if data.packing is Packing.documents:
         problems.append("data.on_the_fly=true: data.packing=documents is of prepared text; leave one of them out")
     if data.filters.duplicates is not Duplicates.keep:
@@ -189,6 +191,10 @@ def _check_preparation(data: DataConfig) -> list[str]:
             f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
         ),
         (
+            (data.content is Content.seq2seq) or data.source is not DataSource.gettext,
+            "data=gettext: messages and their translations are data.content=seq2seq",
+        ),
+        (
             data.content in (Content.text, Content.labelled) or data.source not in (DataSource.text, DataSource.stdlib),
             f"data.content={data.content.name}: data={data.source.name} has no records; "
             "use jsonl, csv, parquet, arrow or datasets",
@@ -199,6 +205,10 @@ def _check_preparation(data: DataConfig) -> list[str]:
 
 def _check_mixture(data: DataConfig) -> list[str]:
     problems = []
+    if data.mixture and data.max_train_samples is not None:
+        problems.append(
+            "data.max_train_samples: not offered for a mixture; leave it out, or give components max_epochs"
+        )
     for name, component in data.mixture.items():
         where = f"data.mixture.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -64,6 +64,7 @@ class DataSource(Enum):
     text = "text"
     jsonl = "jsonl"
     csv = "csv"
+    gettext = "gettext"
     parquet = "parquet"
     arrow = "arrow"
     datasets = "datasets"

@@ -107,7 +107,7 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``gettext`` (catalogues, ``.mo``), ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     settings: Annotated[dict[str, Any], OnlyIf("source", is_in=("own",))] = field(default_factory=dict)
     """Settings of an own part."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
@@ -176,6 +176,8 @@ class DataConfig:
     """Tokens of a source; by default ``sequence_length``, which is that of targets."""
     document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "images", "own"))] = False
     """Attention stays within documents and positions count from the beginning of each."""
+    max_train_samples: Annotated[int | None, Bound(ge=1)] = None
+    """Train on no more samples than these, the same ones with every seed; a larger number has them too."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
     mixture: dict[str, ComponentConfig] = field(default_factory=dict)

@@ -5,6 +5,7 @@ import numpy as np
 from bigtrain.checkpoint.store import RunState, Standing
 from bigtrain.config import TrainConfig, ValidationConfig
 from bigtrain.errors import ConfigError
+from bigtrain.run.written import WRITTEN_METRICS
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.metrics import LESS_IS_BETTER
 
@@ -22,6 +23,7 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
     if metric not in known:
         ones = {name: np.ones(shape) for name, shape in objective.sums.items()}
         known += objective.metrics(1.0, ones)
+        known += WRITTEN_METRICS if config.validation.written_samples else ()
     if metric not in known:
         raise ConfigError(f"validation.metric={metric}: task={config.task.kind} has {', '.join(known)}")
     if state and state.standing and state.standing.metric == metric:

@@ -69,7 +69,7 @@ from bigtrain.run.recovery import (
 )
 from bigtrain.run.standing import begin_standing, explain_end, why_ended
 from bigtrain.run.step import read_back, seed_step, train_step
-from bigtrain.run.validation import validate
+from bigtrain.run.validation import measure
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
 from bigtrain.supervise.heartbeat import Heartbeat
@@ -86,6 +86,7 @@ from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler, save_hang
 from bigtrain.telemetry.recorder import NullRecorder, Recorder
 
+NUM_WRITTEN = 10  # texts of a validation that are recorded
 GC_EVERY_STEPS = 1000  # Python's garbage collector runs on all ranks at the same step
 
 
@@ -321,10 +322,12 @@ def train(run: Run) -> End | RollBack:
 
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
-    metrics = validate(run.engine, run.streams["validation"], run.config)
+    metrics, texts = measure(run.engine, run.streams["validation"], run.config)
     run.standing = run.standing.after(done.step, metrics[run.standing.metric])
     unit, size = _unit(run.streams["train"])
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
+    if run.config.validation.written_samples:
+        run.recorder.event("written", step=done.step, samples=texts[:NUM_WRITTEN])
     return metrics["loss"]
 
 

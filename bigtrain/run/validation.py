@@ -24,6 +24,7 @@ from bigtrain.processes import RankInfo
 from bigtrain.run.data import elsewhere, open_data
 from bigtrain.run.directory import find_whole, locate, read_config
 from bigtrain.run.frozen import load_state
+from bigtrain.run.written import write_validation, written_metrics
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import split_sums
 
@@ -48,6 +49,15 @@ def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[
     num_targets, loss_sum, *sums = engine.mesh.total(total).tolist()
     loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
     return {"loss": loss, **objective.metrics(loss, split_sums(objective, sums))}
+
+
+def measure(engine: Engine, stream: SampleStream, config: TrainConfig) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Return loss and metrics on the validation batches, and on rank 0 what was written of ``validation.written_samples``."""
+    metrics = validate(engine, stream, config)
+    if not config.validation.written_samples:
+        return metrics, []
+    texts = write_validation(engine, stream, config)
+    return metrics | written_metrics(texts), texts
 
 
 def evaluation_config(path: Path, *, batches: int | None = None) -> TrainConfig:
@@ -114,7 +124,7 @@ def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
     with elsewhere(config.data):
         streams = open_data(config)
     engine, checkpoint = load_engine(path, config)
-    metrics = validate(engine, streams["validation"], config)
+    metrics, _ = measure(engine, streams["validation"], config)
     shut_down()
     result = {"step": read_run_state(checkpoint).step, **metrics}
     if streams["validation"].tokenizer_directory and not config.data.mixture:

@@ -28,6 +28,7 @@ _SUFFIXES = {
         *(".json.gz", ".json.zst"),
     ),
     DataSource.csv: (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst"),
+    DataSource.gettext: (".mo",),
     DataSource.parquet: (".parquet",),
     DataSource.arrow: (".arrow",),
 }

@@ -29,7 +29,7 @@ from bigtrain.data.prepare.files import Part, SourceFile, find_files, open_lines
 from bigtrain.data.prepare.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
 from bigtrain.data.prepare.labels import Labels
 from bigtrain.data.prepare.records import BadRow, Document, Rows, decode, record_document
-from bigtrain.data.prepare.tables import arrow_rows, csv_rows, dataset_parts, dataset_rows, parquet_rows
+from bigtrain.data.prepare.tables import arrow_rows, csv_rows, dataset_parts, dataset_rows, gettext_rows, parquet_rows
 from bigtrain.data.read.dropped import Dropped
 from bigtrain.errors import DataError
 
@@ -113,6 +113,7 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
         DataSource.text: _text_documents,
         DataSource.jsonl: _jsonl_rows,
         DataSource.csv: csv_rows,
+        DataSource.gettext: gettext_rows,
         DataSource.parquet: parquet_rows,
         DataSource.arrow: arrow_rows,
     }[config.source]

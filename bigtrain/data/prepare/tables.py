@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,29 @@ def _csv_row(config: DataConfig, document_id: str, columns: list[str], values: l
         except ValueError:
             return BadRow(f"{where}: {config.label_field} is {row[config.label_field]!r}, which is no number")
     return _row(config, document_id, row, where, is_repaired=any("\N{REPLACEMENT CHARACTER}" in v for v in values))
+
+
+def gettext_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
+    """Yield the messages of a compiled catalogue with their translations, as sources and targets.
+
+    The format: https://www.gnu.org/software/gettext/manual/html_node/MO-Files.html. Plural forms are left out.
+    """
+    raw = file.path.read_bytes()
+    order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(raw[:4])
+    try:
+        _, num_messages, sources_at, targets_at = struct.unpack_from(f"{order}4I", raw, 4)
+        for number in range(num_messages):
+            source, target = (_string_at(raw, at + 8 * number, order) for at in (sources_at, targets_at))
+            if source and b"\0" not in source:
+                pair = {config.source_field: source.rpartition(b"\4")[2].decode(), config.target_field: target.decode()}
+                yield _row(config, f"{file.name}:{number}", pair, f"{file.path}: message {number}")
+    except (struct.error, UnicodeDecodeError) as error:
+        raise DataError(f"{file.path}: no compiled catalogue of gettext in UTF-8: {error}") from error
+
+
+def _string_at(raw: bytes, place: int, order: str) -> bytes:
+    length, begin = struct.unpack_from(f"{order}2I", raw, place)
+    return raw[begin : begin + length]
 
 
 def parquet_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig, Packing
-from bigtrain.data.order.permutation import Order
+from bigtrain.data.order.permutation import Order, derive_key, mix64
 from bigtrain.data.read.corpus import FileSplit, Split
 from bigtrain.data.read.documents import document_samples
 from bigtrain.data.read.packing import build_packing
@@ -24,8 +24,18 @@ class StoredSamples:
     num_cut = 0
     """Documents that are longer than the sample that each is."""
 
-    def __init__(self, split: Split | RecordSplit, data: DataConfig, seed: int, *, keeps_all: bool = False) -> None:
+    def __init__(
+        self,
+        split: Split | RecordSplit,
+        data: DataConfig,
+        seed: int,
+        *,
+        keeps_all: bool = False,
+        most_samples: int | None = None,
+    ) -> None:
         """Cut the split into samples; those without a target that counts are left out unless ``keeps_all``.
+
+        Of more than ``most_samples``, so many are drawn: the same ones with every seed, more of them for a larger number.
 
         Raises:
             DataError: a shard cannot be had, or the cache is too small.
@@ -42,6 +52,11 @@ class StoredSamples:
         self.split = split
         self.num_ids, self.is_full = int(packed.shard_samples.sum()), packed.is_full
         self._answered = None if keeps_all else packed.answered()
+        self.num_left_out = 0 if self._answered is None else self.num_ids - len(self._answered)
+        if most_samples is not None:
+            self._answered = _some_of(
+                np.arange(self.num_ids) if self._answered is None else self._answered, most_samples
+            )
         ends = np.cumsum(packed.shard_samples)
         drawn = (
             np.diff(np.searchsorted(self._answered, [0, *ends])) if self._answered is not None else packed.shard_samples
@@ -50,11 +65,6 @@ class StoredSamples:
         self.num_samples = self.order.num_samples
         self.gather, self.documents = packed.gather, packed.documents
         self._fetching: list[int] = []
-
-    @property
-    def num_left_out(self) -> int:
-        """Samples without a target that counts."""
-        return self.num_ids - self.num_samples
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
         """Return the samples at the positions ``[first, first + count)``, int64 ``(count,)``."""
@@ -71,6 +81,12 @@ class StoredSamples:
         if shards != self._fetching:
             self._fetching = shards
             self.split.prefetch(shards)
+
+
+def _some_of(ids: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """Return ``number`` of the ids, ascending, by the hash of each."""
+    hashes = mix64(ids.astype(np.uint64) ^ np.uint64(derive_key(*b"most samples")))
+    return np.sort(ids[np.argsort(hashes, kind="stable")[:number]])
 
 
 def _require_room(split: Split, window_shards: int, cache_gib: float) -> None:

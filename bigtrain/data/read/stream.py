@@ -65,7 +65,7 @@ class SampleStream:
         self.sample_size: int = max([part.sample_size for part in records] or [data.sequence_length])
         """Numbers in a sample, by which the loader decides how many it prepares at a time."""
         self.components = {
-            part: _samples(part, split, data, seed, previous, keeps_all) for part, split in splits.items()
+            part: _samples(name, part, split, data, seed, previous, keeps_all) for part, split in splits.items()
         }
         self._list = list(self.components.values())
         self._live = {part: c for part, c in self.components.items() if isinstance(c, LiveSamples)}
@@ -84,6 +84,10 @@ class SampleStream:
         self.fingerprint = _fingerprint(splits, data)
         """What the sample ids are numbers of, and in which proportions they are drawn."""
         cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
+        if data.source_length is not None:
+            cut += f" {data.source_length}"
+        if data.max_train_samples is not None and name == "train":
+            cut += f" {data.max_train_samples} samples"
         self.content = f"{' '.join(component.fingerprint for component in self._list)} {cut}"
         """What the sample ids are numbers of, for the hash of all samples."""
         self.skipped = [list(positions) for positions in previous.skipped] if previous else []
@@ -257,6 +261,7 @@ class SampleStream:
 
 
 def _samples(
+    which: str,
     name: str,
     split: Split | LiveParts | RecordSplit,
     data: DataConfig,
@@ -265,7 +270,8 @@ def _samples(
     keeps_all: bool,
 ) -> StoredSamples | LiveSamples:
     if not isinstance(split, LiveParts):
-        return StoredSamples(split, data, seed, keeps_all=keeps_all)
+        most_samples = data.max_train_samples if which == "train" else None
+        return StoredSamples(split, data, seed, keeps_all=keeps_all, most_samples=most_samples)
     is_same = previous and previous.fingerprints.get(name) == split.fingerprint
     place = previous.places.get(name) if is_same else None
     return LiveSamples(split, data, seed=seed, place=place, keeps_all=keeps_all)
@@ -292,7 +298,9 @@ def _share(component: ComponentConfig, num_samples: int, global_batch_size: int)
 def _fingerprint(splits: Mapping[str, Split | LiveParts | RecordSplit], data: DataConfig) -> str:
     """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
     if not data.mixture:
-        return next(iter(splits.values())).fingerprint
+        (split,) = splits.values()
+        is_part = data.max_train_samples is not None and split.name == "train"
+        return f"{split.fingerprint} {data.max_train_samples} samples" if is_part else split.fingerprint
     parts = []
     for name, split in splits.items():
         component = data.mixture[name]

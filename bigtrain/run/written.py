@@ -1,0 +1,85 @@
+"""What a sequence-to-sequence model writes of held-out sources, compared with their targets."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bigtrain.config import TrainConfig
+from bigtrain.config.packages import require
+from bigtrain.data.read.index import read_index
+from bigtrain.data.read.loader import validation_batches
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.distributed.collectives import broadcast_json, gather_json
+from bigtrain.engine.base import Engine
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.decoding import write_greedily
+
+WRITTEN_METRICS = ("exact", "bleu", "chrf")
+"""Share of texts that are the target; BLEU and chrF of sacrebleu, each of all texts together."""
+
+
+def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
+    """Return source, target and what was written of ``validation.written_samples`` samples, in order, on rank 0.
+
+    All ranks call this.
+    """
+    batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
+    steps = validation_batches(
+        stream,
+        batches=math.ceil(num_wanted / batch_size),
+        global_batch_size=batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.mesh.dp_rank,
+        dp_size=engine.mesh.dp_size,
+        objective=build_objective(config.task),
+    )
+    decode, eos_id = _decoder(stream.tokenizer_directory)
+    engine.module.eval()
+    network = partial(engine.module, predicts=True)
+    found: list[tuple[int, dict[str, str]]] = []
+    for number, micro_batches in enumerate(steps):
+        for batch in micro_batches:
+            source, lengths, tokens, targets = (tensor.to(engine.device) for tensor in batch.values())
+            with torch.no_grad():
+                written = write_greedily(
+                    network, (source, lengths), tokens[:, 0], num_tokens=targets.shape[1], eos_id=eos_id
+                )
+            rows = zip(source.tolist(), lengths.tolist(), targets.tolist(), written.tolist(), strict=True)
+            found += [
+                (number, {"source": decode(text[:length]), "target": decode(target), "written": decode(own)})
+                for text, length, target, own in rows
+                if target[0] != IGNORE_INDEX
+            ]
+    by_step = sorted((part for rank in gather_json(found) for part in rank), key=lambda part: part[0])
+    return [text for _, text in by_step][:num_wanted]
+
+
+def written_metrics(texts: list[dict[str, str]]) -> dict[str, float]:
+    """Return :data:`WRITTEN_METRICS` of what :func:`write_validation` returns on rank 0, on every rank."""
+    return (
+        broadcast_json(_compare([t["written"] for t in texts], [t["target"] for t in texts]) if texts else None) or {}
+    )
+
+
+def _compare(written: list[str], targets: list[str]) -> dict[str, float]:
+    require("validation.written_samples", "sacrebleu", "metrics")
+    import sacrebleu
+
+    exact = sum(one == other for one, other in zip(written, targets, strict=True)) / len(targets)
+    bleu = sacrebleu.corpus_bleu(written, [targets], force=True).score
+    return {"exact": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(written, [targets]).score}
+
+
+def _decoder(directory: Path) -> tuple["partial[str]", int]:
+    """Return how ids up to the end of a text become text, and the token that ends one."""
+    tokenizer, eos_id = load_tokenizer(directory), read_index(directory, check_sizes=False).tokenizer.eos_id
+
+    def decode(ids: list[int]) -> str:
+        ends = [place for place, number in enumerate(ids) if number in (eos_id, IGNORE_INDEX)]
+        return tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+
+    return decode, eos_id
