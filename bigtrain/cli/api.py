@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.cli import hydra_cli, own_parts
-from bigtrain.config import TrainConfig
+from bigtrain.config import SetConfig, TrainConfig
 from bigtrain.errors import ConfigError
 from bigtrain.processes import STOP_SIGNALS
 
@@ -97,15 +97,25 @@ def load_run(path: str | PathLike[str], *, network: Any = None, objective: Any =
     return Run(Path(path))
 
 
-def validate(run: Run | str | PathLike[str], *, batches: int | None = None) -> dict[str, float]:
-    """Return loss and metrics of a run's newest checkpoint, or of the checkpoint at a path, on held-out documents.
+def validate(
+    run: Run | str | PathLike[str], *, batches: int | None = None, set: str = "validation", data: str | None = None
+) -> dict[str, float]:
+    """Return step, loss and metrics of a run's newest checkpoint, or of the checkpoint at a path.
+
+    Args:
+        run: the run, or the path of one of its checkpoints.
+        batches: see :class:`bigtrain.cli.validate.ValidateConfig`, like what follows.
+        set: see there.
+        data: see ``data.path`` there.
 
     Raises:
         BigtrainError: there is no whole checkpoint, or its data are gone.
     """
     from bigtrain.run.validation import validate_run
 
-    return validate_run(_path(run), batches=batches)
+    part = SetConfig(path=data) if data else None
+    step, measured = validate_run(_path(run), batches=batches, chosen=set, part=part)
+    return {"step": step, **measured.metrics}
 
 
 def predict(

@@ -1,10 +1,12 @@
 """Validate a run's newest checkpoint: ``python launch/validate.py checkpoint=runs/gpt_nano``."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 from bigtrain.cli import hydra_cli
+from bigtrain.config import SetConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
 from bigtrain.errors import EXIT_FINISHED
@@ -17,29 +19,61 @@ class ValidateConfig:
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     batches: Annotated[int | None, Bound(ge=1, le=10**6)] = None
-    """Global batches of validation data; by default as many as in the run's own validations."""
+    """Global batches of each set; by default as many as in the run's own validations, and all of other sets."""
+    set: str = "validation"
+    """``validation`` or ``test``; or one of their sets, such as ``test/news``."""
+    data: SetConfig = field(default_factory=SetConfig)
+    """Another set, of the kind that the run was trained on."""
+    json: bool = False
+    """Print one JSON object, with the confusion matrix."""
 
 
 HELP = """\
-Compute the loss and the perplexity of a run on the documents that it never trained on.
+Compute the loss and the metrics of a run on samples that it never trained on.
 
   python launch/validate.py checkpoint=runs/gpt_nano
   torchrun --nproc-per-node=8 launch/validate.py checkpoint=runs/gpt3_1b batches=100
+  python launch/validate.py checkpoint=runs/classifier set=test
+  python launch/validate.py checkpoint=runs/classifier data.path=other.jsonl json=true
 
 Settings, with their defaults:
 {settings}
 """
+MOST_SHOWN_LABELS = 20
 
 
 def run(config: ValidateConfig) -> int:
     """Validate and print the result."""
+    from bigtrain.run.directory import locate
+    from bigtrain.run.inputs import label_names
     from bigtrain.run.validation import validate_run
 
-    result = validate_run(Path(config.checkpoint), batches=config.batches)
-    if hydra_cli.rank() == 0:
-        for name, value in result.items():
-            print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+    part = None if config.data == SetConfig() else config.data
+    path = Path(config.checkpoint)
+    step, measured = validate_run(path, batches=config.batches, chosen=config.set, part=part)
+    if hydra_cli.rank() != 0:
+        return EXIT_FINISHED
+    confusion, names = measured.confusion, label_names(locate(path)[0])
+    if config.json:
+        counts = {} if confusion is None else {"confusion": confusion.astype(int).tolist(), "labels": names}
+        print(json.dumps({"step": step, **measured.metrics, **counts}))
+        return EXIT_FINISHED
+    print(f"{'step':<24} {step}")
+    for name, value in measured.metrics.items():
+        print(f"{name:<24} {value:.4f}")
+    if confusion is not None and len(confusion) <= MOST_SHOWN_LABELS:
+        print(confusion_table(confusion.astype(int).tolist(), names))
     return EXIT_FINISHED
+
+
+def confusion_table(counts: list[list[int]], names: list[str]) -> str:
+    """Return a confusion matrix as text: a row per true label, a column per predicted one."""
+    names = names or [str(number) for number in range(len(counts))]
+    width = max(*map(len, names), *(len(str(count)) for row in counts for count in row))
+    first = max(width, len("true"))
+    lines = [["true", *names], *([name, *map(str, row)] for name, row in zip(names, counts, strict=True))]
+    rows = (f"{head:<{first}}  {'  '.join(f'{cell:>{width}}' for cell in cells)}" for head, *cells in lines)
+    return "\n".join(["", "predicted as", *rows])
 
 
 def main() -> NoReturn:

@@ -44,10 +44,14 @@ from bigtrain.config.data import (
     ComponentConfig,
     DataConfig,
     FilterConfig,
+    HeldOutConfig,
+    SetConfig,
     WeightChangeConfig,
     are_records,
     component_data,
     is_live,
+    own_sets,
+    set_data,
 )
 from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
 
@@ -70,6 +74,7 @@ __all__ = [
     "FilterConfig",
     "FsdpConfig",
     "Head",
+    "HeldOutConfig",
     "Inputs",
     "Load",
     "LoggingConfig",
@@ -89,6 +94,7 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "SchedulerKind",
+    "SetConfig",
     "SupervisionConfig",
     "TaskConfig",
     "TaskKind",
@@ -101,6 +107,8 @@ __all__ = [
     "are_records",
     "component_data",
     "is_live",
+    "own_sets",
+    "set_data",
 ]
 
 

@@ -8,7 +8,16 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from bigtrain.config import WITHOUT_TEXT, DataConfig, TrainConfig, TrainingConfig, are_records, component_data, is_live
+from bigtrain.config import (
+    WITHOUT_TEXT,
+    DataConfig,
+    TrainConfig,
+    TrainingConfig,
+    are_records,
+    component_data,
+    is_live,
+    own_sets,
+)
 from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
     Content,
@@ -74,6 +83,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         are_images = all(part.source is DataSource.images for part in component_data(data).values())
         usual = Inputs.tokens if is_text else Inputs.pixels if are_images else Inputs.features
         task = dataclasses.replace(task, inputs=task.inputs or usual)
+    if own_sets(data, "validation"):
+        data.validation_fraction = 0.0
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
     if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
         data.tokenizer = origin
@@ -121,11 +132,14 @@ def check_data(data: DataConfig) -> list[str]:
 
 def _check_data(data: DataConfig) -> list[str]:
     problems = _check_mixture(data)
-    for name, part in component_data(data).items():
-        where = f"data.mixture.{name}" if data.mixture else "data"
+    places = {f"data.mixture.{name}" if data.mixture else "data": part for name, part in component_data(data).items()}
+    for which in ("validation", "test"):
+        sets = own_sets(data, which).items()
+        places |= {f"data.{which}.sets.{name}" if name else f"data.{which}": part for name, part in sets}
+    for where, part in places.items():
         if part.source not in PATHLESS and not part.path:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
-            chosen = f"{where}.source={part.source.name}" if data.mixture else f"data={part.source.name}"
+            chosen = f"data={part.source.name}" if where == "data" else f"{where}.source={part.source.name}"
             problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
         if part.source not in PATHLESS | {DataSource.prepared} and "://" in (part.path or ""):
             problems.append(

@@ -69,6 +69,29 @@ class ComponentConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SetConfig:
+    """Samples to measure on; what it leaves open is as in the ``data`` section."""
+
+    source: DataSource | None = None
+    """See ``data.source``."""
+    path: PathOrUrl | None = None
+    """See ``data.path``."""
+    settings: dict[str, Any] | None = None
+    """See ``data.settings``."""
+    subset: str | None = None
+    """See ``data.subset``."""
+    split: str | None = None
+    """See ``data.split``; alone, another split of what is trained on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HeldOutConfig(SetConfig):
+    """One set, or several with names."""
+
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
 class FilterConfig:
     """Which documents are left out of a corpus; each is counted in its ``report.json``."""
 
@@ -156,8 +179,12 @@ class DataConfig:
     """Prepared shards end with the document by which they hold so many tokens."""
     prepare_processes: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
-    validation_fraction: Annotated[float, Bound(gt=0, lt=1), OnlyIf("source", not_in=("prepared",))] = 0.02
-    """Share of the documents or records that is kept for validation."""
+    validation_fraction: Annotated[float, Bound(ge=0, lt=1), OnlyIf("source", not_in=("prepared",))] = 0.02
+    """Share of the documents or records that is kept for validation; 0 where ``validation`` names others."""
+    validation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Sets of your own that are validated on, in place of a share of the training data."""
+    test: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Sets that are measured on once, when the run is finished."""
     cache_directory: LocalPath | None = None
     """Where shards from a URL and what was tokenised on the fly are kept, best on a disk of the node; by default ``<root>/cache``."""
     cache_gib: Annotated[float, Bound(gt=0)] = 100.0
@@ -214,3 +241,23 @@ def component_data(data: DataConfig) -> dict[str, DataConfig]:
         name: replace(data, mixture={}, **{key: value for key in own if (value := getattr(component, key)) is not None})
         for name, component in sorted(data.mixture.items())
     }
+
+
+def own_sets(data: DataConfig, which: str) -> dict[str, DataConfig]:
+    """Return the ``data`` section of each set of ``data.validation`` or ``data.test`` by name; that without one is ``""``."""
+    held: HeldOutConfig = getattr(data, which)
+    unnamed = {"": held} if any(_given(held).values()) else {}
+    return {name: set_data(data, part) for name, part in (unnamed | dict(sorted(held.sets.items()))).items()}
+
+
+def set_data(data: DataConfig, part: SetConfig) -> DataConfig:
+    """Return the ``data`` section of a set: all of it is measured on, and it is prepared whatever training does."""
+    changes: dict[str, Any] = {"mixture": {}, "validation": HeldOutConfig(), "test": HeldOutConfig()}
+    changes |= {"validation_fraction": 0.0, "on_the_fly": False}
+    if part.path:  # these are of ``data.path``
+        changes |= {"split": None, "subset": None, "settings": {}}
+    return replace(data, **(changes | _given(part)))
+
+
+def _given(part: SetConfig) -> dict[str, Any]:
+    return {f.name: value for f in fields(SetConfig) if (value := getattr(part, f.name)) is not None}

@@ -1,6 +1,6 @@
 """The streams of samples of a run, from all components of its data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def open_streams(
     global_batch_size: int,
     validation_samples: int = 0,
     previous: DataState | None = None,
+    sides: Sequence[str] = SPLITS,
 ) -> dict[str, "SampleStream"]:
     """Open both splits of all components as streams of samples.
 
@@ -43,6 +44,7 @@ def open_streams(
         global_batch_size: Samples per optimizer step.
         validation_samples: So many are looked for in text that is tokenised while training.
         previous: State of the checkpoint that is continued, if any.
+        sides: Which splits.
 
     Raises:
         DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others; records
@@ -83,7 +85,7 @@ def open_streams(
 
     def open_all(keeps_all: bool) -> dict[str, SampleStream]:
         streams = {}
-        for which in SPLITS:
+        for which in sides:
             splits = {name: split(name, which) for name in parts}
             streams[which] = SampleStream(
                 which,

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from bigtrain.config import (
     TrainConfig,
     are_records,
     component_data,
+    own_sets,
 )
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.cache import cache_directory
-from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, read_index
+from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, SPLITS, read_index
 from bigtrain.data.read.loader import TrainLoader, require_validation_targets
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.stream import SampleStream
@@ -37,6 +39,7 @@ from bigtrain.errors import CheckpointError, DataError, of_all_ranks
 from bigtrain.log import get_logger, redact
 from bigtrain.run.collation import build_collation
 from bigtrain.run.directory import read_config
+from bigtrain.run.sets import HELD_OUT, open_set, sets_of, tell_seen
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
 
@@ -64,13 +67,16 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         global_batch_size=train.global_batch_size,
         validation_samples=validation.batches * train.global_batch_size if validation.every_steps else 0,
         previous=previous,
+        sides=("train",) if own_sets(config.data, HELD_OUT) else SPLITS,
     )
     if collate := build_collation(config, streams["train"].tokenizer_directory):
         for stream in streams.values():
             stream.collated(collate)
+    streams |= open_own_sets(config, streams["train"])
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
-        require_validation_targets(streams["validation"], **sizes, objective=objective)
+        for part in sets_of(streams, HELD_OUT).values():
+            require_validation_targets(part, **sizes, objective=objective)
     found, stream = remarks(config, streams["train"]), streams["train"]
     if dist.is_initialized() and any(part.source in OF_RECORDS for part in component_data(data).values()):
         _require_same_rows(stream)
@@ -79,6 +85,22 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     for remark in found:
         get_logger().warning(remark)
     return streams
+
+
+def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleStream]:
+    """Return the sets of ``data.validation`` and ``data.test``, and say what of them is trained on too."""
+    found = {}
+    if own_sets(config.data, HELD_OUT):
+        get_logger().info("data.validation names sets to validate on: nothing is held out of the training data")
+    for which in (HELD_OUT, "test"):
+        for name, part in own_sets(config.data, which).items():
+            where = f"data.{which}.sets.{name}" if name else f"data.{which}"
+            like_train = {"label_names": list(train.label_names), "sequence_length": train.sequence_length}
+            stream = open_set(config, part, where=where, tokenizer=train.tokenizer_directory, **like_train)
+            stream.require_samples()
+            on_rank0(partial(tell_seen, train, stream))
+            found[f"{which}/{name}" if name else which] = stream
+    return found
 
 
 def _require_same_rows(stream: SampleStream) -> None:

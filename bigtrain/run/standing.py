@@ -3,7 +3,7 @@
 import numpy as np
 
 from bigtrain.checkpoint.store import RunState, Standing
-from bigtrain.config import TrainConfig, ValidationConfig
+from bigtrain.config import TrainConfig, ValidationConfig, own_sets
 from bigtrain.errors import ConfigError
 from bigtrain.run.written import WRITTEN_METRICS
 from bigtrain.tasks import build_objective
@@ -24,11 +24,15 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
         ones = {name: np.ones(shape) for name, shape in objective.sums.items()}
         known += objective.metrics(1.0, ones)
         known += WRITTEN_METRICS if config.validation.written_samples else ()
+        known += [f"{name}/{other}" for name in own_sets(config.data, "validation") if name for other in known]
     if metric not in known:
         raise ConfigError(f"validation.metric={metric}: task={config.task.kind} has {', '.join(known)}")
     if state and state.standing and state.standing.metric == metric:
         return state.standing
-    return Standing(metric, less_is_better=metric in LESS_IS_BETTER | set(getattr(objective, "less_is_better", ())))
+    return Standing(
+        metric,
+        less_is_better=metric.rpartition("/")[2] in LESS_IS_BETTER | set(getattr(objective, "less_is_better", ())),
+    )
 
 
 def why_ended(standing: Standing, config: ValidationConfig) -> str | None:

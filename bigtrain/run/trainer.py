@@ -67,9 +67,10 @@ from bigtrain.run.recovery import (
     require_place,
     require_same_imports,
 )
+from bigtrain.run.sets import sets_of
 from bigtrain.run.standing import begin_standing, explain_end, why_ended
 from bigtrain.run.step import read_back, seed_step, train_step
-from bigtrain.run.validation import measure
+from bigtrain.run.validation import validate
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
 from bigtrain.supervise.heartbeat import Heartbeat
@@ -322,7 +323,9 @@ def train(run: Run) -> End | RollBack:
 
 def record_validation(run: Run, done: Cursor) -> float:
     """Validate, record the result and return the loss."""
-    metrics, texts = measure(run.engine, run.streams["validation"], run.config)
+    sets, batches = sets_of(run.streams, "validation"), run.config.validation.batches
+    measured = validate(run.engine, sets, run.config, batches=batches)
+    metrics, texts = measured.metrics, measured.texts
     run.standing = run.standing.after(done.step, metrics[run.standing.metric])
     unit, size = _unit(run.streams["train"])
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
@@ -435,6 +438,8 @@ def _end(run: Run, step: int, finished: str | None, reason: str | None, *, has_g
     if run.limits:
         run.limits.honour()
     if finished:
+        if tests := sets_of(run.streams, "test"):
+            run.recorder.event("test", step=step, **validate(run.engine, tests, run.config, batches=None).metrics)
         why = {} if finished == "finished" else {"reason": explain_end(run.standing, finished)}
         run.recorder.event("finished", step=step, **why)
         return End(EXIT_FINISHED, finished)

@@ -1,19 +1,24 @@
-"""The loss of a run on held-out documents, in training and afterwards."""
+"""What a run reaches on samples that it does not train on, in training and afterwards."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from bigtrain import log
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import EngineKind, Offload, TrainConfig
+from bigtrain.config import EngineKind, Offload, SetConfig, TrainConfig, own_sets, set_data
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import count_targets, validation_batches
 from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
@@ -24,40 +29,76 @@ from bigtrain.processes import RankInfo
 from bigtrain.run.data import elsewhere, open_data
 from bigtrain.run.directory import find_whole, locate, read_config
 from bigtrain.run.frozen import load_state
+from bigtrain.run.inputs import label_names
+from bigtrain.run.sets import HELD_OUT, open_set, sets_of
 from bigtrain.run.written import write_validation, written_metrics
 from bigtrain.tasks import build_objective
-from bigtrain.tasks.base import split_sums
+from bigtrain.tasks.base import Objective, split_sums
+
+SETS = (HELD_OUT, "test")
 
 
-def validate(engine: Engine, stream: SampleStream, config: TrainConfig) -> dict[str, float]:
-    """Return the mean loss per target over the validation batches, and the task's metrics, at any world size."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Loss and metrics of one set, or of several together."""
+
+    metrics: dict[str, float]
+    """``loss`` and the task's; of a set with a name as ``name/loss``, besides those of all together."""
+    confusion: NDArray[np.float64] | None
+    """``(C, C)``, a row per true label, if the task counts them."""
+    texts: list[dict[str, str]]
+    """On rank 0, what was written of ``validation.written_samples`` samples of each set."""
+
+
+def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConfig, *, batches: int | None) -> Measured:
+    """Return the mean loss per target, and the task's metrics, at any world size.
+
+    Args:
+        engine: with the weights.
+        sets: by name; what has none is ``""``.
+        config: of the run.
+        batches: global batches of each set; None for all of it.
+    """
     objective = build_objective(config.task)
-    num_sums = sum(math.prod(shape) for shape in objective.sums.values())
-    total = torch.zeros(2 + num_sums, dtype=torch.float64)
+    totals = {name: _add_up(engine, stream, objective, config, batches) for name, stream in sets.items()}
+    metrics, sums = _metrics_of(objective, torch.stack(list(totals.values())).sum(dim=0))
+    for name, total in totals.items():
+        metrics |= {f"{name}/{key}": value for key, value in _metrics_of(objective, total)[0].items()} if name else {}
+    texts = {}
+    if config.validation.written_samples:
+        texts = {name: write_validation(engine, stream, config) for name, stream in sets.items()}
+        metrics |= written_metrics([text for part in texts.values() for text in part])
+    for name, part in texts.items():
+        metrics |= {f"{name}/{key}": value for key, value in written_metrics(part).items()} if name else {}
+    return Measured(metrics, sums.get("confusion"), [text for part in texts.values() for text in part])
+
+
+def _add_up(
+    engine: Engine, stream: SampleStream, objective: Objective, config: TrainConfig, batches: int | None
+) -> torch.Tensor:
+    """Return targets, summed loss and the objective's sums over samples of a set, over all ranks: fp64 ``(2 + K,)``."""
+    size = config.train.global_batch_size
     steps = validation_batches(
         stream,
-        batches=config.validation.batches,
-        global_batch_size=config.train.global_batch_size,
+        batches=batches or math.ceil(stream.num_samples / size),
+        global_batch_size=size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=engine.mesh.dp_rank,
         dp_size=engine.mesh.dp_size,
         objective=objective,
     )
+    total = torch.zeros(2 + sum(math.prod(shape) for shape in objective.sums.values()), dtype=torch.float64)
     for micro_batches in steps:
         for batch, sums in zip(micro_batches, engine.evaluate(micro_batches).tolist(), strict=True):
             total += torch.tensor([count_targets(objective, batch), *sums], dtype=torch.float64)
-    num_targets, loss_sum, *sums = engine.mesh.total(total).tolist()
+    return engine.mesh.total(total)
+
+
+def _metrics_of(objective: Objective, total: torch.Tensor) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    num_targets, loss_sum, *flat = total.tolist()
     loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
-    return {"loss": loss, **objective.metrics(loss, split_sums(objective, sums))}
-
-
-def measure(engine: Engine, stream: SampleStream, config: TrainConfig) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """Return loss and metrics on the validation batches, and on rank 0 what was written of ``validation.written_samples``."""
-    metrics = validate(engine, stream, config)
-    if not config.validation.written_samples:
-        return metrics, []
-    texts = write_validation(engine, stream, config)
-    return metrics | written_metrics(texts), texts
+    sums = split_sums(objective, flat)
+    return {"loss": loss, **objective.metrics(loss, sums)}, sums
 
 
 def evaluation_config(path: Path, *, batches: int | None = None) -> TrainConfig:
@@ -109,26 +150,51 @@ def _join_group() -> tuple[RankInfo, torch.device]:
     return info, device
 
 
-def validate_run(path: Path, *, batches: int | None = None) -> dict[str, float]:
-    """Return loss and metrics of a checkpoint on its run's validation split, on all ranks of this world.
+def validate_run(
+    path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None
+) -> tuple[int, Measured]:
+    """Return the step of a checkpoint, and what it reaches on a set, on all ranks of this world.
 
     Args:
         path: directory of a run, or of one of its checkpoints.
-        batches: global batches; by default those of the run's own validations.
+        batches: global batches of each set; by default those of the run's own validations, and all of other sets.
+        chosen: ``validation`` or ``test``, or one of their sets by name, such as ``test/news``.
+        part: another set, in place of ``chosen``.
 
     Raises:
         CheckpointError: no whole checkpoint.
+        ConfigError: the run has no such set.
     """
     config, (directory, _) = evaluation_config(path, batches=batches), locate(path)
     _join_group()
     with elsewhere(config.data):
-        streams = open_data(config)
+        sets = _open_sets(config, directory, chosen, part)
     engine, checkpoint = load_engine(path, config)
-    metrics, _ = measure(engine, streams["validation"], config)
+    is_usual = chosen == HELD_OUT and part is None
+    measured = validate(engine, sets, config, batches=config.validation.batches if is_usual else batches)
     shut_down()
-    result = {"step": read_run_state(checkpoint).step, **metrics}
-    if streams["validation"].tokenizer_directory and not config.data.mixture:
+    if is_usual and sets.get("") and sets[""].tokenizer_directory and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
-        if not index.live:
-            result["unigram_entropy"] = index.validation.unigram_nats_per_token
-    return result
+        if not index.live and index.validation.num_documents:
+            measured.metrics["unigram_entropy"] = index.validation.unigram_nats_per_token
+    return read_run_state(checkpoint).step, measured
+
+
+def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | None) -> dict[str, SampleStream]:
+    """Return the sets that are measured on; those of their own need no training data."""
+    which, _, name = chosen.partition("/")
+    data = {"data": set_data(config.data, part)} if part else own_sets(config.data, which) if which in SETS else {}
+    if name:
+        data = {other: section for other, section in data.items() if other == name}
+    if not data and chosen == HELD_OUT:
+        return sets_of(open_data(config), HELD_OUT)
+    if not data:
+        known = [f"{w}/{n}" if n else w for w in SETS for n in own_sets(config.data, w)]
+        raise ConfigError(
+            f"set={chosen}: the run has {', '.join(dict.fromkeys([HELD_OUT, *known]))}; another one is data.path=..."
+        )
+    tokenizer = run if (run / TOKENIZER_FILE).is_file() else None
+    where = "data" if part else f"data.{which}"
+    like_train = {"tokenizer": tokenizer, "label_names": label_names(run)}
+    found = {other: open_set(config, section, where=where, **like_train) for other, section in data.items()}
+    return {"": next(iter(found.values()))} if part or name else found

@@ -64,7 +64,7 @@ SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
 
 # Events
 LAUNCH_EVENTS = ("start", "resume")
-REPEATED_EVENTS = ("validation", "checkpoint")  # belong to a step: a run that goes back writes them anew
+REPEATED_EVENTS = ("validation", "test", "checkpoint")  # belong to a step: a run that goes back writes them anew
 SUPERSEDED_EVENT = "superseded"  # from this step on, numbers differ from those before the run went back
 LOGGER_FAILED_EVENT = "logger_failed"
 ALARMS = (

@@ -201,10 +201,10 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
             return "\n".join([*changes, f"continuing after step {step} from {fields.get('checkpoint')}"])
         case "start" if fields.get("load") == "weights":
             return f"beginning at step 0 with the weights of {fields['checkpoint']}"
-        case "validation":
+        case "validation" | "test":
             metrics = {key: value for key, value in fields.items() if key not in (*names.AXES, names.LOSS)}
             parts = [f"loss {fields['loss']:.4f}", *(f"{key} {value:.4g}" for key, value in metrics.items())]
-            return f"validation after step {step}: {', '.join(parts)}"
+            return f"{kind} after step {step}: {', '.join(parts)}"
         case "checkpoint":
             return f"saved {fields.get('path')}"
         case "profile":

@@ -387,10 +387,12 @@ def test_every_text_refuses_to_be_empty_as_an_unset_variable_is(text: str):
     keys = [key for key, hint in key_types(TrainConfig).items() if hint in (str, str | None) and "*" not in key]
     assert {"run.name", "run.root", "model.init_from", "data.tokenizer", "checkpoint.resume"} <= set(keys)
     for key in keys:
-        section, _, name = key.partition(".")
+        values: Any = text
+        for name in reversed(key.split(".")):
+            values = {name: values}
         with pytest.raises(ConfigError, match=rf"^{key}: empty, as a variable that is not set"):
-            from_dict(TrainConfig, {section: {name: text}}, from_user=True)
-        from_dict(TrainConfig, {section: {name: text}})  # a run of before opens
+            from_dict(TrainConfig, values, from_user=True)
+        from_dict(TrainConfig, values)  # a run of before opens
 
 
 def test_a_path_from_an_empty_variable_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -196,7 +196,8 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
         train, train_counts = _join_split(work, "train", len(parts), index, config, run)
         validation, validation_counts = _join_split(work, "validation", len(parts), index, config, run)
     train.unigram_nats_per_token = cross_entropy_nats(train_counts, train_counts)
-    validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
+    if validation.num_documents:
+        validation.unigram_nats_per_token = cross_entropy_nats(validation_counts, train_counts + 1)
     shutil.rmtree(work / PARTS_DIRECTORY)
     _write_report(work, survey, left_out, train, validation)
     return dataclasses.replace(

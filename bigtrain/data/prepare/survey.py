@@ -161,11 +161,12 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     survey.kept = np.split(~is_dropped, np.cumsum([len(part.sizes) for part in parts])[:-1])
     places = np.concatenate([np.empty(0, np.uint64), *(part.split_places() for part in parts)])
     places = np.unique(places[~is_dropped])
-    if len(places) < 2:
+    if len(places) < (2 if config.validation_fraction else 1):
         raise DataError(_too_few(config, survey, len(places)))
-    # A small corpus could leave a split empty: the lowest hash goes to validation, the highest to training.
-    bound = max(int(config.validation_fraction * 2**64), int(places[0]) + 1)
-    survey.validation_bound = min(bound, int(places[-1]))
+    if config.validation_fraction:
+        # A small corpus could leave a split empty: the lowest hash goes to validation, the highest to training.
+        bound = max(int(config.validation_fraction * 2**64), int(places[0]) + 1)
+        survey.validation_bound = min(bound, int(places[-1]))
     survey.bpe_sample = _choose_sample(parts, survey)
     survey.labels = _combine_labels(config, parts)
     return survey

@@ -205,7 +205,7 @@ def labels_of_shards(
         return [None] * len(plans)
     labels = np.concatenate([np.load(part_directory(work, i) / LABELS_FILE.format(split)) for i in range(num_parts)])
     sizes = [int(plan.lengths.sum()) if record.kind is LabelKind.per_token else len(plan.lengths) for plan in plans]
-    return np.split(labels, np.cumsum(sizes)[:-1])
+    return np.split(labels, np.cumsum(sizes)[:-1])[: len(plans)]
 
 
 def write_shard(

@@ -346,6 +346,6 @@ def _open_remote(config: DataConfig, vocab_size: int, skip_bad_shards: bool) -> 
     require_vocab(index, vocab_size, config.path)
     cache = ShardCache(remote, cache_directory(config), int(config.cache_gib * 2**30))
     corpus = Corpus(cache, index, skip_bad_shards)
-    if min(corpus.split(name).cache_shards for name in SPLITS) < 2:
+    if min(corpus.split(name).cache_shards for name in SPLITS if getattr(corpus.index, name).shards) < 2:
         raise DataError(f"data.cache_gib={config.cache_gib}: too small for two shards of {config.path}")
     return corpus

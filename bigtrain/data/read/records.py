@@ -128,6 +128,12 @@ class Records:
                 )
         return xxhash.xxh3_64_hexdigest("".join(digest.hexdigest() for digest in digests.values()).encode())
 
+    def content_hashes(self, rows: NDArray[np.int64]) -> list[int]:
+        """Return a hash of the inputs of each of some rows, int64 ``(N,)``."""
+        samples = self.read(rows, rows)
+        inputs = [samples[name] for name in samples if self._objective.fields[name].ignored is None]
+        return [xxhash.xxh3_64_intdigest(b"".join(array[i].tobytes() for array in inputs)) for i in range(len(rows))]
+
     def require_targets(self, rows: NDArray[np.int64], side: str) -> None:
         """Refuse rows, int64 ``(N,)``, of which none has a target that counts.
 
@@ -273,7 +279,8 @@ def split_records(
         objective: As in :class:`Records`.
         where: As there.
         sequence_length: As there.
-        validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own.
+        validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own; 0 holds
+            nothing out.
 
     Raises:
         DataError: the source is no dataset, or a row does not fit the objective.
@@ -282,7 +289,8 @@ def split_records(
         source = source()
     has_sides = hasattr(source, "train")
     facts = getattr(source, "facts", {})
-    own = source.validation() if has_sides and hasattr(source, "validation") else None
+    has_own = has_sides and hasattr(source, "validation") and validation_fraction > 0
+    own = source.validation() if has_own else None
     records, fingerprints = {}, {}
     for name, dataset in (("train", source.train() if has_sides else source), ("validation", own)):
         if dataset is None and name == "validation":
@@ -316,6 +324,6 @@ def held_out(num_rows: int, fraction: float) -> NDArray[np.bool_]:
     """Return whether each row is held out: a function of its number, for about ``fraction`` of them and at least one."""
     hashes = mix64(np.arange(num_rows, dtype=np.uint64) ^ np.uint64(derive_key(*b"validation")))
     is_held_out = hashes < np.uint64(fraction * 2**64)
-    if num_rows and not is_held_out.any():
+    if num_rows and fraction and not is_held_out.any():
         is_held_out[hashes.argmin()] = True
     return is_held_out
