@@ -32,6 +32,7 @@ def open_streams(
     validation_samples: int = 0,
     previous: DataState | None = None,
     sides: Sequence[str] = SPLITS,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, "SampleStream"]:
     """Open both splits of all components as streams of samples.
 
@@ -45,6 +46,7 @@ def open_streams(
         validation_samples: So many are looked for in text that is tokenised while training.
         previous: State of the checkpoint that is continued, if any.
         sides: Which splits.
+        facts: Of the images that are trained on, if these are others.
 
     Raises:
         DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others; records
@@ -67,7 +69,7 @@ def open_streams(
         if corpus.index.live
     }
     records = {
-        name: _open_records(part, objective, directories.get(name), seed)
+        name: _open_records(part, objective, directories.get(name), seed, facts)
         for name, part in parts.items()
         if part.source in OF_RECORDS
     }
@@ -111,7 +113,11 @@ def open_streams(
 
 
 def _open_records(
-    data: DataConfig, objective: "Objective", directory: str | Path | None, seed: int
+    data: DataConfig,
+    objective: "Objective",
+    directory: str | Path | None,
+    seed: int,
+    facts: Mapping[str, Any] | None,
 ) -> "dict[str, RecordSplit]":
     """Return both sides of a component of records; images are in ``directory``."""
     from bigtrain.data.read.augment import Augmentation
@@ -120,6 +126,8 @@ def _open_records(
 
     if data.source is DataSource.images:
         source: Any = ImageSet(Path(directory), Augmentation(data.augment, seed))
+        if facts:
+            source.normalise_like(facts)
         _require_labels(source.index.label_names, objective, data)
     elif data.source is DataSource.own:
         source = instance(data.path, data.settings, setting="data.path")

@@ -95,8 +95,15 @@ def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleS
     for which in (HELD_OUT, "test"):
         for name, part in own_sets(config.data, which).items():
             where = f"data.{which}.sets.{name}" if name else f"data.{which}"
-            like_train = {"label_names": list(train.label_names), "sequence_length": train.sequence_length}
-            stream = open_set(config, part, where=where, tokenizer=train.tokenizer_directory, **like_train)
+            stream = open_set(
+                config,
+                part,
+                where=where,
+                tokenizer=train.tokenizer_directory,
+                label_names=list(train.label_names),
+                facts=train.facts,
+                sequence_length=train.sequence_length,
+            )
             stream.require_samples()
             on_rank0(partial(tell_seen, train, stream))
             found[f"{which}/{name}" if name else which] = stream

@@ -17,6 +17,7 @@ from bigtrain.data.read.records import Records
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.files import read_json
+from bigtrain.run.directory import FACTS_FILE
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Field, Objective
 
@@ -28,7 +29,7 @@ class Unlabelled(Objective):
     """The inputs of an objective, without its targets."""
 
     def __init__(self, objective: Objective) -> None:
-        self._fields = {name: field for name, field in objective.fields.items() if field.ignored is None}
+        self._fields = {name: field for name, field in objective.fields.items() if field.is_input}
         self.targets = objective.fields.keys() - self._fields.keys()
 
     @property
@@ -81,7 +82,8 @@ class Encoded:
 
 def label_names(run: Path) -> list[str]:
     """Return the names of the labels that a run predicts; none if they are numbers only."""
-    return (read_json(run / INDEX_FILE).get("labels") or {}).get("names", [])
+    of_text = (read_json(run / INDEX_FILE).get("labels") or {}).get("names", [])
+    return of_text or read_json(run / FACTS_FILE).get("label_names", [])
 
 
 def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config: TrainConfig) -> Records:

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import WITHOUT_TEXT, DataConfig, DataSource, TrainConfig
+from bigtrain.config import WITHOUT_TEXT, AugmentConfig, DataConfig, DataSource, TrainConfig
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.batch import Samples
 from bigtrain.data.read.index import read_index
@@ -51,6 +52,7 @@ def open_set(
     where: str,
     tokenizer: Path | None,
     label_names: list[str],
+    facts: Mapping[str, Any],
     sequence_length: int | None = None,
 ) -> SampleStream:
     """Return all samples of a set; text is prepared with the tokenizer of the training data. All ranks call this.
@@ -61,13 +63,15 @@ def open_set(
         where: its setting.
         tokenizer: directory of the training data's corpus, or of the run; None if there is no text.
         label_names: of the training data, whose numbers its labels get.
+        facts: of images that are trained on, by which its own are normalised.
         sequence_length: of samples of the training data, where ``data`` leaves it open.
 
     Raises:
         DataError: it cannot be prepared, has another tokenizer, or labels that the training data has not.
     """
     is_text = data.source not in WITHOUT_TEXT
-    data = dataclasses.replace(data, sequence_length=data.sequence_length or sequence_length)
+    length = data.sequence_length or sequence_length
+    data = dataclasses.replace(data, sequence_length=length, augment=AugmentConfig())
     if is_text and tokenizer and data.source is not DataSource.prepared:
         data = dataclasses.replace(data, tokenizer=str(tokenizer))
     directories = on_rank0(lambda: {name: str(path) for name, path in prepare_components(data, progress=True)})
@@ -80,6 +84,7 @@ def open_set(
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         sides=("train",),
+        facts=facts,
     )["train"]
     stream.name = where
     if tokenizer and (own := stream.tokenizer_directory):

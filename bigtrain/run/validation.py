@@ -24,10 +24,11 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
+from bigtrain.files import read_json
 from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
 from bigtrain.run.data import elsewhere, open_data
-from bigtrain.run.directory import find_whole, locate, read_config
+from bigtrain.run.directory import FACTS_FILE, find_whole, locate, read_config
 from bigtrain.run.frozen import load_state
 from bigtrain.run.inputs import label_names
 from bigtrain.run.sets import HELD_OUT, open_set, sets_of
@@ -195,6 +196,9 @@ def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | No
         )
     tokenizer = run if (run / TOKENIZER_FILE).is_file() else None
     where = "data" if part else f"data.{which}"
-    like_train = {"tokenizer": tokenizer, "label_names": label_names(run)}
-    found = {other: open_set(config, section, where=where, **like_train) for other, section in data.items()}
+    facts = read_json(run / FACTS_FILE)
+    found = {
+        other: open_set(config, section, where=where, tokenizer=tokenizer, label_names=label_names(run), facts=facts)
+        for other, section in data.items()
+    }
     return {"": next(iter(found.values()))} if part or name else found

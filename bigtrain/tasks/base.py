@@ -37,6 +37,11 @@ class Field(NamedTuple):
     """Whether a batch may lack it; such fields are the last ones."""
 
     @property
+    def is_input(self) -> bool:
+        """Whether a network needs it to predict; others are targets, or may be lacking."""
+        return self.ignored is None and not self.is_optional
+
+    @property
     def filling(self) -> int | float:
         """What padding consists of."""
         return self.padding if self.ignored is None else self.ignored

@@ -129,3 +129,27 @@ def test_text_is_prepared_with_the_tokenizer_of_the_training_data_and_labels_hav
     write("unknown.jsonl", "bd", 1)
     wrong = fork("validate.py", "checkpoint=runs/letters", "data.path=unknown.jsonl", cwd=place)
     assert wrong.code == 2 and "labels that the training data has not: d" in wrong.err
+
+
+def test_images_are_normalised_as_the_training_data_and_not_augmented(place: Path):
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    for directory, classes, brightness in (("seen", 3, 256), ("unseen", 2, 128)):
+        for number in range(24):
+            path = place / directory / f"class{number % classes + 3 - classes}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(random.integers(0, brightness, (8, 8), dtype=np.uint8)).save(path)
+    args = ["+model=cnn_digits", "model.settings.channels=[8]", "model.settings.num_pools=1", "task=classification"]
+    args += ["task.num_labels=3", "model.settings.num_outputs=3", "data=images", "data.path=seen", "engine=ddp"]
+    args += ["data.augment.flip=true", "data.validation.path=unseen", "validation.every_steps=8", "train.steps=8"]
+    args += ["train.global_batch_size=8", "scheduler.warmup_steps=1", "engine.precision=fp32", "optimizer.lr=1e-2"]
+    done = fork("train.py", *args, "run.name=images", cwd=place)
+    assert done.code == 0, done.err
+    facts = json.loads((place / "runs/images/data.json").read_text())
+    paths = sorted((place / "unseen").glob("*/*.png"))
+    pixels = np.stack([np.asarray(image.open(path), dtype=np.float32) for path in paths])[:, None]
+    normalised = (pixels - np.float32(facts["mean"])) / np.float32(facts["deviation"])
+    found = bigtrain.predict(place / "runs/images", {"pixels": normalised})
+    accuracy = np.mean([row["label"] == path.parent.name for row, path in zip(found, paths, strict=True)])
+    assert events(place / "runs/images", "validation")[-1]["accuracy"] == pytest.approx(accuracy)
+    assert validated(place, "checkpoint=runs/images", "data.path=unseen")["accuracy"] == pytest.approx(accuracy)

@@ -119,6 +119,8 @@ def _held_out(hashes: NDArray[np.uint64], source: Source, config: DataConfig) ->
     if len(source.sides) > 1:
         own = np.arange(len(hashes)) >= num_train
         return own, int(np.isin(hashes[own], hashes[~own]).sum())
+    if config.validation_fraction == 0:
+        return np.zeros(len(hashes), dtype=np.bool_), 0
     drawn = mix64(hashes ^ np.uint64(derive_key(*b"validation")))
     return drawn <= max(drawn.min(), np.uint64(config.validation_fraction * 2**64)), 0
 

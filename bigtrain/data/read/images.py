@@ -77,6 +77,11 @@ class ImageSet:
         self.mean = np.array(self.index.mean, dtype=np.float32).reshape(channels)
         self.deviation = np.array(self.index.deviation, dtype=np.float32).reshape(channels)
 
+    def normalise_like(self, facts: Mapping[str, Any]) -> None:
+        """Take the mean and deviation of the images that are trained on."""
+        for name in ("mean", "deviation"):
+            setattr(self, name, np.array(facts[name], dtype=np.float32).reshape(1, 1, 1, -1))
+
     @property
     def facts(self) -> dict[str, Any]:
         """Return what is recorded with a run."""

@@ -131,7 +131,7 @@ class Records:
     def content_hashes(self, rows: NDArray[np.int64]) -> list[int]:
         """Return a hash of the inputs of each of some rows, int64 ``(N,)``."""
         samples = self.read(rows, rows)
-        inputs = [samples[name] for name in samples if self._objective.fields[name].ignored is None]
+        inputs = [samples[name] for name in samples if self._objective.fields[name].is_input]
         return [xxhash.xxh3_64_intdigest(b"".join(array[i].tobytes() for array in inputs)) for i in range(len(rows))]
 
     def require_targets(self, rows: NDArray[np.int64], side: str) -> None:
