@@ -15,6 +15,7 @@ from bigtrain.config import (
     OF_RECORDS,
     DataConfig,
     DataSource,
+    ModelKind,
     OnBad,
     Packing,
     TaskKind,
@@ -165,7 +166,7 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
             f"{stream.num_cut} of {stream.num_samples} documents are longer than data.sequence_length={stream.sequence_length} "
             "tokens, of which the first are used"
         )
-    weights_are_given = config.model.pretrained or config.model.init_from
+    weights_are_given = config.model.pretrained or config.model.init_from or config.model.kind is ModelKind.own
     if stream.tokenizer_directory and not weights_are_given:
         tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
         num_used = tokenizer.vocab_size + (config.task.kind == TaskKind.masked_lm.name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
-from bigtrain.config import TrainConfig, are_records
+from bigtrain.config import Packing, TrainConfig, are_records
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.stream import SampleStream
@@ -71,6 +71,8 @@ def inspect_step(
         title = f"sample {number + 1} of {batch_size}"
         if stream.collate is not None:
             yield from _masked_lines(batch, sample_id, title, tokenizer)
+        elif config.data.packing is Packing.documents:
+            yield from _document_lines(stream, batch, sample_id, title, tokenizer)
         elif is_text:
             yield from _sample_lines(stream, batch, sample_id, title, tokenizer)
         else:
@@ -84,6 +86,33 @@ def _record_lines(stream: SampleStream, batch: Batch, sample_id: int, title: str
     for name, tensor in batch.items():
         shown = np.array2string(tensor[0].numpy(), threshold=16, precision=4, separator=", ", prefix=f"   {name}: ")
         yield f"   {name}: {shown}"
+
+
+def _document_lines(
+    stream: SampleStream, batch: Batch, sample_id: int, title: str, tokenizer: "Tokenizer | None"
+) -> Iterator[str]:
+    """Yield the text of a document and its labels, each tag in ``[ ]`` behind its token; or a source and its target."""
+    component, documents = stream.origin_of(sample_id)
+    columns = {name: tensor[0].numpy() for name, tensor in batch.items()}
+    yield ""
+    yield f"── {title}: {component} {sample_id}, document {documents[0]}"
+    if "source" in columns:
+        written = columns["targets"][columns["targets"] != IGNORE_INDEX]
+        for name, ids in (("source", columns["source"][: columns["source_lengths"]]), ("target", written)):
+            yield f"   {name}: {'│'.join(_text(int(token), tokenizer) for token in ids)}"
+        return
+    tokens = columns["tokens"][: columns["lengths"]]
+    labels, names = columns.get("labels", columns.get("values")), stream.label_names
+    tags = labels if labels.shape == columns["tokens"].shape else np.full(len(tokens), IGNORE_INDEX)
+    pairs = zip(tokens.tolist(), tags.tolist(), strict=False)
+    pieces = (_text(token, tokenizer) + (f"[{names[tag]}]" if tag != IGNORE_INDEX else "") for token, tag in pairs)
+    yield f"   text: {'│'.join(pieces)}"
+    if "values" in columns:
+        yield f"   values: {labels.tolist()}"
+    elif labels.ndim == 0:
+        yield f"   label: {names[int(labels)]}"
+    elif labels is not tags:
+        yield f"   labels: {', '.join(names[label] for label in np.flatnonzero(labels)) or 'none'}"
 
 
 def _masked_lines(batch: Batch, sample_id: int, title: str, tokenizer: "Tokenizer | None") -> Iterator[str]:

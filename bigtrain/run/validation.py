@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bigtrain import log
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import EngineKind, Offload, SetConfig, TrainConfig, own_sets, set_data
+from bigtrain.config import EngineKind, Offload, SetConfig, TaskKind, TrainConfig, own_sets, set_data
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import count_targets, validation_batches
@@ -174,6 +174,7 @@ def validate_run(
     is_usual = chosen == HELD_OUT and part is None
     measured = validate(engine, sets, config, batches=config.validation.batches if is_usual else batches)
     shut_down()
+    is_usual &= config.task.kind == TaskKind.causal_lm.name
     if is_usual and sets.get("") and sets[""].tokenizer_directory and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
         if not index.live and index.validation.num_documents:
