@@ -30,6 +30,7 @@ from bigtrain.config.convert import (
     from_dict,
     key_types,
 )
+from bigtrain.config.length import with_typed_length
 from bigtrain.config.packages import missing_data_packages, missing_packages
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import RUN_FILES, such_as_runs
@@ -143,6 +144,7 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
     """
     config, choices = compose(schema, args, config_name=config_name)
     config = own_parts.recorded(config)
+    config.train = with_typed_length(config.train, {arg.partition("=")[0].lstrip("+") for arg in args})
     if "model" not in choices:
         raise ConfigError(f"no model is chosen; add one of: {' '.join('+model=' + m for m in group_options('model'))}")
     if config.model.kind is not ModelKind.hf:

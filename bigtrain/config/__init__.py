@@ -292,6 +292,10 @@ class TrainingConfig:
     """Seed of the weights, the sample order and dropout."""
     steps: Annotated[int, Bound(ge=1)] = 1000
     """Optimizer steps of the whole run."""
+    epochs: Annotated[float | None, Bound(gt=0, le=10**6)] = None
+    """In place of ``steps``: passes over the samples of the training data, rounded up to whole batches."""
+    tokens: Annotated[int | None, Bound(ge=1, le=10**16)] = None
+    """In place of ``steps``: tokens of the whole run, rounded up to whole batches."""
     global_batch_size: Annotated[int, Bound(ge=1, le=10**6)] = 32
     """Sequences per optimizer step, over all ranks; any number of them."""
     micro_batch_size: Annotated[int | None, Bound(ge=1, le=10**6)] = None
@@ -299,6 +303,11 @@ class TrainingConfig:
     the step, up to 4. Where the parts do not come out even, padding that counts for nothing fills them up."""
     log_every_steps: Annotated[int, Bound(ge=1)] = 10
     """Steps between two console lines."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether only the data says how many steps there are."""
+        return self.epochs is not None or self.tokens is not None
 
     def micro_batches(self, dp_size: int) -> int:
         """Return how many micro-batches each of ``dp_size`` ranks computes in a step, padding included."""

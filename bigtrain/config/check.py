@@ -35,6 +35,7 @@ from bigtrain.config.choices import (
     TaskKind,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
+from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.parts import build as build_part
 from bigtrain.config.parts import is_own as is_own_part
 from bigtrain.errors import ConfigError
@@ -116,6 +117,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_engine(config, world_size, local_world_size),
         *_check_bounds(config),
         *_check_training(config),
+        *length_problems(config),
     ]
 
 
@@ -269,13 +271,7 @@ def ignored_settings(config: TrainConfig) -> list[str]:
     ]
     if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
         ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
-    if config.profile.steps and config.profile.steps[0] > config.train.steps:
-        ignored.append(f"profile.steps={config.profile.steps} is ignored: train.steps={config.train.steps}")
-    if (warmup := config.scheduler.warmup_steps) > config.train.steps:
-        ignored.append(
-            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is longer than "
-            f"train.steps={config.train.steps}"
-        )
+    ignored += [] if config.train.is_open else beyond_the_end(config)
     return ignored
 
 

@@ -25,6 +25,7 @@ from bigtrain.config import (
     own_sets,
 )
 from bigtrain.config.convert import flatten, to_dict
+from bigtrain.config.length import beyond_the_end, steps_to_train
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.cache import cache_directory
@@ -177,6 +178,20 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
                 f"other rows are never used; model.vocab_size={num_enough} is enough"
             )
     return found
+
+
+def with_steps(config: TrainConfig, stream: SampleStream, state: RunState | None) -> TrainConfig:
+    """Return ``config`` with the steps of a run whose length is in epochs or tokens, and say how many these are."""
+    done = {"step": state.step, "samples": state.samples} if state else {"step": 0, "samples": 0}
+    stream.require_samples()
+    sizes = {"num_samples": stream.num_samples, "sequence_length": stream.sequence_length}
+    steps = steps_to_train(config.train, **sizes, **done)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    length = f"{config.train.epochs:g} epochs" if config.train.epochs is not None else f"{config.train.tokens:,} tokens"
+    get_logger().info(f"{length} of {stream.num_samples:,} samples are {steps:,} steps")
+    for warning in beyond_the_end(config):
+        get_logger().warning(warning)
+    return config
 
 
 def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, start: Cursor) -> TrainLoader:

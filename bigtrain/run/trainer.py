@@ -31,7 +31,6 @@ from bigtrain.distributed.collectives import (
 )
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine, require_hardware
-from bigtrain.engine.state import MODEL
 from bigtrain.errors import (
     EXIT_FINISHED,
     EXIT_NO_RESTART,
@@ -52,9 +51,11 @@ from bigtrain.run.data import (
     open_data,
     require_tokenizer,
     train_loader,
+    with_steps,
 )
-from bigtrain.run.directory import continued_model, write_run_files, writing
+from bigtrain.run.directory import continued_model, write_run_files
 from bigtrain.run.frozen import describe_frozen, without_frozen
+from bigtrain.run.recording import open_recorder
 from bigtrain.run.recovery import (
     claim,
     discard,
@@ -80,12 +81,11 @@ from bigtrain.supervise.stragglers import Straggler, Stragglers
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import repair
-from bigtrain.telemetry.gauges import Gauges
 from bigtrain.telemetry.layer_norms import LayerNorms
 from bigtrain.telemetry.meter import StepMeter
 from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler, save_hang
-from bigtrain.telemetry.recorder import NullRecorder, Recorder
+from bigtrain.telemetry.recorder import NullRecorder
 
 NUM_WRITTEN = 10  # texts of a validation that are recorded
 GC_EVERY_STEPS = 1000  # Python's garbage collector runs on all ranks at the same step
@@ -174,13 +174,19 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     start = find_start(config)
     state = start.read_state()
     standing = begin_standing(config, state)
+    streams: Mapping[str, SampleStream] = {}
+    if config.train.is_open:
+        on_rank0(lambda: require_place(config, start))
+        streams = open_data(config, state.data if state else None)
+        config = with_steps(config, streams["train"], state)
     if state and (told := nothing_to_do(config, state, standing)):
         log.get_logger().info(told)
         on_rank0(lambda: repair(directory))
         launch.heartbeat.step = state.step
         return End(EXIT_FINISHED, why_ended(standing, config.validation) or "finished")
-    on_rank0(lambda: require_place(config, start))
-    streams = open_data(config, state.data if state else None)
+    if not streams:
+        on_rank0(lambda: require_place(config, start))
+        streams = open_data(config, state.data if state else None)
     changes = check_continuation(state, config, streams["train"], info.world_size) if state else []
     if start.checkpoint:
         on_rank0(lambda: require_tokenizer(start.checkpoint, streams["train"]))
@@ -387,24 +393,6 @@ def record_stragglers(run: Run, found: list[Straggler]) -> None:
     for slow in found:
         run.recorder.event("straggler", step=run.heartbeat.step, rank=slow.rank, why=slow.why)
         run.recorder.message(f"rank {slow.rank} keeps the others waiting: it {slow.why}")
-
-
-def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: SampleStream) -> NullRecorder:
-    """Return this rank's recorder; all ranks call this."""
-    directory, recorder = config.run.directory, NullRecorder()
-    # Rows say their own length where data.sequence_length does not.
-    data = dataclasses.replace(config.data, sequence_length=config.data.sequence_length or stream.sequence_length)
-    described = dataclasses.replace(config, model=continued_model(config.model, directory), data=data)
-    num_parameters = sum(math.prod(e.shape) for key, e in engine.state.entries.items() if key.startswith(MODEL))
-
-    def open_files() -> None:
-        nonlocal recorder
-        with writing(directory):
-            gauges = Gauges(described, engine.device, dist.get_world_size(), num_parameters, stream.progress)
-            recorder = Recorder(config, directory, first_step, gauges)
-
-    on_rank0(open_files)
-    return recorder
 
 
 def _profiler(run: Run) -> Profiler:

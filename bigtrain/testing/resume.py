@@ -134,6 +134,8 @@ def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig,
     def launch(name: str, engine: EngineKind, steps: int, every_steps: int, resume: str) -> TrainConfig:
         changes = {
             "train.steps": max(config.train.steps, last),
+            "train.epochs": None,
+            "train.tokens": None,
             "logging.wandb": WandbMode.disabled,
             "run.root": str(root),
             "run.name": name,

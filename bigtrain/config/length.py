@@ -1,0 +1,78 @@
+"""How long a run is: in steps, epochs or tokens, of which exactly one decides."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+from bigtrain.config import TrainConfig, TrainingConfig, component_data, is_live
+from bigtrain.errors import ConfigError
+
+LENGTHS = ("steps", "epochs", "tokens")
+
+
+def with_typed_length(train: TrainingConfig, typed: Collection[str]) -> TrainingConfig:
+    """Return the section with the length that was typed alone, whatever a preset says.
+
+    Raises:
+        ConfigError: several were typed.
+    """
+    chosen = [name for name in LENGTHS if f"train.{name}" in typed and getattr(train, name) is not None]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(f'train.{name}' for name in chosen)}: one of them says how long the run is")
+    if not chosen:
+        return train
+    return dataclasses.replace(train, **{name: None for name in LENGTHS[1:] if name != chosen[0]})
+
+
+def length_problems(config: TrainConfig) -> list[str]:
+    """Return what speaks against counting in epochs or tokens."""
+    train, data = config.train, config.data
+    rules = [
+        (train.tokens is None, "train.epochs and train.tokens: one of them says how long the run is"),
+        (
+            not data.mixture,
+            "train.epochs: of which component of data.mixture? give train.steps or train.tokens, and max_epochs of each",
+        ),
+        (
+            not any(map(is_live, component_data(data).values())),
+            "train.epochs: how long one is on the fly is not known before; give train.steps or train.tokens",
+        ),
+    ]
+    return [problem for holds, problem in rules if not holds] if train.epochs is not None else []
+
+
+def beyond_the_end(config: TrainConfig) -> list[str]:
+    """Return a warning for what begins after the last step."""
+    steps, warmup, found = config.train.steps, config.scheduler.warmup_steps, []
+    if config.profile.steps and config.profile.steps[0] > steps:
+        found.append(f"profile.steps={config.profile.steps} is ignored: train.steps={steps}")
+    if warmup > steps:
+        found.append(
+            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is longer than "
+            f"train.steps={steps}"
+        )
+    return found
+
+
+def steps_to_train(
+    train: TrainingConfig, *, num_samples: int, sequence_length: int | None, step: int, samples: int
+) -> int:
+    """Return ``train.steps`` of a length in epochs or tokens, in whole batches.
+
+    Args:
+        train: the section.
+        num_samples: of an epoch.
+        sequence_length: tokens of a sample; None if it has none.
+        step: that the run has reached.
+        samples: that it has trained on, maybe with another batch size.
+
+    Raises:
+        ConfigError: tokens are wanted of samples that have none.
+    """
+    if train.epochs is not None:
+        total = train.epochs * num_samples
+    elif sequence_length:
+        total = train.tokens / sequence_length
+    else:
+        raise ConfigError("train.tokens: these samples are no sequences of tokens; give train.epochs or train.steps")
+    return max(step + math.ceil(round((total - samples) / train.global_batch_size, 6)), step, 1)
