@@ -165,7 +165,7 @@ class Follower:
         self._num_events = 0  # read so far, without repeated events
 
     def _load_cursor(self) -> dict[str, Any]:
-        cursor = {"train": 0, "validation": 0, "checkpoint": 0, "events": 0, "num_samples": 0}
+        cursor = {"train": 0, **dict.fromkeys(names.REPEATED_EVENTS, 0), "events": 0, "num_samples": 0}
         cursor |= read_json(self._cursor_path)
         events = read_jsonl(self._directory / EVENTS_FILE)
         events = [event for event in events if event.get("event") not in names.REPEATED_EVENTS]
@@ -233,7 +233,10 @@ class Follower:
         if kind in names.REPEATED_EVENTS:
             if step > self._cursor[kind]:
                 self._move_cursor(**{kind: step})
-                self._log(event, "val") if kind == "validation" else self._sink.event(event)
+                if section := {"validation": "val", "test": "test"}.get(kind):
+                    self._log(event, section)
+                else:
+                    self._sink.event(event)
             return False
         self._num_events += 1
         if kind in names.LAUNCH_EVENTS:

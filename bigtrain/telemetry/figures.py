@@ -62,10 +62,17 @@ def loss_figure(histories: list[History], axis: str) -> Any:
 
 
 def line_figure(
-    histories: list[History], key: str, label: str, *, scale: float = 1.0, smooth: bool = False, log: bool = False
+    histories: list[History],
+    key: str,
+    label: str,
+    *,
+    scale: float = 1.0,
+    smooth: bool = False,
+    log: bool = False,
+    validated: str = "",
 ) -> Any:
-    """Return one metric of all runs over steps, or None if no run has it."""
-    if not any(_finite(history.series(key)[1]) for history in histories):
+    """Return one metric of all runs over steps, with dots for what validations call ``validated``; None if no run has it."""
+    if not any(_finite(history.series(key)[1]) or _validations(history, validated) for history in histories):
         return None
     figure, axes = _figure(label, names.STEP)
     for history, colour in zip(histories, _colours(histories), strict=True):
@@ -73,10 +80,13 @@ def line_figure(
         if smooth:
             _draw_range(axes, x, y, colour)
             y = running_mean(y)
-        _line(axes, x, y, colour, _label(history), gid=f"curve-{key}-{history.name}")
+        if x:
+            _line(axes, x, y, colour, _label(history), gid=f"curve-{key}-{history.name}")
+        if validated:
+            _draw_validations(axes, history, names.STEP, colour, validated)
     _scale_y(axes, log)
     _mark_events(axes, histories, names.STEP)
-    if len(histories) > 1:
+    if len(histories) > 1 or validated:
         _legend(axes)
     return figure
 
@@ -249,11 +259,15 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> list[float]:
-    """Draw the validations and return their losses."""
+def _validations(history: History, key: str) -> list[tuple[int, float]]:
+    """Return step and value of the validations that have a metric."""
+    return [(e[names.STEP], number(e, key)) for e in only_steps(history.events_of("validation")) if key in e]
+
+
+def _draw_validations(axes: Any, history: History, axis: str, colour: str, key: str = names.LOSS) -> list[float]:
+    """Draw the validations and return their losses, or what they have by another name."""
     place = _place(history, axis)
-    validations = only_steps(history.events_of("validation"))
-    points = [(place(event[names.STEP]), number(event, names.LOSS)) for event in validations]
+    points = [(place(step), value) for step, value in _validations(history, key)]
     if points:
         (dots,) = axes.plot(
             *zip(*points, strict=True),
@@ -264,8 +278,8 @@ def _draw_validations(axes: Any, history: History, axis: str, colour: str) -> li
             markeredgecolor=GREY,
             label=f"{_label(history)}: validation, last {points[-1][1]:.3f}",
         )
-        dots.set_gid(f"curve-validation-{history.name}")
-    return _finite([loss for _, loss in points])
+        dots.set_gid(f"curve-validation{'' if key == names.LOSS else f'-{key}'}-{history.name}")
+    return _finite([value for _, value in points])
 
 
 def _mark_events(axes: Any, histories: list[History], axis: str) -> None:

@@ -34,6 +34,7 @@ class History:
     state: str  # when it was read: see :func:`run_state`
     config: dict[str, Any] = field(default_factory=dict)  # the configuration, flat; empty if there is none
     samples: list[dict[str, Any]] = field(default_factory=list)  # generated texts: ``step``, ``prompt``, ``text``
+    standing: dict[str, Any] = field(default_factory=dict)  # of the newest checkpoint: the best validation
     unigram_loss: float | None = None  # validation loss of a model that knows only the frequency of each token
 
     def series(self, key: str) -> tuple[list[dict[str, Any]], list[float]]:
@@ -87,9 +88,17 @@ def read_history(directory: Path) -> History:
         state=state,
         config=read_flat_config(directory),
         samples=read_jsonl(directory / SAMPLES_FILE),
+        standing=_best_validation(directory),
         # From the index that a run keeps beside its tokenizer.
         unigram_loss=read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
     )
+
+
+def _best_validation(directory: Path) -> dict[str, Any]:
+    """Return ``metric``, ``best`` and ``best_step`` as the newest checkpoint has them; empty if there is none."""
+    states = sorted(directory.glob("checkpoints/step-*[0-9]/run_state.json"))
+    standing = (read_json(states[-1]).get("standing") if states else None) or {}
+    return standing if isinstance(standing.get("best"), float) else {}
 
 
 def read_flat_config(directory: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ LAYER_GRAD_NORM = "optim/grad_norm"
 LAYER_PARAM_NORM = "optim/param_norm"
 LAYER_UPDATE_RATIO = "optim/update_ratio"
 
-SECTIONS = ("train", "val", "perf", "memory", "optim", "system", "data")
+SECTIONS = ("train", "val", "test", "perf", "memory", "optim", "system", "data")
 
 # Events
 LAUNCH_EVENTS = ("start", "resume")

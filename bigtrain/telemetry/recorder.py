@@ -18,7 +18,7 @@ from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
 from bigtrain.telemetry.own_logger import OwnLogger
-from bigtrain.telemetry.text import describe_communication, number
+from bigtrain.telemetry.text import describe_communication, describe_metrics, number
 
 if TYPE_CHECKING:  # it imports torch
     from bigtrain.telemetry.gauges import Gauges
@@ -202,9 +202,7 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
         case "start" if fields.get("load") == "weights":
             return f"beginning at step 0 with the weights of {fields['checkpoint']}"
         case "validation" | "test":
-            metrics = {key: value for key, value in fields.items() if key not in (*names.AXES, names.LOSS)}
-            parts = [f"loss {fields['loss']:.4f}", *(f"{key} {value:.4g}" for key, value in metrics.items())]
-            return f"{kind} after step {step}: {', '.join(parts)}"
+            return f"{kind} after step {step}: {describe_metrics(fields)}"
         case "checkpoint":
             return f"saved {fields.get('path')}"
         case "profile":

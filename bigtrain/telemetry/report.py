@@ -11,7 +11,14 @@ from typing import Any
 from bigtrain.log import redact
 from bigtrain.telemetry import figures, names
 from bigtrain.telemetry.history import History, differences
-from bigtrain.telemetry.text import describe_communication, format_count, format_duration, number
+from bigtrain.telemetry.text import (
+    describe_communication,
+    describe_metrics,
+    format_count,
+    format_duration,
+    number,
+    task_metrics,
+)
 
 _MAX_EVENTS = 60
 _MAX_SAMPLES = 12
@@ -96,8 +103,11 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
             "Learning rate.": line(histories, names.LR, "learning rate"),
         },
     )
-    own = {key for history in histories for key in history.family("train")} - {names.TRAIN_PERPLEXITY}
-    yield "Metrics", {f"{key}.": line(histories, key, key.removeprefix("train/"), smooth=True) for key in sorted(own)}
+    own = {key.removeprefix("train/") for history in histories for key in history.family("train")}
+    own |= {key for history in histories for event in history.events_of("validation") for key in task_metrics(event)}
+    own -= {names.LOSS, names.TRAIN_PERPLEXITY.removeprefix("train/")}
+    curves = {f"{key}.": line(histories, f"train/{key}", key, smooth=True, validated=key) for key in sorted(own)}
+    yield "Metrics", curves
     speed = line(histories, f"{unit}_per_second", f"{unit} per second", smooth=True)
     mfu = line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100)
     waits = line(histories, names.DATA_WAIT_FRACTION, "waiting for data (%)", scale=100)
@@ -148,8 +158,8 @@ def _facts(history: History) -> dict[str, str]:
     commit = environment.get("commit", "")
     state, _, why = history.state.partition(": ")
     steps, total = last[names.STEP], config.get("train.steps")
-    validations = history.events_of("validation")
-    validation = _validation(validations[-1]) if validations else ""
+    validations, tests = history.events_of("validation"), history.events_of("test")
+    best = history.standing
     profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
@@ -158,7 +168,9 @@ def _facts(history: History) -> dict[str, str]:
         "model": str(config.get("model.name", "")),
         unit: format_count(number(last, unit)),
         "last loss": _number(number(last, names.LOSS)),
-        "last validation": validation,
+        "last validation": describe_metrics(validations[-1]) if validations else "",
+        "best validation": f"{best['metric']} {best['best']:.4g} after step {best['best_step']:,}" if best else "",
+        "test": describe_metrics(tests[-1]) if tests else "",
         f"{unit} per second": format_count(_median(history, f"{unit}_per_second")),
         "MFU, causal": f"{mfu:.1%}; peak: {launch.get('peak_source', 'unknown')}" if mfu == mfu else "",
         "time in steps": format_duration(train_seconds),
@@ -256,12 +268,6 @@ def _text(value: object) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not a number"
-
-
-def _validation(event: dict[str, Any]) -> str:
-    """Return the loss and the task's metrics."""
-    others = {key: value for key, value in event.items() if isinstance(value, float) and key != names.LOSS}
-    return ", ".join([_number(number(event, names.LOSS)), *(f"{key} {value:.4g}" for key, value in others.items())])
 
 
 def _slug(heading: str) -> str:

@@ -30,6 +30,18 @@ def number(record: dict[str, Any], key: str) -> float:
     return math.nan if value is None else value
 
 
+def task_metrics(event: dict[str, Any]) -> dict[str, float]:
+    """Return loss and metrics of a validation or a test."""
+    return {key: value for key, value in event.items() if isinstance(value, float)}
+
+
+def describe_metrics(event: dict[str, Any]) -> str:
+    """Return loss and metrics of a validation or a test in words."""
+    others = [f"{key} {value:.4g}" for key, value in task_metrics(event).items() if key != names.LOSS]
+    loss = number(event, names.LOSS)
+    return ", ".join([f"loss {loss:.4f}" if math.isfinite(loss) else "loss not a number", *others])
+
+
 def format_count(number: float) -> str:
     """Return ``number`` with three digits and a unit: 1234567 -> ``1.23M``."""
     if not math.isfinite(number):

@@ -12,7 +12,14 @@ from typing import Any
 from bigtrain.telemetry import names
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, Tail, only_steps
 from bigtrain.telemetry.history import how_ended, last_sign, read_flat_config, run_state
-from bigtrain.telemetry.text import describe, describe_event, describe_machine, format_duration, number
+from bigtrain.telemetry.text import (
+    describe,
+    describe_event,
+    describe_machine,
+    describe_metrics,
+    format_duration,
+    number,
+)
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = ".:-=+*%#"
@@ -119,7 +126,7 @@ class RunView:
         if len(losses) < 2:
             return ""
         validations = [event for event in self.events if event.get("event") == "validation"]
-        last = f"  validation {validations[-1]['loss']:.4f}" if validations and validations[-1].get("loss") else ""
+        last = f"  validation {describe_metrics(validations[-1]).removeprefix('loss ')}" if validations else ""
         return f"{sparkline(losses)}{last}"
 
 

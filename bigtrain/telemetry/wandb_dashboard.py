@@ -22,6 +22,7 @@ def build_dashboard(project: str, entity: str, name: str) -> Any:
         "Learning": [
             plot("Loss over tokens", *losses, axis=names.TOKENS),
             plot("Loss over steps", *losses),
+            family("Validation", "val"),
             plot("Gradient norm before clipping", dashboard_name(names.GRAD_NORM), log_y=True),
             plot("Learning rate", dashboard_name(names.LR)),
         ],

@@ -8,6 +8,8 @@ import pytest
 
 import bigtrain
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
+from bigtrain.telemetry.history import read_history
+from bigtrain.telemetry.report import render
 from tests.distributed.launches import events, fork, metrics
 from tests.distributed.predict_test import LABELS
 
@@ -66,6 +68,15 @@ def test_sets_have_their_own_metrics_and_all_together_plain_ones(place: Path):
     assert standing.metric == "far/accuracy" and standing.value == last["far/accuracy"]
     drawn = metrics(run)[-1]["data/epochs/data"]
     assert drawn == pytest.approx(12 * 16 / 120)  # of all rows: nothing is held out
+
+
+def test_the_report_shows_every_metric_of_validations_the_best_one_and_the_test(place: Path):
+    pytest.importorskip("matplotlib")
+    page = render([read_history(place / "runs/sets")])
+    for name in ("accuracy", "far/accuracy", "mcc"):
+        assert f"curve-validation-{name}-sets" in page
+    best = read_run_state(find_checkpoints(place / "runs/sets")[-1]).standing
+    assert f"far/accuracy {best.best:.4g} after step {best.best_step}" in page and "<td>test</td><td>loss " in page
 
 
 def test_any_set_is_validated_alike_on_any_number_of_ranks(place: Path):
