@@ -157,7 +157,8 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
     if config.model.name:
         from bigtrain.run.directory import continued_model
 
-        described = continued_model(config.model, resolve(config).run.directory)
+        resolved = resolve(config)
+        described = continued_model(resolved.model, resolved.run.directory)
         shaped = dataclasses.replace(with_hf_shape(described), name=config.model.name)
         if given := [key for key in key_types(type(shaped)) if _is_other_shape(config.model, shaped, key)]:
             names = ", ".join(f"model.{key}" for key in given)

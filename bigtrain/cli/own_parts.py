@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from bigtrain.config import DataSource, ModelKind, TrainConfig, parts
 from bigtrain.config.bounds import out_of_bounds
-from bigtrain.config.check import SMALL_NETWORKS
 from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.config.tasks import SMALL_NETWORKS
 from bigtrain.errors import ConfigError
 
 RunT = TypeVar("RunT", bound=TrainConfig)

@@ -152,7 +152,7 @@ class ModelConfig:
     name: LocalPath | None = None
     """Preset name; with ``kind: hf`` a hub id or a local directory; with ``kind: own`` the name of an own part, such as ``ideas.resnet``."""
     kind: ModelKind = ModelKind.native
-    """``native`` for bigtrain's own decoder, ``hf`` for a transformers causal LM, ``own`` for a network of yours."""
+    """``native`` for bigtrain's own decoder, ``hf`` for a model of transformers, ``own`` for a network of yours."""
     pretrained: Annotated[bool, OnlyIf("kind", is_in=("hf",))] = False
     """Start from the published weights."""
     architecture: Annotated[str | None, OnlyIf("kind", is_in=("hf",))] = None
@@ -161,6 +161,8 @@ class ModelConfig:
     """Settings of ``architecture``'s configuration in transformers, such as ``{hidden_size: 512, num_hidden_layers: 8}``, or of an own model."""
     head: Annotated[Head, OnlyIf("kind", is_in=("hf",))] = Head.causal_lm
     """What a model of transformers ends with; follows from the task."""
+    num_outputs: Annotated[int | None, Bound(ge=1), OnlyIf("kind", is_in=("hf",))] = None
+    """Labels or values that a model of transformers returns; follows from the task."""
     init_from: LocalPath | None = None
     """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
     vocab_size: Annotated[int, Bound(ge=1, le=10**8)] = 4096
@@ -375,7 +377,7 @@ class TaskConfig:
     """What the run minimises and measures."""
 
     kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``regression``: numbers per sample; or the name of an own part, such as ``ideas.focal``."""
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
     settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
         default_factory=dict
     )
@@ -386,7 +388,7 @@ class TaskConfig:
     """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
     inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
     """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
-    num_labels: Annotated[int, Bound(ge=2), OnlyIf("kind", is_in=("classification",))] = 2
+    num_labels: Annotated[int, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = 2
     """Labels are below this, and the network returns as many logits."""
     num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1
     """Numbers of a sample that are predicted, as many as the network returns."""

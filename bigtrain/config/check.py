@@ -24,8 +24,6 @@ from bigtrain.config.choices import (
     DataSource,
     Duplicates,
     EngineKind,
-    Head,
-    Inputs,
     Load,
     ModelKind,
     Offload,
@@ -38,18 +36,24 @@ from bigtrain.config.convert import MAX_NAME_BYTES, nearest
 from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.parts import build as build_part
 from bigtrain.config.parts import is_own as is_own_part
+from bigtrain.config.tasks import (
+    OF_DOCUMENTS,
+    SMALL_NETWORKS,
+    WITHOUT_LENGTH,
+    check_task,
+    head_of,
+    num_outputs_of,
+    with_inputs,
+)
 from bigtrain.errors import ConfigError
 
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
-SMALL_NETWORKS = ("mlp", "cnn", "rnn")
 OWN_TOKENIZERS = ("bpe", "bytes")
 NUM_BYTES_IDS = 257
 """Of the bytes and the end of a text."""
 RESUME_WORDS = ("auto", "never", "must")
-OF_DOCUMENTS = {TaskKind.classification.name: Content.labelled, TaskKind.regression.name: Content.numbers}
-"""Tasks whose samples of text are documents, and what these have to hold."""
 PATHLESS = {DataSource.stdlib, DataSource.synthetic}
 """Sources that ignore ``data.path``."""
 WHAT_PATH_IS = {
@@ -63,7 +67,7 @@ WHAT_PATH_IS = {
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return a copy of ``config`` with derived values; ``engine.precision`` follows from the device, in the trainer."""
-    model = dataclasses.replace(config.model)
+    model, task = dataclasses.replace(config.model), with_inputs(config.task, config.data)
     if model.kind is ModelKind.native:
         derived: dict[str, Any] = {
             "num_kv_heads": model.num_heads,
@@ -71,19 +75,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "ffn_dim": 4 * model.hidden_dim,
         }
         model = dataclasses.replace(model, **{k: v for k, v in derived.items() if getattr(model, k) is None})
-    if model.kind is ModelKind.hf:
-        model.head = Head.masked_lm if config.task.kind == TaskKind.masked_lm.name else Head.causal_lm
-    data = dataclasses.replace(config.data)
     has_length = model.kind is not ModelKind.own or "max_positions" in model.settings
+    if model.kind is ModelKind.hf:
+        model.head, model.num_outputs = head_of(task), num_outputs_of(task)
+        has_length = model.head not in WITHOUT_LENGTH
+    data = dataclasses.replace(config.data)
     if data.sequence_length is None and (has_length or not are_records(data)):
         data.sequence_length = model.max_positions
-    task = config.task
-    if task.kind in OF_DOCUMENTS:
-        is_text = not are_records(data)
-        data.packing = Packing.documents if is_text and data.packing is Packing.concat else data.packing
-        are_images = all(part.source is DataSource.images for part in component_data(data).values())
-        usual = Inputs.tokens if is_text else Inputs.pixels if are_images else Inputs.features
-        task = dataclasses.replace(task, inputs=task.inputs or usual)
+    if task.kind in OF_DOCUMENTS and not are_records(data) and data.packing is Packing.concat:
+        data.packing = Packing.documents
     if own_sets(data, "validation"):
         data.validation_fraction = 0.0
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
@@ -112,8 +112,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model(config),
         *_check_data(config.data),
         *_check_model_and_data(config),
-        *_check_masked_lm(config),
-        *_check_records(config),
+        *check_task(config),
         *_check_engine(config, world_size, local_world_size),
         *_check_bounds(config),
         *_check_training(config),
@@ -381,70 +380,6 @@ def padding(train: TrainingConfig, world_size: int) -> list[str]:
         f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {world_size} ranks with micro-batches of "
         f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
     ]
-
-
-def _check_records(config: TrainConfig) -> list[str]:
-    """Find tasks of records that get text, and networks that take the other of the two."""
-    task, model, problems = config.task.kind, config.model, []
-    is_small = model.kind is ModelKind.own and model.name in SMALL_NETWORKS
-    if task in OF_DOCUMENTS:
-        problems += [] if are_records(config.data) else _check_documents(config, OF_DOCUMENTS[task])
-        if model.kind is not ModelKind.own:
-            problems.append(
-                f"task={task}: model.kind={model.kind.name} is not offered; use +model=mlp_mnist, or your own"
-            )
-    elif is_small and task in TaskKind.__members__:
-        problems.append(
-            f"task={task}: model.name={model.name} predicts nothing of text; it is for classification, regression"
-        )
-    if task in TaskKind.__members__ and task not in OF_DOCUMENTS:
-        if config.data.packing is Packing.documents:
-            problems.append(f"data.packing=documents: task={task} reads rows of documents; use concat or best_fit")
-        problems += [
-            f"data.content={part.content.name}: task={task} predicts no labels; use data.content=text"
-            for part in component_data(config.data).values()
-            if part.content.has_labels
-        ]
-    return problems
-
-
-def _check_documents(config: TrainConfig, content: Content) -> list[str]:
-    """Find text that is not labelled as the task needs it."""
-    task, parts = config.task, component_data(config.data).values()
-    rules = [
-        (
-            all(part.content is content or part.source is DataSource.prepared for part in parts),
-            f"task={task.kind}: needs data.content={content.name} (text with what is predicted), or records (data=records)",
-        ),
-        (
-            task.inputs is Inputs.tokens,
-            f"task.inputs={task.inputs and task.inputs.name}: text is tokens; leave it out, or use data=records",
-        ),
-        (
-            config.data.packing is Packing.documents,
-            f"data.packing={config.data.packing.name}: task={task.kind} makes a sample of each document; leave it out",
-        ),
-        (not config.data.document_mask, "data.document_mask: a sample is one document; leave it out"),
-    ]
-    return [problem for holds, problem in rules if not holds]
-
-
-def _check_masked_lm(config: TrainConfig) -> list[str]:
-    """Find what samples of hidden tokens cannot be made of, or predicted by."""
-    model, data = config.model, config.data
-    if config.task.kind != TaskKind.masked_lm.name:
-        return []
-    rules = [
-        (
-            model.kind is not ModelKind.native,
-            "task=masked_lm: bigtrain's own decoder sees earlier tokens only; use +model=bert_mini, or another encoder with "
-            "+model=hf",
-        ),
-        (data.packing is Packing.concat, "task=masked_lm: data.packing=best_fit pads samples; use data.packing=concat"),
-        (not data.document_mask, "task=masked_lm: data.document_mask is not offered; leave it out"),
-        (data.content is Content.text, f"task=masked_lm: data.content={data.content.name} is for answers; use text"),
-    ]
-    return [problem for holds, problem in rules if not holds]
 
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:

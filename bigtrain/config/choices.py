@@ -17,7 +17,11 @@ class TaskKind(Enum):
     causal_lm = "causal_lm"
     masked_lm = "masked_lm"
     classification = "classification"
+    token_classification = "token_classification"
     regression = "regression"
+    seq2seq = "seq2seq"
+    ctc = "ctc"
+    speech = "speech"
 
 
 class Inputs(Enum):
@@ -27,6 +31,7 @@ class Inputs(Enum):
     pixels = "pixels"
     features = "features"
     sequence = "sequence"
+    audio = "audio"
 
 
 class Head(Enum):
@@ -34,6 +39,13 @@ class Head(Enum):
 
     causal_lm = "causal_lm"
     masked_lm = "masked_lm"
+    sequence_classification = "sequence_classification"
+    token_classification = "token_classification"
+    image_classification = "image_classification"
+    audio_classification = "audio_classification"
+    seq2seq_lm = "seq2seq_lm"
+    ctc = "ctc"
+    speech_seq2seq = "speech_seq2seq"
 
 
 class Positions(Enum):

@@ -87,17 +87,16 @@ def _check_indices(name: str, args: tuple[Any, ...]) -> None:
 
 def _dry_run(model: nn.Module, length: int) -> Tensor:
     """Return the logits of one sample on the meta device."""
-    padding = getattr(model.causal_lm.config.get_text_config(), "pad_token_id", None) or 0  # has no position
-    tokens_BT = torch.full((1, length), (padding + 1) % model.vocab_size, device="cpu")
+    tensors = model.example(length)
     with _DryRun(), torch.enable_grad():
-        return model.train()(tokens_BT)
+        return next(_tensors(model.train()(*tensors)))
 
 
 def unreached_parameters(model: nn.Module) -> list[str]:
     """Return the trainable parameters that the loss does not depend on, such as those of a vision tower.
 
     Args:
-        model: an HFCausalLM with its parameters on the meta device.
+        model: of transformers, with its parameters on the meta device.
 
     Raises:
         NotImplementedError: control flow depends on numbers, so that it cannot be run without them.
@@ -142,9 +141,13 @@ def may_be_too_long(text_config: Any, length: int) -> bool:
     )
 
 
-def require_positions(config: ModelConfig, length: int) -> None:
-    """Raise a ConfigError if a model of transformers has no positions for samples of ``length`` tokens."""
-    if config.kind is not ModelKind.hf or not may_be_too_long(read_hf_config(config.name).get_text_config(), length):
+def require_positions(config: ModelConfig, length: int | None) -> None:
+    """Raise a ConfigError if a model of transformers has no positions for samples of ``length`` tokens, if they have any."""
+    if (
+        length is None
+        or config.kind is not ModelKind.hf
+        or not may_be_too_long(read_hf_config(config.name).get_text_config(), length)
+    ):
         return
     with torch.device("meta"):
         model = build_hf_model(config)
@@ -164,7 +167,7 @@ def direction_settings(model: nn.Module) -> str:
 
 
 def longest_sample(model: nn.Module, length: int) -> int:
-    """Return ``length``, or the most tokens for which an HFCausalLM on the meta device has positions if fewer."""
+    """Return ``length``, or the most tokens for which a model of transformers on the meta device has positions if fewer."""
 
     def fits(tokens: int) -> bool:
         try:

@@ -7,7 +7,7 @@ key (or value) heads, inner that of the feed-forward layer.
 from dataclasses import dataclass
 from typing import Any
 
-from bigtrain.config import Activation, ActivationCheckpointing, ModelConfig, ModelKind, Norm, Positions
+from bigtrain.config import Activation, ActivationCheckpointing, Head, ModelConfig, ModelKind, Norm, Positions
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Logits of the training loss that exist at a time, by device: enough for efficient matrix products. On a CPU that is
@@ -94,6 +94,11 @@ def hf_setting(hf_config: Any, name: str) -> Any:
     if not isinstance(value, list | tuple):
         return value
     return max((found for found in value if found is not None), default=None)
+
+
+def is_language_model(model: ModelConfig) -> bool:
+    """Return whether a model of transformers is one, so that the native shape most like it has its activations."""
+    return model.head in (Head.causal_lm, Head.masked_lm)
 
 
 def native_shape(hf_config: Any) -> ModelConfig:

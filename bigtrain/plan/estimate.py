@@ -25,6 +25,7 @@ from bigtrain.models.sizes import (
     ModelSizes,
     Numerics,
     activation_bytes,
+    is_language_model,
     loss_bytes,
     model_sizes,
     native_shape,
@@ -108,7 +109,7 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
         largest=max(matrices, default=0),
         frozen=frozen,
     )
-    if model.kind is ModelKind.own:
+    if model.kind is ModelKind.own or not is_language_model(model):
         return sizes, None
     return sizes, native_shape(built.causal_lm.config.get_text_config())
 

@@ -11,7 +11,7 @@ from bigtrain.config import ActivationCheckpointing, EngineKind, ModelConfig, Mo
 from bigtrain.config.check import FSDP_KINDS, check
 from bigtrain.errors import PreflightError
 from bigtrain.log import get_logger
-from bigtrain.models.sizes import ModelSizes
+from bigtrain.models.sizes import ModelSizes, is_language_model
 from bigtrain.plan.estimate import COMPONENTS, Estimate, estimate
 from bigtrain.plan.machine import Machine
 
@@ -175,10 +175,11 @@ class Report:
         remarks = ["Counted from shapes, not measured; fragmentation and compiled graphs are in the margin only."]
         if not self.estimate.device["master weights"] + self.estimate.host["master weights"]:
             remarks.append("The fp32 parameters are the master weights.")
-        if self.config.model.kind is ModelKind.hf:
+        is_counted = self.config.model.kind is not ModelKind.own and is_language_model(self.config.model)
+        if is_counted and self.config.model.kind is ModelKind.hf:
             remarks.append("Activations are those of the most similar native model; other layers may keep more.")
-        if self.config.model.kind is ModelKind.own:
-            remarks.append("Activations and loss are not counted: what an own network keeps is not known.")
+        if not is_counted:
+            remarks.append("Activations and loss are not counted: what this network keeps is not known.")
         if self.config.engine.kind is EngineKind.accelerate:
             remarks.append("engine=accelerate is counted as DDP; ZeRO in your Accelerate configuration needs less.")
         return remarks

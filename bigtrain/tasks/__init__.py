@@ -5,8 +5,11 @@ from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import Objective
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.ctc import CTC
 from bigtrain.tasks.masked_lm import MaskedLM
 from bigtrain.tasks.regression import Regression
+from bigtrain.tasks.seq2seq import Seq2Seq
+from bigtrain.tasks.token_classification import TokenClassification
 
 
 def build_objective(config: TaskConfig) -> Objective:
@@ -22,6 +25,12 @@ def build_objective(config: TaskConfig) -> Objective:
             return MaskedLM()
         case TaskKind.classification.name:
             return Classification(inputs=config.inputs, num_labels=config.num_labels)
+        case TaskKind.token_classification.name:
+            return TokenClassification(num_labels=config.num_labels)
+        case TaskKind.seq2seq.name | TaskKind.speech.name:
+            return Seq2Seq(hears=config.kind == TaskKind.speech.name)
+        case TaskKind.ctc.name:
+            return CTC()
         case TaskKind.regression.name:
             return Regression(inputs=config.inputs, num_values=config.num_values)
     objective = parts.instance(config.kind, config.settings, setting="task.kind")

@@ -20,27 +20,30 @@ def input_fields(inputs: Inputs) -> dict[str, Field]:
         Inputs.pixels: {"pixels": Field(torch.float32, ("C", "H", "W"))},
         Inputs.features: {"features": Field(torch.float32, ("F",))},
         Inputs.sequence: {"sequence": Field(torch.float32, ("T", "F"))},
+        Inputs.audio: {"audio": Field(torch.float32, ("A",)), "audio_lengths": Field(torch.int64, (), padding=1)},
     }[inputs]
 
 
 def require_lengths(samples: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse samples whose ``lengths``, if they have any, are not those of their tokens.
+    """Refuse samples whose lengths, if they have any, are not those of what they belong to.
 
     Raises:
         DataError: a length is not in ``[1, T]``.
     """
-    if "lengths" in samples:
-        lengths, most = samples["lengths"], samples["tokens"].shape[1]
-        if (wrong := lengths[(lengths < 1) | (lengths > most)]).size:
-            raise DataError(f"lengths: {wrong[0]}, but a sample has from 1 to {most} tokens")
+    for name, of in (("lengths", "tokens"), ("source_lengths", "source"), ("audio_lengths", "audio")):
+        if name in samples:
+            lengths, most = samples[name], samples[of].shape[1]
+            if (wrong := lengths[(lengths < 1) | (lengths > most)]).size:
+                raise DataError(f"{name}: {wrong[0]}, but a sample has from 1 to {most} of {of}")
 
 
-def require_size(outputs: Tensor, size: int, setting: str) -> None:
-    """Refuse a network that returns something else than ``(B, size)``.
+def require_size(outputs: Tensor, size: int, setting: str, *, each: str = "sample") -> None:
+    """Refuse a network that returns something else than ``(B, size)``, or ``(B, T, size)`` for each token.
 
     Raises:
         ConfigError: it does; names ``setting``.
     """
-    if outputs.shape[1:] != (size,):
-        shape = ", ".join(map(str, outputs.shape[1:]))
-        raise ConfigError(f"{setting}={size}, but the network returns ({shape}) for each sample; one of them is wrong")
+    first = 1 if each == "sample" else 2
+    if outputs.shape[first:] != (size,):
+        shape = ", ".join(map(str, outputs.shape[first:]))
+        raise ConfigError(f"{setting}={size}, but the network returns ({shape}) for each {each}; one of them is wrong")

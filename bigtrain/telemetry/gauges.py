@@ -22,7 +22,7 @@ from bigtrain import __version__
 from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.log import get_logger, redact
 from bigtrain.models.flops import TokenFlops, flops_per_token
-from bigtrain.models.sizes import model_sizes, native_shape
+from bigtrain.models.sizes import is_language_model, model_sizes, native_shape
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.causal_lm import CausalLM, perplexity
 from bigtrain.telemetry import names
@@ -156,7 +156,7 @@ def find_flops(model: ModelConfig, sequence_length: int | None, num_parameters: 
     if sequence_length is None:
         return None
     shape = model
-    if model.kind is ModelKind.own:
+    if model.kind is ModelKind.own or not is_language_model(model):
         return None
     if model.kind is ModelKind.hf:
         from bigtrain.models.hf.build import read_hf_config

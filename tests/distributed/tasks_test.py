@@ -29,6 +29,11 @@ TINY_BERT = [
     "data.tokenizer=bytes",
     "data.sequence_length=32",
 ]
+SIZES = "vocab_size: 97, num_attention_heads: 4, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48"
+NO_DROPOUT = "hidden_dropout_prob: 0, attention_probs_dropout_prob: 0"
+BERT = ["+model=hf", "model.architecture=bert", f"model.settings={{{SIZES}, {NO_DROPOUT}}}"]
+T5 = "vocab_size: 97, num_heads: 4, num_layers: 2, d_model: 32, d_kv: 8, d_ff: 48, dropout_rate: 0"
+VIT = f"image_size: 8, patch_size: 2, {SIZES.partition(', ')[2]}, {NO_DROPOUT}"
 RECORDS = ["data=records", "data.validation_fraction=0.2"]
 TASKS = {
     "masked_lm": TINY_BERT,
@@ -43,6 +48,23 @@ TASKS = {
     "sequences": [
         *("+model=lstm", "model.settings.hidden_dim=8", "task=classification", "task.inputs=sequence", *RECORDS),
     ],
+    "token_classification": [
+        *(*BERT, "task=token_classification", "task.num_labels=5", "data.sequence_length=12", *RECORDS),
+    ],
+    "seq2seq": [
+        *("+model=hf", "model.architecture=t5", f"model.settings={{{T5}}}", "task=seq2seq", *RECORDS),
+        *(
+            "data.sequence_length=12",
+            "optimizer.eps=1e-4",
+        ),  # gradients of T5's queries are as small as Adam's usual eps
+    ],
+    "texts": [
+        *(*BERT, "task=classification", "task.inputs=tokens", "task.num_labels=3", "data.sequence_length=16", *RECORDS),
+    ],
+    "images": [
+        *("+model=hf", "model.architecture=vit", f"model.settings={{{VIT}}}", "task=classification"),
+        *("task.inputs=pixels", "task.num_labels=10", *RECORDS),
+    ],
     "documents": [
         *("+model=lstm", "model.settings.hidden_dim=8", "model.settings.vocab_size=257", "model.settings.num_inputs=6"),
         *(
@@ -55,6 +77,7 @@ TASKS = {
         *("data.content=labelled", "data.sequence_length=24", "data.validation_fraction=0.2"),
     ],
 }
+SLOW = ("texts", "images")
 RUN = [
     "engine.precision=fp32",
     "train.steps=4",
@@ -83,6 +106,15 @@ def place(tmp_path_factory):
     ]
     (place / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     np.savez(place / "sequences.npz", sequence=sequence, labels=(sequence[:, -1, 0] > 0.5).astype(np.int64))
+    tokens, lengths = random.integers(3, 97, (60, 12)), random.integers(1, 13, 60)
+    is_token = np.arange(12) < lengths[:, None]
+    texts = {"tokens": tokens, "lengths": lengths}
+    np.savez(place / "token_classification.npz", **texts, labels=np.where(is_token, tokens % 5, -100))
+    np.savez(place / "texts.npz", **texts, labels=np.where(np.arange(60) % 7 == 3, -100, tokens[:, 0] % 3))
+    source = {"source": tokens[:, ::-1], "source_lengths": lengths}
+    targets = np.where(is_token, tokens, -100)
+    np.savez(place / "seq2seq.npz", **source, tokens=np.roll(tokens, 1, axis=1), targets=targets)
+    np.savez(place / "images.npz", pixels=random.random((60, 3, 8, 8), dtype=np.float32), labels=np.arange(60) % 10)
     return place
 
 
@@ -91,7 +123,7 @@ def settings(task, place):
     return [*TASKS[task], *RUN, f"data.path={path}", f"data.root={place}/data", f"run.root={place}/runs"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow if t in SLOW else ()) for t in TASKS])
 def test_engines_and_worlds_agree(task, place):
     config = read_run(settings(task, place))
     reference = compute(config, Case(EngineKind.ddp, 1, 2))
@@ -115,7 +147,10 @@ def records(place, run, name):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("task", ["masked_lm", "documents", pytest.param("classification", marks=pytest.mark.slow)])
+LATER = [pytest.param(t, marks=pytest.mark.slow) for t in ("classification", "token_classification", "seq2seq", *SLOW)]
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "documents", *LATER])
 def test_stopped_and_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(task, place):
     given = settings(task, place)
     launch(1, *given, "engine=ddp", "run.name=whole")

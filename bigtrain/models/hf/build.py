@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model, behind the interface of the native one.
+"""Any model of transformers; language models stand behind the interface of the native one.
 
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
@@ -21,16 +21,12 @@ from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
 from bigtrain.models.construction import outermost_lists, parameters_on_meta
 from bigtrain.models.hf.files import refuse_adapter, unreadable
+from bigtrain.models.hf.heads import HEADS, HFNetwork, example_tokens, prepare_config
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
-from bigtrain.models.sizes import hf_setting, native_shape
+from bigtrain.models.sizes import hf_setting, is_language_model, native_shape
 
 quiet_torchao()  # transformers imports it
-WHAT = {Head.causal_lm: "causal", Head.masked_lm: "masked"}
-ARCHITECTURES = {
-    Head.causal_lm: "a decoder-only architecture",
-    Head.masked_lm: "an encoder, such as bert or modernbert",
-}
 
 
 class HFCache:
@@ -85,6 +81,10 @@ class HFCausalLM(nn.Module):
             cache.past_key_values, logits_BTV = output.past_key_values, output.logits
         return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
 
+    def example(self, length: int) -> tuple[Tensor]:
+        """Return the tensors of one sample of ``length`` tokens on the CPU."""
+        return (example_tokens(self, length),)
+
     def new_cache(self, capacity_tokens: int) -> HFCache | None:
         """Return an empty cache, which grows as needed, or None for a model without keys and values."""
         return HFCache() if _takes(self.causal_lm, "past_key_values") else None
@@ -133,6 +133,8 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
     """Return ``config`` with the shape of the Hugging Face model; ConfigError if it cannot be read."""
     hf_config = read_hf_config(config.name)
     text = hf_config.get_text_config()
+    if not HEADS[config.head].has_vocabulary:
+        return config
     if not getattr(text, "vocab_size", 0):
         raise ConfigError(
             f"model.name={config.name!r} ({hf_config.model_type}) has no vocabulary; choose a language model"
@@ -181,37 +183,38 @@ def has_own_code(name: str) -> bool:
         return False
 
 
-def build_hf_model(config: ModelConfig) -> HFCausalLM:
+def build_hf_model(config: ModelConfig) -> HFCausalLM | HFNetwork:
     """Build the architecture of ``config.name``, a hub id or a local directory; attention is ``sdpa`` where it has it.
 
     Raises:
-        ConfigError: the description cannot be had, or is not of a causal language model.
+        ConfigError: the description cannot be had, or transformers has no such network for the task.
     """
-    hf_config = read_hf_config(config.name)
+    hf_config, head = read_hf_config(config.name), HEADS[config.head]
     try:
-        causal_lm = build_causal_lm(hf_config, config.head)
+        causal_lm = build_causal_lm(hf_config, config.head, config.num_outputs)
     except Exception as error:  # constructors do not expect every configuration
         raise ConfigError(
-            f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a {WHAT[config.head]} language model: "
-            f"{_reason(error)}; choose {ARCHITECTURES[config.head]}, or correct its config.json"
+            f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a {head.what}: "
+            f"{_reason(error)}; choose {head.architectures}, or correct its config.json"
         ) from error
     if config.pretrained:
         with torch.device("cpu"):
             read_buffers(causal_lm, config)
-    return HFCausalLM(causal_lm)
+    return HFCausalLM(causal_lm) if is_language_model(config) else HFNetwork(causal_lm, config.head)
 
 
-def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm) -> nn.Module:
-    """Build the language model of a transformers configuration; see :func:`build_hf_model`.
+def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> nn.Module:
+    """Build the network of a transformers configuration, by default its language model; see :func:`build_hf_model`.
 
     Raises:
         ValueError: there is none, or its code is not transformers' own.
         ImportError: it needs a package that is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
 
-    auto = {Head.causal_lm: AutoModelForCausalLM, Head.masked_lm: AutoModelForMaskedLM}[head]
+    auto = getattr(transformers, HEADS[head].auto)
     hf_config.use_cache = False
+    prepare_config(hf_config, head, num_outputs)
     if getattr(hf_config, "rescale_every", 0):
         hf_config.rescale_every = 0  # RWKV would rescale its weights in every evaluation, for fp16
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():

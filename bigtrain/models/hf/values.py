@@ -9,12 +9,13 @@ from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.construction import parameters_on_meta
 from bigtrain.models.hf.build import HFCausalLM
+from bigtrain.models.hf.heads import HFNetwork
 from bigtrain.models.hf.load import published
 from bigtrain.models.init import Finite, Given, InitialValue, seed_of
 from bigtrain.models.programs import recorded_values
 
 
-def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, InitialValue]:
+def published_values(model: HFCausalLM | HFNetwork, config: ModelConfig) -> dict[str, InitialValue]:
     """Return every parameter's value from the safetensors files of ``config.name``.
 
     Raises:
@@ -25,7 +26,7 @@ def published_values(model: HFCausalLM, config: ModelConfig) -> dict[str, Initia
     return {name: Finite(values[own], f"model.name={config.name!r}: {own}") for name, own in names.items()}
 
 
-def fresh_values(model: HFCausalLM, seed: int) -> dict[str, InitialValue]:
+def fresh_values(model: HFCausalLM | HFNetwork, seed: int) -> dict[str, InitialValue]:
     """Return values distributed like those that ``transformers`` would start from.
 
     Matrices are played back in parts (:mod:`bigtrain.models.programs`); all else, such as norms, biases and decay
@@ -53,7 +54,9 @@ def _is_matrix(module: nn.Module, name: str, param: nn.Parameter) -> bool:
     return linear or fused_experts
 
 
-def _own_values(model: HFCausalLM, owned: list[tuple[nn.Module, str]], seed: int) -> dict[str, InitialValue]:
+def _own_values(
+    model: HFCausalLM | HFNetwork, owned: list[tuple[nn.Module, str]], seed: int
+) -> dict[str, InitialValue]:
     """Run the model's own initialisation with real memory for the given parameters (of given modules)."""
     meta = {fqn: module.get_parameter(fqn.rpartition(".")[2]) for module, fqn in owned}
     for module, fqn in owned:
@@ -66,11 +69,11 @@ def _own_values(model: HFCausalLM, owned: list[tuple[nn.Module, str]], seed: int
     for module, fqn in owned:
         setattr(module, fqn.rpartition(".")[2], meta[fqn])
     if unsaid := [fqn for fqn, value in values.items() if value.values.isnan().any()]:
-        values |= _constructed(model, unsaid)
+        values |= _constructed(model, unsaid, seed)
     return values
 
 
-def _constructed(model: HFCausalLM, names: list[str]) -> dict[str, InitialValue]:
+def _constructed(model: HFCausalLM | HFNetwork, names: list[str], seed: int) -> dict[str, InitialValue]:
     """Return what constructors give to parameters that their initialisation leaves alone.
 
     Raises:
@@ -80,10 +83,16 @@ def _constructed(model: HFCausalLM, names: list[str]) -> dict[str, InitialValue]
     torch.use_deterministic_algorithms(True)  # unwritten memory is NaN then
     try:
         with parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
-            again = HFCausalLM(type(model.causal_lm)(model.causal_lm.config))
+            again = type(model.causal_lm)(model.causal_lm.config)
     finally:
         torch.use_deterministic_algorithms(is_deterministic)
-    values = {name: again.get_parameter(name).constructed for name in names}
+    own = {name: name.removeprefix("causal_lm.") for name in names}
+    values = {name: getattr(again.get_parameter(own[name]), "constructed", None) for name in names}
+    if None in values.values():  # a parametrisation, whose parameters are computed from others
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(seed_of(seed, "network"))
+            whole = type(model.causal_lm)(model.causal_lm.config)
+        values = {name: whole.get_parameter(own[name]).detach() for name in names}
     if unsaid := [name for name, value in values.items() if value.isnan().any()]:
         raise ConfigError(
             f"{type(model.causal_lm).__name__} does not say what {', '.join(unsaid)} start from; start from published "

@@ -1,0 +1,50 @@
+"""A text from audio without an alignment of the two: connectionist temporal classification."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigtrain.config import Inputs
+from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.inputs import input_fields, require_lengths
+
+
+class CTC:
+    """Negative log-likelihood of a text (Graves et al., "Connectionist Temporal Classification", 2006).
+
+    Token 0 is the blank. A text that is longer than its audio has frames counts as loss 0.
+    """
+
+    fields: Mapping[str, Field] = {
+        **input_fields(Inputs.audio),
+        "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
+    }
+    sums: Mapping[str, tuple[int, ...]] = {}
+    counts_by_shape = False
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return the tokens of each text."""
+        require_lengths(samples)
+        return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        """Return the summed loss in nats; the network returns logits ``(B, N, V)`` of frames and how many count ``(B,)``."""
+        *inputs, targets_BT = tensors
+        logits_BNV, frames_B = network(*inputs)
+        counted_BT = targets_BT != IGNORE_INDEX
+        log_probs_NBV = logits_BNV.float().log_softmax(dim=-1).transpose(0, 1)
+        lengths_B = counted_BT.sum(dim=1)
+        texts_BT = targets_BT.where(counted_BT, 1)
+        losses_B = F.ctc_loss(
+            log_probs_NBV, texts_BT, frames_B.clamp(min=1), lengths_B, reduction="none", zero_infinity=True
+        )
+        return losses_B.where(lengths_B > 0, 0).sum()
+
+    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return nothing beside the loss."""
+        return {}

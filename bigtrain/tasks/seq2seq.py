@@ -1,0 +1,64 @@
+"""A text from another one, or from speech, by an encoder and a decoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.causal_lm import perplexity
+from bigtrain.tasks.inputs import require_lengths
+
+SOURCE = {"source": Field(torch.int64, ("S",)), "source_lengths": Field(torch.int64, (), padding=1)}
+"""A text; a sample without a token would attend to nothing."""
+SPECTROGRAM = {"features": Field(torch.float32, ("F", "S"))}
+"""Speech as Whisper takes it: F log-mel bins at S times."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seq2Seq:
+    """Cross-entropy of the decoder's next token; see :class:`bigtrain.tasks.base.Objective`.
+
+    ``tokens`` are what the decoder reads: its first token, then the targets but for the last one.
+    """
+
+    hears: bool = False
+    """Whether the encoder gets speech in place of text."""
+
+    counts_by_shape = False
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {
+            **(SPECTROGRAM if self.hears else SOURCE),
+            "tokens": Field(torch.int64, ("T",)),
+            "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
+        }
+
+    @property
+    def sums(self) -> Mapping[str, tuple[int, ...]]:
+        return {"correct": (), "targets": ()}
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return how many tokens of each sample are predicted."""
+        require_lengths(samples)
+        return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        """Return the summed loss in nats, and how many tokens were predicted rightly and at all."""
+        *inputs, targets_BT = tensors
+        counted_BT = targets_BT != IGNORE_INDEX
+        logits_NV, targets_N = network(*inputs)[counted_BT].float(), targets_BT[counted_BT]
+        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum")
+        correct = (logits_NV.argmax(dim=-1) == targets_N).sum()
+        return torch.stack([loss, correct.float(), counted_BT.sum().float()])
+
+    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return accuracy and perplexity of the predicted tokens, each given those before it."""
+        accuracy = float(sums["correct"]) / max(float(sums["targets"]), 1.0)
+        return {"accuracy": accuracy, "perplexity": perplexity(loss)}
