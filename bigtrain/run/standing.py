@@ -7,6 +7,7 @@ from bigtrain.config import TrainConfig, ValidationConfig, own_sets
 from bigtrain.errors import ConfigError
 from bigtrain.run.written import WRITTEN_METRICS
 from bigtrain.tasks import build_objective
+from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.metrics import LESS_IS_BETTER
 
 EARLY_STOPPING = "early_stopping"
@@ -23,6 +24,7 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
     if metric not in known:
         ones = {name: np.ones(shape) for name, shape in objective.sums.items()}
         known += objective.metrics(1.0, ones)
+        known += ["bits_per_byte"] if isinstance(objective, CausalLM) else []
         known += WRITTEN_METRICS if config.validation.written_samples else ()
         known += [f"{name}/{other}" for name in own_sets(config.data, "validation") if name for other in known]
     if metric not in known:

@@ -36,6 +36,7 @@ from bigtrain.errors import (
     EXIT_NO_RESTART,
     EXIT_RESUMABLE,
     CheckpointError,
+    ConfigError,
     NoRestartError,
     of_all_ranks,
 )
@@ -332,7 +333,11 @@ def record_validation(run: Run, done: Cursor) -> float:
     sets, batches = sets_of(run.streams, "validation"), run.config.validation.batches
     measured = validate(run.engine, sets, run.config, batches=batches)
     metrics, texts = measured.metrics, measured.texts
-    run.standing = run.standing.after(done.step, metrics[run.standing.metric])
+    if (metric := run.standing.metric) not in metrics:
+        raise of_all_ranks(
+            ConfigError(f"validation.metric={metric}: these data have none; they have {', '.join(metrics)}")
+        )
+    run.standing = run.standing.after(done.step, metrics[metric])
     unit, size = _unit(run.streams["train"])
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
     if run.config.validation.written_samples:

@@ -35,6 +35,7 @@ from bigtrain.run.sets import HELD_OUT, open_set, sets_of
 from bigtrain.run.written import write_validation, written_metrics
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Objective, split_sums
+from bigtrain.tasks.causal_lm import CausalLM
 
 SETS = (HELD_OUT, "test")
 
@@ -69,6 +70,10 @@ def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConf
     if config.validation.written_samples:
         texts = {name: write_validation(engine, stream, config) for name, stream in sets.items()}
         metrics |= written_metrics([text for part in texts.values() for text in part])
+    for name, stream in sets.items() if isinstance(objective, CausalLM) else ():
+        if (size := stream.bytes_per_token) and (name or len(sets) == 1):
+            prefix = f"{name}/" if name else ""
+            metrics[f"{prefix}bits_per_byte"] = metrics[f"{prefix}loss"] / math.log(2) / size
     for name, part in texts.items():
         metrics |= {f"{name}/{key}": value for key, value in written_metrics(part).items()} if name else {}
     return Measured(metrics, sums.get("confusion"), [text for part in texts.values() for text in part])

@@ -8,9 +8,10 @@ import pytest
 
 import bigtrain
 from bigtrain.checkpoint.store import find_checkpoints, read_run_state
+from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.report import render
-from tests.distributed.launches import events, fork, metrics
+from tests.distributed.launches import SMALL, events, fork, metrics
 from tests.distributed.predict_test import LABELS
 
 right = pytest.importorskip("sklearn.metrics")
@@ -164,3 +165,26 @@ def test_images_are_normalised_as_the_training_data_and_not_augmented(place: Pat
     accuracy = np.mean([row["label"] == path.parent.name for row, path in zip(found, paths, strict=True)])
     assert events(place / "runs/images", "validation")[-1]["accuracy"] == pytest.approx(accuracy)
     assert validated(place, "checkpoint=runs/images", "data.path=unseen")["accuracy"] == pytest.approx(accuracy)
+
+
+def test_bits_per_byte_are_those_of_the_corpus(place: Path):
+    (place / "texts").mkdir()
+    for number in range(9):
+        (place / f"texts/{number}.txt").write_text(f"what is said {number} times is true; " * (number + 3))
+    args = [*SMALL, "data=text", "data.path=texts", "data.tokenizer=bpe", "data.tokenizer_vocab_size=270"]
+    args += [
+        "model.vocab_size=270",
+        "data.validation.path=texts/8.txt",
+        "validation.metric=bits_per_byte",
+        "engine=ddp",
+    ]
+    done = fork("train.py", *args, "validation.every_steps=8", "run.name=bytes", cwd=place)
+    assert done.code == 0, done.err
+    (event,) = events(place / "runs/bytes", "validation")
+    tokenizer = load_tokenizer(place / "runs/bytes")
+    text = (place / "texts/8.txt").read_text()
+    num_tokens = len(tokenizer.encode(text).ids) + 1
+    bits = event["loss"] / np.log(2) * num_tokens / len(text.encode())
+    assert event["bits_per_byte"] == pytest.approx(bits) and bits < event["loss"] / np.log(2)
+    none = fork("train.py", *SMALL, "validation.every_steps=2", "validation.metric=bits_per_byte", cwd=place)
+    assert none.code == 2 and "validation.metric=bits_per_byte: these data have none" in none.err

@@ -161,6 +161,8 @@ class FileSplit:
         """Number of tokens of each shard, int64 ``(num_shards,)``."""
         self.shard_documents = np.array([shard.num_documents for shard in record.shards], dtype=np.int64)
         """Number of documents of each shard, int64 ``(num_shards,)``."""
+        self.bytes_per_token = record.num_text_bytes / max(record.num_tokens, 1)
+        """Bytes of text (UTF-8) that a token stands for, those that end documents included."""
         self.labels = corpus.index.labels
         """What documents are labelled with, if they are."""
         self.eos_id = corpus.index.tokenizer.eos_id

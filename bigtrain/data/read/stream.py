@@ -15,7 +15,7 @@ from bigtrain.data.order.mixture import Mixture, Share
 from bigtrain.data.order.skips import extend, pieces
 from bigtrain.data.read.batch import ArrayPool, Batch, Collate, Samples, build_batch, gather_groups
 from bigtrain.data.read.component import StoredSamples
-from bigtrain.data.read.corpus import Split
+from bigtrain.data.read.corpus import FileSplit, Split
 from bigtrain.data.read.live import LiveParts
 from bigtrain.data.read.packing import no_samples
 from bigtrain.data.read.records import RecordSplit
@@ -103,6 +103,12 @@ class SampleStream:
         self._ends = np.cumsum(sizes)
         self._begins = self._ends - sizes
         self._pool = ArrayPool()
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text that a target stands for; None unless the stream is one corpus whose tokens all count."""
+        split = self._stored[0][1].split if len(self._list) == len(self._stored) == 1 else None
+        return split.bytes_per_token if isinstance(split, FileSplit) and split.counts_all else None
 
     @property
     def num_samples(self) -> int:
