@@ -114,8 +114,7 @@ def validate(
     from bigtrain.run.validation import validate_run
 
     part = SetConfig(path=data) if data else None
-    step, measured = validate_run(_path(run), batches=batches, chosen=set, part=part)
-    return {"step": step, **measured.metrics}
+    return validate_run(_path(run), batches=batches, chosen=set, part=part).metrics
 
 
 def predict(

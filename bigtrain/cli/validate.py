@@ -50,17 +50,16 @@ def run(config: ValidateConfig) -> int:
 
     part = None if config.data == SetConfig() else config.data
     path = Path(config.checkpoint)
-    step, measured = validate_run(path, batches=config.batches, chosen=config.set, part=part)
+    measured = validate_run(path, batches=config.batches, chosen=config.set, part=part)
     if hydra_cli.rank() != 0:
         return EXIT_FINISHED
     confusion, names = measured.confusion, label_names(locate(path)[0])
     if config.json:
         counts = {} if confusion is None else {"confusion": confusion.astype(int).tolist(), "labels": names}
-        print(json.dumps({"step": step, **measured.metrics, **counts}))
+        print(json.dumps(measured.metrics | counts))
         return EXIT_FINISHED
-    print(f"{'step':<24} {step}")
     for name, value in measured.metrics.items():
-        print(f"{name:<24} {value:.4f}")
+        print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
     if confusion is not None and len(confusion) <= MOST_SHOWN_LABELS:
         print(confusion_table(confusion.astype(int).tolist(), names))
     return EXIT_FINISHED

@@ -158,8 +158,8 @@ def _join_group() -> tuple[RankInfo, torch.device]:
 
 def validate_run(
     path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None
-) -> tuple[int, Measured]:
-    """Return the step of a checkpoint, and what it reaches on a set, on all ranks of this world.
+) -> Measured:
+    """Return what a checkpoint reaches on a set, with its ``step`` among the metrics, on all ranks of this world.
 
     Args:
         path: directory of a run, or of one of its checkpoints.
@@ -184,7 +184,7 @@ def validate_run(
         index = read_index(directory, check_sizes=False)
         if not index.live and index.validation.num_documents:
             measured.metrics["unigram_entropy"] = index.validation.unigram_nats_per_token
-    return read_run_state(checkpoint).step, measured
+    return dataclasses.replace(measured, metrics={"step": read_run_state(checkpoint).step, **measured.metrics})
 
 
 def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | None) -> dict[str, SampleStream]:

@@ -355,7 +355,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def validate_in(cwd: Path) -> dict[str, float]:
     os.chdir(cwd)
-    return validate_run(RUN)
+    return validate_run(RUN).metrics
 
 
 def test_validation_is_the_same_number_for_every_world_size(text_run: Path):
