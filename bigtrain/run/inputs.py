@@ -107,7 +107,10 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
         dataset: Any = Arrays({name: columns[name] for name in wanted}, where=where)
     else:
         rows = _read(inputs) if isinstance(inputs, Path) else inputs
-        dataset = Rows(rows, where, _reader(rows, objective, run, config))
+        try:
+            dataset = Rows(rows, where, _reader(rows, objective, run, config))
+        except ValueError as error:
+            raise DataError(f"{where}:1: {error}") from error
     if not len(dataset):
         raise DataError(f"{where}: it has no row")
     return Records(dataset, objective, where=where, sequence_length=config.data.sequence_length)
@@ -139,6 +142,8 @@ def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: Train
         row = json.loads(row) if is_json else row
         if encode:
             return encode(row if isinstance(row, str) else row[text_field])
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{row!r} has no columns; the network takes {', '.join(wanted)}")
         if is_table:  # its columns are the features, in their order
             return {
                 "features": np.array(

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
-from bigtrain.config import TrainConfig
 from bigtrain.data.read.batch import build_batch
 from bigtrain.data.read.records import Records
 from bigtrain.distributed.collectives import on_rank0, shut_down
@@ -25,6 +26,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.errors import ConfigError
 from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger
+from bigtrain.run.directory import locate
 from bigtrain.run.inputs import label_names, open_inputs
 from bigtrain.run.validation import evaluation_config, load_engine
 from bigtrain.tasks import build_objective
@@ -35,10 +37,57 @@ REQUEST_FILE = "request.json"
 _SAY_EVERY_SECONDS = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A trained network with the inputs that it answers."""
+
+    engine: Engine
+    objective: Any
+    records: Records
+    wanted: Wanted
+    batch_size: int
+    checkpoint: Path
+
+    @classmethod
+    def open(cls, path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> "_Job":
+        """Load a run's network and open the inputs; all ranks call this."""
+        config, (run, _) = evaluation_config(path), locate(path)
+        objective = build_objective(config.task)
+        if not hasattr(objective, "answers"):
+            raise ConfigError(
+                f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
+            )
+        records = open_inputs(inputs, run, config)
+        wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
+        engine, checkpoint = load_engine(path, config)
+        engine.module.eval()
+        return cls(engine, objective, records, wanted, batch_size, checkpoint)
+
+    def answers(self, rows: NDArray[np.int64], *, most_rows: int) -> list[dict[str, Any]]:
+        """Return the answers to some rows; all ranks, with fewer rows too, compute as often: they gather weights together."""
+        answers, network = [], partial(self.engine.module, predicts=True)
+        for first in range(0, most_rows, self.batch_size):
+            own = rows[first : first + self.batch_size]
+            read = own if len(own) else np.zeros(1, dtype=np.int64)
+            batch = build_batch(self.records.read(read, read)).to(self.engine.device)
+            with torch.no_grad():
+                found = self.objective.answers(network, *batch.values(), wanted=self.wanted)
+            answers += found[: len(own)]
+        return answers
+
+
+def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:
+    """Return the answers of a run, or of one of its checkpoints, to inputs in their order; every rank returns all."""
+    job = _Job.open(path, inputs, wanted, batch_size)
+    answers = job.answers(np.arange(job.records.num_rows), most_rows=job.records.num_rows)
+    shut_down()
+    return answers
+
+
 def predict_file(
     path: Path, inputs: Path, out: Path, *, wanted: Wanted, batch_size: int = 32, part_rows: int = 1024
 ) -> int:
-    """Write the answers of a run, or one of its checkpoints, to a file of inputs; return how many. All ranks call this.
+    """Write the answers to a file of inputs; return how many. All ranks call this.
 
     Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world size.
 
@@ -55,85 +104,31 @@ def predict_file(
     """
     if out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"out={out}: name a file that ends with .jsonl or .csv")
-    config = evaluation_config(path)
-    engine, checkpoint = load_engine(path, config)
-    run = checkpoint.parent.parent
-    records = open_inputs(inputs, run, config)
-    wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
-    sizes = {"batch_size": batch_size, "part_rows": part_rows}
+    job = _Job.open(path, inputs, wanted, batch_size)
+    num_rows, world_size = job.records.num_rows, job.engine.mesh.size
     request = {
         "inputs": hash_file(inputs),
-        "weights": hash_file(checkpoint / MANIFEST_FILE),
-        "wanted": str(wanted),
-        **sizes,
+        "weights": hash_file(job.checkpoint / MANIFEST_FILE),
+        "wanted": str(job.wanted),
     }
-    parts = [
-        Path(f"{out}.parts") / f"{number:08d}{out.suffix}" for number in range(math.ceil(records.num_rows / part_rows))
-    ]
+    request |= {"batch_size": str(batch_size), "part_rows": str(part_rows)}
+    parts = [Path(f"{out}.parts", f"{n:08d}{out.suffix}") for n in range(math.ceil(num_rows / part_rows))]
     todo = on_rank0(partial(_begin, out, parts, request))
     begin = said = time.monotonic()
-    for done in range(0, len(todo), engine.mesh.size):
-        mine = todo[done : done + engine.mesh.size][engine.mesh.rank :][:1]
-        rows = (
-            np.arange(mine[0] * part_rows, min((mine[0] + 1) * part_rows, records.num_rows)) if mine else np.arange(0)
-        )
-        answers = _answers(
-            engine,
-            config,
-            records,
-            rows,
-            wanted,
-            num_batches=math.ceil(min(part_rows, records.num_rows) / batch_size),
-            batch_size=batch_size,
-        )
-        if mine:
-            write_anew(parts[mine[0]], encode(answers, out.suffix, with_header=mine[0] == 0))
+    for first in range(0, len(todo), world_size):
+        now = todo[first : first + world_size]
+        mine = now[job.engine.mesh.rank] if job.engine.mesh.rank < len(now) else len(parts)
+        rows = np.arange(mine * part_rows, min((mine + 1) * part_rows, num_rows))
+        answers = job.answers(rows, most_rows=min(part_rows, num_rows))
+        if answers:
+            write_anew(parts[mine], encode(answers, out.suffix, with_header=mine == 0))
         if time.monotonic() - said > _SAY_EVERY_SECONDS:
             said = time.monotonic()
-            _say(min((done + engine.mesh.size), len(todo)), len(todo), part_rows, said - begin)
+            _say(first + len(now), len(todo), part_rows, said - begin)
     dist.barrier()  # until every rank has written its last part
     on_rank0(partial(_join, out, parts))
     shut_down()
-    return records.num_rows
-
-
-def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:
-    """Return the answers of a run to inputs, in their order; every rank returns all."""
-    config = evaluation_config(path)
-    engine, checkpoint = load_engine(path, config)
-    run = checkpoint.parent.parent
-    records = open_inputs(inputs, run, config)
-    wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
-    rows, num_batches = np.arange(records.num_rows), math.ceil(records.num_rows / batch_size)
-    answers = _answers(engine, config, records, rows, wanted, num_batches=num_batches, batch_size=batch_size)
-    shut_down()
-    return answers
-
-
-def _answers(
-    engine: Engine,
-    config: TrainConfig,
-    records: Records,
-    rows: np.ndarray,
-    wanted: Wanted,
-    *,
-    num_batches: int,
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """Return the answers to some rows; a rank that has fewer computes as many batches, for the others gather weights with it."""
-    objective, answers = build_objective(config.task), []
-    if not hasattr(objective, "answers"):
-        raise ConfigError(f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'")
-    engine.module.eval()
-    network = partial(engine.module, predicts=True)
-    for number in range(num_batches):
-        own = rows[number * batch_size : (number + 1) * batch_size]
-        read = own if len(own) else np.zeros(1, dtype=np.int64)
-        batch = build_batch(records.read(read, read)).to(engine.device)
-        with torch.no_grad():
-            found = objective.answers(network, *batch.values(), wanted=wanted)
-        answers += found[: len(own)]
-    return answers
+    return num_rows
 
 
 def encode(answers: list[dict[str, Any]], suffix: str, *, with_header: bool) -> str:

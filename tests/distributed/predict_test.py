@@ -109,8 +109,12 @@ def test_killed_it_goes_on_where_it_was(place: Path):
 
 def test_what_does_not_fit_is_a_sentence(place: Path):
     (place / "bad.jsonl").write_text('{"features": [1, 2, 3, 4, 5, 6]}\n{"feature": 1}\n')
+    (place / "torn.jsonl").write_text('{"features": [1, 2\n')
+    (place / "words.txt").write_text("the cat sat\n")
     run = place / "runs/labels"
     for inputs, told in (
+        (place / "torn.jsonl", "torn.jsonl:1: Expecting"),
+        (place / "words.txt", "words.txt:1: 'the cat sat' has no columns; the network takes features"),
         (place / "bad.jsonl", "bad.jsonl:2: it lacks 'features'"),
         (place / "none.jsonl", "none.jsonl: cannot be read"),
         (place / "new.png", "one of .jsonl, .csv, .txt, .npz is read"),
