@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import TrainConfig
+from bigtrain.data.prepare.images import read_image
 from bigtrain.data.read.arrays import Arrays, read_npz
 from bigtrain.data.read.index import INDEX_FILE, read_index
 from bigtrain.data.read.records import Records
@@ -90,7 +91,7 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     """Return the inputs for the network of a run.
 
     Args:
-        inputs: a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line, ``.npz``), arrays by column, or rows.
+        inputs: a directory of images; a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line, ``.npz``), arrays by column, or rows.
         run: directory of the run, which has its tokenizer.
         config: of the run.
 
@@ -100,11 +101,13 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     where = str(inputs) if isinstance(inputs, Path) else "inputs"
     objective = Unlabelled(build_objective(config.task))
     wanted = list(objective.fields)
-    if isinstance(inputs, Mapping) or where.endswith(".npz"):
+    if isinstance(inputs, Path) and inputs.is_dir():
+        dataset: Any = _pictures(inputs, run, config)
+    elif isinstance(inputs, Mapping) or where.endswith(".npz"):
         columns = read_npz(inputs)[:] if isinstance(inputs, Path) else inputs
         if missing := [name for name in wanted if name not in columns]:
             raise DataError(f"{where}: it lacks {', '.join(missing)}; it has {', '.join(columns)}")
-        dataset: Any = Arrays({name: columns[name] for name in wanted}, where=where)
+        dataset = Arrays({name: columns[name] for name in wanted}, where=where)
     else:
         rows = _read(inputs) if isinstance(inputs, Path) else inputs
         try:
@@ -114,6 +117,26 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     if not len(dataset):
         raise DataError(f"{where}: it has no row")
     return Records(dataset, objective, where=where, sequence_length=config.data.sequence_length)
+
+
+def _pictures(directory: Path, run: Path, config: TrainConfig) -> Rows:
+    """Return the images below a directory, in the order of their names, normalised as those of the training data."""
+    facts = read_json(run / FACTS_FILE)
+    if "image_shape" not in facts:
+        raise DataError(f"{directory}: a directory, which only a run on data=images reads")
+    size, _, channels = facts["image_shape"]
+    mean, deviation = (np.array(facts[name], dtype=np.float32) for name in ("mean", "deviation"))
+
+    def read(path: Path) -> Row:
+        pixels = read_image(path, size, channels, resizes=config.data.image_size is not None)
+        return {"pixels": np.moveaxis((pixels - mean) / deviation, -1, 0)}
+
+    return Rows(list_images(directory), str(directory), read)
+
+
+def list_images(directory: Path) -> list[Path]:
+    """Return the files below a directory, but for hidden ones, in the order of their names."""
+    return sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def _read(path: Path) -> list[Any]:

@@ -27,7 +27,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger
 from bigtrain.run.directory import locate
-from bigtrain.run.inputs import label_names, open_inputs
+from bigtrain.run.inputs import label_names, list_images, open_inputs
 from bigtrain.run.validation import evaluation_config, load_engine
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted
@@ -47,6 +47,8 @@ class _Job:
     wanted: Wanted
     batch_size: int
     checkpoint: Path
+    files: list[str]
+    """Name of each input that is a file."""
 
     @classmethod
     def open(cls, path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> "_Job":
@@ -58,10 +60,12 @@ class _Job:
                 f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
             )
         records = open_inputs(inputs, run, config)
+        is_directory = isinstance(inputs, Path) and inputs.is_dir()
+        files = [str(path.relative_to(inputs)) for path in list_images(inputs)] if is_directory else []
         wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
         engine, checkpoint = load_engine(path, config)
         engine.module.eval()
-        return cls(engine, objective, records, wanted, batch_size, checkpoint)
+        return cls(engine, objective, records, wanted, batch_size, checkpoint, files)
 
     def answers(self, rows: NDArray[np.int64], *, most_rows: int) -> list[dict[str, Any]]:
         """Return the answers to some rows; all ranks, with fewer rows too, compute as often: they gather weights together."""
@@ -73,7 +77,8 @@ class _Job:
             with torch.no_grad():
                 found = self.objective.answers(network, *batch.values(), wanted=self.wanted)
             answers += found[: len(own)]
-        return answers
+        named = zip(rows.tolist(), answers, strict=True)
+        return [{"file": self.files[row], **answer} for row, answer in named] if self.files else answers
 
 
 def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -107,7 +112,7 @@ def predict_file(
     job = _Job.open(path, inputs, wanted, batch_size)
     num_rows, world_size = job.records.num_rows, job.engine.mesh.size
     request = {
-        "inputs": hash_file(inputs),
+        "inputs": str(job.files) if job.files else hash_file(inputs),
         "weights": hash_file(job.checkpoint / MANIFEST_FILE),
         "wanted": str(job.wanted),
     }

@@ -162,6 +162,9 @@ def test_images_are_normalised_as_the_training_data_and_not_augmented(place: Pat
     pixels = np.stack([np.asarray(image.open(path), dtype=np.float32) for path in paths])[:, None]
     normalised = (pixels - np.float32(facts["mean"])) / np.float32(facts["deviation"])
     found = bigtrain.predict(place / "runs/images", {"pixels": normalised})
+    named = bigtrain.predict(place / "runs/images", place / "unseen")
+    assert [row.pop("file") for row in named] == [str(path.relative_to(place / "unseen")) for path in paths]
+    assert named == found
     accuracy = np.mean([row["label"] == path.parent.name for row, path in zip(found, paths, strict=True)])
     assert events(place / "runs/images", "validation")[-1]["accuracy"] == pytest.approx(accuracy)
     assert validated(place, "checkpoint=runs/images", "data.path=unseen")["accuracy"] == pytest.approx(accuracy)

@@ -180,6 +180,11 @@ def _shape(config: DataConfig, source: Source) -> _Shape:
     return _Shape(size or width, channels or (1 if is_grey else 3), bool(size))
 
 
+def read_image(path: Path, size: int, channels: int, *, resizes: bool) -> NDArray[np.uint8]:
+    """Return an image file as training has it, uint8 ``(H, W, C)``; DataError if it cannot be decoded, or has another size."""
+    return _pixels(path, _Shape(size, channels, resizes), str(path))
+
+
 def _pixels(raw: Raw, shape: _Shape, where: str) -> NDArray[np.uint8]:
     """Return an image as uint8 ``(H, W, C)``."""
     size = (shape.size, shape.size)
