@@ -106,7 +106,12 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
     own = {key.removeprefix("train/") for history in histories for key in history.family("train")}
     own |= {key for history in histories for event in history.events_of("validation") for key in task_metrics(event)}
     own -= {names.LOSS, names.TRAIN_PERPLEXITY.removeprefix("train/")}
-    curves = {f"{key}.": line(histories, f"train/{key}", key, smooth=True, validated=key) for key in sorted(own)}
+    curves = {
+        f"{key}: line in training, dots in validation.": line(
+            histories, f"train/{key}", key, smooth=True, validated=key
+        )
+        for key in sorted(own)
+    }
     yield "Metrics", curves
     speed = line(histories, f"{unit}_per_second", f"{unit} per second", smooth=True)
     mfu = line(histories, names.MFU_CAUSAL, "MFU (%), causal", scale=100)

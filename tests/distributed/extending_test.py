@@ -91,7 +91,9 @@ def test_the_examples_run(tmp_path):
             str(record["step"]): record["loss"] for record in records
         }
     page = render([read_history(run)])
-    assert "train/accuracy." in page and f"accuracy {validation['accuracy']:.4g}" in page
+    assert (
+        "accuracy: line in training, dots in validation." in page and f"accuracy {validation['accuracy']:.4g}" in page
+    )
 
     config = (run / "config.yaml").read_text()
     assert "gamma: 1.5" in config and "depth: 2" in config and re.search(r"imports:\n  ideas: [0-9a-f]{16}\n", config)
