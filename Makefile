@@ -2,6 +2,7 @@
 # make test      the tests that a change needs: a quarter of an hour on two cores
 # make test-all  every test, for a night
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
+# make demo-image  a perceptron, a CNN and a ViT on handwritten digits, with a page about their mistakes
 # make lint      formatting, lint and types
 # make bench     install what the benchmarks compare with, too
 #
@@ -21,7 +22,7 @@ TORCH_PIN := torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test test-all demo lint bench
+.PHONY: install test test-all demo demo-image lint bench
 
 install: $(INSTALLED)
 
@@ -34,6 +35,10 @@ test-all: $(TEST_TOOLS)
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
+
+demo-image: install
+	$(BIN)/python -c 'import sklearn' 2>/dev/null || $(BIN)/pip install scikit-learn --constraint $(CONSTRAINTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_image.sh
 
 lint: $(TEST_TOOLS)
 	$(BIN)/ruff format --check .

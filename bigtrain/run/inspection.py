@@ -10,11 +10,13 @@ from bigtrain.checkpoint.store import find_checkpoints, read_run_state
 from bigtrain.config import Packing, TrainConfig, are_records
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.read.batch import Batch
+from bigtrain.data.read.images import visible
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
 from bigtrain.run.data import elsewhere, open_data
 from bigtrain.run.directory import read_config
+from bigtrain.run.pictures import picture_lines
 from bigtrain.tasks.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -76,14 +78,18 @@ def inspect_step(
         elif is_text:
             yield from _sample_lines(stream, batch, sample_id, title, tokenizer)
         else:
-            yield from _record_lines(stream, batch, sample_id, title)
+            yield from _record_lines(stream, batch, sample_id, title, first + number)
 
 
-def _record_lines(stream: SampleStream, batch: Batch, sample_id: int, title: str) -> Iterator[str]:
+def _record_lines(stream: SampleStream, batch: Batch, sample_id: int, title: str, position: int) -> Iterator[str]:
     component, rows = stream.origin_of(sample_id)
+    told = stream.components[component].split.records.describe(int(rows[0]), position)
     yield ""
-    yield f"── {title}: {component} {sample_id}, row {rows[0]}"
+    yield f"── {title}: {component} {sample_id}, row {rows[0]}{told}"
     for name, tensor in batch.items():
+        if name == "pixels" and stream.facts:
+            yield from (f"   {line}" for line in picture_lines(visible(tensor[0].numpy(), stream.facts)))
+            continue
         shown = np.array2string(tensor[0].numpy(), threshold=16, precision=4, separator=", ", prefix=f"   {name}: ")
         yield f"   {name}: {shown}"
 

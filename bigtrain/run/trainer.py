@@ -56,6 +56,7 @@ from bigtrain.run.data import (
 )
 from bigtrain.run.directory import continued_model, write_run_files
 from bigtrain.run.frozen import describe_frozen, without_frozen
+from bigtrain.run.mistakes import write_classification
 from bigtrain.run.recording import open_recorder
 from bigtrain.run.recovery import (
     claim,
@@ -72,7 +73,7 @@ from bigtrain.run.recovery import (
 from bigtrain.run.sets import sets_of
 from bigtrain.run.standing import begin_standing, explain_end, why_ended
 from bigtrain.run.step import read_back, seed_step, train_step
-from bigtrain.run.validation import validate
+from bigtrain.run.validation import Measured, validate
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
 from bigtrain.supervise.heartbeat import Heartbeat
@@ -257,7 +258,7 @@ def train(run: Run) -> End | RollBack:
     agreement, judge, pending = StopAgreement(), BadNumbers(config.bad_numbers), []
     loader = train_loader(run.streams["train"], config, engine, start=run.start)
     stragglers = Stragglers(engine.device, config.supervision.straggler_factor)
-    heartbeat.step, verdict, ended = run.start.step, None, None
+    heartbeat.step, verdict, ended, measured = run.start.step, None, None, None
     keeps_best = "best" in config.checkpoint.keep
 
     def before_update() -> None:
@@ -292,7 +293,7 @@ def train(run: Run) -> End | RollBack:
             stopping = agreement.poll(signal.reason)
             if step == last_launch_step:
                 stopping = stopping or "run.stop_after_steps"
-            finished = step == steps
+            finished, measured = step == steps, None
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             validating = _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps)
             if saving or validating or step % config.train.log_every_steps == 0:
@@ -303,16 +304,15 @@ def train(run: Run) -> End | RollBack:
                 if verdict := record_bad_numbers(run, judge, records):
                     break
             meter.mark(names.LOGGING_SECONDS)
-            validation_loss = None
             if validating:
                 heartbeat.enter("validation")
-                validation_loss = record_validation(run, batch.after)
+                measured = record_validation(run, batch.after)
                 ended = why_ended(run.standing, config.validation)
                 saving = saving or ended or (keeps_best and run.standing.best_step == step)
                 meter.skip()
             if saving:
                 heartbeat.enter("checkpoint")
-                save(run, batch, validation_loss, last=bool(finished or stopping or ended))
+                save(run, batch, measured, last=bool(finished or stopping or ended))
                 meter.skip()
             if profiler.step_done(step):
                 meter.skip()
@@ -323,13 +323,17 @@ def train(run: Run) -> End | RollBack:
         agreement.settle()
         heartbeat.enter("checkpoint")
         record_save(run, saver.finish())
+        if measured and (finished or ended) and measured.confusion is not None:
+            heartbeat.enter("validation")
+            sets = sets_of(run.streams, "validation")
+            write_classification(run.directory, measured.confusion, engine, sets, config, step=step)
     gc.unfreeze()
     gc.enable()
     return verdict or _end(run, step, "finished" if finished else ended, stopping, has_good=judge.has_good)
 
 
-def record_validation(run: Run, done: Cursor) -> float:
-    """Validate, record the result and return the loss."""
+def record_validation(run: Run, done: Cursor) -> Measured:
+    """Validate, record the result and return it."""
     sets, batches = sets_of(run.streams, "validation"), run.config.validation.batches
     measured = validate(run.engine, sets, run.config, batches=batches)
     metrics, texts = measured.metrics, measured.texts
@@ -342,10 +346,10 @@ def record_validation(run: Run, done: Cursor) -> float:
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
     if run.config.validation.written_samples:
         run.recorder.event("written", step=done.step, samples=texts[:NUM_WRITTEN])
-    return metrics["loss"]
+    return measured
 
 
-def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: bool) -> None:
+def save(run: Run, batch: StepBatch, measured: Measured | None, *, last: bool) -> None:
     """Begin to save a checkpoint of the step of ``batch``; the last one follows a renamed directory."""
     record_save(run, run.saver.finish())
     if last and run.follow:
@@ -360,7 +364,7 @@ def save(run: Run, batch: StepBatch, validation_loss: float | None, *, last: boo
             config=redact(to_dict(run.config)),
             versions={"bigtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
             world_size=dist.get_world_size(),
-            validation_loss=validation_loss,
+            validation_loss=measured.metrics["loss"] if measured else None,
             data=stream.state(batch.before, cursor),
             rollbacks=run.rollbacks,
             origin=run.origin,

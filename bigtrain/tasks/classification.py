@@ -35,7 +35,7 @@ class Classification:
             "labels": Field(torch.int64, (), ignored=IGNORE_INDEX, below=self.num_labels),
             # Of samples that are blends of two: the label of the other one, and how much of the loss is the first's.
             "mixed_labels": Field(torch.int64, (), ignored=IGNORE_INDEX, below=self.num_labels, is_optional=True),
-            "shares": Field(torch.float32, (), is_optional=True),
+            "shares": Field(torch.float32, (), ignored=0.0, is_optional=True),
         }
 
     @property

@@ -37,7 +37,7 @@ _STYLE: Any = {
 
 def loss_figure(histories: list[History], axis: str) -> Any:
     """Return training loss (thin: range, thick: running mean), validation and unigram loss over ``axis``."""
-    figure, axes = _figure("loss (nats per token)", axis)
+    figure, axes = _figure(f"loss (nats per {names.unit_of(histories[0].records[-1])[:-1]})", axis)
     tops = []
     for history, colour in zip(histories, _colours(histories), strict=True):
         records, losses = history.series(names.LOSS)

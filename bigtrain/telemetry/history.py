@@ -15,7 +15,14 @@ from bigtrain.config.convert import flatten
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, DataError
 from bigtrain.files import CONFIG_FILE, read_json
 from bigtrain.telemetry import names
-from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, only_steps, read_jsonl
+from bigtrain.telemetry.files import (
+    CLASSIFICATION_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    only_steps,
+    read_jsonl,
+)
 from bigtrain.telemetry.text import format_duration, number
 
 # See supervise/attempt.py: the holder of a run touches the first every 3 s and leaves the second at its end.
@@ -35,6 +42,7 @@ class History:
     config: dict[str, Any] = field(default_factory=dict)  # the configuration, flat; empty if there is none
     samples: list[dict[str, Any]] = field(default_factory=list)  # generated texts: ``step``, ``prompt``, ``text``
     standing: dict[str, Any] = field(default_factory=dict)  # of the newest checkpoint: the best validation
+    classification: dict[str, Any] = field(default_factory=dict)  # ``labels``, ``confusion``, ``wrong``; empty without
     unigram_loss: float | None = None  # validation loss of a model that knows only the frequency of each token
 
     def series(self, key: str) -> tuple[list[dict[str, Any]], list[float]]:
@@ -89,6 +97,7 @@ def read_history(directory: Path) -> History:
         config=read_flat_config(directory),
         samples=read_jsonl(directory / SAMPLES_FILE),
         standing=_best_validation(directory),
+        classification=read_json(directory / CLASSIFICATION_FILE),
         # From the index that a run keeps beside its tokenizer.
         unigram_loss=read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
     )

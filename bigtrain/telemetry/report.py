@@ -11,6 +11,7 @@ from typing import Any
 from bigtrain.log import redact
 from bigtrain.telemetry import figures, names
 from bigtrain.telemetry.history import History, differences
+from bigtrain.telemetry.mistakes import STYLE, classification
 from bigtrain.telemetry.text import (
     describe_communication,
     describe_metrics,
@@ -68,6 +69,7 @@ def render(histories: list[History]) -> str:
         f'<p class="soft">Made by bigtrain from the files of the run{"s" * (len(histories) > 1)} on {made}.</p>',
         _summary(histories),
         *pictures,
+        *(classification(history) for history in histories),
         _sources(histories),
         _differences(histories),
         *(_events(history) for history in histories),
@@ -75,7 +77,7 @@ def render(histories: list[History]) -> str:
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{_STYLE}</style>'
+        f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{_STYLE}{STYLE}</style>'
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(body)}\n</body></html>\n'
 

@@ -1,5 +1,7 @@
 """Images, augmented and mixed: the run of one process at every world size, and continued elsewhere the same run."""
 
+import base64
+import json
 import os
 
 import numpy as np
@@ -8,11 +10,16 @@ import pytest
 from bigtrain.cli.hydra_cli import read_run
 from bigtrain.config import EngineKind
 from bigtrain.data.read.augment import Augmentation
+from bigtrain.run.inputs import label_names
+from bigtrain.run.inspection import inspect_run
 from bigtrain.run.step import train_step
+from bigtrain.telemetry.history import read_history
+from bigtrain.telemetry.report import render
 from bigtrain.testing.parity import Case, compare, compute, configure, trace
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.tasks_test import RUN, launch, records
 
+Image = pytest.importorskip("PIL.Image")
 SETTINGS = [
     *("+model=cnn_digits", "model.settings.channels=[8,8]", "model.settings.dense_dim=16", "task=classification"),
     *("task.num_labels=3", "model.settings.num_outputs=3", "data=images", "data.validation_fraction=0.2", *RUN),
@@ -23,13 +30,12 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """60 images in three directories."""
-    image = pytest.importorskip("PIL.Image")
     place = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for number in range(60):
         directory = place / "pictures" / f"class{number % 3}"
         directory.mkdir(parents=True, exist_ok=True)
-        image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(directory / f"{number}.png")
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(directory / f"{number}.png")
     return place
 
 
@@ -72,3 +78,24 @@ def test_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(given, pla
     for found, right in zip(*events, strict=True):
         assert found["loss"] == pytest.approx(right["loss"], rel=1e-6) and found["accuracy"] == right["accuracy"]
     assert (place / "runs" / "parts" / "data.json").read_text() == (place / "runs" / "whole" / "data.json").read_text()
+
+
+def test_the_last_validation_is_told_and_a_step_is_shown(given, place):
+    launch(2, *given, "engine=fsdp", "run.name=told", "validation.batches=100")
+    run = place / "runs" / "told"
+    facts = json.loads((run / "classification.json").read_text())
+    confusion = np.array(facts["confusion"])
+    last = [e for e in records(place, "told", "events") if e["event"] == "validation"][-1]
+    assert facts["labels"] == ["class0", "class1", "class2"] == label_names(run) and facts["step"] == 4
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(last["accuracy"])
+    assert len(facts["wrong"]) == min(confusion.sum() - np.trace(confusion), 24) > 0
+    assert [m["probability"] for m in facts["wrong"]] == sorted(
+        (m["probability"] for m in facts["wrong"]), reverse=True
+    )
+    pixels = {np.asarray(Image.open(path)).tobytes() for path in (place / "pictures").rglob("*.png")}
+    assert all(base64.b64decode(mistake["pixels"]) in pixels for mistake in facts["wrong"])
+    page = render([read_history(run)])
+    assert page.count("data:image/png;base64") == len(facts["wrong"]) and "<th>class2</th>" in page
+    lines = list(inspect_run(run, step=2, num_samples=1))
+    assert "moved by" in lines[2] and "rotated by" in lines[2] and "% of row" in lines[2]
+    assert [len(line) for line in lines[3:11]] == [3 + 16] * 8, "8x8 pixels, two characters each"

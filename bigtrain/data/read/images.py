@@ -58,6 +58,12 @@ def _whole(directory: Path) -> Iterator[None]:
         raise DataError(f"{directory}: damaged: {first_line(error)}; remove it, and it is prepared again") from error
 
 
+def visible(pixels_CHW: NDArray[np.float32], facts: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return a normalised image as it looks, uint8 ``(H, W, C)``, by the facts that a run records."""
+    mean, deviation = (np.array(facts[name]).reshape(-1, 1, 1) for name in ("mean", "deviation"))
+    return np.moveaxis(np.round(pixels_CHW * deviation + mean).clip(0, 255).astype(np.uint8), 0, -1)
+
+
 class ImageSet:
     """The two sides of prepared images; see :func:`bigtrain.data.read.records.split_records`."""
 
@@ -121,6 +127,23 @@ class Images:
             columns |= {"mixed_labels": self._labels(partners), "shares": shares}
         pixels = (columns["pixels"] - self._images.mean) / self._images.deviation
         return {**columns, "pixels": np.moveaxis(pixels, -1, 1)}
+
+    def describe(self, row: int, position: int) -> str:
+        """Return the name of a row's label, and how the image is changed at a position of the run."""
+        names, at = self._images.index.label_names, np.array([position])
+        told = [names[self._labels(np.array([row]))[0]]]
+        if self.augmentation is not None:
+            top, left, flips, degrees = (values[0] for values in self.augmentation.draw(at))
+            config = self.augmentation.config
+            moved = config.crop_padding - np.array([top, left])
+            told += [f"moved by {moved[0]} down and {moved[1]} right"] if config.crop_padding else []
+            told += ["flipped"] if flips else []
+            told += [f"rotated by {degrees:.1f}°"] if config.rotation else []
+            if config.mixup:
+                partners, _, shares = self.augmentation.partners(at, len(self))
+                other = names[self._labels(partners)[0]]
+                told.append(f"{shares[0]:.0%} of it, with {1 - shares[0]:.0%} of row {partners[0]} ({other})")
+        return ", ".join(told)
 
     def _labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._images.labels[self._rows[rows]]

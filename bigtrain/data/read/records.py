@@ -108,6 +108,11 @@ class Records:
         """Numbers in a sample, all columns together."""
         return sum(math.prod(column.shape) for column in self._columns.values())
 
+    def describe(self, row: int, position: int) -> str:
+        """Return what the dataset says of a row that is drawn at ``position``: nothing, of most."""
+        describe = getattr(self._dataset, "describe", None)
+        return f", {describe(row, position)}" if describe else ""
+
     def fingerprint(self) -> str:
         """Return the dataset's own fingerprint, or a hash of all rows."""
         if own := getattr(self._dataset, "fingerprint", None):
