@@ -91,7 +91,8 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     """Return the inputs for the network of a run.
 
     Args:
-        inputs: a directory of images; a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line, ``.npz``), arrays by column, or rows.
+        inputs: a directory of images; a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line, ``.npz``);
+            arrays by column; or rows.
         run: directory of the run, which has its tokenizer.
         config: of the run.
 
