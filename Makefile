@@ -1,6 +1,7 @@
 # make install   the project, its extras and the tested versions of all packages into .venv (quick when nothing has changed)
 # make test      the tests that a change needs: a quarter of an hour on two cores
 # make test-all  every test, for a night
+# make demo-seq2seq  names of places from English into Ukrainian, by an encoder and a decoder
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
 # make demo-image  a perceptron, a CNN and a ViT on handwritten digits, with a page about their mistakes
 # make lint      formatting, lint and types
@@ -22,7 +23,7 @@ TORCH_PIN := torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test test-all demo demo-image lint bench
+.PHONY: install test test-all demo demo-image demo-seq2seq lint bench
 
 install: $(INSTALLED)
 
@@ -39,6 +40,10 @@ demo: install
 demo-image: install
 	$(BIN)/python -c 'import sklearn' 2>/dev/null || $(BIN)/pip install scikit-learn --constraint $(CONSTRAINTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_image.sh
+
+demo-seq2seq: install
+	$(BIN)/python -c 'import pycountry' 2>/dev/null || $(BIN)/pip install pycountry --constraint $(CONSTRAINTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_seq2seq.sh
 
 lint: $(TEST_TOOLS)
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ OF_DOCUMENTS = {
     TaskKind.classification.name: Content.labelled,
     TaskKind.token_classification.name: Content.tagged,
     TaskKind.regression.name: Content.numbers,
+    TaskKind.seq2seq.name: Content.seq2seq,
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
 HEAD_OF_INPUTS = {

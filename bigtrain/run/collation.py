@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import TaskKind, TrainConfig
+from bigtrain.config import ModelConfig, ModelKind, TaskKind, TrainConfig, are_records
 from bigtrain.data.read.batch import Collate, Samples
 from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
 from bigtrain.data.read.words import mask_token_id, special_ids, starts_word
@@ -34,12 +34,40 @@ class MaskedTokens:
         return str(self.masking)
 
 
+class FirstToken:
+    """Lets a decoder read another token first than the one that ends a text."""
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        """Return the samples, changed in place."""
+        samples["tokens"][:, 0] = self._token
+        return samples
+
+    def __str__(self) -> str:
+        """Return what is read first, for the digest of the data."""
+        return f"first token {self._token}"
+
+
+def first_token(model: ModelConfig) -> int | None:
+    """Return the token that a decoder of transformers reads first; None if that is left to the data."""
+    if model.kind is not ModelKind.hf:
+        return None
+    from bigtrain.models.hf.build import read_hf_config
+
+    return getattr(read_hf_config(model.name), "decoder_start_token_id", None)
+
+
 def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
     """Return what ``config.task`` does to samples, if it does anything.
 
     Raises:
         ConfigError: no token is left to stand for a hidden one.
     """
+    if config.task.kind == TaskKind.seq2seq.name and not are_records(config.data):
+        first = first_token(config.model)
+        return None if first is None else FirstToken(first)
     if config.task.kind != TaskKind.masked_lm.name:
         return None
     vocab_size, given = config.model.vocab_size, config.task.mask_id

@@ -18,6 +18,7 @@ from bigtrain.data.read.records import Records
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.files import read_json
+from bigtrain.run.collation import first_token
 from bigtrain.run.directory import FACTS_FILE
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Field, Objective
@@ -71,14 +72,35 @@ class Encoded:
 
     def __call__(self, text: Any) -> Row:
         """Return the columns of a text; ValueError for anything else."""
+        ids = self._ids(text, opener=[self._record.eos_id])
+        return {"tokens": np.array(ids, dtype=np.int64), "lengths": len(ids)}
+
+    def _ids(self, text: Any, *, opener: list[int]) -> list[int]:
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is no text")
         adds_special = self._record.adds_special
         ids = self._tokenizer.encode(text, add_special_tokens=adds_special).ids
-        ids = ids if adds_special else [self._record.eos_id, *ids]
+        ids = ids if adds_special else [*opener, *ids]
         if len(ids) > self._length:
             ids = [*ids[: self._length - 1], ids[-1]] if adds_special else ids[: self._length]
-        return {"tokens": np.array(ids, dtype=np.int64), "lengths": len(ids)}
+        return ids
+
+
+class EncodedSource(Encoded):
+    """Text as ``source`` and ``source_lengths``, and the first of a decoder's ``tokens``; see :class:`PairSamples` there."""
+
+    def __init__(self, run: Path, length: int, first: int | None) -> None:
+        super().__init__(run, length)
+        self._first = self._record.eos_id if first is None else first
+
+    def __call__(self, text: Any) -> Row:
+        """Return the columns of a text; ValueError for anything else."""
+        ids = self._ids(text, opener=[])
+        if not ids:
+            raise ValueError("the text is empty")
+        source = np.zeros(self._length, dtype=np.int64)
+        source[: len(ids)] = ids
+        return {"source": source, "source_lengths": len(ids), "tokens": np.array([self._first])}
 
 
 def label_names(run: Path) -> list[str]:
@@ -160,6 +182,10 @@ def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: Train
     sample = json.loads(first) if is_json else first
     has_text = "tokens" in wanted and (isinstance(sample, str) or "tokens" not in (sample or {}))
     encode = Encoded(run, config.data.sequence_length or 1) if has_text else None
+    if "source" in wanted and (isinstance(sample, str) or "source_lengths" not in (sample or {})):
+        length, first = config.data.source_length or config.data.sequence_length, first_token(config.model)
+        encode = EncodedSource(run, length, first)
+        text_field = config.data.source_field
     is_table = wanted == ["features"] and "features" not in (sample or {})
 
     def read(row: Any) -> Row:

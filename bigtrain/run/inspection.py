@@ -71,10 +71,10 @@ def inspect_step(
     for number, sample_id in enumerate(ids[:num_samples].tolist()):
         batch = stream.gather(np.array([sample_id]), np.array([first + number]))
         title = f"sample {number + 1} of {batch_size}"
-        if stream.collate is not None:
-            yield from _masked_lines(batch, sample_id, title, tokenizer)
-        elif config.data.packing is Packing.documents:
+        if config.data.packing is Packing.documents:
             yield from _document_lines(stream, batch, sample_id, title, tokenizer)
+        elif stream.collate is not None:
+            yield from _masked_lines(batch, sample_id, title, tokenizer)
         elif is_text:
             yield from _sample_lines(stream, batch, sample_id, title, tokenizer)
         else:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
 from bigtrain.data.read.batch import build_batch
 from bigtrain.data.read.records import Records
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import on_rank0, shut_down
 from bigtrain.engine.base import Engine
 from bigtrain.errors import ConfigError
@@ -29,6 +30,7 @@ from bigtrain.log import get_logger
 from bigtrain.run.directory import locate
 from bigtrain.run.inputs import label_names, list_images, open_inputs
 from bigtrain.run.validation import evaluation_config, load_engine
+from bigtrain.run.written import writing_of
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted
 from bigtrain.telemetry.text import format_duration
@@ -62,7 +64,8 @@ class _Job:
         records = open_inputs(inputs, run, config)
         is_directory = isinstance(inputs, Path) and inputs.is_dir()
         files = [str(path.relative_to(inputs)) for path in list_images(inputs)] if is_directory else []
-        wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)))
+        writing = writing_of(run) if (run / TOKENIZER_FILE).is_file() else None
+        wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)), writing=writing)
         engine, checkpoint = load_engine(path, config)
         engine.module.eval()
         return cls(engine, objective, records, wanted, batch_size, checkpoint, files)

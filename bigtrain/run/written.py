@@ -15,8 +15,8 @@ from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.base import Engine
 from bigtrain.tasks import build_objective
+from bigtrain.tasks.answers import Wanted, Writing
 from bigtrain.tasks.base import IGNORE_INDEX
-from bigtrain.tasks.decoding import write_greedily
 
 WRITTEN_METRICS = ("exact", "bleu", "chrf")
 """Share of texts that are the target; BLEU and chrF of sacrebleu, each of all texts together."""
@@ -28,6 +28,7 @@ def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) 
     All ranks call this.
     """
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
+    objective = build_objective(config.task)
     steps = validation_batches(
         stream,
         batches=math.ceil(num_wanted / batch_size),
@@ -35,22 +36,22 @@ def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) 
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=engine.mesh.dp_rank,
         dp_size=engine.mesh.dp_size,
-        objective=build_objective(config.task),
+        objective=objective,
     )
-    decode, eos_id = _decoder(stream.tokenizer_directory)
+    wanted = Wanted(writing=writing_of(stream.tokenizer_directory))
     engine.module.eval()
-    network = partial(engine.module, predicts=True)
+    network, decode = partial(engine.module, predicts=True), wanted.writing.decode
     found: list[tuple[int, dict[str, str]]] = []
     for number, micro_batches in enumerate(steps):
         for batch in micro_batches:
-            source, lengths, tokens, targets = (tensor.to(engine.device) for tensor in batch.values())
+            *inputs, targets = (tensor.to(engine.device) for tensor in batch.values())
             with torch.no_grad():
-                written = write_greedily(
-                    network, (source, lengths), tokens[:, 0], num_tokens=targets.shape[1], eos_id=eos_id
-                )
-            rows = zip(source.tolist(), lengths.tolist(), targets.tolist(), written.tolist(), strict=True)
+                written = objective.answers(network, *inputs, wanted=wanted)
+            rows = zip(
+                batch["source"].tolist(), batch["source_lengths"].tolist(), targets.tolist(), written, strict=True
+            )
             found += [
-                (number, {"source": decode(text[:length]), "target": decode(target), "written": decode(own)})
+                (number, {"source": decode(text[:length]), "target": decode(target), "written": own["text"]})
                 for text, length, target, own in rows
                 if target[0] != IGNORE_INDEX
             ]
@@ -74,12 +75,12 @@ def _compare(written: list[str], targets: list[str]) -> dict[str, float]:
     return {"exact": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(written, [targets]).score}
 
 
-def _decoder(directory: Path) -> tuple["partial[str]", int]:
-    """Return how ids up to the end of a text become text, and the token that ends one."""
+def writing_of(directory: Path) -> Writing:
+    """Return how the tokenizer in a directory, of a corpus or a run, ends and reads texts."""
     tokenizer, eos_id = load_tokenizer(directory), read_index(directory, check_sizes=False).tokenizer.eos_id
 
     def decode(ids: list[int]) -> str:
         ends = [place for place, number in enumerate(ids) if number in (eos_id, IGNORE_INDEX)]
         return tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
 
-    return decode, eos_id
+    return Writing(eos_id, decode)

@@ -1,12 +1,23 @@
 """What a network says of samples without targets, as plain data, one mapping a sample."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigtrain.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How tokens that a decoder writes become text."""
+
+    eos_id: int
+    """Token that ends a text."""
+    decode: Callable[[list[int]], str]
+    """Returns the text of ids up to the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +27,7 @@ class Wanted:
     top_k: int = 1
     threshold: float | None = None
     label_names: tuple[str, ...] = ()
+    writing: Writing | None = field(default=None, repr=False)
 
     def name(self, label: int) -> str | int:
         """Return what a label is called."""

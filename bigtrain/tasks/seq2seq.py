@@ -1,6 +1,6 @@
 """A text from another one, or from speech, by an encoder and a decoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bigtrain.tasks.answers import Wanted
 from bigtrain.tasks.base import IGNORE_INDEX, Field
 from bigtrain.tasks.causal_lm import perplexity
+from bigtrain.tasks.decoding import write_greedily
 from bigtrain.tasks.inputs import require_lengths
 
 SOURCE = {"source": Field(torch.int64, ("S",)), "source_lengths": Field(torch.int64, (), padding=1)}
@@ -57,6 +59,14 @@ class Seq2Seq:
         loss = F.cross_entropy(logits_NV, targets_N, reduction="sum")
         correct = (logits_NV.argmax(dim=-1) == targets_N).sum()
         return torch.stack([loss, correct.float(), counted_BT.sum().float()])
+
+    def answers(self, network: Callable[..., Tensor], *tensors: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+        """Return the ``text`` that is written of each source, at most as long as the tokens that are given."""
+        *inputs, tokens_BT = tensors
+        written_BT = write_greedily(
+            network, inputs, tokens_BT[:, 0], num_tokens=tokens_BT.shape[1], eos_id=wanted.writing.eos_id
+        )
+        return [{"text": wanted.writing.decode(row)} for row in written_BT.tolist()]
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return accuracy and perplexity of the predicted tokens, each given those before it."""
