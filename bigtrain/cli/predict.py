@@ -23,7 +23,7 @@ class PredictConfig:
     top_k: Annotated[int, Bound(ge=1)] = 1
     """Labels of each input, likeliest first."""
     threshold: Annotated[float | None, Bound(ge=0, le=1)] = None
-    """Of two labels, the probability from which on it is the second; of labels that are each there or not, from which on one is."""
+    """Of two labels, the probability from which on it is the second one."""
     batch_size: Annotated[int, Bound(ge=1, le=10**6)] = 32
     """Inputs of a rank in a forward pass."""
     part_rows: Annotated[int, Bound(ge=1)] = 1024

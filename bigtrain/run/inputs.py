@@ -64,11 +64,8 @@ class Encoded:
     """Text as ``tokens`` and ``lengths``, as :class:`bigtrain.data.read.documents.DocumentSamples` has them of a corpus."""
 
     def __init__(self, run: Path, length: int) -> None:
-        self._tokenizer, self._record, self._length = (
-            load_tokenizer(run),
-            read_index(run, check_sizes=False).tokenizer,
-            length,
-        )
+        self._tokenizer, self._length = load_tokenizer(run), length
+        self._record = read_index(run, check_sizes=False).tokenizer
 
     def __call__(self, text: Any) -> Row:
         """Return the columns of a text; ValueError for anything else."""
@@ -195,11 +192,8 @@ def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: Train
         if not isinstance(row, Mapping):
             raise ValueError(f"{row!r} has no columns; the network takes {', '.join(wanted)}")
         if is_table:  # its columns are the features, in their order
-            return {
-                "features": np.array(
-                    [float(value) for name, value in row.items() if name not in objective.targets], dtype=np.float32
-                )
-            }
+            numbers = [float(value) for name, value in row.items() if name not in objective.targets]
+            return {"features": np.array(numbers, dtype=np.float32)}
         return {name: row[name] for name in wanted}
 
     return read
