@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,7 @@ def elsewhere(data: DataConfig) -> Iterator[None]:
         yield
     except DataError as error:
         found = [part for part in component_data(data).values() if part.source is not DataSource.own]
-        paths = [part.path for part in found if part.path and "://" not in part.path]
+        paths = [part.path for part in found if part.path and not re.match(r"package:|.*://", part.path)]
         gone = [path for path in paths if not os.path.isabs(path) and not os.path.exists(path)]
         if not gone:
             raise

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from bigtrain.data.read.images import ImageSet
 from bigtrain.data.streams import open_streams
 from bigtrain.errors import BigtrainError, ConfigError, DataError
 from bigtrain.tasks.classification import Classification, Inputs
+from bigtrain.telemetry.mistakes import classification
 
 Image = pytest.importorskip("PIL.Image")
 RANDOM = np.random.default_rng(0)
@@ -300,3 +302,13 @@ def test_a_warning_is_not_all_that_is_said_of_a_huge_image(folder, tmp_path, mon
     with warnings.catch_warnings(), pytest.raises(DataError, match="cannot be decoded"):
         warnings.simplefilter("ignore")
         opened(folder, tmp_path)
+
+
+def test_of_many_classes_the_report_has_the_pairs_that_are_confused_most_and_escapes_names():
+    counts = np.eye(40, dtype=int) * 9
+    counts[3, 7], counts[7, 3] = 5, 2
+    facts = {"step": 4, "labels": [f"<{i}>" for i in range(40)], "confusion": counts.tolist(), "wrong": []}
+    page = classification(SimpleNamespace(name="run", classification=facts))
+    assert "360 of 367 held-out samples right" in page and page.count("<tr>") == 3
+    assert page.index("<td>&lt;3&gt;</td><td>&lt;7&gt;</td><td>5</td>") < page.index("<td>2</td>")
+    assert classification(SimpleNamespace(name="run", classification={})) == ""

@@ -33,6 +33,9 @@ OTHERS = {
     "bert_mini": None,
     "bert_base": 109_514_298,
     "bert_large": 335_174_458,
+    "vit_base": 86_567_656 - 998 * 769,  # as printed for 1,000 labels, without 998 of them
+    "vit_tiny": 5_717_416 - 998 * 193,
+    "vit_digits": None,
     "mlp_digits": 8_970,
     "cnn_digits": 85_066,
     "mlp_mnist": 784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10,
@@ -87,7 +90,8 @@ def test_number_of_parameters(name):
 def test_number_of_parameters_of_other_networks(name, tmp_path):
     model = from_dict(ModelConfig, yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
     if model.kind is ModelKind.hf:
-        model.head, model.name = Head.masked_lm, describe_architecture(model, tmp_path)
+        model.head = Head.image_classification if model.architecture == "vit" else Head.masked_lm
+        model.name = describe_architecture(model, tmp_path)
     assert OTHERS[name] in (None, count_parameters(model))
 
 
