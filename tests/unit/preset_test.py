@@ -36,6 +36,7 @@ OTHERS = {
     "vit_base": 86_567_656 - 998 * 769,  # as printed for 1,000 labels, without 998 of them
     "vit_tiny": 5_717_416 - 998 * 193,
     "vit_digits": None,
+    "transformer_mini": None,
     "mlp_digits": 8_970,
     "cnn_digits": 85_066,
     "mlp_mnist": 784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10,
@@ -90,7 +91,8 @@ def test_number_of_parameters(name):
 def test_number_of_parameters_of_other_networks(name, tmp_path):
     model = from_dict(ModelConfig, yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
     if model.kind is ModelKind.hf:
-        model.head = Head.image_classification if model.architecture == "vit" else Head.masked_lm
+        heads = {"bert": Head.masked_lm, "marian": Head.seq2seq_lm, "vit": Head.image_classification}
+        model.head = heads[model.architecture]
         model.name = describe_architecture(model, tmp_path)
     assert OTHERS[name] in (None, count_parameters(model))
 
