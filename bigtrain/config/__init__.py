@@ -164,7 +164,7 @@ class ModelConfig:
     num_outputs: Annotated[int | None, Bound(ge=1), OnlyIf("kind", is_in=("hf",))] = None
     """Labels or values that a model of transformers returns; follows from the task."""
     init_from: LocalPath | None = None
-    """``native`` only: start from the weights of this GPT-2 or Llama of the same shape, a hub id or a local directory."""
+    """Start from other weights of the same shape. ``native``: those of this GPT-2 or Llama, a hub id or a local directory; ``hf``: the trunk of a run or published model, with a new head for the task."""
     vocab_size: Annotated[int, Bound(ge=1, le=10**8)] = 4096
     """Rows of the token embedding."""
     num_layers: Annotated[int, Bound(ge=1, le=10_000)] = 4

@@ -322,10 +322,10 @@ def _check_model(config: TrainConfig) -> list[str]:
             )
         if model.settings and not model.architecture:
             problems.append("model.settings: they are those of model.architecture, which is not set")
-        if model.init_from:
+        if model.init_from and model.pretrained:
             problems.append(
-                f"model.init_from={model.init_from!r}: +model=hf starts from the weights of model.name; "
-                "write model.pretrained=true instead"
+                f"model.init_from={model.init_from!r} gives the trunk, and model.pretrained=true all weights of model.name; "
+                "write one of them"
             )
         return problems
     if model.kind is ModelKind.own or out_of_bounds(model):  # which are told already

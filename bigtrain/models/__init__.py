@@ -51,7 +51,7 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
         return {name: native_value(name, config, seed) for name, _ in model.named_parameters()}
     from bigtrain.models.hf.values import fresh_values, published_values
 
-    return published_values(model, config) if config.pretrained else fresh_values(model, seed)
+    return published_values(model, config, seed) if config.pretrained else fresh_values(model, seed)
 
 
 def build_initial_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:

@@ -160,7 +160,7 @@ def unused_of_model(config: TrainConfig) -> list[str]:
     """
     model, setting = config.model, "model.init_from" if config.model.init_from else "model.name"
     name = model.init_from or (model.name if model.kind is ModelKind.hf else None)
-    if name is None or find_checkpoints(config.run.directory):
+    if name is None or is_run(name) or find_checkpoints(config.run.directory):
         return []
     found = []
     if has_own_code(name):
@@ -189,6 +189,11 @@ def locate(path: Path) -> tuple[Path, Path]:
         such = such_as_runs(path, holding=f"{checkpoints_directory(Path()).name}/step-*[0-9]")
         raise CheckpointError(f"{path} has no complete checkpoint; name the directory of a run that has one{such}")
     return path, found[-1]
+
+
+def is_run(path: str) -> bool:
+    """Return whether ``path`` is a run with a checkpoint, or a checkpoint, rather than a published model."""
+    return (Path(path) / RUN_STATE_FILE).is_file() or bool(find_checkpoints(Path(path)))
 
 
 def find_whole(path: Path) -> tuple[Path, Path]:

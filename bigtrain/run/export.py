@@ -16,10 +16,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from bigtrain.checkpoint.shard import NAMES
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import ModelConfig, ModelKind, Precision, TrainConfig
+from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskKind, TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, read_index, verify_file
-from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids
+from bigtrain.data.read.words import mask_token_id
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
 from bigtrain.files import sync, write_durably
@@ -27,13 +28,16 @@ from bigtrain.models import build_model
 from bigtrain.models.hf.build import HFCausalLM
 from bigtrain.models.hf.disk import disk_config, disk_tensors
 from bigtrain.models.hf.files import published_directory
+from bigtrain.models.hf.heads import HFNetwork
 from bigtrain.models.hf.load import stored_buffers
 from bigtrain.models.hf.native import HFTensor, hf_config, hf_tensors
 from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, own_model
 from bigtrain.run.frozen import WeightReader
+from bigtrain.run.inputs import label_names
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
+MASK_TOKEN = "[MASK]"
 OWN_ROLES = ("bos_token", "eos_token")  # of a tokenizer made by bigtrain: both are the end-of-text token
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -82,14 +86,15 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
     if out.exists():
         raise ConfigError(f"out={out} exists; nothing is overwritten: choose another name, or remove it")
     run, checkpoint = find_whole(path)
-    model = from_dict(TrainConfig, read_run_state(checkpoint).config).model
+    config = from_dict(TrainConfig, read_run_state(checkpoint).config)
+    model = config.model
     if model.kind is ModelKind.own:
         raise ConfigError(
             f"model.name={model.name}: transformers has no such model; bigtrain/checkpoint/dcp.py lets any program load it"
         )
     tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
     describe = _native if model.kind is ModelKind.native else _hugging_face
-    parts, descriptions = describe(model, run, checkpoint, DTYPES[precision], tokenizer)
+    parts, descriptions = describe(config, run, checkpoint, DTYPES[precision], tokenizer)
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
@@ -97,7 +102,7 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
             write_durably(partial / name, [memoryview(content)])
         _write_weights(partial, parts, max_shard_bytes)
         if tokenizer:
-            _write_tokenizer(run, partial, tokenizer, max_positions=model.max_positions)
+            _write_tokenizer(run, partial, tokenizer, config)
         sync(partial)
         os.rename(partial, out)
         sync(out.parent)
@@ -112,9 +117,10 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
 
 
 def _native(
-    model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+    run_config: TrainConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
 ) -> tuple[list[Part], dict[str, bytes]]:
     """Return the tensors of a native model and the files that describe it."""
+    model = run_config.model
     reader = WeightReader(checkpoint)
     read = functools.lru_cache(maxsize=1)(reader.read)  # query, key and value are parts of one tensor
 
@@ -127,9 +133,10 @@ def _native(
 
 
 def _hugging_face(
-    model: ModelConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+    run_config: TrainConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
 ) -> tuple[list[Part], dict[str, bytes]]:
     """Return the tensors of a transformers model and the files that describe it, as they are on disk."""
+    model = run_config.model
     own = own_model(model, run)
     with torch.device("meta"):
         built = build_model(own)
@@ -142,11 +149,27 @@ def _hugging_face(
         config = _with_ids(config, ids)
         if GENERATION in files:
             files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
-    files[CONFIG] = _json(config)
+    files[CONFIG] = _json(config | _of_labels(own, run_config.task.kind, label_names(run)) | _padding(own, built))
     return list(_disk_parts(built, WeightReader(checkpoint), dtype)), files
 
 
-def _disk_parts(model: HFCausalLM, reader: WeightReader, dtype: torch.dtype) -> Iterator[Part]:
+def _of_labels(model: ModelConfig, task: str, names: list[str]) -> dict[str, Any]:
+    """Return what a ``config.json`` says of the labels or values that a model predicts."""
+    if model.num_outputs is None:
+        return {}
+    labels = names if len(names) == model.num_outputs else [f"LABEL_{label}" for label in range(model.num_outputs)]
+    described = {"id2label": dict(enumerate(labels)), "label2id": {name: label for label, name in enumerate(labels)}}
+    kind = "regression" if task == TaskKind.regression.name else "single_label_classification"
+    return described | {"problem_type": kind}
+
+
+def _padding(model: ModelConfig, built: HFCausalLM | HFNetwork) -> dict[str, Any]:
+    """Return the padding before which a classifier that reads the last token looks for it."""
+    is_read_at_end = model.head is Head.sequence_classification
+    return {"pad_token_id": built.causal_lm.config.get_text_config().pad_token_id} if is_read_at_end else {}
+
+
+def _disk_parts(model: HFCausalLM | HFNetwork, reader: WeightReader, dtype: torch.dtype) -> Iterator[Part]:
     """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
     prefix = f"{MODEL}causal_lm."
     parameters = [key.removeprefix(prefix) for key in reader.keys if key.startswith(prefix)]
@@ -198,7 +221,7 @@ def _with_ids(described: dict[str, Any], ids: dict[str, int | None]) -> dict[str
     return described | {name: value for name, value in ids.items() if not fits(name)}
 
 
-def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, *, max_positions: int) -> None:
+def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, config: TrainConfig) -> None:
     if tokenizer.published:
         for file in tokenizer.published:
             verify_file(run, file)
@@ -209,14 +232,27 @@ def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, *, 
     tokens = dict.fromkeys(OWN_ROLES, load_tokenizer(run).id_to_token(tokenizer.eos_id))
     behaviour = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_positions,
+        "model_max_length": config.model.max_positions,
         "clean_up_tokenization_spaces": False,
         # As in training, the name of a special token inside a text is text.
         "split_special_tokens": True,
     }
     shutil.copyfile(run / TOKENIZER_FILE, directory / TOKENIZER_FILE)
+    if config.task.kind == TaskKind.masked_lm.name:
+        tokens["mask_token"] = _add_mask_token(run, directory, config)
     for name, content in (("special_tokens_map.json", tokens), ("tokenizer_config.json", tokens | behaviour)):
         write_durably(directory / name, [memoryview(_json(content))])
+
+
+def _add_mask_token(run: Path, directory: Path, config: TrainConfig) -> str | None:
+    """Return the name of the token that stands for a hidden one, which the exported tokenizer has from now on."""
+    tokenizer = load_tokenizer(run)
+    own = mask_token_id(tokenizer, run)
+    mask_id = config.task.mask_id if config.task.mask_id is not None else num_ids(tokenizer) if own is None else own
+    if mask_id == num_ids(tokenizer):  # the id behind the others, which training used
+        tokenizer.add_special_tokens([MASK_TOKEN])
+        tokenizer.save(str(directory / TOKENIZER_FILE))
+    return tokenizer.id_to_token(mask_id)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,7 +1,9 @@
-"""Frozen weights: filled from what the run began with; checkpoints hold their names and a hash, not the weights."""
+"""What a run begins with, and frozen weights, which are filled from that: checkpoints hold their names and a hash."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,14 +13,18 @@ import xxhash
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.shard import TensorReader
 from bigtrain.checkpoint.store import Frozen, RunState, read_run_state
-from bigtrain.config import TrainConfig
+from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.distributed.collectives import all_reduce_sum
 from bigtrain.engine.state import MODEL, Box, Entry, fill_box, whole_entry
-from bigtrain.errors import CheckpointError, of_all_ranks
+from bigtrain.errors import CheckpointError, ConfigError, of_all_ranks, some
+from bigtrain.log import get_logger
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.models.freeze import frozen_names
-from bigtrain.run.directory import own_model
+from bigtrain.models.hf.heads import is_of_head
+from bigtrain.models.hf.values import trunk_values
+from bigtrain.models.init import InitialValue
+from bigtrain.run.directory import find_whole, is_run, own_model
 
 _ODD = 0x1E3779B97F4A7C15
 _CHUNK_ROWS = 4096
@@ -101,9 +107,9 @@ def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
     if origin is None:
         config = from_dict(TrainConfig, state.config)
         model = config.model
-        if not (model.pretrained or model.init_from):
+        if not model.pretrained:
             model = own_model(model, path.parent.parent)
-        values = build_initial_values(model, config.train.seed)
+        values = starting_values(model, config.train.seed)
         with torch.no_grad():
             for key, entry in frozen.items():
                 for box in entry.boxes:
@@ -138,6 +144,54 @@ class WeightReader:
             load_state(path, {key: whole_entry(tensor) for key, tensor in self._frozen.items()})
         self.keys = [*self._stored.records, *self._frozen]
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._frozen[key].shape if key in self._frozen else self._stored.records[key].shape)
+
     def read(self, key: str) -> torch.Tensor:
         """Return a tensor on the CPU."""
         return self._frozen[key] if key in self._frozen else self._stored.read(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfRun:
+    """A weight of another run; an :class:`bigtrain.models.init.InitialValue`."""
+
+    read: Callable[[str], torch.Tensor]
+    key: str
+
+    def fill(self, start: int, out: torch.Tensor) -> None:
+        out.copy_(self.read(self.key).flatten()[start : start + out.numel()])
+
+
+def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return the initial value of every parameter, of a model of transformers the trunk's from ``model.init_from``.
+
+    If there is a process group, all ranks call this.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        ConfigError: the trunk is another one.
+    """
+    if model.kind is not ModelKind.hf or not model.init_from:
+        return build_initial_values(model, seed)
+    if not is_run(model.init_from):
+        return trunk_values(model, seed)
+    _, checkpoint = find_whole(Path(model.init_from))
+    reader, values = WeightReader(checkpoint), build_initial_values(model, seed)
+    keys = {key.removeprefix(MODEL): key for key in reader.keys if key.startswith(MODEL)}
+    with torch.device("meta"):
+        network = build_model(model)
+    in_head = {name for name in {*values, *keys} if is_of_head(network.causal_lm, name.removeprefix("causal_lm."))}
+    taken = [name for name in values if name in keys and (name not in in_head or ".pooler." in name)]
+    odd = sorted((values.keys() ^ keys.keys()) - in_head)
+    odd += [name for name in taken if reader.shape(keys[name]) != tuple(network.get_parameter(name).shape)]
+    if odd:
+        raise of_all_ranks(
+            ConfigError(f"model.init_from={model.init_from}: another trunk than this model's; {some(odd, 3)} differ")
+        )
+    fresh, left = [n for n in values if n not in taken], [n for n in keys if n not in taken]
+    told = f"model.init_from={model.init_from}: fresh: {', '.join(fresh) or 'nothing'}; left out: {', '.join(left) or 'nothing'}"
+    get_logger().info(told.replace("causal_lm.", ""))
+    read = functools.lru_cache(maxsize=1)(reader.read)  # ranks fill one tensor after the other, in pieces
+    return values | {name: _OfRun(read, keys[name]) for name in taken}

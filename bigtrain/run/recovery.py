@@ -27,12 +27,19 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.build import require_causal
 from bigtrain.engine.state import MODEL, clear_optimizer, initialise
 from bigtrain.errors import CheckpointError, ConfigError, NoRestartError, of_all_ranks, some
-from bigtrain.models import build_initial_values
 from bigtrain.models.freeze import frozen_names
 from bigtrain.models.hf.files import stored_tensors
 from bigtrain.processes import RankInfo
-from bigtrain.run.directory import find_resume, last_saved_step, newest_whole, reached_step, write_run_files, writing
-from bigtrain.run.frozen import load_state, parameters_of
+from bigtrain.run.directory import (
+    find_resume,
+    is_run,
+    last_saved_step,
+    newest_whole,
+    reached_step,
+    write_run_files,
+    writing,
+)
+from bigtrain.run.frozen import load_state, parameters_of, starting_values
 from bigtrain.run.standing import explain_end, why_ended
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.supervise.launch import Launch
@@ -74,7 +81,7 @@ def require_place(config: TrainConfig, start: Start) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "read-only for you" if there.is_dir() else "not a directory"
         raise ConfigError(f"{directory} cannot be written: {there} is {what}; mend that or choose another run.root")
-    if start.checkpoint is None and start.origin.published:
+    if start.checkpoint is None and start.origin.published and not is_run(start.origin.published):
         setting = "model.init_from" if config.model.init_from else "model.name"
         stored_tensors(start.origin.published, setting=setting)
 
@@ -166,7 +173,7 @@ def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo
 def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
     entries = engine.state.entries
     if start.checkpoint is None:
-        values = build_initial_values(config.model, config.train.seed)
+        values = starting_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=max(1, (os.cpu_count() or 1) // info.local_world_size))
         return Cursor()
     _require_same_frozen(config, parameters_of(entries), start)

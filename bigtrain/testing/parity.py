@@ -20,10 +20,11 @@ from bigtrain.distributed.collectives import all_reduce_sum, init_process_group,
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL, EngineState, initialise
-from bigtrain.models import build_initial_values, build_model
+from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.processes import RankInfo
 from bigtrain.run.data import open_data, train_loader
+from bigtrain.run.frozen import starting_values
 from bigtrain.run.step import read_back, seed_step, train_step
 from bigtrain.tasks import build_objective
 from bigtrain.testing.ranks import run_ranks
@@ -133,7 +134,7 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
     if not dist.is_initialized():
         init_process_group(info, device, timeout_seconds=120)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    values = build_initial_values(config.model, config.train.seed)
+    values = starting_values(config.model, config.train.seed)
     initialise(engine.state, values, num_threads=1)
     pending = []
     with train_loader(open_data(config)["train"], config, engine, start=Cursor()) as loader:

@@ -445,8 +445,9 @@ def test_files_of_the_bare_decoder_can_be_read(tmp_path: Path):
     assert_same_logits(started(shape(**{**to_dict(MODELS["gpt2 tied"]), "init_from": str(tmp_path / "bare")})), theirs)
 
 
-def test_init_from_is_for_native_models():
-    config = resolve(TrainConfig(model=ModelConfig(kind=ModelKind.hf, name="gpt2", init_from="gpt2")))
+def test_init_from_and_pretrained_exclude_each_other():
+    model = ModelConfig(kind=ModelKind.hf, name="gpt2", init_from="gpt2", pretrained=True)
+    config = resolve(TrainConfig(model=model))
     (problem,) = [p for p in check(config, world_size=1, local_world_size=1) if "init_from" in p]
     assert "model.pretrained=true" in problem
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import Head, ModelConfig
 from bigtrain.config.convert import nearest
-from bigtrain.errors import ConfigError, first_line
+from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
 from bigtrain.models.construction import outermost_lists, parameters_on_meta
@@ -198,9 +198,24 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM | HFNetwork:
             f"{_reason(error)}; choose {head.architectures}, or correct its config.json"
         ) from error
     if config.pretrained:
+        _require_labels(causal_lm, config)
         with torch.device("cpu"):
             read_buffers(causal_lm, config)
     return HFCausalLM(causal_lm) if is_language_model(config) else HFNetwork(causal_lm, config.head)
+
+
+def _require_labels(network: nn.Module, config: ModelConfig) -> None:
+    """Refuse published weights of this very class with another number of labels."""
+    published = read_hf_config(config.name)
+    if config.num_outputs is None or type(network).__name__ not in (published.architectures or []):
+        return
+    if published.num_labels != config.num_outputs:
+        names = some([str(name) for name in published.id2label.values()], 6)
+        raise ConfigError(
+            f"model.name={config.name!r} has {published.num_labels} labels ({names}), but the task has {config.num_outputs}; "
+            f"set task.num_labels={published.num_labels}, or keep its trunk alone: model.init_from={config.name} without "
+            "model.pretrained"
+        )
 
 
 def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> nn.Module:

@@ -171,6 +171,16 @@ class HFNetwork(nn.Module):
         return (inputs, *lengths, *([tokens] if head.has_decoder else []))
 
 
+def is_of_head(network: nn.Module, name: str) -> bool:
+    """Return whether a tensor of a network of transformers, or of its files, is outside its trunk, or of a pooler."""
+    prefix = network.base_model_prefix
+    trunk = getattr(network, prefix, None)
+    if trunk is None:  # encoder and decoder are the network's own
+        return False
+    first, *_ = name.removeprefix(f"{prefix}.").partition(".")
+    return first == "pooler" or not (name.startswith(f"{prefix}.") or first in trunk._modules)
+
+
 def example_tokens(model: nn.Module, length: int) -> Tensor:
     """Return one sample of a token that is not padding, which has no position in some networks."""
     padding = getattr(model.causal_lm.config.get_text_config(), "pad_token_id", None) or 0

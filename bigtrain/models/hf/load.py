@@ -5,6 +5,7 @@ out of one. Tensors of the files that the model has no use for are named.
 """
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.log import get_logger
 from bigtrain.models.hf.files import FLOATS, SHOWN, StoredTensor, stored_tensors, tensors_of
+from bigtrain.models.hf.heads import HEADS, is_of_head
 from bigtrain.models.init import InitialValue
 
 BUFFERS_FILE = "buffers.safetensors"
@@ -75,13 +77,16 @@ class Converted:
         self.newest.fill(self.conversion, self.name, start, out)
 
 
-def published(model: nn.Module, name: str, *, setting: str) -> dict[str, InitialValue]:
+def published(
+    model: nn.Module, name: str, *, setting: str, is_of_head: Callable[[str], bool] | None = None
+) -> dict[str, InitialValue]:
     """Return the value of every parameter and stored buffer of ``model`` from the files of ``name``.
 
     Args:
         model: a causal language model of transformers, its parameters on the meta device.
         name: a hub id or a local directory.
         setting: that the name is from.
+        is_of_head: whether a tensor is of a head, which the files may lack, or have for another task.
 
     Raises:
         ConfigError: names the files or tensors that are missing, do not fit, or are of no use to the model.
@@ -96,11 +101,14 @@ def published(model: nn.Module, name: str, *, setting: str) -> dict[str, Initial
     values, problems = {}, []
     for names, tensor in _tensors(model).items():
         candidates = [found.pop(alias) for alias in names if alias in found]
+        fits = bool(candidates) and candidates[0].shape == tuple(tensor.shape)
+        if not fits and is_of_head and is_of_head(names[0]):
+            continue
         problems += _problems(names[0], tensor, candidates)
         if candidates:
             values[names[0]] = candidates[0]
     left = [(target, tensor) for target, tensor in left if not _is_derived(tensor)]
-    unexpected = _unexpected({target for target, _ in left}, model)
+    unexpected = _unexpected({target for target, _ in left if not (is_of_head and is_of_head(target))}, model)
     useless = [
         *(tensor.key for target, tensor in left if target in unexpected),
         *(other.key for other in found.values()),
@@ -115,6 +123,11 @@ def published(model: nn.Module, name: str, *, setting: str) -> dict[str, Initial
             f"{where}: {len(ignored)} tensors are left out, as transformers does: {some(ignored, SHOWN, '; ')}"
         )
     return values
+
+
+def head_of(model: nn.Module, config: ModelConfig) -> Callable[[str], bool] | None:
+    """Return what tells the names of the head of ``model`` where published weights may lack it, else None."""
+    return functools.partial(is_of_head, model) if HEADS[config.head].is_fresh else None
 
 
 def _tensors(model: nn.Module) -> dict[tuple[str, ...], Tensor]:
@@ -238,7 +251,7 @@ def read_buffers(model: nn.Module, config: ModelConfig) -> None:
     if buffers := dict(stored_buffers(model)):
         own = Path(str(config.name), BUFFERS_FILE)
         of_run = {tensor.key: tensor for tensor in tensors_of(own)} if own.is_file() else None
-        values = of_run or published(model, config.name, setting="model.name")
+        values = of_run or published(model, config.name, setting="model.name", is_of_head=head_of(model, config))
         for name in buffers.keys() & values.keys():
             flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
             values[name].fill(0, flat)

@@ -1,29 +1,37 @@
 """Initial values of Hugging Face models: their own rules, or their published files."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
+from bigtrain.log import get_logger
 from bigtrain.models.construction import parameters_on_meta
-from bigtrain.models.hf.build import HFCausalLM
-from bigtrain.models.hf.heads import HFNetwork
-from bigtrain.models.hf.load import published
+from bigtrain.models.hf.build import HFCausalLM, build_hf_model
+from bigtrain.models.hf.heads import HFNetwork, is_of_head
+from bigtrain.models.hf.load import head_of, published
 from bigtrain.models.init import Finite, Given, InitialValue, seed_of
 from bigtrain.models.programs import recorded_values
 
 
-def published_values(model: HFCausalLM | HFNetwork, config: ModelConfig) -> dict[str, InitialValue]:
-    """Return every parameter's value from the safetensors files of ``config.name``.
+def published_values(model: HFCausalLM | HFNetwork, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return every parameter's value from the safetensors files of ``config.name``, fresh ones of a head they lack.
 
     Raises:
         ConfigError: there are no such files, or they are not those of this model.
     """
-    values = published(model.causal_lm, config.name, setting="model.name")
+    where, in_head = f"model.name={config.name!r}", head_of(model.causal_lm, config)
+    values = published(model.causal_lm, config.name, setting="model.name", is_of_head=in_head)
     names = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
-    return {name: Finite(values[own], f"model.name={config.name!r}: {own}") for name, own in names.items()}
+    fresh = [name for name, own in names.items() if own not in values]
+    if fresh:
+        get_logger().info(f"{where}: fresh: {', '.join(names[name] for name in fresh)}")
+    drawn = fresh_values(model, seed) if fresh else {}
+    found = {name: Finite(values[own], f"{where}: {own}") for name, own in names.items() if own in values}
+    return {name: drawn[name] if name in fresh else found[name] for name in names}
 
 
 def fresh_values(model: HFCausalLM | HFNetwork, seed: int) -> dict[str, InitialValue]:
@@ -109,3 +117,19 @@ def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
     for child in module.children():
         _initialise_as_transformers(child, owner)
     owner._init_weights(module)
+
+
+def trunk_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return values of which the trunk's are from the safetensors files of ``config.init_from``, others fresh.
+
+    Raises:
+        ConfigError: there are no such files, or their trunk is another one.
+    """
+    with torch.device("meta"):
+        model = build_hf_model(config)
+    where, network = f"model.init_from={config.init_from!r}", model.causal_lm
+    found = published(network, config.init_from, setting="model.init_from", is_of_head=partial(is_of_head, network))
+    own = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
+    taken = [name for name in own if own[name] in found and not is_of_head(network, own[name])]
+    get_logger().info(f"{where}: fresh: {', '.join(own[name] for name in own if name not in taken)}")
+    return fresh_values(model, seed) | {name: Finite(found[own[name]], f"{where}: {own[name]}") for name in taken}
