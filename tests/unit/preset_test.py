@@ -37,6 +37,11 @@ OTHERS = {
     "vit_tiny": 5_717_416 - 998 * 193,
     "vit_digits": None,
     "transformer_mini": None,
+    "transformer_base": None,
+    "t5_small": 60_506_624,
+    "t5_base": 222_903_552,
+    "modernbert_base": 149_655_232,
+    "whisper_tiny": 37_760_640,
     "mlp_digits": 8_970,
     "cnn_digits": 85_066,
     "mlp_mnist": 784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10,
@@ -92,6 +97,7 @@ def test_number_of_parameters_of_other_networks(name, tmp_path):
     model = from_dict(ModelConfig, yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
     if model.kind is ModelKind.hf:
         heads = {"bert": Head.masked_lm, "marian": Head.seq2seq_lm, "vit": Head.image_classification}
+        heads |= {"modernbert": Head.masked_lm, "t5": Head.seq2seq_lm, "whisper": Head.speech_seq2seq}
         model.head = heads[model.architecture]
         model.name = describe_architecture(model, tmp_path)
     assert OTHERS[name] in (None, count_parameters(model))
