@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from bigtrain.errors import ConfigError
+
 SMALLEST_STACK = 0.01  # of the parameters: smaller lists of modules are no stacks of blocks
 
 
@@ -60,3 +62,13 @@ def find_stacks(network: nn.Module) -> list[nn.ModuleList]:
         if sum(p.numel() for p in stack.parameters()) >= SMALLEST_STACK * num_parameters
         and all(type(block).forward is not nn.Module.forward for block in stack)
     ]
+
+
+def refuse_batch_statistics(network: nn.Module, where: str, advice: str) -> None:
+    """Raise a ConfigError if a network has batch normalisation."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{where}{name} ({type(module).__name__}) takes means over a micro-batch, so the run would depend on how "
+                f"a step is cut; {advice}"
+            )

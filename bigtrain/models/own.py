@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bigtrain.config import ModelConfig, parts
 from bigtrain.config.convert import from_dict
 from bigtrain.errors import ConfigError
-from bigtrain.models.construction import parameters_on_meta
+from bigtrain.models.construction import parameters_on_meta, refuse_batch_statistics
 from bigtrain.models.init import Given, InitialValue, seed_of
 from bigtrain.models.programs import Program, Recorder, SkippedFills
 from bigtrain.models.small import NETWORKS
@@ -31,12 +31,7 @@ def build_own(config: ModelConfig) -> nn.Module:
     where = f"model.name={config.name}"
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{where}: it builds a {type(network).__name__}; it must return an nn.Module")
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                f"{where}: {name} ({type(module).__name__}) takes means over a micro-batch, so the run would depend on how "
-                "a step is cut; use GroupNorm or LayerNorm"
-            )
+    refuse_batch_statistics(network, f"{where}: ", "use GroupNorm or LayerNorm")
     return network
 
 

@@ -34,7 +34,9 @@ def require_lengths(samples: Mapping[str, NDArray[Any]]) -> None:
         if name in samples:
             lengths, most = samples[name], samples[of].shape[1]
             if (wrong := lengths[(lengths < 1) | (lengths > most)]).size:
-                raise DataError(f"{name}: {wrong[0]}, but a sample has from 1 to {most} of {of}")
+                raise DataError(
+                    f"{name}: {wrong[0]}, but a sample has from 1 to {most} {'numbers' if of == 'audio' else 'tokens'}"
+                )
 
 
 def require_size(outputs: Tensor, size: int, setting: str, *, each: str = "sample") -> None:

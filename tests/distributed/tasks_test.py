@@ -224,6 +224,9 @@ def test_labels_and_outputs_that_do_not_fit_are_named(place):
 def test_what_does_not_go_together_is_a_sentence(place):
     with pytest.raises(ConfigError, match="sees earlier tokens only"):
         read_run(["+model=gpt_nano", "task=masked_lm"])
+    with pytest.raises(ConfigError, match=r"BatchNorm2d\) takes means over a micro-batch.*choose convnext or vit"):
+        resnet = ["model.architecture=resnet", "task=classification", "task.inputs=pixels", "data=records"]
+        bigtrain.train("+model=hf", *resnet, f"data.path={place}/images.npz", f"run.root={place}", "engine=ddp")
     with pytest.raises(ConfigError, match=r"packing=best_fit pads"):
         read_run([*settings("masked_lm", place), "data.packing=best_fit"])
     with pytest.raises(ConfigError, match=r"kernel_siz.*did you mean 'model.settings.kernel_size'"):

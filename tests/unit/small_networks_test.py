@@ -42,11 +42,11 @@ def test_shapes_that_cannot_be_built_are_named(args, told):
     ("args", "told"),
     [
         ("+model=mlp_mnist task=classification data=stdlib", "needs data.content=labelled"),
-        ("+model=bert_mini task=classification data=records data.path=x.npz", "model.kind=hf is not offered"),
-        ("+model=gpt_nano task=regression data=records data.path=x.npz", "model.kind=native is not offered"),
+        ("+model=bert_mini task=classification data=records data.path=x.npz", "no network for task.inputs=features"),
+        ("+model=gpt_nano task=regression data=records data.path=x.npz", "own decoder predicts text only"),
         (
             "+model=mlp_mnist task=masked_lm data=stdlib data.sequence_length=8",
-            "model.name=mlp predicts nothing of text",
+            "model.name=mlp predicts one label or vector a sample",
         ),
     ],
 )

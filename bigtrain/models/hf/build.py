@@ -19,7 +19,7 @@ from bigtrain.config.convert import nearest
 from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
-from bigtrain.models.construction import outermost_lists, parameters_on_meta
+from bigtrain.models.construction import outermost_lists, parameters_on_meta, refuse_batch_statistics
 from bigtrain.models.hf.files import refuse_adapter, unreadable
 from bigtrain.models.hf.heads import HEADS, HFNetwork, example_tokens, prepare_config
 from bigtrain.models.hf.load import read_buffers
@@ -197,6 +197,10 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM | HFNetwork:
             f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a {head.what}: "
             f"{_reason(error)}; choose {head.architectures}, or correct its config.json"
         ) from error
+    if not is_language_model(config):
+        refuse_batch_statistics(
+            causal_lm, f"model.name={config.name!r}: ", "choose convnext or vit, or +model=cnn_mnist"
+        )
     if config.pretrained:
         _require_labels(causal_lm, config)
         with torch.device("cpu"):
