@@ -104,8 +104,8 @@ class Run:
     recorder: Any
     saver: Saver
     start: Cursor  # of this launch, or after a rollback
-    standing: Standing
     origin: Origin = field(default_factory=Origin)  # of the run
+    standing: Standing = field(default_factory=lambda: Standing("loss", less_is_better=True))  # by its validations
     frozen: Frozen | None = None  # what checkpoints leave out
     rollbacks: int = 0  # because of bad numbers
     signal: StopSignal = field(default_factory=StopSignal)
