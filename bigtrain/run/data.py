@@ -171,7 +171,7 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
     weights_are_given = config.model.pretrained or config.model.init_from or config.model.kind is ModelKind.own
     if stream.tokenizer_directory and not weights_are_given:
         tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
-        num_used = tokenizer.vocab_size + (config.task.kind == TaskKind.masked_lm.name)
+        num_used = tokenizer.vocab_size + (config.task.kind in (TaskKind.masked_lm.name, TaskKind.seq2seq.name))
         num_rows, num_enough = config.model.vocab_size, -(-num_used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if num_rows > num_enough:
             found.append(
