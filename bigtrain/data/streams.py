@@ -55,24 +55,15 @@ def open_streams(
     from bigtrain.data.read.stream import SampleStream  # torch: those who only prepare do not wait for it
 
     parts = component_data(data)
-    texts = {name: directory for name, directory in directories.items() if parts[name].source not in OF_RECORDS}
-    corpora = {
-        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory) for name, directory in texts.items()
-    }
-    _require_one_tokenizer(corpora)
-    for name, corpus in corpora.items():
-        require_labels(corpus.index.labels, objective, where=str(directories[name]))
+    corpora = _open_corpora(parts, directories, vocab_size, objective)
     helpers = Helpers(data.prepare_processes)
     live = {
         name: _open_live(Path(directories[name]), parts[name], corpus.index, helpers)
         for name, corpus in corpora.items()
         if corpus.index.live
     }
-    records = {
-        name: _open_records(part, objective, directories.get(name), seed, facts)
-        for name, part in parts.items()
-        if part.source in OF_RECORDS
-    }
+    of_records = {name: part for name, part in parts.items() if part.source in OF_RECORDS}
+    records = {n: _open_records(part, objective, directories.get(n), seed, facts) for n, part in of_records.items()}
 
     def split(name: str, which: Any) -> "Split | LiveParts | RecordSplit":
         if name in records:
@@ -98,9 +89,8 @@ def open_streams(
                 previous=previous,
                 keeps_all=keeps_all or which == "validation",
             )
-            names = _label_names(corpora) or streams[which].facts.get("label_names", ())
-            streams[which].label_names = names
-            streams[which].tokenizer_directory = next(map(Path, texts.values()), None)
+            streams[which].label_names = _label_names(corpora) or streams[which].facts.get("label_names", ())
+            streams[which].tokenizer_directory = next((Path(directories[name]) for name in corpora), None)
         return streams
 
     streams = open_all(keeps_all=False)
@@ -110,6 +100,23 @@ def open_streams(
         as_before = open_all(keeps_all=True)
         streams = as_before if as_before["train"].continues(previous) else streams
     return streams
+
+
+def _open_corpora(
+    parts: Mapping[str, DataConfig],
+    directories: Mapping[str, str | Path],
+    vocab_size: int,
+    objective: "Objective | None",
+) -> dict[str, Corpus]:
+    """Return the components of text, with one tokenizer and the labels that the objective needs."""
+    texts = {name: directory for name, directory in directories.items() if parts[name].source not in OF_RECORDS}
+    corpora = {
+        name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory) for name, directory in texts.items()
+    }
+    _require_one_tokenizer(corpora)
+    for name, corpus in corpora.items():
+        require_labels(corpus.index.labels, objective, where=str(directories[name]))
+    return corpora
 
 
 def _open_records(

@@ -29,9 +29,10 @@ from bigtrain.config.convert import flatten, to_dict
 from bigtrain.config.length import beyond_the_end, steps_to_train
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
+from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.cache import cache_directory
 from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, SPLITS, read_index
-from bigtrain.data.read.loader import TrainLoader, require_validation_targets
+from bigtrain.data.read.loader import TrainLoader, require_validation_targets, validation_batches
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
@@ -206,6 +207,21 @@ def train_loader(stream: SampleStream, config: TrainConfig, engine: Engine, *, s
         start=start,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=engine.device.type == "cuda",
+        objective=build_objective(config.task),
+    )
+
+
+def held_out_batches(
+    stream: SampleStream, config: TrainConfig, engine: Engine, *, batches: int
+) -> Iterator[list[Batch]]:
+    """Yield this rank's micro-batches of ``batches`` global batches of a set; see :func:`validation_batches`."""
+    return validation_batches(
+        stream,
+        batches=batches,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.mesh.dp_rank,
+        dp_size=engine.mesh.dp_size,
         objective=build_objective(config.task),
     )
 

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bigtrain.config import TrainConfig
 from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.images import visible
-from bigtrain.data.read.loader import validation_batches
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import gather_json
 from bigtrain.engine.base import Engine
 from bigtrain.files import write_anew
-from bigtrain.tasks import build_objective
+from bigtrain.run.data import held_out_batches
+from bigtrain.run.sets import HELD_OUT, sets_of
+from bigtrain.run.validation import Measured
 from bigtrain.tasks.base import IGNORE_INDEX
 from bigtrain.telemetry.files import CLASSIFICATION_FILE
 
@@ -27,9 +26,9 @@ MOST_SHOWN = 24
 
 def write_classification(
     directory: Path,
-    confusion: NDArray[np.float64],
+    measured: Measured,
     engine: Engine,
-    sets: Mapping[str, SampleStream],
+    streams: Mapping[str, SampleStream],
     config: TrainConfig,
     *,
     step: int,
@@ -40,16 +39,9 @@ def write_classification(
     ``pixels``, bytes of ``shape`` ``(H, W, C)`` in base64.
     """
     wrong: list[dict[str, Any]] = []
+    sets, confusion = sets_of(streams, HELD_OUT), measured.confusion
     for stream in (stream for stream in sets.values() if "image_shape" in stream.facts):
-        steps = validation_batches(
-            stream,
-            batches=config.validation.batches,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=engine.mesh.dp_rank,
-            dp_size=engine.mesh.dp_size,
-            objective=build_objective(config.task),
-        )
+        steps = held_out_batches(stream, config, engine, batches=config.validation.batches)
         for batch in (batch for micro_batches in steps for batch in micro_batches):
             wrong = _surest(wrong + _mistakes_in(engine, batch, stream.facts))
     if gathered := gather_json(wrong):

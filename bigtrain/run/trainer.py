@@ -89,7 +89,6 @@ from bigtrain.telemetry.out_of_memory import explained
 from bigtrain.telemetry.profiling import Profiler, save_hang
 from bigtrain.telemetry.recorder import NullRecorder
 
-NUM_WRITTEN = 10  # texts of a validation that are recorded
 GC_EVERY_STEPS = 1000  # Python's garbage collector runs on all ranks at the same step
 
 
@@ -250,8 +249,7 @@ def train(run: Run) -> End | RollBack:
         CheckpointError: saving has failed too often, or at the end.
     """
     config, engine, recorder, saver, heartbeat = run.config, run.engine, run.recorder, run.saver, run.heartbeat
-    signal, objective = run.signal, build_objective(run.config.task)
-    steps, last_launch_step = config.train.steps, run.start.step + (config.run.stop_after_steps or math.inf)
+    steps, objective = config.train.steps, build_objective(config.task)
     unit, size = _unit(run.streams["train"])
     meter = StepMeter(config.train.global_batch_size * size, device=engine.device, unit=unit)
     norms = LayerNorms(engine, config.logging.layer_norms_every_steps)
@@ -286,13 +284,7 @@ def train(run: Run) -> End | RollBack:
             pending[-1] |= {names.DATA_WAIT_SECONDS: loader.wait_seconds, names.DATA_DIGEST: batch.after.digest}
 
             record_save(run, saver.poll())
-            if saver.num_failures >= config.checkpoint.max_failures:
-                signal.request("checkpoint.max_failures")
-            if run.limits:
-                signal.request(run.limits.reached())
-            stopping = agreement.poll(signal.reason)
-            if step == last_launch_step:
-                stopping = stopping or "run.stop_after_steps"
+            stopping = _why_to_stop(run, agreement, step)
             finished, measured = step == steps, None
             saving = stopping or finished or _is_due(step, config.checkpoint.every_steps)
             validating = _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps)
@@ -325,27 +317,35 @@ def train(run: Run) -> End | RollBack:
         record_save(run, saver.finish())
         if measured and (finished or ended) and measured.confusion is not None:
             heartbeat.enter("validation")
-            sets = sets_of(run.streams, "validation")
-            write_classification(run.directory, measured.confusion, engine, sets, config, step=step)
+            write_classification(run.directory, measured, engine, run.streams, config, step=step)
     gc.unfreeze()
     gc.enable()
     return verdict or _end(run, step, "finished" if finished else ended, stopping, has_good=judge.has_good)
+
+
+def _why_to_stop(run: Run, agreement: StopAgreement, step: int) -> str | None:
+    """Return why all ranks stop after this step, None if they go on; all ranks call this."""
+    if run.saver.num_failures >= run.config.checkpoint.max_failures:
+        run.signal.request("checkpoint.max_failures")
+    if run.limits:
+        run.signal.request(run.limits.reached())
+    last = run.start.step + (run.config.run.stop_after_steps or math.inf)
+    return agreement.poll(run.signal.reason) or ("run.stop_after_steps" if step == last else None)
 
 
 def record_validation(run: Run, done: Cursor) -> Measured:
     """Validate, record the result and return it."""
     sets, batches = sets_of(run.streams, "validation"), run.config.validation.batches
     measured = validate(run.engine, sets, run.config, batches=batches)
-    metrics, texts = measured.metrics, measured.texts
+    metrics = measured.metrics
     if (metric := run.standing.metric) not in metrics:
-        raise of_all_ranks(
-            ConfigError(f"validation.metric={metric}: these data have none; they have {', '.join(metrics)}")
-        )
+        problem = f"validation.metric={metric}: these data have none; they have {', '.join(metrics)}"
+        raise of_all_ranks(ConfigError(problem))
     run.standing = run.standing.after(done.step, metrics[metric])
     unit, size = _unit(run.streams["train"])
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
     if run.config.validation.written_samples:
-        run.recorder.event("written", step=done.step, samples=texts[:NUM_WRITTEN])
+        run.recorder.event("written", step=done.step, samples=measured.texts)
     return measured
 
 

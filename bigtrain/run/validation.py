@@ -16,7 +16,7 @@ from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import EngineKind, Offload, SetConfig, TaskKind, TrainConfig, own_sets, set_data
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.data.read.index import read_index
-from bigtrain.data.read.loader import count_targets, validation_batches
+from bigtrain.data.read.loader import count_targets
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
@@ -27,7 +27,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import read_json
 from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
-from bigtrain.run.data import elsewhere, open_data
+from bigtrain.run.data import elsewhere, held_out_batches, open_data
 from bigtrain.run.directory import FACTS_FILE, find_whole, locate, read_config
 from bigtrain.run.frozen import load_state
 from bigtrain.run.inputs import label_names
@@ -38,6 +38,7 @@ from bigtrain.tasks.base import Objective, split_sums
 from bigtrain.tasks.causal_lm import CausalLM
 
 SETS = (HELD_OUT, "test")
+NUM_WRITTEN = 10  # texts of a validation that are recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Measured:
     confusion: NDArray[np.float64] | None
     """``(C, C)``, a row per true label, if the task counts them."""
     texts: list[dict[str, str]]
-    """On rank 0, what was written of ``validation.written_samples`` samples of each set."""
+    """On rank 0, what was written of the first of ``validation.written_samples`` samples."""
 
 
 def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConfig, *, batches: int | None) -> Measured:
@@ -76,23 +77,15 @@ def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConf
             metrics[f"{prefix}bits_per_byte"] = metrics[f"{prefix}loss"] / math.log(2) / size
     for name, part in texts.items():
         metrics |= {f"{name}/{key}": value for key, value in written_metrics(part).items()} if name else {}
-    return Measured(metrics, sums.get("confusion"), [text for part in texts.values() for text in part])
+    return Measured(metrics, sums.get("confusion"), [text for part in texts.values() for text in part][:NUM_WRITTEN])
 
 
 def _add_up(
     engine: Engine, stream: SampleStream, objective: Objective, config: TrainConfig, batches: int | None
 ) -> torch.Tensor:
     """Return targets, summed loss and the objective's sums over samples of a set, over all ranks: fp64 ``(2 + K,)``."""
-    size = config.train.global_batch_size
-    steps = validation_batches(
-        stream,
-        batches=batches or math.ceil(stream.num_samples / size),
-        global_batch_size=size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=engine.mesh.dp_rank,
-        dp_size=engine.mesh.dp_size,
-        objective=objective,
-    )
+    batches = batches or math.ceil(stream.num_samples / config.train.global_batch_size)
+    steps = held_out_batches(stream, config, engine, batches=batches)
     total = torch.zeros(2 + sum(math.prod(shape) for shape in objective.sums.values()), dtype=torch.float64)
     for micro_batches in steps:
         for batch, sums in zip(micro_batches, engine.evaluate(micro_batches).tolist(), strict=True):

@@ -9,11 +9,11 @@ import torch
 from bigtrain.config import TrainConfig
 from bigtrain.config.packages import require
 from bigtrain.data.read.index import read_index
-from bigtrain.data.read.loader import validation_batches
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.base import Engine
+from bigtrain.run.data import held_out_batches
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted, Writing
 from bigtrain.tasks.base import IGNORE_INDEX
@@ -29,15 +29,7 @@ def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) 
     """
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
     objective = build_objective(config.task)
-    steps = validation_batches(
-        stream,
-        batches=math.ceil(num_wanted / batch_size),
-        global_batch_size=batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=engine.mesh.dp_rank,
-        dp_size=engine.mesh.dp_size,
-        objective=objective,
-    )
+    steps = held_out_batches(stream, config, engine, batches=math.ceil(num_wanted / batch_size))
     wanted = Wanted(writing=writing_of(stream.tokenizer_directory))
     engine.module.eval()
     network, decode = partial(engine.module, predicts=True), wanted.writing.decode

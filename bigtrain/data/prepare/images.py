@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -204,7 +204,7 @@ def _pixels(raw: Raw, shape: _Shape, where: str) -> NDArray[np.uint8]:
     return np.asarray(_of_bytes(image, shape.channels)).reshape(*size, shape.channels)
 
 
-def _opened(raw: Path | bytes, where: str):
+def _opened(raw: Path | bytes, where: str) -> Any:
     """Return a decoded image of Pillow's, turned as its EXIF says."""
     require(f"data=images: {where}", "PIL", "images")
     from PIL import Image, ImageOps
@@ -224,7 +224,7 @@ def _opened(raw: Path | bytes, where: str):
     return ImageOps.exif_transpose(image)
 
 
-def _of_bytes(image, channels: int):
+def _of_bytes(image: Any, channels: int) -> Any:
     """Return a Pillow image as 8 bits of grey or colour; what is transparent becomes white."""
     from PIL import Image
 
