@@ -17,7 +17,7 @@ from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.report import render
 from bigtrain.testing.parity import Case, compare, compute, configure, trace
 from bigtrain.testing.ranks import run_ranks
-from tests.distributed.tasks_test import RUN, launch, records
+from tests.distributed.tasks_test import RUN, assert_continues_elsewhere, launch, records
 
 Image = pytest.importorskip("PIL.Image")
 SETTINGS = [
@@ -66,17 +66,7 @@ def test_engines_and_worlds_agree_and_augmentation_of_the_rank_is_seen(given):
 
 @pytest.mark.slow
 def test_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(given, place):
-    launch(1, *given, "engine=ddp", "run.name=whole")
-    launch(2, *given, "engine=zero2", "run.name=parts", "run.stop_after_steps=2")
-    launch(3, *given, "engine=fsdp", "run.name=parts")
-    whole, parts = records(place, "whole", "metrics"), records(place, "parts", "metrics")
-    assert [r["data_digest"] for r in parts] == [r["data_digest"] for r in whole] and len(whole) == 4
-    for found, right in zip(parts, whole, strict=True):
-        assert found["loss"] == pytest.approx(right["loss"], rel=1e-6)
-        assert found["train/accuracy"] == right["train/accuracy"]
-    events = [[e for e in records(place, run, "events") if e["event"] == "validation"] for run in ("parts", "whole")]
-    for found, right in zip(*events, strict=True):
-        assert found["loss"] == pytest.approx(right["loss"], rel=1e-6) and found["accuracy"] == right["accuracy"]
+    assert_continues_elsewhere(given, place)
     assert (place / "runs" / "parts" / "data.json").read_text() == (place / "runs" / "whole" / "data.json").read_text()
 
 
