@@ -17,7 +17,7 @@ class PredictConfig:
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     inputs: LocalPath
-    """Directory of images, of which all are taken in the order of their names; or a file: ``.npz`` with an array per column, ``.jsonl`` with the columns or ``data.text_field``, ``.csv`` with a header, ``.txt`` with a text a line. Labels in it are left alone."""
+    """Directory of images, of which all are taken in the order of their names; or a file: ``.npz`` with an array per column, ``.jsonl`` with the columns or ``data.text_field``, ``.csv`` or ``.tsv`` with a header, ``.txt`` with a text a line. Labels in it are left alone."""
     out: LocalPath
     """File that is made, ``.jsonl`` or ``.csv``, with a line per input in their order; it must not exist."""
     top_k: Annotated[int, Bound(ge=1)] = 1

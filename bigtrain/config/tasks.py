@@ -24,7 +24,9 @@ WITHOUT_LENGTH = (Head.image_classification, Head.audio_classification)
 
 def check_task(config: TrainConfig) -> list[str]:
     """Return what does not go together of a task, its network and its data."""
-    return [*_check_masked_lm(config), *_check_records(config)]
+    written = config.validation.written_samples and config.task.kind != TaskKind.seq2seq.name
+    told = [f"validation.written_samples: task={config.task.kind} writes no texts; leave it out"] if written else []
+    return [*told, *_check_masked_lm(config), *_check_records(config)]
 
 
 def with_inputs(task: TaskConfig, data: DataConfig) -> TaskConfig:

@@ -1,7 +1,5 @@
 """Inputs of a trained network from a file or a program: rows of columns, or text that the run's tokenizer reads."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 
 from bigtrain.config import TrainConfig
 from bigtrain.data.prepare.images import read_image
+from bigtrain.data.prepare.tables import csv_lines, csv_record
 from bigtrain.data.read.arrays import Arrays, read_npz
 from bigtrain.data.read.index import INDEX_FILE, read_index
 from bigtrain.data.read.records import Records
@@ -23,7 +22,7 @@ from bigtrain.run.directory import FACTS_FILE
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Field, Objective
 
-FORMATS = (".jsonl", ".csv", ".txt", ".npz")
+FORMATS = (".jsonl", ".csv", ".tsv", ".txt", ".npz")
 Row = Mapping[str, Any]
 
 
@@ -163,12 +162,15 @@ def _read(path: Path) -> list[Any]:
     """Return the rows of a file: text, or mappings; those of JSON are read when they are wanted."""
     if path.suffix not in FORMATS:
         raise DataError(f"{path}: one of {', '.join(FORMATS)} is read, by the name's ending")
+    is_table = path.suffix in (".csv", ".tsv")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="" if is_table else None) as file:
+            if is_table:
+                (_, columns), *rows = csv_lines(file, path)
+                return [csv_record(columns, values, f"{path}:{line}") for line, values in rows]
+            content = file.read()
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(content)))
     return content.removesuffix("\n").split("\n") if content else []
 
 

@@ -110,14 +110,16 @@ def test_killed_it_goes_on_where_it_was(place: Path):
 def test_what_does_not_fit_is_a_sentence(place: Path):
     (place / "bad.jsonl").write_text('{"features": [1, 2, 3, 4, 5, 6]}\n{"feature": 1}\n')
     (place / "torn.jsonl").write_text('{"features": [1, 2\n')
+    (place / "torn.tsv").write_text("a\tb\n1\t2\n1\t2\t3\n")
     (place / "words.txt").write_text("the cat sat\n")
     run = place / "runs/labels"
     for inputs, told in (
         (place / "torn.jsonl", "torn.jsonl:1: Expecting"),
         (place / "words.txt", "words.txt:1: 'the cat sat' has no columns; the network takes features"),
         (place / "bad.jsonl", "bad.jsonl:2: it lacks 'features'"),
+        (place / "torn.tsv", "torn.tsv:3: 3 columns, but the header has 2"),
         (place / "none.jsonl", "none.jsonl: cannot be read"),
-        (place / "new.png", "one of .jsonl, .csv, .txt, .npz is read"),
+        (place / "new.png", "one of .jsonl, .csv, .tsv, .txt, .npz is read"),
         ({"pixels": np.zeros(3)}, "inputs: it lacks features; it has pixels"),
         ([], "inputs: it has no row"),
     ):

@@ -251,6 +251,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "scheduler.decay_fraction=1.5": dict(scheduler__kind="wsd", scheduler__decay_fraction=1.5),
     "validation.every_steps=-1": dict(validation__every_steps=-1),
     "validation.batches=0": dict(validation__batches=0),
+    "validation.written_samples: task=causal_lm": dict(validation__every_steps=1, validation__written_samples=3),
     "checkpoint.every_steps=-1": dict(checkpoint__every_steps=-1),
     "checkpoint.keep='latest 0'": dict(checkpoint__keep="latest 0"),
 }

@@ -1,5 +1,6 @@
 """Labelled documents: read from tables, directories and packages, kept beside the tokens, read back a document a sample."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def test_a_document_that_is_too_long_is_cut_and_counted(tmp_path):
     [
         ({"text": "a"}, "no field 'label'"),
         ({"text": "a", "label": None}, "a document without a label"),
+        ({"text": "a", "label": ""}, "a document without a label"),
+        ({"text": "a", "label": ["x", ""]}, "field 'label' is '': a label is text or a whole number"),
         ({"text": "a", "label": 0.5}, "a label is text or a whole number"),
         ({"text": "a", "label": {"x": 1}}, "a label is text or a whole number"),
         ({"text": ["a"], "label": "x"}, "field 'text' is list, not text"),
@@ -156,11 +159,23 @@ def test_csv_that_is_none_is_named(tmp_path):
     for text, told in (
         ("text,label\na,b,c\n", "a.csv:2: 3 columns, but the header has 2"),
         ("words,label\na,b\n", "no column 'text'; set data.text_field to one of"),
+        ("text;label\na;b\n", "to one of .'text;label'.; columns of csv are separated by commas, of tsv by tabs"),
         ('text,label\n"a,b\n', "a.csv:2: unexpected end of data"),
+        ("text,label,label\na,b,c\n", "a.csv: the header names label twice"),
+        ("", "a.csv: no column 'text'"),
     ):
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(DataError, match=told):
             list(iterate_documents(config(tmp_path / "a.csv", tmp_path, source=DataSource.csv)))
+
+
+def test_csv_is_read_as_other_programs_write_it(tmp_path):
+    text = f'\ufefftext,label\r\n"said ""no"",\r\nand left",no\r\n\r\n{"x" * 200_000},\u00b2\r\n--1,1e3\r\n\r\n'
+    (tmp_path / "a.csv").write_text(text, newline="")
+    given = config(tmp_path / "a.csv", tmp_path, source=DataSource.csv, validation_fraction=0.0)
+    texts = {document.text: document.labels.names[0] for document in iterate_documents(given)}
+    assert texts == {'said "no",\r\nand left': "no", "x" * 200_000: "\u00b2", "--1": "1e3"}
+    assert read_index(prepare(given, progress=False)).labels.names == ["1e3", "no", "\u00b2"]
 
 
 def test_labels_that_are_not_those_of_the_task_are_named(tmp_path):
@@ -169,6 +184,8 @@ def test_labels_that_are_not_those_of_the_task_are_named(tmp_path):
     require_labels(labels, Classification(inputs=Inputs.tokens, num_labels=3), where="here")
     with pytest.raises(DataError, match=r"3 labels \(blue, green, red\), not 2; set task.num_labels=3"):
         require_labels(labels, Classification(inputs=Inputs.tokens, num_labels=2), where="here")
+    with pytest.raises(DataError, match="all documents have the label red; there is nothing to tell apart"):
+        require_labels(dataclasses.replace(labels, size=1, names=["red"]), Classification(num_labels=2), where="here")
     with pytest.raises(DataError, match="have no labels; the task needs one label per document"):
         require_labels(None, Classification(inputs=Inputs.tokens, num_labels=2), where="here")
 

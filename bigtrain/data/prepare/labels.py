@@ -1,6 +1,7 @@
 """Labels of documents: from the values of records to numbers beside the tokens."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ def read_labels(content: Content, value: Any, field: str) -> Labels:
     Raises:
         ValueError: it holds something else.
     """
-    if value is None:
+    if value in (None, ""):
         raise ValueError(f"field '{field}' is empty: a document without a label; data.on_bad_row=skip leaves it out")
     if content is Content.numbers:
         numbers = value if isinstance(value, list | tuple) else [value]
@@ -87,7 +88,7 @@ def label_record(
         return None
     if len(counts) > MOST_LABELS:
         raise ValueError(f"{len(counts)} different labels; is data.label_field the right one?")
-    is_whole = all(name.lstrip("-").isdigit() for name in counts)
+    is_whole = all(re.fullmatch("-?[0-9]+", name) for name in counts)
     names = sorted(counts, key=(lambda name: (int(name), name)) if is_whole else None)
     kind = LabelKind.per_token if content is Content.tagged else LabelKind.several if has_lists else LabelKind.one
     return LabelRecord(kind=kind, size=len(names), names=names)
@@ -131,7 +132,7 @@ def _is_number(value: Any) -> bool:
 def _name(value: Any, field: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str | int):
+    if isinstance(value, str | int) and value != "":
         return str(value)
     raise ValueError(f"field '{field}' is {_quoted(value)}: a label is text or a whole number")
 

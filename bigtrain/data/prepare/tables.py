@@ -4,8 +4,10 @@ import csv
 import io
 import re
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bigtrain.config import Content, DataConfig
 from bigtrain.data.prepare.files import Part, SourceFile, open_lines
@@ -21,40 +23,64 @@ from bigtrain.data.prepare.records import (
     record_document,
 )
 from bigtrain.data.prepare.saved import choose_split, read_state, split_name
-from bigtrain.errors import DataError, UnreachableError
+from bigtrain.errors import DataError, UnreachableError, some
 
 _ROWS_PER_READ = 1024
 _PART_ROWS = 8192
 _HEAD_BYTES = 4096
+_LARGEST_CELL = 2**31 - 1
 
 
 def csv_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
     """Yield the rows of a csv or tsv file with a header."""
-    name = re.sub(r"\.(gz|zst)$", "", file.name.lower())
     with open_lines(file.path) as lines:
         if what := foreign_format(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES]):
             raise DataError(f"{file.path}: {what}, not text in UTF-8 with a header and a row per line")
         text = io.TextIOWrapper(lines, encoding="utf-8-sig", errors="replace", newline="")
-        reader = csv.reader(text, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
-        try:
-            columns = next(reader, [])
-            _require_columns(config, columns, str(file.path))
-            for number, values in enumerate(reader):
-                yield _csv_row(config, f"{file.name}:{number}", columns, values, f"{file.path}:{reader.line_num}")
-        except csv.Error as error:
-            raise DataError(f"{file.path}:{reader.line_num}: {error}") from error
+        rows = csv_lines(text, file.path)
+        _, columns = next(rows)
+        _require_columns(config, columns, str(file.path))
+        for number, (line, values) in enumerate(rows):
+            yield _csv_row(config, f"{file.name}:{number}", columns, values, f"{file.path}:{line}")
+
+
+def csv_lines(text: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each line of a csv or tsv file that is not blank: first its header.
+
+    Raises:
+        DataError: a quote is not closed, or the header names a column twice.
+    """
+    is_tsv = re.sub(r"\.(gz|zst)$", "", path.name.lower()).endswith(".tsv")
+    csv.field_size_limit(_LARGEST_CELL)  # of the whole program
+    reader = csv.reader(text, delimiter="\t" if is_tsv else ",", strict=True)
+    try:
+        columns = next(reader, [])
+        if twice := [name for name, count in Counter(columns).items() if count > 1]:
+            raise DataError(f"{path}: the header names {some(twice, 8)} twice; rename one of the columns")
+        yield reader.line_num, columns
+        yield from ((reader.line_num, values) for values in reader if values)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: {error}") from error
 
 
 def _csv_row(config: DataConfig, document_id: str, columns: list[str], values: list[str], where: str) -> Row:
-    if len(values) != len(columns):
-        return BadRow(f"{where}: {len(values)} columns, but the header has {len(columns)}")
-    row: dict[str, Any] = dict(zip(columns, values, strict=True))
+    try:
+        row: dict[str, Any] = csv_record(columns, values, where)
+    except DataError as error:
+        return BadRow(str(error))
     if config.content is Content.numbers:
         try:
             row[config.label_field] = float(row[config.label_field])
         except ValueError:
             return BadRow(f"{where}: {config.label_field} is {row[config.label_field]!r}, which is no number")
     return _row(config, document_id, row, where, is_repaired=any("\N{REPLACEMENT CHARACTER}" in v for v in values))
+
+
+def csv_record(columns: list[str], values: list[str], where: str) -> dict[str, str]:
+    """Return the cells of a line by their columns; DataError if there are more or fewer."""
+    if len(values) != len(columns):
+        raise DataError(f"{where}: {len(values)} columns, but the header has {len(columns)}")
+    return dict(zip(columns, values, strict=True))
 
 
 def gettext_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
@@ -175,7 +201,8 @@ def _require_columns(config: DataConfig, columns: list[str], where: str) -> list
     for name in fields.values():
         if name not in columns:
             setting = next(key for key, value in fields.items() if value == name)
-            raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}")
+            told = "; columns of csv are separated by commas, of tsv by tabs" if len(columns) == 1 else ""
+            raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}{told}")
     return columns_to_read(config, columns)
 
 
