@@ -23,8 +23,18 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 # To ask torch whether there is a GPU, as test modules do, must not start CUDA: the server of ranks could not fork then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-# Ranks are forked from a server, and need not import what it has imported. With a GPU, DeepSpeed would look for it there.
-local_ranks.PRELOAD = (*local_ranks.PRELOAD, "hydra", "bigtrain.run.trainer")
+# Ranks are forked from a server, and need not import what it has imported: inductor comes with DeepSpeed's optimizers.
+# With a GPU, DeepSpeed would look for it there.
+local_ranks.PRELOAD = (
+    *local_ranks.PRELOAD,
+    *("hydra", "accelerate", "torch._inductor.compile_fx", "bigtrain.run.trainer", "bigtrain.engine.native"),
+    *("bigtrain.models.hf.build", "transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert"),
+    *("pytest", "tests.distributed.ranks"),
+)
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    local_ranks.PRELOAD = (*local_ranks.PRELOAD, "deepspeed")
+    local_ranks.PRELOAD = (
+        *local_ranks.PRELOAD,
+        *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3"),
+        *("deepspeed.module_inject.auto_ep_layer", "setuptools"),
+    )

@@ -1,7 +1,6 @@
 """A run of a Hugging Face model goes on after its base is gone and it was moved, from another directory."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def test_a_run_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(script: str, *args: str, cwd: Path) -> Result:
         result = fork(script, *args, cwd=cwd)
         assert result.code == 0, result.err
-        assert not re.search("torchao|_pytree", result.err), "what transformers imports says nothing to a user"
         return result
 
     run("train.py", *SETTINGS, *data, "train.steps=1", cwd=first)

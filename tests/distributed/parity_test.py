@@ -29,6 +29,7 @@ from tests.distributed.launches import fork, metrics
 from tests.distributed.ranks import zero_environ
 
 GLOBAL_BATCH_SIZE = 8
+STEPS, WARMUP_STEPS = 8, 3
 WRAPPED_TYPES = {
     "ddp": "DistributedDataParallel",
     "fsdp": "FSDPModule",
@@ -40,16 +41,16 @@ WRAPPED_TYPES = {
 
 
 def gate_config(precision="fp32", **engine):
-    """20 steps of gpt_nano on ragged targets: ranks and micro-batches hold different numbers of them."""
+    """Some steps of gpt_nano on ragged targets: ranks and micro-batches hold different numbers of them."""
     with open("configs/model/gpt_nano.yaml") as file:
         model = from_dict(ModelConfig, yaml.safe_load(file))
     config = TrainConfig(
         model=model,
         data=DataConfig(source=DataSource.synthetic, synthetic_ragged=True, sequence_length=64),
         engine=EngineConfig(precision=Precision[precision], **engine),
-        train=TrainingConfig(steps=20, global_batch_size=GLOBAL_BATCH_SIZE),
+        train=TrainingConfig(steps=STEPS, global_batch_size=GLOBAL_BATCH_SIZE),
     )
-    config.scheduler.warmup_steps = 5
+    config.scheduler.warmup_steps = WARMUP_STEPS
     return resolve(config)
 
 
@@ -157,23 +158,11 @@ def test_options_of_the_engines_agree_too(number, with_options, reference):
     assert difference.parameters <= 1e-4
 
 
-def bf16_config(**engine):
-    """Fewer steps: where the processor has no bf16 instructions, each takes a dozen times as long."""
-    config = gate_config("bf16", **engine)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))
-
-
-@pytest.fixture(scope="module")
-def short_reference():
-    config = dataclasses.replace(bf16_config(), engine=EngineConfig(precision=Precision.fp32))
-    return compute(config, Case(EngineKind.ddp, 1, GLOBAL_BATCH_SIZE))
-
-
 @pytest.mark.parametrize("engine", WRAPPED_TYPES)
-def test_bf16_mixed_precision_agrees_with_fp32(engine, computed, short_reference):
+def test_bf16_mixed_precision_agrees_with_fp32(engine, computed, reference):
     bf16_cases = {name: Case(EngineKind[name], 2, 2, 2 if name == "hsdp" else None) for name in WRAPPED_TYPES}
     case = bf16_cases[engine]
-    difference = compare(computed(bf16_config(), case, bf16_cases.values()), short_reference)
+    difference = compare(computed(gate_config("bf16"), case, bf16_cases.values()), reference)
     print(case, difference)
     assert 0 < difference.loss <= 2e-3
 
@@ -211,9 +200,9 @@ def test_a_llama_on_masked_documents_agrees_too(tmp_path):
         assert difference.parameters <= 1e-4
 
 
-def test_bf16_agrees_with_every_fast_path_on(short_reference):
-    config = bf16_config(compile=True, activation_checkpointing=ActivationCheckpointing.full)
-    difference = compare(compute(config, Case(EngineKind.ddp, 2, 2)), short_reference)
+def test_bf16_agrees_with_every_fast_path_on(reference):
+    config = gate_config("bf16", compile=True, activation_checkpointing=ActivationCheckpointing.full)
+    difference = compare(compute(config, Case(EngineKind.ddp, 2, 2)), reference)
     print(difference)
     assert 0 < difference.loss <= 2e-3
 
@@ -242,22 +231,35 @@ def forgotten_boundary(engine, batch, lr):
 
 # Without a boundary DeepSpeed does not step at all, which nobody could overlook; DDP and FSDP step on unsynchronised gradients.
 MISTAKES = [("ddp", mean_of_means), ("zero2", mean_of_means), ("ddp", forgotten_boundary), ("fsdp", forgotten_boundary)]
+UNCLIPPED = ("ddp", "fsdp", "zero2")
 
 
-@pytest.mark.parametrize(("engine", "mistake"), MISTAKES, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_the_gate_catches_a_wrong_step(engine, mistake, reference):
+def trace_mistakes():
+    """Trace every mistake, and a run without clipping under some engines."""
     config = gate_config()
     config.engine.fsdp.accumulate_whole_gradients = True  # else every micro-batch communicates
-    difference = compare(compute(config, Case(EngineKind[engine], 2, 2), step=mistake), reference)
+    wrong = [trace(configure(config, Case(EngineKind[engine], 2, 2)), mistake) for engine, mistake in MISTAKES]
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, grad_clip=0.0))
+    return wrong, [trace(configure(config, Case(EngineKind[engine], 2, 2))) for engine in UNCLIPPED]
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    return run_ranks(trace_mistakes, 2, timeout_seconds=280)[0]
+
+
+@pytest.mark.parametrize(
+    "number", range(len(MISTAKES)), ids=[f"{engine}-{mistake.__name__}" for engine, mistake in MISTAKES]
+)
+def test_the_gate_catches_a_wrong_step(number, mistaken, reference):
+    difference = compare(mistaken[0][number], reference)
     assert difference.loss > 1e-5 or difference.grad_norm > 1e-5
     assert difference.parameters > 1e-4
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
-def test_the_gate_catches_a_skipped_clip(engine, reference):
-    config = gate_config()
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, grad_clip=0.0))
-    difference = compare(compute(config, Case(EngineKind[engine], 2, 2)), reference)
+@pytest.mark.parametrize("engine", UNCLIPPED)
+def test_the_gate_catches_a_skipped_clip(engine, mistaken, reference):
+    difference = compare(mistaken[1][UNCLIPPED.index(engine)], reference)
     print(difference)
     assert difference.loss > 1e-5
     assert difference.parameters > 1e-4
@@ -266,8 +268,8 @@ def test_the_gate_catches_a_skipped_clip(engine, reference):
 def test_the_reference_is_what_the_training_command_computes(reference, tmp_path):
     settings = ["+model=gpt_nano", "data=synthetic", "data.synthetic_ragged=true", "data.sequence_length=64"]
     sizes = [f"train.{name}_batch_size={GLOBAL_BATCH_SIZE}" for name in ("global", "micro")]
-    settings += ["engine=ddp", "train.steps=20", *sizes]
-    settings += ["scheduler.warmup_steps=5", "validation.every_steps=0", "engine.precision=fp32"]
+    settings += ["engine=ddp", f"train.steps={STEPS}", *sizes]
+    settings += [f"scheduler.warmup_steps={WARMUP_STEPS}", "validation.every_steps=0", "engine.precision=fp32"]
     ended = fork("train.py", *settings, cwd=tmp_path)
     assert ended.code == 0, ended
     records = metrics(tmp_path / "runs/gpt_nano")

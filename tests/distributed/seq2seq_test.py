@@ -1,12 +1,11 @@
 """Sequence to sequence from pairs of text: what is written in validation and predicted is the same at every world size."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.launches import fork
 
 ROOT = Path(__file__).parents[2]
 MODEL = (
@@ -24,12 +23,8 @@ SETTINGS = [
 
 
 def launch(world_size, script, *args):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [*torchrun, f"launch/{script}.py", *args]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = fork(f"{script}.py", *args, cwd=ROOT, world_size=world_size)
+    assert done.code == 0, done.out + done.err
 
 
 def events(run, kind):
