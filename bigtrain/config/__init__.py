@@ -15,6 +15,7 @@ from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import (
     Activation,
     ActivationCheckpointing,
+    AdapterKind,
     Content,
     DataSource,
     Duplicates,
@@ -60,6 +61,8 @@ __all__ = [
     "WITHOUT_TEXT",
     "Activation",
     "ActivationCheckpointing",
+    "AdapterConfig",
+    "AdapterKind",
     "AugmentConfig",
     "BadNumbersConfig",
     "CheckpointConfig",
@@ -146,6 +149,26 @@ class RopeScalingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """Low-rank adapters beside linear layers, by peft: only they are trained. Presets are in ``configs/adapter``."""
+
+    kind: AdapterKind = AdapterKind.lora
+    """``lora``, or ``dora``, which also trains the norm of each row."""
+    rank: Annotated[int, Bound(ge=1, le=10**4)] = 16
+    """Columns of the smaller factor."""
+    alpha: Annotated[float, Bound(gt=0, le=10**6)] = 32.0
+    """What an adapter adds is multiplied by ``alpha / rank``."""
+    rslora: bool = False
+    """Multiply by ``alpha / sqrt(rank)`` instead."""
+    dropout: Annotated[float, Bound(ge=0, lt=1)] = 0.0
+    """Dropout probability on the input of the adapters."""
+    targets: list[str] = field(default_factory=list)
+    """Names of linear layers that get one, with ``*`` and ``?``, such as ``[*.q_proj, *.v_proj]``; by default all in the blocks."""
+    also_train: list[str] = field(default_factory=list)
+    """Names of parameters that are trained too, such as ``[*norm*]``; the new head of a classifier always is."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the Transformer. Presets are in ``configs/model``."""
 
@@ -201,6 +224,8 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)
     """Names of parameters that are not trained, with ``*`` and ``?``, such as ``[embed_*, blocks.0.*]``; checkpoints do
     not hold them."""
+    adapter: AdapterConfig | None = None
+    """Adapters beside frozen weights; checkpoints hold them alone: ``+adapter=lora``."""
     init_std: Annotated[float, Bound(ge=0)] = 0.02
     """Standard deviation of the initial weights; residual outputs use ``init_std / sqrt(2 * num_layers)``."""
 

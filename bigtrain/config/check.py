@@ -18,6 +18,7 @@ from bigtrain.config import (
     is_live,
     own_sets,
 )
+from bigtrain.config.adapters import check_adapter
 from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
     Content,
@@ -395,7 +396,7 @@ def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -
         )
     if engine.precision is Precision.fp8:
         problems += _check_fp8(config)
-    return problems
+    return problems + check_adapter(config)
 
 
 def _check_fp8(config: TrainConfig) -> list[str]:

@@ -144,6 +144,13 @@ class EngineKind(Enum):
     accelerate = "accelerate"
 
 
+class AdapterKind(Enum):
+    """How adapters change a linear layer."""
+
+    lora = "lora"
+    dora = "dora"
+
+
 class Offload(Enum):
     """Where sharded state lives between uses."""
 

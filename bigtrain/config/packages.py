@@ -32,6 +32,8 @@ def missing_packages(config: TrainConfig) -> list[str]:
         problems += lacking("engine.precision=fp8", "torchao", "fp8")
     if (kind := config.engine.kind) in ZERO_KINDS and not find_spec("deepspeed"):
         problems.append(f"engine={kind.name} needs the package deepspeed, which is for Linux; use ddp, fsdp or hsdp")
+    if config.model.adapter:
+        problems += lacking("model.adapter", "peft", "adapters")
     if config.validation.written_samples:
         problems += lacking("validation.written_samples", "sacrebleu", "metrics")
     return problems + missing_data_packages(config.data)

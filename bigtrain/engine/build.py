@@ -47,8 +47,8 @@ def build_engine(
     require_hardware(precision, device)
     if config.model.kind is ModelKind.hf:
         build_model = with_unreached_frozen(build_model)
-    if config.model.freeze:
-        build_model = with_frozen(build_model, config.model.freeze)
+    if config.model.freeze or config.model.adapter:
+        build_model = with_frozen(build_model, config.model)
     # Explicit, because containers change the default of a whole process by environment variables.
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
     if precision is Precision.fp8:

@@ -128,17 +128,21 @@ def _share(box: Box, replica: int, num_replicas: int) -> Iterator[Box]:
 
 def initialise(state: EngineState, values: Mapping[str, InitialValue], *, num_threads: int) -> None:
     """Fill the master weights on this rank with their initial values and zero the optimizer state."""
-
-    def fill(name: str) -> None:
-        entry = state.entries[MODEL + name]
-        for box in entry.boxes:
-            fill_box(values[name], entry.shape, box.offsets, box.view)
-
-    names = [key.removeprefix(MODEL) for key in state.entries if key.startswith(MODEL)]
-    with ThreadPoolExecutor(num_threads) as pool, torch.no_grad():
-        list(pool.map(fill, names))
+    weights = {key: entry for key, entry in state.entries.items() if key.startswith(MODEL)}
+    fill_weights(weights, values, num_threads=num_threads)
     clear_optimizer(state)
     state.commit()
+
+
+def fill_weights(entries: Mapping[str, Entry], values: Mapping[str, InitialValue], *, num_threads: int = 1) -> None:
+    """Fill weights on this rank, entries of ``model.<name>``, with their initial values."""
+
+    def fill(key: str) -> None:
+        for box in entries[key].boxes:
+            fill_box(values[key.removeprefix(MODEL)], entries[key].shape, box.offsets, box.view)
+
+    with ThreadPoolExecutor(num_threads) as pool, torch.no_grad():
+        list(pool.map(fill, entries))
 
 
 def fill_box(

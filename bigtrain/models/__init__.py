@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from bigtrain.config import ModelConfig, ModelKind
+from bigtrain.models.adapters import add_adapters
 from bigtrain.models.init import InitialValue, native_value
 from bigtrain.models.own import build_own, own_values
 from bigtrain.models.transformer import Transformer
@@ -19,6 +20,13 @@ def build_model(config: ModelConfig) -> nn.Module:
     Raises:
         ConfigError: a Hugging Face model cannot be found or is no causal language model.
     """
+    network = _build(config)
+    if config.adapter:
+        add_adapters(network, config.adapter)
+    return network
+
+
+def _build(config: ModelConfig) -> nn.Module:
     if config.kind is ModelKind.native:
         return Transformer(config)
     if config.kind is ModelKind.own:
@@ -55,7 +63,7 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
 
 
 def build_initial_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:
-    """Return the initial value of every parameter of the model of ``config``, by name."""
+    """Return the initial value of every parameter of the model of ``config``, without adapters, by name."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = _build(config)
     return initial_values(model, config, seed)

@@ -1,38 +1,59 @@
-"""Which parameters ``model.freeze`` keeps from being trained."""
+"""Which parameters are kept from being trained: by ``model.freeze``, or because adapters are trained instead."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError, some
+from bigtrain.models.adapters import is_of_adapter, plain_name
+from bigtrain.models.hf.heads import HEADS
 
 
-def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Return the parameters that ``patterns`` freeze, which match names as they are in the model itself.
+def frozen_names(names: Iterable[str], model: ModelConfig) -> list[str]:
+    """Return the parameters that are frozen; patterns match names as they are in the model itself.
 
     Raises:
         ConfigError: a pattern matches none, or all parameters are frozen.
     """
     own = {name: name.removeprefix("causal_lm.") for name in names}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in own.values()):
-            raise ConfigError(
-                f"model.freeze: {pattern!r} matches no parameter of this model, which has {some(list(own.values()), 8)}"
-            )
-    frozen = [name for name, bare in own.items() if any(fnmatchcase(bare, pattern) for pattern in patterns)]
+    frozen = set(_matching(own, model.freeze, "model.freeze"))
+    if model.adapter:
+        trained = set(_matching(own, model.adapter.also_train, "model.adapter.also_train"))
+        if HEADS[model.head].is_fresh:
+            trained |= _of_head(own)
+        frozen |= {name for name in own if not is_of_adapter(name)} - trained
     if own and len(frozen) == len(own):
         raise ConfigError("model.freeze: all parameters are frozen, so nothing would be trained; name fewer")
-    return frozen
+    return [name for name in own if name in frozen]
 
 
-def with_frozen(build_model: Callable[[], nn.Module], patterns: Sequence[str]) -> Callable[[], nn.Module]:
-    """Return a builder of the same model, of which the parameters that ``patterns`` name need no gradient."""
+def _matching(own: Mapping[str, str], patterns: Sequence[str], setting: str) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(bare, pattern) for bare in own.values()):
+            raise ConfigError(
+                f"{setting}: {pattern!r} matches no parameter of this model, which has {some(list(own.values()), 8)}"
+            )
+    return [name for name, bare in own.items() if any(fnmatchcase(bare, pattern) for pattern in patterns)]
+
+
+def _of_head(own: Mapping[str, str]) -> set[str]:
+    """Return the parameters beside the trunk, which is the module with the most of them."""
+    first = {name: bare.partition(".")[0] for name, bare in own.items()}
+    trunk, _ = Counter(first.values()).most_common(1)[0]
+    return {name for name, module in first.items() if module != trunk}
+
+
+def with_frozen(build_model: Callable[[], nn.Module], config: ModelConfig) -> Callable[[], nn.Module]:
+    """Return a builder of the same model, of which the frozen parameters need no gradient."""
 
     def build() -> nn.Module:
         model = build_model()
-        for name in frozen_names((name for name, _ in model.named_parameters()), patterns):
-            model.get_parameter(name).requires_grad_(False)
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        for name in frozen_names(parameters, config):
+            parameters[name].requires_grad_(False)
         return model
 
     return build

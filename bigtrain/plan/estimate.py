@@ -82,19 +82,20 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
     Raises:
         ConfigError: a Hugging Face model, which is built on the meta device, cannot be read.
     """
-    if model.kind is ModelKind.native and not model.freeze:
+    if model.kind is ModelKind.native and not (model.freeze or model.adapter):
         return model_sizes(model), model
     import torch
 
     from bigtrain.models import build_model
+    from bigtrain.models.adapters import plain_name
     from bigtrain.models.construction import find_stacks
     from bigtrain.models.freeze import frozen_names
 
     with torch.device("meta"):
         built = build_model(model)
-    parameters = dict(built.named_parameters())
-    frozen = sum(parameters[name].numel() for name in frozen_names(parameters, model.freeze))
-    if model.kind is ModelKind.native:
+    parameters = {plain_name(name): parameter for name, parameter in built.named_parameters()}
+    frozen = sum(parameters[name].numel() for name in frozen_names(parameters, model))
+    if model.kind is ModelKind.native and not model.adapter:
         return dataclasses.replace(model_sizes(model), frozen=frozen), model
     total = sum(p.numel() for p in built.parameters())
     blocks = [block for stack in find_stacks(built) for block in stack]
@@ -109,6 +110,8 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
         largest=max(matrices, default=0),
         frozen=frozen,
     )
+    if model.kind is ModelKind.native:
+        return sizes, model
     if model.kind is ModelKind.own or not is_language_model(model):
         return sizes, None
     return sizes, native_shape(built.causal_lm.config.get_text_config())

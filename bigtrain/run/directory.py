@@ -353,6 +353,8 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
     # A setting that did not exist when the checkpoint was saved had its default.
     old, new = to_dict(ModelConfig()) | saved.get("model", {}), to_dict(config.model)
     ignored = {"name", "pretrained", "architecture", "settings", "init_from", "dropout", "init_std", "freeze"}
+    if load is Load.weights and old["adapter"] is None:  # adapters are added to it
+        ignored.add("adapter")
     differences = [
         f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now"
         for key in new

@@ -1,5 +1,6 @@
 """What a run begins with, and frozen weights, which are filled from that: checkpoints hold their names and a hash."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -16,10 +17,11 @@ from bigtrain.checkpoint.store import Frozen, RunState, read_run_state
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.distributed.collectives import all_reduce_sum
-from bigtrain.engine.state import MODEL, Box, Entry, fill_box, whole_entry
+from bigtrain.engine.state import MODEL, Box, Entry, fill_weights, whole_entry
 from bigtrain.errors import CheckpointError, ConfigError, of_all_ranks, some
 from bigtrain.log import get_logger
 from bigtrain.models import build_initial_values, build_model
+from bigtrain.models.adapters import adapter_values, is_of_adapter, plain_name
 from bigtrain.models.freeze import frozen_names
 from bigtrain.models.hf.heads import is_of_head
 from bigtrain.models.hf.values import trunk_values
@@ -35,9 +37,9 @@ def parameters_of(entries: Mapping[str, Entry]) -> list[str]:
     return [key.removeprefix(MODEL) for key in entries if key.startswith(MODEL)]
 
 
-def describe_frozen(entries: Mapping[str, Entry], patterns: list[str]) -> Frozen | None:
+def describe_frozen(entries: Mapping[str, Entry], model: ModelConfig) -> Frozen | None:
     """Return what checkpoints say of frozen weights, which are in place; None if there are none. All ranks call this."""
-    names = frozen_names(parameters_of(entries), patterns)
+    names = frozen_names(parameters_of(entries), model)
     return Frozen(names, hash_of({MODEL + name: entries[MODEL + name] for name in names})) if names else None
 
 
@@ -102,6 +104,20 @@ def load_state(path: Path, entries: Mapping[str, Entry], *, some_only: bool = Fa
         )
 
 
+def load_weights(path: Path, entries: Mapping[str, Entry], config: TrainConfig) -> None:
+    """Fill weights from another run's checkpoint; adapters that it has not begin with their initial values.
+
+    All ranks call this. Raises CheckpointError as :func:`load_state`.
+    """
+    model, fresh = config.model, {}
+    if model.adapter and read_run_state(path).config["model"].get("adapter") is None:
+        fresh = {key: entry for key, entry in entries.items() if is_of_adapter(key)}
+        base, read = dataclasses.replace(model, adapter=None), functools.lru_cache(maxsize=1)(WeightReader(path).read)
+        stored = {key.removeprefix(MODEL): _OfRun(read, key) for key in entries.keys() - fresh.keys()}
+        fill_weights(fresh, adapter_values(model, functools.partial(build_model, base), stored, config.train.seed))
+    load_state(path, {key: entry for key, entry in entries.items() if key not in fresh})
+
+
 def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
     origin = state.origin.checkpoint if state.origin else None
     if origin is None:
@@ -110,10 +126,7 @@ def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
         if not model.pretrained:
             model = own_model(model, path.parent.parent)
         values = starting_values(model, config.train.seed)
-        with torch.no_grad():
-            for key, entry in frozen.items():
-                for box in entry.boxes:
-                    fill_box(values[key.removeprefix(MODEL)], entry.shape, box.offsets, box.view)
+        fill_weights(frozen, values)
     elif Path(origin).is_dir():
         load_state(Path(origin), frozen, some_only=True)
     else:
@@ -139,7 +152,7 @@ class WeightReader:
         if state.frozen:
             model = own_model(from_dict(TrainConfig, state.config).model, path.parent.parent)
             with torch.device("meta"):
-                shapes = {name: p.shape for name, p in build_model(model).named_parameters()}
+                shapes = {plain_name(name): p.shape for name, p in build_model(model).named_parameters()}
             self._frozen = {MODEL + name: torch.empty(shapes[name]) for name in state.frozen.names}
             load_state(path, {key: whole_entry(tensor) for key, tensor in self._frozen.items()})
         self.keys = [*self._stored.records, *self._frozen]
@@ -173,6 +186,10 @@ def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:
         CheckpointError: no whole checkpoint.
         ConfigError: the trunk is another one.
     """
+    if model.adapter:
+        base = dataclasses.replace(model, adapter=None)
+        values = starting_values(base, seed)
+        return values | adapter_values(model, functools.partial(build_model, base), values, seed)
     if model.kind is not ModelKind.hf or not model.init_from:
         return build_initial_values(model, seed)
     if not is_run(model.init_from):

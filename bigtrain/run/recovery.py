@@ -39,7 +39,7 @@ from bigtrain.run.directory import (
     write_run_files,
     writing,
 )
-from bigtrain.run.frozen import load_state, parameters_of, starting_values
+from bigtrain.run.frozen import load_state, load_weights, parameters_of, starting_values
 from bigtrain.run.standing import explain_end, why_ended
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.supervise.launch import Launch
@@ -180,7 +180,9 @@ def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> 
     if start.weights_only:
         clear_optimizer(engine.state)
         entries = {key: entry for key, entry in entries.items() if key.startswith(MODEL)}
-    load_state(start.checkpoint, entries)
+        load_weights(start.checkpoint, entries, config)
+    else:
+        load_state(start.checkpoint, entries)
     engine.state.commit()
     state = start.read_state()
     return state.cursor if state else Cursor()
@@ -191,7 +193,7 @@ def _require_same_frozen(config: TrainConfig, names: list[str], start: Start) ->
     if (state := start.read_state()) is None:
         return
     before = set(state.frozen.names) if state.frozen else set()
-    now = set(frozen_names(names, config.model.freeze))
+    now = set(frozen_names(names, config.model))
     is_own = start.checkpoint.parent == checkpoints_directory(config.run.directory)
     if changed := (before ^ now if is_own else before - now):
         raise of_all_ranks(

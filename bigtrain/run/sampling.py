@@ -15,6 +15,7 @@ from bigtrain.engine.wrap import materialise
 from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
+from bigtrain.models.adapters import plain_name
 from bigtrain.models.generation import generate
 from bigtrain.models.own import Uncached
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
@@ -54,7 +55,7 @@ def sample_run(
     with torch.device("meta"):
         model = build_model(config.model)
     materialise(model, device)
-    load_state(checkpoint, {MODEL + name: whole_entry(p) for name, p in model.named_parameters()})
+    load_state(checkpoint, {MODEL + plain_name(name): whole_entry(p) for name, p in model.named_parameters()})
     if config.model.kind is ModelKind.own:
         model = Uncached(model, config.model)
     model.eval()

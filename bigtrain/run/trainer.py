@@ -200,7 +200,7 @@ def _train_run(config: TrainConfig, info: RankInfo, device: torch.device, launch
     launch.supervise(broadcast_json(uuid.uuid4().hex[:12]), info.local_rank, partial(save_hang, directory), cache)
     engine = build_engine(config, lambda: build_model(model), info=info, device=device)
     fill_state(config, engine, start, info)
-    frozen = describe_frozen(engine.state.entries, config.model.freeze)
+    frozen = describe_frozen(engine.state.entries, config.model)
     parts = Run(
         config=config,
         directory=directory,

@@ -120,6 +120,7 @@ class TaskModel(nn.Module):
 def canonical_name(name: str) -> str:
     """Return the name within the network of a parameter of a wrapped :class:`TaskModel`."""
     name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    name = name.replace(".base_layer.", ".")  # of peft, around a layer with an adapter
     return name.removeprefix("module.").removeprefix("network.")
 
 

@@ -1,0 +1,153 @@
+"""Low-rank adapters beside the linear layers of a network, by peft; the network's own weights are frozen.
+
+Parameters of an adapted layer ``x`` are ``x.weight``, as without adapters, and ``x.lora_A.default.weight`` and so on.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import AdapterConfig, AdapterKind, ModelConfig
+from bigtrain.errors import ConfigError, some
+from bigtrain.log import quiet_torchao
+from bigtrain.models.construction import find_stacks
+from bigtrain.models.init import BLOCK_ELEMENTS, InitialValue
+from bigtrain.models.programs import Program, Recorder
+
+_MAGNITUDE = ".lora_magnitude_vector.default.weight"
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter without what peft puts around an adapted layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Return whether a parameter belongs to an adapter."""
+    return ".lora_" in name
+
+
+def peft_config(config: AdapterConfig, modules: list[str]) -> Any:
+    """Return peft's configuration of adapters beside ``modules``."""
+    quiet_torchao()
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.kind is AdapterKind.dora,
+        target_modules="|".join(map(re.escape, modules)),
+        fan_in_fan_out=False,
+    )
+
+
+def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
+    """Add adapters to a network with parameters on the meta device, in place.
+
+    Raises:
+        ConfigError: a pattern matches no linear layer of the network.
+    """
+    settings = peft_config(config, adapted_modules(network, config))
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(settings, network)
+    network.requires_grad_(True)  # what is frozen is said elsewhere
+
+
+def adapted_modules(network: nn.Module, config: AdapterConfig) -> list[str]:
+    """Return the linear layers that ``config.targets`` names, by default all those in the network's blocks.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    linear = {name: bare(name) for name, module in network.named_modules() if _is_linear(module)}
+    if not config.targets:
+        in_blocks = {layer for stack in find_stacks(network) for layer in stack.modules()}
+        return [name for name, module in network.named_modules() if name in linear and module in in_blocks]
+    for pattern in config.targets:
+        if not any(fnmatchcase(name, pattern) for name in linear.values()):
+            raise ConfigError(
+                f"model.adapter.targets: {pattern!r} matches no linear layer of this model, which has "
+                f"{some(list(linear.values()), 8)}"
+            )
+    return [name for name, own in linear.items() if any(fnmatchcase(own, pattern) for pattern in config.targets)]
+
+
+def bare(name: str) -> str:
+    """Return a name as it is in the model of transformers itself."""
+    return name.removeprefix("causal_lm.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def adapter_values(
+    config: ModelConfig, build: Callable[[], nn.Module], base: Mapping[str, InitialValue], seed: int
+) -> dict[str, InitialValue]:
+    """Return the initial value of every parameter of the adapters, as peft draws them: such that they change nothing.
+
+    Args:
+        config: of the model.
+        build: builds the network without adapters.
+        base: initial values of the network, of which DoRA takes the norms of rows.
+        seed: of the run.
+    """
+    with torch.device("meta"):
+        network = build()
+        with Recorder() as recorder, torch.no_grad():
+            add_adapters(network, config.adapter)
+    values: dict[str, InitialValue] = {}
+    for name, parameter in network.named_parameters():
+        if name.endswith(_MAGNITUDE):
+            layer = name.removesuffix(_MAGNITUDE)
+            weight = network.get_submodule(layer).get_base_layer().weight
+            values[name] = RowNorms(base[f"{layer}.weight"], *weight.shape)
+        elif is_of_adapter(name):
+            values[name] = Program(recorder.of(parameter), seed, name)
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class RowNorms:
+    """The Euclidean norm of each row of a matrix; an :class:`bigtrain.models.init.InitialValue`."""
+
+    matrix: InitialValue
+    num_rows: int
+    num_columns: int
+
+    def fill(self, start: int, out: Tensor) -> None:
+        rows = max(1, BLOCK_ELEMENTS // self.num_columns)
+        for first in range(0, len(out), rows):
+            part = out[first : first + rows]
+            buffer = torch.empty(len(part) * self.num_columns)
+            self.matrix.fill((start + first) * self.num_columns, buffer)
+            part.copy_(torch.linalg.norm(buffer.view(len(part), -1), dim=1))
+
+
+def merged(network: nn.Module, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    """Return a weight of the network with its adapter merged into it, fp32, as peft merges.
+
+    Args:
+        network: with adapters, on the meta device.
+        name: of the weight, without adapters.
+        read: returns a parameter by its name.
+    """
+    layer_name, _, attribute = name.rpartition(".")
+    layer = network.get_submodule(layer_name)
+    if attribute != "weight" or not hasattr(layer, "merge"):
+        return read(name)
+    layer = copy.deepcopy(layer).to_empty(device="cpu")
+    with torch.no_grad():
+        for own, parameter in layer.named_parameters():
+            parameter.copy_(read(plain_name(f"{layer_name}.{own}")))
+    layer.merge()
+    return layer.get_base_layer().weight.detach()
