@@ -5,7 +5,8 @@
 
 Small models (``small_configs.py``) in fp32 without dropout: ours on two ranks, Trainer in one process that accumulates
 two micro-batches, each with AdamW at a constant rate. The order is our loader's, and so are the ids of texts; ids and
-labels of chats are those of transformers' ``apply_chat_template``. Trainer shifts the labels by itself.
+labels of chats are those of transformers' ``apply_chat_template``. Trainer shifts the labels by itself. Adapters are
+peft's in both, and begin alike.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -26,7 +27,7 @@ from trainer_losses import STEPS, WORLD_SIZE, our_losses, prepare, trainer_losse
 from bigtrain.config import EngineKind
 from bigtrain.errors import ConfigError
 
-MODELS = ("gpt2", "llama", "mamba", "llama with chats")
+MODELS = ("gpt2", "llama", "mamba", "llama with chats", "llama with adapters", "gpt2 with adapters")
 TOLERANCE = 1e-4
 
 
@@ -38,8 +39,8 @@ def compare(model: str, engine: EngineKind) -> tuple[list[float], list[float]]:
     """
     with tempfile.TemporaryDirectory(prefix="same-") as temporary:
         directory = Path(temporary)
-        family, _, chats = model.partition(" with ")
-        call(prepare, 1, family, bool(chats), directory)
+        family, _, what = model.partition(" with ")
+        call(prepare, 1, family, what, directory)
         (ours, refusal), (theirs, _) = (
             call(our_losses, WORLD_SIZE, directory, engine),
             call(trainer_losses, 1, directory),

@@ -12,11 +12,23 @@ from small_runs import batches, run_config, run_losses, write_models
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from bigtrain.config import Content, DataConfig, DataSource, EngineKind, Packing, TrainConfig, TrainingConfig
+from bigtrain.config import (
+    AdapterConfig,
+    Content,
+    DataConfig,
+    DataSource,
+    EngineKind,
+    Packing,
+    TrainConfig,
+    TrainingConfig,
+)
+from bigtrain.models.adapters import is_of_adapter
+from bigtrain.run.frozen import starting_values
 from bigtrain.tasks.base import IGNORE_INDEX
 
 STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 48
 NUM_DOCUMENTS = 200
+ADAPTERS = "adapters"
 CHAT_TEMPLATE = """\
 <s>{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>\
 {% generation %}{{ message.content }}<|end|>{% endgeneration %}\
@@ -24,9 +36,12 @@ CHAT_TEMPLATE = """\
 SPECIAL_TOKENS = ["<s>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def prepare(family: str, with_chats: bool, directory: Path) -> None:
-    """Write ``pretrained/``, and ``text.jsonl`` or, with a tokenizer beside the model, ``chats.jsonl``."""
+def prepare(family: str, what: str, directory: Path) -> None:
+    """Write ``pretrained/``, and ``text.jsonl`` or, with a tokenizer beside the model, ``chats.jsonl``; say of adapters."""
     write_models(family, {}, directory)
+    with_chats = what == "chats"
+    if what == "adapters":
+        (directory / ADAPTERS).touch()
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(50)]
     texts = (" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(NUM_DOCUMENTS))
@@ -105,8 +120,24 @@ def trainer_losses(directory: Path) -> list[float]:
         disable_tqdm=True,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32)
+    if config.model.adapter:
+        model = with_same_adapters(model, config)
     Recording(model=model, args=arguments, train_dataset=samples).train()
     return [first + second for first, second in zip(losses[::2], losses[1::2], strict=True)]
+
+
+def with_same_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """Return peft's model with the adapters of a run, and the values that they begin with."""
+    from peft import LoraConfig, get_peft_model
+
+    adapter, values = config.model.adapter, starting_values(config.model, config.train.seed)
+    layers = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, layers)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(trained) == sum(map(is_of_adapter, values)), "the same layers"
+    for name, parameter in trained.items():
+        values[f"causal_lm.{name.removeprefix('base_model.model.')}"].fill(0, parameter.data.view(-1))
+    return wrapped
 
 
 def list_samples(config: TrainConfig) -> list[dict[str, Tensor]]:
@@ -155,4 +186,8 @@ def configuration(directory: Path, engine: EngineKind, *, world_size: int) -> Tr
     else:
         data.path, data.tokenizer = str(directory / "text.jsonl"), "bytes"
     train = TrainingConfig(steps=STEPS, global_batch_size=BATCH)
-    return run_config(directory, "pretrained", engine, data, train, world_size=world_size)
+    config = run_config(directory, "pretrained", engine, data, train, world_size=world_size)
+    if (directory / ADAPTERS).exists():
+        config.model.adapter = AdapterConfig(rank=4, alpha=8)
+        config.optimizer.lr = 1e-2
+    return config

@@ -21,6 +21,8 @@ class ExportConfig:
     """Directory to be made; it must not exist."""
     dtype: Precision = Precision.fp32
     """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
+    merge: bool = True
+    """Merge adapters into the weights; false writes them alone, as peft opens them beside their base."""
     max_shard_gb: Annotated[float, Bound(gt=0)] = 4.0
     """Largest file of weights in gigabytes (10^9 bytes), unless a single tensor is larger."""
     wandb: WandbMode = WandbMode.disabled
@@ -51,7 +53,11 @@ def run(config: ExportConfig) -> int:
     log.setup(hydra_cli.rank())
     out = Path(config.out)
     exported = export(
-        Path(config.checkpoint), out, precision=config.dtype, max_shard_bytes=int(config.max_shard_gb * 1e9)
+        Path(config.checkpoint),
+        out,
+        precision=config.dtype,
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+        merge=config.merge,
     )
     print(f"checkpoint  {exported.checkpoint}")
     print(f"weights     {exported.num_parameters:,} numbers in {config.dtype.name}")

@@ -17,7 +17,7 @@ from bigtrain.config import AdapterConfig, AdapterKind, ModelConfig
 from bigtrain.errors import ConfigError, some
 from bigtrain.log import quiet_torchao
 from bigtrain.models.construction import find_stacks
-from bigtrain.models.init import BLOCK_ELEMENTS, InitialValue
+from bigtrain.models.init import InitialValue
 from bigtrain.models.programs import Program, Recorder
 
 _MAGNITUDE = ".lora_magnitude_vector.default.weight"
@@ -110,7 +110,8 @@ def adapter_values(
         if name.endswith(_MAGNITUDE):
             layer = name.removesuffix(_MAGNITUDE)
             weight = network.get_submodule(layer).get_base_layer().weight
-            values[name] = RowNorms(base[f"{layer}.weight"], *weight.shape)
+            is_transposed = not isinstance(network.get_submodule(layer).get_base_layer(), nn.Linear)
+            values[name] = RowNorms(base[f"{layer}.weight"], weight.shape, is_transposed=is_transposed)
         elif is_of_adapter(name):
             values[name] = Program(recorder.of(parameter), seed, name)
     return values
@@ -118,19 +119,17 @@ def adapter_values(
 
 @dataclass(frozen=True, slots=True)
 class RowNorms:
-    """The Euclidean norm of each row of a matrix; an :class:`bigtrain.models.init.InitialValue`."""
+    """The Euclidean norm of the weights of each output; an :class:`bigtrain.models.init.InitialValue`."""
 
     matrix: InitialValue
-    num_rows: int
-    num_columns: int
+    shape: torch.Size
+    is_transposed: bool  # whether outputs are columns
 
     def fill(self, start: int, out: Tensor) -> None:
-        rows = max(1, BLOCK_ELEMENTS // self.num_columns)
-        for first in range(0, len(out), rows):
-            part = out[first : first + rows]
-            buffer = torch.empty(len(part) * self.num_columns)
-            self.matrix.fill((start + first) * self.num_columns, buffer)
-            part.copy_(torch.linalg.norm(buffer.view(len(part), -1), dim=1))
+        whole = torch.empty(self.shape.numel(), device="cpu")
+        self.matrix.fill(0, whole)
+        norms = torch.linalg.norm(whole.view(self.shape), dim=0 if self.is_transposed else 1)
+        out.copy_(norms[start : start + len(out)])
 
 
 def merged(network: nn.Module, name: str, read: Callable[[str], Tensor]) -> Tensor:

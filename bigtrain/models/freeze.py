@@ -40,10 +40,10 @@ def _matching(own: Mapping[str, str], patterns: Sequence[str], setting: str) -> 
 
 
 def _of_head(own: Mapping[str, str]) -> set[str]:
-    """Return the parameters beside the trunk, which is the module with the most of them."""
+    """Return the parameters that may be fresh: those beside the trunk, the module with the most of them, and its pooler."""
     first = {name: bare.partition(".")[0] for name, bare in own.items()}
     trunk, _ = Counter(first.values()).most_common(1)[0]
-    return {name for name, module in first.items() if module != trunk}
+    return {name for name, module in first.items() if module != trunk or ".pooler." in name}
 
 
 def with_frozen(build_model: Callable[[], nn.Module], config: ModelConfig) -> Callable[[], nn.Module]:

@@ -1,5 +1,6 @@
 """Export of a checkpoint as a directory of transformers."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -32,6 +33,7 @@ from bigtrain.models.hf.heads import HFNetwork
 from bigtrain.models.hf.load import stored_buffers
 from bigtrain.models.hf.native import HFTensor, hf_config, hf_tensors
 from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, own_model
+from bigtrain.run.export_adapter import ADAPTER_CONFIG, MergedWeights, adapter_description, adapter_tensors
 from bigtrain.run.frozen import WeightReader
 from bigtrain.run.inputs import label_names
 
@@ -65,7 +67,7 @@ class Exported:
     has_tokenizer: bool  # false for synthetic data
 
 
-def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int) -> Exported:
+def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int, merge: bool = True) -> Exported:
     """Write ``out`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``, one tensor at a time.
 
     A published tokenizer and the configuration of a Hugging Face model are copied byte for byte where the run has not
@@ -76,6 +78,7 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         out: directory to be made; it appears when it is complete.
         precision: of the weights.
         max_shard_bytes: largest file of weights, unless a single tensor is larger.
+        merge: merge adapters into the weights; otherwise they are written alone, for peft.
 
     Raises:
         CheckpointError: no checkpoint verifies.
@@ -94,13 +97,17 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int)
         )
     tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
     describe = _native if model.kind is ModelKind.native else _hugging_face
+    if not merge:
+        if model.adapter is None:
+            raise ConfigError(f"merge=false: {run} has no adapters to write alone; leave it out")
+        describe = _adapter
     parts, descriptions = describe(config, run, checkpoint, DTYPES[precision], tokenizer)
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
         for name, content in descriptions.items():
             write_durably(partial / name, [memoryview(content)])
-        _write_weights(partial, parts, max_shard_bytes)
+        _write_weights(partial, parts, max_shard_bytes, "model" if merge else "adapter_model")
         if tokenizer:
             _write_tokenizer(run, partial, tokenizer, config)
         sync(partial)
@@ -121,8 +128,9 @@ def _native(
 ) -> tuple[list[Part], dict[str, bytes]]:
     """Return the tensors of a native model and the files that describe it."""
     model = run_config.model
-    reader = WeightReader(checkpoint)
-    read = functools.lru_cache(maxsize=1)(reader.read)  # query, key and value are parts of one tensor
+    read = functools.lru_cache(maxsize=1)(
+        _whole_weights(model, checkpoint).read
+    )  # query, key and value are parts of one tensor
 
     def part(tensor: HFTensor) -> Part:
         return Part(tensor.name, tensor.shape, dtype, lambda: tensor.cut_from(read(MODEL + tensor.native)))
@@ -139,7 +147,7 @@ def _hugging_face(
     model = run_config.model
     own = own_model(model, run)
     with torch.device("meta"):
-        built = build_model(own)
+        built = build_model(dataclasses.replace(own, adapter=None))
     published = published_directory(own.name, list(DESCRIPTION_FILES))
     files = {name: (published / name).read_bytes() for name in DESCRIPTION_FILES if (published / name).is_file()}
     architecture = type(built.causal_lm).__name__
@@ -150,7 +158,23 @@ def _hugging_face(
         if GENERATION in files:
             files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
     files[CONFIG] = _json(config | _of_labels(own, run_config.task.kind, label_names(run)) | _padding(own, built))
-    return list(_disk_parts(built, WeightReader(checkpoint), dtype)), files
+    return list(_disk_parts(built, _whole_weights(own, checkpoint), dtype)), files
+
+
+def _adapter(
+    run_config: TrainConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+) -> tuple[list[Part], dict[str, bytes]]:
+    """Return the tensors of a run's adapters and the file by which peft puts them beside their base."""
+    model = own_model(run_config.model, run)
+    tensors = adapter_tensors(WeightReader(checkpoint), model)
+    described = adapter_description(tensors, model, read_run_state(checkpoint).origin)
+    parts = [Part(name, tuple(t.shape), dtype, functools.partial(tensors.get, name)) for name, t in tensors.items()]
+    return parts, {ADAPTER_CONFIG: _json(described)}
+
+
+def _whole_weights(model: ModelConfig, checkpoint: Path) -> WeightReader | MergedWeights:
+    reader = WeightReader(checkpoint)
+    return MergedWeights(reader, model) if model.adapter else reader
 
 
 def _of_labels(model: ModelConfig, task: str, names: list[str]) -> dict[str, Any]:
@@ -169,7 +193,9 @@ def _padding(model: ModelConfig, built: HFCausalLM | HFNetwork) -> dict[str, Any
     return {"pad_token_id": built.causal_lm.config.get_text_config().pad_token_id} if is_read_at_end else {}
 
 
-def _disk_parts(model: HFCausalLM | HFNetwork, reader: WeightReader, dtype: torch.dtype) -> Iterator[Part]:
+def _disk_parts(
+    model: HFCausalLM | HFNetwork, reader: WeightReader | MergedWeights, dtype: torch.dtype
+) -> Iterator[Part]:
     """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
     prefix = f"{MODEL}causal_lm."
     parameters = [key.removeprefix(prefix) for key in reader.keys if key.startswith(prefix)]
@@ -262,20 +288,20 @@ def _name(dtype: torch.dtype) -> str:
 # How it is written
 
 
-def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int) -> None:
+def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int, name: str) -> None:
     """Write the tensors into files with the names that transformers gives them."""
     by_name = {part.name: part for part in parts}
     split = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda part: part.num_bytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=f"{name}{{suffix}}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
         _write_safetensors(directory / file, [by_name[name] for name in names])
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_durably(directory / "model.safetensors.index.json", [memoryview(_json(index))])
+        write_durably(directory / f"{name}.safetensors.index.json", [memoryview(_json(index))])
 
 
 def _write_safetensors(path: Path, parts: list[Part]) -> None:

@@ -83,3 +83,25 @@ def test_a_masked_language_model_is_exported_with_its_mask(place):
     export(place / "masked", place / "mask", precision=Precision.fp32, max_shard_bytes=2**30)
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "mask")
     assert tokenizer.mask_token == "[MASK]" and tokenizer.mask_token_id == 257
+
+
+def test_adapters_train_a_fresh_head_too_and_peft_opens_both(place):
+    peft = pytest.importorskip("peft")
+    labelled = ["data=jsonl", "data.content=labelled", f"data.path={place}/rows.jsonl", "data.tokenizer=bytes"]
+    task = ["task=classification", "task.num_labels=3", f"model.init_from={place}/masked", "+adapter=lora"]
+    bigtrain.train(
+        *(*BERT, *RUN, f"data.root={place}/data", f"run.root={place}", *labelled, *task),
+        *("run.name=adapted", "train.steps=3", "optimizer.lr=1e-2", "scheduler.warmup_steps=0"),
+    )
+    options = {"precision": Precision.fp32, "max_shard_bytes": 2**30}
+    export(place / "masked", place / "trunk", **options)
+    export(place / "adapted", place / "merged", **options)
+    export(place / "adapted", place / "adapter", merge=False, **options)
+    classifier = transformers.AutoModelForSequenceClassification
+    merged = classifier.from_pretrained(place / "merged").eval()
+    opened = peft.PeftModel.from_pretrained(
+        classifier.from_pretrained(place / "trunk", num_labels=3), str(place / "adapter")
+    ).eval()
+    ids = torch.arange(3, 27).reshape(2, 12)
+    with torch.no_grad():
+        assert (merged(ids).logits - opened(ids).logits).abs().max() <= 1e-5

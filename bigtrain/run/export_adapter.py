@@ -1,0 +1,104 @@
+"""Export of a run's adapters alone, in the form of peft, beside the base that they were trained on."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from bigtrain.checkpoint.store import Origin
+from bigtrain.config import AdapterConfig, Head, ModelConfig, ModelKind
+from bigtrain.engine.state import MODEL
+from bigtrain.models import build_model
+from bigtrain.models.adapters import adapted_modules, bare, is_of_adapter, merged, peft_config
+from bigtrain.models.freeze import frozen_names
+from bigtrain.models.hf.native import Family, HFTensor, family_of, hf_tensors
+from bigtrain.run.frozen import WeightReader
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TASKS = {
+    Head.causal_lm: "CAUSAL_LM",
+    Head.sequence_classification: "SEQ_CLS",
+    Head.token_classification: "TOKEN_CLS",
+    Head.seq2seq_lm: "SEQ_2_SEQ_LM",
+}
+
+
+class MergedWeights:
+    """Whole weights of a checkpoint, with its adapters merged into them."""
+
+    def __init__(self, reader: WeightReader, model: ModelConfig) -> None:
+        self._reader = reader
+        with torch.device("meta"):
+            self._network = build_model(model)
+        self.keys = [key for key in reader.keys if not is_of_adapter(key)]
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return a tensor on the CPU."""
+        return merged(self._network, key.removeprefix(MODEL), lambda name: self._reader.read(MODEL + name))
+
+
+def adapter_tensors(reader: WeightReader, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Return the tensors of peft's file: factors and magnitudes, and what else was trained, by their names there."""
+    names = [key.removeprefix(MODEL) for key in reader.keys if key.startswith(MODEL)]
+    frozen = set(frozen_names(names, model))
+    trained = {name: reader.read(MODEL + name) for name in names if name not in frozen}
+    return {_PREFIX + _in_file(name): tensor for name, tensor in _as_published(trained, model)}
+
+
+def _in_file(name: str) -> str:
+    is_magnitude = ".lora_magnitude_vector." in name
+    return name.replace(".default.weight", "" if is_magnitude else ".weight") if is_of_adapter(name) else name
+
+
+def _as_published(trained: Mapping[str, torch.Tensor], model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield trained tensors under the names of transformers; stacked native projections share their first factor."""
+    if model.kind is ModelKind.hf:
+        yield from ((name.removeprefix("causal_lm."), tensor) for name, tensor in trained.items())
+        return
+    for published in hf_tensors(model):
+        if published.native in trained:
+            yield published.name, published.cut_from(trained[published.native])
+        layer = f"{published.native.removesuffix('.weight')}.lora_"
+        for name, tensor in trained.items():
+            if name.startswith(layer) and published.native.endswith(".weight"):
+                rows = slice(published.first_row, published.first_row + _num_outputs(published))
+                suffix = name.removeprefix(layer)
+                yield (
+                    f"{published.name.removesuffix('.weight')}.lora_{suffix}",
+                    tensor if suffix.startswith("A.") else tensor[rows],
+                )
+
+
+def _linear_layers(model: ModelConfig) -> list[str]:
+    """Return the names in transformers of all linear layers of the base."""
+    if model.kind is ModelKind.hf:
+        with torch.device("meta"):
+            network = build_model(dataclasses.replace(model, adapter=None))
+        return [bare(name) for name in adapted_modules(network, AdapterConfig(targets=["*"]))]
+    matrices = [tensor.name for tensor in hf_tensors(model) if len(tensor.shape) == 2]
+    return [name.removesuffix(".weight") for name in matrices]
+
+
+def _num_outputs(published: HFTensor) -> int:
+    return published.shape[1] if published.is_transposed else published.shape[0]
+
+
+def adapter_description(
+    tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: Origin | None
+) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` for ``tensors`` of :func:`adapter_tensors` and the run's origin."""
+    layers = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors if is_of_adapter(name)})
+    others = sorted({name.removeprefix(_PREFIX).rpartition(".")[0] for name in tensors if not is_of_adapter(name)})
+    last = sorted({layer.rpartition(".")[2] for layer in layers})
+    covers = all(layer in layers for layer in _linear_layers(model) if layer.rpartition(".")[2] in last)
+    described = peft_config(model.adapter, layers).to_dict() | {
+        "target_modules": last if covers else layers,
+        "modules_to_save": others or None,
+        "fan_in_fan_out": model.kind is ModelKind.native and family_of(model) is Family.gpt2,
+        "base_model_name_or_path": (origin and (origin.published or origin.checkpoint)) or model.name,
+        "task_type": _TASKS.get(model.head),
+        "inference_mode": True,
+    }
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items()}
