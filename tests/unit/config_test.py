@@ -48,7 +48,7 @@ def problems(*, world_size: int = 1, local_world_size: int = 1, **values: Any) -
 
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in (REPOSITORY / "configs").glob("*/*.yaml"))
 CHOICES = [choice for choice in CHOICES if not choice.startswith("cluster=")]  # of another schema
-PLAIN_CHOICES = [choice for choice in CHOICES if not choice.startswith(("model=", "experiment="))]
+PLAIN_CHOICES = [choice for choice in CHOICES if not choice.startswith(("model=", "adapter=", "experiment="))]
 
 
 # Dataclasses
@@ -408,7 +408,7 @@ def test_a_prompt_may_be_empty():
 
 def test_every_whole_number_has_bounds():
     keys = [key for key, hint in key_types(TrainConfig).items() if hint in (int, int | None) and "*" not in key]
-    scaling = {"model": {"rope_scaling": {"factor": 8.0}}}
+    scaling = {"model": {"rope_scaling": {"factor": 8.0}, "adapter": {}}}
     for key in keys:
         for number, bound in ((10**20, r"at most \d+"), (-1, r"at least \d+")):
             config = from_dict(TrainConfig, scaling)
