@@ -72,6 +72,11 @@ def cases():
     yield Case(EngineKind.zero2, 5, 2)
 
 
+def is_slow(case):
+    """At four ranks only what needs them is computed always: HSDP with two groups, and the widest world of accelerate."""
+    return case.world_size == 4 and case.engine not in (EngineKind.hsdp, EngineKind.accelerate)
+
+
 def wrapped_type(case):
     if case.engine is EngineKind.accelerate:
         return "DeepSpeedEngine" if case.environ else "DistributedDataParallel"
@@ -105,9 +110,11 @@ def reference():
     return compute(gate_config(), Case(EngineKind.ddp, 1, GLOBAL_BATCH_SIZE))
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if is_slow(c) else ()) for c in cases()], ids=str
+)
 def test_fp32_agrees_with_one_process(case, computed, reference):
-    trajectory = computed(gate_config(), case, list(cases()))
+    trajectory = computed(gate_config(), case, [c for c in cases() if is_slow(c) == is_slow(case)])
     assert trajectory.wrapped_type == wrapped_type(case)
     difference = compare(trajectory, reference)
     print(case, difference)
@@ -126,7 +133,6 @@ OPTIONS = [
     ("zero2", {"activation_checkpointing": "full", "offload": "cpu"}),
     ("zero3", {"activation_checkpointing": "full", "activation_checkpointing_every": 2, "offload": "cpu"}),
     ("zero3", {"activation_checkpointing": "selective"}),
-    ("ddp", {"compile": True}),
     ("fsdp", {"compile": True, "activation_checkpointing": "selective", "prefetch_blocks": 2}),
 ]
 

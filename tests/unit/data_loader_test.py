@@ -79,7 +79,7 @@ def test_a_step_has_tokens_and_shifted_targets():
         assert torch.equal(batch["targets"], batch["tokens"] + 1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(topology=topologies(), num_tokens=st.integers(T + 1, 400), first_step=st.integers(0, 1000))
 def test_the_global_batch_is_the_same_for_any_topology(topology, num_tokens, first_step):
     global_batch_size, micro_batch_size, dp_size = topology

@@ -131,7 +131,7 @@ def rows_of(tensor):
     return [tuple(row) for row in tensor.tolist()]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(drawn=mixed_data(), data=st.data())
 def test_killed_and_resumed_anywhere_every_step_is_the_same(drawn, data):
     config, splits = drawn

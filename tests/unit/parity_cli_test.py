@@ -88,14 +88,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
         parity.run(parity.read(SMALL))
 
 
-def test_engines_that_agree_end_with_0(tmp_path: Path):
-    result = run(*SMALL, "engines=[ddp,fsdp]", "worlds=[2]", "data.synthetic_ragged=true", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    _, reference, row, verdict = result.stdout.splitlines()
+def test_engines_that_agree_end_with_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    code = parity.run(parity.read([*SMALL, "engines=[ddp,fsdp]", "worlds=[2]", "data.synthetic_ragged=true"]))
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    _, reference, row, verdict = out.splitlines()
     assert "DistributedDataParallel" in reference
     assert "FSDPModule" in row and row.endswith("agrees")
     assert verdict.startswith("all 1 cases agree with ddp world 2 micro 1 in fp32 over 3 steps")
-    assert "[1/1] fsdp world 2 micro 1 ... " in result.stderr
+    assert "[1/1] fsdp world 2 micro 1 ... " in err
     assert list(tmp_path.iterdir()) == []
 
 
