@@ -11,7 +11,7 @@ CONFIGS = next(place for place in (_PACKAGE / "configs", _PACKAGE.parent / "conf
 
 def groups(config_name: str = "train") -> dict[str, str | None]:
     """Return the config groups of ``configs/<config_name>.yaml``, with the option in its defaults list or None."""
-    found: dict[str, str | None] = {"experiment": None, "model": None}
+    found: dict[str, str | None] = dict.fromkeys(("adapter", "experiment", "model", "recipe"))
     for entry in yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]:
         if isinstance(entry, dict):
             found.update(entry)

@@ -15,6 +15,7 @@ import typing
 from enum import Enum
 from typing import Annotated, Any, TypeVar
 
+from bigtrain.config.foreign import OURS
 from bigtrain.errors import ConfigError
 
 T = TypeVar("T")
@@ -212,6 +213,9 @@ def nearest_key(key: str, valid: list[str]) -> str:
         last = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
         return (whole + last) / 2
 
+    ours = OURS.get(key.rpartition(".")[2].replace("-", "_"))
+    if ours in valid:
+        return f"here that is '{ours}'"
     best = max(valid, key=likeness)
     if likeness(best) >= 0.6:
         return f"did you mean '{best}'?"

@@ -24,6 +24,7 @@ from bigtrain.config.convert import (
     type_hints,
     value_problems,
 )
+from bigtrain.config.foreign import OURS
 from bigtrain.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def problems(*, world_size: int = 1, local_world_size: int = 1, **values: Any) -
 
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in (REPOSITORY / "configs").glob("*/*.yaml"))
 CHOICES = [choice for choice in CHOICES if not choice.startswith("cluster=")]  # of another schema
-PLAIN_CHOICES = [choice for choice in CHOICES if not choice.startswith(("model=", "adapter=", "experiment="))]
+PLAIN_CHOICES = [choice for choice in CHOICES if not choice.startswith(("model=", "adapter=", "experiment=", "recipe="))]
 
 
 # Dataclasses
@@ -539,3 +540,14 @@ def test_one_task_of_a_job_of_several_trains_by_itself(monkeypatch: pytest.Monke
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         hydra_cli.read_run(["+model=gpt_nano"])
+
+
+def test_names_of_other_programs_are_understood_in_errors():
+    assert set(OURS.values()) <= key_types(TrainConfig).keys() and not OURS.keys() & key_types(TrainConfig).keys()
+    for given, ours in (
+        ("per_device_train_batch_size=4", "train.micro_batch_size"),
+        ("+train.num_train_epochs=3", "train.epochs"),
+        ("lora_r=8", "model.adapter.rank"),
+    ):
+        with pytest.raises(ConfigError, match=f"unknown key; here that is '{ours}'"):
+            compose(given)
