@@ -30,7 +30,7 @@ from tests.distributed.ranks import ENGINES, small_config, start_engine, with_en
 from tests.faults import saves
 
 STEP = 3
-LAST_STEP = STEP + 10
+LAST_STEP = STEP + 5
 TRANSITIONS = [(2, 1), *(pytest.param(worlds, marks=pytest.mark.slow) for worlds in [(1, 2), (2, 4)])]
 VARIANTS = (*ENGINES, "fsdp offload", "zero2 offload", "zero3 offload")
 

@@ -1,9 +1,11 @@
 """Models of transformers train as transformers computes them: a sample of what ``benchmarks/families.py`` tries."""
 
+import importlib
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,33 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(script: str, *args: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *args]
-    result = subprocess.run(command, text=True, capture_output=True, timeout=600, check=False)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    assert not re.search("torchao|_pytree", result.stderr), "what transformers imports says nothing to a user"
-    return result.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function that calls a benchmark in this process, whose server of ranks has transformers already."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def call(name: str, *args: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *args])
+        code = importlib.import_module(name).main()
+        printed = capsys.readouterr().out
+        assert code == 0, printed
+        return printed
+
+    return call
 
 
-def test_families_from_weights_under_engines_that_shard_them(tmp_path: Path):
+def test_what_transformers_imports_says_nothing_to_a_user():
+    script = "import bigtrain.models.hf.build, transformers.models.llama.modeling_llama"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=200, check=True)
+    assert not re.search("torchao|_pytree", done.stderr), done.stderr
+
+
+def test_families_from_weights_under_engines_that_shard_them(run: Callable[..., str], tmp_path: Path):
     """A transformer that two blocks have in common; and an encoder, which is refused."""
     names = ["zamba", "bert (encoder)"]
     options = [f"--only={','.join(names)}", "--engines=fsdp,zero3", "--starts=pretrained"]
-    output = run("families.py", *options, f"--json={tmp_path / 'figures'}", f"--table={tmp_path / 'table.md'}")
+    output = run("families", *options, f"--json={tmp_path / 'figures'}", f"--table={tmp_path / 'table.md'}")
     figures = json.loads((tmp_path / "figures").read_text())
     assert figures["zamba"].keys() >= {"pretrained logits", "pretrained fsdp", "pretrained zero3", "export"}, output
     assert not figures["zamba"]["failed"] | figures["zamba"]["refused"], output
@@ -47,9 +63,9 @@ def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert relative_difference([nothing], [1.0]) == relative_difference([], [1.0]) == float("inf")
 
 
-def test_losses_are_those_of_transformers_trainer(tmp_path: Path):
+def test_losses_are_those_of_transformers_trainer(run: Callable[..., str], tmp_path: Path):
     """On chats as the tokenizer's template renders them."""
-    output = run("same_as_trainer.py", "--only=llama with chats", "--engine=zero1", f"--json={tmp_path / 'losses'}")
+    output = run("same_as_trainer", "--only=llama with chats", "--engine=zero1", f"--json={tmp_path / 'losses'}")
     losses = json.loads((tmp_path / "losses").read_text())["llama with chats"]
     assert len(losses["ours"]) == len(losses["trainer"]) == 20, output
     assert losses["difference"] <= 1e-4

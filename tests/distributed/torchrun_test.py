@@ -51,7 +51,7 @@ def test_two_agents_start_all_ranks_again_when_one_dies(tmp_path: Path):
     assert trajectory(run) == trajectory(tmp_path / "runs/whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_ranks_save_and_stop_when_torchrun_is_gone(tmp_path: Path, number: int):
     command = [program("torchrun"), "--standalone", "--nproc-per-node=2", TRAIN, *TRAINING, "train.steps=100000"]
     run = tmp_path / "runs/gpt_nano"
