@@ -2,23 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bigtrain.config import OF_RECORDS, DataConfig, DataSource, component_data
 from bigtrain.config.parts import instance
 from bigtrain.data.order.cursor import DataState
+from bigtrain.data.prepare.live import open_live
 from bigtrain.data.read.arrays import read_npz
-from bigtrain.data.read.corpus import Corpus, Split, SyntheticSplit, open_corpus
-from bigtrain.data.read.index import SPLITS, CorpusIndex
+from bigtrain.data.read.augment import Augmentation
+from bigtrain.data.read.corpus import Corpus, open_corpus
+from bigtrain.data.read.images import ImageSet
+from bigtrain.data.read.index import SPLITS
 from bigtrain.data.read.labels import require_labels
 from bigtrain.data.read.live import LiveParts, validation_split
+from bigtrain.data.read.packing import AnySplit, SyntheticSamples
+from bigtrain.data.read.records import RecordSplit, split_records
+from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.workers import Helpers
 from bigtrain.errors import DataError, some
-
-if TYPE_CHECKING:
-    from bigtrain.data.read.records import RecordSplit
-    from bigtrain.data.read.stream import SampleStream
-    from bigtrain.tasks.base import Objective
+from bigtrain.tasks.base import Objective
 
 
 def open_streams(
@@ -26,14 +28,14 @@ def open_streams(
     directories: Mapping[str, str | Path],
     *,
     vocab_size: int,
-    objective: "Objective | None" = None,
+    objective: Objective | None = None,
     seed: int,
     global_batch_size: int,
     validation_samples: int = 0,
     previous: DataState | None = None,
     sides: Sequence[str] = SPLITS,
     facts: Mapping[str, Any] | None = None,
-) -> dict[str, "SampleStream"]:
+) -> dict[str, SampleStream]:
     """Open both splits of all components as streams of samples.
 
     Args:
@@ -52,20 +54,18 @@ def open_streams(
         DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others; records
             do not fit the objective.
     """
-    from bigtrain.data.read.stream import SampleStream  # torch: those who only prepare do not wait for it
-
     parts = component_data(data)
     corpora = _open_corpora(parts, directories, vocab_size, objective)
     helpers = Helpers(data.prepare_processes)
     live = {
-        name: _open_live(Path(directories[name]), parts[name], corpus.index, helpers)
+        name: open_live(Path(directories[name]), parts[name], corpus.index, helpers)
         for name, corpus in corpora.items()
         if corpus.index.live
     }
     of_records = {name: part for name, part in parts.items() if part.source in OF_RECORDS}
     records = {n: _open_records(part, objective, directories.get(n), seed, facts) for n, part in of_records.items()}
 
-    def split(name: str, which: Any) -> "Split | LiveParts | RecordSplit":
+    def split(name: str, which: Any) -> AnySplit | LiveParts:
         if name in records:
             return records[name][which]
         if name in live and which == "validation":
@@ -73,8 +73,9 @@ def open_streams(
             return validation_split(live[name], num_tokens=num_tokens, sequence_length=data.sequence_length)
         if name in corpora:
             return live.get(name) or corpora[name].split(which)
-        # Those of different components hold different samples.
-        return SyntheticSplit(f"{name}/{which}" if data.mixture else which, vocab_size, parts[name].synthetic_ragged)
+        own_name = f"{name}/{which}" if data.mixture else which  # those of different components hold different samples
+        is_ragged = parts[name].synthetic_ragged
+        return SyntheticSamples(own_name, vocab_size, data.sequence_length, is_ragged, data.document_mask)
 
     def open_all(keeps_all: bool) -> dict[str, SampleStream]:
         streams = {}
@@ -106,7 +107,7 @@ def _open_corpora(
     parts: Mapping[str, DataConfig],
     directories: Mapping[str, str | Path],
     vocab_size: int,
-    objective: "Objective | None",
+    objective: Objective | None,
 ) -> dict[str, Corpus]:
     """Return the components of text, with one tokenizer and the labels that the objective needs."""
     texts = {name: directory for name, directory in directories.items() if parts[name].source not in OF_RECORDS}
@@ -121,21 +122,22 @@ def _open_corpora(
 
 def _open_records(
     data: DataConfig,
-    objective: "Objective",
+    objective: Objective,
     directory: str | Path | None,
     seed: int,
     facts: Mapping[str, Any] | None,
-) -> "dict[str, RecordSplit]":
+) -> dict[str, RecordSplit]:
     """Return both sides of a component of records; images are in ``directory``."""
-    from bigtrain.data.read.augment import Augmentation
-    from bigtrain.data.read.images import ImageSet
-    from bigtrain.data.read.records import split_records
-
     if data.source is DataSource.images:
         source: Any = ImageSet(Path(directory), Augmentation(data.augment, seed))
         if facts:
             source.normalise_like(facts)
-        _require_labels(source.index.label_names, objective, data)
+        names, num_labels = source.index.label_names, getattr(objective, "num_labels", None)
+        if num_labels is not None and num_labels < len(names):
+            raise DataError(
+                f"data.path={data.path}: has {len(names)} classes ({some(names, 4)}), but task.num_labels={num_labels}; set "
+                f"task.num_labels={len(names)}"
+            )
     elif data.source is DataSource.own:
         source = instance(data.path, data.settings, setting="data.path")
     else:
@@ -147,22 +149,6 @@ def _open_records(
         sequence_length=data.sequence_length,
         validation_fraction=data.validation_fraction,
     )
-
-
-def _require_labels(label_names: list[str], objective: "Objective", data: DataConfig) -> None:
-    """Refuse a task with fewer labels than the data has."""
-    num_labels = getattr(objective, "num_labels", None)
-    if num_labels is not None and num_labels < len(label_names):
-        raise DataError(
-            f"data.path={data.path}: has {len(label_names)} classes ({some(label_names, 4)}), but "
-            f"task.num_labels={num_labels}; set task.num_labels={len(label_names)}"
-        )
-
-
-def _open_live(directory: Path, data: DataConfig, index: CorpusIndex, helpers: Helpers) -> LiveParts:
-    from bigtrain.data.prepare.live import open_live  # who reads a corpus does without all that prepares one
-
-    return open_live(directory, data, index, helpers)
 
 
 def _label_names(corpora: Mapping[str, Corpus]) -> list[str]:

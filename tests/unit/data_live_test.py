@@ -31,7 +31,7 @@ from bigtrain.config import (
 )
 from bigtrain.config.check import check_data, ignored_settings
 from bigtrain.data.order.cursor import Cursor, chain_digest
-from bigtrain.data.prepare import live, sources
+from bigtrain.data.prepare import live, sources, survey
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.live import open_live
 from bigtrain.data.read import live as read_live
@@ -297,7 +297,7 @@ def test_far_parts_are_not_tokenised_for_validation(place, monkeypatch):
 
 def counted_work(monkeypatch):
     done, tokenise = [], live._tokenise
-    monkeypatch.setattr(live, "_tokenise", lambda task: done.append(task.name) or tokenise(task))
+    monkeypatch.setattr(live, "_tokenise", lambda *task: done.append(task[1]) or tokenise(*task))
     return done
 
 
@@ -496,7 +496,7 @@ def test_a_source_that_does_not_answer_is_waited_for(place, tmp_path, monkeypatc
     monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.002)
     config = config_in(place, cache_directory=str(tmp_path))
     expected = stream_of(config_in(place)).ids(0, 60).tolist()
-    calls, read_part = [], live.read_part
+    calls, read_part = [], survey.read_part
 
     def flaky(*args):
         calls.append(args)
@@ -505,7 +505,7 @@ def test_a_source_that_does_not_answer_is_waited_for(place, tmp_path, monkeypatc
                 raise UnreachableError("half a shard")
             yield document
 
-    monkeypatch.setattr(live, "read_part", flaky)
+    monkeypatch.setattr(survey, "read_part", flaky)
     assert stream_of(config).ids(0, 60).tolist() == expected and len(calls) > 8
     monkeypatch.setattr(remote, "NUM_ATTEMPTS", 2)
     with pytest.raises(DataError, match="half a shard; given up after 2 tries"):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from bigtrain.config import DataConfig
 from bigtrain.data.order.cursor import Cursor
-from bigtrain.data.read.corpus import SyntheticSplit, TokenSplit
+from bigtrain.data.read.corpus import TokenSplit
 from bigtrain.data.read.loader import TrainLoader, validation_batches
+from bigtrain.data.read.packing import SyntheticSamples
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.errors import DataError
 from bigtrain.tasks.base import IGNORE_INDEX
@@ -228,17 +229,18 @@ def test_validation_samples_are_spread_over_the_split():
 
 
 def test_synthetic_samples_are_a_function_of_their_id():
-    split = SyntheticSplit("train", 100, is_ragged=False)
-    windows = split.gather(np.arange(50), 16)
-    assert windows.shape == (50, 17) and windows.min() >= 0 and windows.max() < 100
-    assert np.array_equal(split.gather(np.array([7, 49]), 16), windows[[7, 49]])
-    assert not np.array_equal(SyntheticSplit("validation", 100, is_ragged=False).gather(np.arange(50), 16), windows)
-    assert len(np.unique(windows, axis=0)) == 50
-    assert split.counted_targets(np.arange(50), 16) is None
+    samples = SyntheticSamples("train", 100, 16)
+    whole = samples.gather(np.arange(50))
+    tokens = whole["tokens"]
+    assert tokens.shape == (50, 16) and tokens.min() >= 0 and whole["targets"].max() < 100
+    assert np.array_equal(whole["targets"][:, :-1], tokens[:, 1:]) and whole["targets"].min() >= 0
+    assert np.array_equal(samples.gather(np.array([7, 49]))["tokens"], tokens[[7, 49]])
+    assert not np.array_equal(SyntheticSamples("validation", 100, 16).gather(np.arange(50))["tokens"], tokens)
+    assert len(np.unique(tokens, axis=0)) == 50
 
 
 def test_ragged_targets_differ_per_sample_and_are_counted():
-    split = SyntheticSplit("train", 64, is_ragged=True)
+    split = SyntheticSamples("train", 64, T, is_ragged=True)
     (step,) = first_steps(split, 1, global_batch_size=64, micro_batch_size=8)
     counted = torch.cat([batch["targets"] != IGNORE_INDEX for batch in step.micro_batches])
     lengths = counted.sum(dim=1)

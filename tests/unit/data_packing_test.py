@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bigtrain.config import Packing
 from bigtrain.data.read.batch import ArrayPool
-from bigtrain.data.read.corpus import SyntheticSplit, TokenSplit
-from bigtrain.data.read.packing import build_packing, pack_best_fit
+from bigtrain.data.read.corpus import TokenSplit
+from bigtrain.data.read.packing import SyntheticSamples, build_packing, pack_best_fit
 from bigtrain.tasks.base import IGNORE_INDEX
 
 T = 8
@@ -159,8 +159,7 @@ def test_without_a_document_mask_there_are_no_positions():
     split = TokenSplit("train", np.arange(100, dtype=np.uint16), "f")
     for packing in (Packing.concat, Packing.best_fit):
         assert gathered(split, packing, document_mask=False)[1].keys() == {"tokens", "targets"}
-    synthetic = SyntheticSplit("train", 100, is_ragged=False)
-    samples = build_packing(synthetic, T, Packing.concat, document_mask=True).gather(np.arange(3))
+    samples = SyntheticSamples("train", 100, T, document_mask=True).gather(np.arange(3))
     assert samples["positions"].tolist() == [list(range(T))] * 3
 
 

@@ -1,7 +1,7 @@
 """What the data side of a run continues from: a few numbers, the same on every rank.
 
-Every step's samples are hashed together with the hash of the step before, so one hash speaks for all samples that a
-run has consumed, in their order: two runs with the same hash after a step have trained on the same.
+Every step's samples are hashed together with the hash of the step before, so two runs with one hash after a step have
+trained on the same samples in the same order.
 """
 
 import hashlib
@@ -74,12 +74,9 @@ class DataState:
 
 
 def chain_digest(digest: str, sample_ids: "NDArray[np.int64]", content: str) -> str:
-    """Return the hash after a step: 16 hexadecimal digits.
+    """Return the hash after a step, 16 hexadecimal digits, of the hash before it and the ids of all its samples.
 
-    Args:
-        digest: after the step before.
-        sample_ids: of the whole step, in their order, over all ranks.
-        content: what the ids are numbers of, for other texts, or other ways to cut them, have the same numbers.
+    ``content`` says what the ids are numbers of: other texts, or other ways to cut them, have the same numbers.
     """
     ids = sample_ids.astype("<i8", copy=False).tobytes()
     return hashlib.blake2b(bytes.fromhex(digest) + content.encode() + ids, digest_size=8).hexdigest()

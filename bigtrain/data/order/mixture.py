@@ -49,13 +49,9 @@ class Segment:
     """Samples of each component that were drawn before ``start``."""
 
     def counts_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many samples of each component were drawn before the positions.
+        """Return how many samples of each component were drawn before int64 ``positions`` ``(N,)``, not before ``start``.
 
-        Args:
-            positions: int64 ``(N,)``, not before ``start``.
-
-        Returns:
-            int64 ``(num_components, N)``.
+        Returns int64 ``(num_components, N)``.
         """
         counts = np.tile(self.counts[:, None], (1, len(positions)))
         rest, rest_weight = positions - self.start, int(self.weights.sum())
@@ -75,15 +71,12 @@ class Mixture:
     """The components of all positions of a run."""
 
     def __init__(self, shares: list[Share], *, origin: int = 0, counts: list[int] | None = None) -> None:
-        """Lay out the segments.
+        """Lay out the segments of at least one component.
 
         Args:
-            shares: Of the components, at least one.
+            shares: Of the components.
             origin: Position at which the mixture begins, above 0 when it was changed during a run.
             counts: Samples of each component that were drawn before; by default none.
-
-        Raises:
-            DataError: weights need more than 9 digits.
         """
         self.num_components = len(shares)
         self.num_positions: int | None = None
@@ -108,11 +101,7 @@ class Mixture:
     def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the components at the positions ``[first, first + count)``, and the index of each sample in its own.
 
-        Returns:
-            Two int64 arrays ``(count,)``. The indices of a component are consecutive.
-
-        Raises:
-            DataError: the components that are left have no more samples.
+        Both are int64 ``(count,)``; the indices of a component are consecutive. Past the last sample it is a DataError.
         """
         if self.num_positions is not None and first + count > self.num_positions:
             raise DataError(f"the mixture has {self.num_positions} samples, not the {first + count} that are asked for")
@@ -131,10 +120,9 @@ class Mixture:
     def _lay_out(
         self, shares: list[Share], start: int, end: int, drawn: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], int | None]:
-        """Add the segments from ``start`` to ``end``; a new one begins wherever a component is used up.
+        """Add the segments from ``start`` to ``end``, a new one wherever a component is used up.
 
-        Returns:
-            The samples drawn of each component before ``end``, and where the data ends if it does before.
+        Returns the samples drawn of each component before ``end``, and where the data ends if it does before.
         """
         limits = np.array([_FOREVER if share.limit is None else share.limit for share in shares], dtype=np.int64)
         while start < end:

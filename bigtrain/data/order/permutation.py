@@ -1,17 +1,13 @@
 """Which samples belong to which optimizer step: pure functions over integers.
 
-Position ``p`` counts samples from the beginning of the run over all ranks. Optimizer step ``s``
-takes the positions ``[s * global_batch_size, (s + 1) * global_batch_size)``; epoch
-``p // num_samples`` visits every sample once, in an order drawn from the seed and the epoch.
-Nothing depends on the world size, the micro-batch or where a run was resumed, no permutation of
-samples is ever stored, and seeking costs the same everywhere.
+Position ``p`` counts samples from the beginning of the run over all ranks; epoch ``p // num_samples`` visits every
+sample once, in an order drawn from the seed and the epoch. Nothing depends on the world size, the micro-batch or where
+a run was resumed, no permutation is ever stored, and seeking costs the same everywhere.
 
-Local data is shuffled as a whole. Where every shard has to be fetched first, the shards are shuffled
-and then the samples within windows of some shards: whoever reads along needs one window at a time,
-and each shard once per epoch.
+Local data is shuffled as a whole. Where shards have to be fetched, they are shuffled and then the samples within
+windows of some shards, so that reading along needs one window at a time, and each shard once per epoch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,14 +20,7 @@ _NUM_ROUNDS = 6
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash 64-bit integers bijectively (the finaliser of SplitMix64, Steele et al. 2014, variant 13 of Stafford).
-
-    Args:
-        values: uint64, any shape.
-
-    Returns:
-        uint64, the same shape.
-    """
+    """Hash uint64 bijectively (the finaliser of SplitMix64, Steele et al. 2014, variant 13 of Stafford)."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = values ^ (values >> np.uint64(27))
@@ -43,25 +32,17 @@ def derive_key(*parts: int) -> int:
     """Return a 64-bit key for a sequence of integers, each taken modulo 2**64."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        # An array of one element: unlike scalars, arrays wrap around without a warning.
+        # Arrays, unlike scalars, wrap around without a warning.
         key = mix64((key ^ np.array([part & _MASK_64], dtype=np.uint64)) + np.uint64(_GOLDEN))
     return int(key[0])
 
 
 def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """Map ``[0, size)`` onto itself, one to one, in a pseudo-random order chosen by ``key``.
+    """Map int64 ``positions`` in ``[0, size)``, any shape, one to one onto that range in a pseudo-random order.
 
     A Feistel network permutes the next power of two; values that fall outside are sent through
     again until they fall inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite
-    Domains", 2002), fewer than one extra pass on average. Memory and time do not depend on ``size``.
-
-    Args:
-        positions: int64 in ``[0, size)``, any shape.
-        size: Number of elements, at most 2**62.
-        key: Chooses the permutation; taken modulo 2**64.
-
-    Returns:
-        int64, the same shape.
+    Domains", 2002), fewer than one extra pass on average. Memory and time do not depend on ``size``, at most 2**62.
     """
     num_bits = max(size - 1, 1).bit_length()
     counters = np.arange(1, _NUM_ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
@@ -82,7 +63,6 @@ class Order:
     shard_samples: NDArray[np.int64]
     """Samples in each shard, ``(num_shards,)``; ids count through the shards one after the other."""
     seed: int
-    """Seed of the order."""
     window_shards: int | None = None
     """Shuffle within so many shards at a time; None shuffles everything at once."""
 
@@ -92,18 +72,23 @@ class Order:
         return int(self.shard_samples.sum())
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the samples at the positions ``[first, first + count)``, counted over all epochs.
+        """Return the samples at the positions ``[first, first + count)``, counted over all epochs, int64 ``(count,)``.
 
-        Args:
-            first: First position.
-            count: Number of positions.
-
-        Returns:
-            int64 ids in ``[0, num_samples)``, shape ``(count,)``; every epoch has each of them once.
+        Every epoch has each id in ``[0, num_samples)`` once.
         """
-        if self.window_shards is None:
-            return sample_ids(first, count, self.num_samples, self.seed)
-        return _by_epoch(first, count, self.num_samples, self._windowed)
+        num_samples = self.num_samples
+        ids, done = np.empty(count, dtype=np.int64), 0
+        while done < count:
+            epoch, begin = divmod(first + done, num_samples)
+            end = min(begin + count - done, num_samples)
+            offsets = np.arange(begin, end, dtype=np.int64)
+            if self.window_shards is None:
+                shuffled = permute(offsets, num_samples, derive_key(self.seed, epoch))
+            else:
+                shuffled = self._windowed(offsets, epoch)
+            ids[done : done + end - begin] = shuffled
+            done += end - begin
+        return ids
 
     def shards_ahead(self, first: int, num_shards: int) -> NDArray[np.int64]:
         """Return the shards, at most ``num_shards``, that are needed from the position ``first`` on in this epoch.
@@ -134,11 +119,7 @@ class Order:
 
 @lru_cache(maxsize=16)
 def _shard_order(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the shards in the order of an epoch.
-
-    With it: how many samples there are up to the end of each, and the difference between a sample's id and its place
-    when the samples of the shards are laid out in that order.
-    """
+    """Return the shards in the order of an epoch, where each ends in that order, and what ids differ by from it."""
     num_shards = len(order.shard_samples)
     shards = permute(np.arange(num_shards), num_shards, derive_key(order.seed, epoch, -1))
     samples = order.shard_samples[shards]
@@ -147,45 +128,11 @@ def _shard_order(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[n
     return shards, ends, first_ids[shards] - (ends - samples)
 
 
-def sample_ids(first: int, count: int, num_samples: int, seed: int) -> NDArray[np.int64]:
-    """Return the samples at the positions ``[first, first + count)`` of a global shuffle, epoch after epoch.
-
-    Args:
-        first: First position, counted over all epochs.
-        count: Number of positions.
-        num_samples: Samples in one epoch, at least 1.
-        seed: Seed of the order.
-
-    Returns:
-        int64 ids in ``[0, num_samples)``, shape ``(count,)``.
-    """
-    return _by_epoch(
-        first, count, num_samples, lambda offsets, epoch: permute(offsets, num_samples, derive_key(seed, epoch))
-    )
-
-
-def _by_epoch(
-    first: int, count: int, num_samples: int, order_epoch: Callable[[NDArray[np.int64], int], NDArray[np.int64]]
-) -> NDArray[np.int64]:
-    ids, done = np.empty(count, dtype=np.int64), 0
-    while done < count:
-        epoch, begin = divmod(first + done, num_samples)
-        end = min(begin + count - done, num_samples)
-        ids[done : done + end - begin] = order_epoch(np.arange(begin, end, dtype=np.int64), epoch)
-        done += end - begin
-    return ids
-
-
 def rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> range:
-    """Return which samples of a global batch one rank computes.
+    """Return which samples of a global batch one of ``dp_size`` ranks computes.
 
-    The global batch is cut into ``dp_size`` runs of consecutive samples, rank after rank, all equal but for the last
-    that has any. Over all ranks every sample occurs exactly once, so the global batch is the same for any world.
-
-    Args:
-        global_batch_size: Samples of an optimizer step.
-        dp_rank: Position of the rank among those that split the data.
-        dp_size: Number of such ranks.
+    The batch is cut into runs of consecutive samples, rank after rank, all equal but for the last that has any, so
+    the ranks together have every sample once.
     """
     per_rank = -(-global_batch_size // dp_size)
     first, last = (min(rank * per_rank, global_batch_size) for rank in (dp_rank, dp_rank + 1))

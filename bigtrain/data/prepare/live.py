@@ -5,7 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +14,18 @@ from bigtrain.config import DataConfig, OnBad
 from bigtrain.config.convert import to_dict
 from bigtrain.data.prepare.chat import CHAT_FILE
 from bigtrain.data.prepare.files import Part, SourceFile
-from bigtrain.data.prepare.quality import rejection
 from bigtrain.data.prepare.records import document_fields
-from bigtrain.data.prepare.sources import read_part, source_fingerprint
-from bigtrain.data.prepare.tokenise import SPLIT_BY, Coding, TokenBuffer, encoder, split_of
+from bigtrain.data.prepare.sources import source_fingerprint
+from bigtrain.data.prepare.survey import Tally, candidates
+from bigtrain.data.prepare.tokenise import SPLIT_BY, Coding, EncodeDocument, TokenBuffer, encoder, split_of
 from bigtrain.data.read.cache import NodeCache, explained
-from bigtrain.data.read.dropped import Dropped
 from bigtrain.data.read.index import SPLITS, CorpusIndex
-from bigtrain.data.read.live import LiveParts
 from bigtrain.data.read.remote import patiently
 from bigtrain.data.read.workers import Helpers
 from bigtrain.errors import DataError, UnreachableError
+
+if TYPE_CHECKING:
+    from bigtrain.data.read.live import LiveParts
 
 PLAN_FILE = "parts.json"
 _WINDOW_BYTES, _WINDOW_PARTS = 1 << 26, 8
@@ -82,80 +83,75 @@ def read_plan(directory: Path) -> Plan:
         raise DataError(f"{path}: cannot be read: {error}; remove {directory} and start again") from error
 
 
-class Task(NamedTuple):
-    """One part for a helper process to tokenise."""
-
-    name: str
-    cache: NodeCache
-    config: DataConfig
-    part: Part
-    sizes: list[int]
-    tokenizer: Path
-    coding: Coding
-    dtype: str
-
-
-class Tokenisation:
-    """How the parts of a source become tokens."""
-
-    def __init__(self, directory: Path, config: DataConfig, index: CorpusIndex) -> None:
-        """Read the plan in a directory; DataError if it cannot be read."""
-        self._plan = plan = read_plan(directory)
-        self.fingerprint, self.num_parts, self.window_parts = plan.fingerprint, len(plan.parts), plan.window_parts
-        # The template as of the plan; data.chat_template may have changed or moved.
-        chat = directory / CHAT_FILE
-        self._config = dataclasses.replace(config, chat_template=str(chat)) if chat.exists() else config
-        self._directory, self._dtype = directory, index.dtype
-        record, bound = index.tokenizer, int(config.validation_fraction * 2**64)
-        self._coding = Coding(plan.is_fast, record.eos_id, bound, record.adds_special, record.reads_special)
-
-    def make(self, number: int, name: str, cache: NodeCache, helpers: Helpers) -> None:
-        part = self._plan.parts[number]
-        sizes = [self._plan.sizes[str(file.path)] for file in part.files]
-        task = Task(name, cache, self._config, part, sizes, self._directory, self._coding, self._dtype)
-        helpers.call(make_part, task)
-
-
-def open_live(directory: Path, config: DataConfig, index: CorpusIndex, helpers: Helpers) -> LiveParts:
+def open_live(directory: Path, config: DataConfig, index: CorpusIndex, helpers: Helpers) -> "LiveParts":
     """Open a planned source; nothing is tokenised yet. DataError if plan or cache cannot be used."""
-    return LiveParts(Tokenisation(directory, config, index), config, index, helpers)
+    from bigtrain.data.read.live import LiveParts  # torch, which helpers do without
+
+    plan, record = read_plan(directory), index.tokenizer
+    bound = int(config.validation_fraction * 2**64)
+    coding = Coding(plan.is_fast, record.eos_id, bound, record.adds_special, record.reads_special)
+    # The template as of the plan; data.chat_template may have changed or moved.
+    chat = directory / CHAT_FILE
+    own = dataclasses.replace(config, chat_template=str(chat)) if chat.exists() else config
+
+    def make(number: int, name: str, cache: NodeCache) -> None:
+        part = plan.parts[number]
+        sizes = [plan.sizes[str(file.path)] for file in part.files]
+        helpers.call(make_part, name, cache, own, part, sizes, directory, coding, index.dtype)
+
+    return LiveParts(
+        make,
+        config,
+        identity=index.identity,
+        fingerprint=plan.fingerprint,
+        num_parts=len(plan.parts),
+        window_parts=plan.window_parts,
+        num_threads=helpers.num_processes,
+    )
 
 
-def make_part(task: Task) -> None:
-    """Tokenise one part into the cache, unless it is there or another process does.
+def make_part(
+    name: str,
+    cache: NodeCache,
+    config: DataConfig,
+    part: Part,
+    sizes: list[int],
+    directory: Path,
+    coding: Coding,
+    dtype: str,
+) -> None:
+    """Tokenise one part into the cache under ``name``, unless it is there or another process does.
 
     Raises:
-        DataError: the source is damaged or has changed, or the cache cannot be written.
+        DataError: the source is damaged, its files have other ``sizes``, or the cache cannot be written.
     """
-    with explained(task.cache.directory), task.cache.making(task.name, 0, wait=False) as handle:
+    with explained(cache.directory), cache.making(name, 0, wait=False) as handle:
         if handle is None:
             return
-        where = f"data.path={task.config.path}"
-        arrays = patiently(lambda: _tokenise(task), where, may_pass=lambda error: isinstance(error, UnreachableError))
+
+        def tokenise() -> dict[str, NDArray]:
+            return _tokenise(config, part, sizes, encoder(directory, coding), coding, np.dtype(dtype))
+
+        where = f"data.path={config.path}"
+        arrays = patiently(tokenise, where, may_pass=lambda error: isinstance(error, UnreachableError))
         handle.truncate(0)
         with open(handle.name, "r+b") as file:  # the locked one only appends
             np.savez(file, **arrays)
 
 
-def _tokenise(task: Task) -> dict[str, NDArray]:
-    for file, size in zip(task.part.files, task.sizes, strict=True):
+def _tokenise(
+    config: DataConfig, part: Part, sizes: list[int], encode: EncodeDocument, coding: Coding, dtype: np.dtype
+) -> dict[str, NDArray]:
+    for file, size in zip(part.files, sizes, strict=True):
         if not file.path.exists() or file.path.stat().st_size != size:
             raise DataError(f"{file.path}: no longer the file of {size} bytes that it was when this launch began")
-    encode = encoder(task.tokenizer, task.coding)
-    buffers = {split: TokenBuffer(np.dtype(task.dtype)) for split in SPLITS}
-    num_empty = num_filtered = num_repaired = 0
-    bad = Dropped()
-    for document in read_part(task.config, task.part, bad):
-        if not document.text:
-            num_empty += 1
-        elif rejection(document.text, task.config.filters):
-            num_filtered += 1
-        else:
-            num_repaired += document.is_repaired
-            buffers[split_of(document, task.coding)].add(document, encode, task.coding.eos_id)
-    arrays = {"left_out": np.array([num_empty, num_filtered, num_repaired])}
-    if bad.documents:
-        arrays |= {"bad": np.array(bad.documents), "bad_examples": np.array(bad.examples)}
+    buffers, tally = {split: TokenBuffer(dtype) for split in SPLITS}, Tally()
+    for document in candidates(config, part, tally):
+        buffers[split_of(document, coding)].add(document, encode, coding.eos_id)
+    num_filtered = sum(dropped.documents for dropped in tally.dropped.values())
+    arrays = {"left_out": np.array([tally.empty.documents, num_filtered, tally.num_repaired])}
+    if tally.bad.documents:
+        arrays |= {"bad": np.array(tally.bad.documents), "bad_examples": np.array(tally.bad.examples)}
     for split, buffer in buffers.items():
         tokens, counted = buffer.take()
         arrays |= {f"{split}.tokens": tokens, f"{split}.lengths": np.array(buffer.lengths, dtype=np.int64)}

@@ -93,19 +93,25 @@ def split_place(document: Document) -> int:
     return content_hash(document.group or document.text)[0]
 
 
-def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
-    """Yield the documents of a part that are kept, by :attr:`Survey.kept` of this part.
+def candidates(config: DataConfig, part: Part, tally: Tally) -> Iterator[Document]:
+    """Yield the documents of a part that have text and pass the filters; ``tally`` counts the others."""
+    for document in read_part(config, part, tally.bad):
+        tally.num_repaired += document.is_repaired
+        if not document.text:
+            tally.empty.add(document.id, 0)
+        elif reason := rejection(document.text, config.filters):
+            tally.dropped.setdefault(reason, Dropped()).add(document.id, len(document.text.encode()))
+        else:
+            yield document
 
-    Raises:
-        DataError: what the source raises, or it has changed since the survey.
-    """
-    number = 0
-    for document in read_part(config, part):
-        if document.text and not rejection(document.text, config.filters):
-            if number < len(kept) and kept[number]:
-                yield document
-            number += 1
-    if number != len(kept):
+
+def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> Iterator[Document]:
+    """Yield the documents of a part that are kept, by :attr:`Survey.kept`; DataError if it has changed since."""
+    number = -1
+    for number, document in enumerate(candidates(config, part, Tally())):
+        if number < len(kept) and kept[number]:
+            yield document
+    if number + 1 != len(kept):
         raise DataError(f"data={config.source.name}: the source changed while it was being prepared; try again")
 
 
@@ -114,19 +120,11 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
     found = PartSurvey()
     sizes, hashes = [], []
     duplicates = config.filters.duplicates
-    for document in read_part(config, part, found.bad):
-        found.num_repaired += document.is_repaired
-        if not document.text:
-            found.empty.add(document.id, 0)
-            continue
-        text_bytes = len(document.text.encode())
-        if reason := rejection(document.text, config.filters):
-            found.dropped.setdefault(reason, Dropped()).add(document.id, text_bytes)
-            continue
+    for document in candidates(config, part, found):
         if config.tokenizer == "bpe":
             texts = enumerate(cut(document.text))
             found.pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
-        sizes.append(text_bytes)
+        sizes.append(len(document.text.encode()))
         hashes.append(content_hash(document.text))
         if document.group is not None:
             found.places.append(split_place(document))

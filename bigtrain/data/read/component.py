@@ -1,6 +1,6 @@
 """One data set of a run as samples, in the order in which they are drawn as if it were alone.
 
-This one is of a prepared corpus; :mod:`bigtrain.data.read.windows` has that of text that is tokenised while training.
+Text that is tokenised while training has its own: :class:`bigtrain.data.read.live.LiveSamples`.
 """
 
 import numpy as np
@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig, Packing
 from bigtrain.data.order.permutation import Order, derive_key, mix64
-from bigtrain.data.read.corpus import FileSplit, Split
+from bigtrain.data.read.corpus import FileSplit
 from bigtrain.data.read.documents import document_samples
-from bigtrain.data.read.packing import build_packing
-from bigtrain.data.read.records import RecordSplit
+from bigtrain.data.read.packing import AnySplit, build_packing
 from bigtrain.errors import DataError
 
 WINDOW_SHARDS = 8
@@ -26,7 +25,7 @@ class StoredSamples:
 
     def __init__(
         self,
-        split: Split | RecordSplit,
+        split: AnySplit,
         data: DataConfig,
         seed: int,
         *,
@@ -89,7 +88,7 @@ def _some_of(ids: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     return np.sort(ids[np.argsort(hashes, kind="stable")[:number]])
 
 
-def _require_room(split: Split, window_shards: int, cache_gib: float) -> None:
+def _require_room(split: FileSplit, window_shards: int, cache_gib: float) -> None:
     """Refuse windows that do not fit into the cache: every shard would be fetched again and again.
 
     The window cannot follow the cache, because the order must not depend on the machine.

@@ -1,4 +1,4 @@
-"""Prepared corpora, and a synthetic stand-in that needs no files.
+"""Prepared corpora.
 
 A split is a row of shards, each holding whole documents; samples never cross a shard.
 """
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig, DataSource, OnBad
-from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.read.cache import cache_directory
 from bigtrain.data.read.index import (
     SPLITS,
@@ -276,47 +275,7 @@ class FileSplit:
         return mapped
 
 
-@dataclass(frozen=True, slots=True)
-class SyntheticSplit:
-    """Samples computed from their ids: some tokens are more frequent than others, nothing else can be learnt."""
-
-    name: str
-    """Different names hold different samples."""
-    vocab_size: int
-    """Tokens lie in ``[0, vocab_size)``."""
-    is_ragged: bool
-    """Count only the first targets of each sample, a different number in each (at least one)."""
-    is_remote = has_answers = may_skip = False
-
-    @property
-    def fingerprint(self) -> str:
-        """What the samples are a function of, besides their ids."""
-        return f"synthetic-{self.vocab_size}{'-ragged' * self.is_ragged}"
-
-    def num_samples(self, sequence_length: int) -> int:
-        """Return 2**20, whatever the length."""
-        return 1 << 20
-
-    def gather(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
-        """Return int64 ``(N, sequence_length + 1)``; neighbouring samples do not overlap."""
-        columns = np.arange(sequence_length + 1, dtype=np.uint64)
-        hashes = mix64(self._hash(sample_ids)[:, None] + columns)
-        uniform = (hashes >> np.uint64(11)) * 2.0**-53
-        return (self.vocab_size * uniform * uniform * uniform).astype(np.int64)
-
-    def counted_targets(self, sample_ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.bool_] | None:
-        """Return bool ``(N, sequence_length)`` when ragged, else None."""
-        if not self.is_ragged:
-            return None
-        num_counted = 1 + self._hash(~sample_ids) % np.uint64(sequence_length)
-        return np.arange(sequence_length, dtype=np.uint64) < num_counted[:, None]
-
-    def _hash(self, values: NDArray[np.int64]) -> NDArray[np.uint64]:
-        key = derive_key(*self.name.encode())
-        return mix64(mix64(values.astype(np.uint64)) ^ np.uint64(key))
-
-
-Split = TokenSplit | FileSplit | SyntheticSplit
+Split = TokenSplit | FileSplit
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | None = None) -> Corpus:

@@ -14,7 +14,7 @@ from bigtrain.data.read.packing import SHARDS_KEPT, ShardedSamples
 from bigtrain.tasks.base import IGNORE_INDEX
 
 
-def document_samples(split: FileSplit, data: DataConfig) -> "DocumentSamples | PairSamples":
+def document_samples(split: FileSplit, data: DataConfig) -> "DocumentSamples":
     """Return the documents of a split as samples: pairs where part of each counts."""
     if split.has_answers:
         return PairSamples(split, data.source_length or data.sequence_length, data.sequence_length)
@@ -38,16 +38,16 @@ class DocumentSamples(ShardedSamples):
         self._labels = lru_cache(maxsize=SHARDS_KEPT)(split.read_labels)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """Return the document of each of the T places of a sample, numbered within its shard, -1 for padding."""
-        (shard,), (local,) = self._locate(np.array([sample_id]))
-        begins, ends = self._ranges(int(shard), np.array([local]))
-        length = min(int(ends[0] - begins[0]), self.sequence_length)
-        return np.where(np.arange(self.sequence_length) < length, local, -1)
+        """Return the number of a sample's document within its shard, int64 ``(1,)``."""
+        return self._locate(np.array([sample_id]))[1]
 
     def num_cut(self) -> int:
         """Return how many documents are longer than a sample."""
-        lengths = [np.diff(self._ranges(shard, slice(None)), axis=0) for shard in range(len(self.shard_samples))]
-        return sum(int((part > self.sequence_length).sum()) for part in lengths)
+        return sum(int(self._are_cut(shard).sum()) for shard in range(len(self.shard_samples)))
+
+    def _are_cut(self, shard: int) -> NDArray[np.bool_]:
+        begins, ends = self._ranges(shard, slice(None))
+        return ends - begins > self.sequence_length
 
     def _ranges(self, shard: int, local: NDArray[np.int64] | slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return where documents begin and end among the tokens of a shard, without the end-of-text token added to each.
@@ -61,13 +61,15 @@ class DocumentSamples(ShardedSamples):
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         begins, ends = self._ranges(shard, local)
         tokens = self._split.read(shard)
-        lengths = np.minimum(ends - begins, self.sequence_length)
-        samples = Samples(tokens=self._rows(tokens, begins, ends, filling=0), lengths=lengths)
+        samples = Samples(
+            tokens=self._rows(tokens, begins, ends, self.sequence_length),
+            lengths=np.minimum(ends - begins, self.sequence_length),
+        )
         if self._kind is None:
             return samples
         labels = self._nothing(shard) if shard in self._split.skipped else self._labels(shard)
         if self._kind is LabelKind.per_token:
-            samples["labels"] = self._rows(labels, begins, ends, filling=IGNORE_INDEX)
+            samples["labels"] = self._rows(labels, begins, ends, self.sequence_length, filling=IGNORE_INDEX)
         elif self._kind is LabelKind.numbers:
             samples["values"] = labels[local].astype(np.float32)
         else:
@@ -81,50 +83,37 @@ class DocumentSamples(ShardedSamples):
         num_rows = self._split.shard_tokens if self._kind is LabelKind.per_token else self.shard_samples
         return np.full(num_rows[shard], IGNORE_INDEX, dtype=np.int32)
 
-    def _rows(self, row: NDArray[Any], begins: NDArray, ends: NDArray, *, filling: int) -> NDArray[np.int64]:
-        """Return the ranges of a shard as rows, int64 ``(N, T)``."""
-        rows = self._pool.take(len(begins), self.sequence_length)
+    def _rows(
+        self, row: NDArray[Any], begins: NDArray, ends: NDArray, length: int, *, filling: int = 0
+    ) -> NDArray[np.int64]:
+        """Return ranges of a shard, cut and filled up to ``length``, int64 ``(N, length)``."""
+        rows = self._pool.take(len(begins), length)
         rows[:] = filling
         for place, begin, end in zip(rows, begins.tolist(), ends.tolist(), strict=True):
-            length = min(end - begin, self.sequence_length)
-            place[:length] = row[
-                np.arange(begin, begin + length)
-            ]  # -1 is the end-of-text token at the end of the shard
-            if length < end - begin and self._split.adds_special:
-                place[length - 1] = row[end - 1]
+            num_taken = min(end - begin, length)
+            place[:num_taken] = row[
+                np.arange(begin, begin + num_taken)
+            ]  # -1 is the end-of-text token of the last document
+            if num_taken < end - begin and self._split.adds_special:
+                place[num_taken - 1] = row[end - 1]
         return rows
 
 
-class PairSamples(ShardedSamples):
+class PairSamples(DocumentSamples):
     """``source``, filled up with 0, and its number of tokens ``source_lengths``; ``tokens`` and ``targets`` of a decoder.
 
     A source is what does not count of a document, the target what does, with the token that ends it. The decoder reads that
-    token first, then the target but for its end. Of what is longer than S or T the first tokens are taken, and the last one
-    where a tokenizer ends texts itself.
+    token first, then the target but for its end. What is longer than S or T is cut as in :class:`DocumentSamples`.
     """
 
-    is_full = False
-
     def __init__(self, split: FileSplit, source_length: int, sequence_length: int) -> None:
-        super().__init__(split, sequence_length, document_mask=False)
-        self.shard_samples = split.shard_documents
+        super().__init__(split, sequence_length)
         self._source_length = source_length
         self._begins_of_targets = lru_cache(maxsize=SHARDS_KEPT)(self._find_targets)
 
-    def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """See :class:`DocumentSamples`; of the targets."""
-        (shard,), (local,) = self._locate(np.array([sample_id]))
-        samples = self._gather_shard(int(shard), np.array([local]))
-        return np.where(samples["targets"][0] == IGNORE_INDEX, -1, local)
-
-    def num_cut(self) -> int:
-        """Return how many documents have a longer source or target than a sample."""
-        num_cut = 0
-        for shard in range(len(self.shard_samples)):
-            begins, middles, ends = self._ranges(shard, slice(None))
-            is_cut = (middles - begins > self._source_length) | (ends - middles > self.sequence_length)
-            num_cut += int(is_cut.sum())
-        return num_cut
+    def _are_cut(self, shard: int) -> NDArray[np.bool_]:
+        begins, middles, ends = self._parts(shard, slice(None))
+        return (middles - begins > self._source_length) | (ends - middles > self.sequence_length)
 
     def _find_targets(self, shard: int) -> NDArray[np.int64]:
         """Return the first token of each document that counts."""
@@ -132,31 +121,24 @@ class PairSamples(ShardedSamples):
         counted = np.append(np.flatnonzero(self._split.counted(shard)), offsets[-1])
         return np.minimum(counted[np.searchsorted(counted, offsets[:-1])], offsets[1:])
 
-    def _ranges(self, shard: int, local: NDArray[np.int64] | slice) -> tuple[NDArray, NDArray, NDArray]:
+    def _parts(self, shard: int, local: NDArray[np.int64] | slice) -> tuple[NDArray, NDArray, NDArray]:
         """Return where sources begin, targets begin and targets end."""
         offsets = np.asarray(self._documents(shard), dtype=np.int64)
         return offsets[:-1][local], self._begins_of_targets(shard)[local], offsets[1:][local] - self._split.adds_special
 
     def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
         row = self._split.read(shard)
-        begins, middles, ends = self._ranges(shard, local)
-        sources = self._pool.take(len(local), self._source_length)
-        tokens, targets = (self._pool.take(len(local), self.sequence_length) for _ in range(2))
-        lengths = np.minimum(middles - begins, self._source_length)
-        for place, (begin, middle, end) in enumerate(
-            zip(begins.tolist(), middles.tolist(), ends.tolist(), strict=True)
-        ):
-            self._put(sources[place], row[begin:middle], filling=0)
-            self._put(targets[place], row[middle:end], filling=IGNORE_INDEX)
+        begins, middles, ends = self._parts(shard, local)
+        targets = self._rows(row, middles, ends, self.sequence_length, filling=IGNORE_INDEX)
+        tokens = self._pool.take(len(local), self.sequence_length)
         tokens[:, 0] = self._split.eos_id
         tokens[:, 1:] = np.where(targets[:, :-1] == IGNORE_INDEX, 0, targets[:, :-1])
-        return Samples(source=sources, source_lengths=lengths, tokens=tokens, targets=targets)
-
-    def _put(self, place: NDArray[np.int64], tokens: NDArray[Any], *, filling: int) -> None:
-        length = min(len(tokens), len(place))
-        place[:length], place[length:] = tokens[:length], filling
-        if length < len(tokens) and self._split.adds_special:
-            place[length - 1] = tokens[-1]
+        return Samples(
+            source=self._rows(row, begins, middles, self._source_length),
+            source_lengths=np.minimum(middles - begins, self._source_length),
+            tokens=tokens,
+            targets=targets,
+        )
 
     def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
         return np.ones(int(self.shard_samples[shard]), dtype=np.bool_)

@@ -21,8 +21,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bigtrain.config import Packing
+from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
-from bigtrain.data.read.corpus import Split, SyntheticSplit
+from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.tasks.base import IGNORE_INDEX
 
@@ -30,17 +31,13 @@ SHARDS_KEPT = 64
 """Shards whose documents are remembered."""
 
 
-def build_packing(
-    split: Split | RecordSplit, sequence_length: int, packing: Packing, document_mask: bool
-) -> "PackedSplit":
-    """Cut ``split`` into samples of ``sequence_length`` tokens; with ``document_mask`` they have positions.
+def build_packing(split: "AnySplit", sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
+    """Cut ``split``, unless it is samples already, into those of ``sequence_length`` tokens.
 
-    Records are samples already.
+    With ``document_mask`` they have positions.
     """
-    if isinstance(split, RecordSplit):
+    if isinstance(split, RecordSplit | SyntheticSamples):
         return split
-    if isinstance(split, SyntheticSplit):
-        return SyntheticSamples(split, sequence_length, document_mask)
     kind = BestFitSamples if packing is Packing.best_fit else ConcatSamples
     return kind(split, sequence_length, document_mask)
 
@@ -249,25 +246,42 @@ class BestFitSamples(ShardedSamples):
         return np.maximum.reduceat(in_piece, plan.first_piece[:-1]) != 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class SyntheticSamples:
-    """Samples that are computed; each is a document of its own."""
+    """Samples computed from their ids: some tokens are more frequent than others, nothing else can be learnt."""
 
-    def __init__(self, split: SyntheticSplit, sequence_length: int, document_mask: bool) -> None:
-        self._split = split
-        self.sequence_length = sequence_length
-        self._document_mask = document_mask
-        self.shard_samples = np.array([split.num_samples(sequence_length)], dtype=np.int64)
-        self.is_full = not split.is_ragged
+    name: str
+    """Different names hold different samples."""
+    vocab_size: int
+    """Tokens lie in ``[0, vocab_size)``."""
+    sequence_length: int
+    is_ragged: bool = False
+    """Count only the first targets of each sample, a different number in each (at least one)."""
+    document_mask: bool = False
+    """Each sample is a document of its own."""
+    is_remote = has_answers = may_skip = False
+    shard_samples = np.array([1 << 20])
+
+    @property
+    def fingerprint(self) -> str:
+        """What the samples are a function of, besides their ids."""
+        return f"synthetic-{self.vocab_size}{'-ragged' * self.is_ragged}"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every target counts."""
+        return not self.is_ragged
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Samples:
-        """See :class:`ConcatSamples`."""
-        windows = self._split.gather(sample_ids, self.sequence_length)
-        targets = windows[:, 1:].copy()
-        is_counted = self._split.counted_targets(sample_ids, self.sequence_length)
-        if is_counted is not None:
-            targets[~is_counted] = IGNORE_INDEX
-        samples = Samples(tokens=windows[:, :-1].copy(), targets=targets)
-        if self._document_mask:
+        """See :class:`ShardedSamples`; neighbouring samples do not overlap."""
+        columns = np.arange(self.sequence_length + 1, dtype=np.uint64)
+        uniform = (mix64(self._hash(sample_ids)[:, None] + columns) >> np.uint64(11)) * 2.0**-53
+        windows = (self.vocab_size * uniform * uniform * uniform).astype(np.int64)
+        samples = Samples(tokens=windows[:, :-1].copy(), targets=windows[:, 1:].copy())
+        if self.is_ragged:
+            num_counted = 1 + self._hash(~sample_ids) % np.uint64(self.sequence_length)
+            samples["targets"][columns[:-1] >= num_counted[:, None]] = IGNORE_INDEX
+        if self.document_mask:
             samples["positions"] = np.tile(np.arange(self.sequence_length), (len(sample_ids), 1))
         return samples
 
@@ -275,8 +289,12 @@ class SyntheticSamples:
         """Every sample has a target that counts."""
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """See :class:`ConcatSamples`."""
+        """Return 0 for each place."""
         return np.zeros(self.sequence_length, dtype=np.int64)
+
+    def _hash(self, values: NDArray[np.int64]) -> NDArray[np.uint64]:
+        key = derive_key(*self.name.encode())
+        return mix64(mix64(values.astype(np.uint64)) ^ np.uint64(key))
 
 
 def _windows(row: NDArray, length: int) -> NDArray:
@@ -362,4 +380,5 @@ def pack_best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64
     return bin_of_piece
 
 
+AnySplit = Split | SyntheticSamples | RecordSplit
 PackedSplit = ConcatSamples | BestFitSamples | SyntheticSamples | RecordSplit

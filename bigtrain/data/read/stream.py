@@ -15,11 +15,10 @@ from bigtrain.data.order.mixture import Mixture, Share
 from bigtrain.data.order.skips import extend, pieces
 from bigtrain.data.read.batch import ArrayPool, Batch, Collate, Samples, build_batch, gather_groups
 from bigtrain.data.read.component import StoredSamples
-from bigtrain.data.read.corpus import FileSplit, Split
-from bigtrain.data.read.live import LiveParts
-from bigtrain.data.read.packing import no_samples
+from bigtrain.data.read.corpus import FileSplit
+from bigtrain.data.read.live import LiveParts, LiveSamples
+from bigtrain.data.read.packing import AnySplit, no_samples
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.data.read.windows import LiveSamples
 from bigtrain.errors import DataError
 
 
@@ -36,7 +35,7 @@ class SampleStream:
     def __init__(
         self,
         name: str,
-        splits: Mapping[str, Split | LiveParts | RecordSplit],
+        splits: Mapping[str, AnySplit | LiveParts],
         data: DataConfig,
         *,
         seed: int,
@@ -269,7 +268,7 @@ class SampleStream:
 def _samples(
     which: str,
     name: str,
-    split: Split | LiveParts | RecordSplit,
+    split: AnySplit | LiveParts,
     data: DataConfig,
     seed: int,
     previous: DataState | None,
@@ -284,7 +283,7 @@ def _samples(
 
 
 def _origin(
-    splits: Mapping[str, Split | LiveParts | RecordSplit], fingerprint: str, previous: DataState | None
+    splits: Mapping[str, AnySplit | LiveParts], fingerprint: str, previous: DataState | None
 ) -> tuple[int, dict[str, int]]:
     """Return at which position the mixture begins, and how much of each component was drawn before."""
     if previous is None:
@@ -301,7 +300,7 @@ def _share(component: ComponentConfig, num_samples: int, global_batch_size: int)
     return Share(((0, component.weight), *changes), limit)
 
 
-def _fingerprint(splits: Mapping[str, Split | LiveParts | RecordSplit], data: DataConfig) -> str:
+def _fingerprint(splits: Mapping[str, AnySplit | LiveParts], data: DataConfig) -> str:
     """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
     if not data.mixture:
         (split,) = splits.values()
