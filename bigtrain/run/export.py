@@ -19,7 +19,7 @@ from bigtrain.checkpoint.shard import NAMES
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskKind, TrainConfig
 from bigtrain.config.convert import from_dict
-from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, read_index, verify_file
+from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, check_file, read_index
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids
 from bigtrain.data.read.words import mask_token_id
 from bigtrain.engine.state import MODEL
@@ -250,7 +250,7 @@ def _with_ids(described: dict[str, Any], ids: dict[str, int | None]) -> dict[str
 def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, config: TrainConfig) -> None:
     if tokenizer.published:
         for file in tokenizer.published:
-            verify_file(run, file)
+            check_file(run, file)
             copy = directory / Path(file.name).relative_to(PUBLISHED_DIRECTORY)
             copy.parent.mkdir(exist_ok=True)
             write_durably(copy, [memoryview((run / file.name).read_bytes())])

@@ -97,8 +97,8 @@ def test_hugging_face_tokenizer_from_a_directory(tmp_path, splits):
     from transformers import AutoTokenizer
 
     directory = save_hugging_face(tmp_path, eos_token=END_OF_TEXT, split_special_tokens=splits)
-    tokenizer, eos_id, adds_special, reads_special = build(directory)
-    assert (eos_id, adds_special, reads_special) == (BUILT["bpe"].eos_id, True, not splits)
+    tokenizer, eos_id, adds_special = built = build(directory)
+    assert (eos_id, adds_special, built.reads_special) == (BUILT["bpe"].eos_id, True, not splits)
     for text in (SAMPLE[0], f"a{END_OF_TEXT} b"):
         assert tokenizer.encode(text).ids == AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
     assert (eos_id in tokenizer.encode(END_OF_TEXT).ids) is not splits

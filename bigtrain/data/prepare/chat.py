@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import Content, DataConfig
-from bigtrain.data.read.index import INDEX_FILE, read_index
 from bigtrain.data.read.tokenizer import (
     END_OF_TEXT,
     OURS,
     BuiltTokenizer,
     build_tokenizer,
     is_ours,
+    kept_record,
     load_published,
 )
 from bigtrain.errors import DataError, StopError
@@ -60,12 +60,8 @@ class Chat:
     def write(self, record: dict[str, Any], name: str, *, is_table: bool) -> tuple[str, list[Span]]:
         """Return the text of a row and the ranges of characters that count; both empty if nothing does.
 
-        Args:
-            name: the row's field with the messages.
-            is_table: whether a null may only mean that other rows have the field.
-
-        Raises:
-            ValueError: the row is no conversation, or the template cannot write it or drops some of it.
+        ``name`` is the row's field with the messages; in a table, a null may only mean that other rows have a field.
+        ValueError if the row is no conversation, or the template cannot write it or drops some of it.
         """
         messages, weights = _read_messages(_without_null(record[name]) if is_table else record[name], name)
         if not any(weight for weight, m in zip(weights, messages, strict=True) if m["role"] == ANSWERING_ROLE):
@@ -81,9 +77,7 @@ class Chat:
     ) -> tuple[str, list[Span]]:
         """Return a conversation's text and the ranges that the template marks; ValueError if it cannot be written.
 
-        Args:
-            fields: other variables of the template.
-            asks: whether to append what opens an answer.
+        ``fields`` are other variables of the template; ``asks`` appends what opens an answer.
         """
         from transformers.utils import chat_template_utils as templates
 
@@ -293,13 +287,9 @@ def variables(template: str) -> frozenset[str]:
 
 
 def find_chat(tokenizer: str, chat_template: str | None) -> Chat:
-    """Return how chats are written for a tokenizer.
+    """Return how chats are written for a tokenizer; DataError if there is no template, or not a valid one.
 
-    Args:
-        chat_template: ``data.chat_template``, or what :func:`keep_chat` has written.
-
-    Raises:
-        DataError: there is no template, or it cannot be read or is not valid.
+    ``chat_template`` is ``data.chat_template``, or what :func:`keep_chat` has written.
     """
     text = read_template(chat_template)
     if text is not None and Path(str(chat_template)).name == CHAT_FILE:
@@ -341,7 +331,7 @@ def read_template(chat_template: str | None) -> str | None:
 def keep_chat(config: DataConfig, directory: Path) -> DataConfig:
     """Write the chat template into ``directory`` and return settings that name that file.
 
-    With it all processes write chats alike, even if the tokenizer's own files change. Raises as :func:`find_chat`.
+    With it all processes write chats alike, even if the tokenizer's own files change.
     """
     if not _is_templated(config):
         return config
@@ -358,17 +348,15 @@ def build_coding(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
     if built.adds_special or not _is_templated(config):
         return built
     built.tokenizer.encode_special_tokens = False
-    return built._replace(adds_special=True, reads_special=True)
+    return built._replace(adds_special=True)
 
 
 def encoding_facts(config: DataConfig) -> dict[str, Any]:
     """Return what decides the ids besides source and tokenizer files; empty by default, for existing identities."""
     if _is_templated(config):
         return {"encoding": ["template", read_template(config.chat_template)]}
-    has_index = Path(config.tokenizer, INDEX_FILE).is_file()
-    is_whole = config.tokenizer not in OURS
-    if has_index:  # as it was encoded there
-        is_whole = read_index(config.tokenizer, check_sizes=False).tokenizer.adds_special
+    kept = kept_record(config.tokenizer)  # whose text was encoded as this will be
+    is_whole = kept.adds_special if kept else config.tokenizer not in OURS
     return {"encoding": ["whole"]} if is_whole else {}
 
 

@@ -78,14 +78,10 @@ _COMPARED_CHARACTERS = 1 << 18
 
 
 def prepare(config: DataConfig, *, progress: bool) -> Path:
-    """Tokenise the source into ``<data.root>/<name>``, or check what is there; return the directory.
+    """Tokenise the source, any of text, into ``<data.root>/<name>``, or check what is there; return the directory.
 
     The name follows from the source and the settings. Of a source that is tokenised while training only tokenizer and
-    parts are written.
-
-    Args:
-        config: any source of text.
-        progress: show a bar when standard error is a terminal, else a log line now and then.
+    parts are written. ``progress`` shows a bar when standard error is a terminal, else a log line now and then.
 
     Raises:
         DataError: source, tokenizer or directory cannot be used, or an existing corpus is damaged.

@@ -97,11 +97,11 @@ def _tiktoken_encoder(tokenizer: "Tokenizer") -> Encode | None:
     return lambda text: ids[encoding.encode_ordinary(text)] if text else ids[:0]
 
 
-def encode_pieces(encode: Encode, document: Document) -> Coded:
+def encode_pieces(encode: Encode, document: Document, split: Callable[[str], Iterable[str]] = cut) -> Coded:
     """Encode segments that count and that do not separately, and long texts in pieces, which bounds the memory."""
     tokens, counted = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.uint8)]
     for text, counts in _segments(document):
-        for piece in cut(text):
+        for piece in split(text):
             tokens.append(encode(piece))
             counted.append(np.full(len(tokens[-1]), counts, dtype=np.uint8))
     return Coded(np.concatenate(tokens), None if document.answers is None else np.concatenate(counted))
@@ -109,12 +109,8 @@ def encode_pieces(encode: Encode, document: Document) -> Coded:
 
 def encode_whole(tokenizer: "Tokenizer", encode: Encode, document: Document) -> Coded:
     """Encode a document as the tokenizer does; a token counts if any of its characters does, as in transformers."""
-    if document.answers is None:
-        return Coded(encode(document.text))
-    if document.is_parted:
-        parts = [(encode(text), counts) for text, counts in _segments(document)]
-        counted = [np.full(len(tokens), counts, dtype=np.uint8) for tokens, counts in parts]
-        return Coded(np.concatenate([tokens for tokens, _ in parts]), np.concatenate(counted))
+    if document.answers is None or document.is_parted:
+        return encode_pieces(encode, document, split=lambda text: [text])
     encoding = tokenizer.encode(document.text, add_special_tokens=not document.is_templated)
     return Coded(np.array(encoding.ids, dtype=np.uint32), counted_tokens(encoding, document.answers))
 
@@ -149,7 +145,7 @@ def counted_tokens(encoding: "Encoding", answers: Sequence[tuple[int, int]]) -> 
 
 
 def _segments(document: Document) -> Iterator[tuple[str, bool]]:
-    """Yield the segments of a document and whether each counts."""
+    """Yield the segments of a document, none of them empty unless it counts, and whether each counts."""
     end = 0
     for start, stop in [(0, len(document.text))] if document.answers is None else document.answers:
         if end < start:

@@ -59,10 +59,8 @@ def find_files(config: DataConfig) -> Found:
 
     A path, or a component of it, that exists is a name; only else it is a pattern. Of a directory the files with a
     suffix of the source are read, of a pattern all that match, and each file once, however often it is linked. Of a
-    saved dataset the files of one split are read that it lists.
-
-    Raises:
-        DataError: there is none; one is there packed and not; ``data.split`` is not there, or missing among several.
+    saved dataset the files of one split are read that it lists. DataError if there is none, one is there packed and not, or
+    ``data.split`` is not there, or missing among several.
     """
     try:
         return _find(config)
@@ -166,7 +164,7 @@ def _walk(
 ) -> Iterator[tuple[str, str, list[str]]]:
     """Yield (relative prefix, path, file names) of every directory from ``root`` on, once, however it is linked.
 
-    Hidden files and directories, and directories with an ``ignored`` name, are left out.
+    Hidden ones, and directories with an ``ignored`` name, are left out.
     """
     visited = set()
 

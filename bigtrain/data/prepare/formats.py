@@ -45,14 +45,9 @@ def foreign_json(head: bytes) -> str | None:
 
 
 def parse_object(line: str, following: Callable[[], bytes]) -> dict[str, Any]:
-    """Return the JSON object in a line that is not blank.
+    """Return the JSON object in a line that is not blank; ValueError if it is none.
 
-    Args:
-        following: returns the beginning of what comes after the line, to explain an error.
-
-    Raises:
-        SeveralLinesError: it goes on over the following lines.
-        ValueError: it is no JSON object.
+    It is a SeveralLinesError if it goes on over the lines that follow, of which ``following`` returns the beginning.
     """
     try:
         record = json.loads(line)

@@ -61,11 +61,7 @@ class Place(NamedTuple):
 
 
 def find_images(path: str) -> Place:
-    """Return what ``data.path`` leads to, without reading it.
-
-    Raises:
-        DataError: there is nothing, or nothing that this module reads.
-    """
+    """Return what ``data.path`` leads to, without reading it; DataError if this module reads none of it."""
     kind, _, name = path.partition(":")
     if kind == "package":
         return _of_package(path, name)

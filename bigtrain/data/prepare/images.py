@@ -41,14 +41,8 @@ class _Shape(NamedTuple):
 def prepare_images(config: DataConfig, *, progress: bool) -> Path:
     """Decode the images of a source into ``<data.root>/images-<name>``, unless they are there; return the directory.
 
-    The name follows from the files, with size and time, and from the settings.
-
-    Args:
-        config: of one component, with ``source=images``.
-        progress: show a bar when standard error is a terminal, else a log line now and then.
-
-    Raises:
-        DataError: there are no images, one is damaged, or the directory cannot be written.
+    The name follows from the files, with size and time, and from the settings. ``progress`` is as in
+    :func:`bigtrain.data.prepare.corpus.prepare`. DataError if there are no images, or one is damaged.
     """
     place = find_images(config.path)
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in place.files for stat in [file.stat()]]

@@ -31,11 +31,7 @@ class Labels(NamedTuple):
 
 
 def read_labels(content: Content, value: Any, field: str) -> Labels:
-    """Return the labels in a field of a record.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """Return the labels in a field of a record; ValueError if it holds something else."""
     if value in (None, ""):
         raise ValueError(f"field '{field}' is empty: a document without a label; data.on_bad_row=skip leaves it out")
     if content is Content.numbers:
@@ -51,11 +47,7 @@ def read_labels(content: Content, value: Any, field: str) -> Labels:
 
 
 def read_words(words: Any, tags: Any, text_field: str, label_field: str) -> tuple[str, Labels]:
-    """Return the text of a list of words, joined by spaces, and the label of each word.
-
-    Raises:
-        ValueError: they are no lists of the same length.
-    """
+    """Return the text of a list of words, joined by spaces, and the label of each; ValueError if these are no such lists."""
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"field '{text_field}' is {_quoted(words)}: data.content=tagged needs a list of words")
     if not isinstance(tags, list) or len(tags) != len(words):
@@ -69,16 +61,13 @@ def read_words(words: Any, tags: Any, text_field: str, label_field: str) -> tupl
 def label_record(
     content: Content, counts: Counter[str], *, has_lists: bool, num_values: set[int]
 ) -> LabelRecord | None:
-    """Return what the labels of a corpus are; None if it has none.
+    """Return what the labels of a corpus are; None if it has none. ValueError if the documents do not agree.
 
     Args:
         content: Of its records.
         counts: How many documents, or words, have each label.
         has_lists: Whether a document may have several labels.
         num_values: How many numbers documents have.
-
-    Raises:
-        ValueError: the documents do not agree.
     """
     if content is Content.numbers:
         if len(num_values) != 1:
@@ -110,10 +99,8 @@ def number_labels(record: LabelRecord, documents: Sequence[Labels]) -> NDArray[A
 def number_tokens(names: Sequence[str], labels: Labels, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
     """Return the label of each token: that of a word for its first token, else :data:`NOT_FIRST`.
 
-    Args:
-        names: Of all labels.
-        labels: Of the words of the document.
-        offsets: Range of characters of each token; empty of those that a tokenizer adds.
+    ``names`` are all labels, ``labels`` those of the document's words, ``offsets`` the range of characters of each token,
+    empty of those that a tokenizer adds.
     """
     reached = np.maximum.accumulate([end for _, end in offsets] or [0])
     numbers = np.full(len(reached), NOT_FIRST, dtype=np.int32)

@@ -122,8 +122,7 @@ def make_part(
 ) -> None:
     """Tokenise one part into the cache under ``name``, unless it is there or another process does.
 
-    Raises:
-        DataError: the source is damaged, its files have other ``sizes``, or the cache cannot be written.
+    DataError if the source is damaged, its files have other ``sizes``, or the cache cannot be written.
     """
     with explained(cache.directory), cache.making(name, 0, wait=False) as handle:
         if handle is None:

@@ -27,10 +27,8 @@ class SourceFile(NamedTuple):
 def saved_files(files: list[SourceFile], config: DataConfig, left_out: dict[str, list[str]]) -> list[SourceFile]:
     """Return those of ``files`` that are data of the configured split; Arrow files of other origin have no split.
 
-    ``state.json`` lists what ``save_to_disk`` wrote; ``map`` and ``shuffle`` keep their caches beside it.
-
-    Raises:
-        DataError: the split is not there, or missing among several; a listed file is not there.
+    ``state.json`` lists what ``save_to_disk`` wrote; ``map`` and ``shuffle`` keep their caches beside it. DataError if the
+    split is not there, or missing among several, or a listed file is not there.
     """
     is_named = Path(config.path).is_file()
     listings = {directory: _listing(directory) for directory in {file.path.parent for file in files}}

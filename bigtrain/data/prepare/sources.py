@@ -42,11 +42,7 @@ _PACKAGE_BYTES = 120_000
 
 
 def iterate_documents(config: DataConfig) -> Iterator[Document]:
-    """Yield every document of the source, in an order fixed by names and positions.
-
-    Raises:
-        DataError: the source is missing, unreadable, damaged or lacks the text field.
-    """
+    """Yield every document of the source, in an order fixed by names and positions."""
     for part in source_parts(config):
         yield from read_part(config, part)
 
@@ -92,10 +88,9 @@ def _file_ranges(config: DataConfig, file: SourceFile, size: int) -> list[Part]:
 
 
 def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Iterator[Document]:
-    """Yield the documents of one part; raises as :func:`iterate_documents`.
+    """Yield the documents of one part.
 
-    Args:
-        bad: counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
+    ``bad`` counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
     """
     skips = config.on_bad_row is OnBad.skip
     for row in dataset_rows(config, part) if config.source is DataSource.datasets else _file_rows(config, part, skips):
@@ -134,14 +129,9 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
 def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
     """Return a SHA-256 that changes when the source does, without reading the documents.
 
-    Local files enter with relative name, size and modification time, the standard library with name, size and Python
-    version, a dataset on the hub with its name only: once prepared it stays as it is, also offline.
-
-    Args:
-        with_times: whether modification times enter, which a copy may have changed.
-
-    Raises:
-        DataError: the source is missing.
+    Local files enter with relative name, size and modification time, which a copy may have changed, unless not
+    ``with_times``; the standard library with name, size and Python version; a dataset on the hub with its name only: once
+    prepared it stays as it is, also offline.
     """
     if config.source is DataSource.datasets and not Path(config.path).exists():
         return _sha256_of([config.path, config.subset, config.split or "train"])

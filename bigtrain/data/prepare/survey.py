@@ -116,7 +116,7 @@ def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> I
 
 
 def survey_part(config: DataConfig, part: Part) -> PartSurvey:
-    """Read one part of the source; DataError as the source raises."""
+    """Read one part of the source."""
     found = PartSurvey()
     sizes, hashes = [], []
     duplicates = config.filters.duplicates
@@ -141,8 +141,7 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
 def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[int], None]) -> Survey:
     """Merge the surveys of all parts, in order; DataError if fewer than two documents are kept.
 
-    Args:
-        advance: called with the bytes of text of each part.
+    ``advance`` is called with the bytes of text of each part.
     """
     survey, parts = Survey(), []
     for part in found:

@@ -176,8 +176,7 @@ class ShardPlan(NamedTuple):
 def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int) -> list[ShardPlan]:
     """Cut documents into shards; each ends with the document by which it has ``shard_tokens``.
 
-    Args:
-        lengths: of each part, the tokens of each of its documents.
+    ``lengths`` has, of each part, the tokens of each of its documents.
     """
     ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))
     part_ends = np.cumsum([int(part.sum()) for part in lengths])
@@ -262,11 +261,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def cross_entropy_nats(counts: NDArray[np.int64], weights: NDArray[np.integer | np.floating]) -> float:
-    """Return the cross-entropy in nats per token under frequencies proportional to ``weights``.
+    """Return the cross-entropy in nats per token of ``counts`` under frequencies proportional to ``weights``.
 
-    Args:
-        counts: occurrences of each token, ``(vocab_size,)``.
-        weights: ``(vocab_size,)``, positive wherever ``counts`` is.
+    Both are ``(vocab_size,)``; weights are positive wherever a count is.
     """
     occurs = counts > 0
     log_probabilities = np.log(weights[occurs]) - np.log(weights.sum())

@@ -15,15 +15,7 @@ class Arrays:
     """A dataset of columns, each an array ``(num_rows, ...)``; see :class:`bigtrain.data.read.records.Dataset`."""
 
     def __init__(self, columns: Mapping[str, Any], *, where: str = "data") -> None:
-        """Take the columns.
-
-        Args:
-            columns: Arrays by name.
-            where: Their place in messages.
-
-        Raises:
-            DataError: they are not equally long.
-        """
+        """Take arrays by name; ``where`` is their place in messages. DataError if they are not equally long."""
         self._columns = {name: np.asarray(column) for name, column in columns.items()}
         lengths = {name: len(column) if column.ndim else None for name, column in self._columns.items()}
         if len(set(lengths.values())) != 1 or None in lengths.values():
@@ -39,16 +31,11 @@ class Arrays:
         return {name: column[row] for name, column in self._columns.items()}
 
     def gather(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Return several rows, the same at all positions."""
         return {name: column[rows] for name, column in self._columns.items()}
 
 
 def read_npz(path: str | Path) -> Arrays:
-    """Return the arrays of a ``.npz`` file.
-
-    Raises:
-        DataError: there is no such file, it is none, or it holds objects.
-    """
+    """Return the arrays of a ``.npz`` file; DataError if there is none, or it holds objects."""
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}

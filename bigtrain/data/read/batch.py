@@ -12,11 +12,6 @@ from numpy.typing import NDArray
 class Samples(dict[str, NDArray[Any]]):
     """N samples: an array ``(N, ...)`` by name, in the order in which a network gets them."""
 
-    def put(self, rows: NDArray[np.int64], samples: "Samples") -> None:
-        """Take ``samples`` as the rows with these numbers."""
-        for name, array in samples.items():
-            self[name][rows] = array
-
 
 Collate = Callable[[Samples, NDArray[np.int64]], Samples]
 """Makes other samples of samples and their positions in the run, int64 ``(N,)``: a pure function."""
@@ -43,11 +38,6 @@ class ArrayPool:
         self._arrays.append(np.empty((num_samples, *shape), dtype=dtype))
         return self._arrays[-1][:]
 
-    def like(self, num_samples: int, samples: Samples) -> Samples:
-        """Return ``num_samples`` samples that are still to be filled, with the fields of ``samples``."""
-        arrays = {name: self.take(num_samples, *a.shape[1:], dtype=a.dtype) for name, a in samples.items()}
-        return Samples(arrays)
-
     def _is_like(self, i: int, shape: tuple[int, ...], dtype: Any) -> bool:
         return self._arrays[i].shape[1:] == shape and self._arrays[i].dtype == dtype
 
@@ -72,12 +62,13 @@ def gather_groups(
     distinct = np.unique(groups).tolist()
     if len(distinct) == 1:
         return gather(distinct[0], slice(None))
-    samples = None
+    samples = Samples()
     for group in distinct:
         rows = np.flatnonzero(groups == group)
-        part = gather(group, rows)
-        samples = samples or pool.like(len(groups), part)
-        samples.put(rows, part)
+        for name, array in gather(group, rows).items():
+            if name not in samples:
+                samples[name] = pool.take(len(groups), *array.shape[1:], dtype=array.dtype)
+            samples[name][rows] = array
     return samples
 
 
@@ -100,13 +91,9 @@ class Batch(dict[str, torch.Tensor]):
         return Batch({name: tensor.pin_memory() for name, tensor in self.items()})
 
     def padded(self, num_steps: int, num_samples: int, *, num_kept: int, filling: Mapping[str, int | float]) -> "Batch":
-        """Return the samples of several steps, each filled up with samples that count for nothing.
+        """Return the samples of ``num_steps`` steps, each filled up to ``num_samples``.
 
-        Args:
-            num_steps: Steps that the batch's samples are for, as many for each.
-            num_samples: Samples of a step in what is returned.
-            num_kept: Samples of a step that are kept, the first ones.
-            filling: What the others consist of, by name.
+        The first ``num_kept`` of each step are kept; ``filling`` is what the others, which count for nothing, consist of.
         """
         if num_kept == num_samples:
             return self

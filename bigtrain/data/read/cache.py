@@ -23,11 +23,7 @@ class NodeCache:
     """A directory of such files."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
-        """Keep up to ``max_bytes`` of files in ``directory``, which other processes may use at the same time.
-
-        Raises:
-            DataError: the directory cannot be made.
-        """
+        """Keep up to ``max_bytes`` of files in ``directory``; DataError if it cannot be made."""
         self.directory = directory
         self.max_bytes = max_bytes
         with explained(directory):
@@ -38,7 +34,6 @@ class NodeCache:
         return self.directory / name
 
     def holds(self, name: str) -> bool:
-        """Return whether a file is there."""
         return self.path(name).exists()
 
     def is_being_made(self, name: str) -> bool:
@@ -63,10 +58,8 @@ class NodeCache:
     def making(self, name: str, num_bytes: int, *, wait: bool) -> Iterator[BinaryIO | None]:
         """Give the partial file, locked, to be completed; at the end of the context it gets its name.
 
-        Args:
-            name: of the file.
-            num_bytes: size that it will have, 0 if that is not known.
-            wait: for another process or thread that is at it; otherwise None is given then, as for a file that is there.
+        None is given for a file that is there and, unless it is to ``wait``, where another process or thread is at it.
+        ``num_bytes`` is 0 if the size is not known.
         """
         partial = self.directory / f"{name}.{num_bytes}.partial"
         with locked(partial, wait=wait) as handle:

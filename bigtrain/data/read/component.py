@@ -35,9 +35,7 @@ class StoredSamples:
         """Cut the split into samples; those without a target that counts are left out unless ``keeps_all``.
 
         Of more than ``most_samples``, so many are drawn: the same ones with every seed, more of them for a larger number.
-
-        Raises:
-            DataError: a shard cannot be had, or the cache is too small.
+        DataError if a shard cannot be had, or the cache is too small.
         """
         window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
         if split.is_remote:
@@ -66,12 +64,10 @@ class StoredSamples:
         self._fetching: list[int] = []
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the samples at the positions ``[first, first + count)``, int64 ``(count,)``."""
         ids = self.order.ids(first, count)
         return ids if self._answered is None else self._answered[ids]
 
     def epochs(self, count: int) -> float:
-        """Return how many passes the first ``count`` samples are, which have been drawn."""
         return count / max(self.num_samples, 1)
 
     def prefetch(self, first: int) -> None:

@@ -18,10 +18,9 @@ from bigtrain.data.read.index import (
     CorpusIndex,
     LabelKind,
     SplitRecord,
-    check_size,
+    check_file,
     parse_index,
     read_index,
-    verify_file,
 )
 from bigtrain.data.read.remote import RemoteDirectory, ShardCache, is_url, read_remote_index
 from bigtrain.errors import DataError, ShardError
@@ -34,8 +33,7 @@ SplitName = Literal["train", "validation"]
 class LocalFiles:
     """Files of a prepared corpus in a directory; those of a remote one are a :class:`ShardCache`."""
 
-    max_bytes = None
-    """How much is at hand at a time: everything."""
+    max_bytes = None  # everything is at hand
 
     def __init__(self, directory: Path, *, verify: bool) -> None:
         """Take the files from ``directory``; ``verify`` compares the hash of each whenever it is opened."""
@@ -43,17 +41,10 @@ class LocalFiles:
         self._verify = verify
 
     def open(self, file: FileRecord) -> BinaryIO:
-        """Return a file, open for reading, with just the content of its record.
-
-        Raises:
-            ShardError: it is missing or damaged and stays so.
-            DataError: it cannot be read for another reason.
-        """
+        """Return a file, open for reading; ShardError if it is missing or damaged, DataError if it cannot be read."""
         path = self.directory / file.name
-        check_size(self.directory, file)
+        check_file(self.directory, file, content=self._verify)
         try:
-            if self._verify:
-                verify_file(self.directory, file)
             return open(path, "rb")
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
@@ -75,13 +66,10 @@ class Corpus:
         """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
 
         Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are not read. With
-        ``skip_bad_shards``, each shard is compared with its hash when it is first read.
-
-        Raises:
-            DataError: a file is missing or damaged, or the tokenizer has more ids than the model.
+        ``skip_bad_shards``, each shard is compared with its hash when it is first read. Raises as :func:`open_corpus`.
         """
         index = read_index(directory, check_sizes=not skip_bad_shards)
-        verify_file(Path(directory), index.tokenizer.file)
+        check_file(Path(directory), index.tokenizer.file)
         require_vocab(index, vocab_size, str(directory))
         return cls(LocalFiles(Path(directory), verify=skip_bad_shards), index, skip_bad_shards)
 
@@ -96,11 +84,7 @@ class Corpus:
 
 
 def require_vocab(index: CorpusIndex, vocab_size: int, where: str) -> None:
-    """Refuse a corpus whose tokenizer has more ids than the model has embeddings.
-
-    Raises:
-        DataError: it has.
-    """
+    """Refuse a corpus whose tokenizer has more ids than the model has embeddings."""
     if index.tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{where}: the tokenizer {index.tokenizer.name} has {index.tokenizer.vocab_size} ids, but "
@@ -135,15 +119,12 @@ class TokenSplit:
         self.counts_all = not self.has_answers
 
     def documents(self, shard: int) -> NDArray[np.int64]:
-        """See :class:`FileSplit`."""
         return self._documents[shard]
 
     def read(self, shard: int) -> NDArray[np.unsignedinteger]:
-        """See :class:`FileSplit`."""
         return self._shards[shard]
 
     def counted(self, shard: int) -> NDArray[np.uint8] | None:
-        """See :class:`FileSplit`."""
         return self._counted[shard]
 
 
@@ -157,15 +138,11 @@ class FileSplit:
         self.is_remote = corpus.files.max_bytes is not None
         """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
         self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
-        """Number of tokens of each shard, int64 ``(num_shards,)``."""
         self.shard_documents = np.array([shard.num_documents for shard in record.shards], dtype=np.int64)
-        """Number of documents of each shard, int64 ``(num_shards,)``."""
         self.bytes_per_token = record.num_text_bytes / max(record.num_tokens, 1)
         """Bytes of text (UTF-8) that a token stands for, those that end documents included."""
         self.labels = corpus.index.labels
-        """What documents are labelled with, if they are."""
         self.eos_id = corpus.index.tokenizer.eos_id
-        """Token that ends a document."""
         self.adds_special = corpus.index.tokenizer.adds_special
         """Whether documents have what the tokenizer writes around them."""
         self.skipped: set[int] = set()
@@ -183,7 +160,7 @@ class FileSplit:
 
     @property
     def cache_shards(self) -> int | None:
-        """Return how many shards are at hand at a time; None when all are."""
+        """How many shards are at hand at a time; None when all are."""
         if self._files.max_bytes is None:
             return None
         largest = max(sum(file.num_bytes for file in shard.files) for shard in self._records)
@@ -192,8 +169,7 @@ class FileSplit:
     def documents(self, shard: int) -> NDArray[np.int64]:
         """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``.
 
-        Raises:
-            DataError: the file cannot be fetched or is damaged; it is never skipped, for samples may depend on it.
+        The file is never skipped, for samples may depend on it: a DataError if it cannot be fetched or is damaged.
         """
         record = self._records[shard]
         offsets = self._load(record.documents, record.num_documents + 1)
@@ -212,11 +188,7 @@ class FileSplit:
         return self._nothing(shard, self._dtype) if tokens is None else tokens
 
     def counted(self, shard: int) -> NDArray[np.uint8] | None:
-        """Return uint8 ``(n,)``, 1 where a token counts as a target, or None when all do; none of a skipped shard does.
-
-        Raises:
-            DataError: what :meth:`read` raises.
-        """
+        """Return uint8 ``(n,)``, 1 where a token counts as a target; None when all do. None of a skipped shard does."""
         if self.may_skip:
             self.read(shard)
         file, counted = self._records[shard].counted, None
@@ -225,11 +197,7 @@ class FileSplit:
         return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
 
     def read_labels(self, shard: int) -> NDArray[Any]:
-        """Return what :class:`LabelKind` says of a shard.
-
-        Raises:
-            DataError: the file cannot be fetched or is damaged.
-        """
+        """Return what :class:`LabelKind` says of a shard."""
         record = self._records[shard]
         per_token = self.labels.kind is LabelKind.per_token
         return self._load(record.labels, record.num_tokens if per_token else record.num_documents)
@@ -279,12 +247,12 @@ Split = TokenSplit | FileSplit
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | None = None) -> Corpus:
-    """Open what :func:`bigtrain.data.prepare.corpus.prepare` has prepared, on any rank, for a model with ``vocab_size`` embeddings.
+    """Open what :func:`bigtrain.data.prepare.corpus.prepare` has prepared, for a model with ``vocab_size`` embeddings.
 
     Args:
-        config: of the component.
-        vocab_size: rows of the model's embedding.
-        directory: what preparing has returned; by default the corpus that was ``prepared``.
+        config: Of the component.
+        vocab_size: Rows of the model's embedding.
+        directory: What preparing has returned; by default the corpus that was ``prepared``.
 
     Raises:
         DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.

@@ -31,9 +31,7 @@ class ImageIndex:
     deviation: list[float]
     """Standard deviation likewise; 1 of a channel that is constant."""
     num_train: int
-    """Images to train on."""
     num_validation: int
-    """Images held out."""
     num_left_out: int = 0
     """Images that could not be decoded, with ``data.on_bad_row=skip``."""
     num_in_both: int = 0
@@ -41,11 +39,7 @@ class ImageIndex:
 
 
 def read_image_index(directory: Path) -> ImageIndex:
-    """Return what is known of the images in a directory.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """Return what is known of the images in a directory; DataError if it is damaged."""
     with _whole(directory):
         return ImageIndex(**json.loads((directory / INDEX_FILE).read_text()))
 
@@ -68,11 +62,7 @@ class ImageSet:
     """The two sides of prepared images; see :func:`bigtrain.data.read.records.split_records`."""
 
     def __init__(self, directory: Path, augmentation: Augmentation) -> None:
-        """Open what :func:`bigtrain.data.prepare.images.prepare_images` has written; pixels are mapped into memory.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """Map what :func:`bigtrain.data.prepare.images.prepare_images` has written into memory; DataError if it is damaged."""
         self.index = read_image_index(directory)
         with _whole(directory):
             self.pixels = np.load(directory / PIXELS, mmap_mode="r")
@@ -94,12 +84,10 @@ class ImageSet:
         return {**asdict(self.index), "image_shape": list(self.pixels.shape[1:])}
 
     def train(self) -> "Images":
-        """Return the side that is augmented."""
         config = self._augmentation.config
         return Images(self, self._rows["train"], self._augmentation if config != type(config)() else None)
 
     def validation(self) -> "Images":
-        """Return the side that is held out."""
         return Images(self, self._rows["validation"], None)
 
 

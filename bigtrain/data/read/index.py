@@ -57,9 +57,8 @@ class ShardRecord:
     labels: FileRecord | None = None
     """npy: what :class:`LabelKind` says, if the corpus has labels."""
     num_tokens: int
-    """Number of tokens, end-of-text tokens included."""
+    """With end-of-text tokens."""
     num_documents: int
-    """Number of documents."""
 
     @property
     def files(self) -> list[FileRecord]:
@@ -72,11 +71,10 @@ class SplitRecord:
     """One split of a corpus."""
 
     shards: list[ShardRecord]
-    """Its shards in order."""
     num_tokens: int
-    """Number of tokens, end-of-text tokens included."""
+    """With end-of-text tokens."""
     num_documents: int
-    """Number of documents; empty ones are left out."""
+    """Empty ones are left out."""
     num_text_bytes: int
     """Size of the text as UTF-8."""
     unigram_nats_per_token: float
@@ -121,7 +119,6 @@ class CorpusIndex:
     """Content of ``index.json``."""
 
     format: int
-    """Version of this layout."""
     identity: str
     """SHA-256 of the settings and the source fingerprint that the corpus was made from."""
     source: str
@@ -135,7 +132,6 @@ class CorpusIndex:
     num_repaired_documents: int
     """Documents in which invalid UTF-8 was replaced by U+FFFD."""
     tokenizer: TokenizerRecord
-    """Tokenizer."""
     train: SplitRecord
     """Documents to train on."""
     validation: SplitRecord
@@ -172,11 +168,11 @@ def write_index(directory: Path, index: CorpusIndex) -> None:
 
 
 def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusIndex:
-    """Read ``index.json`` and compare the sizes of all files with it.
+    """Read ``index.json`` of a prepared corpus, or of a run, which has a copy of it but not the files.
 
     Args:
-        directory: a prepared corpus, or a run, which has a copy of the index.
-        check_sizes: whether the files are there; in a run they are not.
+        directory: Where it is.
+        check_sizes: Whether to compare the sizes of all files with it.
 
     Raises:
         DataError: the index or a file is missing, or something does not agree; names the file.
@@ -190,16 +186,12 @@ def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusInde
         raise DataError(f"{path}: cannot be read: {error}") from error
     index = parse_index(text, str(directory))
     for file in index.files if check_sizes else ():
-        check_size(Path(directory), file)
+        check_file(Path(directory), file, content=False)
     return index
 
 
 def parse_index(text: bytes, where: str) -> CorpusIndex:
-    """Return the content of an ``index.json``, which may come from anywhere.
-
-    Args:
-        text: the file.
-        where: directory or URL that it lies in, for messages.
+    """Return the content of an ``index.json`` that lies in ``where``, a directory or URL.
 
     Raises:
         DataError: it is damaged, of another format, contradicts itself or points out of its directory.
@@ -223,36 +215,18 @@ def parse_index(text: bytes, where: str) -> CorpusIndex:
 
 
 def verify_hashes(directory: str | Path, index: CorpusIndex) -> None:
-    """Read every file of a corpus, several at a time, and compare its hash with its index.
-
-    Raises:
-        DataError: names the first file that is missing, truncated or changed.
-    """
+    """Compare every file of a corpus, several at a time, with its index; raises as :func:`check_file`."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda file: verify_file(Path(directory), file), index.files):
+        for _ in pool.map(lambda file: check_file(Path(directory), file), index.files):
             pass
 
 
-def verify_file(directory: Path, file: FileRecord) -> None:
-    """Compare the hash of one file with its record.
+def check_file(directory: Path, file: FileRecord, *, content: bool = True) -> None:
+    """Compare a file with its record, by its size alone unless ``content``.
 
     Raises:
-        ShardError: the file has changed.
+        ShardError: the file is missing or has changed.
         DataError: it cannot be read.
-    """
-    found = hash_file(directory / file.name)
-    if found != file.xxh3:
-        raise ShardError(
-            f"{directory / file.name}: the content is not what was prepared (XXH3 {found[:16]}..., index says "
-            f"{file.xxh3[:16]}...); {_way_out(directory)}"
-        )
-
-
-def check_size(directory: Path, file: FileRecord) -> None:
-    """Compare the size of one file with its record.
-
-    Raises:
-        ShardError: the file is missing or has another size.
     """
     path = directory / file.name
     try:
@@ -261,22 +235,18 @@ def check_size(directory: Path, file: FileRecord) -> None:
         raise ShardError(f"{path}: missing ({error.strerror}); {_way_out(directory)}") from error
     if num_bytes != file.num_bytes:
         raise ShardError(f"{path}: {num_bytes} bytes, index.json says {file.num_bytes}; {_way_out(directory)}")
+    if content and (found := record_file(path).xxh3) != file.xxh3:
+        raise ShardError(
+            f"{path}: the content is not what was prepared (XXH3 {found[:16]}..., index says {file.xxh3[:16]}...); "
+            f"{_way_out(directory)}"
+        )
 
 
 def record_file(path: Path) -> FileRecord:
-    """Return the record of a finished file."""
-    return FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=hash_file(path))
-
-
-def hash_file(path: Path) -> str:
-    """Return the XXH3 of a file in hexadecimal.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return the record of a finished file; DataError if it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return hash_content(file)
+            return FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=hash_content(file))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 

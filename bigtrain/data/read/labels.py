@@ -18,15 +18,9 @@ _MOST_NAMES = 20
 
 
 def require_labels(labels: LabelRecord | None, objective: "Objective | None", *, where: str) -> None:
-    """Refuse a corpus whose labels are not those that an objective needs.
+    """Refuse a corpus whose labels are not those that an objective needs, or another number of them.
 
-    Args:
-        labels: Of the corpus; None if it has none.
-        objective: Of the run; None if nothing is known of it.
-        where: Name of the corpus in messages.
-
-    Raises:
-        DataError: it has none, of another kind, or another number of them.
+    None is a corpus without labels, or a run of which no objective is known. ``where`` names the corpus in messages.
     """
     wanted = None if objective is None else _wanted(objective)
     if wanted is None:

@@ -70,7 +70,7 @@ class TrainLoader:
         """Start to prepare ``prefetch_steps`` steps, at least 1, in the background.
 
         Args:
-            stream: Where the samples are.
+            stream: Where the samples are; DataError if it has none.
             global_batch_size: Samples per optimizer step over all ranks.
             micro_batch_size: Samples per micro-batch of this rank.
             dp_rank: Position of this rank among the ``dp_size`` that split the data.
@@ -79,9 +79,6 @@ class TrainLoader:
             prefetch_steps: Steps kept ready.
             pin_memory: Put the batches into page-locked memory.
             objective: Which targets count.
-
-        Raises:
-            DataError: the split is shorter than one sample.
         """
         stream.require_samples()
         self._stream = stream
@@ -111,7 +108,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> StepBatch:
-        """Return the next step; an error of the background thread is raised here, in its turn, and is the end."""
+        """Return the next step. Re-raises an error of the background thread, in its turn; iteration ends."""
         self.wait_seconds = 0.0
         if not self._at_hand:
             begin = time.perf_counter()
@@ -220,13 +217,9 @@ def validation_batches(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of each of ``batches`` global batches, the same samples every time.
 
-    ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the
-    whole split. Every rank yields the same number of micro-batches, so that collectives cannot wait
-    for a missing one; where samples run out, padding fills them up. The union over the ranks is exactly
-    the chosen samples, for any world and micro-batch.
-
-    Raises:
-        DataError: the split is shorter than one sample.
+    ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the whole split. Every rank
+    yields as many micro-batches, filled up with padding, so that no collective waits in vain. The union over the ranks is
+    exactly the chosen samples, for any world and micro-batch. DataError if the split is shorter than one sample.
     """
     stream.require_samples()
     num_samples = stream.num_samples
@@ -250,17 +243,7 @@ def validation_batches(
 def require_validation_targets(
     stream: SampleStream, *, batches: int, global_batch_size: int, objective: Objective
 ) -> None:
-    """Refuse to validate on samples of which no target counts.
-
-    Args:
-        stream: of the validation split.
-        batches: as for :func:`validation_batches`.
-        global_batch_size: as there.
-        objective: which targets count.
-
-    Raises:
-        DataError: none counts, or the split is shorter than one sample.
-    """
+    """Refuse to validate on samples, chosen as by :func:`validation_batches`, of which no target counts."""
     stream.require_samples()
     if not stream.has_answers:
         return

@@ -81,10 +81,7 @@ class ShardedSamples:
         self._pool = ArrayPool()
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Samples:
-        """Return the samples with these ids, int64 ``(N,)``; ids count through the shards one after the other.
-
-        They are the same at all positions of the run.
-        """
+        """Return the samples with these ids, int64 ``(N,)``, which count through the shards; the same at all positions."""
         shards, local = self._locate(sample_ids)
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
@@ -196,7 +193,6 @@ class BestFitSamples(ShardedSamples):
         self.shard_samples = np.fromiter(counts, dtype=np.int64, count=num_shards)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """See :class:`ConcatSamples`."""
         (shard,), (local,) = self._locate(np.array([sample_id]))
         plan = self._plan(int(shard))
         pieces = slice(plan.first_piece[local], plan.first_piece[local + 1])
@@ -300,8 +296,8 @@ class SyntheticSamples:
 def _windows(row: NDArray, length: int) -> NDArray:
     """Return the windows of ``length + 1`` that begin every ``length``, without a copy.
 
-    To index them copies each window in one piece. numpy's own function for such views takes as long as to gather a
-    batch, but also does what cannot be done here: a row that is not contiguous, as that of a skipped shard.
+    To index them copies each window in one piece. numpy's own function is as slow as to gather a batch, but takes rows that
+    are not contiguous, as those of a skipped shard.
     """
     if not row.flags.c_contiguous:
         return sliding_window_view(row, length + 1)[::length]
@@ -310,11 +306,7 @@ def _windows(row: NDArray, length: int) -> NDArray:
 
 
 def positions_from_begins(is_begin: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return positions that count from 0 at every begin.
-
-    Args:
-        is_begin: bool ``(N, T)``; the first column is True.
-    """
+    """Return positions that count from 0 at every begin, bool ``(N, T)``, whose first column is True."""
     places = np.arange(is_begin.shape[1])
     return places - np.maximum.accumulate(np.where(is_begin, places, 0), axis=1)
 
@@ -322,14 +314,9 @@ def positions_from_begins(is_begin: NDArray[np.bool_]) -> NDArray[np.int64]:
 def cut_documents(
     offsets: NDArray[np.int64], max_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cut documents that are longer than ``max_tokens``; empty ones vanish.
+    """Cut documents, given by ascending offsets ``(num_documents + 1,)``, that are longer than ``max_tokens``.
 
-    Args:
-        offsets: Ascending, ``(num_documents + 1,)``.
-        max_tokens: Longest piece.
-
-    Returns:
-        Of each piece: first token, number of tokens, and the token that stands before it.
+    Returns of each piece the first token, the number of tokens, and the token that stands before it; empty ones vanish.
     """
     document_tokens = np.diff(offsets)
     num_pieces = -(-document_tokens // max_tokens)
@@ -346,12 +333,7 @@ def pack_best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64
     Pieces of one length are placed together. Best-fit fills the bin with the least sufficient room until it has too
     little of it, because nothing between is fuller: a bin with room r takes ``r // length`` pieces at once.
 
-    Args:
-        lengths: Of the pieces, 1 to ``capacity``.
-        capacity: Room of a bin.
-
-    Returns:
-        The bin of each piece, int64, numbered from 0 in the order in which bins were begun.
+    Returns the bin of each piece, int64, numbered from 0 in the order in which bins were begun.
     """
     bin_of_piece = np.empty(len(lengths), dtype=np.int64)
     bins_by_room: list[list[NDArray[np.int64]]] = [[] for _ in range(capacity + 1)]

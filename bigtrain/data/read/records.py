@@ -55,16 +55,13 @@ class Records:
     """The rows of a dataset as arrays of the types and shapes that a task wants."""
 
     def __init__(self, dataset: Dataset, objective: Objective, *, where: str, sequence_length: int | None) -> None:
-        """Take the shapes that the objective leaves open from the first row.
+        """Take the shapes that the objective leaves open from the first row; DataError if that does not fit the objective.
 
         Args:
             dataset: The rows.
-            objective: Which columns there have to be; those that it can do without are left out if the first row lacks them.
+            objective: Which columns there have to be; optional ones are left out if the first row lacks them.
             where: Name of the dataset in messages.
             sequence_length: Size of the dimension ``T``, to which rows are filled up; None takes it from the first row.
-
-        Raises:
-            DataError: the first row does not fit the objective.
         """
         self._dataset, self._where = dataset, where
         self._gather = getattr(dataset, "gather", None)
@@ -73,7 +70,6 @@ class Records:
         self._fills_up = sequence_length is not None
         self._columns: dict[str, _Column] = {}
         self.num_rows = len(dataset)
-        """Number of rows."""
         self._objective = objective
         self._has_target = np.ones(self.num_rows, dtype=np.bool_)  # unless the rows are read
         if self.num_rows:
@@ -81,11 +77,7 @@ class Records:
             self._require_idle_padding(objective)
 
     def read(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
-        """Return rows, int64 ``(N,)``, that are drawn at ``positions`` of the run.
-
-        Raises:
-            DataError: a row does not have the columns, types and shapes of the others.
-        """
+        """Return rows, int64 ``(N,)``, drawn at ``positions`` of the run; DataError if one is not like the others."""
         with self._lock:
             arrays = {name: self._pool.take(len(rows), *c.shape, dtype=c.dtype) for name, c in self._columns.items()}
             if self._gather is not None:
@@ -140,11 +132,7 @@ class Records:
         return [xxhash.xxh3_64_intdigest(b"".join(array[i].tobytes() for array in inputs)) for i in range(len(rows))]
 
     def require_targets(self, rows: NDArray[np.int64], side: str) -> None:
-        """Refuse rows, int64 ``(N,)``, of which none has a target that counts.
-
-        Raises:
-            DataError: none has.
-        """
+        """Refuse rows, int64 ``(N,)``, of which none has a target that counts."""
         if len(rows) and not self._has_target[rows].any():
             raise DataError(f"{self._where}: none of the {len(rows)} rows of the {side} side has a target that counts")
 
@@ -261,7 +249,6 @@ class RecordSplit:
         return np.array([len(self.rows)])
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
-        """Return the samples with these ids, drawn at these positions of the run, both int64 ``(N,)``."""
         return self.records.read(self.rows[sample_ids], positions)
 
     def answered(self) -> None:
@@ -275,54 +262,42 @@ class RecordSplit:
 def split_records(
     source: Any, objective: Objective, *, where: str, sequence_length: int | None, validation_fraction: float
 ) -> dict[str, RecordSplit]:
-    """Return the training and the validation side of a source.
+    """Return the training and the validation side of a source; DataError if it is no dataset, or does not fit the objective.
 
     Args:
         source: A :class:`Dataset`, or arrays by column, of which a share is held out by a hash of the row's number; or an
             object whose ``train()`` returns one, and whose ``validation()``, if it has that, another one or None; or a function
             that returns either.
-        objective: As in :class:`Records`.
-        where: As there.
-        sequence_length: As there.
+        objective: As in :class:`Records`, like ``where`` and ``sequence_length``.
+        where: See there.
+        sequence_length: See there.
         validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own; 0 holds
             nothing out.
-
-    Raises:
-        DataError: the source is no dataset, or a row does not fit the objective.
     """
     if isinstance(source, type) or inspect.isroutine(source):
         source = source()
     has_sides = hasattr(source, "train")
     facts = getattr(source, "facts", {})
     has_own = has_sides and hasattr(source, "validation") and validation_fraction > 0
-    own = source.validation() if has_own else None
-    records, fingerprints = {}, {}
-    for name, dataset in (("train", source.train() if has_sides else source), ("validation", own)):
-        if dataset is None and name == "validation":
-            continue
-        if isinstance(dataset, Mapping):
-            dataset = Arrays(dataset, where=where)
+    sides = {"train": source.train() if has_sides else source}
+    if has_own and (own := source.validation()) is not None:
+        sides["validation"] = own
+    records = {}
+    for name, side in sides.items():
+        dataset = Arrays(side, where=where) if isinstance(side, Mapping) else side
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise DataError(f"{where}: the {name} side is a {type(dataset).__name__}; it has to have len() and [row]")
         records[name] = Records(dataset, objective, where=where, sequence_length=sequence_length)
-        fingerprints[name] = records[name].fingerprint()
-    if own is not None:
-        for name, part in records.items():
-            part.require_targets(np.arange(part.num_rows), name)
-        return {
-            name: RecordSplit(name, part, np.arange(part.num_rows), fingerprints[name], facts)
-            for name, part in records.items()
-        }
-    is_held_out = held_out(records["train"].num_rows, validation_fraction)
-    for name in ("train", "validation"):
-        records["train"].require_targets(np.flatnonzero(is_held_out == (name == "validation")), name)
-    fingerprint = f"{fingerprints['train']} without {validation_fraction:g}"
-    return {
-        name: RecordSplit(
-            name, records["train"], np.flatnonzero(is_held_out == (name == "validation")), fingerprint, facts
-        )
-        for name in ("train", "validation")
-    }
+    fingerprints = {name: part.fingerprint() for name, part in records.items()}
+    rows = {name: np.arange(part.num_rows) for name, part in records.items()}
+    if len(sides) == 1:
+        records["validation"] = records["train"]
+        is_held_out = held_out(records["train"].num_rows, validation_fraction)
+        rows = {"train": np.flatnonzero(~is_held_out), "validation": np.flatnonzero(is_held_out)}
+        fingerprints = dict.fromkeys(rows, f"{fingerprints['train']} without {validation_fraction:g}")
+    for name, part in records.items():
+        part.require_targets(rows[name], name)
+    return {name: RecordSplit(name, part, rows[name], fingerprints[name], facts) for name, part in records.items()}
 
 
 def held_out(num_rows: int, fraction: float) -> NDArray[np.bool_]:

@@ -42,12 +42,7 @@ class RemoteDirectory:
     """Reads files below a URL and waits out faults that pass."""
 
     def __init__(self, url: str) -> None:
-        """Take any URL that fsspec knows; credentials and endpoints are those of its file systems.
-
-        Raises:
-            ConfigError: the package for s3 is not installed.
-            DataError: no such kind of URL, or the package for another one is not installed.
-        """
+        """Take any URL that fsspec knows; credentials and endpoints are those of its file systems."""
         import fsspec
 
         if url.startswith("s3://"):
@@ -59,7 +54,7 @@ class RemoteDirectory:
             raise DataError(f"data.path={url}: cannot be opened: {error}") from error
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return a file, or its bytes ``[start, end)``; from a server that knows no ranges, more than those.
+        """Return a file, or its bytes ``[start, end)``.
 
         Raises:
             ShardError: there is no such file.
@@ -68,12 +63,7 @@ class RemoteDirectory:
         return self._ask(name, lambda: self._read_once(name, start, end))
 
     def size(self, name: str) -> int | None:
-        """Return the size of a file in bytes, or None where the server does not tell.
-
-        Raises:
-            ShardError: there is no such file.
-            DataError: as :meth:`read`.
-        """
+        """Return the size of a file in bytes, or None where the server does not tell; raises as :meth:`read`."""
         return self._ask(name, lambda: self._file_system.size(f"{self._root}/{name}"))
 
     def _ask(self, name: str, function: Callable[[], T]) -> T:
@@ -112,15 +102,9 @@ def _may_pass(error: Exception) -> bool:
 
 
 def patiently(function: Callable[[], T], where: str, *, may_pass: Callable[[Exception], bool]) -> T:
-    """Call ``function`` until it succeeds.
+    """Call ``function`` until it succeeds or has failed ``NUM_ATTEMPTS`` times, which is a DataError about ``where``.
 
-    Args:
-        function: what is tried.
-        where: for messages.
-        may_pass: whether to try again after an error; every other is raised.
-
-    Raises:
-        DataError: it has failed ``NUM_ATTEMPTS`` times.
+    ``may_pass`` says whether to try again after an error; every other is raised.
     """
     for attempt in range(NUM_ATTEMPTS):
         try:
@@ -140,11 +124,7 @@ def patiently(function: Callable[[], T], where: str, *, may_pass: Callable[[Exce
 
 
 def read_remote_index(remote: RemoteDirectory) -> bytes:
-    """Return the ``index.json`` of a prepared corpus at a URL, which is still to be parsed.
-
-    Raises:
-        DataError: there is none, or it cannot be read.
-    """
+    """Return the ``index.json`` of a prepared corpus at a URL, still to be parsed; DataError if there is none."""
     try:
         return remote.read(INDEX_FILE)
     except ShardError as error:
@@ -185,11 +165,6 @@ class ShardCache:
     """Files of a remote corpus in a cache on this node's disk, named by the hash of their content."""
 
     def __init__(self, remote: RemoteDirectory, directory: Path, max_bytes: int) -> None:
-        """Keep up to ``max_bytes`` of files in ``directory``, which other processes may use at the same time.
-
-        Raises:
-            DataError: the directory cannot be made.
-        """
         self.max_bytes = max_bytes
         self._cache = NodeCache(directory, max_bytes)
         self._remote = remote
@@ -209,7 +184,6 @@ class ShardCache:
         return handle
 
     def holds(self, file: FileRecord) -> bool:
-        """Return whether the file is in the cache."""
         return self._cache.holds(file.xxh3)
 
     def prefetch(self, files: Sequence[FileRecord]) -> None:

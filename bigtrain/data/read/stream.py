@@ -49,7 +49,7 @@ class SampleStream:
             name: Of the splits: ``train`` or ``validation``.
             splits: Of the components, in the order of their names.
             data: The resolved section.
-            seed: Seed of the order, the same for all components: each is ordered as if it were alone.
+            seed: Of the order, the same for all components: each is ordered as if it were alone.
             global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
             previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
                 where it ends.
@@ -63,9 +63,15 @@ class SampleStream:
         """Tokens per sample; None of records that are no sequences."""
         self.sample_size: int = max([part.sample_size for part in records] or [data.sequence_length])
         """Numbers in a sample, by which the loader decides how many it prepares at a time."""
-        self.components = {
-            part: _samples(name, part, split, data, seed, previous, keeps_all) for part, split in splits.items()
-        }
+        self.components: dict[str, StoredSamples | LiveSamples] = {}
+        most_samples = data.max_train_samples if name == "train" else None
+        for part, split in splits.items():
+            if isinstance(split, LiveParts):
+                is_same = previous and previous.fingerprints.get(part) == split.fingerprint
+                place = previous.places.get(part) if is_same else None
+                self.components[part] = LiveSamples(split, data, seed=seed, place=place, keeps_all=keeps_all)
+            else:
+                self.components[part] = StoredSamples(split, data, seed, keeps_all=keeps_all, most_samples=most_samples)
         self._list = list(self.components.values())
         self._live = {part: c for part, c in self.components.items() if isinstance(c, LiveSamples)}
         self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
@@ -130,11 +136,7 @@ class SampleStream:
         return [(i, shard) for i, part in self._stored for shard in sorted(getattr(part.split, "skipped", ()))]
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``.
-
-        Raises:
-            DataError: the data ends before.
-        """
+        """Return ``count`` samples of the run after the first ``first``, int64 ``(count,)``; DataError past the end."""
         parts = [self._ids_at(begin, end - begin) for begin, end in pieces(first, count, self.skipped)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
@@ -155,12 +157,9 @@ class SampleStream:
         return ids
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Batch:
-        """Return samples.
+        """Return samples, int64 ``(N,)``, that are drawn at these positions of the run.
 
-        Args:
-            sample_ids: int64 ``(N,)``.
-            positions: Of each sample in the run, int64 ``(N,)``, of which what is masked or augmented is a function; by default
-                the ids, so that validation is the same every time.
+        What is masked or augmented is a function of the position: by default the id, so that validation is always the same.
         """
         positions = sample_ids if positions is None else positions
         samples = self._gather(sample_ids, positions)
@@ -195,11 +194,7 @@ class SampleStream:
         return list(self.components)[number], documents
 
     def require_samples(self) -> None:
-        """Refuse to train on a component, or to validate on data, without a single sample.
-
-        Raises:
-            DataError: which is too short, and what would help.
-        """
+        """Refuse to train on a component, or to validate on data, without a single sample; says what would help."""
         short = [name for name, component in self.components.items() if component.num_samples < 1]
         if short and (self.name == "train" or not self.num_samples):
             which = "" if len(self.components) == 1 else f" of data.mixture.{short[0]}"
@@ -211,11 +206,7 @@ class SampleStream:
             raise DataError(no_samples(self.name, self.sequence_length, component.num_left_out, which))
 
     def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
-        """Refuse a run from ``start`` to ``steps`` that is longer than its data.
-
-        Raises:
-            DataError: for how many steps there is data.
-        """
+        """Refuse a run from ``start`` to ``steps`` that is longer than its data; says for how many steps there is data."""
         self.require_samples()
         available = self.mixture.num_positions
         if available is None:
@@ -263,23 +254,6 @@ class SampleStream:
             return False
         ids = self.ids(state.previous_samples, state.samples - state.previous_samples)
         return chain_digest(state.previous_digest, ids, self.content) == state.digest
-
-
-def _samples(
-    which: str,
-    name: str,
-    split: AnySplit | LiveParts,
-    data: DataConfig,
-    seed: int,
-    previous: DataState | None,
-    keeps_all: bool,
-) -> StoredSamples | LiveSamples:
-    if not isinstance(split, LiveParts):
-        most_samples = data.max_train_samples if which == "train" else None
-        return StoredSamples(split, data, seed, keeps_all=keeps_all, most_samples=most_samples)
-    is_same = previous and previous.fingerprints.get(name) == split.fingerprint
-    place = previous.places.get(name) if is_same else None
-    return LiveSamples(split, data, seed=seed, place=place, keeps_all=keeps_all)
 
 
 def _origin(

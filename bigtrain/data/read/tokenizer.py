@@ -51,45 +51,40 @@ class BuiltTokenizer(NamedTuple):
     eos_id: int
     adds_special: bool = False
     """See :class:`bigtrain.data.read.index.TokenizerRecord`."""
-    reads_special: bool = False
-    """See there."""
+
+    @property
+    def reads_special(self) -> bool:
+        """See there."""
+        return not self.tokenizer.encode_special_tokens
 
 
 def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
-    """Return the tokenizer that ``config.tokenizer`` names.
+    """Return the tokenizer that ``config.tokenizer`` names; DataError if it is missing or unsuitable.
 
     Args:
         config: ``tokenizer`` is ``bpe``, ``bytes``, a prepared corpus or run that has one, or a Hugging Face name or
             local directory.
         sample: Texts that a ``bpe`` is trained on; the others leave it alone.
-
-    Raises:
-        DataError: the Hugging Face tokenizer is missing or unsuitable.
     """
     if config.tokenizer == "bpe":
         return _train_bpe(sample, config.tokenizer_vocab_size)
     if config.tokenizer == "bytes":
         return _bytes_tokenizer()
-    if Path(config.tokenizer, INDEX_FILE).is_file():
-        record = read_index(config.tokenizer, check_sizes=False).tokenizer
+    if record := kept_record(config.tokenizer):
         tokenizer = load_tokenizer(config.tokenizer, reads_special=record.reads_special)
-        return BuiltTokenizer(tokenizer, record.eos_id, record.adds_special, record.reads_special)
+        return BuiltTokenizer(tokenizer, record.eos_id, record.adds_special)
     return _hugging_face_tokenizer(config.tokenizer)
 
 
 def load_tokenizer(directory: str | Path, *, reads_special: bool | None = None) -> "Tokenizer":
-    """Load ``tokenizer.json`` from a prepared corpus or a run.
+    """Load ``tokenizer.json`` from a prepared corpus or a run; DataError if there is none, or it is damaged.
 
-    Args:
-        directory: of the corpus or run; the record in its index says whether to encode with ``add_special_tokens``.
-        reads_special: whether the name of a special token in a text is that token; by default as the index says.
-
-    Raises:
-        DataError: there is none, or it is damaged.
+    The record in its index says whether to encode with ``add_special_tokens`` and, by default, whether the name of a
+    special token in a text is that token (``reads_special``).
     """
     if reads_special is None:
-        has_index = Path(directory, INDEX_FILE).is_file()
-        reads_special = has_index and read_index(directory, check_sizes=False).tokenizer.reads_special
+        record = kept_record(directory)
+        reads_special = record is not None and record.reads_special
     path = Path(directory, TOKENIZER_FILE)
     try:
         text = path.read_text(encoding="utf-8")
@@ -100,19 +95,14 @@ def load_tokenizer(directory: str | Path, *, reads_special: bool | None = None) 
 
 def is_ours(name: str) -> bool:
     """Return whether ``data.tokenizer`` is a ``bpe`` or ``bytes``, also one that a corpus or run has."""
-    if Path(name, INDEX_FILE).is_file():
-        name = read_index(name, check_sizes=False).tokenizer.name
-    return name in OURS
+    record = kept_record(name)
+    return (record.name if record else name) in OURS
 
 
 def load_published(name: str) -> tuple[str | dict[str, str] | None, dict[str, Any]]:
     """Return the chat template of a published tokenizer, several by name or none, and its special tokens by role.
 
-    Args:
-        name: as in ``data.tokenizer``, neither ``bpe`` nor ``bytes``.
-
-    Raises:
-        DataError: it is missing.
+    ``name`` is as in ``data.tokenizer``, neither ``bpe`` nor ``bytes``.
     """
     if Path(name, INDEX_FILE).is_file():
         if not Path(name, PUBLISHED_DIRECTORY).is_dir():  # kept since chats have templates
@@ -124,15 +114,12 @@ def load_published(name: str) -> tuple[str | dict[str, str] | None, dict[str, An
 
 
 def keep_published(name: str, corpus: Path, chat_template: str | None = None) -> list[FileRecord]:
-    """Copy the files that a tokenizer was published as below ``corpus``; return their records.
+    """Copy the files that a tokenizer was published as below ``corpus``, which is being made; return their records.
 
     Args:
-        name: as in ``data.tokenizer``: ``bpe`` and ``bytes`` have none, a prepared corpus or run those that it has kept.
-        corpus: directory that is being made.
-        chat_template: file that replaces the tokenizer's own templates.
-
-    Raises:
-        DataError: they are on the hub, were not downloaded before, and cannot be had now.
+        name: As in ``data.tokenizer``: ``bpe`` and ``bytes`` have none, a prepared corpus or run those that it has kept.
+        corpus: The directory.
+        chat_template: File that replaces the tokenizer's own templates.
     """
     records = []
     source = _published_directory(name)
@@ -167,15 +154,15 @@ def _published_directory(name: str) -> Path | None:
 
 def tokenizer_name(config: DataConfig) -> str:
     """Return what a tokenizer is called: a published one that comes from a corpus or a run, as it was called there."""
-    kept = _kept_tokenizer(config.tokenizer)
-    return kept.name if kept else config.tokenizer
+    kept = kept_record(config.tokenizer)
+    return kept.name if kept and kept.facts else config.tokenizer
 
 
 def tokenizer_facts(config: DataConfig) -> object:
     """Return plain data that tell a tokenizer from others."""
     if config.tokenizer == "bpe":
         return ["bpe", config.tokenizer_vocab_size]
-    if kept := _kept_tokenizer(config.tokenizer):
+    if (kept := kept_record(config.tokenizer)) and kept.facts:
         return json.loads(kept.facts)
     path = Path(config.tokenizer)
     if not path.is_dir():
@@ -184,10 +171,9 @@ def tokenizer_facts(config: DataConfig) -> object:
     return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in parts)
 
 
-def _kept_tokenizer(name: str) -> TokenizerRecord | None:
-    """Return the record of a published tokenizer that comes from a corpus or a run which knows what it is."""
-    record = read_index(name, check_sizes=False).tokenizer if Path(name, INDEX_FILE).is_file() else None
-    return record if record and record.facts else None
+def kept_record(name: str | Path) -> TokenizerRecord | None:
+    """Return the record of the tokenizer of a prepared corpus or run; None if ``name`` is neither."""
+    return read_index(name, check_sizes=False).tokenizer if Path(name, INDEX_FILE).is_file() else None
 
 
 def num_ids(tokenizer: "Tokenizer") -> int:
@@ -291,4 +277,4 @@ def _hugging_face_tokenizer(name: str) -> BuiltTokenizer:
     probe = f"a  b\n{wrapper.eos_token} c"
     if tokenizer.encode(probe).ids != wrapper(probe)["input_ids"]:
         raise DataError(f"{where}: transformers gives other ids than its own {TOKENIZER_FILE}; choose another")
-    return BuiltTokenizer(tokenizer, wrapper.eos_token_id, adds_special=True, reads_special=reads_special)
+    return BuiltTokenizer(tokenizer, wrapper.eos_token_id, adds_special=True)

@@ -33,12 +33,7 @@ def special_ids(tokenizer: "Tokenizer") -> list[int]:
 
 
 def mask_token_id(tokenizer: "Tokenizer", directory: Path) -> int | None:
-    """Return the id of the token that stands for a hidden one; None if the tokenizer has none.
-
-    Args:
-        tokenizer: of a corpus or run.
-        directory: of that.
-    """
+    """Return the id of the token that stands for a hidden one, of a corpus or run; None if it has none."""
     path = directory / PUBLISHED_DIRECTORY / "tokenizer_config.json"
     named = json.loads(path.read_text(encoding="utf-8")).get("mask_token") if path.is_file() else None
     named = named.get("content") if isinstance(named, dict) else named

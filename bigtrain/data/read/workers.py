@@ -24,11 +24,8 @@ Run = Callable[[Callable[..., Result], Iterable[tuple]], Iterator[Result]]
 def workers(num_processes: int) -> Iterator[Run]:
     """Give a function that yields ``function(*task)`` for every task, in order; with one process, in this one.
 
-    Functions are module-level ones; tasks are picklable and read so far ahead as the processes need. The
-    processes end when this one does, however it ends.
-
-    Raises:
-        DataError: a worker was killed.
+    Functions are module-level ones; tasks are picklable and read so far ahead as the processes need. The processes end
+    when this one does, however it ends. DataError if a worker was killed.
     """
     # Processes of a daemon (ranks that a test has started) are not allowed.
     if num_processes < 2 or multiprocessing.current_process().daemon:
