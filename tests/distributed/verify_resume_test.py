@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing.ranks import run_ranks
 from bigtrain.testing.resume import Check, Plan, Verdict, verify_resume
 from tests.distributed.checkpoint_test import state_hashes
-from tests.distributed.launches import LAUNCH, SMALL, launch
+from tests.distributed.launches import SMALL
 from tests.distributed.ranks import small_config, start_engine
 
 
@@ -198,21 +197,26 @@ def test_ddp_adds_up_in_the_same_order_after_a_resume(tmp_path: Path):
 # The command
 
 
-def test_the_command_verifies_and_cleans_up(tmp_path: Path):
-    command = [sys.executable, str(LAUNCH / "verify_resume.py"), *SMALL, "world=1", "before=2", "after=2"]
-    result = launch(command, tmp_path)
-    assert (result.code, result.err) == (0, "")
-    lines = result.out.splitlines()
-    assert lines[0] == "uninterrupted  fsdp on 1 rank: steps 1 to 4"
-    assert "weights           4           0             0" in [line.rstrip() for line in lines]
-    assert lines[-1] == "THE SAME: killed in step 4 and resumed from step 2, bit by bit."
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
 def read(*args: str) -> Any:
     from bigtrain.cli import hydra_cli, verify_resume
 
     return hydra_cli.compose_run(verify_resume.VerifyResumeConfig, ["+model=gpt_nano", *args])
+
+
+def test_the_command_verifies_and_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from bigtrain.cli import verify_resume
+
+    monkeypatch.chdir(tmp_path)
+    code = verify_resume.run(read(*SMALL[1:], "world=1", "before=2", "after=2"))
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "uninterrupted  fsdp on 1 rank: steps 1 to 4"
+    assert "weights           4           0             0" in [line.rstrip() for line in lines]
+    assert lines[-1] == "THE SAME: killed in step 4 and resumed from step 2, bit by bit."
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_the_command_says_what_differs_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
