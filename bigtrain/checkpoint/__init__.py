@@ -8,5 +8,5 @@
 
 A directory of that name is complete: it is written under a name with ``.tmp-`` and renamed. Modules: ``manifest``
 (what is where), ``shard`` (files of ranks), ``store`` (directories of a run), ``saver`` (writing, in the background),
-``loader`` (verifying and reading), ``listing`` (for the command line), ``dcp`` (for torch.distributed.checkpoint).
+``loader`` (verifying and reading), ``dcp`` (for torch.distributed.checkpoint).
 """

@@ -9,7 +9,6 @@ sharded in any way.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from bigtrain.checkpoint.manifest import Chunk, TensorRecord, read_manifest
+from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.shard import DTYPES, ShardReader
 from bigtrain.checkpoint.store import find_problems
 from bigtrain.config import Verify
@@ -41,16 +40,19 @@ class CheckpointReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id)
-        self._tensors: dict[str, TensorRecord] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what is stored; CheckpointError if the manifest is missing or damaged."""
-        self._read_manifest()
-        return Metadata({record.key: _describe(record) for record in self._tensors.values()})
+        found = {}
+        for record in read_manifest(self._path).tensors:
+            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks]
+            properties = TensorProperties(DTYPES[record.dtype])
+            found[record.key] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
+        return Metadata(found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Verify the files, on the coordinator; CheckpointError names what is damaged."""
-        self._read_manifest()
+        self._tensors = {record.key: record for record in read_manifest(self._path).tensors}
         if is_coordinator and (problems := find_problems(self._path, self._verify)):
             raise CheckpointError("\n  ".join([f"{self._path} is damaged:", *problems]))
 
@@ -66,7 +68,9 @@ class CheckpointReader(StorageReader):
         with torch.no_grad():
             for item in plan.items:
                 record = self._tensors[item.storage_index.fqn]
-                stored = shards.read(record.dtype, _chunk_at(record, item.storage_index.offset))
+                offsets = list(item.storage_index.offset or [])
+                chunk = next(chunk for chunk in record.chunks if chunk.offsets == offsets)
+                stored = shards.read(record.dtype, chunk)
                 for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     stored = stored.narrow(dim, offset, length)
                 target = planner.resolve_tensor(item).detach()
@@ -79,16 +83,3 @@ class CheckpointReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return Path(checkpoint_id).is_dir()
-
-    def _read_manifest(self) -> None:
-        if not self._tensors:
-            self._tensors = {record.key: record for record in read_manifest(self._path).tensors}
-
-
-def _describe(record: TensorRecord) -> TensorStorageMetadata:
-    chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks]
-    return TensorStorageMetadata(TensorProperties(DTYPES[record.dtype]), torch.Size(record.shape), chunks)
-
-
-def _chunk_at(record: TensorRecord, offset: Sequence[int] | None) -> Chunk:
-    return next(chunk for chunk in record.chunks if chunk.offsets == list(offset or []))

@@ -60,17 +60,19 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the manifest as two lines: the hash of the second one, and JSON."""
-    body = json.dumps(manifest, separators=(",", ":"), default=_fields).encode()
+
+    def fields(record: Any) -> dict[str, Any]:  # dataclasses.asdict would copy a million chunks
+        return {name: getattr(record, name) for name in record.__slots__}
+
+    body = json.dumps(manifest, separators=(",", ":"), default=fields).encode()
     return xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body + b"\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Return the manifest of a checkpoint, checked in itself but not against the files.
 
-    Raises:
-        CheckpointError: missing, damaged, naming files outside of its directory, or not describing whole tensors inside
-            its files.
-        UnreadableError: of another version, or the file system cannot be read.
+    CheckpointError: missing, damaged, naming files outside of its directory, or not describing whole tensors in its
+    files. UnreadableError: of another version, or the file system cannot be read.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -104,10 +106,6 @@ def decode_tensor(values: dict[str, Any]) -> TensorRecord:
     return TensorRecord(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
 
 
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__slots__}
-
-
 def _problems(manifest: Manifest) -> Iterator[str]:
     """Yield what no save can have written: names that lead elsewhere, boxes that do not fit."""
     for file in manifest.files:
@@ -122,18 +120,15 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for tensor in manifest.tensors:
         if problem := _tensor_problem(tensor, files):
             yield f"{tensor.key}: {problem}"
-    spans = sorted(_spans(manifest.tensors))
+    spans = sorted(
+        (chunk.file, chunk.start_byte, chunk.start_byte + num_bytes, tensor.key)
+        for tensor in manifest.tensors
+        for chunk in tensor.chunks
+        if (num_bytes := math.prod(chunk.sizes) * ITEM_BYTES[tensor.dtype])
+    )
     for (name, _, end, key), (other_name, start, _, other_key) in itertools.pairwise(spans):
         if name == other_name and start < end:
             yield f"{key} and {other_key} overlap in {name}"
-
-
-def _spans(tensors: list[TensorRecord]) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (file, first byte, end, key) of every chunk that is not empty."""
-    for tensor in tensors:
-        for chunk in tensor.chunks:
-            if num_bytes := math.prod(chunk.sizes) * ITEM_BYTES[tensor.dtype]:
-                yield chunk.file, chunk.start_byte, chunk.start_byte + num_bytes, tensor.key
 
 
 def _tensor_problem(tensor: TensorRecord, files: dict[str, int]) -> str | None:
@@ -178,13 +173,9 @@ def _meet(a: Chunk, b: Chunk, num_dims: int) -> bool:
 
 
 def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | None:
-    """Return how a file differs from its record, None if it does not.
+    """Return how a file differs from its record, in size and with ``content`` in its hash too; None if it does not.
 
-    Args:
-        content: compare the hash too, besides the size.
-
-    Raises:
-        UnreadableError: the file system cannot be read, which says nothing about the file.
+    UnreadableError: the file system cannot be read, which says nothing about the file.
     """
     path = directory / record.name
     try:

@@ -34,7 +34,7 @@ from bigtrain.checkpoint.store import (
 from bigtrain.config import CheckpointConfig
 from bigtrain.config.convert import to_dict
 from bigtrain.distributed.collectives import broadcast_json, gather_json
-from bigtrain.engine.state import Entry
+from bigtrain.engine.state import Box, Entry
 from bigtrain.errors import CheckpointError, of_all_ranks
 from bigtrain.files import FileRecord
 
@@ -60,14 +60,10 @@ class Saver:
         *,
         is_ours: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Prepare; collective, as all other methods.
+        """Prepare; collective, as all other methods. CheckpointError: there is no room for two checkpoints.
 
-        Args:
-            run_directory: may be set to another one between two saves.
-            is_ours: whether the directory still belongs to this launch; rank 0 asks before it commits.
-
-        Raises:
-            CheckpointError: there is no room for two checkpoints.
+        ``run_directory`` may be set to another one between two saves. Before it commits rank 0 asks ``is_ours`` whether
+        the directory still belongs to this launch.
         """
         self.run_directory = run_directory
         self._is_ours = is_ours
@@ -77,16 +73,13 @@ class Saver:
         on_gpu = torch.cuda.is_available()
         begin: tuple[Any, ...] = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else ()
         self._thread = ThreadPoolExecutor(1, "checkpoint", *begin)
-        self._group = dist.new_group(
-            backend="gloo"
-        )  # of the thread alone: collectives of two threads must not interleave
+        self._group = dist.new_group(backend="gloo")  # separate: collectives of two threads must not interleave
         self._launch = broadcast_json(uuid.uuid4().hex[:8], group=self._group)
         self._pending: Future[SaveReport] | None = None
         self._staged = threading.Event()
         self._staged.set()
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self.num_failures = 0
-        """Failed saves since the last complete one."""
+        self.num_failures = 0  # since the last complete save
         self.last_error: str | None = None
         self._check_room()
 
@@ -169,29 +162,26 @@ class Saver:
     @torch.no_grad()
     def _stage(self, ready: torch.cuda.Event | None) -> list[Piece]:
         """Copy this rank's share of the state into host buffers, which are reused from save to save."""
-        if ready is None:
-            return self._copy()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream() if ready else None
         with torch.cuda.stream(stream):
-            stream.wait_event(ready)
-            pieces = self._copy()
-        stream.synchronize()
+            if stream:
+                stream.wait_event(ready)
+            pieces = [
+                self._copy(key, entry.shape, box) for key, entry in self._entries.items() for box in entry.own_boxes()
+            ]
+        if stream:
+            stream.synchronize()
         return pieces
 
-    def _copy(self) -> list[Piece]:
-        pieces = []
-        for key, entry in self._entries.items():
-            for box in entry.own_boxes():
-                if not self._config.asynchronous and box.view.device.type == "cpu":
-                    pieces.append(Piece(key, entry.shape, box.offsets, box.view))  # the loop waits for the disk
-                    continue
-                place = key, box.offsets
-                if place not in self._buffers:
-                    pinned = box.view.device.type == "cuda"
-                    self._buffers[place] = torch.empty(box.view.shape, dtype=box.view.dtype, pin_memory=pinned)
-                self._buffers[place].copy_(box.view, non_blocking=True)
-                pieces.append(Piece(key, entry.shape, box.offsets, self._buffers[place]))
-        return pieces
+    def _copy(self, key: str, shape: tuple[int, ...], box: Box) -> Piece:
+        if not self._config.asynchronous and box.view.device.type == "cpu":
+            return Piece(key, shape, box.offsets, box.view)  # the loop waits for the disk
+        place = key, box.offsets
+        if place not in self._buffers:
+            pinned = box.view.device.type == "cuda"
+            self._buffers[place] = torch.empty(box.view.shape, dtype=box.view.dtype, pin_memory=pinned)
+        self._buffers[place].copy_(box.view, non_blocking=True)
+        return Piece(key, shape, box.offsets, self._buffers[place])
 
     def _check_room(self) -> None:
         own = sum(b.view.numel() * b.view.element_size() for e in self._entries.values() for b in e.own_boxes())

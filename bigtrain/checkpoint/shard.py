@@ -42,11 +42,9 @@ class Piece:
 def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[TensorRecord]]:
     """Write a rank's file durably.
 
-    Returns:
-        The record of the file, and per piece the record of its tensor with the one chunk written here.
+    Return its record, and per piece the record of its tensor with the one chunk written here.
 
-    Raises:
-        OSError: it could not be written, for instance because the disk is full.
+    OSError: it could not be written, for instance because the disk is full.
     """
     pieces = list(pieces)
     header: dict[str, object] = {}
@@ -67,11 +65,8 @@ def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[T
     prefix = len(encoded).to_bytes(8, "little") + encoded
     for record in records:
         record.chunks[0].start_byte += len(prefix)
-    return write_durably(path, [memoryview(prefix), *(_bytes_of(piece.tensor) for piece in pieces)]), records
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    contents = (piece.tensor.reshape(-1).view(torch.uint8).numpy() for piece in pieces)
+    return write_durably(path, [memoryview(prefix), *(memoryview(content).cast("B") for content in contents)]), records
 
 
 class ShardReader:
@@ -84,8 +79,7 @@ class ShardReader:
     def read(self, dtype: str, chunk: Chunk) -> torch.Tensor:
         """Return a read-only view of a chunk, read from disk when it is copied.
 
-        Raises:
-            CheckpointError: the file is missing or too short.
+        CheckpointError: the file is missing or too short.
         """
         if chunk.file not in self._maps:
             self._maps[chunk.file] = self._map(self._directory / chunk.file)

@@ -1,5 +1,6 @@
 """The checkpoints of a run: found by name, set aside when damaged, deleted when no longer kept."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -25,7 +26,7 @@ from bigtrain.config import Verify
 from bigtrain.config.convert import from_dict
 from bigtrain.data.order.cursor import NO_SAMPLES, Cursor, DataState
 from bigtrain.errors import CheckpointError, ConfigError, UnreadableError
-from bigtrain.files import FileRecord, sync, write_durably
+from bigtrain.files import FileRecord, such_as_runs, sync, write_durably
 
 MIN_KEPT = 2  # newest ones kept whatever ``keep`` says: the newest may turn out to be damaged
 
@@ -154,13 +155,9 @@ def newest_step(run_directory: Path) -> int:
 
 
 def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
-    """Return the run state of a checkpoint, verified.
+    """Return the run state of a checkpoint, verified; ``manifest`` is the checkpoint's, if it has been read.
 
-    Args:
-        manifest: of the checkpoint, if it has been read.
-
-    Raises:
-        CheckpointError: there is no complete checkpoint at ``path``, or its run state is damaged.
+    CheckpointError: there is no complete checkpoint at ``path``, or its run state is damaged.
     """
     files = (manifest or read_manifest(path)).files
     text = read_verified(path, next(file for file in files if file.name == RUN_STATE_FILE))
@@ -176,14 +173,10 @@ def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
 def find_problems(
     path: Path, verify: Verify, *, share: slice = slice(None), progress: Callable[[str], None] = lambda file: None
 ) -> list[str]:
-    """Return how a checkpoint differs from its manifest; manifest and run state are always verified.
+    """Return how a checkpoint differs from its manifest, in a ``share`` of its files; manifest and run state always.
 
-    Args:
-        share: which of the files.
-        progress: called with each file that is about to be read.
-
-    Raises:
-        UnreadableError: the file system cannot be read, or another version wrote the checkpoint.
+    ``progress`` is called with each file that is about to be read. UnreadableError: the file system cannot be read, or
+    another version wrote the checkpoint.
     """
     try:
         manifest = read_manifest(path)
@@ -209,9 +202,7 @@ def commit(
 ) -> None:
     """Turn a directory that all ranks have written into a complete checkpoint, by one rename.
 
-    Raises:
-        OSError: it could not be written, or exists.
-        CheckpointError: not all files are here.
+    OSError: it could not be written, or exists. CheckpointError: not all files are here.
     """
     if problems := [problem for file in files if (problem := verify_file(partial, file, content=False))]:
         raise CheckpointError(f"{problems[0]}; all nodes must share the file system of run.root")
@@ -232,10 +223,8 @@ def commit(
 
 def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint and return its new name; CheckpointError if it cannot be renamed."""
-    for number in itertools.count():
-        aside = path.with_name(f"{path.name}.damaged-{number}")
-        if not aside.exists():
-            break
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
     try:
         os.rename(path, aside)
     except OSError as error:
@@ -244,13 +233,9 @@ def set_aside(path: Path) -> Path:
 
 
 def prune(run_directory: Path, keep: str) -> None:
-    """Delete checkpoints that are not kept, and leftovers; no save may be under way.
+    """Delete checkpoints that are not kept by ``checkpoint.keep``, and leftovers; no save may be under way.
 
-    Args:
-        keep: as ``checkpoint.keep``: rules separated by commas, of which any keeps a checkpoint.
-
-    Raises:
-        OSError: a checkpoint cannot be deleted.
+    Any of the rules in ``keep``, separated by commas, keeps a checkpoint. OSError: one cannot be deleted.
     """
     remove_leftovers(run_directory)
     found = find_checkpoints(run_directory)
@@ -307,3 +292,50 @@ def _best(found: list[Path]) -> list[Path]:
     metric = next((standing.metric for standing in reversed(measured.values())), None)
     values = {path: s.order(s.value) for path, s in measured.items() if s.metric == metric}
     return [*unreadable, *([min(values, key=values.__getitem__)] if values else [])]
+
+
+# For the command line
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One directory among the checkpoints of a run."""
+
+    path: Path
+    step: int
+    num_bytes: int  # size of its files
+    run_state: RunState | None  # None if it cannot be read
+    status: str  # ``complete``, ``set aside`` or ``unfinished``
+    problems: list[str]  # what is damaged; never looked for in what is unfinished
+
+
+def list_checkpoints(
+    path: Path, verify: Verify, *, progress: Callable[[str], None] = lambda file: None
+) -> list[Listed]:
+    """Return what lies among the checkpoints of a run, or about one checkpoint; CheckpointError if there is nothing.
+
+    ``verify`` applies to complete ones and those that were set aside; ``progress`` is called with each file before
+    that.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return [_look_at(path, "complete", verify, progress)]
+    found = {other: "complete" for other in checkpoints_directory(path).glob("step-*") if is_complete(other)}
+    found |= dict.fromkeys(find_damaged(path), "set aside") | dict.fromkeys(find_leftovers(path), "unfinished")
+    if not found:
+        raise CheckpointError(f"{path} has no checkpoints; name the directory of a run{such_as_runs(path)}")
+    listed = [_look_at(other, status, verify, progress) for other, status in found.items()]
+    return sorted(listed, key=lambda one: (one.step, one.path.name))
+
+
+def _look_at(path: Path, status: str, verify: Verify, progress: Callable[[str], None]) -> Listed:
+    try:
+        problems = [] if status == "unfinished" else find_problems(path, verify, progress=progress)
+    except UnreadableError as error:
+        problems = [str(error)]
+    run_state = None
+    with contextlib.suppress(CheckpointError):
+        run_state = read_run_state(path)
+    num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    number = re.match(r"step-(\d+)", path.name)
+    step = int(number[1]) if number else run_state.step if run_state else 0
+    return Listed(path, step, num_bytes, run_state, status, problems)

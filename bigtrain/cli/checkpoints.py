@@ -12,7 +12,7 @@ from bigtrain.config.convert import LocalPath
 from bigtrain.errors import EXIT_FINISHED, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from bigtrain.checkpoint.listing import Listed
+    from bigtrain.checkpoint.store import Listed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def run(config: CheckpointsConfig) -> int:
     Raises:
         CheckpointError: there is no checkpoint, or a damaged one.
     """
-    from bigtrain.checkpoint.listing import list_checkpoints
+    from bigtrain.checkpoint.store import list_checkpoints
 
     found = list_checkpoints(Path(config.run), config.verify, progress=show_progress)
     show_progress(None)

@@ -130,5 +130,5 @@ def test_help_and_a_listing_need_no_torch(run: Path, tmp_path: Path):
     command = [sys.executable, "-X", "importtime", SCRIPT, str(checkpoint_path(run, 1))]
     result = launch(command, tmp_path, 60)
     imported = set(re.findall(r"\| +([\w.]+)$", result.err, re.MULTILINE))
-    assert "bigtrain.checkpoint.listing" in imported
+    assert "bigtrain.checkpoint.store" in imported
     assert not {"torch", "numpy", "transformers"} & imported
