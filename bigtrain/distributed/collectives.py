@@ -23,8 +23,7 @@ from bigtrain.processes import RankInfo
 def pick_device(info: RankInfo) -> torch.device:
     """Return this rank's GPU, or the CPU where there is none, and make it current; warn of GPUs that torch cannot use.
 
-    Raises:
-        ConfigError: there are more ranks on this node than GPUs.
+    ConfigError: there are more ranks on this node than GPUs.
     """
     if not torch.cuda.is_available():
         if info.local_rank == 0 and (unused := unused_gpus()):
@@ -58,9 +57,7 @@ def unused_gpus() -> str | None:
     try:
         torch.cuda.init()
         reason = "it sees no device"
-    except (
-        Exception
-    ) as error:  # torch's own words: an AssertionError of a build for CPUs, a RuntimeError of an old driver
+    except Exception as error:  # an AssertionError of a build for CPUs, a RuntimeError of an old driver
         reason = first_line(error).partition(". ")[0]
     needs = f"; its build needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else ""
     return (
@@ -72,9 +69,8 @@ def unused_gpus() -> str | None:
 def init_process_group(info: RankInfo, device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
     """Start the default process group: gloo for CPU tensors, and nccl for CUDA tensors on a GPU.
 
-    Raises:
-        ConfigError: an address, a port or an interface is of no use, or another rank cannot begin.
-        NetworkError: ranks do not find or reach each other in time.
+    ConfigError: an address, a port or an interface is of no use, or another rank cannot begin. NetworkError: ranks do
+    not find or reach each other in time.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -116,6 +112,10 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _encode(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
 def broadcast_json(value: Any, *, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's JSON-able ``value`` on every rank of ``group``, by default all."""
     if dist.get_world_size() == 1:
@@ -126,7 +126,7 @@ def broadcast_json(value: Any, *, group: dist.ProcessGroup | None = None) -> Any
     if dist.get_rank() != 0:
         payload = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(payload, 0, group=group)
-    return _decode(payload)
+    return json.loads(payload.numpy().tobytes())
 
 
 def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -142,28 +142,16 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[A
     is_root = dist.get_rank() == 0
     payloads = [torch.empty_like(padded) for _ in range(world_size)] if is_root else None
     dist.gather(padded, payloads, dst=0, group=group)
-    return [_decode(p[: int(n)]) for p, n in zip(payloads or [], sizes, strict=False)]
-
-
-def _encode(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _decode(payload: torch.Tensor) -> Any:
-    return json.loads(payload.numpy().tobytes())
+    return [json.loads(p[: int(n)].numpy().tobytes()) for p, n in zip(payloads or [], sizes, strict=False)]
 
 
 def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None = None) -> Any:
-    """Call ``function`` on rank 0 while the others wait; return its JSON-able value on every rank.
+    """Call ``function`` on rank 0 while the others wait.
 
-    Without a process group this process is the only rank.
+    Return its JSON-able value, or raise its BigtrainError, on every rank.
 
-    Args:
-        function: what is to be done once.
-        patience: how long the others wait; by default as long as for any communication.
-
-    Raises:
-        BigtrainError: what it raised on rank 0, on every rank, so that none is left waiting.
+    Without a process group this process is the only rank. The others wait for ``patience``, by default as long as for
+    any communication.
     """
     if not dist.is_initialized():
         return function()

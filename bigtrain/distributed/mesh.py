@@ -13,14 +13,10 @@ from bigtrain.distributed.collectives import all_reduce_sum
 class Mesh:
     """All ranks by the axes of their layout, and this rank's place."""
 
-    ranks: DeviceMesh
-    """With the axes of :class:`Layout`, by name."""
-    dp_rank: int
-    """Which part of a global batch this rank loads."""
-    dp_size: int
-    """Into how many parts a global batch is cut."""
-    copies: int = 1
-    """How many ranks load the same part, and so count the same targets and the same loss."""
+    ranks: DeviceMesh  # with the axes of :class:`Layout`, by name
+    dp_rank: int  # which part of a global batch this rank loads
+    dp_size: int  # into how many parts a global batch is cut
+    copies: int = 1  # how many ranks load the same part, and so count the same targets and the same loss
 
     @property
     def rank(self) -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -23,12 +24,9 @@ from bigtrain.processes import RankInfo, has_agent_store, interface_names, maste
 T = TypeVar("T")
 
 TELL_SECONDS = 10.0
-RESOLVE_SECONDS = 15.0
-"""A cluster may publish the name of a node that has just begun a little later."""
-ANSWER_SECONDS = 6.0
-"""What accepts a connection and does not answer for so long is no store."""
-LINGER_SECONDS = 10.0
-"""So long a rank that cannot begin, or has heard of one, is there for the others to hear."""
+RESOLVE_SECONDS = 15.0  # A cluster may publish the name of a node that has just begun a little later
+ANSWER_SECONDS = 6.0  # what accepts a connection and does not answer for so long is no store
+LINGER_SECONDS = 10.0  # so long a rank that cannot begin, or has heard of one, is there for the others to hear
 _POLL_SECONDS = 0.02
 _NUM_TRIES = 3
 
@@ -48,11 +46,7 @@ class Patience:
         return time.monotonic() - self._begin
 
     def pause(self, whom: str) -> None:
-        """Wait a moment for ``whom``.
-
-        Raises:
-            NetworkError: for too long already.
-        """
+        """Wait a moment for ``whom``; NetworkError: for too long already."""
         if self.waited > self._seconds:
             raise NetworkError(f"no word from {whom} in {self._seconds:.0f} s")
         if self.waited > self._next_word and not self._quiet:
@@ -62,10 +56,10 @@ class Patience:
 
 
 def meet(info: RankInfo, *, timeout_seconds: float, refusal: str = "", quiet: bool = False) -> dist.Store:
-    """Wait until all ranks have come and return a store that is theirs alone.
+    """Wait until all ranks, of a world of several, have come and return a store that is theirs alone.
 
     Args:
-        info: position of this rank, in a world of several.
+        info: position of this rank.
         timeout_seconds: how long ranks may come later than others; also the time limit of the store.
         refusal: why this rank cannot begin: the others get to know, and none does.
         quiet: whether nothing is said of whom this rank waits for.
@@ -81,7 +75,9 @@ def meet(info: RankInfo, *, timeout_seconds: float, refusal: str = "", quiet: bo
         name = agree_on_name(store, info, patience, refusal=refusal)
     except RuntimeError as error:
         whose = "torchrun" if has_agent_store() else "rank 0"
-        raise NetworkError(f"{whose} at {_join(address)} has ended before all ranks had come; it says why") from error
+        raise NetworkError(
+            f"{whose} at {address[0]}:{address[1]} has ended before all ranks had come; it says why"
+        ) from error
     except BigtrainError as error:
         error.shared = bool(error.shared)  # nobody can be told
         raise
@@ -102,30 +98,25 @@ def refuse(info: RankInfo, reason: str) -> bool:
 def agree_on_name(store: dist.Store, info: RankInfo, patience: Patience, *, refusal: str = "") -> str:
     """Return a name for this process group that none before it had, the same on all ranks.
 
-    After a restart torchrun goes on with the store of the processes that are gone, and their addresses are still in
-    it (pytorch issue 135712); its count of restarts differs between nodes. So every rank asks under a name that
-    is new, rank 0 answers whoever asks, and is done when all have confirmed its answer: the dead never do. Whoever
-    cannot begin says so when it confirms; then rank 0 tells all.
+    After a restart torchrun goes on with the store of the processes that are gone, and their addresses are still in it
+    (pytorch issue 135712); its count of restarts differs between nodes. So every rank asks under a name that is new,
+    rank 0 answers each, and is done when all have confirmed its answer: the dead never do. A rank that cannot begin
+    says so when it confirms; then rank 0 tells all.
 
-    Raises:
-        ConfigError: a rank cannot begin; on all but that one.
-        NetworkError: a rank has not come in time.
-        RuntimeError: the store is gone.
+    ConfigError: a rank cannot begin; on all but that one. NetworkError: one has not come in time. RuntimeError: the
+    store is gone.
     """
     own = uuid.uuid4().hex
     if info.rank == 0:
         _gather(store, info, patience, own, refusal)
         return own
     store.set(f"bigtrain/ask/{info.rank}", own)
-    _wait_for(store, f"bigtrain/answer/{own}", patience)
-    name = store.get(f"bigtrain/answer/{own}").decode()
-    store.set(
-        f"bigtrain/confirm/{name}/{info.rank}", refusal and f"rank {info.rank} on {socket.gethostname()}: {refusal}"
-    )
-    if not refusal:
-        _wait_for(store, f"bigtrain/verdict/{name}", patience)
-        if verdict := store.get(f"bigtrain/verdict/{name}").decode():
-            raise of_all_ranks(ConfigError(verdict))
+    whom = "rank 0, which is to answer at MASTER_ADDR:MASTER_PORT"
+    name = _wait_for(store, f"bigtrain/answer/{own}", patience, whom)
+    told = refusal and f"rank {info.rank} on {socket.gethostname()}: {refusal}"
+    store.set(f"bigtrain/confirm/{name}/{info.rank}", told)
+    if not refusal and (verdict := _wait_for(store, f"bigtrain/verdict/{name}", patience, "the other ranks")):
+        raise of_all_ranks(ConfigError(verdict))
     return name
 
 
@@ -156,11 +147,7 @@ def _gather(store: dist.Store, info: RankInfo, patience: Patience, name: str, re
 
 
 def require_interfaces(*, cuda: bool) -> None:
-    """Check the network interfaces that the environment names for gloo and, with ``cuda``, NCCL.
-
-    Raises:
-        ConfigError: this node has no such interface.
-    """
+    """Raise a ConfigError if this node lacks a network interface that the environment names for gloo or, with ``cuda``, NCCL."""
     present = [name for _, name in socket.if_nameindex()]
     for variable, value, is_there in interface_names(present, cuda=cuda):
         if not is_there:
@@ -173,8 +160,7 @@ def require_interfaces(*, cuda: bool) -> None:
 def in_slices(function: Callable[[], T], patience: Patience, whom: str) -> T:
     """Return what ``function`` does in native code, in a thread, so that a signal ends this process meanwhile.
 
-    Raises:
-        NetworkError: not in time; it goes on in the background.
+    NetworkError: not in time; it goes on in the background.
     """
     outcome: dict[str, Any] = {}
 
@@ -205,11 +191,10 @@ def spell_ranks(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(runs) > 1 or '-' in spelt else ''} {spelt}{more}"
 
 
-def _wait_for(store: dist.Store, key: str, patience: Patience) -> None:
+def _wait_for(store: dist.Store, key: str, patience: Patience, whom: str) -> str:
     while not store.check([key]):
-        patience.pause(
-            "rank 0, which is to answer at MASTER_ADDR:MASTER_PORT" if "answer" in key else "the other ranks"
-        )
+        patience.pause(whom)
+    return store.get(key).decode()
 
 
 def _serve(port: int) -> dist.Store:
@@ -229,7 +214,8 @@ def _serve(port: int) -> dist.Store:
 
 def _connect(address: tuple[str, int], patience: Patience) -> dist.Store:
     """Return the store at ``address``, as soon as there is one."""
-    where, problem, num_tries = f"MASTER_ADDR:MASTER_PORT = {_join(address)}", "", 0
+    limit = datetime.timedelta(seconds=ANSWER_SECONDS)
+    where, problem, num_tries = f"MASTER_ADDR:MASTER_PORT = {address[0]}:{address[1]}", "", 0
     while True:
         try:
             in_slices(lambda: socket.create_connection(address, timeout=5.0).close(), Patience(30.0, quiet=True), where)
@@ -245,7 +231,8 @@ def _connect(address: tuple[str, int], patience: Patience) -> dist.Store:
         else:
             num_tries += 1
             with contextlib.suppress(NetworkError, RuntimeError), _quiet_stderr():
-                return in_slices(lambda: _client(address), Patience(ANSWER_SECONDS, quiet=True), where)
+                client = partial(dist.TCPStore, *address, is_master=False, wait_for_workers=False, timeout=limit)
+                return in_slices(client, Patience(ANSWER_SECONDS, quiet=True), where)
             if num_tries == _NUM_TRIES or patience.waited > ANSWER_SECONDS:
                 raise ConfigError(
                     f"{where} answers, but not as rank 0 does: another program has that port; set another MASTER_PORT, the same "
@@ -265,12 +252,3 @@ def _quiet_stderr() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-
-
-def _client(address: tuple[str, int]) -> dist.Store:
-    limit = datetime.timedelta(seconds=ANSWER_SECONDS)
-    return dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
-
-
-def _join(address: tuple[str, int]) -> str:
-    return f"{address[0]}:{address[1]}"

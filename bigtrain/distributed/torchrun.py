@@ -1,16 +1,17 @@
 """What torchrun itself takes of this package: by the entry point ``torchrun.handlers``, or as ``python -m``.
 
 A rendezvous that listens on one address. The store through which the ranks find each other has no authentication, and
-torchrun's own listens on every interface of the first node; this one on the address in --rdzv-endpoint and nowhere else.
-All of torchrun's options are understood; the world is fixed, as with --master-addr. On each of two nodes, with its rank:
+torchrun's own listens on every interface of the first node; this one on the address in --rdzv-endpoint and nowhere
+else. All of torchrun's options are understood; the world is fixed, as with --master-addr. On each of two nodes, with
+its rank:
 
-  python -m bigtrain.distributed.torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=bound --rdzv-conf=rank=0 \\
+  python -m bigtrain.distributed.torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=bound --rdzv-conf=rank=0 \
       --rdzv-endpoint=10.0.0.1:29500 -m bigtrain train +model=gpt3_1b
 
 The gradients' own connections are bound by NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME.
 
-And silence where torchrun would show, below the run's last word, a traceback of its own: after Ctrl-C or SIGTERM it raises
-in the agent, when the ranks have long said that they are saved.
+And silence where torchrun would show, below the run's last word, a traceback of its own: after Ctrl-C or SIGTERM it
+raises in the agent, when the ranks have long said that they are saved.
 """
 
 import socket
@@ -33,12 +34,7 @@ class BoundRendezvous(StaticTCPRendezvous):
     """The rendezvous of ``--master-addr``, except for where it listens."""
 
     def __init__(self, params: RendezvousParameters) -> None:
-        """Take the endpoint and ``rank=``; on rank 0, listen.
-
-        Raises:
-            ValueError: ``--rdzv-conf=rank=`` is missing.
-            SystemExit: the address is not one of this node's, or the port is taken.
-        """
+        """Take the endpoint and ``rank=``; on rank 0, listen."""
         address, port = parse_rendezvous_endpoint(params.endpoint, default_port=29500)
         rank = params.get_as_int("rank")
         if rank is None:
@@ -65,7 +61,6 @@ class BoundRendezvous(StaticTCPRendezvous):
             )
 
     def get_backend(self) -> str:
-        """Return the name in --rdzv-backend."""
         return BACKEND
 
 

@@ -52,10 +52,8 @@ class Matrix:
 
     rows: int
     columns: int
-    holder: Tensor
-    """Parameter of the optimizer in whose memory the part is."""
-    begin: int
-    """Where the part begins in that memory; its rectangles lie there one after the other."""
+    holder: Tensor  # parameter of the optimizer in whose memory the part is
+    begin: int  # where the part begins in that memory; its rectangles lie there one after the other
     rectangles: tuple[tuple[Rectangle, ...], ...]
     """What each rank of the group holds: together the matrix once, or all of it on all ranks."""
 
@@ -96,16 +94,11 @@ def is_hidden_matrix(name: str, num_dims: int) -> bool:
 class Workshop:
     """Who orthogonalises matrices, and how."""
 
-    device: torch.device
-    """Where it is done, and between which devices matrices travel."""
-    dtype: torch.dtype
-    """In which it is done, and in which they travel."""
-    rank: int = 0
-    """Of this process, among those that share the state."""
-    num_ranks: int = 1
-    """Number of these, each of which is an owner."""
-    group: dist.ProcessGroup | None = None
-    """They; None = all there are."""
+    device: torch.device  # where it is done, and between which devices matrices travel
+    dtype: torch.dtype  # in which it is done, and in which they travel
+    rank: int = 0  # of this process, among those that share the state
+    num_ranks: int = 1  # number of these, each of which is an owner
+    group: dist.ProcessGroup | None = None  # of them; None is the default group
 
 
 class Muon(torch.optim.AdamW):
@@ -116,8 +109,7 @@ class Muon(torch.optim.AdamW):
 
     matrices: dict[Tensor, list[Matrix]]
     """What lies in the memory of each parameter of a group with ``muon=True``; set by the engine."""
-    workshop: Workshop
-    """Set by the engine."""
+    workshop: Workshop  # set by the engine
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -173,7 +165,10 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 
 def rounds(matrices: list[Matrix], num_owners: int) -> Iterator[list[Matrix]]:
-    """Yield the matrices in rounds, those of about the same cost together; in a round number i is owned by i % owners."""
+    """Yield the matrices in rounds, those of about the same cost together.
+
+    In a round number i is owned by i % owners.
+    """
     left = sorted(matrices, key=lambda m: m.cost, reverse=True)
     while left:
         each = max(1, IN_FLIGHT_ELEMENTS // (left[0].rows * left[0].columns))
@@ -182,13 +177,7 @@ def rounds(matrices: list[Matrix], num_owners: int) -> Iterator[list[Matrix]]:
 
 
 def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Workshop) -> list[Tensor]:
-    """Return this rank's parts of the orthogonalised matrices of a round; all ranks call this.
-
-    Args:
-        matrices: the round, the same on all ranks.
-        parts: this rank's part of each, flat.
-        at: who does it.
-    """
+    """Return the flat parts ``parts`` of this rank of a round's matrices, orthogonalised; all ranks call this."""
     n = at.num_ranks
     owned = matrices[at.rank :: n]
     results = _orthogonalise(owned, _gather(matrices, parts, at))
@@ -198,8 +187,9 @@ def orthogonalise_parts(matrices: list[Matrix], parts: list[Tensor], at: Worksho
     if matrices[0].is_whole:
         pieces = _broadcast(results, numels, at)
     else:
-        cut = [_cut(m, x) for m, x in zip(owned, results, strict=True)]
-        pieces = _swap([[piece for of_ranks in cut for piece in of_ranks[r]] for r in range(n)], numels, at)
+        wholes = [(m, x.view(m.rows, m.columns)) for m, x in zip(owned, results, strict=True)]
+        cut = [[part.of(x).flatten() for m, x in wholes for part in m.rectangles[r]] for r in range(n)]
+        pieces = _swap(cut, numels, at)
     return [pieces[i % n][i // n] for i in range(len(matrices))]
 
 
@@ -222,12 +212,6 @@ def _put_together(matrix: Matrix, parts: tuple[Tensor, ...]) -> Tensor:
         for rectangle, piece in zip(own, part.split([rectangle.numel for rectangle in own]), strict=True):
             rectangle.of(whole).copy_(piece.view(rectangle.rows, rectangle.columns))
     return whole.view(-1)
-
-
-def _cut(matrix: Matrix, whole: Tensor) -> list[list[Tensor]]:
-    """Return the rectangles of each rank, flat, of a flat matrix."""
-    whole = whole.view(matrix.rows, matrix.columns)
-    return [[rectangle.of(whole).flatten() for rectangle in own] for own in matrix.rectangles]
 
 
 def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]:
