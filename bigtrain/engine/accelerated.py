@@ -1,8 +1,7 @@
 """``accelerate``: the user's own Accelerate configuration, as one more way to build DDP or ZeRO.
 
-Accelerate reads what ``accelerate launch`` put into the environment and wraps the model. After that
-the wrapped objects are driven by the same code as our own DDP and ZeRO: Accelerate's loss scaling,
-schedules and checkpoints stay out of the run.
+Accelerate reads what ``accelerate launch`` put into the environment and wraps the model. Then our own DDP and ZeRO code
+drives it: Accelerate's loss scaling, schedules and checkpoints stay out of the run.
 """
 
 import contextlib
@@ -19,17 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
-from bigtrain.engine.deepspeed_zero import (
-    ZeroEngine,
-    build_for_deepspeed,
-    deepspeed_settings,
-    import_deepspeed,
-)
-from bigtrain.engine.native import NativeEngine, allocate_gradients, share_no_buffers
-from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.engine.deepspeed_zero import ZeroEngine, build_for_deepspeed, deepspeed_settings, import_deepspeed
+from bigtrain.engine.native import build_native
 from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
-from bigtrain.optim.build import build_optimizer, parameter_groups
 from bigtrain.processes import RankInfo
 
 
@@ -38,8 +30,7 @@ def build_accelerated(
 ) -> Engine:
     """Build the model, let Accelerate wrap it, and assert that it wrapped what it says.
 
-    Raises:
-        ConfigError: Accelerate is configured for something other than DDP or DeepSpeed ZeRO 1 to 3.
+    ConfigError: Accelerate is configured for something other than DDP or DeepSpeed ZeRO 1 to 3.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError("accelerate is configured for FSDP, which bigtrain builds itself: use engine=fsdp or hsdp")
@@ -53,33 +44,13 @@ def _build_ddp(
     build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     info.publish()  # without it Accelerate wraps nothing in a world of one
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    settings = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=settings)
     expected = DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
     _assert_built(accelerator, expected, info.world_size)
-    with torch.device("meta"):
-        model = build_model()
-    wrap_blocks(model, config.engine)
-    materialise(model, device)
-    accumulates = config.train.micro_batches(mesh.dp_size) > 1
-    if accumulates:
-        allocate_gradients(model)
-    module = accelerator.prepare_model(model)
-    if not isinstance(module, DistributedDataParallel):
-        raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DistributedDataParallel")
-    share_no_buffers(module)
-    return NativeEngine(
-        module,
-        build_optimizer(parameter_groups(module.named_parameters(), config.optimizer), config.optimizer),
-        mesh=mesh,
-        device=device,
-        grad_clip=config.optimizer.grad_clip,
-        autocast=config.engine.precision.base is Precision.bf16,
-        keep_gradients=accumulates,
-    )
+    engine = build_native(build_model, config, mesh=mesh, device=device, wrap=accelerator.prepare_model)
+    _assert_wrapped(engine.module, DistributedDataParallel)
+    return engine
 
 
 def _build_zero(
@@ -105,8 +76,7 @@ def _build_zero(
     _assert_built(accelerator, DistributedType.DEEPSPEED, info.world_size)
     model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
     module, _ = accelerator.prepare(model, optimizer)
-    if not isinstance(module, deepspeed.DeepSpeedEngine):
-        raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not DeepSpeedEngine")
+    _assert_wrapped(module, deepspeed.DeepSpeedEngine)
     return ZeroEngine(module, mesh=mesh, device=device)
 
 
@@ -145,3 +115,8 @@ def _assert_built(accelerator: Accelerator, kind: DistributedType, world_size: i
             f"processes, but this run needs {kind.value} with {world_size}; run `accelerate config`, "
             "or use engine=ddp, fsdp, hsdp or zero1-3"
         )
+
+
+def _assert_wrapped(module: nn.Module, kind: type[nn.Module]) -> None:
+    if not isinstance(module, kind):
+        raise AssertionError(f"accelerate wrapped the model as {type(module).__name__}, not {kind.__name__}")

@@ -1,7 +1,7 @@
 """What every engine can do. The trainer, checkpoints and tests know nothing else about them."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -9,47 +9,67 @@ from torch import nn
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.state import EngineState
+from bigtrain.tasks.base import sums_of
 
 
-class Engine(Protocol):
+class Engine:
     """A model, its optimizer and a way to spread them over ranks."""
 
     module: nn.Module
     """The wrapped :class:`bigtrain.tasks.base.TaskModel`: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine;
     under ``ddp`` in a world of one it is not wrapped."""
-    optimizer: torch.optim.Optimizer
-    """What updates the weights that this rank holds."""
-    device: torch.device
-    """Where batches go."""
-    mesh: Mesh
-    """Where this rank stands among the others."""
-    state: EngineState
-    """Master weights and optimizer state on this rank."""
+    optimizer: torch.optim.Optimizer  # what updates the weights that this rank holds
+    device: torch.device  # where batches go
+    mesh: Mesh  # where this rank stands among the others
+    state: EngineState  # master weights and optimizer state on this rank
 
     def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
         """Run forward and backward of all micro-batches of an optimizer step; the gradients are complete then.
 
         Args:
             micro_batches: of this rank, at least one, on any device.
-            num_targets: number of targets of the whole optimizer step over all ranks; a 0-d tensor on ``device`` where
-                the host does not know it.
+            num_targets: of the whole optimizer step over all ranks; a 0-d tensor on ``device`` if the host does not
+                know it.
 
         Returns:
-            The objective's sums over this rank's samples, that of the loss first: fp32 ``(1 + K,)`` on ``device``, detached;
+            The objective's sums over this rank's samples, that of the loss first: fp32 ``(1 + K,)`` on ``device``,
+                detached;
             0-d from an objective without other sums.
         """
-        ...
+        if not self.module.training:
+            self.module.train()
+        total = None
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            sums = self.backward(micro_batch.to(self.device), num_targets, is_last=is_last).detach()
+            total = sums if total is None else total + sums
+        return total
+
+    def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
+        """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients.
+
+        Return its sums.
+        """
+        raise NotImplementedError
 
     def step(self, lr: float) -> torch.Tensor:
         """Clip the gradient, update the weights, forget the gradient.
 
-        A gradient that is not finite changes neither weights nor optimizer state, on any rank.
+        Return the gradient's global norm before clipping, 0-d.
 
-        Returns:
-            The global gradient norm before clipping (0-d tensor; the native engines do not wait for it).
+        A gradient that is not finite changes neither weights nor optimizer state, on any rank. The native engines do
+        not wait for the norm.
         """
-        ...
+        raise NotImplementedError
 
+    @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """Return the objective's sums over each of some micro-batches, without a gradient: fp32 ``(N, 1 + K)``."""
-        ...
+        self.module.eval()
+        with self.autocast():
+            sums = torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
+        return sums.view(len(sums), -1)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return what the model computes in, besides what wraps it."""
+        return nullcontext()

@@ -1,15 +1,15 @@
 """``zero1``, ``zero2`` and ``zero3``: DeepSpeed. The only importer of deepspeed.
 
-DeepSpeed's own mixed precision keeps bf16 parameters beside fp32 masters that start from rounded
-weights, and accumulates gradients in bf16 unless told otherwise. Its ``torch_autocast`` with fp32
-communication has neither fault, computes what DDP under autocast computes, and leaves one memory
-layout to know for fp32 and bf16.
+DeepSpeed's own mixed precision keeps bf16 parameters beside fp32 masters that start from rounded weights, and
+accumulates gradients in bf16 unless told otherwise. Its ``torch_autocast`` with fp32 communication has neither fault,
+computes what DDP under autocast computes, and leaves one memory layout to know for fp32 and bf16.
 """
 
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.mesh import Mesh
-from bigtrain.engine.state import (
-    MODEL,
-    OPTIMIZER,
-    Box,
-    Entry,
-    create_optimizer_state,
-    flat_boxes,
-    whole_entry,
-)
+from bigtrain.engine.base import Engine
+from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, flat_boxes, whole_entry
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
@@ -40,18 +33,14 @@ STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 class _Place(NamedTuple):
     """What this rank holds of a parameter: a range of its elements in row-major order."""
 
-    holder: torch.Tensor
-    """Flat, with other parameters."""
-    begin: int
-    """First element of the range in the holder."""
-    start: int
-    """First element of the range in the whole parameter."""
-    numel: int
-    """Elements of the range; 0 if this rank holds nothing."""
+    holder: torch.Tensor  # flat, with other parameters
+    begin: int  # first element of the range in the holder
+    start: int  # first element of the range in the whole parameter
+    numel: int  # elements of the range; 0 if this rank holds nothing
 
 
-class ZeroEngine:
-    """See :class:`bigtrain.engine.base.Engine`."""
+class ZeroEngine(Engine):
+    """A module and an optimizer within a ``DeepSpeedEngine``."""
 
     def __init__(self, module: nn.Module, *, mesh: Mesh, device: torch.device) -> None:
         self.module = module  # a deepspeed.DeepSpeedEngine
@@ -65,46 +54,38 @@ class ZeroEngine:
             self.state = Zero12State(module, mesh)
 
     def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`."""
-        self.module.train()
-        total = None
-        for number, batch in enumerate(micro_batches, start=1):
-            self.module.set_gradient_accumulation_boundary(number == len(micro_batches))
-            sums = sums_of(self.module, batch.to(self.device))
-            loss = loss_of(sums)
-            # DeepSpeed averages over the ranks, which the factor dp_size undoes, and would divide by the number of
-            # accumulation steps, which scale_wrt_gas=False switches off.
-            scale = gradient_scale(loss, self.mesh.dp_size / num_targets)
-            self.module.backward(loss * scale, scale_wrt_gas=False)
-            total = sums.detach() if total is None else total + sums.detach()
-        return total
+        self.module.train()  # the engine's own flag stays when eval() turns off that of the model
+        return super().forward_backward(micro_batches, num_targets=num_targets)
+
+    def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
+        self.module.set_gradient_accumulation_boundary(is_last)
+        sums = sums_of(self.module, batch)
+        loss = loss_of(sums)
+        # DeepSpeed averages over the ranks, which the factor dp_size undoes, and would divide by the number of
+        # accumulation steps, which scale_wrt_gas=False switches off.
+        scale = gradient_scale(loss, self.mesh.dp_size / num_targets)
+        self.module.backward(loss * scale, scale_wrt_gas=False)
+        return sums
 
     def step(self, lr: float) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`; DeepSpeed clips, and leaves out bad steps, inside its own step."""
+        # DeepSpeed clips, and leaves out bad steps, inside its own step.
         set_lr(self.module.optimizer, lr)
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`."""
-        self.module.eval()
-        sums = torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
-        return sums.view(len(sums), -1)
 
 
 class Zero12State:
     """Stages 1 and 2: each rank owns one flat range of every parameter group."""
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
-        self._zero, self._mesh = module.optimizer, mesh
+        self._zero = module.optimizer
         create_optimizer_state(self._zero.optimizer)
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.holders: dict[str, torch.Tensor] = {}
-        for parameter in _frozen(module):
-            entry = whole_entry(parameter, replica=mesh.rank, num_replicas=mesh.size)
-            self.entries[MODEL + self._names[parameter]] = entry
+        for parameter, name in self._names.items():
+            if not parameter.requires_grad:
+                self.entries[MODEL + name] = whole_entry(parameter, replica=mesh.rank, num_replicas=mesh.size)
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
@@ -130,7 +111,6 @@ class Zero12State:
         self._zero.update_lp_params()
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`bigtrain.engine.state.EngineState`."""
         for group, flat in enumerate(self._zero.single_partition_of_fp32_groups):
             if self._zero.cpu_offload:
                 for parameter, _, begin, end in self._slices(group, flat.numel()):
@@ -146,12 +126,20 @@ class Zero3State:
     """Stage 3: every parameter is cut into equal flat parts, padded at the end."""
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
-        self._zero, self._mesh = module.optimizer, mesh
+        self._zero = module.optimizer
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.holders: dict[str, torch.Tensor] = {}
-        for parameter in _frozen(module):
-            self.entries |= self._entries(parameter, self._place(parameter, parameter.ds_tensor, 0), {})
+
+        def add(parameter: nn.Parameter, holder: torch.Tensor, begin: int, state: dict[str, torch.Tensor]) -> None:
+            start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
+            numel = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
+            place, shape = _Place(holder, begin, start, numel), tuple(parameter.ds_shape)
+            self.entries |= _entries(self._names[parameter], shape, place, state, mesh)
+
+        for parameter in self._names:
+            if not parameter.requires_grad:
+                add(parameter, parameter.ds_tensor, 0, {})
         for i, (parameters, flat) in enumerate(
             zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True)
         ):
@@ -162,17 +150,9 @@ class Zero3State:
             group["params"] = []
             offset = 0
             for parameter in parameters:
-                place = self._place(parameter, flat, offset)
                 self.holders[self._names[parameter]] = flat
-                self.entries |= self._entries(parameter, place, self._zero.optimizer.state[flat])
+                add(parameter, flat, offset, self._zero.optimizer.state[flat])
                 offset += parameter.partition_numel()
-
-    def _place(self, parameter: nn.Parameter, holder: torch.Tensor, begin: int) -> _Place:
-        start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
-        return _Place(holder, begin, start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start)))
-
-    def _entries(self, parameter: nn.Parameter, place: _Place, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
-        return dict(_entries(self._names[parameter], tuple(parameter.ds_shape), place, state, self._mesh))
 
     def commit(self) -> None:
         """Refresh the partitioned parameters from the masters, and gather the small ones that stay gathered."""
@@ -182,16 +162,11 @@ class Zero3State:
         self._zero.checkpoint_event_epilogue()
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`bigtrain.engine.state.EngineState`."""
         parts = self._zero.get_fp32_grad_partitions()
         for i, parameters in enumerate(self._zero.fp16_groups):
             for j, parameter in enumerate(parameters):
                 start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
                 yield self._names[parameter], parts[i][j][: max(0, parameter.ds_numel - start)]
-
-
-def _frozen(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in module.module.parameters() if not parameter.requires_grad)
 
 
 def _entries(
@@ -265,17 +240,14 @@ def hide_gathering(module: nn.Module) -> None:
     That records every operation of a block's forward and expects the same ones when the block is
     recomputed, when other parameters happen to be gathered already.
     """
-    hooks = module.optimizer.parameter_offload
-    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-        setattr(hooks, name, _without_modes(getattr(hooks, name)))
 
-
-def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    def hidden(*args: Any) -> Any:
+    def hidden(function: Callable[..., Any], *args: Any) -> Any:
         with _disable_current_modes():
             return function(*args)
 
-    return hidden
+    hooks = module.optimizer.parameter_offload
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(hooks, name, partial(hidden, getattr(hooks, name)))
 
 
 def import_deepspeed(info: RankInfo, device: torch.device) -> Any:

@@ -4,17 +4,13 @@ Weights stay what they are, fp32 masters that engines shard and checkpoints hold
 gradients to 8 bits in front of each product, each tensor with a scale of its own (its ``tensorwise`` recipe).
 """
 
-from collections.abc import Callable
-
 from torch import nn
 
 from bigtrain.config.packages import require
 from bigtrain.log import quiet_torchao
 
-MULTIPLE = 16
-"""Every side of a product in 8 bits is a multiple of this."""
-WORTHWHILE = 1024
-"""See :func:`is_faster`."""
+MULTIPLE = 16  # every side of a product in 8 bits is a multiple of this
+WORTHWHILE = 1024  # see :func:`is_faster`
 
 
 def is_faster(num_tokens: int, num_inputs: int, num_outputs: int) -> bool:
@@ -30,15 +26,10 @@ def is_faster(num_tokens: int, num_inputs: int, num_outputs: int) -> bool:
     return not any(size % MULTIPLE for size in sizes) and sum(1 / size for size in sizes) <= 1 / WORTHWHILE
 
 
-def with_float8(build_model: Callable[[], nn.Module], *, num_tokens: int) -> Callable[[], nn.Module]:
-    """Return a builder of the same model with its blocks' large linear layers in 8 bits.
+def use_float8(model: nn.Module, *, num_tokens: int) -> None:
+    """Let large linear layers of a model's blocks compute in 8 bits, for micro-batches of ``num_tokens``.
 
-    Args:
-        build_model: builds the model on the current default device.
-        num_tokens: of a micro-batch.
-
-    Raises:
-        ConfigError: torchao is not installed.
+    Needs torchao.
     """
     quiet_torchao()
     require("engine.precision=fp8", "torchao", "fp8")
@@ -47,13 +38,8 @@ def with_float8(build_model: Callable[[], nn.Module], *, num_tokens: int) -> Cal
     def is_converted(module: nn.Module, _name: str) -> bool:
         return isinstance(module, nn.Linear) and is_faster(num_tokens, module.in_features, module.out_features)
 
-    def build() -> nn.Module:
-        model = build_model()
-        fused = {name: module.fused_rows for name, module in model.named_modules() if hasattr(module, "fused_rows")}
-        for block in model.blocks:
-            convert_to_float8_training(block, module_filter_fn=is_converted)
-        for name, rows in fused.items():  # torchao makes new modules, and Muon has to know
-            model.get_submodule(name).fused_rows = rows
-        return model
-
-    return build
+    fused = {name: module.fused_rows for name, module in model.named_modules() if hasattr(module, "fused_rows")}
+    for block in model.blocks:
+        convert_to_float8_training(block, module_filter_fn=is_converted)
+    for name, rows in fused.items():  # torchao makes new modules, and Muon has to know
+        model.get_submodule(name).fused_rows = rows

@@ -17,15 +17,10 @@ MOST_RECTANGLES = 3
 
 
 def hand_over_matrices(engine: Engine, ranks: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
-    """Tell the engine's optimizer, which is Muon, what it holds; all ranks call this.
+    """Tell the engine's optimizer, which is Muon, what it holds; ConfigError: the model has no such matrices.
 
-    Args:
-        engine: with its optimizer state in place.
-        ranks: those that share the state or, where it is replicated, the work; None = all.
-        dtype: in which matrices are orthogonalised.
-
-    Raises:
-        ConfigError: the model has no such matrices.
+    All ranks call this. ``ranks`` are those that share the state or, where it is replicated, the work, by default all;
+    matrices are orthogonalised in ``dtype``.
     """
     optimizer, state = engine.optimizer, engine.state
     assert isinstance(optimizer, Muon)

@@ -3,8 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,21 +17,15 @@ from bigtrain.config import EngineConfig, EngineKind, Offload, Precision, TrainC
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.collectives import local_part
 from bigtrain.distributed.mesh import Mesh
-from bigtrain.engine.state import (
-    MODEL,
-    OPTIMIZER,
-    Box,
-    Entry,
-    create_optimizer_state,
-    whole_entry,
-)
+from bigtrain.engine.base import Engine
+from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, whole_entry
 from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
 
 
-class NativeEngine:
-    """See :class:`bigtrain.engine.base.Engine`."""
+class NativeEngine(Engine):
+    """A module wrapped by DDP or FSDP2, or not at all, with an optimizer of torch's."""
 
     def __init__(
         self,
@@ -46,14 +39,10 @@ class NativeEngine:
         accumulate_whole_gradients: bool = False,
         keep_gradients: bool = False,
     ) -> None:
-        self.module = module
-        self.optimizer = optimizer
-        self.device = device
-        self.mesh = mesh
+        self.module, self.optimizer = module, optimizer
+        self.device, self.mesh = device, mesh
         self.grad_clip = grad_clip
-        # Each weight is cast once per forward pass anyway, and cached copies would outlive checkpointed blocks.
-        bf16 = partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
-        self.autocast = bf16 if autocast else contextlib.nullcontext
+        self._is_bf16 = autocast
         self.keep_gradients = keep_gradients
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
@@ -67,24 +56,21 @@ class NativeEngine:
         create_optimizer_state(optimizer)
         self.state = NativeState(module, optimizer, mesh)
 
-    def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`."""
-        if not self.module.training:
-            self.module.train()
-        total = None
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            batch = micro_batch.to(self.device)
-            if not self._has_final_buckets:
-                self._settle_buckets(batch)
-            with self._communicate(last=number == len(micro_batches)):
-                with self.autocast():
-                    sums = sums_of(self.module, batch)
-                sums.backward(gradient_scale(sums, self._averages_over / num_targets))
-            total = sums.detach() if total is None else total + sums.detach()
-        return total
+    def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
+        if not self._has_final_buckets:
+            self._settle_buckets(batch)
+        with self._communicate(last=is_last):
+            with self.autocast():
+                sums = sums_of(self.module, batch)
+            sums.backward(gradient_scale(sums, self._averages_over / num_targets))
+        return sums
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        # Each weight is cast once per forward pass anyway, and cached copies would outlive checkpointed blocks.
+        device_type, bf16 = self.device.type, torch.bfloat16
+        return torch.autocast(device_type, bf16, cache_enabled=False) if self._is_bf16 else contextlib.nullcontext()
 
     def step(self, lr: float) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`."""
         gradients = [local_part(p.grad) for p in self._parameters if p.grad is not None]
         norm = self._global_norm(gradients)
         if self.grad_clip and gradients:
@@ -101,14 +87,6 @@ class NativeEngine:
         else:  # what zero_grad() does, without its record for the profiler
             for parameter in self._parameters:
                 parameter.grad = None
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
-        """See :class:`bigtrain.engine.base.Engine`."""
-        self.module.eval()
-        with self.autocast():
-            sums = torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
-        return sums.view(len(sums), -1)
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Return the 2-norm of all gradients on all ranks.
@@ -154,14 +132,11 @@ class NativeEngine:
 
 
 def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, ask_host: bool) -> None:
-    """Let the optimizer update its weights, unless the gradient's norm is not finite.
+    """Let the optimizer update its weights, unless the gradient's norm, a 0-d tensor, is not finite.
 
-    Args:
-        optimizer: SGD's kernels for sharded parameters are not fused and take no such number.
-        norm: 0-d tensor.
-        ask_host: whether the host decides, as it has to where the weights are on the host: the kernel there would read a
-            GPU's number before it has come. On a GPU the host would have to wait; a fused kernel looks at it, as it
-            does for gradient scalers.
+    The host decides with ``ask_host``, as it has to where the weights are on the host: the kernel there would read a
+    GPU's number before it has come; and for SGD, whose kernels for sharded parameters are not fused. On a GPU the host
+    would have to wait; a fused kernel looks at the number, as it does for gradient scalers.
     """
     if ask_host or not getattr(optimizer, "_step_supports_amp_scaling", False):
         if math.isfinite(norm.item()):
@@ -190,7 +165,6 @@ class NativeState:
         """Nothing to refresh: the boxes are views of the parameters themselves."""
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`bigtrain.engine.state.EngineState`."""
         return ((name, local_part(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
 
 
@@ -200,106 +174,77 @@ def _entry(tensor: torch.Tensor, mesh: Mesh) -> Entry:
     shape, local = tuple(tensor.shape), tensor.to_local().detach()
     _, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     boxes = (Box(tuple(offsets), local),) if local.numel() else ()
-    return Entry(shape, tensor.dtype, boxes, *_replica(tensor))
-
-
-def _replica(tensor: DTensor) -> tuple[int, int]:
-    """Return which of how many ranks with the same part of a tensor this is, by the tensor's placements."""
     replica, num_replicas = 0, 1
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             size = tensor.device_mesh.size(dimension)
             replica = replica * size + tensor.device_mesh.get_local_rank(dimension)
             num_replicas *= size
-    return replica, num_replicas
+    return Entry(shape, tensor.dtype, boxes, replica, num_replicas)
 
 
 def build_native(
-    build_model: Callable[[], TaskModel], config: TrainConfig, *, mesh: Mesh, device: torch.device
+    build_model: Callable[[], TaskModel],
+    config: TrainConfig,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
 ) -> NativeEngine:
-    """Build the model on the meta device, wrap, shard and materialise it; the weights are still garbage.
+    """Build the model on the meta device, shard and materialise it; the weights are still garbage.
 
-    Args:
-        build_model: builds the model on the current default device.
-        config: resolved, with ``ddp``, ``fsdp`` or ``hsdp``.
-        mesh: of all ranks.
-        device: this rank's device.
+    What is not sharded is wrapped by ``wrap``, by default in DDP where there are several ranks.
     """
-    engine, optimizer = config.engine, config.optimizer
-    accumulates = config.train.micro_batches(mesh.dp_size) > 1
+    engine, accumulates = config.engine, config.train.micro_batches(mesh.dp_size) > 1
+    is_sharded = engine.kind in (EngineKind.fsdp, EngineKind.hsdp)
     with torch.device("meta"):
-        model = build_model()
-    wrap_blocks(model, engine)
-    if engine.kind is EngineKind.ddp:
-        materialise(model, device)
-        # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
-        module = _data_parallel(model, device, accumulates) if mesh.size > 1 else model
-    else:
-        module = _fully_shard(model, engine, mesh)
-        materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
+        module: nn.Module = build_model()
+    wrap_blocks(module, engine)
+    if is_sharded:
+        _fully_shard(module, engine, mesh)
+    materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
+    # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
+    if not is_sharded and (wrap or mesh.size > 1):
+        for parameter in module.parameters():
+            # Of these DDP makes views of its buckets. Gradients that wait for more micro-batches would else lie outside.
+            if accumulates and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        module = wrap(module) if wrap else _data_parallel(module, device)
+        module.broadcast_buffers = (
+            False  # tables that all ranks compute alike; the argument's name depends on the version
+        )
     return NativeEngine(
         module,
-        build_optimizer(parameter_groups(module.named_parameters(), optimizer), optimizer),
+        build_optimizer(parameter_groups(module.named_parameters(), config.optimizer), config.optimizer),
         mesh=mesh,
         device=device,
-        grad_clip=optimizer.grad_clip,
-        autocast=engine.kind is EngineKind.ddp and engine.precision.base is Precision.bf16,
+        grad_clip=config.optimizer.grad_clip,
+        autocast=not is_sharded and engine.precision.base is Precision.bf16,
         accumulate_whole_gradients=engine.fsdp.accumulate_whole_gradients,
         keep_gradients=isinstance(module, DistributedDataParallel) and accumulates,
     )
 
 
-def allocate_gradients(model: nn.Module) -> None:
-    """Give every parameter a gradient before DDP wraps the model, which then makes it a view of a bucket.
-
-    Gradients of micro-batches that are not communicated would else lie outside of the buckets until the last one.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+def _data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    device_ids = [device.index] if device.type == "cuda" else None
+    # init_sync would broadcast weights that are overwritten right afterwards.
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
 
 
-def _data_parallel(model: nn.Module, device: torch.device, accumulates: bool) -> DistributedDataParallel:
-    if accumulates:
-        allocate_gradients(model)
-    module = DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        init_sync=False,  # it would broadcast weights that are overwritten right afterwards
-    )
-    share_no_buffers(module)
-    return module
-
-
-def share_no_buffers(module: DistributedDataParallel) -> None:
-    """Let the ranks keep their buffers, tables that all compute alike; the argument's name depends on torch's version."""
-    module.broadcast_buffers = False
-
-
-def _blocks_of_their_own(model: TaskModel) -> list[nn.Module]:
-    """Return the blocks that share no parameter with another block: FSDP2 ties parameters within one unit only.
-
-    The others (Zamba has one transformer in many of its blocks) stay in the unit of the root.
-    """
-    blocks = find_blocks(model)
-    uses = Counter(parameter for block in blocks for parameter in block.parameters())
-    return [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
-
-
-def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> nn.Module:
+def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> None:
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
     if engine.precision.base is Precision.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    device_type = mesh.ranks.device_type
+    offload = CPUOffloadPolicy(pin_memory=mesh.ranks.device_type == "cuda")
     kwargs = {
         "mesh": mesh.ranks["dp_replicate", "dp_shard"] if engine.kind is EngineKind.hsdp else mesh.ranks["dp_shard"],
         "mp_policy": precision,
-        "offload_policy": CPUOffloadPolicy(pin_memory=device_type == "cuda")
-        if engine.offload is Offload.cpu
-        else OffloadPolicy(),
+        "offload_policy": offload if engine.offload is Offload.cpu else OffloadPolicy(),
     }
-    units = _blocks_of_their_own(model)
+    # FSDP2 ties parameters within one unit only: blocks that share some (Zamba's transformer) stay in the root's.
+    blocks = find_blocks(model)
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    units = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
     for i, block in enumerate(units, start=1):
         # The backward pass begins with the last block: to reshard it would be to gather it again at once.
         reshard = engine.fsdp.reshard_after_forward and i < len(units)
@@ -314,4 +259,3 @@ def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> nn.Modul
     for module in (*units, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # by a factor gloo cannot multiply, not even by 1
-    return model

@@ -1,10 +1,8 @@
 """The training state without the engine: named tensors in natural shape, as boxes.
 
-Every engine keeps a different piece of each tensor on each rank: all of it (DDP), some rows (FSDP2)
-or a flat range that starts and ends anywhere (ZeRO). All of these are a handful of N-dimensional
-boxes of the whole tensor. An :class:`Entry` lists the boxes that this rank holds, as writable views
-of the engine's own memory. Initialisation and checkpoints fill and read boxes and never ask which
-engine they belong to.
+Every engine keeps a different piece of each tensor on each rank: all of it (DDP), some rows (FSDP2) or a flat range
+that starts and ends anywhere (ZeRO). All of these are a few N-dimensional boxes of the whole tensor. Initialisation and
+checkpoints fill and read boxes and never ask which engine they belong to.
 """
 
 import math
@@ -22,26 +20,19 @@ from bigtrain.models.init import InitialValue
 class Box:
     """An N-dimensional piece of a tensor: some indices of each dimension, one after the other."""
 
-    offsets: tuple[int, ...]
-    """Where the piece begins in the whole tensor."""
-    view: torch.Tensor
-    """Writable view of the engine's memory; its shape is the size of the piece."""
+    offsets: tuple[int, ...]  # where the piece begins in the whole tensor
+    view: torch.Tensor  # writable view of the engine's memory; its shape is the size of the piece
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What this rank holds of one tensor of the state."""
 
-    shape: tuple[int, ...]
-    """Shape of the whole tensor."""
-    dtype: torch.dtype
-    """Type of the elements."""
-    boxes: tuple[Box, ...]
-    """The pieces on this rank; empty if it holds nothing."""
-    replica: int = 0
-    """Which of the ``num_replicas`` ranks with the same boxes this is."""
-    num_replicas: int = 1
-    """How many ranks hold the same boxes."""
+    shape: tuple[int, ...]  # shape of the whole tensor
+    dtype: torch.dtype  # type of the elements
+    boxes: tuple[Box, ...]  # the pieces on this rank; empty if it holds nothing
+    replica: int = 0  # which of the ``num_replicas`` ranks with the same boxes this is
+    num_replicas: int = 1  # how many ranks hold the same boxes
 
     def own_boxes(self) -> tuple[Box, ...]:
         """Return this replica's share of the boxes: the shares of all replicas are disjoint and complete."""
@@ -61,7 +52,6 @@ class EngineState(Protocol):
 
     def commit(self) -> None:
         """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""
-        ...
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and this rank's part of the gradient of every parameter that has one here.
@@ -69,7 +59,6 @@ class EngineState(Protocol):
         Only between the last micro-batch of a step and the update. Ranks with the same boxes of ``model.<name>``
         have the same part; together the parts are the whole gradient, in no particular shape.
         """
-        ...
 
 
 def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1) -> Entry:
@@ -78,22 +67,15 @@ def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1
     return Entry(shape, tensor.dtype, (Box((0,) * len(shape), tensor.detach()),), replica, num_replicas)
 
 
-_CHUNK_ELEMENTS = 2**22
-"""Of rows that are made at a time where a box holds a part of each."""
+_CHUNK_ELEMENTS = 2**22  # of rows that are made at a time where a box holds a part of each
 MODEL = "model."
 OPTIMIZER = "optim.state."
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> tuple[Box, ...]:
-    """Cut a flat range of a tensor into boxes.
+    """Cut a flat range of a tensor of ``shape`` into boxes, views of ``flat``: at most ``2 * len(shape) - 1``.
 
-    Args:
-        shape: shape of the whole tensor.
-        start: first element of the range in row-major order.
-        flat: 1-D memory of the range; the boxes are views of it.
-
-    Returns:
-        At most ``2 * len(shape) - 1`` boxes in row-major order.
+    ``start`` is the first element of the range, in row-major order.
     """
     return tuple(_cut(shape, start, flat))
 
@@ -148,14 +130,9 @@ def fill_weights(entries: Mapping[str, Entry], values: Mapping[str, InitialValue
 def fill_box(
     value: InitialValue, shape: tuple[int, ...], offsets: tuple[int, ...], out: torch.Tensor, *, start: int = 0
 ) -> None:
-    """Write the part of a parameter's initial value that a box holds.
+    """Write the part of a parameter's initial value that a box of memory ``out`` at ``offsets`` in ``shape`` holds.
 
-    Args:
-        value: of the whole parameter.
-        shape: of the whole parameter or, with ``start``, of a part of it that is contiguous.
-        offsets: of the box in ``shape``.
-        out: memory of the box.
-        start: first element of that part in the whole parameter.
+    ``shape`` is that of the whole parameter or of a part of it that is contiguous and begins at the element ``start``.
     """
     if not shape:
         buffer = torch.empty(1, dtype=torch.float32)

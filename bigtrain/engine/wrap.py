@@ -62,10 +62,7 @@ def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Chec
 def materialise(module: nn.Module, device: torch.device, *, buffers: torch.device | None = None) -> None:
     """Give parameters on the meta device (garbage) memory; move what is real; keep shared parameters shared.
 
-    Args:
-        module: what was built on the meta device.
-        device: of the parameters.
-        buffers: device of the buffers, which no engine offloads; by default that of the parameters.
+    Buffers, which no engine offloads, go to the device ``buffers``, by default that of the parameters.
     """
     first_name: dict[nn.Parameter, str] = {}
     aliases = {

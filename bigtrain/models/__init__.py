@@ -13,12 +13,9 @@ from bigtrain.models.transformer import Transformer
 def build_model(config: ModelConfig) -> nn.Module:
     """Build the model of ``config`` on the current default device, with uninitialised fp32 parameters.
 
-    Under ``torch.device("meta")`` parameters take no memory; buffers, which native models have not, are real and
-    on the CPU. A language model returns logits for ``model(tokens_BT)`` and the summed loss for ``model(tokens_BT,
-    targets_BT)``; it has ``blocks`` (``ModuleList`` of decoder layers), ``vocab_size`` and ``max_positions``.
-
-    Raises:
-        ConfigError: a Hugging Face model cannot be found or is no causal language model.
+    Under ``torch.device("meta")`` buffers, which native models have not, are real and on the CPU. A language model
+    returns logits for ``model(tokens_BT)`` and the summed loss for ``model(tokens_BT, targets_BT)``; it has ``blocks``,
+    ``vocab_size`` and ``max_positions``.
     """
     network = _build(config)
     if config.adapter:
@@ -37,20 +34,14 @@ def _build(config: ModelConfig) -> nn.Module:
 
 
 def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
-    """Return the initial value of every parameter of an unwrapped model from :func:`build_model`.
+    """Return the initial value of every parameter of an unwrapped model from :func:`build_model`, by name.
 
     Native models follow GPT-2 (normal numbers with ``config.init_std``, divided by ``sqrt(2 * num_layers)`` where a
-    block writes to the residual stream, norms 1, biases 0) or are read from ``config.init_from``. Hugging Face models
-    and own networks follow their own rules; the former may be read from their published weights.
-
-    Returns:
-        One value per name of ``model.named_parameters()``; tied parameters appear once.
-
-    Raises:
-        ConfigError: published weights are missing or do not fit.
+    block writes to the residual stream, norms 1, biases 0). Hugging Face models and own networks follow their own
+    rules. ConfigError: published weights are missing or do not fit.
     """
     if config.kind is ModelKind.native and config.init_from:
-        from bigtrain.models.hf.native_values import imported_values
+        from bigtrain.models.hf.native import imported_values
 
         return imported_values(model, config)
     if config.kind is ModelKind.own:

@@ -50,8 +50,8 @@ def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 def find_stacks(network: nn.Module) -> list[nn.ModuleList]:
     """Return the lists of blocks that are wrapped, compiled, recomputed and sharded one by one.
 
-    A network says so itself (``blocks``); otherwise they are the outermost lists with 1 % of its parameters or more, such as
-    those of encoder and decoder, whose modules are called by themselves.
+    By default the outermost lists with 1 % of the parameters or more, such as those of encoder and decoder, whose
+    modules are called by themselves.
     """
     if hasattr(network, "blocks"):
         return [network.blocks]

@@ -19,12 +19,9 @@ _compile_once = functools.cache(torch.compile)
 
 
 def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockMask":
-    """Return the mask of causal attention within documents.
+    """Return the mask of causal attention within documents, bool ``(B, 1, T, S)``; positions count from 0 in each.
 
-    Args:
-        positions_BT: int64, counted from 0 in each document.
-        flex: return a ``BlockMask`` of FlexAttention, which skips blocks between documents, instead of bool ``(B, 1, T,
-            S)``.
+    With ``flex`` it is a ``BlockMask`` of FlexAttention, which skips blocks between documents.
     """
     documents_BT = (positions_BT == 0).cumsum(dim=1)
     if flex:
@@ -61,11 +58,13 @@ def _numbered(seen_BNM: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: "Tensor | BlockMask", *, dropout: float, gqa: bool
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: "Tensor | BlockMask | None", *, dropout: float, gqa: bool
 ) -> Tensor:
-    """Return the attention output ``(B, H, T, K)`` under a mask of :func:`build_document_mask`."""
-    if isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, enable_gqa=gqa)
+    """Return the attention output ``(B, H, T, K)`` under a mask, by default the causal one."""
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=gqa
+        )
     from torch.nn.attention.flex_attention import flex_attention
 
     # Only compiled it skips blocks. On a CPU it runs uncompiled, for tests; within a compiled block it is compiled.

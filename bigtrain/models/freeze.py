@@ -1,7 +1,7 @@
 """Which parameters are kept from being trained: by ``model.freeze``, or because adapters are trained instead."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -15,8 +15,7 @@ from bigtrain.models.hf.heads import HEADS
 def frozen_names(names: Iterable[str], model: ModelConfig) -> list[str]:
     """Return the parameters that are frozen; patterns match names as they are in the model itself.
 
-    Raises:
-        ConfigError: a pattern matches none, or all parameters are frozen.
+    ConfigError: a pattern matches none, or all parameters are frozen.
     """
     own = {name: name.removeprefix("causal_lm.") for name in names}
     frozen = set(_matching(own, model.freeze, "model.freeze"))
@@ -46,14 +45,8 @@ def _of_head(own: Mapping[str, str]) -> set[str]:
     return {name for name, module in first.items() if module != trunk or ".pooler." in name}
 
 
-def with_frozen(build_model: Callable[[], nn.Module], config: ModelConfig) -> Callable[[], nn.Module]:
-    """Return a builder of the same model, of which the frozen parameters need no gradient."""
-
-    def build() -> nn.Module:
-        model = build_model()
-        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-        for name in frozen_names(parameters, config):
-            parameters[name].requires_grad_(False)
-        return model
-
-    return build
+def freeze(model: nn.Module, config: ModelConfig) -> None:
+    """Let the frozen parameters of a model need no gradient."""
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name in frozen_names(parameters, config):
+        parameters[name].requires_grad_(False)

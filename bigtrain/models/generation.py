@@ -31,6 +31,7 @@ def generate(
     Args:
         model: from ``build_model``, with weights, unsharded.
         prompt_ids: at least one token.
+        max_new_tokens: longest continuation.
         temperature: divides the logits; 0 is greedy.
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the fewest likeliest tokens with at least this probability together, after temperature and

@@ -6,9 +6,10 @@ communication. Random numbers are torch's on the CPU, whose last bits may differ
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
 
+Key = TypeVar("Key")
+Made = TypeVar("Made")
 BLOCK_ELEMENTS = 2**16  # elements per random generator; part of the definition of the initial weights
 
 
@@ -59,6 +62,31 @@ class Given:
 
     def fill(self, start: int, out: Tensor) -> None:
         out.copy_(self.values.flatten()[start : start + out.numel()])
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor that is read or computed in one piece whenever a part of it is asked for."""
+
+    read: Callable[[], Tensor]
+
+    def fill(self, start: int, out: Tensor) -> None:
+        out.copy_(self.read().flatten()[start : start + out.numel()])
+
+
+class Newest(Generic[Key, Made]):
+    """Keeps what ``make`` returned for the newest key: threads fill one tensor after the other, in pieces."""
+
+    def __init__(self, make: Callable[[Key], Made]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._newest: tuple[Key, Made] | None = None
+
+    def __call__(self, key: Key) -> Made:
+        with self._lock:
+            if self._newest is None or self._newest[0] != key:
+                self._newest = None  # before the next one takes memory
+                self._newest = key, self._make(key)
+            return self._newest[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,16 +20,13 @@ _compile_once = functools.cache(torch.compile)
 
 
 def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, compiled: bool = False) -> Tensor:
-    """Return the cross-entropy in nats, summed over targets, of a linear projection onto the vocabulary.
+    """Return the cross-entropy in nats of a linear projection onto the vocabulary, summed over targets: an fp32 scalar.
 
     Args:
         hidden_BTD: final hidden states, in the activations' dtype.
         weight_VD: output projection.
         targets_BT: int64 token ids; ``IGNORE_INDEX`` where a position does not count.
         compiled: fuse what is not a matmul by ``torch.compile``.
-
-    Returns:
-        An fp32 scalar, 0 if no target counts.
     """
     wants_gradients = torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(
@@ -55,7 +52,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, wants_gradients: bool, compiled: bool
     ) -> Tensor:
         device, dtype, num_real = hidden_ND.device, _product_dtype(hidden_ND), len(weight_VD)
-        weight_PD = _padded(weight_VD, num_padding_rows(num_real, device.type), dtype)
+        num_padding = num_padding_rows(num_real, device.type)
+        weight_PD = F.pad(weight_VD.to(dtype), (0, 0, 0, num_padding)) if num_padding else weight_VD.to(dtype)
         fused = compiled and dtype is not torch.float32  # fp32 needs no conversions, so torch's own kernels will do
         chunk = chunk_tokens(len(weight_PD), device.type, fused=fused)
         # Compiled, it is two kernels that read and write the logits in their own dtype.
@@ -96,15 +94,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     device_type = x.device.type
     is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if is_cast else x.dtype
-
-
-def _padded(weight_VD: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Return the weight in ``dtype`` with ``num_rows`` rows of zeros below it."""
-    if not num_rows:
-        return weight_VD.to(dtype)
-    weight_PD = weight_VD.new_zeros((len(weight_VD) + num_rows, weight_VD.shape[1]), dtype=dtype)
-    weight_PD[: len(weight_VD)] = weight_VD
-    return weight_PD
 
 
 def _turn_into_gradient(logits_CP: Tensor, targets_C1: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A network of the user's own: built without memory, with initial values that every rank computes alike."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from bigtrain.config import ModelConfig, parts
 from bigtrain.config.convert import from_dict
 from bigtrain.errors import ConfigError
 from bigtrain.models.construction import parameters_on_meta, refuse_batch_statistics
-from bigtrain.models.init import Given, InitialValue, seed_of
-from bigtrain.models.programs import Program, Recorder, SkippedFills
+from bigtrain.models.init import Given, InitialValue
+from bigtrain.models.programs import Program, Recorder, built_whole, seeded
 from bigtrain.models.small import NETWORKS
 
 KEPT_ELEMENTS = 2**22
@@ -22,8 +22,7 @@ KEPT_ELEMENTS = 2**22
 def build_own(config: ModelConfig) -> nn.Module:
     """Build the network of an own part: its ``build()``, or what it returns when it is called.
 
-    Raises:
-        ConfigError: nothing imported has it; what it builds is no module, or has batch statistics.
+    ConfigError: nothing imported has it; what it builds is no module, or has batch statistics.
     """
     build = _builder(config)
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
@@ -38,15 +37,15 @@ def build_own(config: ModelConfig) -> nn.Module:
 def _builder(config: ModelConfig) -> Callable[[], nn.Module]:
     if config.name in NETWORKS:
         return from_dict(NETWORKS[config.name], config.settings, section="model.settings.").build
-    part = parts.build(str(config.name), config.settings, setting="model.name")
+    part, where = parts.build(str(config.name), config.settings, setting="model.name"), f"model.name={config.name}"
     build = getattr(part, "build", part)
     if isinstance(part, nn.Module):
         raise ConfigError(
-            f"model.name={config.name}: a module that is built already; give a function that builds it, so that its weights "
-            "follow from train.seed on every rank"
+            f"{where}: a module that is built already; give a function that builds it, so that its weights follow from "
+            "train.seed on every rank"
         )
     if not callable(build):
-        raise ConfigError(f"model.name={config.name}: a model is a function, or a dataclass with build()")
+        raise ConfigError(f"{where}: a model is a function, or a dataclass with build()")
     return build
 
 
@@ -69,16 +68,13 @@ class Uncached(nn.Module):
 def own_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
     """Return what the network's own code gives to each parameter, with random numbers that depend on ``seed`` alone.
 
-    What torch's functions fill in place is recorded on the meta device and played back part by part
-    (:mod:`bigtrain.models.programs`). Small parameters that are made with their values are kept. For anything else the
-    network is built once more with memory.
-
-    Raises:
-        ConfigError: the code leaves a parameter as its memory happened to be.
+    What torch's functions fill in place is recorded and played back part by part (:mod:`bigtrain.models.programs`).
+    Small parameters that are made with their values are kept. For anything else the network is built once more with
+    memory.
     """
     build = _builder(config)
     recorder = Recorder()
-    with _seeded(seed), parameters_on_meta(keep_elements=KEPT_ELEMENTS), SkippedFills(recorder), recorder:
+    with seeded(seed), parameters_on_meta(keep_elements=KEPT_ELEMENTS), recorder:
         drawn = build()
     values: dict[str, InitialValue | None] = {}
     for name, parameter in drawn.named_parameters():
@@ -90,27 +86,5 @@ def own_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, In
         else:
             values[name] = Given(constructed.float())
     if unknown := [name for name, value in values.items() if value is None]:
-        values |= _built_whole(build, unknown, seed, config)
+        values |= built_whole(build, unknown, seed, f"model.name={config.name}: its code")
     return {name: values[name] for name, _ in model.named_parameters()}
-
-
-def _built_whole(build: Callable[[], nn.Module], names: list[str], seed: int, config: ModelConfig) -> dict[str, Given]:
-    with _seeded(seed), torch.device("cpu"):
-        network = build()
-    values = {name: network.get_parameter(name).detach().float() for name in names}
-    if unsaid := [name for name, value in values.items() if value.isnan().any()]:
-        raise ConfigError(f"model.name={config.name}: its code does not say what {', '.join(unsaid)} start from")
-    return {name: Given(value) for name, value in values.items()}
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed``, and let memory that nobody writes be NaN."""
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(seed, "network"))
-            yield
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic)

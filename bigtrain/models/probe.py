@@ -10,6 +10,7 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 import bisect
 import contextlib
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError, first_line
@@ -38,8 +39,11 @@ class _DryRun(TorchDispatchMode):
         name, kwargs = func._schema.name, kwargs or {}
         tensors = list(_tensors((args, kwargs)))
         if not any(tensor.is_meta for tensor in tensors):
+            on_cpu = functools.partial(
+                tree_map, lambda leaf: torch.device("cpu") if leaf == torch.device("meta") else leaf
+            )
             with contextlib.suppress(NotImplementedError):  # written for another device than the CPU
-                return func(*tree_map(_off_meta, args), **tree_map(_off_meta, kwargs))
+                return func(*on_cpu(args), **on_cpu(kwargs))
         if name == "aten::_local_scalar_dense":  # the host asks for a number that is not known
             return torch.ones((), dtype=tensors[0].dtype).item()
         if name == "aten::_grouped_mm":  # experts; its meta kernel insists on bf16
@@ -51,14 +55,7 @@ class _DryRun(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, tree)
-    return iter(found)
-
-
-def _off_meta(leaf: Any) -> Any:
-    """Keep what a model creates on its parameters' device real."""
-    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _on_meta(leaf: Any) -> Any:
@@ -95,11 +92,7 @@ def _dry_run(model: nn.Module, length: int) -> Tensor:
 def unreached_parameters(model: nn.Module) -> list[str]:
     """Return the trainable parameters that the loss does not depend on, such as those of a vision tower.
 
-    Args:
-        model: of transformers, with its parameters on the meta device.
-
-    Raises:
-        NotImplementedError: control flow depends on numbers, so that it cannot be run without them.
+    The model is one of transformers, on the meta device. NotImplementedError: its control flow depends on numbers.
     """
     try:
         run = copy.deepcopy(model)  # some models keep tables for the longest sample that they have seen
@@ -132,22 +125,14 @@ def outermost(model: nn.Module, names: list[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found(model, "")))
 
 
-def may_be_too_long(text_config: Any, length: int) -> bool:
-    """Return whether a setting of the configuration could limit samples to fewer tokens than ``length``."""
-    settings = text_config.to_dict().items()
-    # Some position tables have a few rows that are no positions.
-    return any(
-        _LENGTHS.search(key) and type(value) is int and SHORT <= value < length + SHORT for key, value in settings
-    )
-
-
 def require_positions(config: ModelConfig, length: int | None) -> None:
     """Raise a ConfigError if a model of transformers has no positions for samples of ``length`` tokens, if they have any."""
-    if (
-        length is None
-        or config.kind is not ModelKind.hf
-        or not may_be_too_long(read_hf_config(config.name).get_text_config(), length)
-    ):
+    if length is None or config.kind is not ModelKind.hf:
+        return
+    settings = read_hf_config(config.name).get_text_config().to_dict().items()
+    # Some position tables have a few rows that are no positions.
+    limits = (value for key, value in settings if _LENGTHS.search(key) and type(value) is int)
+    if not any(SHORT <= value < length + SHORT for value in limits):
         return
     with torch.device("meta"):
         model = build_hf_model(config)
@@ -182,43 +167,27 @@ def longest_sample(model: nn.Module, length: int) -> int:
 
 
 @torch.no_grad()
-def look_ahead(logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: int, device: torch.device) -> float:
-    """Return how much logits change with *later* tokens, relative to the change at those tokens: 0 if causal.
+def leak(
+    logits_of: Callable[[Tensor], Tensor], vocab_size: int, length: int, device: torch.device, *, from_later: bool
+) -> float:
+    """Return how much the logits of one half of a sample change with the tokens of the other, relative to that one's.
 
-    Args:
-        logits_of: ``(B, T)`` tokens to ``(B, T, V)`` logits, without dropout.
-        length: tokens per sample, at least 2.
+    ``logits_of`` turns ``(B, T)`` tokens into ``(B, T, V)`` logits, without dropout; samples have ``length`` >= 2 tokens.
+    With ``from_later`` it is the tokens of the later half that change, else those of the earlier one.
     """
-    first = length // 2
-    tokens_BT = _differing_samples(vocab_size, length, slice(first, None)).to(device)
-    change_T = _change_of_logits(lambda: logits_of(tokens_BT))
-    return (change_T[:first].max() / change_T[first:].max()).item()
-
-
-@torch.no_grad()
-def look_across(logits_of: Callable[..., Tensor], vocab_size: int, length: int, device: torch.device) -> float:
-    """Return how much logits change with tokens of *another document*, relative to the change within it.
-
-    Args:
-        logits_of: ``(B, T)`` tokens, None and ``(B, T)`` positions to ``(B, T, V)`` logits, without dropout.
-        length: tokens per sample, at least 4.
-    """
-    first = length // 2
-    tokens_BT = _differing_samples(vocab_size, length, slice(first)).to(device)
-    positions_BT = torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(2, 1).to(device)
-    change_T = _change_of_logits(lambda: logits_of(tokens_BT, None, positions_BT))
-    return (change_T[first:].max() / change_T[:first].max()).item()
-
-
-def _differing_samples(vocab_size: int, length: int, part: slice) -> Tensor:
-    """Return two samples that differ in ``part``, where each repeats one token, so that averages move as far."""
+    halves = slice(length // 2), slice(length // 2, None)
+    changed, other = halves[::-1] if from_later else halves
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(vocab_size, (1, length), generator=generator).repeat(2, 1)
-    tokens_BT[:, part] = torch.randperm(vocab_size, generator=generator)[:2, None]
-    return tokens_BT
-
-
-def _change_of_logits(compute: Callable[[], Tensor]) -> Tensor:
+    # Each of the two samples repeats one token there, so that averages move as far.
+    tokens_BT[:, changed] = torch.randperm(vocab_size, generator=generator)[:2, None]
     with torch.compiler.set_stance("force_eager"):  # compiled code is for training's sample length
-        logits_BTV = compute().float()
-    return (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
+        logits_BTV = logits_of(tokens_BT.to(device)).float()
+    change_T = (logits_BTV[1] - logits_BTV[0]).pow(2).mean(-1).sqrt()
+    return (change_T[other].max() / change_T[changed].max()).item()
+
+
+def two_documents(length: int, device: torch.device) -> Tensor:
+    """Return the positions ``(2, T)`` of samples whose halves are documents of their own."""
+    first = length // 2
+    return torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(2, 1).to(device)

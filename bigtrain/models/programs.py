@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain.models.init import BLOCK_ELEMENTS, InitialValue, fill_blocks, generator_of
+from bigtrain.errors import ConfigError
+from bigtrain.models.init import BLOCK_ELEMENTS, Given, InitialValue, fill_blocks, generator_of, seed_of
 
 RANDOM = ("normal_", "uniform_")
 CONSTANT = ("fill_", "zero_")
@@ -36,7 +37,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Initialisation of one parameter; an :class:`bigtrain.models.init.InitialValue`."""
+    """Initialisation of one parameter; an :class:`InitialValue`."""
 
     steps: tuple[Step, ...]
     seed: int
@@ -57,13 +58,8 @@ class Program:
 
 
 def recorded_values(model: nn.Module, initialise: Callable[[], None], seed: int) -> dict[str, InitialValue]:
-    """Return the initial values of parameters whose initialisation is such a program, without others.
-
-    Args:
-        model: with parameters on the meta device.
-        initialise: runs the initialisation code of all modules.
-    """
-    with _untied(model), _orthogonal_on_meta(), Recorder() as recorder, torch.no_grad():
+    """Return the initial values that ``initialise()`` gives to parameters on the meta device, if they are such programs."""
+    with _untied(model), Recorder() as recorder, torch.no_grad():
         initialise()
     return {
         name: Program(steps, seed, name)
@@ -90,20 +86,7 @@ def _untied(model: nn.Module) -> Iterator[None]:
             setattr(module, name, parameter)
 
 
-@contextlib.contextmanager
-def _orthogonal_on_meta() -> Iterator[None]:
-    """Record orthogonal initialisation, which torch skips on the meta device."""
-    from transformers.initialization import TORCH_INIT_FUNCTIONS
-
-    of_torch = TORCH_INIT_FUNCTIONS["orthogonal_"]
-    TORCH_INIT_FUNCTIONS["orthogonal_"] = lambda tensor, *_, **__: tensor.copy_(torch.empty_like(tensor))
-    try:
-        yield
-    finally:
-        TORCH_INIT_FUNCTIONS["orthogonal_"] = of_torch
-
-
-class SkippedFills(TorchFunctionMode):
+class _SkippedFills(TorchFunctionMode):
     """Tells a recorder of tensors that a function of ``torch.nn.init`` skips because they are on the meta device."""
 
     def __init__(self, recorder: "Recorder") -> None:
@@ -116,24 +99,29 @@ class SkippedFills(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _since_last_fill(steps: list[Step], numel: int) -> tuple[Step, ...]:
-    fills = [i for i, s in enumerate(steps) if s.operation in RANDOM + CONSTANT and (s.begin, s.end) == (0, numel)]
-    return tuple(steps[fills[-1] :]) if fills else ()
-
-
 class Recorder(TorchDispatchMode):
     """Records operations in place on the memory of meta tensors, also through views."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._skipped = _SkippedFills(self)
         self._steps: defaultdict[int, list[Step]] = defaultdict(list)
         self._storages: list[torch.UntypedStorage] = []  # kept, so that none gets the identity of another
 
+    def __enter__(self) -> "Recorder":
+        self._skipped.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._skipped.__exit__(*error)
+
     def of(self, parameter: Tensor) -> tuple[Step, ...]:
         """Return the steps that a whole parameter's value consists of; none where they are not known."""
-        steps = _since_last_fill(self._steps.get(parameter.untyped_storage()._cdata, []), parameter.numel())
-        known = RANDOM + CONSTANT + ELEMENTWISE
-        return steps if all(step.operation in known for step in steps) else ()
+        steps, whole = self._steps.get(parameter.untyped_storage()._cdata, []), (0, parameter.numel())
+        fills = [i for i, s in enumerate(steps) if s.operation in RANDOM + CONSTANT and (s.begin, s.end) == whole]
+        since = steps[fills[-1] :] if fills else []
+        return tuple(since) if all(step.operation in RANDOM + CONSTANT + ELEMENTWISE for step in since) else ()
 
     def has_seen(self, parameter: Tensor) -> bool:
         """Return whether anything was done to a parameter."""
@@ -174,3 +162,29 @@ def _step(func: Any, changed: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     if operation == "clamp_" and None in numbers:
         operation, numbers = "clamp_", [-math.inf if numbers[0] is None else numbers[0], numbers[1] or math.inf]
     return Step(operation, tuple(numbers), begin, begin + changed.numel())
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed``, and let memory that is left unwritten be NaN."""
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "network"))
+            yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic)
+
+
+def built_whole(build: Callable[[], nn.Module], names: list[str], seed: int, whose: str) -> dict[str, InitialValue]:
+    """Return what ``build()`` gives to parameters, with memory for the whole network.
+
+    ConfigError for those left unwritten.
+    """
+    with seeded(seed), torch.device("cpu"):
+        network = build()
+    values = {name: network.get_parameter(name).detach().float() for name in names}
+    if unsaid := [name for name, value in values.items() if value.isnan().any()]:
+        raise ConfigError(f"{whose} does not say what {', '.join(unsaid)} start from")
+    return {name: Given(value) for name, value in values.items()}

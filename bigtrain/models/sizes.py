@@ -142,12 +142,9 @@ def activation_bytes(
     every: int,
     numerics: Numerics,
 ) -> ActivationBytes:
-    """Return what the blocks and the final norm keep for the backward pass.
+    """Return what the blocks and the final norm keep for the backward pass of a micro-batch.
 
-    Args:
-        num_sequences: of the micro-batch.
-        sequence_length: in tokens.
-        every: checkpointing applies to blocks 0, every, 2 * every, ...
+    Checkpointing applies to blocks 0, every, 2 * every, ...
     """
     num_tokens = num_sequences * sequence_length
     whole = _block_bytes_per_token(model, sequence_length, numerics)
@@ -210,7 +207,8 @@ def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: N
     # Rotated queries and keys are copies; v, a view, keeps the whole product alive.
     rotated = query + key_value if model.positions is Positions.rope else 0
     attention = element * (query + 2 * key_value + rotated + query) + 4 * model.num_heads
-    if _makes_attention_matrix(model, numerics):
+    # torch falls back on unfused attention: on a CPU with dropout; on a GPU, by its documentation, grouped heads in fp32.
+    if model.dropout > 0 if numerics.on_cpu else query != key_value and element == 4:
         attention += 12 * model.num_heads * sequence_length  # probabilities, their mask, their product; in fp32
     # gelu: its input and output; swiglu: gate, silu(gate), up and the product. transformers writes its gelu
     # in elementary operations, which keep three more.
@@ -239,17 +237,6 @@ def _norm_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
 def _mask_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
     """Return what dropout of a hidden vector keeps: bools on a GPU, numbers on a CPU."""
     return model.hidden_dim * (numerics.element_bytes if numerics.on_cpu else 1) if model.dropout else 0
-
-
-def _makes_attention_matrix(model: ModelConfig, numerics: Numerics) -> bool:
-    """Return whether torch falls back on unfused attention.
-
-    On a CPU that is with dropout; on a GPU, by torch's documentation, grouped heads in fp32.
-    """
-    if numerics.on_cpu:
-        return model.dropout > 0
-    query, key_value = _attention_widths(model)
-    return query != key_value and numerics.element_bytes == 4
 
 
 def _attention_widths(model: ModelConfig) -> tuple[int, int]:

@@ -63,7 +63,7 @@ class Vocabulary(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one layer, in buffers allocated at the first append."""
+    """Keys and values of one layer, in buffers that are allocated, like the first keys, at the first append."""
 
     def __init__(self, capacity_tokens: int):
         self.capacity_tokens = capacity_tokens
@@ -83,18 +83,6 @@ class LayerCache:
         self._values[:, :, self.length : end] = v_BGTK
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
-
-
-class KVCache:
-    """One :class:`LayerCache` per block; dtype and device follow the first keys stored."""
-
-    def __init__(self, num_layers: int, capacity_tokens: int):
-        self.layers = [LayerCache(capacity_tokens) for _ in range(num_layers)]
-
-    @property
-    def length(self) -> int:
-        """Tokens stored, which is the position of the next one."""
-        return self.layers[0].length
 
 
 class Attention(nn.Module):
@@ -121,25 +109,10 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = rotate(q_BTHK, rope), rotate(k_BTGK, rope)
         q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
         dropout, gqa = self.dropout if self.training else 0.0, self.num_kv_heads != self.num_heads
-        if mask is not None:
-            y_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout=dropout, gqa=gqa)
-            return self._output(y_BHTK)
-        num_cached, mask_TS = 0, None
         if cache is not None:
-            num_cached, mask_TS = cache.length, _mask_after_cached(q_BHTK, cache.length)
+            mask = _mask_after_cached(q_BHTK, cache.length)
             k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGSK,
-            v_BGSK,
-            attn_mask=mask_TS,
-            dropout_p=dropout,
-            is_causal=num_cached == 0,
-            enable_gqa=gqa,
-        )
-        return self._output(y_BHTK)
-
-    def _output(self, y_BHTK: Tensor) -> Tensor:
+        y_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout=dropout, gqa=gqa)
         y_BTD = self.out(y_BHTK.transpose(1, 2).flatten(2))
         return F.dropout(y_BTD, self.dropout, self.training)
 
@@ -201,7 +174,7 @@ class Transformer(nn.Module):
         targets_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: list[LayerCache] | None = None,
     ) -> Tensor:
         """Return logits ``(B, T, V)``, or the cross-entropy summed over targets in nats, an fp32 scalar.
 
@@ -212,7 +185,7 @@ class Transformer(nn.Module):
                 document.
             cache: of the tokens before; the new ones are appended. For generation.
         """
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache[0].length
         end = start + tokens_BT.shape[1]
         assert end <= self.max_positions, f"{end} tokens are more than max_positions={self.max_positions}"
         assert positions_BT is None or cache is None, "generation continues one document"
@@ -229,12 +202,12 @@ class Transformer(nn.Module):
             rope = rope_table(self.config, positions)
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope, None if cache is None else cache.layers[i], mask)
+            x_BTD = block(x_BTD, rope, None if cache is None else cache[i], mask)
         output = self.embed_tokens if self.output is None else self.output
         return output(self.final_norm(x_BTD), targets_BT)
 
-    def new_cache(self, capacity_tokens: int) -> KVCache:
-        return KVCache(self.config.num_layers, capacity_tokens)
+    def new_cache(self, capacity_tokens: int) -> list[LayerCache]:
+        return [LayerCache(capacity_tokens) for _ in self.blocks]
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -277,9 +250,12 @@ def rotate(x_BTXK: Tensor, rope: Tensor) -> Tensor:
 
 
 def _mask_after_cached(q_BHTK: Tensor, num_cached: int) -> Tensor | None:
-    """Return the causal mask of several tokens after cached ones; None for one token, which sees everything."""
-    num_new = q_BHTK.shape[2]
-    if num_cached == 0 or num_new == 1:
+    """Return the causal mask of tokens after cached ones.
+
+    None if there are none, where attention is causal by itself.
+    """
+    if num_cached == 0:
         return None
+    num_new = q_BHTK.shape[2]
     ones_TS = torch.ones(num_new, num_cached + num_new, dtype=torch.bool, device=q_BHTK.device)
     return ones_TS.tril(diagonal=num_cached)

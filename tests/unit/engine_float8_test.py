@@ -9,7 +9,7 @@ import torch
 from bigtrain.config import DataConfig, EngineConfig, EngineKind, ModelConfig, Precision, TrainConfig
 from bigtrain.config.check import check, resolve
 from bigtrain.engine.build import build_engine
-from bigtrain.engine.float8 import is_faster, with_float8
+from bigtrain.engine.float8 import is_faster, use_float8
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
@@ -37,8 +37,8 @@ def test_only_large_layers_of_the_blocks_are_converted():
 
     config = resolve(TrainConfig(model=WIDE)).model
     with torch.device("meta"):
-        model = with_float8(lambda: build_model(config), num_tokens=16384)()
-        plain = build_model(config)
+        model, plain = build_model(config), build_model(config)
+        use_float8(model, num_tokens=16384)
     converted = [name for name, module in model.named_modules() if isinstance(module, Float8Linear)]
     assert converted == [f"blocks.0.{name}" for name in ("attention.qkv", "feed_forward.up", "feed_forward.down")]
     assert model.blocks[0].attention.qkv.fused_rows == plain.blocks[0].attention.qkv.fused_rows == (2048,) * 3
@@ -75,4 +75,4 @@ def test_other_hardware_is_named_with_the_way_out(precision):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ConfigError, match=r"needs the package torchao: pip install 'bigtrain\[fp8\]'"):
-        with_float8(lambda: None, num_tokens=16)
+        use_float8(torch.nn.Module(), num_tokens=16)

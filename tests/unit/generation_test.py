@@ -39,7 +39,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence(model, cuts):
         whole = model(tokens_BT)
         parts = torch.cat([model(part, cache=cache) for part in tokens_BT.split(cuts, dim=1)], dim=1)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-    assert cache.length == 8
+    assert cache[0].length == 8
 
 
 def test_greedy_takes_the_likeliest_token_each_time(model):

@@ -1,7 +1,5 @@
 """Documents that share a sample do not see each other in models of transformers either, or the run is refused."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from bigtrain.config import DataConfig, ModelConfig, ModelKind, TrainConfig
 from bigtrain.engine.build import require_causal
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf.build import HFCausalLM, build_causal_lm
-from bigtrain.models.probe import look_across
+from bigtrain.models.probe import leak, two_documents
 from bigtrain.tasks.base import TaskModel
 from bigtrain.tasks.causal_lm import CausalLM
 
@@ -43,6 +41,11 @@ def built(name, settings):
     return HFCausalLM(build_causal_lm(getattr(transformers, name)(**settings))).eval()
 
 
+def across(model):
+    positions_BT = two_documents(16, torch.device("cpu"))
+    return leak(lambda tokens: model(tokens, None, positions_BT), 97, 16, torch.device("cpu"), from_later=False)
+
+
 @pytest.mark.parametrize("name", KEPT_APART)
 def test_a_document_is_computed_as_if_it_were_alone(name):
     model = built(name, KEPT_APART[name])
@@ -53,13 +56,13 @@ def test_a_document_is_computed_as_if_it_were_alone(name):
         alone = [model(tokens[None])[0] for tokens in tokens_T.split(DOCUMENTS)]
         for mine, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
-    assert look_across(model, 97, 16, torch.device("cpu")) < 1e-5
+    assert across(model) < 1e-5
 
 
 @pytest.mark.parametrize("name", SEEN)
 def test_what_sees_across_documents_is_refused(name):
     model = built(name, SEEN[name])
-    assert look_across(model, 97, 16, torch.device("cpu")) > 1e-3
+    assert across(model) > 1e-3
 
     class Engine:
         module, device = TaskModel(model, CausalLM()), torch.device("cpu")
@@ -76,8 +79,5 @@ def test_what_sees_across_documents_is_refused(name):
         require_causal(Engine, config)
 
 
-def test_the_probe_hands_positions_on():
-    seen = []
-    spy = partial(lambda *args: seen.append(args) or torch.rand(2, 8, 3))
-    look_across(spy, 97, 8, torch.device("cpu"))
-    assert seen[0][2].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
+def test_the_halves_of_a_sample_are_documents():
+    assert two_documents(8, torch.device("cpu")).tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2

@@ -10,7 +10,7 @@ from bigtrain.engine import build
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import build_causal_lm
-from bigtrain.models.probe import longest_sample, look_ahead, outermost, require_positions, unreached_parameters
+from bigtrain.models.probe import leak, longest_sample, outermost, require_positions, unreached_parameters
 from bigtrain.tasks.base import TaskModel
 from bigtrain.tasks.causal_lm import CausalLM
 
@@ -59,9 +59,9 @@ def test_a_tower_for_images_is_not_reached_and_not_the_blocks(tmp_path):
     of_text = [name for name, _ in model.named_parameters() if ".language_model." in name]
     assert len(names) + len(of_text) == len(list(model.parameters()))
     assert outermost(model, names) == ["causal_lm.model.vision_tower", "causal_lm.model.multi_modal_projector"]
-    frozen = build.with_unreached_frozen(lambda: on_meta(transformers.AutoConfig.from_pretrained(tmp_path), tmp_path))()
-    assert [name for name, p in frozen.named_parameters() if not p.requires_grad] == names
-    assert len(frozen.blocks) == 2
+    build.freeze_unreached(model)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == names
+    assert len(model.blocks) == 2
 
 
 def test_cross_attention_of_a_decoder_alone_is_named_in_few_words(tmp_path):
@@ -84,7 +84,8 @@ def test_a_model_that_cannot_be_run_dry_is_said_to_be_so_and_trained(tmp_path, c
         model = Counts(2, 2)
     with pytest.raises(NotImplementedError):
         unreached_parameters(model)
-    assert all(p.requires_grad for p in build.with_unreached_frozen(lambda: model)().parameters())
+    build.freeze_unreached(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_dry_run_leaves_the_model_as_it_is(tmp_path):
@@ -141,7 +142,7 @@ def test_rotary_positions_and_alibi_have_no_end(config, tmp_path):
 def moved(config):
     torch.manual_seed(0)
     model = build_causal_lm(config).eval()
-    return look_ahead(lambda tokens: model(input_ids=tokens).logits, 97, 32, torch.device("cpu"))
+    return leak(lambda tokens: model(input_ids=tokens).logits, 97, 32, torch.device("cpu"), from_later=True)
 
 
 LOOKING_AHEAD = {

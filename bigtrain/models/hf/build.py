@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
 from bigtrain.models.construction import outermost_lists, parameters_on_meta, refuse_batch_statistics
 from bigtrain.models.hf.files import refuse_adapter, unreadable
-from bigtrain.models.hf.heads import HEADS, HFNetwork, example_tokens, prepare_config
+from bigtrain.models.hf.heads import HEADS, HFNetwork, prepare_config
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting, is_language_model, native_shape
@@ -29,33 +30,24 @@ from bigtrain.models.sizes import hf_setting, is_language_model, native_shape
 quiet_torchao()  # transformers imports it
 
 
+@dataclass(slots=True)
 class HFCache:
     """Holds the cache object that a ``transformers`` model makes for itself."""
 
-    def __init__(self):
-        self.past_key_values: Any = None
+    past_key_values: Any = None
 
 
-class HFCausalLM(nn.Module):
-    """A ``transformers`` causal language model, called as ``model(tokens, targets)``.
+class HFCausalLM(HFNetwork):
+    """A language model of ``transformers``, called as ``model(tokens, targets)``."""
 
-    Parameter names are those of ``transformers`` with ``causal_lm.`` in front.
-    """
-
-    def __init__(self, causal_lm: nn.Module):
-        super().__init__()
-        self.causal_lm = causal_lm
-        text_config = causal_lm.config.get_text_config()
-        self.vocab_size: int = text_config.vocab_size
-        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
-        self._without_cache = {"use_cache": False} if _takes(causal_lm, "use_cache") else {}
-        self.takes_positions = _takes(causal_lm, "position_ids")
+    def __init__(self, causal_lm: nn.Module, head: Head = Head.causal_lm):
+        super().__init__(causal_lm, head)
+        self.max_positions: int | None = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        self.takes_positions = "position_ids" in self.arguments
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Decoder layers: the longest ``ModuleList`` with trainable parameters that is not inside another (experts
-        are).
-        """
+        """Decoder layers: the longest ``ModuleList`` with trainable parameters, not inside another as experts are."""
         lists = list(outermost_lists(self.causal_lm))
         trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
         return max(trained or lists, key=len)
@@ -73,32 +65,25 @@ class HFCausalLM(nn.Module):
         From positions, counted from 0 in each document, transformers derives a document mask, in architectures that
         take them.
         """
-        if cache is None:
-            positions = {} if positions_BT is None or not self.takes_positions else {"position_ids": positions_BT}
-            logits_BTV = self.causal_lm(input_ids=tokens_BT, **self._without_cache, **positions).logits
-        else:
-            output = self.causal_lm(input_ids=tokens_BT, past_key_values=cache.past_key_values, use_cache=True)
-            cache.past_key_values, logits_BTV = output.past_key_values, output.logits
-        return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
-
-    def example(self, length: int) -> tuple[Tensor]:
-        """Return the tensors of one sample of ``length`` tokens on the CPU."""
-        return (example_tokens(self, length),)
+        given: dict[str, Any] = {"use_cache": cache is not None} if "use_cache" in self.arguments else {}
+        if cache is not None:
+            given["past_key_values"] = cache.past_key_values
+        elif positions_BT is not None and self.takes_positions:
+            given["position_ids"] = positions_BT
+        output = self.causal_lm(input_ids=tokens_BT, **given)
+        if cache is not None:
+            cache.past_key_values = output.past_key_values
+        return output.logits if targets_BT is None else sum_cross_entropy_of_logits(output.logits, targets_BT)
 
     def new_cache(self, capacity_tokens: int) -> HFCache | None:
         """Return an empty cache, which grows as needed, or None for a model without keys and values."""
-        return HFCache() if _takes(self.causal_lm, "past_key_values") else None
-
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
+        return HFCache() if "past_key_values" in self.arguments else None
 
 
 def describe_architecture(config: ModelConfig, root: Path) -> str:
     """Write the ``config.json`` of an architecture with settings into a directory below ``root``; return the directory.
 
-    Raises:
-        ConfigError: transformers has no such architecture or setting, or refuses a value; a name is given too.
+    ConfigError: transformers has no such architecture or setting, or refuses a value; a name is given too.
     """
     from transformers import CONFIG_MAPPING
 
@@ -113,10 +98,9 @@ def describe_architecture(config: ModelConfig, root: Path) -> str:
         )
     kind = CONFIG_MAPPING[architecture]
     known = {*kind().to_dict(), *kind.attribute_map, *inspect.signature(kind.__init__).parameters} - {"self", "kwargs"}
-    if unknown := [
-        f"model.settings.{key}: unknown; {nearest(key, sorted(known))}" for key in settings if key not in known
-    ]:
-        raise ConfigError("\n".join(unknown))
+    if unknown := [key for key in settings if key not in known]:
+        told = (f"model.settings.{key}: unknown; {nearest(key, sorted(known))}" for key in unknown)
+        raise ConfigError("\n".join(told))
     try:
         text = kind(**settings).to_json_string(use_diff=False)
     except Exception as error:  # their checks raise any exception
@@ -152,8 +136,7 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
 def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
     """Return the transformers configuration of ``name``, a hub id or a local directory.
 
-    Raises:
-        ConfigError: there is none; it names the ``setting`` that the name is from.
+    ConfigError names the ``setting``.
     """
     from transformers import AutoConfig
 
@@ -183,11 +166,10 @@ def has_own_code(name: str) -> bool:
         return False
 
 
-def build_hf_model(config: ModelConfig) -> HFCausalLM | HFNetwork:
+def build_hf_model(config: ModelConfig) -> HFNetwork:
     """Build the architecture of ``config.name``, a hub id or a local directory; attention is ``sdpa`` where it has it.
 
-    Raises:
-        ConfigError: the description cannot be had, or transformers has no such network for the task.
+    ConfigError: the description cannot be had, or transformers has no such network for the task.
     """
     hf_config, head = read_hf_config(config.name), HEADS[config.head]
     try:
@@ -205,7 +187,7 @@ def build_hf_model(config: ModelConfig) -> HFCausalLM | HFNetwork:
         _require_labels(causal_lm, config)
         with torch.device("cpu"):
             read_buffers(causal_lm, config)
-    return HFCausalLM(causal_lm) if is_language_model(config) else HFNetwork(causal_lm, config.head)
+    return (HFCausalLM if is_language_model(config) else HFNetwork)(causal_lm, config.head)
 
 
 def _require_labels(network: nn.Module, config: ModelConfig) -> None:
@@ -225,9 +207,7 @@ def _require_labels(network: nn.Module, config: ModelConfig) -> None:
 def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> nn.Module:
     """Build the network of a transformers configuration, by default its language model; see :func:`build_hf_model`.
 
-    Raises:
-        ValueError: there is none, or its code is not transformers' own.
-        ImportError: it needs a package that is not installed.
+    Any exception: there is none, its code is not transformers' own, or it needs a package that is not installed.
     """
     import transformers
 

@@ -7,7 +7,7 @@ one section). Other programs, and older versions, know the names on disk.
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,9 @@ from torch import Tensor, nn
 class DiskTensors:
     """Tensors on disk that are made of some of the model's own, and of no others."""
 
-    model: nn.Module  # the ``PreTrainedModel``, on the meta device
     sources: tuple[str, ...]  # names in the model
     shapes: dict[str, tuple[int, ...]]  # shape of each tensor on disk, by its name there
-
-    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors on disk by name, from those of the model by name."""
-        return _convert(self.model, tensors)
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # from those of the model to those on disk, by name
 
 
 def disk_tensors(model: nn.Module, names: Iterable[str]) -> list[DiskTensors]:
@@ -33,37 +29,31 @@ def disk_tensors(model: nn.Module, names: Iterable[str]) -> list[DiskTensors]:
 
     Names belong together if converting each alone gives a tensor of the same name.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return revert_weight_conversion(model, dict(tensors))
+
     own = model.state_dict(keep_vars=True)
     group_of: dict[str, list[str]] = {}
     for name in names:
-        targets = _convert(model, {name: own[name]})
+        targets = convert({name: own[name]})
         groups = {id(group_of[target]): group_of[target] for target in targets if target in group_of}
         merged = [*(member for group in groups.values() for member in group), name]
         taken = [target for target, group in group_of.items() if id(group) in groups] if groups else []
         group_of |= dict.fromkeys([*taken, *targets], merged)
-    groups = {id(group): group for group in group_of.values()}
     found = []
-    for group in groups.values():
-        converted = _convert(model, {name: own[name] for name in group})
-        found.append(DiskTensors(model, tuple(group), {name: tuple(t.shape) for name, t in converted.items()}))
+    for group in {id(group): group for group in group_of.values()}.values():
+        shapes = {name: tuple(t.shape) for name, t in convert({name: own[name] for name in group}).items()}
+        found.append(DiskTensors(tuple(group), shapes, convert))
     return found
 
 
-def _convert(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, dict(tensors))
-
-
 def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) -> dict[str, Any]:
-    """Return the content of ``config.json`` for a model that was trained from ``published``.
+    """Return the content of ``config.json`` for a model that was trained from one with ``published``.
 
-    Dropped are quantisation and references to code; older forms of rotary settings are added.
-
-    Args:
-        published: content of the model's own ``config.json``.
-        architecture: class of the model.
-        dtype: of the weights, as ``float32``.
+    Dropped are quantisation and references to code; older forms of rotary settings are added. ``architecture`` is the
+    class of the model, ``dtype`` that of the weights, as ``float32``.
     """
     config = _with_older_names(published)
     if _rope_as_read(config) != _rope_as_read(published):

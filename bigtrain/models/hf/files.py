@@ -44,10 +44,9 @@ class StoredTensor:
 
 
 def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, StoredTensor]:
-    """Return every tensor in the safetensors files of ``name``, a hub id or a local directory.
+    """Return every tensor in the safetensors files of ``name``, a hub id or a local directory, by key.
 
-    Raises:
-        ConfigError: files are missing, cut off, or at odds with their index; it names the ``setting``.
+    ConfigError, with the ``setting``: files are missing, cut off, or at odds with their index.
     """
     stored: dict[str, StoredTensor] = {}
     for path in weight_files(published_directory(name, ["model*.safetensors", INDEX, ADAPTER], setting=setting))[0]:
@@ -78,8 +77,7 @@ def tensors_of(path: Path) -> list[StoredTensor]:
 def weight_files(directory: Path) -> tuple[list[Path], list[str]]:
     """Return the files of a model's weights, and the names of other weight files beside them.
 
-    Raises:
-        ConfigError: there are none, one is missing, they are at odds with their index, or of an adapter.
+    ConfigError: there are none, one is missing, they are at odds with their index, or of an adapter.
     """
     refuse_adapter(directory)
     index, names = directory / INDEX, [WEIGHTS]
@@ -119,11 +117,7 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def published_directory(name: str | None, patterns: list[str], *, setting: str = "model.name") -> Path:
-    """Return a directory with the files of ``name``, a hub id (those that match ``patterns``) or a local directory.
-
-    Raises:
-        ConfigError: they cannot be had; it names the ``setting`` that the name is from.
-    """
+    """Return a directory with the files of ``name``, a local directory or a hub id (those that match ``patterns``)."""
     from huggingface_hub import snapshot_download
 
     if Path(str(name)).is_dir():

@@ -18,20 +18,13 @@ from bigtrain.errors import ConfigError, first_line, of_all_ranks
 class HeadKind:
     """What transformers has for a head."""
 
-    auto: str
-    """Its class that finds the network of an architecture."""
-    what: str
-    """What the network is, in messages."""
-    architectures: str
-    """Those that have it, in messages."""
-    has_vocabulary: bool = True
-    """Whether the network's input or output are ids of a tokenizer."""
-    is_fresh: bool = False
-    """Whether published weights may lack the head, which begins with fresh values then."""
-    has_lengths: bool = False
-    """Whether the lengths of the inputs follow them."""
-    has_decoder: bool = False
-    """Whether the tokens of a decoder come last."""
+    auto: str  # its class that finds the network of an architecture
+    what: str  # what the network is, in messages
+    architectures: str  # those that have it, in messages
+    has_vocabulary: bool = True  # whether the network's input or output are ids of a tokenizer
+    is_fresh: bool = False  # whether published weights may lack the head, which begins with fresh values then
+    has_lengths: bool = False  # whether the lengths of the inputs follow them
+    has_decoder: bool = False  # whether the tokens of a decoder come last
 
 
 _ENCODER = "an encoder, such as bert or modernbert"
@@ -85,8 +78,7 @@ that do not follow from the run's seed."""
 def prepare_config(hf_config: Any, head: Head, num_outputs: int | None) -> None:
     """Set what a head needs in a transformers configuration, in place.
 
-    Raises:
-        ValueError: the architecture's head for this task cannot be trained.
+    ValueError: this architecture's cannot be trained.
     """
     if head in (Head.causal_lm, Head.masked_lm):
         return
@@ -106,10 +98,10 @@ def prepare_config(hf_config: Any, head: Head, num_outputs: int | None) -> None:
 
 
 class HFNetwork(nn.Module):
-    """A network of transformers with the head of a task other than language modelling.
+    """A network of transformers with the head of a task, given the task's tensors in their order.
 
-    Parameter names are those of transformers with ``causal_lm.`` in front, as in language models, so that runs of
-    different tasks share the names of what they have in common.
+    Parameter names are those of transformers with ``causal_lm.`` in front, in all, so that runs of different tasks share
+    the names of what they have in common.
     """
 
     def __init__(self, network: nn.Module, head: Head):
@@ -119,17 +111,14 @@ class HFNetwork(nn.Module):
         text_config = network.config.get_text_config()
         self.vocab_size: int | None = getattr(text_config, "vocab_size", None)
         self._padding: int | None = getattr(text_config, "pad_token_id", None)
-        self._arguments = set(inspect.signature(network.forward).parameters)
+        self.arguments = set(inspect.signature(network.forward).parameters)
 
     def forward(self, inputs: Tensor, *others: Tensor) -> Any:
         """Return logits: ``(B, C)``, or ``(B, T, C)`` of a classifier of tokens or a decoder.
 
         Args:
-            inputs: what the network reads: tokens, pixels, audio or spectrograms.
+            inputs: what the network reads: tokens, pixels, audio or spectrograms; ConfigError if not of its size.
             others: lengths ``(B,)`` of the inputs, for the heads that have them, then tokens ``(B, T)`` of the decoder.
-
-        Raises:
-            ConfigError: inputs are not of the network's size.
         """
         kind, given = HEADS[self.head], {}
         if kind.has_decoder:
@@ -139,11 +128,11 @@ class HFNetwork(nn.Module):
             if kind.has_vocabulary and not inputs.is_floating_point() and self._padding is not None:
                 inputs = inputs.where(is_input, self._padding)
             given["attention_mask"] = is_input.long()
-        if "use_cache" in self._arguments:
+        if "use_cache" in self.arguments:
             given["use_cache"] = False
         name = self.causal_lm.main_input_name
         try:
-            logits = self.causal_lm(**{name: inputs}, **{k: v for k, v in given.items() if k in self._arguments}).logits
+            logits = self.causal_lm(**{name: inputs}, **{k: v for k, v in given.items() if k in self.arguments}).logits
         except ValueError as error:  # transformers' checks of sizes
             raise of_all_ranks(ConfigError(f"{type(self.causal_lm).__name__}: {first_line(error)}")) from error
         if self.head is Head.ctc:
@@ -154,7 +143,9 @@ class HFNetwork(nn.Module):
         """Return the tensors of one sample of ``length`` tokens, or of the network's own size, on the CPU."""
         config, head = self.causal_lm.config, HEADS[self.head]
         lengths = [torch.tensor([length])] if head.has_lengths else []
-        tokens = example_tokens(self, length) if head.has_vocabulary else None
+        tokens = None
+        if head.has_vocabulary:  # not of padding, which has no position in some networks
+            tokens = torch.full((1, length), ((self._padding or 0) + 1) % self.vocab_size, device="cpu")
         match self.causal_lm.main_input_name:
             case "pixel_values":
                 size = getattr(config, "image_size", None) or 224
@@ -179,9 +170,3 @@ def is_of_head(network: nn.Module, name: str) -> bool:
         return False
     first, *_ = name.removeprefix(f"{prefix}.").partition(".")
     return first == "pooler" or not (name.startswith(f"{prefix}.") or first in trunk._modules)
-
-
-def example_tokens(model: nn.Module, length: int) -> Tensor:
-    """Return one sample of a token that is not padding, which has no position in some networks."""
-    padding = getattr(model.causal_lm.config.get_text_config(), "pad_token_id", None) or 0
-    return torch.full((1, length), (padding + 1) % model.vocab_size, device="cpu")

@@ -6,7 +6,6 @@ out of one. Tensors of the files that the model has no use for are named.
 
 import copy
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.log import get_logger
 from bigtrain.models.hf.files import FLOATS, SHOWN, StoredTensor, stored_tensors, tensors_of
 from bigtrain.models.hf.heads import HEADS, is_of_head
-from bigtrain.models.init import InitialValue
+from bigtrain.models.init import InitialValue, Newest
 
 BUFFERS_FILE = "buffers.safetensors"
 """Stored buffers of a model that a run was started from; checkpoints hold parameters."""
@@ -46,35 +45,19 @@ class Conversion:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
-class _Newest:
-    """Keeps the result of the newest conversion: a rank asks for the boxes of one tensor after the other."""
-
-    def __init__(self):
-        self._lock, self._conversion = threading.Lock(), None
-        self._made: dict[str, Tensor] = {}
-
-    def fill(self, conversion: Conversion, name: str, start: int, out: Tensor) -> None:
-        """Write elements of the tensor ``name`` that ``conversion`` makes, as :class:`InitialValue` does."""
-        with self._lock:
-            if self._conversion is not conversion:
-                self._conversion, self._made = None, {}
-                self._made, self._conversion = conversion.run(StoredTensor.read), conversion
-            out.copy_(self._made[name].flatten()[start : start + out.numel()])
-
-
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A tensor of the model that is made of tensors of the files."""
+    """A tensor of the model that is made of tensors of the files; an :class:`InitialValue`."""
 
     conversion: Conversion
     name: str
     shape: tuple[int, ...]
-    newest: _Newest
+    make: Callable[[Conversion], dict[str, Tensor]]
     key: str  # of one of the tensors of the files
     dtype: str
 
     def fill(self, start: int, out: Tensor) -> None:
-        self.newest.fill(self.conversion, self.name, start, out)
+        out.copy_(self.make(self.conversion)[self.name].flatten()[start : start + out.numel()])
 
 
 def published(
@@ -83,7 +66,7 @@ def published(
     """Return the value of every parameter and stored buffer of ``model`` from the files of ``name``.
 
     Args:
-        model: a causal language model of transformers, its parameters on the meta device.
+        model: of transformers, its parameters on the meta device.
         name: a hub id or a local directory.
         setting: that the name is from.
         is_of_head: whether a tensor is of a head, which the files may lack, or have for another task.
@@ -91,6 +74,8 @@ def published(
     Raises:
         ConfigError: names the files or tensors that are missing, do not fit, or are of no use to the model.
     """
+    from transformers.utils.loading_report import LoadStateDictInfo
+
     where = f"{setting}={name!r}"
     if getattr(model.config, "quantization_config", None):
         raise ConfigError(
@@ -108,11 +93,11 @@ def published(
         if candidates:
             values[names[0]] = candidates[0]
     left = [(target, tensor) for target, tensor in left if not _is_derived(tensor)]
-    unexpected = _unexpected({target for target, _ in left if not (is_of_head and is_of_head(target))}, model)
-    useless = [
-        *(tensor.key for target, tensor in left if target in unexpected),
-        *(other.key for other in found.values()),
-    ]
+    names = {target for target, _ in left if not (is_of_head and is_of_head(target))}
+    report = LoadStateDictInfo(set(), names, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(report)  # of which only what transformers would report stays
+    useless = [tensor.key for target, tensor in left if target in report.unexpected_keys]
+    useless += [other.key for other in found.values()]
     problems += [f"{key} is in the files, but the model of the config.json has no use for it" for key in useless]
     if problems:
         raise ConfigError(
@@ -123,11 +108,6 @@ def published(
             f"{where}: {len(ignored)} tensors are left out, as transformers does: {some(ignored, SHOWN, '; ')}"
         )
     return values
-
-
-def head_of(model: nn.Module, config: ModelConfig) -> Callable[[str], bool] | None:
-    """Return what tells the names of the head of ``model`` where published weights may lack it, else None."""
-    return functools.partial(is_of_head, model) if HEADS[config.head].is_fresh else None
 
 
 def _tensors(model: nn.Module) -> dict[tuple[str, ...], Tensor]:
@@ -175,14 +155,15 @@ def _assigned(
             )
         else:
             found[target] = stored[key]
-    newest = _Newest()
+    make = Newest(lambda conversion: conversion.run(StoredTensor.read))
     for conversion in conversions.values():
-        for converted in _converted(conversion, newest, where):
-            found[converted.name] = converted
+        found |= {converted.name: converted for converted in _converted(conversion, make, where)}
     return found, left
 
 
-def _converted(conversion: Conversion, newest: _Newest, where: str) -> Iterator[Converted]:
+def _converted(
+    conversion: Conversion, make: Callable[[Conversion], dict[str, Tensor]], where: str
+) -> Iterator[Converted]:
     keys = [stored.key for _, stored in conversion.parts]
     odd = next((stored.dtype for _, stored in conversion.parts if stored.dtype not in FLOATS), FLOATS[0])
     try:
@@ -192,7 +173,7 @@ def _converted(conversion: Conversion, newest: _Newest, where: str) -> Iterator[
             f"{where}: transformers cannot make {conversion.target} of {some(keys, SHOWN, '; ')} ({first_line(error)})"
         ) from error
     for name, tensor in made.items():
-        yield Converted(conversion, name, tuple(tensor.shape), newest, keys[0], odd)
+        yield Converted(conversion, name, tuple(tensor.shape), make, keys[0], odd)
 
 
 def _problems(name: str, tensor: Tensor, candidates: list[StoredTensor | Converted]) -> Iterator[str]:
@@ -224,15 +205,6 @@ def _is_equal(a: InitialValue, b: InitialValue) -> bool:
     return True
 
 
-def _unexpected(names: set[str], model: nn.Module) -> set[str]:
-    """Return which of the names left over transformers would report."""
-    from transformers.utils.loading_report import LoadStateDictInfo
-
-    info = LoadStateDictInfo(set(), names, set(), [], {}, set())
-    model._adjust_missing_and_unexpected_keys(info)
-    return info.unexpected_keys
-
-
 def _is_derived(tensor: StoredTensor) -> bool:
     """Return whether a tensor is a computed table, as older versions stored them."""
     shape = tensor.shape
@@ -243,15 +215,15 @@ def _is_derived(tensor: StoredTensor) -> bool:
 
 
 def read_buffers(model: nn.Module, config: ModelConfig) -> None:
-    """Fill the model's stored buffers, if it has any, from the run's own file or the published weights.
+    """Fill the model's stored buffers, if any, from the run's own file or the published weights.
 
-    Raises:
-        ConfigError: see :func:`published`.
+    As :func:`published`.
     """
     if buffers := dict(stored_buffers(model)):
         own = Path(str(config.name), BUFFERS_FILE)
         of_run = {tensor.key: tensor for tensor in tensors_of(own)} if own.is_file() else None
-        values = of_run or published(model, config.name, setting="model.name", is_of_head=head_of(model, config))
+        in_head = functools.partial(is_of_head, model) if HEADS[config.head].is_fresh else None
+        values = of_run or published(model, config.name, setting="model.name", is_of_head=in_head)
         for name in buffers.keys() & values.keys():
             flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
             values[name].fill(0, flat)

@@ -7,106 +7,88 @@ import torch
 from torch import nn
 
 from bigtrain.config import ModelConfig
-from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 from bigtrain.models.construction import parameters_on_meta
-from bigtrain.models.hf.build import HFCausalLM, build_hf_model
-from bigtrain.models.hf.heads import HFNetwork, is_of_head
-from bigtrain.models.hf.load import head_of, published
+from bigtrain.models.hf.build import build_hf_model
+from bigtrain.models.hf.heads import HEADS, HFNetwork, is_of_head
+from bigtrain.models.hf.load import published
 from bigtrain.models.init import Finite, Given, InitialValue, seed_of
-from bigtrain.models.programs import recorded_values
+from bigtrain.models.programs import built_whole, recorded_values, seeded
 
 
-def published_values(model: HFCausalLM | HFNetwork, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
-    """Return every parameter's value from the safetensors files of ``config.name``, fresh ones of a head they lack.
+def published_values(model: HFNetwork, config: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return every parameter's value from the safetensors files of ``config.name``, fresh ones of a head they lack."""
+    in_head = partial(is_of_head, model.causal_lm) if HEADS[config.head].is_fresh else None
+    found = published(model.causal_lm, config.name, setting="model.name", is_of_head=in_head)
+    return _with_fresh(model, found, seed, f"model.name={config.name!r}")
 
-    Raises:
-        ConfigError: there are no such files, or they are not those of this model.
-    """
-    where, in_head = f"model.name={config.name!r}", head_of(model.causal_lm, config)
-    values = published(model.causal_lm, config.name, setting="model.name", is_of_head=in_head)
-    names = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
-    fresh = [name for name, own in names.items() if own not in values]
+
+def trunk_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:
+    """Return values of which the trunk's are from the safetensors files of ``config.init_from``, others fresh."""
+    with torch.device("meta"):
+        model = build_hf_model(config)
+    in_head = partial(is_of_head, model.causal_lm)
+    found = published(model.causal_lm, config.init_from, setting="model.init_from", is_of_head=in_head)
+    found = {name: value for name, value in found.items() if not in_head(name)}
+    return _with_fresh(model, found, seed, f"model.init_from={config.init_from!r}")
+
+
+def _with_fresh(model: HFNetwork, found: dict[str, InitialValue], seed: int, where: str) -> dict[str, InitialValue]:
+    """Return values that were found in files, by transformers' names, and fresh ones of the other parameters."""
+    own = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
+    fresh = [name for name in own if own[name] not in found]
     if fresh:
-        get_logger().info(f"{where}: fresh: {', '.join(names[name] for name in fresh)}")
+        get_logger().info(f"{where}: fresh: {', '.join(own[name] for name in fresh)}")
     drawn = fresh_values(model, seed) if fresh else {}
-    found = {name: Finite(values[own], f"{where}: {own}") for name, own in names.items() if own in values}
-    return {name: drawn[name] if name in fresh else found[name] for name in names}
+    return {name: drawn[name] if name in fresh else Finite(found[own[name]], f"{where}: {own[name]}") for name in own}
 
 
-def fresh_values(model: HFCausalLM | HFNetwork, seed: int) -> dict[str, InitialValue]:
+def fresh_values(model: HFNetwork, seed: int) -> dict[str, InitialValue]:
     """Return values distributed like those that ``transformers`` would start from.
 
     Matrices are played back in parts (:mod:`bigtrain.models.programs`); all else, such as norms, biases and decay
     rates, is initialised in one piece.
     """
-    programs = recorded_values(model, lambda: _initialise_as_transformers(model.causal_lm, model.causal_lm), seed)
-    values, others = {}, []
-    for prefix, module in model.named_modules():
-        for name, param in module.named_parameters(recurse=False):
-            fqn = f"{prefix}.{name}"
-            # Sinusoidal tables, without gradient, are not random.
-            if param.requires_grad and _is_matrix(module, name, param) and fqn in programs:
-                values[fqn] = programs[fqn]
-            else:
-                others.append((module, fqn))
-    values |= _own_values(model, others, seed)
-    return {name: values[name] for name, _ in model.named_parameters()}
-
-
-def _is_matrix(module: nn.Module, name: str, param: nn.Parameter) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    linear = isinstance(module, nn.Linear | nn.Embedding | Conv1D) and name == "weight"
-    fused_experts = param.ndim >= 3 and not isinstance(module, nn.modules.conv._ConvNd)
-    return linear or fused_experts
-
-
-def _own_values(
-    model: HFCausalLM | HFNetwork, owned: list[tuple[nn.Module, str]], seed: int
-) -> dict[str, InitialValue]:
-    """Run the model's own initialisation with real memory for the given parameters (of given modules)."""
-    meta = {fqn: module.get_parameter(fqn.rpartition(".")[2]) for module, fqn in owned}
-    for module, fqn in owned:
-        real = nn.Parameter(torch.full(meta[fqn].shape, math.nan, device="cpu"))
-        setattr(module, fqn.rpartition(".")[2], real)
+    programs = recorded_values(model, lambda: _initialise_as_transformers(model.causal_lm, model.causal_lm), seed)
+    values, others = {}, {}
+    for prefix, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            is_linear = isinstance(module, nn.Linear | nn.Embedding | Conv1D) and name == "weight"
+            is_matrix = is_linear or (param.ndim >= 3 and not isinstance(module, nn.modules.conv._ConvNd))  # experts
+            fqn = f"{prefix}.{name}"
+            # Sinusoidal tables, without gradient, are not random.
+            if param.requires_grad and is_matrix and fqn in programs:
+                values[fqn] = programs[fqn]
+            else:
+                others[fqn] = module, name, param
+    for module, name, param in others.values():
+        setattr(module, name, nn.Parameter(torch.full(param.shape, math.nan, device="cpu")))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed_of(seed, "transformers"))
         _initialise_as_transformers(model.causal_lm, model.causal_lm)
-    values: dict[str, InitialValue] = {fqn: Given(model.get_parameter(fqn).detach()) for fqn in meta}
-    for module, fqn in owned:
-        setattr(module, fqn.rpartition(".")[2], meta[fqn])
-    if unsaid := [fqn for fqn, value in values.items() if value.values.isnan().any()]:
+    drawn = {fqn: module.get_parameter(name).detach() for fqn, (module, name, _) in others.items()}
+    for module, name, param in others.values():
+        setattr(module, name, param)
+    values |= {fqn: Given(value) for fqn, value in drawn.items()}
+    if unsaid := [fqn for fqn, value in drawn.items() if value.isnan().any()]:
         values |= _constructed(model, unsaid, seed)
-    return values
+    return {name: values[name] for name, _ in model.named_parameters()}
 
 
-def _constructed(model: HFCausalLM | HFNetwork, names: list[str], seed: int) -> dict[str, InitialValue]:
-    """Return what constructors give to parameters that their initialisation leaves alone.
-
-    Raises:
-        ConfigError: they give nothing, so that ranks would start from whatever their memory held.
-    """
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # unwritten memory is NaN then
-    try:
-        with parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
-            again = type(model.causal_lm)(model.causal_lm.config)
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic)
-    own = {name: name.removeprefix("causal_lm.") for name in names}
-    values = {name: getattr(again.get_parameter(own[name]), "constructed", None) for name in names}
-    if None in values.values():  # a parametrisation, whose parameters are computed from others
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(seed_of(seed, "network"))
-            whole = type(model.causal_lm)(model.causal_lm.config)
-        values = {name: whole.get_parameter(own[name]).detach() for name in names}
-    if unsaid := [name for name, value in values.items() if value.isnan().any()]:
-        raise ConfigError(
-            f"{type(model.causal_lm).__name__} does not say what {', '.join(unsaid)} start from; start from published "
-            "weights (model.pretrained=true)"
-        )
-    return {name: Given(value.float()) for name, value in values.items()}
+def _constructed(model: HFNetwork, names: list[str], seed: int) -> dict[str, InitialValue]:
+    """Return what constructors give to parameters that their initialisation leaves alone."""
+    build = partial(type(model.causal_lm), model.causal_lm.config)
+    with seeded(seed), parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
+        again = build()
+    own = {name.removeprefix("causal_lm."): name for name in names}
+    found = {name: getattr(again.get_parameter(name), "constructed", None) for name in own}
+    values: dict[str, InitialValue] = {name: Given(v.float()) for name, v in found.items() if v is not None}
+    unknown = [name for name, v in found.items() if v is None or v.isnan().any()]
+    if unknown:  # such as those of a parametrisation, which are computed from others
+        values |= built_whole(build, unknown, seed, type(model.causal_lm).__name__)
+    return {own[name]: value for name, value in values.items()}
 
 
 def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
@@ -117,19 +99,3 @@ def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
     for child in module.children():
         _initialise_as_transformers(child, owner)
     owner._init_weights(module)
-
-
-def trunk_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:
-    """Return values of which the trunk's are from the safetensors files of ``config.init_from``, others fresh.
-
-    Raises:
-        ConfigError: there are no such files, or their trunk is another one.
-    """
-    with torch.device("meta"):
-        model = build_hf_model(config)
-    where, network = f"model.init_from={config.init_from!r}", model.causal_lm
-    found = published(network, config.init_from, setting="model.init_from", is_of_head=partial(is_of_head, network))
-    own = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
-    taken = [name for name in own if own[name] in found and not is_of_head(network, own[name])]
-    get_logger().info(f"{where}: fresh: {', '.join(own[name] for name in own if name not in taken)}")
-    return fresh_values(model, seed) | {name: Finite(found[own[name]], f"{where}: {own[name]}") for name in taken}
