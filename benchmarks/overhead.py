@@ -59,7 +59,9 @@ from bigtrain.engine.wrap import wrap_blocks
 from bigtrain.models import build_model, initial_values
 from bigtrain.models.init import InitialValue, Normal
 from bigtrain.processes import RankInfo
-from bigtrain.run import trainer
+from bigtrain.run import launching, trainer
+from bigtrain.run.data import open_data
+from bigtrain.supervise.launch import Launch
 from bigtrain.tasks.base import TaskModel
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.telemetry.layer_norms import LayerNorms
@@ -270,15 +272,21 @@ def measure(config: TrainConfig) -> tuple[Times, Times, str]:
     engine = build_engine(config, lambda: make_model(config), info=info, device=device)
     initialise(engine.state, values, num_threads=1)
     bare_step = bare_loop(config, info, device, values)
-    streams = trainer.open_data(config)
+    streams = open_data(config)
     with trainer.train_loader(streams["train"], config, engine, start=Cursor()) as loader:
         batches = [next(loader).micro_batches[0].to(device) for _ in range(config.train.steps)]
     directory = Path(config.run.root) / config.run.name
     with silence():
-        turns = Turns(trainer.open_recorder(config, 0, engine, streams["train"]), bare_step, batches)
+        turns = Turns(launching.open_recorder(config, 0, engine, streams["train"]), bare_step, batches)
     saver = Saver(directory, engine.state.entries, config.checkpoint)
     run = trainer.Run(
-        config=config, directory=directory, engine=engine, streams=streams, recorder=turns, saver=saver, start=Cursor()
+        config=config,
+        launch=Launch(directory, info.rank, config.supervision),
+        engine=engine,
+        streams=streams,
+        recorder=turns,
+        saver=saver,
+        start=Cursor(),
     )
     trainer.LayerNorms = TimedNorms
     with turns:

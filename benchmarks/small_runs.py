@@ -40,7 +40,7 @@ from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.batch import Batch
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.hf.build import with_hf_shape
-from bigtrain.run import trainer
+from bigtrain.run import launching
 from bigtrain.run.data import open_data, train_loader
 from bigtrain.testing.ranks import run_ranks
 
@@ -120,7 +120,7 @@ def run_config(
 
 def run_losses(config: TrainConfig) -> list[float]:
     """Train as ``launch/train.py`` does; return the losses."""
-    trainer.run(config)
+    launching.run(config)
     lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

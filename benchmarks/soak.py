@@ -185,7 +185,7 @@ def work(root: Path, args: argparse.Namespace) -> None:
         TrainingConfig,
     )
     from bigtrain.config.check import resolve
-    from bigtrain.run import trainer
+    from bigtrain.run import launching, trainer
     from bigtrain.supervise.failures import is_lost_connection
     from bigtrain.supervise.heartbeat import Heartbeat
     from bigtrain.supervise.launch import Launch
@@ -203,7 +203,7 @@ def work(root: Path, args: argparse.Namespace) -> None:
         ),
         logging=LoggingConfig(layer_norms_every_steps=0),
     )
-    enter, supervise, fill, record = Heartbeat.enter, Launch.supervise, trainer.fill_state, trainer.record_save
+    enter, supervise, fill, record = Heartbeat.enter, Launch.supervise, launching.fill_state, trainer.record_save
     fault = draw(args.seed, group, int(os.environ["WORLD_SIZE"])) if group < args.faults else None
     state: dict[str, Any] = {"first": None, "since": time.monotonic(), "phase": "starting"}
 
@@ -238,9 +238,9 @@ def work(root: Path, args: argparse.Namespace) -> None:
             note("saved", step=saved.step, state=state_of(saved.path))
 
     Heartbeat.enter, Launch.supervise = watched_enter, watched_supervise
-    trainer.fill_state, trainer.record_save = watched_fill, watched_record
+    launching.fill_state, trainer.record_save = watched_fill, watched_record
     try:
-        code = trainer.run(resolve(config))
+        code = launching.run(resolve(config))
     except Exception as error:
         code = 1
         if not is_lost_connection(error):

@@ -58,9 +58,10 @@ from bigtrain.models.flops import flops_per_token
 from bigtrain.models.hf.native import hf_config, hf_tensors
 from bigtrain.models.sizes import model_sizes
 from bigtrain.processes import RankInfo
-from bigtrain.run import trainer
+from bigtrain.run import launching, trainer
 from bigtrain.run.data import open_data
 from bigtrain.run.recovery import Start, fill_state
+from bigtrain.supervise.launch import Launch
 from bigtrain.tasks.base import TaskModel
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.telemetry.files import METRICS_FILE
@@ -95,10 +96,10 @@ def ours(config: TrainConfig, pacer: Pacer) -> float | None:
     directory, streams = Path(config.run.root) / str(config.run.name), open_data(config)
     run = trainer.Run(
         config=config,
-        directory=directory,
+        launch=Launch(directory, info.rank, config.supervision),
         engine=engine,
         streams=streams,
-        recorder=trainer.open_recorder(config, 0, engine, streams["train"]),
+        recorder=launching.open_recorder(config, 0, engine, streams["train"]),
         saver=Unsaved(directory, engine.state.entries, config.checkpoint),
         start=Cursor(),
     )

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 
 CONFIG_FILE = "config.yaml"
@@ -71,6 +72,15 @@ def such_as_runs(near: Path, *, holding: str = "") -> str:
     having = ([run for run in runs if not holding or any(run.glob(holding))] for runs in beside)
     found = next(filter(None, having), [])
     return f", such as {', '.join(map(str, found[:4]))}" if found else ""
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that says what to do about a run's directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
 
 
 def sync(path: Path) -> None:

@@ -68,11 +68,11 @@ def train(*overrides: str, network: Any = None, objective: Any = None, data: Any
     given = own_parts.given(network=network, objective=objective, data=data)
     config = hydra_cli.read_run([*own_parts.bring_in(list(overrides)), *given])
     from bigtrain.distributed.collectives import shut_down
-    from bigtrain.run import trainer
+    from bigtrain.run import launching
 
     with _own_signals():
         try:
-            trainer.run(config, outlived=True)
+            launching.run(config, outlived=True)
         finally:
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 shut_down()  # after a failure, too: a program goes on, and may train again
@@ -111,7 +111,7 @@ def validate(
     Raises:
         BigtrainError: there is no whole checkpoint, or its data are gone.
     """
-    from bigtrain.run.validation import validate_run
+    from bigtrain.run.evaluation import validate_run
 
     part = SetConfig(path=data) if data else None
     return validate_run(_path(run), batches=batches, chosen=set, part=part).metrics

@@ -65,13 +65,13 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
         early_stop.leave_word = lambda reason: record_early_stop(directory, newest_step(directory), reason)
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from bigtrain.run import trainer
+    from bigtrain.run import launching
     from bigtrain.supervise.failures import is_lost_connection
 
     faults = get_error_handler()
     faults.initialize()
     try:
-        code = trainer.run(config)
+        code = launching.run(config)
     except BigtrainError as error:  # a sentence for the user, not a traceback per rank in torchrun's report
         error.exit_code = _code_for_launcher(error.exit_code)
         raise

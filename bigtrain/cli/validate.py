@@ -44,9 +44,8 @@ MOST_SHOWN_LABELS = 20
 
 def run(config: ValidateConfig) -> int:
     """Validate and print the result."""
-    from bigtrain.run.directory import locate
-    from bigtrain.run.inputs import label_names
-    from bigtrain.run.validation import validate_run
+    from bigtrain.run.directory import label_names, locate
+    from bigtrain.run.evaluation import validate_run
 
     part = None if config.data == SetConfig() else config.data
     path = Path(config.checkpoint)

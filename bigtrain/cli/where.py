@@ -30,7 +30,8 @@ def run(config: TrainConfig) -> int:
     """Print the directory; for a batch script, take the run first."""
     directory, reserved = config.run.directory, []
     if RESERVE in os.environ:
-        from bigtrain.run.directory import reached_step, writing
+        from bigtrain.files import writing
+        from bigtrain.run.directory import reached_step
         from bigtrain.supervise.attempt import ATTEMPT_FILE, claim_run
 
         most = config.supervision.max_failed_attempts

@@ -1,6 +1,7 @@
 """What a task does to samples between the corpus and the network: a function of the samples and their places in the run."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
 from bigtrain.data.read.words import mask_token_id, special_ids, starts_word
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.masking import Masking, number_words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class MaskedTokens:
@@ -50,6 +54,24 @@ class FirstToken:
         return f"first token {self._token}"
 
 
+class Relabelled:
+    """Numbers the labels of samples as the training data does."""
+
+    def __init__(self, names: list[str], wanted: list[str], *, are_several: bool) -> None:
+        self._numbers, self._size = np.array(list(map(wanted.index, names))), len(wanted)
+        self._are_several = are_several
+
+    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        """Return the samples with other labels; negative ones, which do not count, stay."""
+        labels = samples["labels"]
+        if self._are_several:
+            renamed = np.zeros((len(labels), self._size), dtype=labels.dtype)
+            renamed[:, self._numbers] = labels
+        else:
+            renamed = np.where(labels < 0, labels, self._numbers[labels])
+        return Samples({**samples, "labels": renamed})
+
+
 def first_token(model: ModelConfig) -> int | None:
     """Return the token that a decoder of transformers reads first; None if that is left to the data."""
     if model.kind is not ModelKind.hf:
@@ -59,11 +81,18 @@ def first_token(model: ModelConfig) -> int | None:
     return getattr(read_hf_config(model.name), "decoder_start_token_id", None)
 
 
-def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
-    """Return what ``config.task`` does to samples, if it does anything.
+def mask_id_of(config: TrainConfig, tokenizer: "Tokenizer", directory: Path) -> int:
+    """Return the token that stands for a hidden one: the setting's, the tokenizer's, or the one behind all others."""
+    if config.task.mask_id is not None:
+        return config.task.mask_id
+    own = mask_token_id(tokenizer, directory)
+    return num_ids(tokenizer) if own is None else own
 
-    Raises:
-        ConfigError: no token is left to stand for a hidden one.
+
+def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
+    """Return what ``config.task`` does to samples, if anything.
+
+    ConfigError: no token is left to stand for a hidden one.
     """
     if config.task.kind == TaskKind.seq2seq.name and not are_records(config.data):
         first = first_token(config.model)
@@ -72,13 +101,12 @@ def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Co
         return None
     vocab_size, given = config.model.vocab_size, config.task.mask_id
     if tokenizer_directory is None:  # synthetic data: every id is a word
-        num_used, mask_id, special, starts = vocab_size - 1, vocab_size - 1, [], np.ones(vocab_size, dtype=np.bool_)
+        num_used, special, starts = vocab_size - 1, [], np.ones(vocab_size, dtype=np.bool_)
+        mask_id = num_used if given is None else given
     else:
         tokenizer = load_tokenizer(tokenizer_directory)
         num_used, special, starts = num_ids(tokenizer), special_ids(tokenizer), starts_word(tokenizer)
-        mask_id = mask_token_id(tokenizer, tokenizer_directory)
-        mask_id = num_used if mask_id is None else mask_id
-    mask_id = mask_id if given is None else given
+        mask_id = mask_id_of(config, tokenizer, tokenizer_directory)
     if given is not None and given >= vocab_size:
         raise ConfigError(f"task.mask_id={given}: must be less than model.vocab_size={vocab_size}")
     if mask_id >= vocab_size:

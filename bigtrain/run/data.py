@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import (
     OF_RECORDS,
+    WITHOUT_TEXT,
+    AugmentConfig,
     DataConfig,
     DataSource,
     ModelKind,
@@ -30,23 +33,23 @@ from bigtrain.config.length import beyond_the_end, steps_to_train
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.batch import Batch
-from bigtrain.data.read.cache import cache_directory
 from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, SPLITS, read_index
 from bigtrain.data.read.loader import TrainLoader, require_validation_targets, validation_batches
+from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import open_streams
 from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
 from bigtrain.engine.base import Engine
-from bigtrain.errors import CheckpointError, DataError, of_all_ranks
+from bigtrain.errors import CheckpointError, DataError, of_all_ranks, some
 from bigtrain.log import get_logger, redact
-from bigtrain.run.collation import build_collation
+from bigtrain.run.collation import Relabelled, build_collation
 from bigtrain.run.directory import read_config
-from bigtrain.run.sets import HELD_OUT, open_set, sets_of, tell_seen
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
 
+HELD_OUT = "validation"
 VOCAB_MULTIPLE = 128  # an embedding may be padded to a multiple of so many rows for speed
 PREPARATION = datetime.timedelta(days=7)  # for which the other ranks wait while rank 0 prepares a corpus
 
@@ -57,14 +60,15 @@ def prepare_data(data: DataConfig) -> dict[str, str]:
 
 
 def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
-    """Prepare the data on rank 0 if needed, and open it on every rank; ``previous`` is that of the checkpoint continued."""
+    """Prepare the data on rank 0 if needed, and open it on every rank.
+
+    ``previous`` is that of the checkpoint continued.
+    """
+    train, validation, objective = config.train, config.validation, build_objective(config.task)
     data = with_own_tokenizer(config.data, config.run.directory)
-    directories = on_rank0(lambda: prepare_data(data), patience=PREPARATION)
-    train, validation = config.train, config.validation
-    objective = build_objective(config.task)
     streams = open_streams(
         data,
-        directories,
+        on_rank0(lambda: prepare_data(data), patience=PREPARATION),
         vocab_size=config.model.vocab_size,
         objective=objective,
         seed=train.seed,
@@ -73,15 +77,16 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         previous=previous,
         sides=("train",) if own_sets(config.data, HELD_OUT) else SPLITS,
     )
-    if collate := build_collation(config, streams["train"].tokenizer_directory):
-        for stream in streams.values():
-            stream.collated(collate)
-    streams |= open_own_sets(config, streams["train"])
+    stream = streams["train"]
+    if collate := build_collation(config, stream.tokenizer_directory):
+        for part in streams.values():
+            part.collated(collate)
+    streams |= open_own_sets(config, stream)
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
         for part in sets_of(streams, HELD_OUT).values():
             require_validation_targets(part, **sizes, objective=objective)
-    found, stream = remarks(config, streams["train"]), streams["train"]
+    found = remarks(config, stream)
     if dist.is_initialized() and any(part.source in OF_RECORDS for part in component_data(data).values()):
         _require_same_rows(stream)
     if stream.num_left_out and stream.num_samples:
@@ -98,20 +103,95 @@ def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleS
         get_logger().info("data.validation names sets to validate on: nothing is held out of the training data")
     for which in (HELD_OUT, "test"):
         for name, part in own_sets(config.data, which).items():
-            where = f"data.{which}.sets.{name}" if name else f"data.{which}"
             stream = open_set(
                 config,
                 part,
-                where=where,
+                where=f"data.{which}.sets.{name}" if name else f"data.{which}",
                 tokenizer=train.tokenizer_directory,
                 label_names=list(train.label_names),
                 facts=train.facts,
                 sequence_length=train.sequence_length,
             )
             stream.require_samples()
-            on_rank0(partial(tell_seen, train, stream))
+            on_rank0(partial(_tell_seen, train, stream))
             found[f"{which}/{name}" if name else which] = stream
     return found
+
+
+def open_set(
+    config: TrainConfig,
+    data: DataConfig,
+    *,
+    where: str,
+    tokenizer: Path | None,
+    label_names: list[str],
+    facts: Mapping[str, Any],
+    sequence_length: int | None = None,
+) -> SampleStream:
+    """Return all samples of a set; text is prepared with the tokenizer of the training data. All ranks call this.
+
+    Args:
+        config: of the run.
+        data: of the set; see :func:`bigtrain.config.set_data`.
+        where: its setting.
+        tokenizer: directory of the training data's corpus, or of the run; None if there is no text.
+        label_names: of the training data, whose numbers its labels get.
+        facts: of images that are trained on, by which its own are normalised.
+        sequence_length: of samples of the training data, where ``data`` leaves it open.
+
+    Raises:
+        DataError: it cannot be prepared, has another tokenizer, or labels that the training data has not.
+    """
+    is_text, objective = data.source not in WITHOUT_TEXT, build_objective(config.task)
+    length = data.sequence_length or sequence_length
+    data = dataclasses.replace(data, sequence_length=length, augment=AugmentConfig())
+    if is_text and tokenizer and data.source is not DataSource.prepared:
+        data = dataclasses.replace(data, tokenizer=str(tokenizer))
+    stream = open_streams(
+        data,
+        on_rank0(lambda: prepare_data(data)),
+        vocab_size=config.model.vocab_size,
+        objective=None if is_text else objective,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        sides=("train",),
+        facts=facts,
+    )["train"]
+    stream.name = where
+    if tokenizer and (own := stream.tokenizer_directory):
+        ours, theirs = (read_index(path, check_sizes=False).tokenizer for path in (own, tokenizer))
+        if ours.file.xxh3 != theirs.file.xxh3:
+            raise DataError(
+                f"{where}: it was prepared with the tokenizer {ours.name}, not with that of the training data"
+            )
+    if unknown := sorted(set(stream.label_names) - set(label_names)):
+        raise DataError(
+            f"{where}: labels that the training data has not: {some(unknown, 8)}; leave their documents out"
+        )
+    if stream.label_names != label_names and stream.label_names:
+        are_several = objective.fields["labels"].shape not in ((), ("T",))
+        stream.collated(Relabelled(list(stream.label_names), label_names, are_several=are_several))
+    if collate := build_collation(config, stream.tokenizer_directory):
+        stream.collated(collate)
+    return stream
+
+
+def sets_of(streams: Mapping[str, SampleStream], which: str) -> dict[str, SampleStream]:
+    """Return the sets of ``validation`` or ``test`` among the streams of a run, by their own names."""
+    found = {name: stream for name, stream in streams.items() if name.startswith(which)}
+    return {name.removeprefix(which).removeprefix("/"): found[name] for name in sorted(found)}
+
+
+def _tell_seen(train: SampleStream, measured: SampleStream) -> None:
+    """Warn of samples of a set that are trained on too."""
+    found = seen_in_training(train, measured)
+    if found and found[0]:
+        numbers, total = found
+        get_logger().warning(
+            f"{measured.name}: {len(numbers)} of {total} documents or records are trained on too, such as number "
+            f"{some([str(number) for number in numbers], 3)}, so what is measured on them is memory; take them out of one "
+            "of the two"
+        )
 
 
 def _require_same_rows(stream: SampleStream) -> None:
@@ -149,11 +229,6 @@ def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
     kept = read_index(directory, check_sizes=False).tokenizer
     is_same = not Path(data.tokenizer).is_dir() and kept.facts is not None and kept.name == data.tokenizer
     return dataclasses.replace(data, tokenizer=str(directory)) if is_same else data
-
-
-def cache_of(data: DataConfig, stream: SampleStream) -> Path | None:
-    """Return the directory into which data is fetched or tokenised in training, if any is."""
-    return cache_directory(data) if stream.is_remote or stream.is_live else None
 
 
 def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
@@ -229,8 +304,7 @@ def held_out_batches(
 def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream, world_size: int) -> list[str]:
     """Refuse to continue on other data or in another order; return what else has changed, a line each.
 
-    Raises:
-        CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
+    CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
     """
     old = flatten(to_dict(TrainConfig())) | flatten(state.config) | {"world size": state.world_size}
     if old["data.split"] == "train" and config.data.split is None:  # what was the default is read without it
@@ -266,10 +340,11 @@ def _corpus_of(data: DataConfig, fingerprint: str) -> Path | None:
 
 
 def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
-    """Refuse data whose tokenizer is not that of the checkpoint's run, if that is there; one rank calls this.
+    """Raise a CheckpointError if the tokenizer of the data is not that of the checkpoint's run, if that is there.
 
-    Raises:
-        CheckpointError: the tokenizers differ, as the tokenizers library of today writes them.
+    On one rank.
+
+    They are compared as the tokenizers library of today writes them.
     """
     run, new = checkpoint.parent.parent, stream.tokenizer_directory
     if new is None or not (run / TOKENIZER_FILE).is_file():

@@ -1,12 +1,14 @@
-"""The directory of a run, which the same command finds again; ``config.yaml`` is the resolved configuration, redacted."""
+"""The directory of a run, which the same command finds again.
 
-import contextlib
+``config.yaml`` is the resolved configuration, redacted.
+"""
+
 import dataclasses
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import on_rank0
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
-from bigtrain.files import CONFIG_FILE, read_json, such_as_runs, write_anew
+from bigtrain.files import CONFIG_FILE, read_json, such_as_runs, write_anew, writing
 from bigtrain.log import redact
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import has_own_code, read_hf_config
@@ -43,8 +45,7 @@ from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit
 from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
 
 MODEL_DIRECTORY = "model"
-FACTS_FILE = "data.json"
-"""What is known of the data, such as the names of labels, mean and deviation of images."""
+FACTS_FILE = "data.json"  # what is known of the data, such as the names of labels, mean and deviation of images
 DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
@@ -55,25 +56,11 @@ DESCRIPTION_FILES = (
 """Files of a Hugging Face model besides weights and tokenizer; the first one is needed."""
 
 
-@contextlib.contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Turn an OSError into a ConfigError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error}; mend that or choose another run.root") from error
-
-
 def write_run_files(config: TrainConfig, tokenizer: Path | None, facts: Mapping[str, Any] | None = None) -> None:
     """Write what the run needs to be continued and used elsewhere.
 
-    Args:
-        config: of this launch.
-        tokenizer: directory of the corpus whose tokenizer is kept, if any.
-        facts: of the data, such as the names of labels.
-
-    Raises:
-        ConfigError: the directory cannot be written.
+    That is its configuration, the ``tokenizer`` of a corpus' directory, ``facts`` of the data, such as the names of
+    labels, and a description of its model. ConfigError: the directory cannot be written.
     """
     directory = config.run.directory
     with writing(directory):
@@ -127,8 +114,7 @@ def own_model(model: ModelConfig, directory: Path) -> ModelConfig:
 def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
     """Return the description to build from: the run's own once it has a checkpoint, else the named one.
 
-    Raises:
-        ConfigError: the named one is another model now.
+    ConfigError: the named one is another model now.
     """
     own = own_model(model, directory)
     if own is model or not find_checkpoints(directory):
@@ -155,8 +141,7 @@ def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
 def unused_of_model(config: TrainConfig) -> list[str]:
     """Return what a new run does not use of its published model, a line each.
 
-    Raises:
-        ConfigError: files of its weights are missing in a local directory.
+    ConfigError: files of its weights are missing.
     """
     model, setting = config.model, "model.init_from" if config.model.init_from else "model.name"
     name = model.init_from or (model.name if model.kind is ModelKind.hf else None)
@@ -177,8 +162,7 @@ def unused_of_model(config: TrainConfig) -> list[str]:
 def locate(path: Path) -> tuple[Path, Path]:
     """Return the run and the checkpoint of ``path``: a run, of which the newest, or one of its checkpoints.
 
-    Raises:
-        CheckpointError: there is no complete checkpoint.
+    CheckpointError: there is no complete checkpoint.
     """
     if (path / RUN_STATE_FILE).is_file():
         return path.parent.parent, path
@@ -197,12 +181,9 @@ def is_run(path: str) -> bool:
 
 
 def find_whole(path: Path) -> tuple[Path, Path]:
-    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is.
+    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is; CheckpointError: none does.
 
     If there is a process group, all ranks call this.
-
-    Raises:
-        CheckpointError: none verifies.
     """
     run, newest = locate(path)
     candidates = [newest] if newest == path else on_rank0(lambda: [str(found) for found in find_checkpoints(run)])
@@ -216,11 +197,16 @@ def find_whole(path: Path) -> tuple[Path, Path]:
     raise CheckpointError("\n  ".join([f"{path}: no whole checkpoint:", *problems]))
 
 
+def label_names(run: Path) -> list[str]:
+    """Return the names of the labels that a run predicts; none if they are numbers only."""
+    of_text = (read_json(run / INDEX_FILE).get("labels") or {}).get("names", [])
+    return of_text or read_json(run / FACTS_FILE).get("label_names", [])
+
+
 def read_config(directory: Path) -> TrainConfig:
     """Return the configuration of a run, with its present directory and its own copy of a Hugging Face model.
 
-    Raises:
-        CheckpointError: ``directory`` is not a run.
+    CheckpointError: ``directory`` is not a run.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -236,21 +222,25 @@ def read_config(directory: Path) -> TrainConfig:
 def find_resume(config: TrainConfig) -> Path | None:
     """Return the verified checkpoint that this launch starts from, by ``checkpoint.resume``; all ranks call this.
 
-    Raises:
-        CheckpointError: there is one against ``never``, none against ``must``, none whole, none where there were some, or
-            one of another model or optimizer.
+    CheckpointError: there is one against ``never``, none against ``must``, none whole, none where there were some, or
+    one of another model or optimizer.
     """
     directory, resume, verify = config.run.directory, config.checkpoint.resume, config.checkpoint.verify
     if resume == "never" and (found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory)])):
         raise CheckpointError(
             f"checkpoint.resume=never, but {found[-1]} exists; choose another run.name or delete {directory}"
         )
-    if path := newest_whole(directory, verify):
-        if lost := on_rank0(lambda: _newer_than(path, directory)):
-            log.get_logger().warning(f"step {lost} was saved too, and is not there any more; continuing from {path}")
+    path, saved = newest_whole(directory, verify), on_rank0(lambda: last_saved_step(directory))
+    if path:
+        if saved > max([step_of(path), *on_rank0(lambda: [step_of(damaged) for damaged in find_damaged(directory)])]):
+            log.get_logger().warning(f"step {saved} was saved too, and is not there any more; continuing from {path}")
         return _fitting(config, path, Load.all)
-    if reached := on_rank0(lambda: last_saved_step(directory)):
-        lost = f"{directory} had saved step {reached}, but {_without_checkpoints(directory)}"
+    if saved:
+        place = checkpoints_directory(directory)
+        why = f"{place} {'has no checkpoint now' if place.is_dir() else 'is not there'}"
+        if place.is_symlink() and not place.exists():
+            why = f"{place} is a link to {place.readlink()}, which is not there"
+        lost = f"{directory} had saved step {saved}, but {why}"
         if resume != "never":
             raise CheckpointError(
                 f"{lost}; is a disk not mounted? checkpoint.resume=never starts anew at step 0, another run.name leaves "
@@ -274,10 +264,11 @@ def find_resume(config: TrainConfig) -> Path | None:
 
 
 def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) -> Path | None:
-    """Return the newest checkpoint below step ``before`` that verifies; damaged ones are set aside. All ranks call this.
+    """Return the newest checkpoint below step ``before`` that verifies.
 
-    Raises:
-        CheckpointError: there are only damaged ones.
+    Damaged ones are set aside. All ranks call this.
+
+    CheckpointError: there are only damaged ones.
     """
     while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory) if step_of(path) < before]):
         path = Path(found[-1])
@@ -295,31 +286,8 @@ def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) 
 
 def last_saved_step(directory: Path, *, before: int = sys.maxsize) -> int:
     """Return the newest step below ``before`` that is recorded as saved and was not rolled back, 0 if none."""
-    if not (directory / EVENTS_FILE).is_file():
-        ended, attempt = read_exit(directory), read_json(directory / ATTEMPT_FILE)
-        steps = {
-            ended.get("step", 0) if ended.get("code") in (EXIT_FINISHED, EXIT_RESUMABLE) else 0,
-            attempt.get("step", 0),
-        }
-    else:
-        steps = _saved_steps(read_jsonl(directory / EVENTS_FILE))
-    return max((step for step in steps if step < before), default=0)
-
-
-def reached_step(directory: Path) -> int:
-    """Return the step of the newest complete checkpoint; without one, the newest that was recorded as saved."""
-    return newest_step(directory) or last_saved_step(directory)
-
-
-def _newer_than(path: Path, directory: Path) -> int:
-    """Return the newest step recorded as saved if it is after ``path`` and was not set aside, else 0."""
-    step = last_saved_step(directory)
-    return step if step > max(step_of(path), *map(step_of, find_damaged(directory)), 0) else 0
-
-
-def _saved_steps(events: list[dict[str, Any]]) -> set[int]:
     steps: set[int] = set()
-    for event in events:
+    for event in read_jsonl(directory / EVENTS_FILE) if (directory / EVENTS_FILE).is_file() else ():
         match event:
             case {"event": "start"}:
                 steps.clear()
@@ -327,14 +295,16 @@ def _saved_steps(events: list[dict[str, Any]]) -> set[int]:
                 steps.add(step)
             case {"event": "rollback", "first_bad_step": int(first)}:
                 steps = {step for step in steps if step < first}
-    return steps
+    if not (directory / EVENTS_FILE).is_file():
+        ended = read_exit(directory)
+        steps = {read_json(directory / ATTEMPT_FILE).get("step", 0)}
+        steps |= {ended.get("step", 0)} if ended.get("code") in (EXIT_FINISHED, EXIT_RESUMABLE) else set()
+    return max((step for step in steps if step < before), default=0)
 
 
-def _without_checkpoints(directory: Path) -> str:
-    place = checkpoints_directory(directory)
-    if place.is_symlink() and not place.exists():
-        return f"{place} is a link to {place.readlink()}, which is not there"
-    return f"{place} {'has no checkpoint now' if place.is_dir() else 'is not there'}"
+def reached_step(directory: Path) -> int:
+    """Return the step of the newest complete checkpoint; without one, the newest that was recorded as saved."""
+    return newest_step(directory) or last_saved_step(directory)
 
 
 def _set_aside(directory: Path, path: Path, problems: list[str]) -> str:
@@ -355,29 +325,20 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
     ignored = {"name", "pretrained", "architecture", "settings", "init_from", "dropout", "init_std", "freeze"}
     if load is Load.weights and old["adapter"] is None:  # adapters are added to it
         ignored.add("adapter")
-    differences = [
-        f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now"
-        for key in new
-        if key not in ignored and old.get(key) != new[key]
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{path} holds another model; choose another run.name or the model of the checkpoint:\n  "
-            + "\n  ".join(differences)
-        )
-    if load is Load.all and (difference := _other_optimizer(saved.get("optimizer", {}), to_dict(config.optimizer))):
+    keys = [key for key in new if key not in ignored and old.get(key) != new[key]]
+    if keys:
+        differences = [f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now" for key in keys]
+        problem = f"{path} holds another model; choose another run.name or the model of the checkpoint:"
+        raise CheckpointError("\n  ".join([problem, *differences]))
+    new = to_dict(config.optimizer)
+    old, difference = new | saved.get("optimizer", {}), None
+    if old["kind"] != new["kind"]:
+        difference = f"optimizer.kind: {old['kind']} in the checkpoint, {new['kind']} now"
+    elif new["kind"] == "sgd" and (old["betas"][0] > 0) != (new["betas"][0] > 0):
+        difference = f"optimizer.betas[0]: {old['betas'][0]} in the checkpoint, {new['betas'][0]} now"
+    if load is Load.all and difference:  # it has other state tensors
         raise CheckpointError(
             f"{path} holds the state of another optimizer ({difference}); restore that, or let another run.name begin with "
             f"its weights: checkpoint.resume={path} checkpoint.load=weights"
         )
     return path
-
-
-def _other_optimizer(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Return which setting gives the optimizer other state tensors."""
-    if old.get("kind", new["kind"]) != new["kind"]:
-        return f"optimizer.kind: {old['kind']} in the checkpoint, {new['kind']} now"
-    momentum, wanted = (settings.get("betas", new["betas"])[0] for settings in (old, new))
-    if new["kind"] == "sgd" and (momentum > 0) != (wanted > 0):
-        return f"optimizer.betas[0]: {momentum} in the checkpoint, {wanted} now"
-    return None

@@ -14,28 +14,28 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
 
-from bigtrain.checkpoint.shard import NAMES
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskKind, TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, check_file, read_index
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids
-from bigtrain.data.read.words import mask_token_id
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
 from bigtrain.files import sync, write_durably
 from bigtrain.models import build_model
-from bigtrain.models.hf.build import HFCausalLM
 from bigtrain.models.hf.disk import disk_config, disk_tensors
 from bigtrain.models.hf.files import published_directory
-from bigtrain.models.hf.heads import HFNetwork
 from bigtrain.models.hf.load import stored_buffers
 from bigtrain.models.hf.native import HFTensor, hf_config, hf_tensors
-from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, own_model
+from bigtrain.models.init import Newest
+from bigtrain.run.collation import mask_id_of
+from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, label_names, own_model
 from bigtrain.run.export_adapter import ADAPTER_CONFIG, MergedWeights, adapter_description, adapter_tensors
 from bigtrain.run.frozen import WeightReader
-from bigtrain.run.inputs import label_names
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -53,10 +53,6 @@ class Part:
     dtype: torch.dtype  # in the file
     load: Callable[[], torch.Tensor]  # in any floating-point dtype
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -68,40 +64,38 @@ class Exported:
 
 
 def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int, merge: bool = True) -> Exported:
-    """Write ``out`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``, one tensor at a time.
+    """Write a run, or one of its checkpoints, as ``out`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     A published tokenizer and the configuration of a Hugging Face model are copied byte for byte where the run has not
-    changed them; a tokenizer of bigtrain's encodes as in training.
-
-    Args:
-        path: directory of a run, or of one of its checkpoints.
-        out: directory to be made; it appears when it is complete.
-        precision: of the weights.
-        max_shard_bytes: largest file of weights, unless a single tensor is larger.
-        merge: merge adapters into the weights; otherwise they are written alone, for peft.
-
-    Raises:
-        CheckpointError: no checkpoint verifies.
-        ConfigError: transformers has no such model, or ``out`` exists or cannot be written.
+    changed them; a tokenizer of bigtrain's encodes as in training. ``out`` appears when it is complete; its files of
+    weights have at most ``max_shard_bytes``, unless a single tensor has more. Adapters are merged into the weights or, without
+    ``merge``, written alone, for peft. CheckpointError: no checkpoint verifies. ConfigError: transformers has no such
+    model, or ``out`` exists or cannot be written.
     """
     if precision not in DTYPES:
         raise ConfigError(f"dtype={precision.name}: weights are written in {' or '.join(p.name for p in DTYPES)}")
     if out.exists():
         raise ConfigError(f"out={out} exists; nothing is overwritten: choose another name, or remove it")
     run, checkpoint = find_whole(path)
-    config = from_dict(TrainConfig, read_run_state(checkpoint).config)
-    model = config.model
+    state = read_run_state(checkpoint)
+    config = from_dict(TrainConfig, state.config)
+    model, dtype = own_model(config.model, run), DTYPES[precision]
     if model.kind is ModelKind.own:
         raise ConfigError(
             f"model.name={model.name}: transformers has no such model; bigtrain/checkpoint/dcp.py lets any program load it"
         )
     tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
-    describe = _native if model.kind is ModelKind.native else _hugging_face
-    if not merge:
-        if model.adapter is None:
-            raise ConfigError(f"merge=false: {run} has no adapters to write alone; leave it out")
-        describe = _adapter
-    parts, descriptions = describe(config, run, checkpoint, DTYPES[precision], tokenizer)
+    reader = WeightReader(checkpoint)
+    if merge:
+        describe = _native if model.kind is ModelKind.native else _hugging_face
+        whole = MergedWeights(reader, model) if model.adapter else reader
+        parts, descriptions = describe(config, run, whole, dtype, tokenizer)
+    elif model.adapter:
+        tensors = adapter_tensors(reader, model)
+        parts = [Part(name, tuple(t.shape), dtype, functools.partial(tensors.get, name)) for name, t in tensors.items()]
+        descriptions = {ADAPTER_CONFIG: _json(adapter_description(tensors, model, state.origin))}
+    else:
+        raise ConfigError(f"merge=false: {run} has no adapters to write alone; leave it out")
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
@@ -113,7 +107,7 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
         sync(partial)
         os.rename(partial, out)
         sync(out.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"out={out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,57 +118,47 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
 
 
 def _native(
-    run_config: TrainConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+    run_config: TrainConfig,
+    run: Path,
+    reader: WeightReader | MergedWeights,
+    dtype: torch.dtype,
+    tokenizer: TokenizerRecord | None,
 ) -> tuple[list[Part], dict[str, bytes]]:
     """Return the tensors of a native model and the files that describe it."""
-    model = run_config.model
-    read = functools.lru_cache(maxsize=1)(
-        _whole_weights(model, checkpoint).read
-    )  # query, key and value are parts of one tensor
+    read = Newest(reader.read)  # query, key and value are parts of one tensor
 
     def part(tensor: HFTensor) -> Part:
         return Part(tensor.name, tensor.shape, dtype, lambda: tensor.cut_from(read(MODEL + tensor.native)))
 
     ids = _token_ids(run, tokenizer)
-    config = hf_config(model) | ids | {"torch_dtype": _name(dtype)}
-    return [part(tensor) for tensor in hf_tensors(model)], {CONFIG: _json(config), GENERATION: _json(ids)}
+    config = hf_config(run_config.model) | ids | {"torch_dtype": _name(dtype)}
+    return [part(tensor) for tensor in hf_tensors(run_config.model)], {CONFIG: _json(config), GENERATION: _json(ids)}
 
 
 def _hugging_face(
-    run_config: TrainConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
+    run_config: TrainConfig,
+    run: Path,
+    reader: WeightReader | MergedWeights,
+    dtype: torch.dtype,
+    tokenizer: TokenizerRecord | None,
 ) -> tuple[list[Part], dict[str, bytes]]:
     """Return the tensors of a transformers model and the files that describe it, as they are on disk."""
-    model = run_config.model
-    own = own_model(model, run)
+    own = own_model(run_config.model, run)
     with torch.device("meta"):
-        built = build_model(dataclasses.replace(own, adapter=None))
+        network = build_model(dataclasses.replace(own, adapter=None)).causal_lm
     published = published_directory(own.name, list(DESCRIPTION_FILES))
     files = {name: (published / name).read_bytes() for name in DESCRIPTION_FILES if (published / name).is_file()}
-    architecture = type(built.causal_lm).__name__
-    config = disk_config(json.loads(files[CONFIG]), architecture=architecture, dtype=_name(dtype))
-    if tokenizer and os.path.realpath(tokenizer.name) != os.path.realpath(str(model.name)):
+    config = disk_config(json.loads(files[CONFIG]), architecture=type(network).__name__, dtype=_name(dtype))
+    if tokenizer and os.path.realpath(tokenizer.name) != os.path.realpath(str(run_config.model.name)):
         ids = _token_ids(run, tokenizer)
         config = _with_ids(config, ids)
         if GENERATION in files:
             files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
-    files[CONFIG] = _json(config | _of_labels(own, run_config.task.kind, label_names(run)) | _padding(own, built))
-    return list(_disk_parts(built, _whole_weights(own, checkpoint), dtype)), files
-
-
-def _adapter(
-    run_config: TrainConfig, run: Path, checkpoint: Path, dtype: torch.dtype, tokenizer: TokenizerRecord | None
-) -> tuple[list[Part], dict[str, bytes]]:
-    """Return the tensors of a run's adapters and the file by which peft puts them beside their base."""
-    model = own_model(run_config.model, run)
-    tensors = adapter_tensors(WeightReader(checkpoint), model)
-    described = adapter_description(tensors, model, read_run_state(checkpoint).origin)
-    parts = [Part(name, tuple(t.shape), dtype, functools.partial(tensors.get, name)) for name, t in tensors.items()]
-    return parts, {ADAPTER_CONFIG: _json(described)}
-
-
-def _whole_weights(model: ModelConfig, checkpoint: Path) -> WeightReader | MergedWeights:
-    reader = WeightReader(checkpoint)
-    return MergedWeights(reader, model) if model.adapter else reader
+    config |= _of_labels(own, run_config.task.kind, label_names(run))
+    if own.head is Head.sequence_classification:  # before which one that reads the last token looks for it
+        config["pad_token_id"] = network.config.get_text_config().pad_token_id
+    files[CONFIG] = _json(config)
+    return list(_disk_parts(network, reader, dtype)), files
 
 
 def _of_labels(model: ModelConfig, task: str, names: list[str]) -> dict[str, Any]:
@@ -187,33 +171,23 @@ def _of_labels(model: ModelConfig, task: str, names: list[str]) -> dict[str, Any
     return described | {"problem_type": kind}
 
 
-def _padding(model: ModelConfig, built: HFCausalLM | HFNetwork) -> dict[str, Any]:
-    """Return the padding before which a classifier that reads the last token looks for it."""
-    is_read_at_end = model.head is Head.sequence_classification
-    return {"pad_token_id": built.causal_lm.config.get_text_config().pad_token_id} if is_read_at_end else {}
-
-
-def _disk_parts(
-    model: HFCausalLM | HFNetwork, reader: WeightReader | MergedWeights, dtype: torch.dtype
-) -> Iterator[Part]:
+def _disk_parts(network: nn.Module, reader: WeightReader | MergedWeights, dtype: torch.dtype) -> Iterator[Part]:
     """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
     prefix = f"{MODEL}causal_lm."
     parameters = [key.removeprefix(prefix) for key in reader.keys if key.startswith(prefix)]
-    buffers = dict(stored_buffers(model.causal_lm))
+    buffers = dict(stored_buffers(network))
+    groups = disk_tensors(network, [*parameters, *buffers])
 
-    @functools.lru_cache(maxsize=1)  # the experts of a layer are parts of one tensor
     def read(number: int) -> dict[str, torch.Tensor]:
-        group = groups[number]
-        own = {name: buffers[name] if name in buffers else reader.read(prefix + name) for name in group.sources}
-        return group.convert(own)
+        names = groups[number].sources
+        return groups[number].convert({n: buffers[n] if n in buffers else reader.read(prefix + n) for n in names})
 
-    groups = disk_tensors(model.causal_lm, [*parameters, *buffers])
+    made = Newest(read)  # the experts of a layer are parts of one tensor
     # Buffers stay what they are: programs that compute in bf16 keep them apart for their precision.
     for number, group in enumerate(groups):
         kept = next((buffers[name].dtype for name in group.sources if name in buffers), dtype)
         for name, shape in group.shapes.items():
-            load = functools.partial(lambda number, name: read(number)[name], number, name)
-            yield Part(name, shape, kept, load)
+            yield Part(name, shape, kept, functools.partial(lambda number, name: made(number)[name], number, name))
 
 
 def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | None]:
@@ -273,8 +247,7 @@ def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, con
 def _add_mask_token(run: Path, directory: Path, config: TrainConfig) -> str | None:
     """Return the name of the token that stands for a hidden one, which the exported tokenizer has from now on."""
     tokenizer = load_tokenizer(run)
-    own = mask_token_id(tokenizer, run)
-    mask_id = config.task.mask_id if config.task.mask_id is not None else num_ids(tokenizer) if own is None else own
+    mask_id = mask_id_of(config, tokenizer, run)
     if mask_id == num_ids(tokenizer):  # the id behind the others, which training used
         tokenizer.add_special_tokens([MASK_TOKEN])
         tokenizer.save(str(directory / TOKENIZER_FILE))
@@ -289,40 +262,21 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int, name: str) -> None:
-    """Write the tensors into files with the names that transformers gives them."""
+    """Write the tensors, a file at a time, into files with the names that transformers gives those of ``name``."""
     by_name = {part.name: part for part in parts}
     split = split_state_dict_into_shards_factory(
         by_name,
-        get_storage_size=lambda part: part.num_bytes,
+        get_storage_size=lambda part: math.prod(part.shape) * part.dtype.itemsize,
         filename_pattern=f"{name}{{suffix}}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        _write_safetensors(directory / file, [by_name[name] for name in names])
+        tensors = {key: by_name[key].load().to(by_name[key].dtype, copy=True).contiguous() for key in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        sync(directory / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_durably(directory / f"{name}.safetensors.index.json", [memoryview(_json(index))])
-
-
-def _write_safetensors(path: Path, parts: list[Part]) -> None:
-    """Write one file tensor by tensor; the library's writer holds all of them in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)  # every tensor begins at a multiple of its elements
-    for part in parts:
-        end = position + part.num_bytes
-        header[part.name] = {"dtype": NAMES[part.dtype], "shape": part.shape, "data_offsets": [position, end]}
-        position = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("xb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for part in parts:
-            tensor = part.load().to(part.dtype).contiguous()
-            assert tuple(tensor.shape) == part.shape
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from bigtrain.models.adapters import adapter_values, is_of_adapter, plain_name
 from bigtrain.models.freeze import frozen_names
 from bigtrain.models.hf.heads import is_of_head
 from bigtrain.models.hf.values import trunk_values
-from bigtrain.models.init import InitialValue
+from bigtrain.models.init import InitialValue, Newest, Whole
 from bigtrain.run.directory import find_whole, is_run, own_model
 
 _ODD = 0x1E3779B97F4A7C15
@@ -38,7 +37,10 @@ def parameters_of(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def describe_frozen(entries: Mapping[str, Entry], model: ModelConfig) -> Frozen | None:
-    """Return what checkpoints say of frozen weights, which are in place; None if there are none. All ranks call this."""
+    """Return what checkpoints say of frozen weights, which are in place.
+
+    None if there are none. All ranks call this.
+    """
     names = frozen_names(parameters_of(entries), model)
     return Frozen(names, hash_of({MODEL + name: entries[MODEL + name] for name in names})) if names else None
 
@@ -79,15 +81,8 @@ def _sum(box: Box, shape: tuple[int, ...]) -> torch.Tensor:
 def load_state(path: Path, entries: Mapping[str, Entry], *, some_only: bool = False) -> None:
     """Fill entries from a checkpoint and, where it leaves frozen weights out, from what its run began with.
 
-    All ranks call this; without a process group, one alone.
-
-    Args:
-        path: of the checkpoint.
-        entries: what is wanted.
-        some_only: whether the checkpoint may hold more.
-
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`; or what the run began with is gone, or is not what it was.
+    All ranks call this; without a process group, one alone. With ``some_only`` the checkpoint may hold more.
+    CheckpointError: as :func:`load_checkpoint`; or what the run began with is gone, or is not what it was.
     """
     state = read_run_state(path)
     stored = without_frozen(entries, state.frozen)
@@ -96,12 +91,13 @@ def load_state(path: Path, entries: Mapping[str, Entry], *, some_only: bool = Fa
         return
     _refill(path, state, frozen)
     if len(frozen) == len(state.frozen.names) and hash_of(frozen) != state.frozen.hash:
-        raise of_all_ranks(
-            CheckpointError(
-                f"{path} leaves out {len(frozen)} frozen weights, and {_origin(state)}, which they came from, has others "
-                "by now; put back what it was"
-            )
+        origin = state.origin and (state.origin.checkpoint or state.origin.published)
+        origin = origin or f"seed {state.config['train']['seed']}"
+        problem = (
+            f"{path} leaves out {len(frozen)} frozen weights, and {origin}, which they came from, has others by now; put "
+            "back what it was"
         )
+        raise of_all_ranks(CheckpointError(problem))
 
 
 def load_weights(path: Path, entries: Mapping[str, Entry], config: TrainConfig) -> None:
@@ -112,42 +108,33 @@ def load_weights(path: Path, entries: Mapping[str, Entry], config: TrainConfig) 
     model, fresh = config.model, {}
     if model.adapter and read_run_state(path).config["model"].get("adapter") is None:
         fresh = {key: entry for key, entry in entries.items() if is_of_adapter(key)}
-        base, read = dataclasses.replace(model, adapter=None), functools.lru_cache(maxsize=1)(WeightReader(path).read)
-        stored = {key.removeprefix(MODEL): _OfRun(read, key) for key in entries.keys() - fresh.keys()}
+        base, read = dataclasses.replace(model, adapter=None), Newest(WeightReader(path).read)
+        stored = {key.removeprefix(MODEL): Whole(functools.partial(read, key)) for key in entries.keys() - fresh.keys()}
         fill_weights(fresh, adapter_values(model, functools.partial(build_model, base), stored, config.train.seed))
     load_state(path, {key: entry for key, entry in entries.items() if key not in fresh})
 
 
 def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
     origin = state.origin.checkpoint if state.origin else None
-    if origin is None:
-        config = from_dict(TrainConfig, state.config)
-        model = config.model
-        if not model.pretrained:
-            model = own_model(model, path.parent.parent)
-        values = starting_values(model, config.train.seed)
-        fill_weights(frozen, values)
-    elif Path(origin).is_dir():
+    if origin and not Path(origin).is_dir():
+        problem = f"{path} leaves out {len(frozen)} frozen weights, which came from {origin}, and that is gone"
+        raise of_all_ranks(CheckpointError(problem))
+    if origin:
         load_state(Path(origin), frozen, some_only=True)
-    else:
-        raise of_all_ranks(
-            CheckpointError(
-                f"{path} leaves out {len(frozen)} frozen weights, which came from {origin}, and that is gone"
-            )
-        )
+        return
+    config = from_dict(TrainConfig, state.config)
+    model = config.model if config.model.pretrained else own_model(config.model, path.parent.parent)
+    values = starting_values(model, config.train.seed)
+    fill_weights(frozen, values)
 
 
-def _origin(state: RunState) -> str:
-    origin = state.origin
-    return (origin and (origin.checkpoint or origin.published)) or f"seed {state.config['train']['seed']}"
-
-
-class WeightReader:
-    """Reads whole weights of a checkpoint, frozen ones too, which are kept in memory."""
+class WeightReader(TensorReader):
+    """Reads whole tensors of a checkpoint, frozen weights too, which are kept in memory."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError as :func:`load_state`."""
-        self._stored, self._frozen = TensorReader(path), {}
+        super().__init__(path)
+        self._frozen: dict[str, torch.Tensor] = {}
         state = read_run_state(path)
         if state.frozen:
             model = own_model(from_dict(TrainConfig, state.config).model, path.parent.parent)
@@ -155,36 +142,21 @@ class WeightReader:
                 shapes = {plain_name(name): p.shape for name, p in build_model(model).named_parameters()}
             self._frozen = {MODEL + name: torch.empty(shapes[name]) for name in state.frozen.names}
             load_state(path, {key: whole_entry(tensor) for key, tensor in self._frozen.items()})
-        self.keys = [*self._stored.records, *self._frozen]
+        self.keys = [*self.records, *self._frozen]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return tuple(self._frozen[key].shape if key in self._frozen else self._stored.records[key].shape)
+        return tuple(self._frozen[key].shape if key in self._frozen else self.records[key].shape)
 
     def read(self, key: str) -> torch.Tensor:
         """Return a tensor on the CPU."""
-        return self._frozen[key] if key in self._frozen else self._stored.read(key)
-
-
-@dataclass(frozen=True, slots=True)
-class _OfRun:
-    """A weight of another run; an :class:`bigtrain.models.init.InitialValue`."""
-
-    read: Callable[[str], torch.Tensor]
-    key: str
-
-    def fill(self, start: int, out: torch.Tensor) -> None:
-        out.copy_(self.read(self.key).flatten()[start : start + out.numel()])
+        return self._frozen[key] if key in self._frozen else super().read(key)
 
 
 def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:
     """Return the initial value of every parameter, of a model of transformers the trunk's from ``model.init_from``.
 
-    If there is a process group, all ranks call this.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        ConfigError: the trunk is another one.
+    If there is a process group, all ranks call this. CheckpointError: no whole checkpoint. ConfigError: another trunk.
     """
     if model.adapter:
         base = dataclasses.replace(model, adapter=None)
@@ -203,12 +175,10 @@ def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:
     taken = [name for name in values if name in keys and (name not in in_head or ".pooler." in name)]
     odd = sorted((values.keys() ^ keys.keys()) - in_head)
     odd += [name for name in taken if reader.shape(keys[name]) != tuple(network.get_parameter(name).shape)]
+    where = f"model.init_from={model.init_from}"
     if odd:
-        raise of_all_ranks(
-            ConfigError(f"model.init_from={model.init_from}: another trunk than this model's; {some(odd, 3)} differ")
-        )
-    fresh, left = [n for n in values if n not in taken], [n for n in keys if n not in taken]
-    told = f"model.init_from={model.init_from}: fresh: {', '.join(fresh) or 'nothing'}; left out: {', '.join(left) or 'nothing'}"
-    get_logger().info(told.replace("causal_lm.", ""))
-    read = functools.lru_cache(maxsize=1)(reader.read)  # ranks fill one tensor after the other, in pieces
-    return values | {name: _OfRun(read, keys[name]) for name in taken}
+        raise of_all_ranks(ConfigError(f"{where}: another trunk than this model's; {some(odd, 3)} differ"))
+    fresh, left = (", ".join(name for name in names if name not in taken) or "nothing" for names in (values, keys))
+    get_logger().info(f"{where}: fresh: {fresh}; left out: {left}".replace("causal_lm.", ""))
+    read = Newest(reader.read)
+    return values | {name: Whole(functools.partial(read, keys[name])) for name in taken}

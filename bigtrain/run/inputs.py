@@ -12,7 +12,7 @@ from bigtrain.config import TrainConfig
 from bigtrain.data.prepare.images import read_image
 from bigtrain.data.prepare.tables import csv_lines, csv_record
 from bigtrain.data.read.arrays import Arrays, read_npz
-from bigtrain.data.read.index import INDEX_FILE, read_index
+from bigtrain.data.read.index import read_index
 from bigtrain.data.read.records import Records
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
@@ -30,12 +30,12 @@ class Unlabelled(Objective):
     """The inputs of an objective, without its targets."""
 
     def __init__(self, objective: Objective) -> None:
-        self._fields = {name: field for name, field in objective.fields.items() if field.is_input}
-        self.targets = objective.fields.keys() - self._fields.keys()
+        self.inputs = {name: field for name, field in objective.fields.items() if field.is_input}
+        self.targets = objective.fields.keys() - self.inputs.keys()
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        return self._fields
+        return self.inputs
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return 0 for each sample."""
@@ -59,63 +59,43 @@ class Rows:
             raise DataError(f"{self._where}:{row + 1}: {told}") from error
 
 
-class Encoded:
-    """Text as ``tokens`` and ``lengths``, as :class:`bigtrain.data.read.documents.DocumentSamples` has them of a corpus."""
+def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | None) -> Callable[[Any], Row]:
+    """Return what makes columns of a text, as :mod:`bigtrain.data.read.documents` has them of a corpus.
 
-    def __init__(self, run: Path, length: int) -> None:
-        self._tokenizer, self._length = load_tokenizer(run), length
-        self._record = read_index(run, check_sizes=False).tokenizer
+    Samples have ``length`` tokens. Of a source, as which the text is read, ``source_first`` returns the first token of
+    a decoder where it has its own.
+    """
+    tokenizer, record = load_tokenizer(run), read_index(run, check_sizes=False).tokenizer
+    first = source_first() if source_first else None
 
-    def __call__(self, text: Any) -> Row:
-        """Return the columns of a text; ValueError for anything else."""
-        ids = self._ids(text, opener=[self._record.eos_id])
-        return {"tokens": np.array(ids, dtype=np.int64), "lengths": len(ids)}
-
-    def _ids(self, text: Any, *, opener: list[int]) -> list[int]:
+    def encode(text: Any) -> Row:
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is no text")
-        adds_special = self._record.adds_special
-        ids = self._tokenizer.encode(text, add_special_tokens=adds_special).ids
-        ids = ids if adds_special else [*opener, *ids]
-        if len(ids) > self._length:
-            ids = [*ids[: self._length - 1], ids[-1]] if adds_special else ids[: self._length]
-        return ids
-
-
-class EncodedSource(Encoded):
-    """Text as ``source`` and ``source_lengths``, and the first of a decoder's ``tokens``; see :class:`PairSamples` there."""
-
-    def __init__(self, run: Path, length: int, first: int | None) -> None:
-        super().__init__(run, length)
-        self._first = self._record.eos_id if first is None else first
-
-    def __call__(self, text: Any) -> Row:
-        """Return the columns of a text; ValueError for anything else."""
-        ids = self._ids(text, opener=[])
+        ids = tokenizer.encode(text, add_special_tokens=record.adds_special).ids
+        if not record.adds_special and not source_first:
+            ids = [record.eos_id, *ids]
+        if len(ids) > length:
+            ids = [*ids[: length - 1], ids[-1]] if record.adds_special else ids[:length]
+        if not source_first:
+            return {"tokens": np.array(ids, dtype=np.int64), "lengths": len(ids)}
         if not ids:
             raise ValueError("the text is empty")
-        source = np.zeros(self._length, dtype=np.int64)
+        source = np.zeros(length, dtype=np.int64)
         source[: len(ids)] = ids
-        return {"source": source, "source_lengths": len(ids), "tokens": np.array([self._first])}
+        return {
+            "source": source,
+            "source_lengths": len(ids),
+            "tokens": np.array([record.eos_id if first is None else first]),
+        }
 
-
-def label_names(run: Path) -> list[str]:
-    """Return the names of the labels that a run predicts; none if they are numbers only."""
-    of_text = (read_json(run / INDEX_FILE).get("labels") or {}).get("names", [])
-    return of_text or read_json(run / FACTS_FILE).get("label_names", [])
+    return encode
 
 
 def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config: TrainConfig) -> Records:
-    """Return the inputs for the network of a run.
+    """Return the inputs for the network of a run, which has its tokenizer.
 
-    Args:
-        inputs: a directory of images; a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line, ``.npz``);
-            arrays by column; or rows.
-        run: directory of the run, which has its tokenizer.
-        config: of the run.
-
-    Raises:
-        DataError: there is no such file, or nothing in it that the network takes.
+    ``inputs`` are a directory of images; a file (``.jsonl``, ``.csv`` with a header, ``.txt`` with a text a line,
+    ``.npz``); arrays by column; or rows. DataError: there is no such file, or nothing in it that the network takes.
     """
     where = str(inputs) if isinstance(inputs, Path) else "inputs"
     objective = Unlabelled(build_objective(config.task))
@@ -176,16 +156,17 @@ def _read(path: Path) -> list[Any]:
 
 def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: TrainConfig) -> Callable[[Any], Row]:
     """Return what makes columns of a row: of one with text its tokens, of a row of a table its numbers."""
-    wanted, text_field, first = list(objective.fields), config.data.text_field, next(iter(rows), None)
+    wanted, data, first = list(objective.fields), config.data, next(iter(rows), None)
     is_json = isinstance(first, str) and first.lstrip().startswith("{")
     sample = json.loads(first) if is_json else first
-    has_text = "tokens" in wanted and (isinstance(sample, str) or "tokens" not in (sample or {}))
-    encode = Encoded(run, config.data.sequence_length or 1) if has_text else None
-    if "source" in wanted and (isinstance(sample, str) or "source_lengths" not in (sample or {})):
-        length, first = config.data.source_length or config.data.sequence_length, first_token(config.model)
-        encode = EncodedSource(run, length, first)
-        text_field = config.data.source_field
-    is_table = wanted == ["features"] and "features" not in (sample or {})
+    has = () if isinstance(sample, str) else sample or {}
+    is_source = "source" in wanted and "source_lengths" not in has
+    is_table = wanted == ["features"] and "features" not in has
+    encode, text_field = None, data.source_field if is_source else data.text_field
+    if is_source:
+        encode = _encoder(run, data.source_length or data.sequence_length, lambda: first_token(config.model))
+    elif "tokens" in wanted and "tokens" not in has:
+        encode = _encoder(run, data.sequence_length or 1, None)
 
     def read(row: Any) -> Row:
         row = json.loads(row) if is_json else row

@@ -1,5 +1,6 @@
 """What a trained network says of inputs: on all ranks, in the order of the inputs, a part of the output at a time."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -7,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,15 @@ from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
 from bigtrain.data.read.batch import build_batch
 from bigtrain.data.read.records import Records
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
-from bigtrain.distributed.collectives import on_rank0, shut_down
+from bigtrain.distributed.collectives import on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import ConfigError
 from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger
-from bigtrain.run.directory import locate
-from bigtrain.run.inputs import label_names, list_images, open_inputs
-from bigtrain.run.validation import evaluation_config, load_engine
-from bigtrain.run.written import writing_of
+from bigtrain.run.directory import label_names
+from bigtrain.run.evaluation import load_engine, opened
+from bigtrain.run.inputs import list_images, open_inputs
+from bigtrain.run.validation import writing_of
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted
 from bigtrain.telemetry.text import format_duration
@@ -49,29 +50,13 @@ class _Job:
     wanted: Wanted
     batch_size: int
     checkpoint: Path
-    files: list[str]
-    """Name of each input that is a file."""
-
-    @classmethod
-    def open(cls, path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> "_Job":
-        """Load a run's network and open the inputs; all ranks call this."""
-        config, (run, _) = evaluation_config(path), locate(path)
-        objective = build_objective(config.task)
-        if not hasattr(objective, "answers"):
-            raise ConfigError(
-                f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
-            )
-        records = open_inputs(inputs, run, config)
-        is_directory = isinstance(inputs, Path) and inputs.is_dir()
-        files = [str(path.relative_to(inputs)) for path in list_images(inputs)] if is_directory else []
-        writing = writing_of(run) if (run / TOKENIZER_FILE).is_file() else None
-        wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)), writing=writing)
-        engine, checkpoint = load_engine(path, config)
-        engine.module.eval()
-        return cls(engine, objective, records, wanted, batch_size, checkpoint, files)
+    files: list[str]  # name of each input that is a file
 
     def answers(self, rows: NDArray[np.int64], *, most_rows: int) -> list[dict[str, Any]]:
-        """Return the answers to some rows; all ranks, with fewer rows too, compute as often: they gather weights together."""
+        """Return the answers to some rows.
+
+        All ranks, with fewer rows too, compute as often: they gather weights together.
+        """
         answers, network = [], partial(self.engine.module, predicts=True)
         for first in range(0, most_rows, self.batch_size):
             own = rows[first : first + self.batch_size]
@@ -84,12 +69,29 @@ class _Job:
         return [{"file": self.files[row], **answer} for row, answer in named] if self.files else answers
 
 
+@contextlib.contextmanager
+def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterator[_Job]:
+    """Load a run's network and open the inputs; all ranks call this."""
+    with opened(path) as (config, run):
+        objective = build_objective(config.task)
+        if not hasattr(objective, "answers"):
+            raise ConfigError(
+                f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
+            )
+        records = open_inputs(inputs, run, config)
+        is_directory = isinstance(inputs, Path) and inputs.is_dir()
+        files = [str(file.relative_to(inputs)) for file in list_images(inputs)] if is_directory else []
+        writing = writing_of(run) if (run / TOKENIZER_FILE).is_file() else None
+        wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)), writing=writing)
+        engine, checkpoint = load_engine(path, config)
+        engine.module.eval()
+        yield _Job(engine, objective, records, wanted, batch_size, checkpoint, files)
+
+
 def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:
     """Return the answers of a run, or of one of its checkpoints, to inputs in their order; every rank returns all."""
-    job = _Job.open(path, inputs, wanted, batch_size)
-    answers = job.answers(np.arange(job.records.num_rows), most_rows=job.records.num_rows)
-    shut_down()
-    return answers
+    with _opened(path, inputs, wanted, batch_size) as job:
+        return job.answers(np.arange(job.records.num_rows), most_rows=job.records.num_rows)
 
 
 def predict_file(
@@ -97,7 +99,8 @@ def predict_file(
 ) -> int:
     """Write the answers to a file of inputs; return how many. All ranks call this.
 
-    Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world size.
+    Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world
+    size.
 
     Args:
         path: directory of a run, or of one of its checkpoints.
@@ -112,30 +115,32 @@ def predict_file(
     """
     if out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"out={out}: name a file that ends with .jsonl or .csv")
-    job = _Job.open(path, inputs, wanted, batch_size)
-    num_rows, world_size = job.records.num_rows, job.engine.mesh.size
-    request = {
-        "inputs": str(job.files) if job.files else hash_file(inputs),
-        "weights": hash_file(job.checkpoint / MANIFEST_FILE),
-        "wanted": str(job.wanted),
-    }
-    request |= {"batch_size": str(batch_size), "part_rows": str(part_rows)}
-    parts = [Path(f"{out}.parts", f"{n:08d}{out.suffix}") for n in range(math.ceil(num_rows / part_rows))]
-    todo = on_rank0(partial(_begin, out, parts, request))
-    begin = said = time.monotonic()
-    for first in range(0, len(todo), world_size):
-        now = todo[first : first + world_size]
-        mine = now[job.engine.mesh.rank] if job.engine.mesh.rank < len(now) else len(parts)
-        rows = np.arange(mine * part_rows, min((mine + 1) * part_rows, num_rows))
-        answers = job.answers(rows, most_rows=min(part_rows, num_rows))
-        if answers:
-            write_anew(parts[mine], encode(answers, out.suffix, with_header=mine == 0))
-        if time.monotonic() - said > _SAY_EVERY_SECONDS:
-            said = time.monotonic()
-            _say(first + len(now), len(todo), part_rows, said - begin)
-    dist.barrier()  # until every rank has written its last part
-    on_rank0(partial(_join, out, parts))
-    shut_down()
+    with _opened(path, inputs, wanted, batch_size) as job:
+        num_rows, rank, world_size = job.records.num_rows, job.engine.mesh.rank, job.engine.mesh.size
+        request = {
+            "inputs": str(job.files) if job.files else hash_file(inputs),
+            "weights": hash_file(job.checkpoint / MANIFEST_FILE),
+            "wanted": str(job.wanted),
+            "batch_size": str(batch_size),
+            "part_rows": str(part_rows),
+        }
+        parts = [Path(f"{out}.parts", f"{n:08d}{out.suffix}") for n in range(math.ceil(num_rows / part_rows))]
+        todo = on_rank0(partial(_begin, out, parts, request))
+        begin = said = time.monotonic()
+        for first in range(0, len(todo), world_size):
+            now = todo[first : first + world_size]
+            mine = now[rank] if rank < len(now) else len(parts)
+            rows = np.arange(mine * part_rows, min((mine + 1) * part_rows, num_rows))
+            if answers := job.answers(rows, most_rows=min(part_rows, num_rows)):
+                write_anew(parts[mine], encode(answers, out.suffix, with_header=mine == 0))
+            if time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said, num_done = time.monotonic(), first + len(now)
+                left = format_duration((len(todo) - num_done) * (said - begin) / num_done)
+                rate = num_done * part_rows / (said - begin)
+                told = f"{num_done} of {len(todo)} parts of {part_rows:,}, {rate:,.0f} rows/s, {left} left"
+                get_logger().info(told)
+        dist.barrier()  # until every rank has written its last part
+        on_rank0(partial(_join, out, parts))
     return num_rows
 
 
@@ -155,8 +160,7 @@ def encode(answers: list[dict[str, Any]], suffix: str, *, with_header: bool) -> 
 def _begin(out: Path, parts: list[Path], request: Mapping[str, Any]) -> list[int]:
     """Return the numbers of the parts that are still to be made.
 
-    Raises:
-        ConfigError: the output exists, or its parts are those of another request.
+    ConfigError: the output exists, or parts of another request.
     """
     if out.exists():
         raise ConfigError(f"out={out}: exists already; name another file, or remove it")
@@ -184,9 +188,3 @@ def _join(out: Path, parts: list[Path]) -> None:
             joined.write(part.read_bytes())
     partial_file.replace(out)
     shutil.rmtree(parts[0].parent)
-
-
-def _say(num_done: int, num_parts: int, part_rows: int, seconds: float) -> None:
-    left = format_duration((num_parts - num_done) * seconds / num_done)
-    rate = num_done * part_rows / seconds
-    get_logger().info(f"{num_done} of {num_parts} parts of {part_rows:,}, {rate:,.0f} rows/s, {left} left")

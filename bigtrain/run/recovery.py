@@ -1,48 +1,36 @@
-"""How a launch takes a run, what it starts from, and how a run rolls back."""
+"""What a launch starts from, what a run rolls back to, and whether it is trained on."""
 
-import dataclasses
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bigtrain import log
 from bigtrain.checkpoint.loader import verify_checkpoint
-from bigtrain.checkpoint.store import (
-    Origin,
-    RunState,
-    Standing,
-    checkpoints_directory,
-    discard_after,
-    read_run_state,
-)
-from bigtrain.config import Load, TrainConfig
+from bigtrain.checkpoint.store import Origin, RunState, Standing, checkpoints_directory, read_run_state
+from bigtrain.config import Load, TrainConfig, ValidationConfig, own_sets
 from bigtrain.config.check import RESUME_WORDS
 from bigtrain.config.convert import to_dict
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.stream import SampleStream
-from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
+from bigtrain.distributed.collectives import on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import require_causal
 from bigtrain.engine.state import MODEL, clear_optimizer, initialise
 from bigtrain.errors import CheckpointError, ConfigError, NoRestartError, of_all_ranks, some
 from bigtrain.models.freeze import frozen_names
-from bigtrain.models.hf.files import stored_tensors
 from bigtrain.processes import RankInfo
-from bigtrain.run.directory import (
-    find_resume,
-    is_run,
-    last_saved_step,
-    newest_whole,
-    reached_step,
-    write_run_files,
-    writing,
-)
+from bigtrain.run.directory import find_resume, last_saved_step, newest_whole
 from bigtrain.run.frozen import load_state, load_weights, parameters_of, starting_values
-from bigtrain.run.standing import explain_end, why_ended
+from bigtrain.run.validation import WRITTEN_METRICS
 from bigtrain.supervise.bad_numbers import RollBack
-from bigtrain.supervise.launch import Launch
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.metrics import LESS_IS_BETTER
+
+EARLY_STOPPING = "early_stopping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,84 +46,6 @@ class Start:
         return read_run_state(self.checkpoint) if self.checkpoint and not self.weights_only else None
 
 
-def require_same_imports(imports: dict[str, str]) -> None:
-    """Refuse ranks that have imported different contents; all ranks call this.
-
-    Raises:
-        ConfigError: they differ; on all ranks.
-    """
-    found = gather_json(imports)
-    differing = broadcast_json([number for number, other in enumerate(found) if other != found[0]])
-    if differing:
-        raise of_all_ranks(
-            ConfigError(
-                f"--import: rank {differing[0]} has imported other files than rank 0; copy the same to every node"
-            )
-        )
-
-
-def require_place(config: TrainConfig, start: Start) -> None:
-    """Raise a ConfigError, before anything slow, if the run cannot be written or its published weights are not whole."""
-    directory = config.run.directory
-    there = next(place for place in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "read-only for you" if there.is_dir() else "not a directory"
-        raise ConfigError(f"{directory} cannot be written: {there} is {what}; mend that or choose another run.root")
-    if start.checkpoint is None and start.origin.published and not is_run(start.origin.published):
-        setting = "model.init_from" if config.model.init_from else "model.name"
-        stored_tensors(start.origin.published, setting=setting)
-
-
-def claim(launch: Launch) -> None:
-    """Take the run for this launch, unless it has it; all ranks call this.
-
-    Raises:
-        ConfigError: another launch has it, or its directory cannot be written.
-        NoRestartError: it has failed too often without progress.
-    """
-
-    def take() -> int:
-        with writing(launch.directory):
-            return launch.claim(reached_step(launch.directory))
-
-    if launch.attempt == 0:
-        launch.begin(on_rank0(take))
-
-
-def follow(config: TrainConfig, find: Callable[[], Path], stream: SampleStream) -> Path:
-    """Return where the run's directory is now, by :meth:`Launch.follow`; all ranks call this.
-
-    A directory that was removed becomes that of a run again.
-    """
-
-    def found() -> str:
-        with writing(config.run.directory):
-            place = find()
-        if place != config.run.directory:
-            settings = dataclasses.replace(config.run, root=str(place.parent), name=place.name)
-            write_run_files(dataclasses.replace(config, run=settings), stream.tokenizer_directory, stream.facts)
-        return str(place)
-
-    return Path(on_rank0(found))
-
-
-def nothing_to_do(config: TrainConfig, state: RunState, standing: Standing) -> str | None:
-    """Say why a run is not trained on, None if it is."""
-    directory, step, wanted_steps = config.run.directory, state.step, config.train.steps
-    if step < wanted_steps:
-        ended = why_ended(standing, config.validation)
-        return ended and f"{directory} is finished at step {step}: {explain_end(standing, ended)}"
-    if step > wanted_steps:
-        return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
-    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"
-
-
-def has_moved(config: TrainConfig, place: Path) -> str:
-    """Say how to go on with a run whose directory is now ``place``."""
-    how = f"run.root={place.parent} run.name={place.name} continue from there"
-    return f"{config.run.directory} was renamed or removed; {how}"
-
-
 def find_start(config: TrainConfig) -> Start:
     """Return what this launch starts from, by ``checkpoint.resume`` and ``checkpoint.load``; all ranks call this."""
     path = find_resume(config)
@@ -143,16 +53,14 @@ def find_start(config: TrainConfig) -> Start:
         return Start(Origin(published=_published(to_dict(config.model))))
     if path.parent == checkpoints_directory(config.run.directory):
         state = read_run_state(path)
-        return Start(state.origin or _former_origin(state.config), path)
+        if state.origin:
+            return Start(state.origin, path)
+        # A checkpoint from before origins were recorded: by its configuration.
+        resume = state.config.get("checkpoint", {}).get("resume", "auto")
+        published = _published(state.config.get("model", {}))
+        return Start(Origin(published=published) if resume in RESUME_WORDS else Origin(checkpoint=resume), path)
     weights_only = config.checkpoint.load is Load.weights
     return Start(Origin(checkpoint=str(path.absolute()), weights_only=weights_only), path, weights_only)
-
-
-def _former_origin(config: dict[str, Any]) -> Origin:
-    """Return the origin of a run from the configuration in an old checkpoint."""
-    resume = config.get("checkpoint", {}).get("resume", "auto")
-    published = _published(config.get("model", {}))
-    return Origin(published=published) if resume in RESUME_WORDS else Origin(checkpoint=resume)
 
 
 def _published(model: dict[str, Any]) -> str | None:
@@ -162,66 +70,48 @@ def _published(model: dict[str, Any]) -> str | None:
 def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
     """Fill the engine's state and return how far the run is with it.
 
-    Raises:
-        ConfigError: with these weights the model looks ahead.
+    ConfigError: with these weights the model looks ahead.
     """
-    cursor = _fill(config, engine, start, info)
-    require_causal(engine, config)
-    return cursor
-
-
-def _fill(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
-    entries = engine.state.entries
+    state, entries = start.read_state(), engine.state.entries
     if start.checkpoint is None:
         values = starting_values(config.model, config.train.seed)
         initialise(engine.state, values, num_threads=max(1, (os.cpu_count() or 1) // info.local_world_size))
-        return Cursor()
-    _require_same_frozen(config, parameters_of(entries), start)
-    if start.weights_only:
-        clear_optimizer(engine.state)
-        entries = {key: entry for key, entry in entries.items() if key.startswith(MODEL)}
-        load_weights(start.checkpoint, entries, config)
     else:
-        load_state(start.checkpoint, entries)
-    engine.state.commit()
-    state = start.read_state()
+        if state:
+            _require_same_frozen(config, parameters_of(entries), state, start.checkpoint)
+            load_state(start.checkpoint, entries)
+        else:
+            clear_optimizer(engine.state)
+            entries = {key: entry for key, entry in entries.items() if key.startswith(MODEL)}
+            load_weights(start.checkpoint, entries, config)
+        engine.state.commit()
+    require_causal(engine, config)
     return state.cursor if state else Cursor()
 
 
-def _require_same_frozen(config: TrainConfig, names: list[str], start: Start) -> None:
+def _require_same_frozen(config: TrainConfig, names: list[str], state: RunState, checkpoint: Path) -> None:
     """Refuse to go on with other frozen weights: of what was trained the origin is gone, of the rest the optimizer state."""
-    if (state := start.read_state()) is None:
-        return
     before = set(state.frozen.names) if state.frozen else set()
     now = set(frozen_names(names, config.model))
-    is_own = start.checkpoint.parent == checkpoints_directory(config.run.directory)
+    is_own = checkpoint.parent == checkpoints_directory(config.run.directory)
     if changed := (before ^ now if is_own else before - now):
-        raise of_all_ranks(
-            ConfigError(
-                f"model.freeze={config.model.freeze}: {some(sorted(changed), 3)} {'was' if changed <= before else 'was not'} "
-                f"frozen in {start.checkpoint}; go on as before, or begin another run.name with "
-                f"checkpoint.resume={start.checkpoint} checkpoint.load=weights"
-            )
+        was = "was" if changed <= before else "was not"
+        problem = (
+            f"model.freeze={config.model.freeze}: {some(sorted(changed), 3)} {was} frozen in {checkpoint}; go on as before, "
+            f"or begin another run.name with checkpoint.resume={checkpoint} checkpoint.load=weights"
         )
+        raise of_all_ranks(ConfigError(problem))
 
 
 def go_back(
     config: TrainConfig, verdict: RollBack, stream: SampleStream, *, start: Start, begin: Cursor, rollbacks: int
 ) -> Start:
-    """Return what to roll back to: the newest whole checkpoint before the bad steps, or the run's origin.
+    """Return what to roll back to, and leave the samples of the bad steps out of ``stream``; all ranks call this.
 
-    All ranks call this; the caller discards newer checkpoints.
+    That is the newest whole checkpoint before them, or the run's origin; the caller discards newer checkpoints. Until
+    now the run was trained from ``start``, which was at ``begin``, and has gone back ``rollbacks`` times.
 
-    Args:
-        config: of the run.
-        verdict: the bad steps.
-        stream: the samples of the run; those of the bad steps are left out from now on.
-        start: what was trained from until now.
-        begin: where that was.
-        rollbacks: number of rollbacks before.
-
-    Raises:
-        NoRestartError: too many rollbacks, or what to roll back to is gone.
+    NoRestartError: too many rollbacks, or what to roll back to is gone.
     """
     first, last, batch = verdict.first_step, verdict.last_step, config.train.global_batch_size
     bad = f"steps {first} to {last} of {config.run.directory} have bad numbers"
@@ -235,18 +125,10 @@ def go_back(
         before = _before(config, first, start.origin)
     except CheckpointError as error:
         raise of_all_ranks(NoRestartError(f"{bad}, and the run cannot go back: {error}")) from error
-    log.get_logger().warning(
-        f"{bad}: going back to {before.checkpoint or 'the beginning'}; their {(last - first + 1) * batch} samples are "
-        "left out from now on"
-    )
-    bad_samples = [begin.samples + (step - begin.step) * batch for step in (first - 1, last)]
-    stream.leave_out(*bad_samples)
+    place, num_samples = before.checkpoint or "the beginning", (last - first + 1) * batch
+    log.get_logger().warning(f"{bad}: going back to {place}; their {num_samples} samples are left out from now on")
+    stream.leave_out(*(begin.samples + (step - begin.step) * batch for step in (first - 1, last)))
     return before
-
-
-def discard(directory: Path, verdict: RollBack) -> None:
-    """Delete the checkpoints from the first bad step on; all ranks call this while no save is under way."""
-    on_rank0(lambda: discard_after(directory, verdict.first_step - 1))
 
 
 def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
@@ -268,3 +150,57 @@ def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
     if problems := verify_checkpoint(seed, config.checkpoint.verify):
         raise CheckpointError(f"the checkpoint that it began with is not whole: {problems[0]}")
     return Start(origin, seed, origin.weights_only)
+
+
+# Where a run stands by its validations, and whether to train on
+
+
+def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
+    """Return the standing that a launch begins with: the checkpoint's, unless it is by another metric.
+
+    ConfigError: the task has none such.
+    """
+    objective, metric = build_objective(config.task), config.validation.metric
+    known = ["loss"]
+    if metric not in known:
+        ones = {name: np.ones(shape) for name, shape in objective.sums.items()}
+        known += objective.metrics(1.0, ones)
+        known += ["bits_per_byte"] if isinstance(objective, CausalLM) else []
+        known += WRITTEN_METRICS if config.validation.written_samples else ()
+        known += [f"{name}/{other}" for name in own_sets(config.data, "validation") if name for other in known]
+    if metric not in known:
+        raise ConfigError(f"validation.metric={metric}: task={config.task.kind} has {', '.join(known)}")
+    if state and state.standing and state.standing.metric == metric:
+        return state.standing
+    return Standing(
+        metric,
+        less_is_better=metric.rpartition("/")[2] in LESS_IS_BETTER | set(getattr(objective, "less_is_better", ())),
+    )
+
+
+def why_ended(standing: Standing, config: ValidationConfig) -> str | None:
+    """Return why a run with this standing is over before ``train.steps``, None if it is not."""
+    if standing.best is None or not config.every_steps:
+        return None
+    if config.stop_at is not None and standing.order(standing.best) <= standing.order(config.stop_at):
+        return f"reached {standing.metric} {standing.best:.6g}"
+    return EARLY_STOPPING if config.patience is not None and standing.num_since >= config.patience else None
+
+
+def explain_end(standing: Standing, reason: str) -> str:
+    """Return ``reason`` with the best validation and the setting that decided."""
+    if reason != EARLY_STOPPING:
+        return f"{reason} (validation.stop_at)"
+    best = f"{standing.metric} {standing.best:.6g} after step {standing.best_step}"
+    return f"no validation was better than {best} in {standing.num_since} (validation.patience)"
+
+
+def nothing_to_do(config: TrainConfig, state: RunState, standing: Standing) -> str | None:
+    """Say why a run is not trained on, None if it is."""
+    directory, step, wanted_steps = config.run.directory, state.step, config.train.steps
+    if step < wanted_steps:
+        ended = why_ended(standing, config.validation)
+        return ended and f"{directory} is finished at step {step}: {explain_end(standing, ended)}"
+    if step > wanted_steps:
+        return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
+    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"

@@ -39,12 +39,8 @@ def sample_run(
 ) -> list[str]:
     """Return continuations of ``prompt`` by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
 
-    The settings are those of :class:`bigtrain.cli.generate.GenerateConfig`.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        DataError: the run was trained without a tokenizer.
-        ConfigError: a prompt or a setting that the model cannot serve.
+    The settings are those of :class:`bigtrain.cli.generate.GenerateConfig`. CheckpointError: no whole checkpoint.
+    DataError: the run was trained without a tokenizer. ConfigError: a prompt or a setting that the model cannot serve.
     """
     run, checkpoint = find_whole(path)
     config = read_config(run)

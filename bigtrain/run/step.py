@@ -17,9 +17,8 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one optimizer step; the loss is the mean over the targets of all ranks, never a mean of means.
 
-    Returns:
-        This rank's addend of the loss and of the objective's other sums, ``(1 + K,)`` or 0-d, and the global gradient
-        norm, 0-d; both on the device, without waiting for it.
+    Returns this rank's addend of the loss and of the objective's other sums, ``(1 + K,)`` or 0-d, and the global
+    gradient norm, 0-d; both on the device, without waiting for it.
     """
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
@@ -31,21 +30,19 @@ def train_step(
 
 
 def read_back(pending: list[dict[str, Any]], objective: Objective, mesh: Mesh) -> list[dict[str, Any]]:
-    """Wait for the device, all-reduce the losses, and return the pending records as plain numbers; clears ``pending``."""
+    """Wait for the device, all-reduce the losses, and return the pending records as plain numbers.
+
+    Clears ``pending``.
+    """
     sums = mesh.total(torch.stack([record["loss"] for record in pending])).view(len(pending), -1)
     norms = torch.stack([record["grad_norm"] for record in pending])
-    records = [
-        {**record, "loss": loss, "grad_norm": norm, **train_metrics(objective, loss, rest)}
-        for record, (loss, *rest), norm in zip(pending, sums.tolist(), norms.tolist(), strict=True)
-    ]
+    records = []
+    for record, (loss, *rest), norm in zip(pending, sums.tolist(), norms.tolist(), strict=True):
+        metrics = objective.metrics(loss, split_sums(objective, rest)) if rest else {}
+        train = {f"train/{name}": value for name, value in metrics.items()}
+        records.append({**record, "loss": loss, "grad_norm": norm, **train})
     pending.clear()
     return records
-
-
-def train_metrics(objective: Objective, loss: float, sums: list[float]) -> dict[str, float]:
-    """Return the metrics of an objective's sums beside the loss, if any."""
-    metrics = objective.metrics(loss, split_sums(objective, sums)) if sums else {}
-    return {f"train/{name}": value for name, value in metrics.items()}
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:

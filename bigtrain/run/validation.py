@@ -1,44 +1,40 @@
-"""What a run reaches on samples that it does not train on, in training and afterwards."""
+"""What a model reaches on samples that it is not trained on: loss, metrics, what it writes, and what it gets wrong."""
 
-import dataclasses
+import base64
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bigtrain import log
-from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import EngineKind, Offload, SetConfig, TaskKind, TrainConfig, own_sets, set_data
-from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.config import TrainConfig
+from bigtrain.config.packages import require
+from bigtrain.data.read.batch import Batch
+from bigtrain.data.read.images import visible
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import count_targets
 from bigtrain.data.read.stream import SampleStream
-from bigtrain.data.read.tokenizer import TOKENIZER_FILE
-from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.base import Engine
-from bigtrain.engine.build import build_engine
-from bigtrain.engine.state import MODEL
-from bigtrain.errors import ConfigError
-from bigtrain.files import read_json
-from bigtrain.models import build_model
-from bigtrain.processes import RankInfo
-from bigtrain.run.data import elsewhere, held_out_batches, open_data
-from bigtrain.run.directory import FACTS_FILE, find_whole, locate, read_config
-from bigtrain.run.frozen import load_state
-from bigtrain.run.inputs import label_names
-from bigtrain.run.sets import HELD_OUT, open_set, sets_of
-from bigtrain.run.written import write_validation, written_metrics
+from bigtrain.files import write_anew
+from bigtrain.run.data import HELD_OUT, held_out_batches, sets_of
 from bigtrain.tasks import build_objective
-from bigtrain.tasks.base import Objective, split_sums
+from bigtrain.tasks.answers import Wanted, Writing
+from bigtrain.tasks.base import IGNORE_INDEX, Objective, split_sums
 from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.telemetry.files import CLASSIFICATION_FILE
 
-SETS = (HELD_OUT, "test")
 NUM_WRITTEN = 10  # texts of a validation that are recorded
+NUM_MISTAKES = 24  # images that are shown
+WRITTEN_METRICS = ("exact", "bleu", "chrf")
+"""Share of texts that are the target; BLEU and chrF of sacrebleu, each of all texts together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +43,36 @@ class Measured:
 
     metrics: dict[str, float]
     """``loss`` and the task's; of a set with a name as ``name/loss``, besides those of all together."""
-    confusion: NDArray[np.float64] | None
-    """``(C, C)``, a row per true label, if the task counts them."""
-    texts: list[dict[str, str]]
-    """On rank 0, what was written of the first of ``validation.written_samples`` samples."""
+    confusion: NDArray[np.float64] | None  # ``(C, C)``, a row per true label, if the task counts them
+    texts: list[dict[str, str]]  # on rank 0, what was written of the first of ``validation.written_samples`` samples
 
 
 def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConfig, *, batches: int | None) -> Measured:
     """Return the mean loss per target, and the task's metrics, at any world size.
 
-    Args:
-        engine: with the weights.
-        sets: by name; what has none is ``""``.
-        config: of the run.
-        batches: global batches of each set; None for all of it.
+    ``sets`` are by name, one without a name as ``""``; of each ``batches`` global batches are taken, by default all.
     """
-    objective = build_objective(config.task)
+    objective, texts = build_objective(config.task), {}
     totals = {name: _add_up(engine, stream, objective, config, batches) for name, stream in sets.items()}
-    metrics, sums = _metrics_of(objective, torch.stack(list(totals.values())).sum(dim=0))
-    for name, total in totals.items():
-        metrics |= {f"{name}/{key}": value for key, value in _metrics_of(objective, total)[0].items()} if name else {}
-    texts = {}
     if config.validation.written_samples:
         texts = {name: write_validation(engine, stream, config) for name, stream in sets.items()}
-        metrics |= written_metrics([text for part in texts.values() for text in part])
-    for name, stream in sets.items() if isinstance(objective, CausalLM) else ():
-        if (size := stream.bytes_per_token) and (name or len(sets) == 1):
-            prefix = f"{name}/" if name else ""
-            metrics[f"{prefix}bits_per_byte"] = metrics[f"{prefix}loss"] / math.log(2) / size
-    for name, part in texts.items():
-        metrics |= {f"{name}/{key}": value for key, value in written_metrics(part).items()} if name else {}
+
+    def measure(chosen: list[str]) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+        """Return metrics and sums of some sets together."""
+        num_targets, loss_sum, *flat = torch.stack([totals[name] for name in chosen]).sum(dim=0).tolist()
+        loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
+        sums = split_sums(objective, flat)
+        metrics = {"loss": loss, **objective.metrics(loss, sums)}
+        if texts:
+            metrics |= written_metrics([text for name in chosen for text in texts[name]])
+        size = sets[chosen[0]].bytes_per_token if len(chosen) == 1 else None
+        if isinstance(objective, CausalLM) and size:
+            metrics["bits_per_byte"] = loss / math.log(2) / size
+        return metrics, sums
+
+    metrics, sums = measure(list(sets))
+    for name in filter(None, sets):
+        metrics |= {f"{name}/{key}": value for key, value in measure([name])[0].items()}
     return Measured(metrics, sums.get("confusion"), [text for part in texts.values() for text in part][:NUM_WRITTEN])
 
 
@@ -85,119 +81,115 @@ def _add_up(
 ) -> torch.Tensor:
     """Return targets, summed loss and the objective's sums over samples of a set, over all ranks: fp64 ``(2 + K,)``."""
     batches = batches or math.ceil(stream.num_samples / config.train.global_batch_size)
-    steps = held_out_batches(stream, config, engine, batches=batches)
     total = torch.zeros(2 + sum(math.prod(shape) for shape in objective.sums.values()), dtype=torch.float64)
-    for micro_batches in steps:
+    for micro_batches in held_out_batches(stream, config, engine, batches=batches):
         for batch, sums in zip(micro_batches, engine.evaluate(micro_batches).tolist(), strict=True):
             total += torch.tensor([count_targets(objective, batch), *sums], dtype=torch.float64)
     return engine.mesh.total(total)
 
 
-def _metrics_of(objective: Objective, total: torch.Tensor) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-    num_targets, loss_sum, *flat = total.tolist()
-    loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
-    sums = split_sums(objective, flat)
-    return {"loss": loss, **objective.metrics(loss, sums)}, sums
+# What a sequence-to-sequence model writes
 
 
-def evaluation_config(path: Path, *, batches: int | None = None) -> TrainConfig:
-    """Return the configuration of a run for measuring and predicting on the ranks of this world.
+def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
+    """Return source, target and what was written of ``validation.written_samples`` samples, in order, on rank 0.
 
-    Args:
-        path: directory of a run, or of one of its checkpoints.
-        batches: global batches of a validation; by default those of the run's own.
-
-    Raises:
-        CheckpointError: no checkpoint.
-        ConfigError: it is of no use in this world.
+    All ranks call this.
     """
-    info = RankInfo.from_env()
-    log.setup(info.rank)
-    config = read_config(locate(path)[0])
-    # The engine does not matter to the numbers; this one needs the least memory.
-    engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
-    every_steps, batches = config.validation.every_steps or 1, batches or config.validation.batches
-    validation = dataclasses.replace(config.validation, batches=batches, every_steps=every_steps)
-    train = dataclasses.replace(config.train, micro_batch_size=None)
-    config = dataclasses.replace(config, engine=engine, validation=validation, train=train)
-    config = fit_micro_batch(config, info.world_size)
-    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
-        raise ConfigError("\n".join(problems))
-    return config
+    batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
+    objective, wanted = build_objective(config.task), Wanted(writing=writing_of(stream.tokenizer_directory))
+    engine.module.eval()
+    network, decode = partial(engine.module, predicts=True), wanted.writing.decode
+    found: list[tuple[int, dict[str, str]]] = []
+    steps = held_out_batches(stream, config, engine, batches=math.ceil(num_wanted / batch_size))
+    for number, batch in ((number, batch) for number, micro_batches in enumerate(steps) for batch in micro_batches):
+        *inputs, targets = (tensor.to(engine.device) for tensor in batch.values())
+        with torch.no_grad():
+            written = objective.answers(network, *inputs, wanted=wanted)
+        rows = zip(batch["source"].tolist(), batch["source_lengths"].tolist(), targets.tolist(), written, strict=True)
+        found += [
+            (number, {"source": decode(text[:length]), "target": decode(target), "written": own["text"]})
+            for text, length, target, own in rows
+            if target[0] != IGNORE_INDEX
+        ]
+    by_step = sorted((part for rank in gather_json(found) for part in rank), key=lambda part: part[0])
+    return [text for _, text in by_step][:num_wanted]
 
 
-def load_engine(path: Path, config: TrainConfig) -> tuple[Engine, Path]:
-    """Return an engine with the weights of a run's newest whole checkpoint, and that; starts the process group.
+def written_metrics(texts: list[dict[str, str]]) -> dict[str, float]:
+    """Return :data:`WRITTEN_METRICS` of what :func:`write_validation` returns on rank 0, on every rank."""
+    require("validation.written_samples", "sacrebleu", "metrics")
+    import sacrebleu
 
-    Raises:
-        CheckpointError: no whole checkpoint.
+    metrics = {}
+    if texts:
+        written, targets = [text["written"] for text in texts], [text["target"] for text in texts]
+        exact = sum(one == other for one, other in zip(written, targets, strict=True)) / len(targets)
+        bleu = sacrebleu.corpus_bleu(written, [targets], force=True).score
+        metrics = {"exact": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(written, [targets]).score}
+    return broadcast_json(metrics)
+
+
+def writing_of(directory: Path) -> Writing:
+    """Return how the tokenizer in a directory, of a corpus or a run, ends and reads texts."""
+    tokenizer, eos_id = load_tokenizer(directory), read_index(directory, check_sizes=False).tokenizer.eos_id
+
+    def decode(ids: list[int]) -> str:
+        ends = [place for place, number in enumerate(ids) if number in (eos_id, IGNORE_INDEX)]
+        return tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+
+    return Writing(eos_id, decode)
+
+
+# What a classifier gets wrong
+
+
+def write_classification(
+    directory: Path,
+    measured: Measured,
+    engine: Engine,
+    streams: Mapping[str, SampleStream],
+    config: TrainConfig,
+    *,
+    step: int,
+) -> None:
+    """Write the confusion matrix of a validation, a row per true label, and the images that are wrong.
+
+    All ranks call this.
+
+    The images are those whose wrong label is the most probable: each with ``label``, what was ``predicted``, and
+    ``pixels``, bytes of ``shape`` ``(H, W, C)`` in base64.
     """
-    info, device = _join_group()
-    _, checkpoint = find_whole(path)
-    engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    load_state(checkpoint, {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)})
-    engine.state.commit()
-    return engine, checkpoint
+    wrong: list[dict[str, Any]] = []
+    sets, confusion = sets_of(streams, HELD_OUT), measured.confusion
+    for stream in (stream for stream in sets.values() if "image_shape" in stream.facts):
+        steps = held_out_batches(stream, config, engine, batches=config.validation.batches)
+        for batch in (batch for micro_batches in steps for batch in micro_batches):
+            wrong = _surest(wrong + _mistakes_in(engine, batch, stream.facts))
+    if gathered := gather_json(wrong):
+        names = next((list(stream.label_names) for stream in sets.values()), [])
+        facts = {
+            "step": step,
+            "labels": names or [str(label) for label in range(len(confusion))],
+            "confusion": confusion.astype(int).tolist(),
+            "wrong": _surest([mistake for part in gathered for mistake in part]),
+        }
+        write_anew(directory / CLASSIFICATION_FILE, json.dumps(facts))
 
 
-def _join_group() -> tuple[RankInfo, torch.device]:
-    """Start the process group, unless there is one."""
-    info = RankInfo.from_env()
-    device = pick_device(info)
-    if not dist.is_initialized():
-        init_process_group(info, device)
-    return info, device
+def _mistakes_in(engine: Engine, batch: Batch, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pixels_BCHW, labels_B = batch["pixels"], batch["labels"]
+    with torch.no_grad():
+        logits_BC = engine.module(pixels_BCHW.to(engine.device), predicts=True).float().cpu()
+    probabilities, predicted_B = logits_BC.softmax(dim=-1).max(dim=-1)
+    found = []
+    for i in torch.nonzero((predicted_B != labels_B) & (labels_B != IGNORE_INDEX)).flatten().tolist():
+        picture = visible(pixels_BCHW[i].numpy(), facts)
+        mistake = {"label": int(labels_B[i]), "predicted": int(predicted_B[i]), "probability": float(probabilities[i])}
+        pixels = base64.b64encode(picture.tobytes()).decode()
+        found.append({**mistake, "shape": list(picture.shape), "pixels": pixels})
+    return found
 
 
-def validate_run(
-    path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None
-) -> Measured:
-    """Return what a checkpoint reaches on a set, with its ``step`` among the metrics, on all ranks of this world.
-
-    Args:
-        path: directory of a run, or of one of its checkpoints.
-        batches: global batches of each set; by default those of the run's own validations, and all of other sets.
-        chosen: ``validation`` or ``test``, or one of their sets by name, such as ``test/news``.
-        part: another set, in place of ``chosen``.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        ConfigError: the run has no such set.
-    """
-    config, (directory, _) = evaluation_config(path, batches=batches), locate(path)
-    _join_group()
-    with elsewhere(config.data):
-        sets = _open_sets(config, directory, chosen, part)
-    engine, checkpoint = load_engine(path, config)
-    is_usual = chosen == HELD_OUT and part is None
-    measured = validate(engine, sets, config, batches=config.validation.batches if is_usual else batches)
-    shut_down()
-    is_usual &= config.task.kind == TaskKind.causal_lm.name
-    if is_usual and sets.get("") and sets[""].tokenizer_directory and not config.data.mixture:
-        index = read_index(directory, check_sizes=False)
-        if not index.live and index.validation.num_documents:
-            measured.metrics["unigram_entropy"] = index.validation.unigram_nats_per_token
-    return dataclasses.replace(measured, metrics={"step": read_run_state(checkpoint).step, **measured.metrics})
-
-
-def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | None) -> dict[str, SampleStream]:
-    """Return the sets that are measured on; those of their own need no training data."""
-    which, _, name = chosen.partition("/")
-    data = {"data": set_data(config.data, part)} if part else own_sets(config.data, which) if which in SETS else {}
-    if name:
-        data = {other: section for other, section in data.items() if other == name}
-    if not data and chosen == HELD_OUT:
-        return sets_of(open_data(config), HELD_OUT)
-    if not data:
-        known = [f"{w}/{n}" if n else w for w in SETS for n in own_sets(config.data, w)]
-        raise ConfigError(
-            f"set={chosen}: the run has {', '.join(dict.fromkeys([HELD_OUT, *known]))}; another one is data.path=..."
-        )
-    tokenizer = run if (run / TOKENIZER_FILE).is_file() else None
-    where = "data" if part else f"data.{which}"
-    facts = read_json(run / FACTS_FILE)
-    found = {
-        other: open_set(config, section, where=where, tokenizer=tokenizer, label_names=label_names(run), facts=facts)
-        for other, section in data.items()
-    }
-    return {"": next(iter(found.values()))} if part or name else found
+def _surest(mistakes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(mistakes, key=lambda m: (-m["probability"], m["pixels"]))[:NUM_MISTAKES]

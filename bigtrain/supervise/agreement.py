@@ -14,7 +14,10 @@ class StopAgreement:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self, reason: str | None) -> str | None:
-        """Return the stop request, one of :data:`REASONS`, of any rank at the previous call; all ranks call this per step."""
+        """Return the stop request, one of :data:`REASONS`, of any rank at the previous call.
+
+        All ranks call this per step.
+        """
         if dist.get_world_size() == 1:
             return reason
         agreed = self.settle()

@@ -1,8 +1,8 @@
 """Launches of a run: one at a time, counted, each with a record of its end.
 
-``attempt.json`` is the lease of the launch that holds the run (:mod:`bigtrain.supervise.lease`). ``exit.json`` is how the
-newest launch ended, ``{"code", "reason", "step", "attempt", "time"}`` with a code of :mod:`bigtrain.errors`, for scripts
-behind a launcher that turns every exit code into 1; it is absent while a launch runs.
+``attempt.json`` is the lease of the launch that holds the run (:mod:`bigtrain.supervise.lease`). ``exit.json`` is how
+the newest launch ended, ``{"code", "reason", "step", "attempt", "time"}`` with a code of :mod:`bigtrain.errors`, for
+scripts behind a launcher that turns every exit code into 1; it is absent while a launch runs.
 """
 
 import contextlib
@@ -61,8 +61,7 @@ def claim_run(
 
     Raises:
         ConfigError: another launch has the run.
-        NoRestartError: a launcher has restarted this run, and it has failed too often without a new checkpoint, or
-            for a reason that a person has to look at.
+        NoRestartError: a launcher's restart, after too many failures or one that a person has to look at.
         OSError: the directory cannot be written.
     """
     lease = take_lease(directory / ATTEMPT_FILE, patient=is_restart() and not hurry, hurry=hurry)
@@ -74,9 +73,17 @@ def claim_run(
         if is_restart() and ended.get("code") == EXIT_NO_RESTART:
             write_exit(directory, code=EXIT_NO_RESTART, reason=ended["reason"], step=newest_step, attempt=number)
             raise NoRestartError(f"not restarted, launched by hand it tries again: {ended['reason']}")
-        failures = _failures_in_a_row(directory, last, newest_step, is_reserved=is_reserved)
+        code, failures = ended.get("code"), 0
+        has_progress = code in (EXIT_FINISHED, EXIT_RESUMABLE) or newest_step > int(last.get("step", 0))
+        if "attempt" in last and is_restart() and not has_progress:
+            failures = int(last.get("failures_without_progress", 0)) + (code != EXIT_USER_ERROR and not is_reserved)
         if failures >= max_failed_attempts:
-            reason = _exhausted(directory, failures, newest_step)
+            cause = read_json(directory / FAILURE_FILE).get("summary", "unknown; see the log of the launcher")
+            reason = (
+                f"{directory} is not restarted any more: {failures} launches in a row failed without a checkpoint after "
+                f"step {newest_step}. First cause of the last failure: {cause}. Launched by hand it tries again; "
+                "supervision.max_failed_attempts is the limit."
+            )
             write_exit(directory, code=EXIT_NO_RESTART, reason=reason, step=newest_step, attempt=number)
             raise NoRestartError(reason)
         (directory / EXIT_FILE).unlink(missing_ok=True)
@@ -160,21 +167,3 @@ def now() -> str:
 def is_restart() -> bool:
     """Return whether a launcher, not a person, has started this process."""
     return any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTERS)
-
-
-def _failures_in_a_row(directory: Path, last: dict[str, Any], newest_step: int, *, is_reserved: bool) -> int:
-    """Return how many launches before this one failed one after the other without a new checkpoint."""
-    code = read_exit(directory).get("code")
-    has_progress = code in (EXIT_FINISHED, EXIT_RESUMABLE) or newest_step > int(last.get("step", 0))
-    if "attempt" not in last or not is_restart() or has_progress:
-        return 0
-    return int(last.get("failures_without_progress", 0)) + (code != EXIT_USER_ERROR and not is_reserved)
-
-
-def _exhausted(directory: Path, failures: int, step: int) -> str:
-    cause = read_json(directory / FAILURE_FILE).get("summary", "unknown; see the log of the launcher")
-    return (
-        f"{directory} is not restarted any more: {failures} launches in a row failed without a checkpoint after step "
-        f"{step}. First cause of the last failure: {cause}. Launched by hand it tries again; "
-        "supervision.max_failed_attempts is the limit."
-    )

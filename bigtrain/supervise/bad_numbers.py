@@ -1,8 +1,9 @@
 """Non-finite steps and loss spikes: which steps are bad, and when to roll back.
 
-Engines skip the update of a step with a non-finite gradient, on all ranks. This module decides when the numbers are read
-back: a few bad steps are tolerated; too many roll the run back to the checkpoint before the first of them, and skip
-the samples of the bad stretch (Chowdhery et al. 2022, section 5.1). All ranks see the same numbers and decide alike.
+Engines skip the update of a step with a non-finite gradient, on all ranks. This module decides when the numbers are
+read back: a few bad steps are tolerated; too many roll the run back to the checkpoint before the first of them, and
+skip the samples of the bad stretch (Chowdhery et al. 2022, section 5.1). All ranks see the same numbers and decide
+alike.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The first cause of a failure: every rank that fails leaves a record, and few of them summarise.
 
-``failures/attempt-00003/rank-00001.json`` is the record of a rank, ``failure.json`` in the run's directory the summary of
-the newest attempt that failed. If every rank of a large job summarised, they would read ranks² files. So only the writer
-of the first record of each kind does, and finally the watchdog of rank 0's node.
+``failures/attempt-00003/rank-00001.json`` is the record of a rank, ``failure.json`` in the run's directory the summary
+of the newest attempt that failed. If every rank of a large job summarised, they would read ranks² files. So only the
+writer of the first record of each kind does, and finally the watchdog of rank 0's node.
 
 The first cause is not the earliest record: when a rank dies, others report their lost connections before the death is
 noticed. An exception or a hang goes before a death, and a death before a lost connection.
@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import socket
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from bigtrain.log import redact
 from bigtrain.supervise.attempt import FAILURE_FILE, holds, make_room, now, write_exit
 from bigtrain.supervise.heartbeat import Beat
 
+ATTEMPTS = "failures"  # directory of the records of all attempts
 _ROUNDS = 3
 _ORDER = ("exception", "hang", "died", "connection")
 _CONNECTION_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -44,14 +44,6 @@ class Failure:
     code: int = EXIT_FAULT  # of the run if this is the first cause
 
 
-def failure_of(error: BaseException, *, rank: int, phase: str, step: int) -> Failure:
-    """Return the record of an exception."""
-    kind = "connection" if is_lost_connection(error) else "exception"
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-    detail, code = "".join(traceback.format_exception(error)), getattr(error, "exit_code", EXIT_FAULT)
-    return Failure(kind=kind, rank=rank, phase=phase, step=step, error=text, detail=detail, code=code)
-
-
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether ``error`` only says that another rank is gone."""
     if any(base.__name__ in _CONNECTION_TYPES for base in type(error).__mro__):
@@ -60,19 +52,12 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def record_failures(directory: Path, attempt: int, failures: list[Failure], beats: list[Beat]) -> dict[str, Any]:
-    """Write records, and summarise the attempt if one is the first of its kind. Never raises.
+    """Write records of ranks that have none, and summarise the attempt if one is the first of its kind. Never raises.
 
-    Args:
-        directory: of the run.
-        attempt: number of this launch.
-        failures: new ones; a rank that has a record keeps it.
-        beats: heartbeats of the ranks of this node.
-
-    Returns:
-        The first cause with ``summary``, a line about it, and ``others``, what the other ranks did.
+    ``beats`` are the heartbeats of the ranks of this node. Returned is the first cause with ``summary``, a line about
+    it, and ``others``, what the other ranks did.
     """
-    place = _place(directory, attempt)
-    host = socket.gethostname()
+    place, host = directory / ATTEMPTS / f"attempt-{attempt:05d}", socket.gethostname()
     records = [redact({**asdict(failure), "host": host, "time": now()}) for failure in failures]
     make_room(directory, attempt)
     with contextlib.suppress(OSError):
@@ -81,7 +66,7 @@ def record_failures(directory: Path, attempt: int, failures: list[Failure], beat
         for record in records:
             _write_new(place / f"rank-{record['rank']:05d}.json", record)
     if not any([_is_first_of_kind(place, kind) for kind in {record["kind"] for record in records}]):
-        return read_json(place / FAILURE_FILE) or _sum_up(records, attempt, _states(beats))
+        return read_json(place / FAILURE_FILE) or _sum_up(records, attempt, beats)
     return sum_up(directory, attempt, beats, records)
 
 
@@ -89,14 +74,14 @@ def sum_up(
     directory: Path, attempt: int, beats: list[Beat], records: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Summarise the records of an attempt (``records`` if none can be read) in ``failure.json`` and ``exit.json``."""
-    place = _place(directory, attempt)
+    place = directory / ATTEMPTS / f"attempt-{attempt:05d}"
     found: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for _ in range(_ROUNDS):  # other ranks may write their records meanwhile
-        if (now_found := _read_records(place) or records or []) == found:
+        read = [values for path in sorted(place.glob("rank-*.json")) if (values := read_json(path))] or records or []
+        if read == found:
             break
-        found = now_found
-        summary = _sum_up(found, attempt, _states(beats))
+        found, summary = read, _sum_up(read, attempt, beats)
         if summary == read_json(place / FAILURE_FILE):
             break
         write_exit(directory, code=summary["code"], reason=summary["summary"], step=summary["step"], attempt=attempt)
@@ -105,15 +90,6 @@ def sum_up(
                 write_anew(directory / FAILURE_FILE, json.dumps(summary, indent=1))
             write_anew(place / FAILURE_FILE, json.dumps(summary, indent=1))
     return summary
-
-
-def _place(directory: Path, attempt: int) -> Path:
-    return directory / "failures" / f"attempt-{attempt:05d}"
-
-
-def _states(beats: list[Beat]) -> list[dict[str, Any]]:
-    host = socket.gethostname()
-    return [{"host": host, "rank": beat.rank, "phase": beat.phase, "step": beat.step} for beat in beats]
 
 
 def _is_first_of_kind(place: Path, kind: str) -> bool:
@@ -135,11 +111,12 @@ def describe(run: str, summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sum_up(records: list[dict[str, Any]], attempt: int, states: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_up(records: list[dict[str, Any]], attempt: int, beats: list[Beat]) -> dict[str, Any]:
     ordered = sorted(records, key=lambda r: (_ORDER.index(r["kind"]), r["time"], r["rank"]))
-    first, recorded = ordered[0], {record["rank"] for record in records}
+    first, recorded, host = ordered[0], {record["rank"] for record in records}, socket.gethostname()
     others = [{key: r[key] for key in ("rank", "host", "phase", "step", "kind", "error")} for r in ordered[1:]]
-    others += [state for state in states if state["rank"] not in recorded]
+    for beat in (beat for beat in beats if beat.rank not in recorded):
+        others.append({"host": host, "rank": beat.rank, "phase": beat.phase, "step": beat.step})
     where = f"rank {first['rank']} on {first['host']}, in {first['phase']} of step {first['step']}"
     return {
         "summary": f"{where}: {first['error']}",
@@ -147,10 +124,6 @@ def _sum_up(records: list[dict[str, Any]], attempt: int, states: list[dict[str, 
         **first,
         "others": sorted(others, key=lambda other: other["rank"]),
     }
-
-
-def _read_records(place: Path) -> list[dict[str, Any]]:
-    return [values for path in sorted(place.glob("rank-*.json")) if (values := read_json(path))]
 
 
 def _write_new(path: Path, record: dict[str, Any]) -> None:

@@ -59,7 +59,11 @@ class Heartbeat:
         self._limits_ns = [self._first_ns] * len(PHASES)
         self._limits_ns[_ENDING] = max(self._floor_ns, int(_ENDING_SECONDS * 1e9))
         self._phase, self._since_ns = 0, time.monotonic_ns()
-        self._slots = _map(path)
+        self._slots = memoryview(bytearray(_NUM_BYTES)).cast("q")
+        if path is not None:
+            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                file.truncate(_NUM_BYTES)
+                self._slots = memoryview(mmap.mmap(file.fileno(), _NUM_BYTES)).cast("q")
         self._slots[0], self._slots[1] = os.getpid(), rank
         self._slots[4], self._slots[5] = self._since_ns, self._since_ns + self._first_ns
 
@@ -133,14 +137,3 @@ def beats_directory(name: str) -> Path:
     if not os.access(place, os.W_OK):
         place = Path(tempfile.gettempdir())
     return place / f"bigtrain-{name}"
-
-
-def _map(path: Path | None) -> memoryview:
-    if path is None:
-        return memoryview(bytearray(_NUM_BYTES)).cast("q")
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.ftruncate(file, _NUM_BYTES)
-        return memoryview(mmap.mmap(file, _NUM_BYTES)).cast("q")
-    finally:
-        os.close(file)

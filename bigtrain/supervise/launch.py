@@ -7,23 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from bigtrain.config import SupervisionConfig
+from bigtrain.distributed.collectives import on_rank0
 from bigtrain.errors import EXIT_FAULT, BigtrainError, StopError, first_line
-from bigtrain.files import read_json
+from bigtrain.files import read_json, writing
 from bigtrain.log import get_logger
-from bigtrain.supervise.attempt import (
-    FAILURE_FILE,
-    claim_run,
-    has_decided,
-    has_failed,
-    write_exit,
-)
-from bigtrain.supervise.failures import Failure, describe, failure_of, is_lost_connection, record_failures
+from bigtrain.supervise.attempt import FAILURE_FILE, claim_run, has_decided, has_failed, write_exit
+from bigtrain.supervise.failures import Failure, describe, is_lost_connection, record_failures
 from bigtrain.supervise.heartbeat import Heartbeat, beats_directory, read_beats
 from bigtrain.supervise.lease import Lease
 from bigtrain.supervise.signals import MOVED, StopSignal
@@ -44,26 +40,34 @@ class Launch:
         self.heartbeat = Heartbeat()
         self.signal = StopSignal()
         self._lease: Lease | None = None
-        self._beats: Path | None = None
+        self._beat: Path | None = None  # file of this rank's heartbeat
         self._stacks: TextIO | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
 
-    def claim(self, newest_step: int) -> int:
-        """Take the run, on rank 0, and return the number of this launch; see :func:`claim_run`."""
-        number, self._lease = claim_run(
-            self.directory,
-            newest_step=newest_step,
-            max_failed_attempts=self.config.max_failed_attempts,
-            on_move=self._stop_when_moved,
-        )
-        return number
+    def claim(self, newest_step: Callable[[Path], int]) -> None:
+        """Take the run for this launch, unless it has it; all ranks call this. From then on signals are handled in order.
 
-    def _stop_when_moved(self) -> None:
-        if self.signal.reason is None:
-            get_logger().warning(
-                f"{self.directory} was renamed or removed while it is in use: this launch saves and stops"
-            )
-            self.signal.request(MOVED)
+        ConfigError: another launch has it, or its directory cannot be written. NoRestartError: see :func:`claim_run`.
+        """
+
+        def stop() -> None:
+            if self.signal.reason is None:
+                where = f"{self.directory} was renamed or removed while it is in use"
+                get_logger().warning(f"{where}: this launch saves and stops")
+                self.signal.request(MOVED)
+
+        def take() -> int:
+            most, step = self.config.max_failed_attempts, newest_step(self.directory)
+            with writing(self.directory):
+                number, self._lease = claim_run(
+                    self.directory, newest_step=step, max_failed_attempts=most, on_move=stop
+                )
+            return number
+
+        if self.attempt == 0:
+            self.attempt = on_rank0(take)
+            self.signal.at_once = True
+            self.signal.listen()
 
     def is_here(self) -> bool:
         """Return, on rank 0, whether the run's directory is where it was taken; other ranks cannot tell."""
@@ -75,18 +79,8 @@ class Launch:
             self.directory = self._lease.follow()
         return self.directory
 
-    def begin(self, attempt: int) -> None:
-        """Note, on every rank, that the run has been taken; from now on signals are handled in order."""
-        self.attempt = attempt
-        self.signal.at_once = True
-        self.signal.listen()
-
     def supervise(
-        self,
-        launch_id: str,
-        local_rank: int,
-        save: Callable[[str], None] | None = None,
-        cache: Path | None = None,
+        self, launch_id: str, local_rank: int, save: Callable[[str], None] | None = None, cache: Path | None = None
     ) -> None:
         """Publish the heartbeat, and start the watchdog on the first rank of each node.
 
@@ -96,7 +90,7 @@ class Launch:
             save: called in a thread, with a name, before a hung process is killed.
             cache: where data is fetched for the ranks of this node; waiting for it is no hang.
         """
-        hang_seconds = self.config.hang_seconds
+        hang_seconds, first_hang_seconds = self.config.hang_seconds, self.config.first_hang_seconds
         place = beats_directory(f"{launch_id}-{self.rank - local_rank}")
         try:
             place.mkdir(mode=0o700, exist_ok=True)
@@ -104,26 +98,23 @@ class Launch:
             self._stacks = stacks_path(place, self.rank).open("w")
             faulthandler.enable(self._stacks)
             faulthandler.register(STACK_SIGNAL, self._stacks)
+            self._beat = place / f"{self.rank:05d}.beat"
             self.heartbeat = Heartbeat(
-                self._heartbeat_path(place),
-                rank=self.rank,
-                hang_seconds=hang_seconds,
-                first_hang_seconds=self.config.first_hang_seconds,
+                self._beat, rank=self.rank, hang_seconds=hang_seconds, first_hang_seconds=first_hang_seconds
             )
-            self._beats = place
             if save:
-                os.mkfifo(question_path(place, self.rank))
-                threading.Thread(target=self._answer, args=(question_path(place, self.rank), save), daemon=True).start()
+                question = question_path(place, self.rank)
+                os.mkfifo(question)
+                threading.Thread(target=self._answer, args=(question, save), daemon=True).start()
             if local_rank == 0:
-                interval = min(0.5, hang_seconds / 8) if hang_seconds else 0.5
                 watch = Watch(
                     beats=str(place),
                     run=str(self.directory),
                     attempt=self.attempt,
-                    interval_seconds=interval,
+                    interval_seconds=min(0.5, hang_seconds / 8) if hang_seconds else 0.5,
                     kills=hang_seconds > 0,
                     cache=str(cache or ""),
-                    fetch_seconds=self.config.first_hang_seconds,
+                    fetch_seconds=first_hang_seconds,
                 )
                 self._watchdog = start_watchdog(watch)
         except OSError as error:
@@ -148,11 +139,8 @@ class Launch:
 
     def leave(self) -> None:
         """Take this rank's heartbeat away, on a process that goes on after the run: a watchdog ends with its ranks."""
-        if self._beats is not None:
-            self._heartbeat_path(self._beats).unlink(missing_ok=True)
-
-    def _heartbeat_path(self, place: Path) -> Path:
-        return place / f"{self.rank:05d}.beat"
+        if self._beat is not None:
+            self._beat.unlink(missing_ok=True)
 
     def __enter__(self) -> "Launch":
         return self
@@ -167,11 +155,20 @@ class Launch:
         self.signal.at_once = False
         with contextlib.suppress(OSError):
             self.follow()
-        raised, error = error, _stop_behind(error) or error
+        raised, stop = error, error
+        while stop is not None and not isinstance(stop, StopError):  # a library may have wrapped what a signal raised
+            stop = stop.__cause__ or stop.__context__
+        error = stop or error
         if isinstance(error, StopError):
-            self._stop(error)
-        elif isinstance(error, BigtrainError) and (error.shared or self._is_said_by_rank0()):
-            if self.rank == 0 and self._beats is not None:  # before that, exit.json says everything
+            error.shared = True
+            time.sleep(_RECORD_SECONDS)
+            if has_failed(self.directory, self.attempt):  # the signal is the launcher's answer to that
+                error.exit_code = EXIT_FAULT
+                error.args = (f"ended by {self.signal.reason}; the first cause is in {self.directory / FAILURE_FILE}",)
+            else:
+                self.end(error.exit_code, str(self.signal.reason))
+        elif isinstance(error, BigtrainError) and (error.shared or self._is_said_before_the_watchdog()):
+            if self.rank == 0 and self._beat is not None:  # before that, exit.json says everything
                 record_failures(self.directory, self.attempt, [self._failure(error)], [])
             self.end(error.exit_code, first_line(error))
         elif error is not None:
@@ -183,33 +180,31 @@ class Launch:
         if error is not None and error is not raised:
             raise error from None
 
-    def _stop(self, error: StopError) -> None:
-        """Record a stop, unless the signal was the launcher's answer to the failure of another rank."""
-        error.shared = True
-        time.sleep(_RECORD_SECONDS)
-        if has_failed(self.directory, self.attempt):
-            error.exit_code = EXIT_FAULT
-            error.args = (f"ended by {self.signal.reason}; the first cause is in {self.directory / FAILURE_FILE}",)
-        else:
-            self.end(error.exit_code, str(self.signal.reason))
-
-    def _is_said_by_rank0(self) -> bool:
+    def _is_said_before_the_watchdog(self) -> bool:
         """Return whether rank 0 reports an error from before the watchdog was started."""
-        if self._beats is not None:
+        if self._beat is not None:
             return False
         if self.rank > 0:
             time.sleep(_RECORD_SECONDS)
         return self.rank == 0 or has_decided(self.directory, self.attempt)
 
     def _failure(self, error: BaseException) -> Failure:
-        return failure_of(error, rank=self.rank, phase=self.heartbeat.phase, step=self.heartbeat.step)
+        return Failure(
+            kind="connection" if is_lost_connection(error) else "exception",
+            rank=self.rank,
+            phase=self.heartbeat.phase,
+            step=self.heartbeat.step,
+            error=f"{type(error).__name__}: {error}".splitlines()[0][:500],
+            detail="".join(traceback.format_exception(error)),
+            code=getattr(error, "exit_code", EXIT_FAULT),
+        )
 
     def _record(self, error: BaseException) -> None:
         """Record a fault of the program or of the machine."""
         failure = self._failure(error)
         if failure.kind == "connection" and has_decided(self.directory, self.attempt):
             return
-        beats = read_beats(self._beats) if self._beats else []
+        beats = read_beats(self._beat.parent) if self._beat else []
         summary = record_failures(self.directory, self.attempt, [failure], beats)
         text = describe(str(self.directory), summary)
         if isinstance(error, BigtrainError):
@@ -221,10 +216,3 @@ class Launch:
             )
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
-
-
-def _stop_behind(error: BaseException | None) -> StopError | None:
-    """Return the stop that a signal raised in the midst of a library, which may have wrapped it in an error of its own."""
-    while error is not None and not isinstance(error, StopError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -1,13 +1,13 @@
 """The lease of a launch on its run: a heartbeat in a file, a lock where there are locks, and the take-over.
 
-A lock alone is not enough: it may be local to a node or without effect (Lustre ``localflock``, NFS ``local_lock``), and a
-node that is cut off keeps it while Slurm has queued the job again elsewhere. So the holder increments a number in the file
-every 3 s. A taken lock proves a live holder; a free one proves something only on the holder's own machine. Otherwise a
-newcomer watches the number, by its own clock, and takes over when it has not changed for 30 s.
+A lock alone is not enough: it may be local to a node or without effect (Lustre ``localflock``, NFS ``local_lock``), and
+a node that is cut off keeps it while Slurm has queued the job again elsewhere. So the holder increments a number in the
+file every 3 s. A taken lock proves a live holder; a free one proves something only on the holder's own machine.
+Otherwise a newcomer watches the number, by its own clock, and takes over when it has not changed for 30 s.
 
-A take-over creates ``<file>.<n>`` with n above all others (O_EXCL), removes lower ones, checks that nothing has changed,
-and renames it to the file, which fails if a higher n has removed it. A holder that was cut off checks before each beat
-that the file is still its own, and ends: two launches overlap for at most one beat.
+A take-over creates ``<file>.<n>`` with n above all others (O_EXCL), removes lower ones, checks that nothing has
+changed, and renames it to the file, which fails if a higher n has removed it. A holder that was cut off checks before
+each beat that the file is still its own, and ends: two launches overlap for at most one beat.
 """
 
 import contextlib
@@ -54,7 +54,10 @@ class Lease:
         os.ftruncate(self._file, len(content))
 
     def keep(self, on_move: Callable[[], None] = lambda: None) -> None:
-        """Beat from now on; call ``on_move`` when the directory is renamed or removed, and end if another launch took over."""
+        """Beat from now on.
+
+        Call ``on_move`` when the directory is renamed or removed, and end if another launch took over.
+        """
         threading.Thread(target=self._beat, args=(on_move,), daemon=True).start()
 
     def release(self) -> None:
@@ -138,15 +141,9 @@ class Lease:
 
 
 def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
-    """Take the run whose lease file is ``path``.
+    """Take the run whose lease file is ``path``; ConfigError: a live process holds it.
 
-    Args:
-        path: with ``pid``, ``host`` and ``time`` of its holder.
-        patient: wait for a live holder too, not only for one that seems silent.
-        hurry: wait for none.
-
-    Raises:
-        ConfigError: a live process holds it.
+    With ``patient`` a live holder is waited for too, not only one that seems silent; with ``hurry`` none.
     """
     sign: tuple[Any, ...] | None = None
     waited, silent, is_heard = 0.0, 0.0, False
@@ -180,8 +177,8 @@ def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
 def _look(path: Path) -> tuple[bytes | None, str, int | None]:
     """Return the content of the file, the state of its lock, and the time of the last write.
 
-    The lock is ``taken`` by a live process, ``ours`` where it excludes others on this machine, or ``free``, which proves
-    nothing.
+    The lock is ``taken`` by a live process, ``ours`` where it excludes others on this machine, or ``free``, which
+    proves nothing.
     """
     try:
         file = os.open(path, os.O_RDWR)

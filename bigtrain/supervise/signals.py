@@ -26,8 +26,7 @@ REASONS = (
 )
 """Why a run stops before its end; where ranks have different reasons, the last of these counts."""
 STOP_FILE = "STOP"
-FORCE_AFTER_SECONDS = 2.0
-"""A launcher repeats the terminal's Ctrl-C at once; a later one is the user's second."""
+FORCE_AFTER_SECONDS = 2.0  # A launcher repeats the terminal's Ctrl-C at once; a later one is the user's second
 _PR_SET_PDEATHSIG = 1
 
 

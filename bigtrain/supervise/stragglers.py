@@ -41,9 +41,7 @@ class Stragglers:
     def check(self, step: int, data_seconds: float) -> list[Straggler]:
         """Return the ranks that are newly slow, in two comparisons in a row.
 
-        Args:
-            step: steps done.
-            data_seconds: time this rank has waited for data since the launch.
+        After ``step`` steps this rank has waited ``data_seconds`` for data since the launch.
         """
         if self._group is None or step < self._next_step:
             return []
@@ -68,9 +66,7 @@ class Stragglers:
 def slow_ranks(ranks: Sequence[Sequence[float]], factor: float) -> list[Straggler]:
     """Return the ranks that are ``factor`` times slower than the median.
 
-    Args:
-        ranks: per rank the seconds of its probe, those that it waited for data per step, and those of a step.
-        factor: more than 1.
+    ``ranks`` has the seconds of each one's probe, those that it waited for data per step, and those of a step.
     """
     probe, data, step = (statistics.median_low(column) for column in zip(*ranks, strict=True))
     found = []

@@ -1,7 +1,8 @@
 """The watchdog of a node: a process beside the ranks, standard library only, that reads heartbeats and process states.
 
-A thread inside a rank would hang with it. A rank that dies is recorded. When one stays in a phase beyond its deadline, the
-stacks of all ranks of the node are recorded and the ranks killed, so that the launcher restarts from the newest checkpoint.
+A thread inside a rank would hang with it. A rank that dies is recorded. When one stays in a phase beyond its deadline,
+the stacks of all ranks of the node are recorded and the ranks killed, so that the launcher restarts from the newest
+checkpoint.
 """
 
 import contextlib
@@ -83,7 +84,9 @@ def watch_node(watch: Watch) -> None:
         dead = [b for b in beats if b not in living and b.phase != "ending" and b.rank not in reported]
         reported.update(beat.rank for beat in dead)
         if dead and not has_decided(Path(watch.run), watch.attempt):
-            _report(watch, [_death(place, beat, oom=_num_oom_kills() != num_oom_kills) for beat in dead], beats)
+            oom = _num_oom_kills() != num_oom_kills
+            found = {beat: _death(_read(stacks_path(place, beat.rank)), oom=oom) for beat in dead}
+            _report(watch, "died", found, beats)
         if not living:
             break
         now_ns = time.monotonic_ns()
@@ -103,7 +106,8 @@ def watch_node(watch: Watch) -> None:
             num_looks = num_looks + 1 if has_failed(Path(watch.run), watch.attempt) else 0
             if num_looks > PATIENT_LOOKS:  # a failure on another node, of which the launcher did not tell this one
                 reported.update(beat.rank for beat in living)
-                _kill(living)
+                for beat in living:
+                    _send(beat.pid, signal.SIGKILL)
     _end(watch, beats)
 
 
@@ -130,7 +134,10 @@ class Deaths:
 
 
 def _is_waited_for(watch: Watch, suspect: Beat, now_ns: int) -> bool:
-    """Return whether a rank may take its time, for data being fetched or a profile; tell the watchdogs of other nodes."""
+    """Return whether a rank may take its time, for data being fetched or a profile.
+
+    Tell the watchdogs of other nodes.
+    """
     has_time = suspect.phase == "profile" and now_ns < suspect.deadline_ns
     if watch.cache and suspect.phase in FED_PHASES:
         with contextlib.suppress(OSError):  # files of other users, and file servers that do not answer
@@ -153,12 +160,11 @@ def _progress(beat: Beat) -> tuple[int, int, int]:
     return beat.step, PHASES.index(beat.phase), beat.since_ns
 
 
-def _death(place: Path, beat: Beat, *, oom: bool) -> Failure:
-    stacks = _read_stacks(place, beat.rank)
+def _death(stacks: str, *, oom: bool) -> tuple[str, str]:
+    """Return why a process ended without a word, and its stacks."""
     why = "killed (by the out-of-memory killer?)" if oom else "killed (by kill -9?)"
     why = "crashed in native code" if "Fatal Python error" in stacks else why
-    error = f"the process ended without a word: {why}"
-    return Failure(kind="died", rank=beat.rank, phase=beat.phase, step=beat.step, error=error, detail=stacks)
+    return f"the process ended without a word: {why}", stacks
 
 
 def _num_oom_kills() -> float:
@@ -170,22 +176,27 @@ def _num_oom_kills() -> float:
 
 
 def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool) -> None:
-    place = Path(watch.beats)
-    seconds, limit = (time.monotonic_ns() - suspect.since_ns) / 1e9, (suspect.deadline_ns - suspect.since_ns) / 1e9
+    place, now_ns = Path(watch.beats), time.monotonic_ns()
+    seconds, limit = (now_ns - suspect.since_ns) / 1e9, (suspect.deadline_ns - suspect.since_ns) / 1e9
     awake = [beat for beat in living if _process_state(beat.pid) not in _STOPPED]
-    _wait_until_gone([path for beat in awake if _ask(path := question_path(place, beat.rank))])
+    questions = [path for beat in awake if _ask(path := question_path(place, beat.rank))]
+    deadline = time.monotonic() + SAVE_SECONDS
+    while any(path.exists() for path in questions) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for beat in living:
         _send(beat.pid, STACK_SIGNAL)
         _send(beat.pid, signal.SIGCONT)  # a stopped process shows nothing
-    _wait_for_stacks([stacks_path(place, beat.rank) for beat in living])
+    paths, sizes, before = [stacks_path(place, beat.rank) for beat in living], [-1], []
+    deadline = time.monotonic() + STACKS_SECONDS
+    while not (sizes == before and all(sizes)) and time.monotonic() < deadline:  # until the files have stopped growing
+        time.sleep(0.1)
+        before, sizes = sizes, [path.stat().st_size for path in paths if path.exists()]
     how = "stopped (SIGSTOP)" if stopped else "hung"
     error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s (supervision.hang_seconds); all ranks of the node are ended"
-    stacks = "\n".join(f"rank {beat.rank}:\n{_read_stacks(place, beat.rank)}" for beat in living)
-    failure = Failure(
-        kind="hang", rank=suspect.rank, phase=suspect.phase, step=suspect.step, error=error, detail=stacks
-    )
-    _kill(living)
-    _report(watch, [failure], living)
+    stacks = "\n".join(f"rank {beat.rank}:\n{_read(stacks_path(place, beat.rank))}" for beat in living)
+    for beat in living:
+        _send(beat.pid, signal.SIGKILL)
+    _report(watch, "hang", {suspect: (error, stacks)}, living)
     while any(_process_state(beat.pid) not in _DEAD for beat in living):
         time.sleep(0.05)
     _end(watch, living)
@@ -200,25 +211,21 @@ def _end(watch: Watch, beats: list[Beat]) -> None:
     shutil.rmtree(watch.beats, ignore_errors=True)
 
 
-def _kill(living: list[Beat]) -> None:
-    for beat in living:
-        _send(beat.pid, signal.SIGKILL)
-
-
-def _report(watch: Watch, failures: list[Failure], beats: list[Beat]) -> None:
+def _report(watch: Watch, kind: str, found: dict[Beat, tuple[str, str]], beats: list[Beat]) -> None:
+    """Record ranks that have failed, with error and stacks, and say so."""
+    failures = [
+        Failure(kind=kind, rank=beat.rank, phase=beat.phase, step=beat.step, error=error, detail=stacks)
+        for beat, (error, stacks) in found.items()
+    ]
     summary = record_failures(Path(watch.run), watch.attempt, failures, beats)
     with contextlib.suppress(OSError):
         print(describe(watch.run, summary), file=sys.stderr, flush=True)
 
 
-def _wait_for_stacks(paths: list[Path]) -> None:
-    """Wait until the files of stacks have stopped growing."""
-    deadline, sizes = time.monotonic() + STACKS_SECONDS, [-1]
-    while time.monotonic() < deadline:
-        before, sizes = sizes, [path.stat().st_size for path in paths if path.exists()]
-        if sizes == before and all(sizes):
-            return
-        time.sleep(0.1)
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
 
 
 def _ask(question: Path) -> bool:
@@ -227,18 +234,6 @@ def _ask(question: Path) -> bool:
         os.close(os.open(question, os.O_WRONLY | os.O_NONBLOCK))
         return True
     return False
-
-
-def _wait_until_gone(paths: list[Path]) -> None:
-    deadline = time.monotonic() + SAVE_SECONDS
-    while any(path.exists() for path in paths) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _read_stacks(place: Path, rank: int) -> str:
-    with contextlib.suppress(OSError):
-        return stacks_path(place, rank).read_text(errors="replace")
-    return ""
 
 
 def _process_state(pid: int) -> str:

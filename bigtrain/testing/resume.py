@@ -30,7 +30,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER
 from bigtrain.errors import BigtrainError
 from bigtrain.plan.report import with_settings
-from bigtrain.run import trainer
+from bigtrain.run import launching, trainer
 from bigtrain.run.data import prepare_data
 from bigtrain.telemetry.files import METRICS_FILE, read_jsonl
 from bigtrain.testing.ranks import RankFailedError, run_ranks
@@ -92,7 +92,7 @@ def verify_resume(
     plan: Plan,
     root: Path,
     *,
-    resume: RunFunction = trainer.run,
+    resume: RunFunction = launching.run,
     say: Callable[[str], None] = print,
 ) -> Verdict:
     """Train without and with an interruption, and compare.
@@ -158,7 +158,12 @@ def _where(config: TrainConfig, world_size: int) -> str:
 
 
 def _launch(
-    config: TrainConfig, world_size: int, log: Path, *, run: RunFunction = trainer.run, kill_in_step: int | None = None
+    config: TrainConfig,
+    world_size: int,
+    log: Path,
+    *,
+    run: RunFunction = launching.run,
+    kill_in_step: int | None = None,
 ) -> Samples:
     """Train on new ranks; return the samples of all ranks together by step."""
     try:

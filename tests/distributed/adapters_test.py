@@ -22,7 +22,7 @@ from bigtrain.config import (
 from bigtrain.config.check import check
 from bigtrain.models.adapters import is_of_adapter
 from bigtrain.plan.estimate import measure_model
-from bigtrain.run import trainer
+from bigtrain.run import launching
 from bigtrain.run.export import export
 from bigtrain.run.frozen import WeightReader, starting_values
 from bigtrain.testing.parity import Case, compare, compute, configure, trace
@@ -77,7 +77,7 @@ def test_adapters_of_a_run_continue_elsewhere_and_are_exported_both_ways(tmp_pat
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = small_config("ddp", model=LLAMA_SHAPE)
     base = dataclasses.replace(base, run=RunConfig(name="base", root=str(tmp_path)))
-    run_ranks(trainer.run, 1, base, timeout_seconds=120)
+    run_ranks(launching.run, 1, base, timeout_seconds=120)
 
     def of_base(root, engine, **run):
         config = small_config(engine, model=LLAMA_SHAPE | {"adapter": AdapterConfig(rank=4)})
@@ -85,9 +85,9 @@ def test_adapters_of_a_run_continue_elsewhere_and_are_exported_both_ways(tmp_pat
         config.checkpoint = dataclasses.replace(config.checkpoint, **where)
         return dataclasses.replace(config, run=RunConfig(name="run", root=str(root), **run))
 
-    run_ranks(trainer.run, 1, of_base(tmp_path / "whole", "ddp"), timeout_seconds=120)
+    run_ranks(launching.run, 1, of_base(tmp_path / "whole", "ddp"), timeout_seconds=120)
     for engine, ranks in (("ddp", 1), ("zero3", 2), ("fsdp", 2)):
-        run_ranks(trainer.run, ranks, of_base(tmp_path, engine, stop_after_steps=2), timeout_seconds=200)
+        run_ranks(launching.run, ranks, of_base(tmp_path, engine, stop_after_steps=2), timeout_seconds=200)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole/run"), rel=1e-6)
 
     newest = find_checkpoints(tmp_path / "run")[-1]

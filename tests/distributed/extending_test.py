@@ -16,7 +16,7 @@ from bigtrain.config import parts
 from bigtrain.distributed.collectives import init_process_group
 from bigtrain.errors import ConfigError
 from bigtrain.processes import RankInfo
-from bigtrain.run.recovery import require_same_imports
+from bigtrain.run.launching import require_same_imports
 from bigtrain.telemetry.history import read_history
 from bigtrain.telemetry.report import render
 from bigtrain.testing.ranks import run_ranks

@@ -15,7 +15,7 @@ from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.models import build_initial_values
 from bigtrain.models.freeze import frozen_names
 from bigtrain.plan.estimate import measure_model
-from bigtrain.run import trainer
+from bigtrain.run import launching
 from bigtrain.run.frozen import WeightReader
 from bigtrain.testing.parity import Case, compare, compute, configure, trace
 from bigtrain.testing.ranks import run_ranks
@@ -60,16 +60,16 @@ def losses(run):
 
 def test_a_checkpoint_without_them_continues_under_another_engine(tmp_path):
     whole = frozen_config("ddp", tmp_path / "whole")
-    run_ranks(trainer.run, 1, whole, timeout_seconds=120)
+    run_ranks(launching.run, 1, whole, timeout_seconds=120)
     stopped = frozen_config("ddp", tmp_path, stop_after_steps=3)
-    run_ranks(trainer.run, 1, stopped, timeout_seconds=120)
+    run_ranks(launching.run, 1, stopped, timeout_seconds=120)
     (checkpoint,) = find_checkpoints(tmp_path / "run")
     keys = {tensor.key for tensor in read_manifest(checkpoint).tensors}
     names = read_run_state(checkpoint).frozen.names
     assert not any(name in key for name in names for key in keys) and "model.blocks.0.attention.out.bias" in keys
     for engine in ("zero3", "fsdp"):
-        run_ranks(trainer.run, 2, frozen_config(engine, tmp_path, stop_after_steps=1), timeout_seconds=200)
-    run_ranks(trainer.run, 1, frozen_config("ddp", tmp_path), timeout_seconds=120)
+        run_ranks(launching.run, 2, frozen_config(engine, tmp_path, stop_after_steps=1), timeout_seconds=200)
+    run_ranks(launching.run, 1, frozen_config("ddp", tmp_path), timeout_seconds=120)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole/run"), rel=1e-6)
     read = WeightReader(find_checkpoints(tmp_path / "run")[-1])
     initial = torch.empty(read.read("model.embed_tokens.weight").numel())
@@ -79,7 +79,7 @@ def test_a_checkpoint_without_them_continues_under_another_engine(tmp_path):
 
 def refusal(config):
     try:
-        trainer.run(config)
+        launching.run(config)
     except (CheckpointError, ConfigError) as error:
         shut_down()
         return str(error)
@@ -91,11 +91,11 @@ def refusals(root):
     for seed in (0, 1):
         config = frozen_config("ddp", root / f"seed{seed}", freeze=[])
         config.train = dataclasses.replace(config.train, seed=seed, steps=3)
-        trainer.run(config)
+        launching.run(config)
     origin, other = (find_checkpoints(root / f"seed{seed}/run")[-1] for seed in (0, 1))
     config = frozen_config("ddp", root, stop_after_steps=3)
     config.checkpoint = dataclasses.replace(config.checkpoint, resume=str(origin), load=Load.weights)
-    trainer.run(config)
+    launching.run(config)
     config = frozen_config("ddp", root)
     said = [refusal(frozen_config("ddp", root, freeze=["embed_*"]))]
     shutil.rmtree(origin)

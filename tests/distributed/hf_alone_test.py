@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import Precision
+from bigtrain.run.evaluation import validate_run
 from bigtrain.run.export import export
 from bigtrain.run.sampling import sample_run
-from bigtrain.run.validation import validate_run
 from tests.distributed.launches import Result, fork, metrics
 from tests.unit.hf_base_test import differences, write_base
 

@@ -8,6 +8,7 @@ import torch
 from bigtrain.config import OptimizerKind, TrainConfig
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.run import trainer
+from bigtrain.run.data import open_data
 from bigtrain.tasks.base import canonical_name
 from bigtrain.telemetry.layer_norms import LayerNorms, layer_of
 from bigtrain.testing.parity import whole_parameters
@@ -24,7 +25,7 @@ def train(config: TrainConfig, look: Any) -> None:
     torch.manual_seed(0)
     engine = start_engine(config)
     before, after = look(engine)
-    stream = trainer.open_data(config)["train"]
+    stream = open_data(config)["train"]
     with trainer.train_loader(stream, config, engine, start=Cursor()) as loader:
         for step in range(1, NUM_STEPS + 1):
             trainer.train_step(engine, next(loader), LR, before_update=lambda step=step: before(step))

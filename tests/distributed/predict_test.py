@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import bigtrain
 from bigtrain.checkpoint.shard import TensorReader
@@ -128,6 +129,7 @@ def test_what_does_not_fit_is_a_sentence(place: Path):
         assert told in str(error.value) and error.value.exit_code == 2
     with pytest.raises(BigtrainError, match="likeliest of 4 labels is taken"):
         bigtrain.predict(run, place / "new.npz", threshold=0.5)
+    assert not torch.distributed.is_initialized(), "a program goes on, and may train"
 
 
 def test_text_is_read_as_in_training_and_labels_have_their_names(place: Path):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from bigtrain.config import TrainConfig
-from bigtrain.run import trainer
+from bigtrain.run import launching
 from tests.distributed.launches import LAUNCH, SMALL, TRAIN, Launch, Result, environment, fork, launch, num_steps
 
 ENVIRONMENT = {
@@ -111,7 +111,7 @@ def test_what_torchrun_shows_of_a_fault_holds_no_secret(tmp_path: Path, monkeypa
     def fail(config: TrainConfig) -> int:
         raise RuntimeError(f"cannot reach https://me:{PASSWORD}@host.example")
 
-    monkeypatch.setattr(trainer, "run", fail)
+    monkeypatch.setattr(launching, "run", fail)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(RuntimeError):
         train.run(TrainConfig())

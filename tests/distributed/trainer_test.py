@@ -17,7 +17,7 @@ from bigtrain.checkpoint.store import find_checkpoints, step_of
 from bigtrain.config import TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.optim.schedule import lr_at
-from bigtrain.run.validation import validate_run
+from bigtrain.run.evaluation import validate_run
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import (
     SMALL,

@@ -17,7 +17,8 @@ from bigtrain.data.read.loader import StepBatch, TrainLoader
 from bigtrain.engine.base import Engine
 from bigtrain.errors import BigtrainError
 from bigtrain.optim.schedule import lr_at
-from bigtrain.run import recovery, trainer
+from bigtrain.run import launching, recovery, trainer
+from bigtrain.run.data import open_data
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing.ranks import run_ranks
 from bigtrain.testing.resume import Check, Plan, Verdict, verify_resume
@@ -27,7 +28,7 @@ from tests.distributed.ranks import small_config, start_engine
 
 
 def verify(tmp_path: Path, config: TrainConfig, *, after: int = 4, world: int, **plan: Any) -> Verdict:
-    resume = plan.pop("resume", trainer.run)
+    resume = plan.pop("resume", launching.run)
     defaults = {"resume_world_size": world, "resume_engine": config.engine.kind}
     whole_plan = Plan(before=3, after=after, world_size=world, **{**defaults, **plan})
     return verify_resume(config, whole_plan, tmp_path / "root", resume=resume)
@@ -74,7 +75,7 @@ def test_another_engine_and_world_size_resume_within_rounding(tmp_path: Path):
 
 def other_seed(config: TrainConfig) -> int:
     data = dataclasses.replace(config.data, allow_change=True)  # without it the trainer itself refuses
-    return trainer.run(dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, seed=1)))
+    return launching.run(dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, seed=1)))
 
 
 def skipped_sample(config: TrainConfig) -> int:
@@ -89,13 +90,13 @@ def skipped_sample(config: TrainConfig) -> int:
         return batch
 
     TrainLoader.__next__ = one_sample_of_the_next_step
-    return trainer.run(config)
+    return launching.run(config)
 
 
 def skipped_step(config: TrainConfig) -> int:
     build = trainer.train_loader
     trainer.train_loader = lambda *args, start: build(*args, start=Cursor.at(start.step + 1, 8))
-    return trainer.run(config)
+    return launching.run(config)
 
 
 def forgotten_momentum(config: TrainConfig) -> int:
@@ -108,13 +109,13 @@ def forgotten_momentum(config: TrainConfig) -> int:
                 box.view.zero_()
 
     recovery.load_state = load_and_forget
-    return trainer.run(config)
+    return launching.run(config)
 
 
 def other_dropout(config: TrainConfig) -> int:
     seed_step = trainer.seed_step
     trainer.seed_step = lambda seed, *position: seed_step(seed + 1, *position)
-    return trainer.run(config)
+    return launching.run(config)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
     def train(engine: Engine, first: int, last: int) -> list[tuple[float, float]]:
         pending = []
         start = Cursor.at(first, config.train.global_batch_size)
-        with trainer.train_loader(trainer.open_data(config)["train"], config, engine, start=start) as loader:
+        with trainer.train_loader(open_data(config)["train"], config, engine, start=start) as loader:
             for batch in itertools.islice(loader, last - first):
                 lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=8, config=config.scheduler)
                 trainer.seed_step(0, batch.step, engine.mesh.dp_rank, engine.device)

@@ -229,16 +229,16 @@ BAD = [Fault("nan", 1, 6, "data"), Fault("nan", 0, 7, "data")]
 
 def skip_from_the_beginning(first: int, end: int) -> None:
     """Let the run leave out these samples from its first step on."""
-    from bigtrain.run import trainer
+    from bigtrain.run import launching
 
-    open_data = trainer.open_data
+    open_data = launching.open_data
 
     def open_without(*args: Any) -> Any:
         streams = open_data(*args)
         streams["train"].leave_out(first, end)
         return streams
 
-    trainer.open_data = open_without
+    launching.open_data = open_without
 
 
 def test_too_many_bad_steps_go_back_and_leave_out_their_samples(tmp_path: Path):

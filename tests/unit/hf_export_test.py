@@ -26,8 +26,7 @@ from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.files import FileRecord
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.models.hf.files import StoredTensor
-from bigtrain.models.hf.native import hf_config, hf_tensors
-from bigtrain.models.hf.native import Stacked
+from bigtrain.models.hf.native import Stacked, hf_config, hf_tensors
 from bigtrain.models.init import Whole
 from bigtrain.run import export as export_module
 from bigtrain.run.export import export
@@ -232,10 +231,10 @@ def test_nothing_is_overwritten(tmp_path: Path):
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_args: object) -> None:
+    def full(*_args: object, **_settings: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_module, "_write_safetensors", full)
+    monkeypatch.setattr(export_module, "save_file", full)
     with pytest.raises(ConfigError, match=r"out cannot be written: .*No space left"):
         exported(tmp_path, native(MODELS["gpt2 tied"]), MODELS["gpt2 tied"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -461,7 +460,10 @@ def slices(tmp_path_factory: pytest.TempPathFactory):
     wide, a, b = (torch.randn(size, generator=generator) for size in ((7, 11), (3, 5), (4, 5)))
     save_file({"wide": wide, "a": a, "b": b}, path)
     stored = [StoredTensor(path, name, tuple(t.shape)) for name, t in (("wide", wide), ("a", a), ("b", b))]
-    return [(Whole(lambda: stored[0].read().t()), wide.t().flatten()), (Stacked(tuple(stored[1:])), torch.cat([a, b]).flatten())]
+    return [
+        (Whole(lambda: stored[0].read().t()), wide.t().flatten()),
+        (Stacked(tuple(stored[1:])), torch.cat([a, b]).flatten()),
+    ]
 
 
 @settings(deadline=None)

@@ -21,7 +21,8 @@ from bigtrain.models.hf.build import read_hf_config, with_hf_shape
 from bigtrain.run.data import elsewhere
 from bigtrain.run.directory import locate
 from bigtrain.run.inspection import inspect_step
-from bigtrain.run.recovery import Start, require_place
+from bigtrain.run.launching import require_place
+from bigtrain.run.recovery import Start
 from bigtrain.run.sampling import sample_run
 from bigtrain.telemetry.wandb_logger import start_wandb
 

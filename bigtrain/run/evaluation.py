@@ -1,0 +1,125 @@
+"""A trained run, opened for what comes after training: to be measured, and to predict."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bigtrain import log
+from bigtrain.checkpoint.store import read_run_state
+from bigtrain.config import EngineKind, Offload, SetConfig, TaskKind, TrainConfig, own_sets, set_data
+from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.data.read.index import read_index
+from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.tokenizer import TOKENIZER_FILE
+from bigtrain.distributed.collectives import init_process_group, pick_device, shut_down
+from bigtrain.engine.base import Engine
+from bigtrain.engine.build import build_engine
+from bigtrain.engine.state import MODEL
+from bigtrain.errors import ConfigError
+from bigtrain.files import read_json
+from bigtrain.models import build_model
+from bigtrain.processes import RankInfo
+from bigtrain.run.data import HELD_OUT, elsewhere, open_data, open_set, sets_of
+from bigtrain.run.directory import FACTS_FILE, find_whole, label_names, locate, read_config
+from bigtrain.run.frozen import load_state
+from bigtrain.run.validation import Measured, validate
+
+SETS = (HELD_OUT, "test")
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, batches: int | None = None) -> Iterator[tuple[TrainConfig, Path]]:
+    """Give the configuration of a run for the ranks of this world, and its directory, within a process group.
+
+    Validations have ``batches`` global batches, by default as many as the run's own. CheckpointError: no checkpoint.
+    ConfigError: it is of no use in this world.
+    """
+    info = RankInfo.from_env()
+    log.setup(info.rank)
+    directory, _ = locate(path)
+    config = read_config(directory)
+    # The engine does not matter to the numbers; this one needs the least memory.
+    engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
+    every_steps, batches = config.validation.every_steps or 1, batches or config.validation.batches
+    validation = dataclasses.replace(config.validation, batches=batches, every_steps=every_steps)
+    train = dataclasses.replace(config.train, micro_batch_size=None)
+    config = dataclasses.replace(config, engine=engine, validation=validation, train=train)
+    config = fit_micro_batch(config, info.world_size)
+    if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
+        raise ConfigError("\n".join(problems))
+    if not dist.is_initialized():
+        init_process_group(info, pick_device(info))
+    try:
+        yield config, directory
+    except BaseException:
+        if info.world_size == 1:  # with other ranks, a collective could wait for ever
+            shut_down()
+        raise
+    shut_down()
+
+
+def load_engine(path: Path, config: TrainConfig) -> tuple[Engine, Path]:
+    """Return an engine with the weights of a run's newest whole checkpoint, and that.
+
+    CheckpointError if none is whole.
+    """
+    _, checkpoint = find_whole(path)
+    info = RankInfo.from_env()
+    engine = build_engine(config, lambda: build_model(config.model), info=info, device=pick_device(info))
+    load_state(checkpoint, {key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)})
+    engine.state.commit()
+    return engine, checkpoint
+
+
+def validate_run(
+    path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None
+) -> Measured:
+    """Return what a checkpoint reaches on a set, with its ``step`` among the metrics, on all ranks of this world.
+
+    Args:
+        path: directory of a run, or of one of its checkpoints.
+        batches: global batches of each set; by default those of the run's own validations, and all of other sets.
+        chosen: ``validation`` or ``test``, or one of their sets by name, such as ``test/news``.
+        part: another set, in place of ``chosen``.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        ConfigError: the run has no such set.
+    """
+    is_usual = chosen == HELD_OUT and part is None
+    with opened(path, batches=batches) as (config, directory):
+        with elsewhere(config.data):
+            sets = _open_sets(config, directory, chosen, part)
+        engine, checkpoint = load_engine(path, config)
+        measured = validate(engine, sets, config, batches=config.validation.batches if is_usual else batches)
+    is_usual &= config.task.kind == TaskKind.causal_lm.name
+    if is_usual and sets.get("") and sets[""].tokenizer_directory and not config.data.mixture:
+        index = read_index(directory, check_sizes=False)
+        if not index.live and index.validation.num_documents:
+            measured.metrics["unigram_entropy"] = index.validation.unigram_nats_per_token
+    return dataclasses.replace(measured, metrics={"step": read_run_state(checkpoint).step, **measured.metrics})
+
+
+def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | None) -> dict[str, SampleStream]:
+    """Return the sets that are measured on; those of their own need no training data."""
+    which, _, name = chosen.partition("/")
+    data = {"data": set_data(config.data, part)} if part else own_sets(config.data, which) if which in SETS else {}
+    if name:
+        data = {other: section for other, section in data.items() if other == name}
+    if not data and chosen == HELD_OUT:
+        return sets_of(open_data(config), HELD_OUT)
+    if not data:
+        known = [f"{w}/{n}" if n else w for w in SETS for n in own_sets(config.data, w)]
+        raise ConfigError(
+            f"set={chosen}: the run has {', '.join(dict.fromkeys([HELD_OUT, *known]))}; another one is data.path=..."
+        )
+    tokenizer = run if (run / TOKENIZER_FILE).is_file() else None
+    where, facts = "data" if part else f"data.{which}", read_json(run / FACTS_FILE)
+    found = {
+        other: open_set(config, section, where=where, tokenizer=tokenizer, label_names=label_names(run), facts=facts)
+        for other, section in data.items()
+    }
+    return {"": next(iter(found.values()))} if part or name else found
