@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 from bigtrain.config import (
     WITHOUT_TEXT,
     DataConfig,
+    ModelConfig,
     TrainConfig,
     TrainingConfig,
     are_records,
     component_data,
     is_live,
     own_sets,
+    parts,
 )
 from bigtrain.config.adapters import check_adapter
 from bigtrain.config.bounds import out_of_bounds, without_effect
@@ -35,8 +38,6 @@ from bigtrain.config.choices import (
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
 from bigtrain.config.length import beyond_the_end, length_problems
-from bigtrain.config.parts import build as build_part
-from bigtrain.config.parts import is_own as is_own_part
 from bigtrain.config.tasks import (
     OF_DOCUMENTS,
     SMALL_NETWORKS,
@@ -107,33 +108,31 @@ def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
 
 def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> list[str]:
     """Return every problem of a resolved ``config`` for this world, each with what to change."""
+    bounds = out_of_bounds(config)
+    if config.model.kind is not ModelKind.native:  # the shape of another model is what its files say
+        bounds = [problem for problem in bounds if not problem.startswith("model.")]
     return [
         *_check_run(config),
         *_check_parts(config),
-        *_check_model(config),
+        *_check_model(config.model),
         *_check_data(config.data),
         *_check_model_and_data(config),
         *check_task(config),
         *_check_engine(config, world_size, local_world_size),
-        *_check_bounds(config),
+        *check_adapter(config),
+        *bounds,
         *_check_training(config),
         *length_problems(config),
     ]
 
 
-def _check_bounds(config: TrainConfig) -> list[str]:
-    """Find numbers out of bounds; the shape of a Hugging Face model is what its files say."""
-    problems = out_of_bounds(config)
-    return problems if config.model.kind is ModelKind.native else [p for p in problems if not p.startswith("model.")]
-
-
 def check_data(data: DataConfig) -> list[str]:
     """Return every problem of the ``data`` section by itself."""
-    return out_of_bounds(data, "data.") + _check_data(data)
+    return [*out_of_bounds(data, "data."), *_check_data(data)]
 
 
-def _check_data(data: DataConfig) -> list[str]:
-    problems = _check_mixture(data)
+def _check_data(data: DataConfig) -> Iterator[str]:
+    yield from _check_mixture(data)
     places = {f"data.mixture.{name}" if data.mixture else "data": part for name, part in component_data(data).items()}
     for which in ("validation", "test"):
         sets = own_sets(data, which).items()
@@ -142,234 +141,201 @@ def _check_data(data: DataConfig) -> list[str]:
         if part.source not in PATHLESS and not part.path:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"data={part.source.name}" if where == "data" else f"{where}.source={part.source.name}"
-            problems.append(f"{where}.path: missing; {chosen} needs {where}.path=<{what}>")
+            yield f"{where}.path: missing; {chosen} needs {where}.path=<{what}>"
         if part.source not in PATHLESS | {DataSource.prepared} and "://" in (part.path or ""):
-            problems.append(
-                f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; "
-                + ("write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine")
+            instead = (
+                "write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine"
             )
-    problems += _check_tokenizer(data)
-    problems += _check_preparation(data)
-    problems += _check_live(data)
-    return problems
+            yield f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; {instead}"
+    meant = difflib.get_close_matches(data.tokenizer.lower(), OWN_TOKENIZERS, n=1, cutoff=0.75)
+    if meant and data.tokenizer not in OWN_TOKENIZERS:  # before a hub is asked for it
+        other = f"(a directory of that name is data.tokenizer=./{data.tokenizer})"
+        yield f"data.tokenizer={data.tokenizer}: did you mean {meant[0]}? {other}"
+    yield from _check_preparation(data)
+    yield from _check_live(data)
 
 
-def _check_tokenizer(data: DataConfig) -> list[str]:
-    """Find a misspelt ``bpe`` or ``bytes`` before a hub is asked for it."""
-    name = data.tokenizer
-    meant = difflib.get_close_matches(name.lower(), OWN_TOKENIZERS, n=1, cutoff=0.75)
-    if name in OWN_TOKENIZERS or not meant:
-        return []
-    return [f"data.tokenizer={name}: did you mean {meant[0]}? (a directory of that name is data.tokenizer=./{name})"]
-
-
-def _check_live(data: DataConfig) -> list[str]:
+def _check_live(data: DataConfig) -> Iterator[str]:
     """Find settings that need the whole text before training, which is tokenised on the fly."""
     live = [name for name, part in component_data(data).items() if is_live(part)]
     if not live:
-        return []
-    problems = []
+        return
     if data.tokenizer == "bpe":
-        problems.append(
+        yield (
             "data.on_the_fly=true: a bpe is trained on the whole text, which is not read first; use data.tokenizer=bytes, a "
             "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
             "(python launch/prepare.py on a part of the text makes one)"
         )
     if data.max_train_samples is not None:
-        problems.append("data.max_train_samples: not offered on the fly, where samples are not known before")
+        yield "data.max_train_samples: not offered on the fly, where samples are not known before"
     if data.packing is Packing.documents:
-        problems.append("data.on_the_fly=true: data.packing=documents is of prepared text; leave one of them out")
+        yield "data.on_the_fly=true: data.packing=documents is of prepared text; leave one of them out"
     if data.filters.duplicates is not Duplicates.keep:
-        problems.append(
+        yield (
             f"data.filters.duplicates={data.filters.duplicates.name}: duplicates are found by reading the whole text; "
             "leave it out, or prepare the text before (data.on_the_fly=false)"
         )
-    problems += [
-        f"data.mixture.{name}.max_epochs: not offered on the fly, where the length of an epoch is unknown; leave it out, "
-        f"or prepare this component before (data.mixture.{name}.on_the_fly=false)"
-        for name in live
-        if data.mixture and data.mixture[name].max_epochs is not None
-    ]
-    return problems
+    for name in live if data.mixture else ():
+        if data.mixture[name].max_epochs is not None:
+            yield (
+                f"data.mixture.{name}.max_epochs: not offered on the fly, where the length of an epoch is unknown; leave it "
+                f"out, or prepare this component before (data.mixture.{name}.on_the_fly=false)"
+            )
 
 
-def _check_preparation(data: DataConfig) -> list[str]:
-    filters = data.filters
-    sources = {part.source for part in component_data(data).values()}
-    rules = [
-        (data.image_channels != 2, "data.image_channels=2: must be 1 or 3"),
-        (
-            not data.augment.mixup or sources == {DataSource.images},
-            "data.augment.mixup: every component has to be of data=images, which alone have labels to mix",
-        ),
-        (
-            filters.max_characters is None or filters.max_characters >= filters.min_characters,
-            f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters",
-        ),
-        (
-            (data.content is Content.seq2seq) or data.source is not DataSource.gettext,
-            "data=gettext: messages and their translations are data.content=seq2seq",
-        ),
-        (
-            data.content in (Content.text, Content.labelled) or data.source not in (DataSource.text, DataSource.stdlib),
+def _check_preparation(data: DataConfig) -> Iterator[str]:
+    filters, sources = data.filters, {part.source for part in component_data(data).values()}
+    if data.image_channels == 2:
+        yield "data.image_channels=2: must be 1 or 3"
+    if data.augment.mixup and sources != {DataSource.images}:
+        yield "data.augment.mixup: every component has to be of data=images, which alone have labels to mix"
+    if filters.max_characters is not None and filters.max_characters < filters.min_characters:
+        yield f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters"
+    if data.source is DataSource.gettext and data.content is not Content.seq2seq:
+        yield "data=gettext: messages and their translations are data.content=seq2seq"
+    has_no_records = data.source in (DataSource.text, DataSource.stdlib)
+    if has_no_records and data.content not in (Content.text, Content.labelled):
+        yield (
             f"data.content={data.content.name}: data={data.source.name} has no records; "
-            "use jsonl, csv, parquet, arrow or datasets",
-        ),
-    ]
-    return [message for holds, message in rules if not holds]
-
-
-def _check_mixture(data: DataConfig) -> list[str]:
-    problems = []
-    if data.mixture and data.max_train_samples is not None:
-        problems.append(
-            "data.max_train_samples: not offered for a mixture; leave it out, or give components max_epochs"
+            "use jsonl, csv, parquet, arrow or datasets"
         )
+
+
+def _check_mixture(data: DataConfig) -> Iterator[str]:
+    if data.mixture and data.max_train_samples is not None:
+        yield "data.max_train_samples: not offered for a mixture; leave it out, or give components max_epochs"
     for name, component in data.mixture.items():
-        where = f"data.mixture.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            problems.append(f"{where}: a name has letters, digits, '_' and '-' only")
+            yield f"data.mixture.{name}: a name has letters, digits, '_' and '-' only"
         steps = [change.step for change in component.later_weights]
         if steps != sorted(set(steps)):
-            problems.append(f"{where}.later_weights: steps {steps} must be ascending")
+            yield f"data.mixture.{name}.later_weights: steps {steps} must be ascending"
     if data.mixture and not any(component.weight > 0 for component in data.mixture.values()):
-        problems.append("data.mixture: at least one component needs a positive weight from the beginning")
-    parts = component_data(data).values()
-    prepared = [part.path for part in parts if part.source is DataSource.prepared]
-    is_trained = any(part.source not in (DataSource.prepared, *WITHOUT_TEXT) for part in parts)
+        yield "data.mixture: at least one component needs a positive weight from the beginning"
+    components = component_data(data).values()
+    prepared = [part.path for part in components if part.source is DataSource.prepared]
+    is_trained = any(part.source not in (DataSource.prepared, *WITHOUT_TEXT) for part in components)
     if data.tokenizer == "bpe" and prepared and is_trained:
-        problems.append(
+        yield (
             "data.tokenizer=bpe would train another tokenizer than the one that a component of data.mixture was prepared "
             f"with; use that one: data.tokenizer={prepared[0]}"
         )
-    return problems
 
 
 def ignored_settings(config: TrainConfig) -> list[str]:
     """Return a warning for every changed setting that has no effect."""
+    return list(_ignored(config))
+
+
+def _ignored(config: TrainConfig) -> Iterator[str]:
     data, defaults = config.data, DataConfig()
-    parts = list(component_data(data).values())
-    ignored = [
-        problem
-        for section in fields(config)
-        if is_dataclass(value := getattr(config, section.name))
-        for problem in without_effect(value, f"{section.name}.", parts=parts if value is data else None)
-    ]
-    any_live, all_live = any(map(is_live, parts)), all(map(is_live, parts))
-    is_cached = any_live or any("://" in (part.path or "") for part in parts)
+    components = list(component_data(data).values())
+    for section in fields(config):
+        if is_dataclass(value := getattr(config, section.name)):
+            yield from without_effect(value, f"{section.name}.", parts=components if value is data else None)
+    any_live, all_live = any(map(is_live, components)), all(map(is_live, components))
+    is_cached = any_live or any("://" in (part.path or "") for part in components)
     for keys, is_used, reason in (
         (("shard_tokens", "verify", "on_bad_shard"), not all_live, "by data.on_the_fly=true"),
         (("cache_directory", "cache_gib"), is_cached, "unless data.path is a URL or data.on_the_fly=true"),
     ):
         changed = [key for key in keys if getattr(data, key) != getattr(defaults, key)]
-        ignored += [f"data.{key} is ignored {reason}" for key in changed if not is_used]
-    ignored += [
-        f"data.path={part.path}: data=text reads it as plain text; its rows are read by data={part.path.split('.')[-1]}"
-        for part in parts
-        if part.source is DataSource.text
-        and (part.path or "").lower().endswith((".jsonl", ".csv", ".tsv", ".parquet", ".arrow"))
-    ]
+        yield from (f"data.{key} is ignored {reason}" for key in changed if not is_used)
+    for path in (part.path or "" for part in components if part.source is DataSource.text):
+        if path.lower().endswith((".jsonl", ".csv", ".tsv", ".parquet", ".arrow")):
+            yield f"data.path={path}: data=text reads it as plain text; its rows are read by data={path.split('.')[-1]}"
     if "best" in config.checkpoint.keep and config.validation.every_steps == 0:
-        ignored.append("checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss")
-    ignored += [] if config.train.is_open else beyond_the_end(config)
-    return ignored
+        yield "checkpoint.keep=best is ignored while validation.every_steps=0: no checkpoint has a loss"
+    if not config.train.is_open:
+        yield from beyond_the_end(config)
 
 
-def _check_run(config: TrainConfig) -> list[str]:
+def _check_run(config: TrainConfig) -> Iterator[str]:
     name = config.run.name or ""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        return [f"run.name={name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"]
-    if len(name) > MAX_NAME_BYTES:
-        return [
-            f"run.name={name[:20]}...: {len(name)} characters; the name of a directory has {MAX_NAME_BYTES} at most"
-        ]
-    return []
+        yield f"run.name={name!r}: use letters, digits, '.', '_' and '-' only, starting with a letter or digit"
+    elif len(name) > MAX_NAME_BYTES:
+        yield f"run.name={name[:20]}...: {len(name)} characters; the name of a directory has {MAX_NAME_BYTES} at most"
 
 
-def _check_parts(config: TrainConfig) -> list[str]:
+def _check_parts(config: TrainConfig) -> Iterator[str]:
     """Look own parts up, which are there only if they were imported."""
-    task, model, problems = config.task, config.model, []
-    names = [("task.kind", task.kind, task.settings)] if task.kind not in TaskKind.__members__ else []
+    task, model = config.task, config.model
+    named: list[tuple[str, str, dict[str, Any], list[str]]] = []
+    if task.kind not in TaskKind.__members__:
+        named.append(("task.kind", task.kind, task.settings, list(TaskKind.__members__)))
     if model.kind is ModelKind.own and model.name not in SMALL_NETWORKS:
-        names.append(("model.name", model.name or "", model.settings))
-    data = [part for part in component_data(config.data).values() if part.source is DataSource.own and part.path]
-    names += [("data.path", part.path, part.settings) for part in data]
-    for setting, name, settings in names:
+        named.append(("model.name", model.name or "", model.settings, list(SMALL_NETWORKS)))
+    for part in component_data(config.data).values():
+        if part.source is DataSource.own and part.path:
+            named.append(("data.path", part.path, part.settings, []))
+    for setting, name, settings, ours in named:
+        if not parts.is_own(name):
+            known = f"; {nearest(name, ours)}" if ours else ""
+            yield f"{setting}={name}: must be the name of an own part, such as ideas.part{known}"
+            continue
         try:
-            if not is_own_part(name):
-                ours = {"task.kind": list(TaskKind.__members__), "model.name": list(SMALL_NETWORKS)}.get(setting)
-                known = f"; {nearest(name, ours)}" if ours else ""
-                problems.append(f"{setting}={name}: must be the name of an own part, such as ideas.part{known}")
-            else:
-                build_part(name, settings, setting=setting)
+            parts.build(name, settings, setting=setting)
         except ConfigError as error:
-            problems.append(str(error))
-    return problems
+            yield str(error)
 
 
-def _check_model(config: TrainConfig) -> list[str]:
-    model = config.model
-    problems = []
+def _check_model(model: ModelConfig) -> Iterator[str]:
     if model.kind is ModelKind.hf:
         if not model.name:
-            problems.append(
+            yield (
                 "model.name: +model=hf needs model.name=<hub id or local directory>, or model.architecture=<one of "
                 "transformers'>"
             )
         if model.architecture and model.pretrained:
-            problems.append(
+            yield (
                 "model.architecture begins from scratch: leave out model.pretrained, or name a model with "
                 "model.name=<hub id or directory>"
             )
         if model.settings and not model.architecture:
-            problems.append("model.settings: they are those of model.architecture, which is not set")
+            yield "model.settings: they are those of model.architecture, which is not set"
         if model.init_from and model.pretrained:
-            problems.append(
+            yield (
                 f"model.init_from={model.init_from!r} gives the trunk, and model.pretrained=true all weights of model.name; "
                 "write one of them"
             )
-        return problems
-    if model.kind is ModelKind.own or out_of_bounds(model):  # which are told already
-        return []
+    if model.kind is not ModelKind.native or out_of_bounds(model):  # which are told already
+        return
     if model.hidden_dim % model.num_heads and model.head_dim == max(model.hidden_dim // model.num_heads, 1):
-        problems.append(
+        yield (
             f"model.hidden_dim={model.hidden_dim} does not divide by model.num_heads={model.num_heads}; "
             "change one of them or set model.head_dim"
         )
     if model.num_heads % model.num_kv_heads:
-        problems.append(f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads={model.num_kv_heads}")
+        yield f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads={model.num_kv_heads}"
     if model.positions is Positions.rope and model.head_dim % 2:
-        problems.append(f"model.head_dim={model.head_dim}: rotary positions need an even number")
+        yield f"model.head_dim={model.head_dim}: rotary positions need an even number"
     if (scaling := model.rope_scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
-        problems.append(
+        yield (
             f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor}: must be more than "
             f"low_freq_factor={scaling.low_freq_factor}"
         )
-    return problems
 
 
-def _check_model_and_data(config: TrainConfig) -> list[str]:
+def _check_model_and_data(config: TrainConfig) -> Iterator[str]:
     """Check what the model and the data have to agree about."""
     data, model = config.data, config.model
-    problems = []
-    if model.kind is ModelKind.native and data.sequence_length > model.max_positions:
-        problems.append(
+    is_native, is_tokenised = model.kind is ModelKind.native, data.source not in (DataSource.prepared, *WITHOUT_TEXT)
+    if is_native and data.sequence_length > model.max_positions:
+        yield (
             f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}; "
             f"use data.sequence_length<={model.max_positions} or a larger model.max_positions"
         )
-    without = (DataSource.prepared, *WITHOUT_TEXT)
-    trains_tokenizer = data.tokenizer == "bpe" and data.source not in without
-    if model.kind is ModelKind.native and trains_tokenizer and model.vocab_size < data.tokenizer_vocab_size:
-        problems.append(
+    if is_native and is_tokenised and data.tokenizer == "bpe" and model.vocab_size < data.tokenizer_vocab_size:
+        yield (
             f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="
             f"{data.tokenizer_vocab_size}; raise the one or lower the other"
         )
-    if data.tokenizer == "bytes" and data.source not in without and model.vocab_size < NUM_BYTES_IDS:
-        problems.append(
+    if is_tokenised and data.tokenizer == "bytes" and model.vocab_size < NUM_BYTES_IDS:
+        yield (
             f"model.vocab_size={model.vocab_size} is smaller than the {NUM_BYTES_IDS} ids of data.tokenizer=bytes; "
             "choose a larger model.vocab_size or, of a model of transformers, its own tokenizer"
         )
-    return problems
 
 
 def padding(train: TrainingConfig, world_size: int) -> list[str]:
@@ -383,65 +349,39 @@ def padding(train: TrainingConfig, world_size: int) -> list[str]:
     ]
 
 
-def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> list[str]:
-    engine = config.engine
-    problems = []
-    if engine.kind is EngineKind.hsdp:
-        dp_shard = local_world_size if engine.dp_shard is None else engine.dp_shard
-        if dp_shard >= 1 and world_size % dp_shard:
-            problems.append(f"engine.dp_shard={dp_shard} does not divide the world size {world_size}")
-    if engine.offload is Offload.cpu and engine.kind in (EngineKind.ddp, EngineKind.accelerate):
-        problems.append(
-            f"engine.offload=cpu is not offered by engine={engine.kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
+def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
+    engine, kind = config.engine, config.engine.kind
+    dp_shard = local_world_size if engine.dp_shard is None else engine.dp_shard
+    if kind is EngineKind.hsdp and dp_shard >= 1 and world_size % dp_shard:
+        yield f"engine.dp_shard={dp_shard} does not divide the world size {world_size}"
+    if engine.offload is Offload.cpu and kind in (EngineKind.ddp, EngineKind.accelerate):
+        yield f"engine.offload=cpu is not offered by engine={kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
+    if engine.precision is not Precision.fp8:
+        return
+    if kind not in (EngineKind.ddp, *FSDP_KINDS):
+        yield f"engine.precision=fp8 is not offered by engine={kind.name}; use ddp, fsdp or hsdp"
+    if not engine.compile:
+        yield "engine.precision=fp8 is slower than bf16 without engine.compile=true"
+    num_tokens = (config.train.micro_batch_size or 1) * (config.data.sequence_length or 1)
+    if num_tokens % 16:
+        yield (
+            "engine.precision=fp8 needs a multiple of 16 tokens in a micro-batch; train.micro_batch_size x "
+            f"data.sequence_length are {num_tokens}"
         )
-    if engine.precision is Precision.fp8:
-        problems += _check_fp8(config)
-    return problems + check_adapter(config)
 
 
-def _check_fp8(config: TrainConfig) -> list[str]:
-    engine, num_tokens = config.engine, (config.train.micro_batch_size or 1) * (config.data.sequence_length or 1)
-    rules = [
-        (
-            engine.kind in (EngineKind.ddp, *FSDP_KINDS),
-            f"engine.precision=fp8 is not offered by engine={engine.kind.name}; use ddp, fsdp or hsdp",
-        ),
-        (engine.compile, "engine.precision=fp8 is slower than bf16 without engine.compile=true"),
-        (
-            num_tokens % 16 == 0,
-            f"engine.precision=fp8 needs a multiple of 16 tokens in a micro-batch; train.micro_batch_size x "
-            f"data.sequence_length are {num_tokens}",
-        ),
-    ]
-    return [message for holds, message in rules if not holds]
-
-
-def _check_training(config: TrainConfig) -> list[str]:
+def _check_training(config: TrainConfig) -> Iterator[str]:
     steps, betas, keep = config.profile.steps, config.optimizer.betas, config.checkpoint.keep
+    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+        yield f"profile.steps={steps}: must be [first, last], as [20, 25]"
+    if len(betas) != 2:
+        yield f"optimizer.betas={betas}: must be two numbers"
+    if not all(re.fullmatch(r"all|best|(latest|every) [1-9][0-9]*", rule.strip()) for rule in keep.split(",")):
+        yield f"checkpoint.keep={keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of them with commas"
+    if config.checkpoint.load is not Load.all and config.checkpoint.resume in RESUME_WORDS:
+        yield "checkpoint.load=weights: of which run? name it with checkpoint.resume=<path>; a run's own are loaded whole"
     hang, first_hang = config.supervision.hang_seconds, config.supervision.first_hang_seconds
-    straggler_factor = config.supervision.straggler_factor
-    kept = r"all|best|(latest|every) [1-9][0-9]*"
-    rules = [
-        (
-            not steps or (len(steps) == 2 and steps[0] <= steps[1]),
-            f"profile.steps={steps}: must be [first, last], as [20, 25]",
-        ),
-        (len(betas) == 2, f"optimizer.betas={betas}: must be two numbers"),
-        (
-            all(re.fullmatch(kept, rule.strip()) for rule in keep.split(",")),
-            f"checkpoint.keep={keep!r}: must be 'all', 'latest N', 'every N', 'best' or several of them with commas",
-        ),
-        (
-            config.checkpoint.load is Load.all or config.checkpoint.resume not in RESUME_WORDS,
-            "checkpoint.load=weights: of which run? name it with checkpoint.resume=<path>; a run's own are loaded whole",
-        ),
-        (
-            first_hang >= hang,
-            f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}",
-        ),
-        (
-            not 0 < straggler_factor <= 1,
-            f"supervision.straggler_factor={straggler_factor}: must be more than 1, or 0 to switch it off",
-        ),
-    ]
-    return [message for holds, message in rules if not holds]
+    if first_hang < hang:
+        yield f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}"
+    if 0 < (factor := config.supervision.straggler_factor) <= 1:
+        yield f"supervision.straggler_factor={factor}: must be more than 1, or 0 to switch it off"

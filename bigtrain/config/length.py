@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from bigtrain.config import TrainConfig, TrainingConfig, component_data, is_live
 from bigtrain.errors import ConfigError
@@ -24,34 +24,27 @@ def with_typed_length(train: TrainingConfig, typed: Collection[str]) -> Training
     return dataclasses.replace(train, **{name: None for name in LENGTHS[1:] if name != chosen[0]})
 
 
-def length_problems(config: TrainConfig) -> list[str]:
-    """Return what speaks against counting in epochs or tokens."""
-    train, data = config.train, config.data
-    rules = [
-        (train.tokens is None, "train.epochs and train.tokens: one of them says how long the run is"),
-        (
-            not data.mixture,
-            "train.epochs: of which component of data.mixture? give train.steps or train.tokens, and max_epochs of each",
-        ),
-        (
-            not any(map(is_live, component_data(data).values())),
-            "train.epochs: how long one is on the fly is not known before; give train.steps or train.tokens",
-        ),
-    ]
-    return [problem for holds, problem in rules if not holds] if train.epochs is not None else []
+def length_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield what speaks against counting in epochs."""
+    if config.train.epochs is None:
+        return
+    if config.train.tokens is not None:
+        yield "train.epochs and train.tokens: one of them says how long the run is"
+    if config.data.mixture:
+        of_each = "give train.steps or train.tokens, and max_epochs of each"
+        yield f"train.epochs: of which component of data.mixture? {of_each}"
+    if any(map(is_live, component_data(config.data).values())):
+        yield "train.epochs: how long one is on the fly is not known before; give train.steps or train.tokens"
 
 
-def beyond_the_end(config: TrainConfig) -> list[str]:
-    """Return a warning for what begins after the last step."""
-    steps, warmup, found = config.train.steps, config.scheduler.warmup_steps, []
-    if config.profile.steps and config.profile.steps[0] > steps:
-        found.append(f"profile.steps={config.profile.steps} is ignored: train.steps={steps}")
+def beyond_the_end(config: TrainConfig) -> Iterator[str]:
+    """Yield a warning for what begins after the last step."""
+    steps, warmup, profiled = config.train.steps, config.scheduler.warmup_steps, config.profile.steps
+    if profiled and profiled[0] > steps:
+        yield f"profile.steps={profiled} is ignored: train.steps={steps}"
     if warmup > steps:
-        found.append(
-            f"optimizer.lr={config.optimizer.lr} is never reached: scheduler.warmup_steps={warmup} is longer than "
-            f"train.steps={steps}"
-        )
-    return found
+        never = f"scheduler.warmup_steps={warmup} is longer than train.steps={steps}"
+        yield f"optimizer.lr={config.optimizer.lr} is never reached: {never}"
 
 
 def steps_to_train(
