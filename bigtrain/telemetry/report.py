@@ -1,6 +1,7 @@
-"""One self-contained HTML page about one or several runs."""
+"""One self-contained HTML page about one or several runs: ``report.html`` filled with tables, figures and texts."""
 
-import html
+import base64
+import io
 import math
 import statistics
 from collections.abc import Iterable
@@ -8,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+
 from bigtrain.log import redact
 from bigtrain.telemetry import figures, names
 from bigtrain.telemetry.history import History, differences
-from bigtrain.telemetry.mistakes import STYLE, classification
 from bigtrain.telemetry.text import (
     describe_communication,
     describe_metrics,
@@ -23,33 +25,11 @@ from bigtrain.telemetry.text import (
 
 _MAX_EVENTS = 60
 _MAX_SAMPLES = 12
+_MAX_CLASSES = 32  # of a confusion matrix that is shown whole
+_MAX_PAIRS = 20  # of labels that are confused, in its place
 _DETAILED_RUNS = 4  # have pictures of their own
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #808890; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 76rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
-figure { margin: 0; break-inside: avoid; } figcaption { color: var(--soft); font-size: .85rem; }
-svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } td:last-child { overflow-wrap: anywhere; }
-@media (min-width: 40rem) { td:first-child { white-space: nowrap; } }
-@media (max-width: 40rem) {
-  .facts, .facts tbody, .events, .events tbody { display: block; }
-  .facts tr, .events tr { display: grid; column-gap: .75rem; border-bottom: 1px solid var(--line); padding: .3rem 0; }
-  .facts tr { grid-template-columns: repeat(var(--runs), minmax(0, 1fr)); } .events tr { grid-template-columns: auto auto 1fr; }
-  .facts td, .facts th, .events td { border: 0; padding: 0; overflow-wrap: anywhere; }
-  .facts td:first-child, .events td:last-child { grid-column: 1 / -1; } .facts td:first-child { color: var(--soft); }
-  .facts th:first-child, .events tr:first-child { display: none; }
-}
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .75rem; margin: .5rem 0; }
-mark { background: #3b82f633; color: inherit; } .soft { color: var(--soft); }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } .pictures { grid-template-columns: 1fr 1fr; }
-  h2 { break-after: avoid; } :root { color-scheme: light; } }
-"""
+Table = tuple[list[str], list[list[str]]]  # head and rows
 
 
 def write_report(histories: list[History], path: Path) -> None:
@@ -60,26 +40,37 @@ def write_report(histories: list[History], path: Path) -> None:
 
 def render(histories: list[History]) -> str:
     """Return the page as HTML."""
-    title = ", ".join(history.name for history in histories)
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    with figures.drawing():
-        pictures = [_section(heading, drawn) for heading, drawn in _pictures(histories)]
-    body = [
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="soft">Made by bigtrain from the files of the run{"s" * (len(histories) > 1)} on {made}.</p>',
-        _summary(histories),
-        *pictures,
-        *(classification(history) for history in histories),
-        _sources(histories),
-        _differences(histories),
-        *(_events(history) for history in histories),
-        *(_samples(history) for history in histories),
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    runs = [
+        {
+            "name": history.name,
+            "classification": _classification(history.classification),
+            "events": _events(history),
+            "samples": history.samples[-_MAX_SAMPLES:],
+        }
+        for history in histories
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{_STYLE}{STYLE}</style>'
+    with figures.drawing():
+        pictures = [
+            (
+                heading,
+                [
+                    (figures.to_svg(f, f"{number}-{i}"), text)
+                    for i, (text, f) in enumerate(drawn.items())
+                    if f is not None
+                ],
+            )
+            for number, (heading, drawn) in enumerate(_pictures(histories))
+        ]
+    return pages.get_template("report.html").render(
+        title=", ".join(history.name for history in histories),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=runs,
+        summary=_summary(histories),
+        pictures=pictures,
+        sources=_sources(histories),
+        differences=_differences(histories),
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(body)}\n</body></html>\n'
 
 
 def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -141,20 +132,11 @@ def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
         )
 
 
-def _section(heading: str, drawn: dict[str, Any]) -> str:
-    pictures = [
-        f"<figure>{figures.to_svg(figure, f'{_slug(heading)}{i}')}<figcaption>{_text(caption)}</figcaption></figure>"
-        for i, (caption, figure) in enumerate(drawn.items())
-        if figure is not None
-    ]
-    return f'<h2>{_text(heading)}</h2><div class="pictures">{"".join(pictures)}</div>' if pictures else ""
-
-
-def _summary(histories: list[History]) -> str:
+def _summary(histories: list[History]) -> Table:
     columns = [_facts(history) for history in histories]
     rows = [[key, *(column.get(key, "") for column in columns)] for key in columns[0]]
     head = ["", *(history.name if len(histories) > 1 else "" for history in histories)]
-    return _table(head, [row for row in rows if any(row[1:])], "facts")
+    return head, [row for row in rows if any(row[1:])]
 
 
 def _facts(history: History) -> dict[str, str]:
@@ -197,7 +179,7 @@ def _median(history: History, key: str) -> float:
     return statistics.median(values) if values else math.nan
 
 
-def _sources(histories: list[History]) -> str:
+def _sources(histories: list[History]) -> Table:
     """Return the table of data sources as of the last logging step."""
     rows = []
     for history in histories:
@@ -209,31 +191,23 @@ def _sources(histories: list[History]) -> str:
             _, passes = history.series(f"{names.SOURCE_EPOCHS}/{name}")
             cells = [name, format_count(count), f"{count / max(sum(drawn.values()), 1):.1%}"]
             rows.append([history.name, *cells, f"{passes[-1]:.3g}" if passes else ""])
-    if not rows:
-        return ""
     first = 0 if len(histories) > 1 else 1
-    head = ["run", "source", unit, "share", "passes"][first:]
-    return f"<h2>Data by source</h2>{_table(head, [row[first:] for row in rows])}"
+    unit = names.unit_of(histories[0].records[-1])
+    return ["run", "source", unit, "share", "passes"][first:], [row[first:] for row in rows]
 
 
-def _differences(histories: list[History]) -> str:
-    if len(histories) < 2:
-        return ""
+def _differences(histories: list[History]) -> Table:
     rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences(histories)]
-    table = _table(["setting", *(history.name for history in histories)], rows, "facts") if rows else "<p>None.</p>"
-    return f"<h2>Differences of configuration</h2>{table}"
+    return ["setting", *(history.name for history in histories)], rows
 
 
-def _events(history: History) -> str:
+def _events(history: History) -> list[list[str]]:
     shown = [event for event in history.events if event.get("event") not in ("validation", "checkpoint")]
-    if len(shown) < 2:
-        return ""
     rows = []
     for event in shown[-_MAX_EVENTS:]:
         when, step, kind = (str(event.get(key, "")) for key in (names.TIME, names.STEP, "event"))
         rows.append([when[:19].replace("T", " "), step, kind, _details(event)])
-    table = _table(["time (UTC)", "step", "event", ""], rows, "events")
-    return f"<h2>What happened to {_text(history.name)}</h2>{table}"
+    return rows
 
 
 def _details(event: dict[str, Any]) -> str:
@@ -246,36 +220,36 @@ def _details(event: dict[str, Any]) -> str:
     return redact(", ".join(f"{key} {value}" for key, value in known.items()))
 
 
-def _samples(history: History) -> str:
-    if not history.samples:
-        return ""
-    texts = [
-        f'<p class="soft">step {sample.get(names.STEP, "?")}</p>'
-        f"<pre><mark>{_text(sample.get('prompt', ''))}</mark>{_text(sample.get('text', ''))}</pre>"
-        for sample in history.samples[-_MAX_SAMPLES:]
+def _classification(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what a classifier got right and wrong; empty for a run that has written no confusion matrix."""
+    if not facts:
+        return {}
+    labels, counts = facts["labels"], facts["confusion"]
+    confused = [(count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count]
+    pairs = [[labels[i], labels[j], count] for count, i, j in sorted(confused, reverse=True)[:_MAX_PAIRS]]
+    wrong = [
+        (f"{labels[item['label']]} → {labels[item['predicted']]}", f"{item['probability']:.2f}", _png(item))
+        for item in facts["wrong"]
     ]
-    return f"<h2>Text by {_text(history.name)}</h2>{''.join(texts)}"
+    right, total = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
+    found = {"step": facts["step"], "labels": labels, "counts": counts, "right": right, "total": total}
+    return found | {"wrong": wrong, "pairs": pairs if len(counts) > _MAX_CLASSES else None}
 
 
-def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
-    first = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    rest = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table class="{kind}" style="--runs:{len(head) - 1}"><tr>{first}</tr>{rest}</table></div>'
-    )
+def _png(image: dict[str, Any]) -> str:
+    """Return the pixels of an image as PNG in base64."""
+    from PIL import Image  # matplotlib, which draws the other figures, brings it along
+
+    height, width, channels = image["shape"]
+    picture = Image.frombytes("L" if channels == 1 else "RGB", (width, height), base64.b64decode(image["pixels"]))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _plain(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not a number"
-
-
-def _slug(heading: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in heading.lower())

@@ -6,7 +6,7 @@ import json
 import struct
 import sys
 import warnings
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from bigtrain.data.read.images import ImageSet
 from bigtrain.data.streams import open_streams
 from bigtrain.errors import BigtrainError, ConfigError, DataError
 from bigtrain.tasks.classification import Classification, Inputs
-from bigtrain.telemetry.mistakes import classification
+from bigtrain.telemetry.history import History
+from bigtrain.telemetry.report import render
 
 Image = pytest.importorskip("PIL.Image")
 RANDOM = np.random.default_rng(0)
@@ -308,7 +309,8 @@ def test_of_many_classes_the_report_has_the_pairs_that_are_confused_most_and_esc
     counts = np.eye(40, dtype=int) * 9
     counts[3, 7], counts[7, 3] = 5, 2
     facts = {"step": 4, "labels": [f"<{i}>" for i in range(40)], "confusion": counts.tolist(), "wrong": []}
-    page = classification(SimpleNamespace(name="run", classification=facts))
-    assert "360 of 367 held-out samples right" in page and page.count("<tr>") == 3
+    run = {"name": "run", "directory": Path("run"), "records": [{"step": 4}], "events": [], "state": "finished"}
+    page = render([History(**run, classification=facts)])
+    assert "360 of 367 held-out samples right" in page and page.count("&lt;3&gt;") == page.count("&lt;7&gt;") == 2
     assert page.index("<td>&lt;3&gt;</td><td>&lt;7&gt;</td><td>5</td>") < page.index("<td>2</td>")
-    assert classification(SimpleNamespace(name="run", classification={})) == ""
+    assert "held-out samples" not in render([History(**run)])
