@@ -50,6 +50,12 @@ class ConfigError(BigtrainError):
     """The configuration is wrong; the message lists every problem found."""
 
 
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise a ConfigError that lists ``problems``, unless there are none."""
+    if text := "\n".join(problems):
+        raise ConfigError(text)
+
+
 class DataError(BigtrainError):
     """A source, a shard or a tokenizer is missing, damaged or unsuitable."""
 

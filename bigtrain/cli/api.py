@@ -80,16 +80,10 @@ def train(*overrides: str, network: Any = None, objective: Any = None, data: Any
 
 
 def load_run(path: str | PathLike[str], *, network: Any = None, objective: Any = None, data: Any = None) -> Run:
-    """Return the run in a directory.
-
-    Args:
-        path: the directory.
-        network: what the run was trained with, in a program that has not trained it; like ``objective`` and ``data``.
-        objective: see there.
-        data: see there.
+    """Return the run in a directory; a program that has not trained it gives the parts that it was trained with.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: there is no run.
     """
     own_parts.given(network=network, objective=objective, data=data)
     if problem := hydra_cli.not_a_run(Path(path)):
@@ -102,11 +96,7 @@ def validate(
 ) -> dict[str, float]:
     """Return step, loss and metrics of a run's newest checkpoint, or of the checkpoint at a path.
 
-    Args:
-        run: the run, or the path of one of its checkpoints.
-        batches: see :class:`bigtrain.cli.validate.ValidateConfig`, like what follows.
-        set: see there.
-        data: see ``data.path`` there.
+    ``batches``, ``set`` and ``data.path`` of ``bigtrain validate --help`` say on what.
 
     Raises:
         BigtrainError: there is no whole checkpoint, or its data are gone.
@@ -125,14 +115,9 @@ def predict(
     threshold: float | None = None,
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """Return what a run says of each input: ``label`` and ``probability``, or ``value``.
+    """Return what a run, or a checkpoint at a path, says of each input: ``label`` and ``probability``, or ``value``.
 
-    Args:
-        run: the run, or the path of one of its checkpoints.
-        inputs: arrays by column, rows, texts, or the path of a file.
-        top_k: see :class:`bigtrain.cli.predict.PredictConfig`, like what follows.
-        threshold: see there.
-        batch_size: see there.
+    ``inputs`` are arrays by column, rows, texts, or the path of a file; ``bigtrain predict --help`` has the rest.
 
     Raises:
         BigtrainError: there is no whole checkpoint, or the inputs do not fit its network.

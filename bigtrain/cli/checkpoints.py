@@ -3,13 +3,14 @@
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import Verify
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED, CheckpointError, ConfigError
+from bigtrain.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from bigtrain.checkpoint.store import Listed
@@ -52,12 +53,8 @@ def read(args: list[str]) -> CheckpointsConfig:
     return hydra_cli.read(CheckpointsConfig, named)
 
 
-def run(config: CheckpointsConfig) -> int:
-    """Print the table.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or a damaged one.
-    """
+def run(config: CheckpointsConfig) -> None:
+    """Print the table; fail if a checkpoint is damaged, or if there is none."""
     from bigtrain.checkpoint.store import list_checkpoints
 
     found = list_checkpoints(Path(config.run), config.verify, progress=show_progress)
@@ -72,7 +69,6 @@ def run(config: CheckpointsConfig) -> int:
         raise CheckpointError(
             f"{len(damaged)} of {len(complete)} checkpoints damaged; a launch that comes to one sets it aside"
         )
-    return EXIT_FINISHED
 
 
 def row(item: "Listed", verify: Verify) -> str:
@@ -98,6 +94,4 @@ def show_progress(file: str | None) -> None:
         sys.stderr.flush()
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(CheckpointsConfig, run, HELP, reader=read)
+main = partial(hydra_cli.command, CheckpointsConfig, run, HELP, reader=read)

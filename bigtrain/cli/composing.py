@@ -22,7 +22,7 @@ from yaml import YAMLError
 from bigtrain.cli import overrides, own_parts, yaml_source
 from bigtrain.cli.groups import CONFIGS, groups
 from bigtrain.config.convert import from_dict, key_types, nearest, nearest_key, value_problems
-from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError
+from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError, raise_problems
 from bigtrain.processes import RankInfo
 
 T = TypeVar("T")
@@ -50,8 +50,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
         )
     args = own_parts.with_own_parts(args)
     twice = overrides.repeated(args)
-    if doubled := [f"{' '.join(given)}: write one of them" for given in twice.values() if given[-1][0] == "+"]:
-        raise ConfigError("\n".join(doubled))
+    raise_problems(f"{' '.join(given)}: write one of them" for given in twice.values() if given[-1][0] == "+")
     if RankInfo.from_env().rank == 0:
         for key, given in twice.items():
             print(f"warning: {key} is given {len(given)} times; the last one counts, {given[-1]}", file=sys.stderr)
@@ -72,14 +71,13 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
         if not composed:
             sys.exit(0)  # Hydra has answered --cfg, --info or the like
         node, choices = composed[0]
-        if missing := sorted(OmegaConf.missing_keys(node)):
-            raise ConfigError("\n".join(f"{key}: missing; write {key}=..." for key in missing))
+        raise_problems(f"{key}: missing; write {key}=..." for key in sorted(OmegaConf.missing_keys(node)))
         values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
     except BigtrainError:
         raise
     except Exception as error:  # nothing but Hydra and OmegaConf ran
         known = groups(config_name) if config_name else {}
-        problems = _problems(args, schema, known) or _problems(typed, schema, known)
+        problems = [*_problems(args, schema, known)] or [*_problems(typed, schema, known)]
         raise ConfigError("\n".join(problems) or _explain(error, args, schema)) from error
     # Hydra lets `+train.stpes=1` into its structured config; this does not.
     return from_dict(schema, values, from_user=True), choices
@@ -120,29 +118,26 @@ def _hydra_command_line(args: list[str]) -> Iterator[None]:
         sys.stderr.write(said.getvalue())
 
 
-def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> list[str]:
-    """Return the problems of the settings on the command line: plus signs of groups, keys, values."""
-    problems = []
+def _problems(args: list[str], schema: type, groups: dict[str, str | None]) -> Iterator[str]:
+    """Find what is wrong with the settings on the command line: plus signs of groups, keys, values."""
     valid = list(key_types(schema))
     for override in overrides.parsed(args):
-        key, value = override.key_or_group, override.value()
+        key, value, line = override.key_or_group, override.value(), override.input_line
         plus = override.is_add() or override.is_force_add()
         if key in groups:
             if groups[key] and plus:
-                problems.append(f"{override.input_line}: write {key}={value}; it replaces a default")
+                yield f"{line}: write {key}={value}; it replaces a default"
             elif not groups[key] and not plus and not override.is_delete():
-                problems.append(f"{override.input_line}: write +{key}={value}; there is no default to replace")
+                yield f"{line}: write +{key}={value}; there is no default to replace"
         elif key not in valid:
-            problems.append(f"{key}: unknown key; {nearest_key(key, valid)}")
+            yield f"{key}: unknown key; {nearest_key(key, valid)}"
         elif override.is_delete():
-            problems.append(
-                f"~{key}: nothing is removed here; leave the setting out for its default, or write {key}=null where it may be null"
-            )
+            instead = f"leave the setting out for its default, or write {key}=null where it may be null"
+            yield f"~{key}: nothing is removed here; {instead}"
         elif override.is_sweep_override():
-            problems.append(f"{override.input_line}: one value, please; a list is written {key}=[1,2]")
+            yield f"{line}: one value, please; a list is written {key}=[1,2]"
         elif "${" not in str(value):
-            problems += value_problems(schema, key, value)
-    return problems
+            yield from value_problems(schema, key, value)
 
 
 def _explain(error: Exception, args: list[str], schema: type) -> str:

@@ -2,11 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from typing import NoReturn
+from functools import partial
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.packages import require
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,7 +42,7 @@ def read(args: list[str]) -> DashboardConfig:
     return config
 
 
-def run(config: DashboardConfig) -> int:
+def run(config: DashboardConfig) -> None:
     """Build the workspace and save it."""
     require("dashboard", "wandb_workspaces", "dashboard")
     from bigtrain.telemetry.wandb_dashboard import build_dashboard
@@ -56,9 +56,6 @@ def run(config: DashboardConfig) -> int:
     except Exception as error:
         raise ConfigError(f"the workspace could not be saved: {error}") from error
     print(workspace.url)
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(DashboardConfig, run, HELP, reader=read)
+main = partial(hydra_cli.command, DashboardConfig, run, HELP, reader=read)

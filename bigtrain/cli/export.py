@@ -1,14 +1,14 @@
 """Write a run's weights for transformers: ``python launch/export.py checkpoint=runs/gpt_nano out=exported``."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import Precision, WandbMode
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +44,7 @@ Settings, with their defaults:
 """
 
 
-def run(config: ExportConfig) -> int:
+def run(config: ExportConfig) -> None:
     """Export and say what was written."""
     from bigtrain import log
     from bigtrain.checkpoint.store import step_of
@@ -70,9 +70,6 @@ def run(config: ExportConfig) -> int:
         directory, _ = locate(Path(config.checkpoint))
         told = log_export(directory, out, read_config(directory), config.wandb, step_of(exported.checkpoint))
         print(f"artifact    {told}")
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(ExportConfig, run, HELP)
+main = partial(hydra_cli.command, ExportConfig, run, HELP)

@@ -1,13 +1,13 @@
 """Generate text with a trained model: ``python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("``."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath, MaybeEmpty, to_dict
-from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +43,7 @@ Settings, with their defaults:
 """
 
 
-def run(config: GenerateConfig) -> int:
+def run(config: GenerateConfig) -> None:
     """Generate and print the texts."""
     from bigtrain.data.prepare.records import decode
     from bigtrain.log import get_logger
@@ -57,9 +57,6 @@ def run(config: GenerateConfig) -> int:
     texts = sample_run(Path(settings.pop("checkpoint")), **settings)
     for number, text in enumerate(texts, start=1):
         print(f"--- {number} of {len(texts)} ---\n{prompt}{text}")
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(GenerateConfig, run, HELP)
+main = partial(hydra_cli.command, GenerateConfig, run, HELP)

@@ -26,13 +26,10 @@ from bigtrain.cli.settings import setting_lines
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, padding, resolve
-from bigtrain.config.convert import (
-    from_dict,
-    key_types,
-)
+from bigtrain.config.convert import from_dict, key_types
 from bigtrain.config.length import with_typed_length
 from bigtrain.config.packages import missing_data_packages, missing_packages
-from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.errors import BigtrainError, ConfigError, raise_problems
 from bigtrain.files import RUN_FILES, such_as_runs
 from bigtrain.log import redact
 from bigtrain.processes import RankInfo, lone_ranks
@@ -111,8 +108,7 @@ def read_run(args: list[str]) -> TrainConfig:
     info = RankInfo.from_env()
     config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
     problems = check(config, world_size=info.world_size, local_world_size=info.local_world_size)
-    if problems := problems or missing_packages(config):
-        raise ConfigError("\n".join(problems))
+    raise_problems(problems or missing_packages(config))
     if config.model.kind is ModelKind.hf:
         from bigtrain.models.probe import require_positions
         from bigtrain.run.directory import continued_model
@@ -137,11 +133,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
 
 
 def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "train") -> RunT:
-    """Return the resolved configuration of a training run, with what a launcher's ``schema`` adds; not yet checked.
-
-    Raises:
-        ConfigError: listing every problem; no model is chosen.
-    """
+    """Return the resolved configuration of a training run, with what a launcher's ``schema`` adds; not yet checked."""
     config, choices = compose(schema, args, config_name=config_name)
     config = own_parts.recorded(config)
     config.train = with_typed_length(config.train, {arg.partition("=")[0].lstrip("+") for arg in args})
@@ -176,19 +168,24 @@ def _is_other_shape(given: ModelConfig, shaped: ModelConfig, key: str) -> bool:
 def read(schema: type[T], args: list[str]) -> T:
     """Return the configuration of a command with a schema of its own; a ConfigError lists every problem."""
     config, _ = compose(schema, args)
-    if problems := out_of_bounds(config):
-        raise ConfigError("\n".join(problems))
+    raise_problems(out_of_bounds(config))
     return config
 
 
-def read_runs(schema: type[T], args: list[str]) -> tuple[T, list[str]]:
-    """Return the configuration of a command with ``runs``, which are the arguments that are no settings, and problems."""
+def read_runs(schema: type[T], args: list[str]) -> T:
+    """Return the configuration of a command with ``runs``, which are the arguments that are no settings."""
     runs = [arg for arg in args if os.path.isdir(arg) or not (arg.startswith("-") or "=" in arg)]
     config, _ = compose(schema, [arg for arg in args if arg not in runs])
     config.runs += from_dict(schema, {"runs": runs}, from_user=True).runs
     if not config.runs:
-        return config, [f"which run? name its directory{such_as_runs(Path('runs'))}"]
-    return config, [problem for run in config.runs if (problem := not_a_run(Path(run)))] + out_of_bounds(config)
+        raise ConfigError(f"which run? name its directory{such_as_runs(Path('runs'))}")
+    raise_problems([*filter(None, (not_a_run(Path(run)) for run in config.runs)), *out_of_bounds(config)])
+    return config
+
+
+def training_of(config: TrainConfig) -> TrainConfig:
+    """Return a launcher's configuration without what its own schema adds."""
+    return TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
 
 
 def not_a_run(path: Path) -> str | None:
@@ -204,8 +201,7 @@ def read_data(args: list[str]) -> TrainConfig:
     config, choices = compose(TrainConfig, args, config_name="train")
     config.model.name = config.model.name or choices.get("model")
     config = resolve(config)
-    if problems := check_data(config.data) or missing_data_packages(config.data):
-        raise ConfigError("\n".join(problems))
+    raise_problems(check_data(config.data) or missing_data_packages(config.data))
     return config
 
 

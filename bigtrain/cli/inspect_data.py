@@ -1,14 +1,15 @@
 """Show what a step trains on: ``python launch/inspect_data.py directory=runs/gpt_nano step=100``."""
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import TrainConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +46,7 @@ def read(args: list[str]) -> tuple[InspectConfig, TrainConfig | None]:
     return config, None if config.directory else hydra_cli.read_run(others)
 
 
-def run(chosen: tuple[InspectConfig, TrainConfig | None]) -> int:
+def run(chosen: tuple[InspectConfig, TrainConfig | None]) -> None:
     """Print the samples."""
     from bigtrain.run.inspection import inspect_run, inspect_step
 
@@ -56,9 +57,6 @@ def run(chosen: tuple[InspectConfig, TrainConfig | None]) -> int:
         lines = inspect_step(train, step=config.step, num_samples=config.samples)
     for line in lines:
         print(line)
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(InspectConfig, run, HELP, reader=read)
+main = partial(hydra_cli.command, InspectConfig, run, HELP, reader=read)

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from bigtrain.config.convert import generic_key, key_types, named_sections, optional_sections, value_problems
-from bigtrain.errors import ConfigError
+from bigtrain.errors import raise_problems
 
 VALUED_OPTIONS = {
     "--config-dir",
@@ -27,14 +27,9 @@ VALUED_OPTIONS = {
 
 
 def prepare(args: list[str], schema: type) -> list[str]:
-    """Return ``args`` for Hydra: text quoted, options last, named sections nested.
-
-    Raises:
-        ConfigError: listing numbers in sections and lists where text is meant.
-    """
+    """Return ``args`` for Hydra: text quoted, options last, named sections nested."""
     args = [_nest(_quote_text(arg, schema), schema) for arg in _options_last(args)]
-    if problems := _numbers_for_text(args, schema):
-        raise ConfigError("\n".join(problems))
+    raise_problems(_numbers_for_text(args, schema))
     return args
 
 
@@ -57,18 +52,13 @@ def _options_last(args: list[str]) -> list[str]:
     return settings + options
 
 
-def _numbers_for_text(args: list[str], schema: type) -> list[str]:
-    """Return the numbers in sections and lists where text is meant, which need quotes."""
-    types_by_key, problems = key_types(schema), []
+def _numbers_for_text(args: list[str], schema: type) -> Iterator[str]:
+    """Find the numbers in sections and lists where text is meant, which need quotes."""
     for override in parsed([arg for arg in args if "{" in arg or "[" in arg]):
-        if override.key_or_group in types_by_key and isinstance(override.value(), list | dict):
-            found = value_problems(schema, override.key_or_group, override.value())
-            problems += [
-                f"{problem}; text that looks like a number needs quotes"
-                for problem in found
-                if "expected str" in problem
-            ]
-    return problems
+        if override.key_or_group in key_types(schema) and isinstance(override.value(), list | dict):
+            for problem in value_problems(schema, override.key_or_group, override.value()):
+                if "expected str" in problem:
+                    yield f"{problem}; text that looks like a number needs quotes"
 
 
 def _quote_text(arg: str, schema: type) -> str:

@@ -8,7 +8,7 @@ from bigtrain.config import DataSource, ModelKind, TrainConfig, parts
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.config.tasks import SMALL_NETWORKS
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, raise_problems
 
 RunT = TypeVar("RunT", bound=TrainConfig)
 
@@ -25,11 +25,7 @@ KNOWN_TO_DATA = ("vocab_size", "max_positions")
 
 
 def bring_in(args: list[str]) -> list[str]:
-    """Import what ``--import`` names, and return the other arguments.
-
-    Raises:
-        ConfigError: it cannot be imported, or nothing follows the option.
-    """
+    """Import what ``--import`` names, and return the other arguments."""
     rest, words = [], iter(args)
     for word in words:
         option, equals, value = word.partition("=")
@@ -65,11 +61,7 @@ def with_own_parts(args: list[str]) -> list[str]:
 
 
 def recorded(config: RunT) -> RunT:
-    """Return a user's ``config`` with all settings of its own parts, and the contents that were imported.
-
-    Raises:
-        ConfigError: a part is not there, or refuses its settings.
-    """
+    """Return a user's ``config`` with all settings of its own parts, and the contents that were imported."""
     task, model, data = config.task, config.model, config.data
     for name in config.logging.also:
         parts.find(name, "logging.also")
@@ -84,8 +76,7 @@ def recorded(config: RunT) -> RunT:
         from bigtrain.models.small import NETWORKS
 
         network = from_dict(NETWORKS[model.name], model.settings, from_user=True, section="model.settings.")
-        if problems := out_of_bounds(network, "model.settings."):
-            raise ConfigError("\n".join(problems))
+        raise_problems(out_of_bounds(network, "model.settings."))
         model = dataclasses.replace(model, settings=to_dict(network))
     if data.source is DataSource.own and parts.is_own(data.path):
         settings = parts.settings_of(data.path, data.settings, setting="data.path")

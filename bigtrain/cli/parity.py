@@ -4,8 +4,10 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 from bigtrain import log
 from bigtrain.cli import hydra_cli
@@ -13,7 +15,7 @@ from bigtrain.config import EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.config.parts import is_own
-from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted, raise_problems
 
 if TYPE_CHECKING:
     from bigtrain.testing.parity import Case, Difference, Trajectory
@@ -74,19 +76,19 @@ def read(args: list[str]) -> ParityConfig:
     config = dataclasses.replace(config, **shared)
     config.train.micro_batch_size = micro_batch_size  # where it is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
-    if problems := _problems(config):
-        raise ConfigError("\n".join(problems))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "parity.py starts its own processes: start it with python, not with torchrun or another launcher"
+        )
+    raise_problems(out_of_bounds(config))
+    if config.steps > config.train.steps:
+        raise ConfigError(f"steps={config.steps}: must be at most train.steps={config.train.steps}")
+    raise_problems(_problems(config))
     return config
 
 
-def _problems(config: ParityConfig) -> list[str]:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return ["parity.py starts its own processes: start it with python, not with torchrun or another launcher"]
-    problems = out_of_bounds(config)
-    if config.steps > config.train.steps:
-        problems.append(f"steps={config.steps}: must be at most train.steps={config.train.steps}")
-    if problems:
-        return problems
+def _problems(config: ParityConfig) -> Iterator[str]:
+    """Yield the problems of every case, each with the cases that have it."""
     cases_by_problem: dict[str, list[str]] = {}
     for engine in config.engines:
         for world_size in config.worlds:
@@ -94,10 +96,10 @@ def _problems(config: ParityConfig) -> list[str]:
             case_config = fit_micro_batch(case_config, world_size)
             for problem in check(case_config, world_size=world_size, local_world_size=world_size):
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
-    problems = [f"{', '.join(cases)}: {problem}" for problem, cases in cases_by_problem.items()]
+    for problem, cases in cases_by_problem.items():
+        yield f"{', '.join(cases)}: {problem}"
     if len(config.engines) * len(config.worlds) < 2 and not is_own(config.task.kind):
-        problems.append("nothing to compare: name several engines=[...] or worlds=[...]")
-    return problems
+        yield "nothing to compare: name several engines=[...] or worlds=[...]"
 
 
 def run(config: ParityConfig) -> int:
@@ -108,7 +110,7 @@ def run(config: ParityConfig) -> int:
     _check_gpus(config)
     log.setup(hydra_cli.rank())
     prepare_data(config.data)  # here, where nobody waits for it in a collective
-    train = TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)})
+    train = hydra_cli.training_of(config)
     exact = dataclasses.replace(train, engine=dataclasses.replace(train.engine, precision=Precision.fp32))
     cases = [_case(Case, config, engine, world) for engine in config.engines for world in config.worlds]
     if is_own(config.task.kind) and (other := _other_micro_batch(cases, config.train.global_batch_size)):
@@ -207,6 +209,4 @@ def _verdict(num_agreeing: int, num_compared: int, reference: "Case", config: Pa
     )
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(ParityConfig, run, HELP, reader=read, shown=["engines", "worlds", "steps"])
+main = partial(hydra_cli.command, ParityConfig, run, HELP, reader=read, shown=["engines", "worlds", "steps"])

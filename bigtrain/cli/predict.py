@@ -1,13 +1,13 @@
 """Predict with a trained run: ``python launch/predict.py checkpoint=runs/cnn_mnist inputs=new.npz out=labels.jsonl``."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +41,7 @@ Settings, with their defaults:
 """
 
 
-def run(config: PredictConfig) -> int:
+def run(config: PredictConfig) -> None:
     """Predict and say where it is."""
     from bigtrain.run.prediction import predict_file
     from bigtrain.tasks.answers import Wanted
@@ -51,9 +51,6 @@ def run(config: PredictConfig) -> int:
     count = predict_file(*paths, wanted=wanted, batch_size=config.batch_size, part_rows=config.part_rows)
     if hydra_cli.rank() == 0:
         print(f"{config.out}: {count:,} predictions")
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(PredictConfig, run, HELP)
+main = partial(hydra_cli.command, PredictConfig, run, HELP)

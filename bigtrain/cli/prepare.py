@@ -1,8 +1,8 @@
 """Prepare a corpus ahead of the training: ``python launch/prepare.py data=text data.path='books/*.txt'``."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from bigtrain import log
 from bigtrain.cli import groups, hydra_cli
@@ -18,7 +18,7 @@ from bigtrain.config import (
     is_live,
 )
 from bigtrain.config.check import ignored_settings
-from bigtrain.errors import EXIT_FINISHED, ConfigError, counted, some
+from bigtrain.errors import ConfigError, counted, some
 
 HELP = """\
 Tokenise a corpus once, so that no run has to wait for it. Training prepares what is missing by itself.
@@ -43,7 +43,7 @@ ENOUGH_TOKENS_PER_PARAMETER = 20
 """For the lowest loss at a given amount of compute (Hoffmann et al. 2022)."""
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig) -> None:
     """Prepare what ``config.data`` names and say what it holds."""
     components = component_data(config.data)
     if not {data.source for data in components.values()} - set(WITHOUT_TEXT) | {DataSource.images}:
@@ -68,7 +68,6 @@ def run(config: TrainConfig) -> int:
             num_tokens += describe(directory)
     if config.model.name and config.model.kind is ModelKind.native:
         print(f"enough?     {per_parameter(num_tokens, config.model)}")
-    return EXIT_FINISHED
 
 
 def describe_images(directory: Path) -> None:
@@ -134,6 +133,4 @@ def help_page() -> str:
     return HELP.format(sources=", ".join(groups.group_options("data")), settings=settings)
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.main(hydra_cli.read_data, run, help_page)
+main = partial(hydra_cli.main, hydra_cli.read_data, run, help_page)

@@ -1,13 +1,13 @@
 """Write a page about runs: ``python launch/report.py runs/a runs/b``; ``--help`` says more."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.convert import LocalPath
-from bigtrain.config.packages import lacking
-from bigtrain.errors import EXIT_FINISHED, ConfigError
+from bigtrain.config.packages import require
+from bigtrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,17 +36,15 @@ PICTURES = (".svg", ".png", ".pdf")
 
 def read(args: list[str]) -> ReportConfig:
     """Return the configuration; what is no setting is a run."""
-    config, problems = hydra_cli.read_runs(ReportConfig, args)
-    problems += lacking("bigtrain report", "matplotlib", "report")
+    config = hydra_cli.read_runs(ReportConfig, args)
+    require("bigtrain report", "matplotlib", "report")
     config.out = config.out or (f"{config.runs[0]}/report.html" if len(config.runs) == 1 else "report.html")
     if Path(config.out).suffix not in (".html", *PICTURES):
-        problems.append(f"out={config.out}: the name must end in .html, {', '.join(PICTURES)}")
-    if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(f"out={config.out}: the name must end in .html, {', '.join(PICTURES)}")
     return config
 
 
-def run(config: ReportConfig) -> int:
+def run(config: ReportConfig) -> None:
     """Write the report and say where it is."""
     from bigtrain.telemetry import figures, names
     from bigtrain.telemetry.history import read_history
@@ -62,9 +60,6 @@ def run(config: ReportConfig) -> int:
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written: {error}") from error
     print(out)
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(ReportConfig, run, HELP, reader=read)
+main = partial(hydra_cli.command, ReportConfig, run, HELP, reader=read)

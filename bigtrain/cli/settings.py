@@ -94,12 +94,7 @@ def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = 
     return "\n".join(lines)
 
 
-def help_all() -> str:
-    """Return all settings for a terminal."""
-    return lines(TrainConfig)
-
-
-def lines(schema: type, prefix: str = "") -> str:
+def lines(schema: type = TrainConfig, prefix: str = "") -> str:
     """Return the settings of ``schema`` for a terminal."""
     return "\n".join(
         f"{prefix}{key}={default}  ({kind})\n{textwrap.indent(textwrap.fill(meaning, 110), '      ')}"

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
 
 from bigtrain.errors import EXIT_FAULT, BigtrainError
 
@@ -20,34 +20,30 @@ class _Output(io.TextIOWrapper):
     """Raises an OutputError where it cannot be written."""
 
     def write(self, text: str) -> int:
-        with _said():
-            return super().write(text)
-
-    def flush(self) -> None:
-        with _said():
-            super().flush()
-
-
-class _Errors(io.TextIOWrapper):
-    """Drops what cannot be written."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self.failing():
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self.failing():
             super().flush()
 
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            gone = isinstance(error, BrokenPipeError)  # as of `| head`
+            raise OutputError("" if gone else f"standard output cannot be written: {error.strerror}") from error
 
-@contextlib.contextmanager
-def _said() -> Any:
-    try:
-        yield
-    except OSError as error:
-        gone = isinstance(error, BrokenPipeError)  # as of `| head`
-        raise OutputError("" if gone else f"standard output cannot be written: {error.strerror}") from error
+
+class _Errors(_Output):
+    """Drops what cannot be written."""
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        with contextlib.suppress(OSError):
+            yield
 
 
 def open_closed() -> None:

@@ -6,17 +6,19 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 from bigtrain.cli import groups, hydra_cli, own_parts
 from bigtrain.cli.settings import setting_lines
 from bigtrain.config import Precision, TrainConfig, parts
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch, ignored_settings, padding
-from bigtrain.config.convert import PathOrUrl
-from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
+from bigtrain.config.convert import PathOrUrl, to_dict
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, raise_problems
 from bigtrain.log import redact
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
     config = hydra_cli.compose_run(SubmitConfig, args, config_name="submit")
     world_size, local_world_size = world(config.cluster)
     config = fit_micro_batch(config, max(world_size, 1))
-    problems = _cluster_problems(config.cluster)
+    problems = list(_cluster_problems(config.cluster))
     training_args = [f"{own_parts.IMPORT}={typed}" for typed in parts.imports()]
     training_args += [arg for arg in args if keys[arg].partition(".")[0] not in ("cluster", "dry_run")]
     problems += [
@@ -116,10 +118,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         for arg in args
         if redact(arg) != arg
     ]
-    if not problems:
-        problems = check(config, world_size=world_size, local_world_size=local_world_size)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_problems(problems or check(config, world_size=world_size, local_world_size=local_world_size))
     for warning in ignored_settings(config) + padding(config.train, world_size):
         print(f"warning: {warning}", file=sys.stderr)
     return config, training_args
@@ -131,43 +130,33 @@ def world(cluster: ClusterConfig) -> tuple[int, int]:
     return cluster.num_nodes * per_node, per_node
 
 
-def _cluster_problems(cluster: ClusterConfig) -> list[str]:
-    rules = [
-        (
-            cluster.gpus_per_node == 0 or cluster.gpu_memory_gib > 0,
-            f"cluster.gpu_memory_gib={cluster.gpu_memory_gib}: say how much memory one GPU has",
-        ),
-        (cluster.host_memory_gib > 0, f"cluster.host_memory_gib={cluster.host_memory_gib}: say how much a node has"),
-        (
-            cluster.time_limit is None or TIME_LIMIT.fullmatch(cluster.time_limit),
-            f"cluster.time_limit={cluster.time_limit}: Slurm takes minutes, 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)",
-        ),
-        (
-            _seconds(cluster.time_limit) > cluster.save_before_end_seconds + SIGNAL_EARLY_SECONDS,
-            f"cluster.time_limit={cluster.time_limit}: must be longer than cluster.save_before_end_seconds="
-            f"{cluster.save_before_end_seconds} and the minute by which Slurm's signal may be early",
-        ),
-        (
-            not cluster.interface or INTERFACE.fullmatch(cluster.interface),
-            f"cluster.interface={cluster.interface!r}: must be the name of a network interface, such as ib0",
-        ),
-        (
-            all(option.startswith("-") for option in cluster.sbatch_options),
-            f"cluster.sbatch_options={cluster.sbatch_options}: each begins with a dash, such as --constraint=ib",
-        ),
-        (
-            not (fixed := [option for option in cluster.sbatch_options if FIXED.match(option)]),
-            f"cluster.sbatch_options={fixed}: the job has its own; see cluster.num_nodes, cluster.time_limit, "
-            "cluster.save_before_end_seconds and run.name",
-        ),
-    ]
-    problems = out_of_bounds(cluster, "cluster.") + [message for holds, message in rules if not holds]
-    for name in (f.name for f in dataclasses.fields(ClusterConfig)):
-        value = getattr(cluster, name)
+def _cluster_problems(cluster: ClusterConfig) -> Iterator[str]:
+    yield from out_of_bounds(cluster, "cluster.")
+    if cluster.gpus_per_node and cluster.gpu_memory_gib <= 0:
+        yield f"cluster.gpu_memory_gib={cluster.gpu_memory_gib}: say how much memory one GPU has"
+    if cluster.host_memory_gib <= 0:
+        yield f"cluster.host_memory_gib={cluster.host_memory_gib}: say how much a node has"
+    limit, margin = cluster.time_limit, cluster.save_before_end_seconds
+    if limit is not None and not TIME_LIMIT.fullmatch(limit):
+        forms = "minutes, 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)"
+        yield f"cluster.time_limit={limit}: Slurm takes {forms}"
+    if _seconds(limit) <= margin + SIGNAL_EARLY_SECONDS:
+        yield (
+            f"cluster.time_limit={limit}: must be longer than cluster.save_before_end_seconds={margin} and the minute by "
+            "which Slurm's signal may be early"
+        )
+    if cluster.interface and not INTERFACE.fullmatch(cluster.interface):
+        yield f"cluster.interface={cluster.interface!r}: must be the name of a network interface, such as ib0"
+    options = cluster.sbatch_options
+    if not all(option.startswith("-") for option in options):
+        yield f"cluster.sbatch_options={options}: each begins with a dash, such as --constraint=ib"
+    if fixed := [option for option in options if FIXED.match(option)]:
+        settings = "cluster.num_nodes, cluster.time_limit, cluster.save_before_end_seconds and run.name"
+        yield f"cluster.sbatch_options={fixed}: the job has its own; see {settings}"
+    for name, value in to_dict(cluster).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and UNFIT.search(text):
-                problems.append(f"cluster.{name}={text!r}: no backslashes, line breaks or control characters, please")
-    return problems
+                yield f"cluster.{name}={text!r}: no backslashes, line breaks or control characters, please"
 
 
 def _seconds(limit: str | None) -> float:
@@ -181,12 +170,7 @@ def _seconds(limit: str | None) -> float:
 
 
 def run(job: tuple[SubmitConfig, list[str]]) -> int:
-    """Show or submit the job.
-
-    Raises:
-        PreflightError: the run cannot fit the cluster's memory.
-        ConfigError: there is no sbatch here.
-    """
+    """Show or submit the job; refuse one that cannot fit the cluster's memory."""
     config, training_args = job
     preflight(config).require(config.preflight, "submits it regardless")
     script = render(config, training_args, Path.cwd())
@@ -225,13 +209,7 @@ def preflight(config: SubmitConfig) -> "Report":
 
 
 def render(config: SubmitConfig, training_args: list[str], directory: Path) -> str:
-    """Return the batch script; every value in it is quoted.
-
-    Args:
-        config: of the job.
-        training_args: arguments of ``launch/train.py``.
-        directory: where the job runs, which relative paths in the settings start from.
-    """
+    """Return the batch script of a job that runs in ``directory``; every value in it is quoted."""
     cluster = config.cluster
     environ = {"BIGTRAIN_HOME": str(HOME)}
     if HOME == _PACKAGE and not cluster.container_image:
@@ -301,6 +279,4 @@ def help_page() -> str:
     return HELP.format(clusters=" ".join(groups.group_options("cluster")), settings=settings)
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.main(read, run, help_page)
+main = partial(hydra_cli.main, read, run, help_page)

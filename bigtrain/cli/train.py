@@ -73,7 +73,8 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
     try:
         code = launching.run(config)
     except BigtrainError as error:  # a sentence for the user, not a traceback per rank in torchrun's report
-        error.exit_code = _code_for_launcher(error.exit_code)
+        if error.exit_code == EXIT_RESUMABLE and only_zero_is_success():
+            error.exit_code = EXIT_FINISHED
         raise
     except Exception as error:
         if is_lost_connection(error):  # it would hide the error of the other rank
@@ -81,13 +82,8 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
         faults.record_exception(error)
         _redact_file(os.environ.get("TORCHELASTIC_ERROR_FILE"))
         raise
-    # Nor may torchrun start a run anew whose directory was renamed.
+    # torchrun and accelerate would report 75 as a failure and restart; nor may they start a renamed run anew.
     return EXIT_FINISHED if only_zero_is_success() else code
-
-
-def _code_for_launcher(code: int) -> int:
-    """Return 0 for 75 under torchrun and accelerate, which would report a failure and restart."""
-    return EXIT_FINISHED if code == EXIT_RESUMABLE and only_zero_is_success() else code
 
 
 def _redact_file(path: str | None) -> None:
@@ -104,5 +100,5 @@ def help_page() -> str:
 
 def main(early_stop: EarlyStop) -> NoReturn:
     """Run the command; ``early_stop`` handles signals until the run has begun."""
-    page = settings.help_all if "all" in sys.argv else help_page
+    page = settings.lines if "all" in sys.argv else help_page
     hydra_cli.main(hydra_cli.read_run, partial(run, early_stop=early_stop), page)

@@ -2,14 +2,14 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import SetConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,7 +42,7 @@ Settings, with their defaults:
 MOST_SHOWN_LABELS = 20
 
 
-def run(config: ValidateConfig) -> int:
+def run(config: ValidateConfig) -> None:
     """Validate and print the result."""
     from bigtrain.run.directory import label_names, locate
     from bigtrain.run.evaluation import validate_run
@@ -51,17 +51,16 @@ def run(config: ValidateConfig) -> int:
     path = Path(config.checkpoint)
     measured = validate_run(path, batches=config.batches, chosen=config.set, part=part)
     if hydra_cli.rank() != 0:
-        return EXIT_FINISHED
+        return
     confusion, names = measured.confusion, label_names(locate(path)[0])
     if config.json:
         counts = {} if confusion is None else {"confusion": confusion.astype(int).tolist(), "labels": names}
         print(json.dumps(measured.metrics | counts))
-        return EXIT_FINISHED
+        return
     for name, value in measured.metrics.items():
-        print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+        print(f"{name:<24} {f'{value:.4f}' if isinstance(value, float) else value}")
     if confusion is not None and len(confusion) <= MOST_SHOWN_LABELS:
         print(confusion_table(confusion.astype(int).tolist(), names))
-    return EXIT_FINISHED
 
 
 def confusion_table(counts: list[list[int]], names: list[str]) -> str:
@@ -74,6 +73,4 @@ def confusion_table(counts: list[list[int]], names: list[str]) -> str:
     return "\n".join(["", "predicted as", *rows])
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(ValidateConfig, run, HELP)
+main = partial(hydra_cli.command, ValidateConfig, run, HELP)

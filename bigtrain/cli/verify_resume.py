@@ -5,16 +5,17 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, TrainConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.check import check, fit_micro_batch
-from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError
+from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, raise_problems
 
 if TYPE_CHECKING:
     from bigtrain.testing.resume import Plan, Verdict
@@ -36,7 +37,6 @@ class VerifyResumeConfig(TrainConfig):
     """Engine of the resumed launch; by default the same."""
 
 
-OWN_SETTINGS = ["before", "after", "world", "resume_world", "resume_engine"]
 HELP = """\
 Is your training, killed and resumed, the training that was never interrupted? Takes the settings of launch/train.py.
 
@@ -68,9 +68,8 @@ def run(config: VerifyResumeConfig) -> int:
     log.setup(hydra_cli.rank())
     plan = plan_of(config)
     config = fit_micro_batch(config, math.lcm(plan.world_size, plan.resume_world_size))
-    training = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
     root = Path(config.run.root) / f"verify_resume-{config.run.name}-{uuid.uuid4().hex[:8]}"
-    verdict = verify_resume(training, plan, root, say=partial(print, flush=True))
+    verdict = verify_resume(hydra_cli.training_of(config), plan, root, say=partial(print, flush=True))
     print(table(verdict))
     if not verdict.holds:
         print(f"NOT THE SAME: first difference in {verdict.first_difference}\nThe runs are in {root}.")
@@ -95,11 +94,7 @@ def _number(value: float) -> str:
 
 
 def plan_of(config: VerifyResumeConfig) -> "Plan":
-    """Return what is launched on how many ranks.
-
-    Raises:
-        ConfigError: names all that stands against it.
-    """
+    """Return what is launched on how many ranks; a ConfigError names all that stands against it."""
     import torch
 
     from bigtrain.testing.resume import Plan
@@ -113,43 +108,32 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
         resume_world_size=world_size if config.resume_world is None else config.resume_world,
         resume_engine=config.resume_engine or config.engine.kind,
     )
-    problems = [*_own_problems(config, plan), *_run_problems(config, plan)]
-    if 0 < num_gpus < max(plan.world_size, plan.resume_world_size):
-        problems.append(f"world and resume_world: this machine has {num_gpus} GPUs; one rank needs one")
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    raise_problems(dict.fromkeys(_problems(config, plan, num_gpus)))
     return plan
 
 
-def _own_problems(config: VerifyResumeConfig, plan: "Plan") -> list[str]:
-    rules = [
-        (
-            int(os.environ.get("WORLD_SIZE", "1")) == 1,
-            "start this command once, without torchrun: it starts world=<number> ranks by itself",
-        ),
-        (
-            config.checkpoint.resume == "auto",
-            f"checkpoint.resume={config.checkpoint.resume}: leave it out; what is verified are runs of their own",
-        ),
-        (
-            plan.world_size == plan.resume_world_size or config.model.dropout == 0,
+def _problems(config: VerifyResumeConfig, plan: "Plan", num_gpus: int) -> Iterator[str]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "start this command once, without torchrun: it starts world=<number> ranks by itself"
+    if config.checkpoint.resume != "auto":
+        yield f"checkpoint.resume={config.checkpoint.resume}: leave it out; what is verified are runs of their own"
+    if plan.world_size != plan.resume_world_size and config.model.dropout:
+        yield (
             f"model.dropout={config.model.dropout}: every rank draws its own random numbers, so another world size "
-            "cannot give the same losses; add model.dropout=0, or keep the world size",
-        ),
-    ]
-    return [message for holds, message in rules if not holds]
-
-
-def _run_problems(config: VerifyResumeConfig, plan: "Plan") -> list[str]:
-    """Check the run as it starts and as it is resumed."""
+            "cannot give the same losses; add model.dropout=0, or keep the world size"
+        )
     resumed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=plan.resume_engine))
-    problems = []
     for run_config, world_size in ((config, plan.world_size), (resumed, plan.resume_world_size)):
-        problems += check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))
-    return problems
+        yield from check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))
+    if 0 < num_gpus < max(plan.world_size, plan.resume_world_size):
+        yield f"world and resume_world: this machine has {num_gpus} GPUs; one rank needs one"
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    read = partial(hydra_cli.compose_run, VerifyResumeConfig)
-    hydra_cli.command(VerifyResumeConfig, run, HELP, reader=read, shown=OWN_SETTINGS)
+main = partial(
+    hydra_cli.command,
+    VerifyResumeConfig,
+    run,
+    HELP,
+    reader=partial(hydra_cli.compose_run, VerifyResumeConfig),
+    shown=["before", "after", "world", "resume_world", "resume_engine"],
+)

@@ -3,13 +3,13 @@
 import contextlib
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
-from bigtrain.errors import EXIT_FINISHED, ConfigError
 
 if TYPE_CHECKING:
     from bigtrain.telemetry.view import FollowedRun
@@ -40,15 +40,7 @@ Settings, with their defaults:
 """
 
 
-def read(args: list[str]) -> WatchConfig:
-    """Return the configuration; what is no setting is a run."""
-    config, problems = hydra_cli.read_runs(WatchConfig, args)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-def run(config: WatchConfig) -> int:
+def run(config: WatchConfig) -> None:
     """Show the runs until none of them runs."""
     from rich.console import Console
 
@@ -62,7 +54,6 @@ def run(config: WatchConfig) -> int:
             for followed in runs:
                 followed.read()
             console.print(_screen(runs), width=100)
-    return EXIT_FINISHED
 
 
 def _follow(runs: "list[FollowedRun]", every_seconds: float, console: Any) -> None:
@@ -97,6 +88,4 @@ def _panel(followed: "FollowedRun") -> Any:
     return Panel(Group(*shown), title=Text(f"{followed.name}: {state}"), title_align="left")
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.command(WatchConfig, run, HELP, reader=read)
+main = partial(hydra_cli.command, WatchConfig, run, HELP, reader=partial(hydra_cli.read_runs, WatchConfig))

@@ -1,11 +1,10 @@
 """Say where a run lives: ``python launch/where.py +model=gpt_nano``; batch scripts ask before they start ranks."""
 
 import os
-from typing import NoReturn
+from functools import partial
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import TrainConfig
-from bigtrain.errors import EXIT_FINISHED
 from bigtrain.files import read_json
 
 RESERVE = "BIGTRAIN_RESERVE"
@@ -26,7 +25,7 @@ use in restarting it.
 """
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig) -> None:
     """Print the directory; for a batch script, take the run first."""
     directory, reserved = config.run.directory, []
     if RESERVE in os.environ:
@@ -42,9 +41,6 @@ def run(config: TrainConfig) -> int:
             lease.release()
         reserved = [f"{read_json(directory / ATTEMPT_FILE)['failures_without_progress']} {most}"]
     print(directory, *reserved, sep="\n")
-    return EXIT_FINISHED
 
 
-def main() -> NoReturn:
-    """Run the command."""
-    hydra_cli.main(hydra_cli.read_run, run, lambda: HELP)
+main = partial(hydra_cli.main, hydra_cli.read_run, run, lambda: HELP)

@@ -65,8 +65,6 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
     """Build the dataclass ``schema`` from plain data, strictly.
 
     Args:
-        schema: what is built.
-        values: plain data.
         from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite,
             text must not be empty.
         section: prefix of the keys in messages, such as ``task.settings.``.

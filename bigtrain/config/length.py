@@ -11,11 +11,7 @@ LENGTHS = ("steps", "epochs", "tokens")
 
 
 def with_typed_length(train: TrainingConfig, typed: Collection[str]) -> TrainingConfig:
-    """Return the section with the length that was typed alone, whatever a preset says.
-
-    Raises:
-        ConfigError: several were typed.
-    """
+    """Return the section with the length that was typed alone, whatever a preset says; several are refused."""
     chosen = [name for name in LENGTHS if f"train.{name}" in typed and getattr(train, name) is not None]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(f'train.{name}' for name in chosen)}: one of them says how long the run is")
@@ -53,7 +49,6 @@ def steps_to_train(
     """Return ``train.steps`` of a length in epochs or tokens, in whole batches.
 
     Args:
-        train: the section.
         num_samples: of an epoch.
         sequence_length: tokens of a sample; None if it has none.
         step: that the run has reached.

@@ -21,7 +21,7 @@ from typing import Any
 
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.convert import from_dict, nearest, to_dict
-from bigtrain.errors import ConfigError, first_line
+from bigtrain.errors import ConfigError, first_line, raise_problems
 
 GROUP = "bigtrain"
 """Of entry points: ``[project.entry-points.bigtrain] mypkg = "mypkg.parts"``."""
@@ -46,11 +46,7 @@ def is_own(name: str | None) -> bool:
 
 
 def bring_in(typed: str) -> None:
-    """Import what follows ``--import``: a Python file, or the name of a package's entry point.
-
-    Raises:
-        ConfigError: there is no such file or entry point, or running it has failed; says where.
-    """
+    """Import what follows ``--import``: a Python file, or the name of a package's entry point."""
     if typed.endswith(".py") or os.sep in typed:
         _bring_in_file(typed)
     elif not bring_in_package(typed):
@@ -158,15 +154,7 @@ def imports() -> list[str]:
 
 
 def find(name: str, setting: str) -> Any:
-    """Return the part with a name; nothing is imported.
-
-    Args:
-        name: ``ideas.focal``.
-        setting: that has the name, for messages.
-
-    Raises:
-        ConfigError: nothing imported has it.
-    """
+    """Return the part with a name, such as ``ideas.focal``, that ``setting`` has; nothing is imported."""
     module, _, attribute = name.rpartition(".")
     if module not in _modules:
         raise ConfigError(f"{setting}={name}: nothing imported has it; {_how_to_import(module)}")
@@ -188,7 +176,7 @@ def build(name: str, settings: Mapping[str, Any], *, setting: str, from_user: bo
 
     Args:
         name: ``ideas.focal``.
-        settings: plain data, by the names of the dataclass's fields.
+        settings: by the names of the dataclass's fields.
         setting: that has the name, such as ``task.kind``; ``task.settings`` holds the settings.
         from_user: as for :func:`bigtrain.config.convert.from_dict`.
 
@@ -215,12 +203,9 @@ def instance(name: str, settings: Mapping[str, Any], *, setting: str) -> Any:
 
 
 def settings_of(name: str, settings: Mapping[str, Any], *, setting: str) -> dict[str, Any]:
-    """Return ``settings`` as a user gives them with the defaults of all others, as plain data.
-
-    Raises:
-        ConfigError: as :func:`build`.
-    """
+    """Return ``settings`` as a user gives them with the defaults of all others, as plain data."""
     part = build(name, settings, setting=setting, from_user=True)
-    if problems := out_of_bounds(part, f"{setting.rpartition('.')[0]}.settings.") if is_dataclass(part) else []:
-        raise ConfigError("\n".join(problems))
-    return to_dict(part) if is_dataclass(part) else {}
+    if not is_dataclass(part):
+        return {}
+    raise_problems(out_of_bounds(part, f"{setting.rpartition('.')[0]}.settings."))
+    return to_dict(part)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -367,7 +368,11 @@ def test_what_no_parser_or_file_system_takes_is_named(args: list[str], message: 
     assert hydra_cli.read_run(["+model=gpt_nano", f"run.name={'a' * 255}"]).run.name == "a" * 255
 
 
-@pytest.mark.parametrize("read", [checkpoints.read, report.read, watch.read], ids=["checkpoints", "report", "watch"])
+@pytest.mark.parametrize(
+    "read",
+    [checkpoints.read, report.read, partial(hydra_cli.read_runs, watch.WatchConfig)],
+    ids=["checkpoints", "report", "watch"],
+)
 def test_the_name_of_a_run_that_no_file_system_takes_is_named(read: Callable[[list[str]], object]):
     with pytest.raises(ConfigError, match="a name of 300 bytes; 255 are possible"):
         read(["a" * 300])

@@ -50,7 +50,7 @@ def test_settings_name_the_extra_that_they_need(args, package, extra, monkeypatc
 
 def test_deepspeed_is_not_there_on_every_system(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    assert missing_packages(TrainConfig()) == []
+    assert list(missing_packages(TrainConfig())) == []
     with pytest.raises(ConfigError, match=r"^engine=zero3 needs the package deepspeed, which is for Linux; use ddp"):
         hydra_cli.read_run([*NANO, "engine=zero3"])
 
