@@ -1,19 +1,15 @@
-"""What settings choose from; :mod:`bigtrain.config` says where."""
+"""What settings choose from; the fields of :mod:`bigtrain.config` say what each choice means."""
 
 from enum import Enum
 
 
 class ModelKind(Enum):
-    """Which code builds the model."""
-
     native = "native"
     hf = "hf"
     own = "own"
 
 
 class TaskKind(Enum):
-    """What is minimised."""
-
     causal_lm = "causal_lm"
     masked_lm = "masked_lm"
     classification = "classification"
@@ -25,8 +21,6 @@ class TaskKind(Enum):
 
 
 class Inputs(Enum):
-    """Column of the data that a network gets."""
-
     tokens = "tokens"
     pixels = "pixels"
     features = "features"
@@ -35,8 +29,6 @@ class Inputs(Enum):
 
 
 class Head(Enum):
-    """What a model of transformers ends with."""
-
     causal_lm = "causal_lm"
     masked_lm = "masked_lm"
     sequence_classification = "sequence_classification"
@@ -49,29 +41,21 @@ class Head(Enum):
 
 
 class Positions(Enum):
-    """How positions enter the native model."""
-
     learned = "learned"
     rope = "rope"
 
 
 class Norm(Enum):
-    """Normalisation layer of the native model."""
-
     layernorm = "layernorm"
     rmsnorm = "rmsnorm"
 
 
 class Activation(Enum):
-    """Feed-forward non-linearity of the native model."""
-
     gelu = "gelu"
     swiglu = "swiglu"
 
 
 class DataSource(Enum):
-    """Where the text comes from."""
-
     stdlib = "stdlib"
     text = "text"
     jsonl = "jsonl"
@@ -88,8 +72,6 @@ class DataSource(Enum):
 
 
 class Packing(Enum):
-    """How documents become samples of one length."""
-
     concat = "concat"
     best_fit = "best_fit"
     documents = "documents"
@@ -118,8 +100,6 @@ class Content(Enum):
 
 
 class Duplicates(Enum):
-    """Which documents are left out because there is one like them before."""
-
     keep = "keep"
     exact = "exact"
     near = "near"
@@ -152,8 +132,6 @@ class AdapterKind(Enum):
 
 
 class Offload(Enum):
-    """Where sharded state lives between uses."""
-
     none = "none"
     cpu = "cpu"
 
@@ -180,24 +158,18 @@ class Load(Enum):
 
 
 class ActivationCheckpointing(Enum):
-    """What is recomputed in the backward pass."""
-
     none = "none"
     full = "full"
     selective = "selective"
 
 
 class OptimizerKind(Enum):
-    """The update rule."""
-
     adamw = "adamw"
     muon = "muon"
     sgd = "sgd"
 
 
 class SchedulerKind(Enum):
-    """Shape of the learning rate after warm-up."""
-
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
@@ -205,8 +177,6 @@ class SchedulerKind(Enum):
 
 
 class Preflight(Enum):
-    """What happens when the run cannot fit the machine."""
-
     stop = "stop"
     warn = "warn"
 
@@ -220,8 +190,6 @@ class Verify(Enum):
 
 
 class WandbMode(Enum):
-    """Whether Weights & Biases is used, and how."""
-
     disabled = "disabled"
     auto = "auto"
     online = "online"

@@ -25,15 +25,9 @@ class WeightChangeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ComponentConfig:
-    """One of the data sets of a mixture; what it leaves open is as in the ``data`` section."""
+class SetConfig:
+    """Samples to measure on; what it leaves open is as in the ``data`` section."""
 
-    weight: Annotated[float, Bound(ge=0)] = 1.0
-    """Share of the samples, in proportion to the weights of the other components."""
-    later_weights: list[WeightChangeConfig] = field(default_factory=list)
-    """Changes of the weight, in the order of their steps."""
-    max_epochs: Annotated[int | None, Bound(ge=1)] = None
-    """Passes over the component after which it is left out; by default any number."""
     source: DataSource | None = None
     """See ``data.source``."""
     path: PathOrUrl | None = None
@@ -43,7 +37,19 @@ class ComponentConfig:
     subset: str | None = None
     """See ``data.subset``."""
     split: str | None = None
-    """See ``data.split``."""
+    """See ``data.split``; alone, another split of what is trained on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ComponentConfig(SetConfig):
+    """One of the data sets of a mixture; what it leaves open is as in the ``data`` section."""
+
+    weight: Annotated[float, Bound(ge=0)] = 1.0
+    """Share of the samples, in proportion to the weights of the other components."""
+    later_weights: list[WeightChangeConfig] = field(default_factory=list)
+    """Changes of the weight, in the order of their steps."""
+    max_epochs: Annotated[int | None, Bound(ge=1)] = None
+    """Passes over the component after which it is left out; by default any number."""
     streaming: bool | None = None
     """See ``data.streaming``."""
     on_the_fly: bool | None = None
@@ -66,22 +72,6 @@ class ComponentConfig:
     """See ``data.source_field``."""
     target_field: str | None = None
     """See ``data.target_field``."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SetConfig:
-    """Samples to measure on; what it leaves open is as in the ``data`` section."""
-
-    source: DataSource | None = None
-    """See ``data.source``."""
-    path: PathOrUrl | None = None
-    """See ``data.path``."""
-    settings: dict[str, Any] | None = None
-    """See ``data.settings``."""
-    subset: str | None = None
-    """See ``data.subset``."""
-    split: str | None = None
-    """See ``data.split``; alone, another split of what is trained on."""
 
 
 @dataclass(kw_only=True, slots=True)
