@@ -17,8 +17,6 @@ def preflight(
     """Estimate the memory of a run and compare it with this machine's.
 
     Args:
-        config: resolved and checked.
-        local_world_size: ranks on this node.
         device_type: ``cuda`` (the current device is asked) or ``cpu``.
         precision: what ``engine.precision`` comes to on this device.
 

@@ -77,11 +77,7 @@ class _Layout:
 
 
 def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
-    """Return the numbers of parameters, and the native shape with the most similar activations, if there is one.
-
-    Raises:
-        ConfigError: a Hugging Face model, which is built on the meta device, cannot be read.
-    """
+    """Return the numbers of parameters, and the native shape with the most similar activations, if there is one."""
     if model.kind is ModelKind.native and not (model.freeze or model.adapter):
         return model_sizes(model), model
     import torch

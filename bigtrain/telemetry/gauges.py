@@ -27,6 +27,7 @@ from bigtrain.tasks import build_objective
 from bigtrain.tasks.causal_lm import CausalLM, perplexity
 from bigtrain.telemetry import names
 from bigtrain.telemetry.peak import Peak, find_peak
+from bigtrain.telemetry.text import pace
 
 _GIT_SECONDS = 5
 _SENSOR_SECONDS = 5.0  # between readings of the GPU's driver
@@ -92,17 +93,15 @@ class Gauges:
 
     def read(self, records: list[dict[str, Any]], phases: dict[str, float]) -> dict[str, Any]:
         """Return the sectioned metrics of the interval of ``records``; ``phases`` are its mean seconds per step."""
-        seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
-        unit, per_second = names.unit_of(records[-1]), names.rate_of(records[-1])
-        size = math.fsum(record[names.STEP_SECONDS] * record[per_second] for record in records)
+        unit, (step_seconds, rate) = names.unit_of(records[-1]), pace(records)
+        rate /= self._world_size
         stalled = phases.get(names.CHECKPOINT_STALL_SECONDS, 0.0) + phases.get(names.LOGGING_SECONDS, 0.0)
-        self._useful_seconds += seconds - stalled * len(records)
-        step_seconds, rate = seconds / len(records), size / max(seconds, 1e-9) / self._world_size
+        self._useful_seconds += (step_seconds - stalled) * len(records)
         return {
             names.TIME: datetime.now(UTC).isoformat(timespec="milliseconds"),
             **({names.TRAIN_PERPLEXITY: perplexity(records[-1][names.LOSS])} if self._has_perplexity else {}),
             **phases,
-            f"perf/{per_second}_per_device": rate,
+            f"perf/{names.rate_of(records[-1])}_per_device": rate,
             **utilisation(self.flops, self.peak, rate, phases.get(names.PAIRS_PER_TOKEN)),
             names.GOODPUT: min(self._useful_seconds / max(time.time() - self._launched_at, 1e-9), 1.0),
             names.DATA_WAIT_FRACTION: phases.get(names.DATA_SECONDS, 0.0) / max(step_seconds, 1e-9),
@@ -170,11 +169,7 @@ def find_flops(model: ModelConfig, sequence_length: int | None, num_parameters: 
 def utilisation(
     flops: TokenFlops | None, peak: Peak | None, tokens_per_second: float, pairs_per_token: float | None = None
 ) -> dict[str, float]:
-    """Return TFLOP/s and MFU of a device at ``tokens_per_second``, as far as they are known.
-
-    Args:
-        pairs_per_token: left by a document mask, if there is one.
-    """
+    """Return TFLOP/s and MFU of a device, as far as they are known; a document mask leaves ``pairs_per_token``."""
     if flops is None:
         return {}
     rates = {names.TFLOPS_PER_DEVICE: flops.causal * tokens_per_second / 1e12}

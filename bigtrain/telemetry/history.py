@@ -77,11 +77,7 @@ class History:
 
 
 def read_history(directory: Path) -> History:
-    """Read a run, which may be growing.
-
-    Raises:
-        DataError: there are no metrics.
-    """
+    """Read a run, which may be growing; without a step it is a DataError."""
     # The state first: a run that has ended writes nothing more.
     events = read_jsonl(directory / EVENTS_FILE)
     state = run_state(directory, events, max(time.time() - last_sign(directory), 0.0))

@@ -27,28 +27,14 @@ class OwnLogger:
     """Calls a logger until it raises, which is told once; the run goes on without it."""
 
     def __init__(self, name: str, directory: Path, tell: Callable[[str, str], None]) -> None:
-        """Make the logger.
-
-        Args:
-            name: of the part.
-            directory: of the run.
-            tell: takes the name and what went wrong.
-        """
+        """Make the logger ``name``; ``tell`` takes the name and what went wrong."""
         self._name, self._tell = name, tell
-        self._logger: Any = None
         self._logger = self._try(lambda: parts.find(name, "logging.also")(directory))
 
-    def metrics(self, records: list[dict[str, Any]]) -> None:
+    def call(self, method: str, *args: Any) -> None:
+        """Call a method of :class:`Logger`."""
         if self._logger:
-            self._try(lambda: self._logger.metrics(records))
-
-    def event(self, event: dict[str, Any]) -> None:
-        if self._logger:
-            self._try(lambda: self._logger.event(event))
-
-    def close(self) -> None:
-        if self._logger:
-            self._try(lambda: self._logger.close())
+            self._try(lambda: getattr(self._logger, method)(*args))
 
     def _try(self, call: Callable[[], Any]) -> Any:
         try:

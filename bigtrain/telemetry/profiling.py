@@ -31,13 +31,7 @@ class Profiler:
         say: Callable[..., None],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare.
-
-        Args:
-            first_step: steps done before this launch.
-            say: called with the event when files are written.
-            begin: called before what may take minutes, while the other ranks wait.
-        """
+        """Prepare; ``say`` gets the event when files are written, ``begin`` is called before what may take minutes."""
         wanted = config.steps if rank == 0 else []
         self._first, self._last = wanted or (0, 0)
         self._wants_memory = config.memory and rank == 0

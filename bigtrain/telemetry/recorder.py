@@ -18,7 +18,7 @@ from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
 from bigtrain.telemetry.own_logger import OwnLogger
-from bigtrain.telemetry.text import describe_communication, describe_metrics, number
+from bigtrain.telemetry.text import describe_communication, describe_metrics, number, pace
 
 if TYPE_CHECKING:  # it imports torch
     from bigtrain.telemetry.gauges import Gauges
@@ -60,9 +60,7 @@ class Recorder(NullRecorder):
         """Open the files and start the dashboards.
 
         Args:
-            config: resolved.
             resume_step: optimizer steps in the loaded checkpoint; 0 for a new run.
-            gauges: read at logging steps.
 
         Raises:
             OSError: the run directory cannot be written.
@@ -110,9 +108,10 @@ class Recorder(NullRecorder):
             self._metrics.write(record)
         self._last_step = records[-1][names.STEP]
         self._metrics.flush()
-        self._console.metrics({**records[-1], **_mean_pace(records)})
+        step_seconds, rate = pace(records)
+        self._console.metrics({**records[-1], names.STEP_SECONDS: step_seconds, names.rate_of(records[-1]): rate})
         for logger in self._own:
-            logger.metrics(records)
+            logger.call("metrics", records)
 
     def _tell_failed(self, name: str, why: str) -> None:
         self.message(f"logging.also={name}: {why}; the run goes on without")
@@ -134,12 +133,7 @@ class Recorder(NullRecorder):
             self.event(names.SUPERSEDED_EVENT, step=record[names.STEP], last_step=last)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write an event and, where a person waits for it, show it.
-
-        Args:
-            kind: ``start``, ``resume``, ``validation``, ``checkpoint``, ``stop``, ``finished``, ``fault`` ...
-            fields: ``step`` and what else belongs to it.
-        """
+        """Write an event with its ``step`` and, where a person waits for it, show it."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         if kind in names.LAUNCH_EVENTS:
             fields |= self._facts
@@ -153,7 +147,7 @@ class Recorder(NullRecorder):
         if sentence := _sentence(kind, fields):
             self._console.message(sentence)
         for logger in self._own:
-            logger.event(event)
+            logger.call("event", event)
 
     def message(self, text: str) -> None:
         """Show ``text`` above the progress display and append it to the log file."""
@@ -171,7 +165,7 @@ class Recorder(NullRecorder):
         if self._is_closed:
             return
         for logger in self._own:
-            logger.close()
+            logger.call("close")
         self._is_closed = True
         self._metrics.close()
         self._events.close()
@@ -236,10 +230,3 @@ def _agree(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     return before[0] == now[0] and all(
         math.isclose(a, b, rel_tol=_SAME) or not (math.isfinite(a) or math.isfinite(b)) for a, b in pairs
     )
-
-
-def _mean_pace(records: list[dict[str, Any]]) -> dict[str, float]:
-    seconds = math.fsum(record[names.STEP_SECONDS] for record in records)
-    per_second = names.rate_of(records[-1])
-    size = math.fsum(record[names.STEP_SECONDS] * record[per_second] for record in records)
-    return {names.STEP_SECONDS: seconds / len(records), per_second: size / max(seconds, 1e-9)}

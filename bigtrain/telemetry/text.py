@@ -30,6 +30,13 @@ def number(record: dict[str, Any], key: str) -> float:
     return math.nan if value is None else value
 
 
+def pace(records: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the mean seconds of a step and the mean throughput of some steps."""
+    seconds = [number(record, names.STEP_SECONDS) for record in records]
+    sizes = [one * number(record, names.rate_of(record)) for one, record in zip(seconds, records, strict=True)]
+    return math.fsum(seconds) / len(records), math.fsum(sizes) / max(math.fsum(seconds), 1e-9)
+
+
 def task_metrics(event: dict[str, Any]) -> dict[str, float]:
     """Return loss and metrics of a validation or a test."""
     return {key: value for key, value in event.items() if isinstance(value, float)}

@@ -18,7 +18,7 @@ from bigtrain.telemetry.text import (
     describe_machine,
     describe_metrics,
     format_duration,
-    number,
+    pace,
 )
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -43,7 +43,7 @@ class RunView:
         self.last: dict[str, Any] = {}
         self._machine: dict[str, Any] = {}
         self._losses: list[tuple[int, float]] = []
-        self._paces: list[tuple[float, float]] = []  # seconds and tokens (or samples) of the last steps
+        self._recent: list[dict[str, Any]] = []
         self._events: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -54,8 +54,7 @@ class RunView:
             self._losses.append((step, loss))
         if len(self._losses) > _MAX_POINTS:
             self._losses = [*self._losses[:-1:2], self._losses[-1]]
-        seconds, rate = number(record, names.STEP_SECONDS), number(record, names.rate_of(record))
-        self._paces = [*self._paces[-_PACE_STEPS + 1 :], (seconds, seconds * rate)]
+        self._recent = [*self._recent[-_PACE_STEPS + 1 :], record]
         self._machine = {**self._machine, **{key: value for key, value in record.items() if "/" in key}}
         self.last = record
 
@@ -76,29 +75,14 @@ class RunView:
     def events(self) -> list[dict[str, Any]]:
         return list(self._events.values())
 
-    @property
-    def step_seconds(self) -> float:
-        """Mean of the last steps."""
-        return statistics.fmean(seconds for seconds, _ in self._paces) if self._paces else math.nan
-
-    def numbers(self) -> str:
-        """Return the numbers of the last step, with the throughput of the last steps."""
-        seconds, size = (math.fsum(values) for values in zip(*self._paces, strict=True))
-        return describe({**self.last, names.rate_of(self.last): size / seconds if seconds else math.nan})
-
     def seconds_left(self) -> float:
         """Return the time to the end at the pace of the last steps."""
         if not self.total_steps or not self.last:
             return math.nan
-        return max(self.total_steps - self.last[names.STEP], 0) * self.step_seconds
+        return max(self.total_steps - self.last[names.STEP], 0) * pace(self._recent)[0]
 
     def render(self, *, seconds_left: float | None = None, show_events: bool = False) -> Any:
-        """Return a renderable of rich.
-
-        Args:
-            seconds_left: by default :meth:`seconds_left`.
-            show_events: append the last events.
-        """
+        """Return a renderable of rich, with :meth:`seconds_left` unless given."""
         from rich.console import Group
         from rich.constrain import Constrain
         from rich.progress_bar import ProgressBar
@@ -115,7 +99,11 @@ class RunView:
         bar.add_column(no_wrap=True)
         fraction = min(step / total, 1.0)
         bar.add_row(f"step {step}/{total}", ProgressBar(total=1.0, completed=fraction), f"{fraction:.0%}  {left} left")
-        lines = [self.numbers(), self._curve(), describe_machine(self._machine)]
+        lines = [
+            describe({**self.last, names.rate_of(self.last): pace(self._recent)[1]}),
+            self._curve(),
+            describe_machine(self._machine),
+        ]
         if show_events:
             lines += [describe_event(event) for event in self.events[-_SHOWN_EVENTS:]]
         texts = (Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line)

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from bigtrain.config import TrainConfig, WandbMode
 from bigtrain.config.convert import nearest, to_dict
+from bigtrain.errors import first_line
 from bigtrain.files import locked, read_json, write_anew
 from bigtrain.log import get_logger, redact
 from bigtrain.telemetry import names
@@ -94,19 +95,10 @@ def forget(run_directory: Path) -> None:
 
 
 def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: WandbMode, step: int) -> str:
-    """Make an exported model an artifact of the training run's wandb run; return the result in words.
-
-    Args:
-        run_directory: of the training run.
-        config: of the training run.
-        mode: ``auto`` follows ``WANDB_MODE``, else online with a key and offline without.
-        step: of the exported checkpoint.
-    """
+    """Make a model exported at ``step`` an artifact of the training run's wandb run; return the result in words."""
     import wandb
 
-    mode = _resolve_mode(mode, os.environ)
-    if mode is WandbMode.online and not has_api_key(os.environ):  # wandb would ask for one
-        mode = WandbMode.offline
+    mode = _resolve_mode(mode, os.environ, get_logger().info)
     try:
         run = _open_run(wandb, _request(run_directory, config), mode, get_logger().info)
     except wandb.Error as error:
@@ -115,7 +107,7 @@ def log_export(run_directory: Path, exported: Path, config: TrainConfig, mode: W
         artifact = wandb.Artifact(f"{config.run.name}-export", type="model", metadata={names.STEP: step})
         artifact.add_dir(str(exported))
         run.log_artifact(artifact)
-        return run.url if mode is WandbMode.online else f"offline; upload with: wandb sync {Path(run.dir).parent}"
+        return run.url if mode is WandbMode.online else _where_offline(run)
 
 
 def _companion() -> int:
@@ -131,11 +123,8 @@ def _companion() -> int:
         for name in sorted(_OVERRULED.keys() & environ.keys()):
             say(f"{name} is not used: {_OVERRULED[name]}")
         signal.alarm(_INIT_SECONDS + _MARGIN_SECONDS)  # in case wandb's own time-out fails
-        run = _init(wandb, request, environ, say)
-        if run is None:
-            return 0
+        sink = _WandbSink(wandb, request, environ, say)
         signal.alarm(0)
-        sink = _WandbSink(wandb, run, request, environ, say)
         follow_until_end(sink, request)
         signal.alarm(_FINISH_SECONDS)  # an upload without end is given up; wandb's own files stay
         sink.run.finish()
@@ -144,11 +133,31 @@ def _companion() -> int:
 
 class _WandbSink:
     def __init__(
-        self, wandb: ModuleType, run: Any, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]
+        self, wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]
     ) -> None:
-        self._wandb, self.run = wandb, run
-        self._request, self._environ, self._say = request, environ, say
+        self._wandb, self._request, self._environ, self._say = wandb, request, environ, say
         self._launch: dict[str, Any] = {}
+        self.run = self._begin()
+
+    def _begin(self) -> Any:
+        """Begin or continue the wandb run; offline if the server is away. Ends the process if that fails too."""
+        mode = _resolve_mode(WandbMode[self._request["mode"]], self._environ, self._say)
+        if mode is WandbMode.disabled:
+            self._say("switched off by WANDB_MODE or WANDB_DISABLED")
+            sys.exit(0)
+        try:
+            run = _open_run(self._wandb, self._request, mode, self._say)
+        except Exception as error:
+            reason = first_line(error)
+            if mode is WandbMode.offline:
+                self._say(f"cannot begin ({reason}); the run goes on without")
+                sys.exit(0)
+            self._say(f"cannot log online ({reason}); offline instead")
+            # In this process wandb would find the run in use, and may hang in its tear-down.
+            offline = json.dumps({**self._request, "mode": WandbMode.offline.name})
+            os.execve(_COMMAND[0], _COMMAND, {**self._environ, REQUEST_VARIABLE: offline})
+        self._say(f"logging to {run.url}" if mode is WandbMode.online else f"logging {_where_offline(run)}")
+        return run
 
     def log(self, row: dict[str, float]) -> None:
         self.run.log(row)
@@ -177,39 +186,10 @@ class _WandbSink:
         old.name = f"{self._request['name']} (given up after step {step})"
         old.finish()
         forget(Path(self._request["directory"]))
-        self.run = _init(self._wandb, self._request, self._environ, self._say)
-        if self.run is None:  # _init has reported the reason
-            sys.exit(0)
+        self.run = self._begin()
         self.run.config.update({**self._launch, "supersedes": f"{old.id}, after step {step}"}, allow_val_change=True)
         self._say(f"wandb run {old.id} has steps after {step} that were given up; {self.run.id} has the whole run")
         return 0
-
-
-def _init(wandb: ModuleType, request: dict[str, Any], environ: dict[str, str], say: Callable[[str], None]) -> Any:
-    """Begin or continue the wandb run; offline if the server is away, None if that fails too."""
-    mode = _resolve_mode(WandbMode[request["mode"]], environ)
-    if mode is WandbMode.disabled:
-        say("switched off by WANDB_MODE or WANDB_DISABLED")
-        return None
-    if mode is WandbMode.online and not has_api_key(environ):
-        say("logging.wandb=online, but there is no key (set WANDB_API_KEY or run `wandb login`); offline instead")
-        mode = WandbMode.offline
-    try:
-        run = _open_run(wandb, request, mode, say)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if mode is WandbMode.offline:
-            say(f"cannot begin ({reason[0]}); the run goes on without")
-            return None
-        say(f"cannot log online ({reason[0]}); offline instead")
-        # In this process wandb would find the run in use, and may hang in its tear-down.
-        offline = json.dumps({**request, "mode": WandbMode.offline.name})
-        os.execve(_COMMAND[0], _COMMAND, {**environ, REQUEST_VARIABLE: offline})
-    if mode is WandbMode.online:
-        say(f"logging to {run.url}")
-    else:
-        say(f"logging offline; upload with: wandb sync {Path(run.dir).parent}")
-    return run
 
 
 def _open_run(wandb: ModuleType, request: dict[str, Any], mode: WandbMode, say: Callable[[str], None]) -> Any:
@@ -285,14 +265,20 @@ def _is_copy(run_id: str, place: dict[str, Any] | None, here: dict[str, Any]) ->
     return original.exists() and original.read_text().strip() == run_id
 
 
-def _resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:
-    if mode is not WandbMode.auto:
-        return mode
-    if environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
-        return WandbMode.disabled
-    if wanted := environ.get("WANDB_MODE"):
-        return _MODES.get(wanted, WandbMode.offline)
-    return WandbMode.online if has_api_key(environ) else WandbMode.offline
+def _where_offline(run: Any) -> str:
+    return f"offline; upload with: wandb sync {Path(run.dir).parent}"
+
+
+def _resolve_mode(mode: WandbMode, environ: Mapping[str, str], say: Callable[[str], None]) -> WandbMode:
+    """Return ``online``, ``offline`` or ``disabled``; without a key it is never ``online``: wandb would ask for one."""
+    if mode is WandbMode.auto:
+        usual = WandbMode.online if has_api_key(environ) else WandbMode.offline
+        mode = _MODES.get(environ["WANDB_MODE"], WandbMode.offline) if environ.get("WANDB_MODE") else usual
+        mode = WandbMode.disabled if environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on") else mode
+    if mode is WandbMode.online and not has_api_key(environ):
+        say("logging.wandb=online, but there is no key (set WANDB_API_KEY or run `wandb login`); offline instead")
+        return WandbMode.offline
+    return mode
 
 
 def has_api_key(environ: Mapping[str, str]) -> bool:

@@ -92,11 +92,7 @@ def compute(
     num_steps: int | None = None,
     timeout_seconds: float = 300,
 ) -> Trajectory:
-    """Train the first ``num_steps`` steps (by default all) of the run as ``case`` says, on new ranks.
-
-    Raises:
-        RankFailedError: a rank raised, died or did not finish in time.
-    """
+    """Train the first ``num_steps`` steps (by default all) of the run as ``case`` says, on new ranks."""
     args = (configure(config, case), step, num_steps)
     return run_ranks(trace, case.world_size, *args, timeout_seconds=timeout_seconds, environ=case.environ)[0]
 

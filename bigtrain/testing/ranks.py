@@ -32,9 +32,6 @@ def run_ranks(
 
     Args:
         function: module-level; it finds its rank in the environment, as under torchrun.
-        args: picklable.
-        timeout_seconds: after this time all ranks are killed.
-        environ: additional environment variables.
 
     Raises:
         RankFailedError: names the first rank that failed.
