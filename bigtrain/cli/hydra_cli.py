@@ -103,26 +103,33 @@ def as_typed(text: str) -> str:
 
 def read_run(args: list[str]) -> TrainConfig:
     """Return the resolved and checked configuration of a training run; a ConfigError lists every problem."""
-    if problem := lone_ranks():
-        raise ConfigError(problem)
     info = RankInfo.from_env()
     config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
-    problems = check(config, world_size=info.world_size, local_world_size=info.local_world_size)
-    raise_problems(problems or missing_packages(config))
+    raise_problems(check(config, world_size=info.world_size, local_world_size=info.local_world_size))
+    check_machine(config)
+    warn(config, info.world_size)
+    return config
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Refuse a checked run in a process that is no rank, without its packages, or beyond the positions of its model."""
+    raise_problems([problem] if (problem := lone_ranks()) else missing_packages(config))
     if config.model.kind is ModelKind.hf:
         from bigtrain.models.probe import require_positions
         from bigtrain.run.directory import continued_model
 
         require_positions(continued_model(config.model, config.run.directory), config.data.sequence_length)
-    warnings = ignored_settings(config) + padding(config.train, info.world_size)
+
+
+def warn(config: TrainConfig, world_size: int) -> None:
+    """Say on rank 0 what has no effect, and what is padding."""
+    warnings = ignored_settings(config) + padding(config.train, world_size)
     if config.model.kind is ModelKind.hf or config.model.init_from:
         from bigtrain.run.directory import unused_of_model
 
         warnings += unused_of_model(config)
-    if rank() == 0:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    return config
+    for warning in warnings if rank() == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def compose(schema: type[T], args: list[str], *, config_name: str | None = None) -> tuple[T, dict[str, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from bigtrain import log
 from bigtrain.cli import hydra_cli
-from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.config import EngineConfig, EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.config.parts import is_own
@@ -67,28 +67,24 @@ def read(args: list[str]) -> ParityConfig:
     keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
     if misplaced := [arg for arg in args if keys[arg] in ("engine", "engine.kind")]:
         raise ConfigError(f"{misplaced[0]}: write 'engines=[{misplaced[0].partition('=')[2].strip('[]')}]'")
-    config, _ = hydra_cli.compose(ParityConfig, args, config_name="train")
-    micro_batch_size = config.train.micro_batch_size
-    # The front door of train.py does the rest, without what only holds for some of the cases.
-    own = {f.name for f in dataclasses.fields(ParityConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
-    run = hydra_cli.read_run([arg for arg in args if keys[arg].partition(".")[0] not in own | {"engine"}])
-    shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(TrainConfig)} | {"engine": config.engine}
-    config = dataclasses.replace(config, **shared)
-    config.train.micro_batch_size = micro_batch_size  # where it is open, each world has its own
-    config.engine.precision = config.engine.precision or Precision.fp32
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "parity.py starts its own processes: start it with python, not with torchrun or another launcher"
         )
+    config = hydra_cli.compose_run(ParityConfig, args)  # where the micro-batch is open, each world has its own
+    config.engine.precision = config.engine.precision or Precision.fp32
     raise_problems(out_of_bounds(config))
     if config.steps > config.train.steps:
         raise ConfigError(f"steps={config.steps}: must be at most train.steps={config.train.steps}")
     raise_problems(_problems(config))
+    some_case = dataclasses.replace(fit_micro_batch(config, 1), engine=EngineConfig())
+    hydra_cli.check_machine(some_case)
+    hydra_cli.warn(some_case, 1)
     return config
 
 
 def _problems(config: ParityConfig) -> Iterator[str]:
-    """Yield the problems of every case, each with the cases that have it."""
+    """Yield the problems of every case, each with the cases that have it, where not all have."""
     cases_by_problem: dict[str, list[str]] = {}
     for engine in config.engines:
         for world_size in config.worlds:
@@ -97,7 +93,7 @@ def _problems(config: ParityConfig) -> Iterator[str]:
             for problem in check(case_config, world_size=world_size, local_world_size=world_size):
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
     for problem, cases in cases_by_problem.items():
-        yield f"{', '.join(cases)}: {problem}"
+        yield problem if len(cases) == len(config.engines) * len(config.worlds) else f"{', '.join(cases)}: {problem}"
     if len(config.engines) * len(config.worlds) < 2 and not is_own(config.task.kind):
         yield "nothing to compare: name several engines=[...] or worlds=[...]"
 

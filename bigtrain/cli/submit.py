@@ -16,7 +16,7 @@ from bigtrain.cli import groups, hydra_cli, own_parts
 from bigtrain.cli.settings import setting_lines
 from bigtrain.config import Precision, TrainConfig, parts
 from bigtrain.config.bounds import Bound, out_of_bounds
-from bigtrain.config.check import check, fit_micro_batch, ignored_settings, padding
+from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.config.convert import PathOrUrl, to_dict
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, raise_problems
 from bigtrain.log import redact
@@ -119,8 +119,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         if redact(arg) != arg
     ]
     raise_problems(problems or check(config, world_size=world_size, local_world_size=local_world_size))
-    for warning in ignored_settings(config) + padding(config.train, world_size):
-        print(f"warning: {warning}", file=sys.stderr)
+    hydra_cli.warn(config, world_size)
     return config, training_args
 
 
