@@ -55,12 +55,12 @@ def render(histories: list[History]) -> str:
             (
                 heading,
                 [
-                    (figures.to_svg(f, f"{number}-{i}"), text)
+                    (figures.to_svg(f, f"figure-{place}-{i}"), text)
                     for i, (text, f) in enumerate(drawn.items())
                     if f is not None
                 ],
             )
-            for number, (heading, drawn) in enumerate(_pictures(histories))
+            for place, (heading, drawn) in enumerate(_pictures(histories))
         ]
     return pages.get_template("report.html").render(
         title=", ".join(history.name for history in histories),
