@@ -50,18 +50,12 @@ def render(histories: list[History]) -> str:
         }
         for history in histories
     ]
+    pictures = []
     with figures.drawing():
-        pictures = [
-            (
-                heading,
-                [
-                    (figures.to_svg(f, f"figure-{place}-{i}"), text)
-                    for i, (text, f) in enumerate(drawn.items())
-                    if f is not None
-                ],
-            )
-            for place, (heading, drawn) in enumerate(_pictures(histories))
-        ]
+        for place, (heading, drawn) in enumerate(_pictures(histories)):
+            known = ((caption, figure) for caption, figure in drawn.items() if figure is not None)
+            shown = [(figures.to_svg(figure, f"figure-{place}-{i}"), text) for i, (text, figure) in enumerate(known)]
+            pictures.append((heading, shown))
     return pages.get_template("report.html").render(
         title=", ".join(history.name for history in histories),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
