@@ -226,11 +226,7 @@ def component_data(data: DataConfig) -> dict[str, DataConfig]:
     """Return the ``data`` section of every component of a mixture by name; of a single data set, itself as ``data``."""
     if not data.mixture:
         return {"data": data}
-    own = {f.name for f in fields(ComponentConfig)} & {f.name for f in fields(DataConfig)}
-    return {
-        name: replace(data, mixture={}, **{key: value for key in own if (value := getattr(component, key)) is not None})
-        for name, component in sorted(data.mixture.items())
-    }
+    return {name: replace(data, mixture={}, **_given(part)) for name, part in sorted(data.mixture.items())}
 
 
 def own_sets(data: DataConfig, which: str) -> dict[str, DataConfig]:
@@ -250,4 +246,6 @@ def set_data(data: DataConfig, part: SetConfig) -> DataConfig:
 
 
 def _given(part: SetConfig) -> dict[str, Any]:
-    return {f.name: value for f in fields(SetConfig) if (value := getattr(part, f.name)) is not None}
+    """Return what ``part`` says of settings that the ``data`` section has, too."""
+    shared = [f.name for f in fields(part) if f.name in DataConfig.__dataclass_fields__]
+    return {name: value for name in shared if (value := getattr(part, name)) is not None}

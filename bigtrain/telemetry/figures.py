@@ -38,26 +38,16 @@ _STYLE: Any = {
 def loss_figure(histories: list[History], axis: str) -> Any:
     """Return training loss (thin: range, thick: running mean), validation and unigram loss over ``axis``."""
     figure, axes = _figure(f"loss (nats per {names.unit_of(histories[0].records[-1])[:-1]})", axis)
-    tops = []
-    for history, colour in zip(histories, _colours(histories), strict=True):
-        records, losses = history.series(names.LOSS)
-        x = [record.get(axis, math.nan) for record in records]
-        _draw_range(axes, x, losses, colour)
-        _line(axes, x, running_mean(losses), colour, _label(history), gid=f"curve-loss-{history.name}")
-        # Leave out the first steps, which would flatten the rest.
-        tops += _finite(losses[max(len(losses) // 50, min(10, len(losses) - 1)) :])
-        tops += _draw_validations(axes, history, axis, colour)
+    shown = _draw_runs(axes, histories, names.LOSS, axis, smooth=True, validated=names.LOSS)
     for loss in sorted({history.unigram_loss for history in histories} - {None}):
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
         place = {"xy": (1, loss), "xycoords": ("axes fraction", "data"), "xytext": (-4, 3)}
         _note(axes, f"unigram model {loss:.2f}", **place, ha="right")
-    low, high = min(tops, default=0.0), max(tops, default=0.0)
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
     if low < high:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     if not any(_finite(history.series(names.LOSS)[1]) for history in histories):
         _note(axes, "no loss is finite", xy=(0.5, 0.5), xycoords="axes fraction", xytext=(0, 0), ha="center")
-    _mark_events(axes, histories, axis)
-    _legend(axes)
     return figure
 
 
@@ -75,20 +65,31 @@ def line_figure(
     if not any(_finite(history.series(key)[1]) or _validations(history, validated) for history in histories):
         return None
     figure, axes = _figure(label, names.STEP)
+    _draw_runs(axes, histories, key, names.STEP, scale=scale, smooth=smooth, validated=validated)
+    _scale_y(axes, log)
+    return figure
+
+
+def _draw_runs(
+    axes: Any, histories: list[History], key: str, axis: str, *, scale: float = 1.0, smooth: bool, validated: str
+) -> list[float]:
+    """Draw a metric of all runs, their validations and events; return the values but for those of the first steps."""
+    shown = []
     for history, colour in zip(histories, _colours(histories), strict=True):
-        x, y = _over_steps(history, key, scale)
+        records, values = history.series(key)
+        x, y = [record.get(axis, math.nan) for record in records], [value * scale for value in values]
+        shown += _finite(y[max(len(y) // 50, min(10, len(y) - 1)) :])  # the first ones would flatten the rest
         if smooth:
             _draw_range(axes, x, y, colour)
             y = running_mean(y)
         if x:
             _line(axes, x, y, colour, _label(history), gid=f"curve-{key}-{history.name}")
         if validated:
-            _draw_validations(axes, history, names.STEP, colour, validated)
-    _scale_y(axes, log)
-    _mark_events(axes, histories, names.STEP)
+            shown += _draw_validations(axes, history, axis, colour, validated)
+    _mark_events(axes, histories, axis)
     if len(histories) > 1 or validated:
         _legend(axes)
-    return figure
+    return shown
 
 
 def memory_figure(history: History) -> Any:
@@ -147,15 +148,12 @@ def _several_lines(
     """Return some metrics of a run over steps; a label of None is not in the legend."""
     figure, axes = _figure(label, names.STEP)
     for (key, name), colour in zip(labels.items(), colours, strict=False):
-        _line(axes, *_over_steps(history, key, scale), colour, name, gid=f"curve-{key}", width=1.2)
+        records, values = history.series(key)
+        x, y = [record[names.STEP] for record in records], [value * scale for value in values]
+        _line(axes, x, y, colour, name, gid=f"curve-{key}", width=1.2)
     _scale_y(axes, log)
     _legend(axes)
     return figure
-
-
-def _over_steps(history: History, key: str, scale: float) -> tuple[list[int], list[float]]:
-    records, values = history.series(key)
-    return [record[names.STEP] for record in records], [value * scale for value in values]
 
 
 def to_svg(figure: Any, prefix: str) -> str:
@@ -264,8 +262,8 @@ def _validations(history: History, key: str) -> list[tuple[int, float]]:
     return [(e[names.STEP], number(e, key)) for e in only_steps(history.events_of("validation")) if key in e]
 
 
-def _draw_validations(axes: Any, history: History, axis: str, colour: str, key: str = names.LOSS) -> list[float]:
-    """Draw the validations and return their losses, or what they have by another name."""
+def _draw_validations(axes: Any, history: History, axis: str, colour: str, key: str) -> list[float]:
+    """Draw what validations call ``key`` and return it."""
     place = _place(history, axis)
     points = [(place(step), value) for step, value in _validations(history, key)]
     if points:
