@@ -40,7 +40,7 @@ def test_engines_agree_and_frozen_weights_stay_as_they_began():
     config = frozen_config()
     reference = compute(config, Case(EngineKind.ddp, 1, 4))
     trained = compute(frozen_config(freeze=[]), Case(EngineKind.ddp, 1, 4))
-    names = frozen_names(reference.parameters, FREEZE)
+    names = frozen_names(reference.parameters, config.model)
     assert 0 < len(names) < len(reference.parameters)
     assert compare(trained, reference).grad_norm > 1e-3, "the norm is of what is trained"
     values = build_initial_values(config.model, config.train.seed)
@@ -118,4 +118,4 @@ def test_the_preflight_counts_them_without_gradient_and_optimizer():
     all_trained, _ = measure_model(dataclasses.replace(config.model, freeze=[]))
     assert sizes.total == all_trained.total == all_trained.trained and 0 < sizes.trained < sizes.total
     with pytest.raises(ConfigError, match="all parameters are frozen"):
-        frozen_names(["a.weight", "b.weight"], ["*"])
+        frozen_names(["a.weight", "b.weight"], dataclasses.replace(config.model, freeze=["*"]))
