@@ -249,7 +249,7 @@ class SchedulerConfig:
     """Steps of linear warm-up from 0."""
     decay_fraction: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", is_in=("wsd",))] = 0.2
     """Share of ``train.steps`` in which the rate falls linearly at the end."""
-    min_lr_ratio: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", not_in=("constant",))] = 0.1
+    min_lr_ratio: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", not_in=("constant", "inverse_sqrt"))] = 0.1
     """Final learning rate as a share of the peak."""
 
 

@@ -174,6 +174,7 @@ class SchedulerKind(Enum):
     linear = "linear"
     cosine = "cosine"
     wsd = "wsd"
+    inverse_sqrt = "inverse_sqrt"
 
 
 class Preflight(Enum):

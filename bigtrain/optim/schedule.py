@@ -10,11 +10,14 @@ def lr_at(step: int, *, peak_lr: float, num_steps: int, config: SchedulerConfig)
 
     Warm-up to ``peak_lr`` is linear, and its first step already has a rate above 0; ``min_lr_ratio`` is reached at the
     last step. Cosine: Loshchilov & Hutter, arXiv 1608.03983. WSD (warm-up, stable, decay): Hu et al., arXiv 2404.06395.
+    Inverse square root: Vaswani et al., arXiv 1706.03762, whose factors of width and warm-up are in ``peak_lr``.
     """
     if step < config.warmup_steps:
         return peak_lr * (step + 1) / config.warmup_steps
     if config.kind is SchedulerKind.constant:
         return peak_lr
+    if config.kind is SchedulerKind.inverse_sqrt:
+        return peak_lr * math.sqrt(max(config.warmup_steps, 1) / (step + 1))
     first = config.warmup_steps
     if config.kind is SchedulerKind.wsd:
         first = max(first, num_steps - round(config.decay_fraction * num_steps))

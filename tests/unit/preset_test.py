@@ -6,12 +6,14 @@ import pytest
 import torch
 import yaml
 
+from bigtrain.cli.hydra_cli import read_run
 from bigtrain.config import Head, ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.check import resolve
 from bigtrain.config.convert import from_dict
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import describe_architecture
 from bigtrain.models.sizes import model_sizes
+from bigtrain.optim.schedule import lr_at
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
 
@@ -101,6 +103,29 @@ def test_number_of_parameters_of_other_networks(name, tmp_path):
         model.head = heads[model.architecture]
         model.name = describe_architecture(model, tmp_path)
     assert OTHERS[name] in (None, count_parameters(model))
+
+
+LABELLED = ["data.content=labelled"]
+RECIPES = {
+    "bert_pretraining": ("bert_base", 1e-4, []),
+    "bert_finetuning": ("bert_base", 3e-5, LABELLED),
+    "modernbert_pretraining": ("modernbert_base", 8e-4, []),
+    "t5_finetuning": ("t5_small", 3e-4, ["data=gettext", "data.path=names"]),
+    "translation": ("transformer_base", 512**-0.5 * 4000**-0.5, ["data=gettext", "data.path=names"]),
+    "vit_imagenet": ("vit_base", 3e-3, ["data.path=images"]),
+    "whisper_training": ("whisper_tiny", 1.5e-3, ["data.path=speech.npz"]),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_goes_with_its_preset(recipe, tmp_path):
+    name, peak, data = RECIPES[recipe]
+    config = read_run([f"+model={name}", f"+recipe={recipe}", f"data.root={tmp_path}", *data])
+    assert count_parameters(config.model) > 10**7
+    top = lr_at(
+        config.scheduler.warmup_steps, peak_lr=config.optimizer.lr, num_steps=10**7, config=config.scheduler
+    )  # the first step at the peak
+    assert top == pytest.approx(peak, rel=0.01)
 
 
 def test_a_wrong_shape_is_noticed():
