@@ -355,8 +355,10 @@ class TaskConfig:
     """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
     inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
     """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
-    num_labels: Annotated[int, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = 2
-    """Labels are below this, and the network returns as many logits."""
+    num_labels: Annotated[int | None, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = (
+        None
+    )
+    """Labels are below this, and the network returns as many logits; by default as many as text or images have names, of records 2."""
     num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1
     """Numbers of a sample that are predicted, as many as the network returns."""
 

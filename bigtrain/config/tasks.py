@@ -14,6 +14,7 @@ OF_DOCUMENTS = {
     TaskKind.seq2seq.name: Content.seq2seq,
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
+PREDICT_LABELS = (TaskKind.classification.name, TaskKind.token_classification.name)
 HEAD_OF_INPUTS = {
     Inputs.pixels: Head.image_classification,
     Inputs.sequence: Head.audio_classification,
@@ -42,10 +43,10 @@ def head_of(task: TaskConfig) -> Head:
 
 
 def num_outputs_of(task: TaskConfig) -> int | None:
-    """Return how many labels or values a task predicts; None if those are ids of a tokenizer."""
+    """Return how many labels or values a task predicts; None if those are ids of a tokenizer, or the data decides."""
     if task.kind == TaskKind.regression.name:
         return task.num_values
-    return task.num_labels if task.kind in (TaskKind.classification.name, TaskKind.token_classification.name) else None
+    return task.num_labels if task.kind in PREDICT_LABELS else None
 
 
 def check_task(config: TrainConfig) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The streams of samples of a run, from all components of its data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from bigtrain.data.prepare.live import open_live
 from bigtrain.data.read.arrays import read_npz
 from bigtrain.data.read.augment import Augmentation
 from bigtrain.data.read.corpus import Corpus, open_corpus
-from bigtrain.data.read.images import ImageSet
-from bigtrain.data.read.index import SPLITS
+from bigtrain.data.read.images import ImageSet, read_image_index
+from bigtrain.data.read.index import INDEX_FILE, SPLITS, read_index
 from bigtrain.data.read.labels import require_labels
 from bigtrain.data.read.live import LiveParts, validation_split
 from bigtrain.data.read.packing import AnySplit, SyntheticSamples
@@ -149,6 +149,19 @@ def _open_records(
         sequence_length=data.sequence_length,
         validation_fraction=data.validation_fraction,
     )
+
+
+def count_labels(directories: Iterable[str]) -> int:
+    """Return how many labels prepared text or images have; 2 if none names them."""
+    for directory in map(Path, directories):
+        if (directory / INDEX_FILE).is_file():
+            labels = read_index(directory, check_sizes=False).labels
+            found = labels.names if labels else []
+        else:
+            found = read_image_index(directory).label_names
+        if found:
+            return max(len(found), 2)
+    return 2
 
 
 def _label_names(corpora: Mapping[str, Corpus]) -> list[str]:

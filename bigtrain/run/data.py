@@ -30,6 +30,7 @@ from bigtrain.config import (
 )
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.config.length import beyond_the_end, steps_to_train
+from bigtrain.config.tasks import PREDICT_LABELS
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.batch import Batch
@@ -39,7 +40,7 @@ from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
-from bigtrain.data.streams import open_streams
+from bigtrain.data.streams import count_labels, open_streams
 from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError, DataError, of_all_ranks, some
@@ -94,6 +95,18 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     for remark in found:
         get_logger().warning(remark)
     return streams
+
+
+def with_num_labels(config: TrainConfig) -> TrainConfig:
+    """Return ``config`` with as many labels as the data has names for, which is prepared if need be, unless it says."""
+    if config.task.num_labels is not None or config.task.kind not in PREDICT_LABELS:
+        return config
+    data = with_own_tokenizer(config.data, config.run.directory)
+    num_labels = on_rank0(lambda: count_labels(prepare_data(data).values()), patience=PREPARATION)
+    task = dataclasses.replace(config.task, num_labels=num_labels)
+    is_hf = config.model.kind is ModelKind.hf
+    model = dataclasses.replace(config.model, num_outputs=num_labels) if is_hf else config.model
+    return dataclasses.replace(config, task=task, model=model)
 
 
 def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleStream]:

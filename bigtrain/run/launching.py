@@ -34,7 +34,7 @@ from bigtrain.models import build_model
 from bigtrain.models.hf.files import stored_tensors
 from bigtrain.plan import preflight
 from bigtrain.processes import RankInfo
-from bigtrain.run.data import check_continuation, open_data, require_tokenizer, with_steps
+from bigtrain.run.data import check_continuation, open_data, require_tokenizer, with_num_labels, with_steps
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
 from bigtrain.run.frozen import describe_frozen, without_frozen
 from bigtrain.run.recovery import Start, begin_standing, fill_state, find_start, go_back, nothing_to_do, why_ended
@@ -91,6 +91,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
     directory, streams = launch.directory, {}
     if on_rank0(directory.is_dir):
         launch.claim(reached_step)
+    config = with_num_labels(config)
     start = find_start(config)
     state = start.read_state()
     standing = begin_standing(config, state)

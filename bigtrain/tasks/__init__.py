@@ -24,9 +24,9 @@ def build_objective(config: TaskConfig) -> Objective:
         case TaskKind.masked_lm.name:
             return MaskedLM()
         case TaskKind.classification.name:
-            return Classification(inputs=config.inputs, num_labels=config.num_labels)
+            return Classification(inputs=config.inputs, num_labels=config.num_labels or 2)
         case TaskKind.token_classification.name:
-            return TokenClassification(num_labels=config.num_labels)
+            return TokenClassification(num_labels=config.num_labels or 2)
         case TaskKind.seq2seq.name | TaskKind.speech.name:
             return Seq2Seq(hears=config.kind == TaskKind.speech.name)
         case TaskKind.ctc.name:

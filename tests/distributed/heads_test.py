@@ -35,7 +35,7 @@ def place(tmp_path_factory):
     rows = [{"text": f"line {number}", "label": ["no", "yes", "so"][number % 3]} for number in range(40)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labelled = ["data=jsonl", "data.content=labelled", f"data.path={place}/rows.jsonl", "data.tokenizer=bytes"]
-    task = ["task=classification", "task.num_labels=3", f"model.init_from={place}/masked", "optimizer.lr=1e-30"]
+    task = ["task=classification", f"model.init_from={place}/masked", "optimizer.lr=1e-30"]
     bigtrain.train(*BERT, *given, *labelled, *task, "run.name=labelled", "train.steps=1")
     return place
 

@@ -152,7 +152,7 @@ def test_images_are_normalised_as_the_training_data_and_not_augmented(place: Pat
             path.parent.mkdir(parents=True, exist_ok=True)
             image.fromarray(random.integers(0, brightness, (8, 8), dtype=np.uint8)).save(path)
     args = ["+model=cnn_digits", "model.settings.channels=[8]", "model.settings.num_pools=1", "task=classification"]
-    args += ["task.num_labels=3", "model.settings.num_outputs=3", "data=images", "data.path=seen", "engine=ddp"]
+    args += ["model.settings.num_outputs=3", "data=images", "data.path=seen", "engine=ddp"]
     args += ["data.augment.flip=true", "data.validation.path=unseen", "validation.every_steps=8", "train.steps=8"]
     args += ["train.global_batch_size=8", "scheduler.warmup_steps=1", "engine.precision=fp32", "optimizer.lr=1e-2"]
     done = fork("train.py", *args, "run.name=images", cwd=place)
