@@ -63,6 +63,36 @@ def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert relative_difference([nothing], [1.0]) == relative_difference([], [1.0]) == float("inf")
 
 
+def test_a_difference_of_cells_is_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from task_matrix import is_equal, largest_difference
+
+    step = {"step": 1, "loss": 2.0, "data_digest": "a"}
+    assert largest_difference([step], [step]) == 0 < largest_difference([step | {"loss": 2.00004}], [step]) < 3e-5
+    others = step | {"data_digest": "b"}, step | {"loss": float("nan")}, {"step": 1}
+    assert all(largest_difference([other], [step]) == float("inf") for other in others)
+    assert is_equal({"before": 9e-6, "after": 9e-7}) and not is_equal({"before": 0.0, "after": 2e-6})
+    assert not is_equal({"failed": "KeyError"})
+
+
+@pytest.mark.slow
+def test_losses_of_other_tasks_are_those_of_transformers_trainer(run: Callable[..., str], tmp_path: Path):
+    output = run("tasks", "--only", "BERT, token classification", f"--json={tmp_path / 'losses'}")
+    found = json.loads((tmp_path / "losses").read_text())["rows"]["BERT, token classification"]
+    assert len(found["ours"]) == len(found["trainer"]) == 20 and found["difference"] <= 1e-4, output
+    # Of two micro-batches Trainer adds the means, which is another loss.
+    assert found["difference, 2 micro-batches"] > 0.1
+
+
+@pytest.mark.slow
+def test_a_network_of_another_task_is_exported_and_a_killed_run_goes_on_elsewhere(
+    run: Callable[..., str], tmp_path: Path
+):
+    run("task_networks", "--only", "vit", f"--json={tmp_path / 'networks'}")
+    run("task_matrix", "--only", "regression", "--engines", "zero2", "--worlds", "3", f"--json={tmp_path / 'cells'}")
+    assert json.loads((tmp_path / "cells").read_text())["regression zero2 3"]["after"] <= 1e-6
+
+
 def test_losses_are_those_of_transformers_trainer(run: Callable[..., str], tmp_path: Path):
     """On chats as the tokenizer's template renders them."""
     output = run("same_as_trainer", "--only=llama with chats", "--engine=zero1", f"--json={tmp_path / 'losses'}")
