@@ -100,7 +100,7 @@ def write_anew(path: Path, text: str) -> None:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         sync(partial)
         os.replace(partial, path)
     except OSError:

@@ -179,6 +179,8 @@ def _class_files(top: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
         if entry.name not in classes:
             raise DataError(f"{entry}: no class of the training images: {', '.join(classes)}")
         inside = [Path(at, name) for at, _, names in os.walk(entry) for name in names if not name.startswith(".")]
+        if dead := [file for file in inside if not file.exists()]:
+            raise DataError(f"{dead[0]}: a link to a file that is not there; remove it")
         if not inside:
             raise DataError(f"{entry}: a class without an image; remove the directory, or fill it")
         files += sorted(inside)
