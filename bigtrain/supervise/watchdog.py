@@ -186,7 +186,8 @@ def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool)
     for beat in living:
         _send(beat.pid, STACK_SIGNAL)
         _send(beat.pid, signal.SIGCONT)  # a stopped process shows nothing
-    paths, sizes, before = [stacks_path(place, beat.rank) for beat in living], [-1], []
+    paths, sizes = [stacks_path(place, beat.rank) for beat in living], [-1]
+    before: list[int] = []
     deadline = time.monotonic() + STACKS_SECONDS
     while not (sizes == before and all(sizes)) and time.monotonic() < deadline:  # until the files have stopped growing
         time.sleep(0.1)
