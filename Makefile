@@ -1,6 +1,7 @@
 # make install   the project, its extras and the tested versions of all packages into .venv (quick when nothing has changed)
 # make test      the tests that a change needs: a quarter of an hour on two cores
 # make test-all  every test, for a night
+# make demo-encoder  hidden tokens of source code, then its packages with many and few labels
 # make demo-seq2seq  names of places from English into Ukrainian, by an encoder and a decoder
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
 # make demo-image  a perceptron, a CNN and a ViT on handwritten digits, with a page about their mistakes
@@ -23,7 +24,7 @@ TORCH_PIN := torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test test-all demo demo-image demo-seq2seq lint bench
+.PHONY: install test test-all demo demo-encoder demo-image demo-seq2seq lint bench
 
 install: $(INSTALLED)
 
@@ -37,6 +38,9 @@ test-all: $(TEST_TOOLS)
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
+
+demo-encoder: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_encoder.sh
 
 demo-image: install
 	$(BIN)/python -c 'import sklearn' 2>/dev/null || $(BIN)/pip install scikit-learn --constraint $(CONSTRAINTS)

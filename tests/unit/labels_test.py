@@ -90,7 +90,7 @@ def test_the_standard_library_is_labelled_by_package_and_split_by_file(tmp_path)
     given = DataConfig(content=Content.labelled)
     documents = list(iterate_documents(given))
     labels = {document.labels.names[0] for document in documents}
-    assert {"asyncio", "email", "unittest"} <= labels and "test" not in labels
+    assert {"asyncio", "email", "test"} <= labels and "json" not in labels  # which is small
     assert all(document.id.startswith(f"{document.labels.names[0]}/") for document in documents)
     assert all(document.group == document.id.partition("#")[0] for document in documents)
     lengths = [len(document.text) for document in documents]

@@ -43,6 +43,7 @@ OTHERS = {
     "t5_small": 60_506_624,
     "t5_base": 222_903_552,
     "modernbert_base": 149_655_232,
+    "modernbert_mini": None,
     "whisper_tiny": 37_760_640,
     "mlp_digits": 8_970,
     "cnn_digits": 85_066,

@@ -189,10 +189,10 @@ def _labelled_pieces(file: SourceFile, text: str, is_repaired: bool) -> Iterator
 
 @cache
 def _large_packages() -> frozenset[str]:
-    """Return the packages of the standard library, tests aside, with so many bytes of source."""
+    """Return the packages of the standard library with so many bytes of source, its tests among them."""
     sizes: Counter[str] = Counter()
     for file in find_files(DataConfig()).files:
-        if "/" in file.name and not file.name.startswith(("test/", "idlelib/idle_test/")):
+        if "/" in file.name:
             sizes[file.name.partition("/")[0]] += file.path.stat().st_size
     return frozenset(package for package, size in sizes.items() if size >= _PACKAGE_BYTES)
 
