@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     TensorProperties,
@@ -43,7 +44,7 @@ class CheckpointReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what is stored; CheckpointError if the manifest is missing or damaged."""
-        found = {}
+        found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for record in read_manifest(self._path).tensors:
             chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks]
             properties = TensorProperties(DTYPES[record.dtype])

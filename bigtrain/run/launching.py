@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import uuid
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -88,7 +89,8 @@ def run(config: TrainConfig, *, outlived: bool = False) -> int:
 
 
 def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> End:
-    directory, streams = launch.directory, {}
+    directory = launch.directory
+    streams: Mapping[str, SampleStream] = {}
     if on_rank0(directory.is_dir):
         launch.claim(reached_step)
     config = with_num_labels(config)
@@ -158,7 +160,7 @@ def _train(run: Run, start: Start, info: RankInfo, facts: dict[str, object]) -> 
             bad = {"first_bad_step": end.first_step, "last_bad_step": end.last_step}
             # Record first: a checkpoint recorded as saved and not rolled back has to exist.
             run.recorder.event("rollback", step=end.last_step, checkpoint=str(start.checkpoint or ""), **bad)
-            on_rank0(lambda end=end: discard_after(launch.directory, end.first_step - 1))
+            on_rank0(partial(discard_after, launch.directory, end.first_step - 1))
         run.rollbacks += 1
         run.start = fill_state(config, run.engine, start, info)
         run.standing = begin_standing(config, start.read_state())
