@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.hydra import Hydra
@@ -61,7 +61,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     store.store(group="hydra", name="config", node=_quiet_hydra())
     store.store(name="schema", node=schema)
     # Hydra would compose everything once more to find out that it does not sweep.
-    Hydra.get_mode = lambda *args, **kwargs: RunMode.RUN
+    Hydra.get_mode = lambda *args, **kwargs: RunMode.RUN  # type: ignore[method-assign]
     parse = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name or "schema")(
         lambda node: composed.append((node, dict(HydraConfig.get().runtime.choices)))
     )
@@ -72,7 +72,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
             sys.exit(0)  # Hydra has answered --cfg, --info or the like
         node, choices = composed[0]
         raise_problems(f"{key}: missing; write {key}=..." for key in sorted(OmegaConf.missing_keys(node)))
-        values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+        values: Any = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
     except BigtrainError:
         raise
     except Exception as error:  # nothing but Hydra and OmegaConf ran

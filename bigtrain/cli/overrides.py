@@ -44,7 +44,9 @@ def repeated(args: list[str]) -> dict[str, list[str]]:
 
 def _options_last(args: list[str]) -> list[str]:
     """Return ``args`` with Hydra's options, and their values, behind the settings, as argparse needs them."""
-    settings, options, rest = [], [], iter(args)
+    settings: list[str] = []
+    options: list[str] = []
+    rest = iter(args)
     for arg in rest:
         (options if arg.startswith("-") else settings).append(arg)
         if arg in VALUED_OPTIONS:

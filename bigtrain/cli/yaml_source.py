@@ -1,6 +1,7 @@
 """Hydra's YAML files, with text settings as written: the ``010`` of ``name: 010`` is no number."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.core_plugins import file_config_source
@@ -29,7 +30,7 @@ def keep_text(schema: type) -> None:
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
-def _read(path: Path, package: str, schema: type) -> OmegaConf:
+def _read(path: Path, package: str, schema: type) -> Any:
     loader = get_yaml_loader()(path.read_text(encoding="utf-8"))
     node = loader.get_single_node()
     if not isinstance(node, yaml.MappingNode):
@@ -50,5 +51,6 @@ def _keep(node: yaml.Node, key: str, schema: type) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _keep(item, key, schema)
-    elif node.style is None and node.tag != _NULL and (is_text(schema, key) or "defaults" in key.split(".")):
-        node.tag = _TEXT
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag != _NULL:
+        is_meant = is_text(schema, key) or "defaults" in key.split(".")
+        node.tag = _TEXT if is_meant else node.tag

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 from bigtrain.config import parts
 
@@ -101,7 +101,7 @@ def _collect(processes: list[Any], connections: list[Connection], deadline: floa
         ready = wait(list(open_connections), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailedError(f"no result in time from rank {sorted(open_connections.values())}")
-        for connection in ready:
+        for connection in cast(list[Connection], ready):
             rank = open_connections.pop(connection)
             try:
                 succeeded, value = connection.recv()
