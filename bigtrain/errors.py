@@ -5,7 +5,8 @@ message says what was found, where, and what would be right. Everything else is 
 of the machine and keeps its traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_FINISHED = 0
 EXIT_FAULT = 1
@@ -58,6 +59,18 @@ def raise_problems(problems: Iterable[str]) -> None:
 
 class DataError(BigtrainError):
     """A source, a shard or a tokenizer is missing, damaged or unsuitable."""
+
+
+@contextmanager
+def as_data_error(
+    where: object, *kinds: type[Exception], problem: str = "cannot be read", advice: str = ""
+) -> Iterator[None]:
+    """Turn an OSError, or errors of these kinds, into the DataError ``<where>: <problem>: <error><advice>``."""
+    kinds = kinds or (OSError,)
+    try:
+        yield
+    except kinds as error:
+        raise DataError(f"{where}: {problem}: {error}{advice}") from error
 
 
 class ShardError(DataError):

@@ -8,19 +8,24 @@ from bigtrain.config import OF_RECORDS, DataConfig, DataSource, component_data
 from bigtrain.config.parts import instance
 from bigtrain.data.order.cursor import DataState
 from bigtrain.data.prepare.live import open_live
-from bigtrain.data.read.arrays import read_npz
-from bigtrain.data.read.augment import Augmentation
 from bigtrain.data.read.corpus import Corpus, open_corpus
-from bigtrain.data.read.images import ImageSet, read_image_index
-from bigtrain.data.read.index import INDEX_FILE, SPLITS, read_index
-from bigtrain.data.read.labels import require_labels
+from bigtrain.data.read.images import Augmentation, ImageSet, read_image_index
+from bigtrain.data.read.index import INDEX_FILE, SPLITS, LabelKind, LabelRecord, read_index
 from bigtrain.data.read.live import LiveParts, validation_split
 from bigtrain.data.read.packing import AnySplit, SyntheticSamples
-from bigtrain.data.read.records import RecordSplit, split_records
+from bigtrain.data.read.records import RecordSplit, read_npz, split_records
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.workers import Helpers
 from bigtrain.errors import DataError, some
 from bigtrain.tasks.base import Objective
+
+_TOLD = {
+    LabelKind.one: "one label per document (data.content=labelled)",
+    LabelKind.several: "any number of labels per document (data.content=labelled)",
+    LabelKind.numbers: "numbers per document (data.content=numbers)",
+    LabelKind.per_token: "a label per word (data.content=tagged)",
+}
+_MOST_NAMES = 20
 
 
 def open_streams(
@@ -41,21 +46,18 @@ def open_streams(
     Args:
         data: The resolved section.
         directories: Where :func:`bigtrain.data.prepare.corpus.prepare_components` has put text and images.
-        vocab_size: Rows of the model's embedding.
+        vocab_size: Rows of the model's embedding; DataError if a tokenizer has more ids.
         objective: What the columns of records have to be; text does without.
-        seed: As in :class:`SampleStream`, like what follows.
-        global_batch_size: Samples per optimizer step.
+        seed: As in :class:`SampleStream`, like ``global_batch_size`` and ``previous``.
+        global_batch_size: See there.
         validation_samples: So many are looked for in text that is tokenised while training.
-        previous: State of the checkpoint that is continued, if any.
+        previous: See there.
         sides: Which splits.
         facts: Of the images that are trained on, if these are others.
-
-    Raises:
-        DataError: a corpus is damaged, its tokenizer has more than ``vocab_size`` ids or is not that of the others; records
-            do not fit the objective.
     """
     parts = component_data(data)
     corpora = _open_corpora(parts, directories, vocab_size, objective)
+    label_names = next((corpus.index.labels.names for corpus in corpora.values() if corpus.index.labels), [])
     helpers = Helpers(data.prepare_processes)
     live = {
         name: open_live(Path(directories[name]), parts[name], corpus.index, helpers)
@@ -90,7 +92,7 @@ def open_streams(
                 previous=previous,
                 keeps_all=keeps_all or which == "validation",
             )
-            streams[which].label_names = _label_names(corpora) or streams[which].facts.get("label_names", ())
+            streams[which].label_names = label_names or streams[which].facts.get("label_names", ())
             streams[which].tokenizer_directory = next((Path(directories[name]) for name in corpora), None)
         return streams
 
@@ -104,28 +106,34 @@ def open_streams(
 
 
 def _open_corpora(
-    parts: Mapping[str, DataConfig],
-    directories: Mapping[str, str | Path],
-    vocab_size: int,
-    objective: Objective | None,
+    parts: Mapping[str, DataConfig], directories: Mapping[str, str | Path], vocab_size: int, objective: Objective | None
 ) -> dict[str, Corpus]:
-    """Return the components of text, with one tokenizer and the labels that the objective needs."""
+    """Return the components of text, with one tokenizer and the same labels, which the objective needs."""
     texts = {name: directory for name, directory in directories.items() if parts[name].source not in OF_RECORDS}
     corpora = {
         name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory) for name, directory in texts.items()
     }
-    _require_one_tokenizer(corpora)
+    tokenizers = {name: corpus.index.tokenizer for name, corpus in corpora.items()}
+    if len({tokenizer.file.xxh3 for tokenizer in tokenizers.values()}) > 1:  # one number would be several tokens
+        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in tokenizers.items())
+        raise DataError(
+            f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
+        )
+    labels = {name: corpus.index.labels.names for name, corpus in corpora.items() if corpus.index.labels}
     for name, corpus in corpora.items():
         require_labels(corpus.index.labels, objective, where=str(directories[name]))
+    first = next(iter(labels), None)
+    for name, other in labels.items():
+        if other != labels[first]:
+            raise DataError(
+                f"data.mixture: {name} has the labels {some(other, 8)}, {first} has {some(labels[first], 8)}; a mixture "
+                "needs the same ones"
+            )
     return corpora
 
 
 def _open_records(
-    data: DataConfig,
-    objective: Objective,
-    directory: str | Path | None,
-    seed: int,
-    facts: Mapping[str, Any] | None,
+    data: DataConfig, objective: Objective, directory: str | Path | None, seed: int, facts: Mapping[str, Any] | None
 ) -> dict[str, RecordSplit]:
     """Return both sides of a component of records; images are in ``directory``."""
     if data.source is DataSource.images:
@@ -164,28 +172,41 @@ def count_labels(directories: Iterable[str]) -> int:
     return 2
 
 
-def _label_names(corpora: Mapping[str, Corpus]) -> list[str]:
-    """Return the names of the labels.
+def require_labels(labels: LabelRecord | None, objective: Objective | None, *, where: str) -> None:
+    """Refuse a corpus whose labels are not those that an objective needs, or another number of them.
 
-    Raises:
-        DataError: the components of a mixture have different ones.
+    None is a corpus without labels, or a run of which no objective is known. ``where`` names the corpus in messages.
     """
-    names = {part: corpus.index.labels.names for part, corpus in corpora.items() if corpus.index.labels}
-    first = next(iter(names), None)
-    for part, other in names.items():
-        if other != names[first]:
-            raise DataError(
-                f"data.mixture: {part} has the labels {some(other, 8)}, {first} has {some(names[first], 8)}; a mixture needs "
-                "the same ones"
-            )
-    return names[first] if first else []
-
-
-def _require_one_tokenizer(corpora: Mapping[str, Corpus]) -> None:
-    """Refuse a mixture in which the same number is another token in another component."""
-    tokenizers = {name: corpus.index.tokenizer for name, corpus in corpora.items()}
-    if len({tokenizer.file.xxh3 for tokenizer in tokenizers.values()}) > 1:
-        names = ", ".join(f"{name}: {tokenizer.name}" for name, tokenizer in tokenizers.items())
+    wanted = None if objective is None else _wanted(objective)
+    if wanted is None:
+        return
+    kind, size = wanted
+    if labels is None or labels.kind is not kind:
+        found = _TOLD[labels.kind] if labels else "no labels"
+        raise DataError(f"{where}: the documents have {found}; the task needs {_TOLD[kind]}")
+    if kind is LabelKind.one and labels.size == 1:
+        raise DataError(f"{where}: all documents have the label {labels.names[0]}; there is nothing to tell apart")
+    if labels.size != size:
+        what, setting = ("numbers", "num_values") if kind is LabelKind.numbers else ("labels", "num_labels")
+        names = f" ({some(labels.names, _MOST_NAMES)})" if labels.names else ""
         raise DataError(
-            f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
+            f"{where}: the documents have {labels.size} {what}{names}, not {size}; set task.{setting}={labels.size}"
         )
+
+
+def _wanted(objective: Objective) -> tuple[LabelKind, int] | None:
+    """Return which labels, and how many of them, an objective on documents reads."""
+    fields = objective.fields
+    if "lengths" not in fields:
+        return None
+    if "values" in fields:
+        (size,) = fields["values"].shape
+        return LabelKind.numbers, int(size)
+    if "labels" not in fields:
+        return None
+    labels = fields["labels"]
+    if labels.shape == ("T",):
+        return LabelKind.per_token, int(labels.below or 0)
+    if labels.shape:
+        return LabelKind.several, int(labels.shape[0])
+    return LabelKind.one, int(labels.below or 0)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from bigtrain.config import ModelConfig, ModelKind, TaskKind, TrainConfig, are_records
 from bigtrain.data.read.batch import Collate, Samples
-from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
-from bigtrain.data.read.words import mask_token_id, special_ids, starts_word
+from bigtrain.data.read.tokenizer import load_tokenizer, mask_token_id, num_ids, special_ids, starts_word
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.masking import Masking, number_words
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from bigtrain.config import TrainConfig
 from bigtrain.data.prepare.images import read_image
 from bigtrain.data.prepare.tables import csv_lines, csv_record
-from bigtrain.data.read.arrays import Arrays, read_npz
 from bigtrain.data.read.index import read_index
-from bigtrain.data.read.records import Records
+from bigtrain.data.read.records import Arrays, Records, read_npz
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.files import read_json

@@ -53,7 +53,7 @@ def stream():
 
 def run_steps(engine, config, first, last):
     pending = []
-    start = Cursor.at(first, config.train.global_batch_size)
+    start = Cursor(first, first * config.train.global_batch_size)
     with train_loader(stream(), config, engine, start=start) as loader:
         for batch in itertools.islice(loader, last - first):
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)

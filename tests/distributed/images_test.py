@@ -9,7 +9,7 @@ import pytest
 
 from bigtrain.cli.hydra_cli import read_run
 from bigtrain.config import EngineKind
-from bigtrain.data.read.augment import Augmentation
+from bigtrain.data.read.images import Augmentation
 from bigtrain.run.directory import label_names
 from bigtrain.run.inspection import inspect_run
 from bigtrain.run.step import train_step

@@ -95,7 +95,7 @@ def skipped_sample(config: TrainConfig) -> int:
 
 def skipped_step(config: TrainConfig) -> int:
     build = trainer.train_loader
-    trainer.train_loader = lambda *args, start: build(*args, start=Cursor.at(start.step + 1, 8))
+    trainer.train_loader = lambda *args, start: build(*args, start=Cursor(start.step + 1, 8 * (start.step + 1)))
     return launching.run(config)
 
 
@@ -170,7 +170,7 @@ def resumed_in_memory(world_size: int, root: Path) -> tuple[bool, bool]:
 
     def train(engine: Engine, first: int, last: int) -> list[tuple[float, float]]:
         pending = []
-        start = Cursor.at(first, config.train.global_batch_size)
+        start = Cursor(first, first * config.train.global_batch_size)
         with trainer.train_loader(open_data(config)["train"], config, engine, start=start) as loader:
             for batch in itertools.islice(loader, last - first):
                 lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=8, config=config.scheduler)

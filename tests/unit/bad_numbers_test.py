@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigtrain.config import BadNumbersConfig
-from bigtrain.data.order.skips import extend, pieces
+from bigtrain.data.order.cursor import extend, pieces
 from bigtrain.engine.native import update_unless_bad
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
 

@@ -39,7 +39,7 @@ def loader(split, *, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        start=Cursor.at(first_step, global_batch_size),
+        start=Cursor(first_step, first_step * global_batch_size),
         prefetch_steps=prefetch_steps,
         pin_memory=False,
         objective=CausalLM(),

@@ -255,11 +255,11 @@ def test_what_was_finished_before_a_kill_is_used(config, tmp_path, monkeypatch):
     whole = prepare(dataclasses.replace(config, root=str(tmp_path / "other")), progress=False)
     num_parts, num_shards = len(source_parts(config)), sum(len(split.shards) for split in splits(read_index(whole)))
     assert num_parts > 5 and num_shards > 5
-    for name, total in (("_write_part", num_parts), ("_read_ranges", num_shards)):
+    for name, total in (("kept_documents", num_parts), ("_read_ranges", num_shards)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, name, 3)
             prepare(config, progress=False)
-        if name == "_write_part":
+        if name == "kept_documents":
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 calls = stop_after(patch, name, total - 3)  # all the others, and then the shards
                 stop_after(patch, "_read_ranges", 0)
@@ -276,7 +276,7 @@ def test_tokens_of_other_parts_or_another_tokenizer_are_not_used(config, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("bigtrain.data.prepare.sources._PART_BYTES", 4000)
         config.prepare_processes = 1
-        stop_after(patch, "_write_part", 3)
+        stop_after(patch, "kept_documents", 3)
         prepare(config, progress=False)
     assert read_index(prepare(config, progress=False)) == read_index(whole)
 
@@ -291,7 +291,7 @@ def test_killed_for_good_it_goes_on(config, tmp_path, monkeypatch):
     assert process.stdout.readline() == "ready\n"
     process.kill()
     process.wait()
-    calls = stop_after(monkeypatch, "_write_part", 0)
+    calls = stop_after(monkeypatch, "kept_documents", 0)
     config.prepare_processes = 1
     assert read_index(prepare(config, progress=False)) == read_index(whole) and not calls
 

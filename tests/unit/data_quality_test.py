@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bigtrain.config import Content, DataConfig, DataSource, Duplicates, FilterConfig
 from bigtrain.data.prepare.corpus import prepare
-from bigtrain.data.prepare.quality import (
+from bigtrain.data.prepare.sources import source_parts
+from bigtrain.data.prepare.survey import (
     exact_duplicates,
     minhash,
     near_duplicates,
@@ -17,7 +18,6 @@ from bigtrain.data.prepare.quality import (
     repeated_line_share,
     symbol_share,
 )
-from bigtrain.data.prepare.sources import source_parts
 from bigtrain.data.read.corpus import Corpus, open_corpus
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError

@@ -9,9 +9,8 @@ import torch
 from bigtrain.cli import own_parts
 from bigtrain.config import ComponentConfig, DataConfig, DataSource
 from bigtrain.data.order.cursor import Cursor
-from bigtrain.data.read.arrays import Arrays, read_npz
 from bigtrain.data.read.loader import TrainLoader, count_targets, validation_batches
-from bigtrain.data.read.records import Records, held_out, split_records
+from bigtrain.data.read.records import Arrays, Records, held_out, read_npz, split_records
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.streams import open_streams
 from bigtrain.errors import DataError

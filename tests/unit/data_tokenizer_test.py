@@ -76,7 +76,7 @@ def test_text_without_lines_is_cut_too():
 
 
 def test_missing_or_damaged_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"tokenizer\.json: cannot read"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot be read"):
         load_tokenizer(tmp_path)
     for content in ("", "{}", "[1, 2", '{"version": "1.0"}'):
         (tmp_path / "tokenizer.json").write_text(content)

@@ -14,8 +14,7 @@ import pytest
 from bigtrain.config import AugmentConfig, DataConfig, DataSource, OnBad
 from bigtrain.data.prepare import image_sources
 from bigtrain.data.prepare.images import prepare_images
-from bigtrain.data.read.augment import Augmentation
-from bigtrain.data.read.images import ImageSet
+from bigtrain.data.read.images import Augmentation, ImageSet
 from bigtrain.data.streams import open_streams
 from bigtrain.errors import BigtrainError, ConfigError, DataError
 from bigtrain.tasks.classification import Classification, Inputs

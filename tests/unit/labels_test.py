@@ -13,7 +13,7 @@ from bigtrain.data.prepare.sources import iterate_documents
 from bigtrain.data.read.corpus import Corpus
 from bigtrain.data.read.documents import DocumentSamples, PairSamples
 from bigtrain.data.read.index import LabelKind, read_index
-from bigtrain.data.read.labels import require_labels
+from bigtrain.data.streams import require_labels
 from bigtrain.errors import DataError
 from bigtrain.tasks.classification import Classification
 

@@ -4,8 +4,7 @@ import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bigtrain.data.read.tokenizer import _train_bpe
-from bigtrain.data.read.words import mask_token_id, special_ids, starts_word
+from bigtrain.data.read.tokenizer import _train_bpe, mask_token_id, special_ids, starts_word
 
 
 def starts(tokenizer, text):

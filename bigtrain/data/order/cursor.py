@@ -5,12 +5,14 @@ trained on the same samples in the same order.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # whoever only lists checkpoints does without
+if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
 
 NO_SAMPLES = "0" * 16
 """Hash of a run that has consumed nothing."""
@@ -26,11 +28,6 @@ class Cursor:
     """Samples consumed over all ranks."""
     digest: str = NO_SAMPLES
     """Hash of all sample ids consumed."""
-
-    @classmethod
-    def at(cls, step: int, global_batch_size: int) -> "Cursor":
-        """Return the place after ``step`` steps of one size, without what came before."""
-        return cls(step, step * global_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +73,28 @@ class DataState:
 def chain_digest(digest: str, sample_ids: "NDArray[np.int64]", content: str) -> str:
     """Return the hash after a step, 16 hexadecimal digits, of the hash before it and the ids of all its samples.
 
-    ``content`` says what the ids are numbers of: other texts, or other ways to cut them, have the same numbers.
+    ``content`` says what they are numbers of: other texts, or other ways to cut them, have the same numbers.
     """
     ids = sample_ids.astype("<i8", copy=False).tobytes()
     return hashlib.blake2b(bytes.fromhex(digest) + content.encode() + ids, digest_size=8).hexdigest()
+
+
+def pieces(first: int, count: int, skipped: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return the positions of ``count`` samples after the first ``first`` of a run that leaves out those of ``skipped``.
+
+    Both are ranges (first position, end), ascending and disjoint.
+    """
+    found = []
+    for begin, end in skipped:
+        if first < begin and count:
+            taken = min(count, begin - first)
+            found.append((first, first + taken))
+            first, count = first + taken, count - taken
+        if first >= begin:
+            first += end - begin
+    return [*found, (first, first + count)] if count else found
+
+
+def extend(skipped: Sequence[Sequence[int]], first: int, end: int) -> list[list[int]]:
+    """Return ``skipped`` and the samples that the run, leaving those out already, counts as ``[first, end)``."""
+    return sorted([*map(list, skipped), *map(list, pieces(first, end - first, skipped))])

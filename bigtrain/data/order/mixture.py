@@ -1,16 +1,16 @@
 """Which data set the sample at a position of the run is from: exact proportions, in closed form.
 
-Every position belongs to one component, and the samples of a component are drawn in the component's own order,
-one after the other, whatever the others do. Between two changes of the weights (a segment), components are
-told apart by a chain of balanced sequences in integer arithmetic. With the components in descending order of their
-integer weights w_1 >= w_2 >= ..., R_j = w_j+1 + w_j+2 + ... and r_0 = p positions since the segment began::
+Every position belongs to one component, and the samples of a component are drawn in its own order, whatever the others
+do. Between two changes of the weights (a segment), components are told apart by a chain of balanced sequences in
+integer arithmetic. With the components in descending order of their integer weights w_1 >= w_2 >= ..., R_j = w_j+1 +
+w_j+2 + ... and r_0 = p positions since the segment began::
 
     c_j = floor((r_j-1 * w_j + R_j-1 // 2) / R_j-1)        r_j = r_j-1 - c_j
 
-c_j is how many of the p positions belong to component j. Each step of the chain is a Sturmian (Beatty) sequence:
-over any window its share is off by less than 1. Errors of a remainder go down the chain in proportion, so over
-*any* window inside a segment component j is off from its exact share by less than 1 + w_j * sum_i<j 1 / R_i
-<= 1 + H_j-1 samples (H: harmonic numbers): less than 1 with two components, than 4 with eleven.
+c_j is how many of the p positions belong to component j. Each step of the chain is a Sturmian (Beatty) sequence, whose
+share over any window is off by less than 1. Errors of a remainder go down the chain in proportion, so over *any* window
+inside a segment component j is off from its exact share by less than 1 + w_j * sum_i<j 1 / R_i <= 1 + H_j-1 samples
+(H: harmonic numbers): less than 1 with two components, than 4 with eleven.
 """
 
 from bisect import bisect_left
@@ -49,7 +49,7 @@ class Segment:
     """Samples of each component that were drawn before ``start``."""
 
     def counts_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many samples of each component were drawn before int64 ``positions`` ``(N,)``, not before ``start``.
+        """Return how many samples of each component were drawn before int64 ``positions`` ``(N,)`` of the segment.
 
         Returns int64 ``(num_components, N)``.
         """
@@ -73,10 +73,8 @@ class Mixture:
     def __init__(self, shares: list[Share], *, origin: int = 0, counts: list[int] | None = None) -> None:
         """Lay out the segments of at least one component.
 
-        Args:
-            shares: Of the components.
-            origin: Position at which the mixture begins, above 0 when it was changed during a run.
-            counts: Samples of each component that were drawn before; by default none.
+        ``origin`` is the position at which the mixture begins, above 0 when it was changed during a run, and ``counts``
+        are the samples of each component that were drawn before.
         """
         self.num_components = len(shares)
         self.num_positions: int | None = None
@@ -127,7 +125,8 @@ class Mixture:
         limits = np.array([_FOREVER if share.limit is None else share.limit for share in shares], dtype=np.int64)
         while start < end:
             alive = drawn < limits
-            weights = [weight_at(share, start) if alive[i] else 0.0 for i, share in enumerate(shares)]
+            now = [[weight for first, weight in share.weights if first <= start][-1] for share in shares]
+            weights = [weight if is_left else 0.0 for weight, is_left in zip(now, alive, strict=True)]
             if not any(weights):
                 self._segments.append(Segment(start, np.zeros_like(drawn), drawn))
                 return drawn, start
@@ -136,11 +135,6 @@ class Mixture:
             start = _first_exhausted(segment, limits, end)
             drawn = segment.counts_at(np.array([start]))[:, 0]
         return drawn, None
-
-
-def weight_at(share: Share, position: int) -> float:
-    """Return the weight of a component at a position."""
-    return [weight for start, weight in share.weights if start <= position][-1]
 
 
 def _integers(weights: list[float]) -> NDArray[np.int64]:

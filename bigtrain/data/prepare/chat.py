@@ -4,6 +4,7 @@ Templates are rendered by transformers, sandboxed, with the tokenizer's special 
 by the template or refused: templates silently drop what they do not know, so each field is probed.
 """
 
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -25,7 +26,7 @@ from bigtrain.data.read.tokenizer import (
     kept_record,
     load_published,
 )
-from bigtrain.errors import DataError, StopError
+from bigtrain.errors import DataError, StopError, as_data_error
 from bigtrain.log import get_logger
 
 ANSWERING_ROLE = "assistant"
@@ -100,7 +101,6 @@ class Chat:
         return texts[0], [(begin, end) for begin, end in (spans[0] if spans else [])]
 
     def marks(self, fields: dict[str, Any]) -> bool:
-        """Return whether the template marks what is generated."""
         return _GENERATION.search(self._template(fields)) is not None
 
     def _template(self, fields: dict[str, Any]) -> str:
@@ -129,7 +129,6 @@ class _Row:
         self._chat, self._messages, self._fields, self._name = chat, messages, fields, name
 
     def require_written(self) -> None:
-        """Raise a ValueError if the template drops a content, a part of one, or another field."""
         marked = [_marked(message, number) for number, message in enumerate(self._messages)]
         text = self._try([message for message, _ in marked], self._fields)
         for number, message in enumerate(self._messages):
@@ -179,13 +178,13 @@ class _Row:
         What a template writes of the last answer only, as many do with reasoning, it leaves out on purpose.
         """
         message = self._messages[number]
-        labels = {name: value for name, value in message.items() if name != key}
-        for what, cut in _cuts({key: message[key]}):
-            changed = [*self._messages[:number], labels | cut, *self._messages[number + 1 :]]
+        for path in _innermost(message[key], (key,)):
+            changed = [*self._messages[:number], _without(message, path), *self._messages[number + 1 :]]
             if self._try(changed, self._fields) != self.text:
                 continue
             whole, part = (self._try(messages[: number + 1], self._fields) for messages in (self._messages, changed))
             if whole == part:
+                what = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
                 raise ValueError(f"{where}: the chat template does not write its {what}")
 
     def _try(self, messages: list[dict[str, Any]], fields: dict[str, Any]) -> str:
@@ -232,26 +231,22 @@ def _says_something(value: Any) -> bool:
     return value is not None and value not in ("", [], {})
 
 
-def _cuts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the name of each innermost part of a value, and the value without it."""
+def _innermost(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of each innermost part of a value that says something."""
     keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
-    for key in keys:
-        if key in _LABELS or not _says_something(value[key]):
-            continue
-        inner_name = f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}".removeprefix(".")
-        is_cut = False
-        for what, cut in _cuts(value[key], inner_name):
-            is_cut = True
-            yield what, _with(value, key, [cut])
-        if not is_cut:
-            yield inner_name, _with(value, key, [])
+    inner = [key for key in keys if key not in _LABELS and _says_something(value[key])]
+    for key in inner:
+        yield from _innermost(value[key], (*path, key))
+    if not inner:
+        yield path
 
 
-def _with(value: Any, key: Any, items: list[Any]) -> Any:
-    """Return a list or dict with ``items`` (one or none) in place of that at ``key``."""
-    if isinstance(value, list):
-        return [*value[:key], *items, *value[key + 1 :]]
-    return {name: items[0] if name == key else item for name, item in value.items() if name != key or items}
+def _without(value: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    value = place = copy.deepcopy(value)
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return value
 
 
 def _without_null(value: Any) -> Any:
@@ -322,10 +317,8 @@ chat_of = lru_cache(maxsize=8)(find_chat)  # the same for every row of a source
 
 def read_template(chat_template: str | None) -> str | None:
     """Return the content of ``data.chat_template``; DataError if it cannot be read."""
-    try:
+    with as_data_error(f"data.chat_template={chat_template}", OSError, UnicodeDecodeError):
         return None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.chat_template={chat_template}: cannot be read: {error}") from error
 
 
 def keep_chat(config: DataConfig, directory: Path) -> DataConfig:

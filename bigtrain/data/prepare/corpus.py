@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,18 +82,15 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
 
     The name follows from the source and the settings. Of a source that is tokenised while training only tokenizer and
     parts are written. ``progress`` shows a bar when standard error is a terminal, else a log line now and then.
-
-    Raises:
-        DataError: source, tokenizer or directory cannot be used, or an existing corpus is damaged.
+    DataError if source, tokenizer or directory cannot be used, or an existing corpus is damaged.
     """
     if config.source is DataSource.prepared:
         if is_url(config.path):
             return fetch_index(config.path, cache_directory(config))
         return _check(Path(config.path), config)
     target = _locate(config)
-    if not target.directory.exists():
-        fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
-        make_directory(target.directory, lambda work: write_index(work, fill(work, config, target)))
+    fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
+    make_directory(target.directory, lambda work: write_index(work, fill(work, config, target)))
     return _check(target.directory, config, target.identity)
 
 
@@ -264,27 +261,23 @@ def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> 
 
 
 def _shared_bpe(sources: list[DataConfig], progress: bool) -> Path:
-    """Train one BPE on several sources; return its directory."""
     targets = [_locate(config) for config in sources]
     identity = hashlib.sha256(" ".join(target.identity for target in targets).encode()).hexdigest()
     directory = Path(sources[0].root, f"tokenizer-bpe{sources[0].tokenizer_vocab_size}-{identity[:8]}")
 
-    def texts() -> Iterator[str]:
+    def fill(work: Path) -> None:
+        texts = []
         for config in sources:
             parts = source_parts(config)
             with workers(_num_processes(config, parts)) as run:
-                yield from _read_sample(config, parts, _survey(config, parts, progress, run), run)
+                texts += _read_sample(config, parts, _survey(config, parts, progress, run), run)
+        write_index(work, _begin(work, sources[0], targets[0], build_coding(sources[0], texts)))
 
-    def fill(work: Path) -> CorpusIndex:
-        return _begin(work, sources[0], targets[0], build_coding(sources[0], list(texts())))
-
-    if not directory.exists():
-        make_directory(directory, lambda work: write_index(work, fill(work)))
+    make_directory(directory, fill)
     return directory
 
 
 def _read_sample(config: DataConfig, parts: list[Part], survey: Survey, run: Run) -> list[str]:
-    """Return the texts that a BPE is trained on."""
     wanted: dict[int, list[Piece]] = {}
     for piece in survey.bpe_sample:
         wanted.setdefault(piece.part, []).append(piece)
@@ -307,15 +300,14 @@ def _is_fast_exact(config: DataConfig, built: BuiltTokenizer, ends: list[Iterato
     if fast is None:
         return False
 
-    def beginning(documents: Iterator[Document]) -> Iterator[str]:
-        num_characters = 0
-        for document in documents:
-            yield document.text[: _COMPARED_CHARACTERS - num_characters]
-            num_characters += len(document.text)
-            if num_characters >= _COMPARED_CHARACTERS:
-                return
+    def beginnings() -> Iterator[str]:
+        for documents in ends:
+            num_left = _COMPARED_CHARACTERS
+            while num_left > 0 and (document := next(documents, None)):
+                yield document.text[:num_left]
+                num_left -= len(document.text)
 
-    if agrees(fast, slow, chain.from_iterable(map(beginning, ends))):
+    if agrees(fast, slow, beginnings()):
         return True
     get_logger().warning("data.tokenizer=%s: tiktoken gives other ids, so the slower library is used", config.tokenizer)
     return False
@@ -346,7 +338,7 @@ def _join_split(
 
 
 def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRecord, validation: SplitRecord) -> None:
-    report: dict[str, Any] = {
+    report = {
         "documents": survey.num_documents,
         "text_bytes": survey.num_text_bytes,
         "unique_share": survey.unique_share,
@@ -356,20 +348,19 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
         "repaired_documents": survey.num_repaired,
         "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
     }
-    if left_out:
-        report["files_left_out"] = left_out
-    if survey.bad.documents:
-        report["bad_rows"] = {"count": survey.bad.documents, "examples": survey.bad.examples}
+    report |= {"files_left_out": left_out} if left_out else {}
+    if bad := survey.bad.documents:
+        report |= {"bad_rows": {"count": bad, "examples": survey.bad.examples}}
     (work / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _report_survey(survey: Survey, content: Content) -> None:
     remarks = [f"{counted(survey.num_documents, 'document')}, {survey.num_text_bytes / 1e6:.1f} MB of text"]
-    if empty := survey.empty.documents:
-        without = f"{counted(empty, 'document')} without an answer that counts"
-        remarks.append(
-            f"{counted(empty, 'empty document') if not content.has_answers else without} left out, such as {survey.empty.examples[0]}"
-        )
+    if num_empty := survey.empty.documents:
+        empty = counted(num_empty, "empty document")
+        if content.has_answers:
+            empty = f"{counted(num_empty, 'document')} without an answer that counts"
+        remarks.append(f"{empty} left out, such as {survey.empty.examples[0]}")
     if survey.num_repaired:
         remarks.append(f"invalid UTF-8 in {counted(survey.num_repaired, 'document')} replaced by U+FFFD")
     if survey.labels and survey.labels.names:

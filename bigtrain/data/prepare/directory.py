@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from bigtrain.errors import DataError
+from bigtrain.errors import as_data_error
 from bigtrain.files import locked, sync
 from bigtrain.log import get_logger
 
 
 def make_directory(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Create ``directory`` atomically with what ``fill`` writes, unless another process does."""
+    """Create ``directory`` atomically with what ``fill`` writes, unless it is there or another process does."""
+    if directory.exists():
+        return
     work = directory.with_name(f".{directory.name}.partial")
     lock = work.with_suffix(".lock")
-    try:
+    with as_data_error(directory, problem="cannot be written"):
         work.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock, wait=True):
             if not directory.exists():
@@ -20,8 +22,6 @@ def make_directory(directory: Path, fill: Callable[[Path], None]) -> None:
                 fill(work)
                 _publish(work, directory)
             lock.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{directory}: cannot be written: {error}") from error
 
 
 def _publish(work: Path, directory: Path) -> None:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config.packages import lacking
-from bigtrain.data.prepare.labels import number_tokens
-from bigtrain.data.prepare.records import Document
+from bigtrain.data.prepare.records import Document, number_tokens
 from bigtrain.data.prepare.survey import cut
 from bigtrain.data.read.tokenizer import byte_symbols
 from bigtrain.log import get_logger

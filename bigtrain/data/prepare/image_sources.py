@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.errors import DataError, first_line
+from bigtrain.errors import DataError, as_data_error, first_line
 
 TRAIN, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val", "t10k")
 """Names of the sides, in directories and files."""
@@ -204,10 +204,8 @@ def _read_parquet(files: list[Path], path: str) -> Source:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with as_data_error(f"data.path={path}", OSError, pa.ArrowException):
         tables = [pq.read_table(file) for file in files]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data.path={path}: cannot be read: {first_line(error)}") from error
     is_held_out = [file.name.lower().startswith(HELD_OUT) for file in files]
     if all(is_held_out):
         is_held_out = [False] * len(files)

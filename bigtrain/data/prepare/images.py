@@ -49,14 +49,13 @@ def prepare_images(config: DataConfig, *, progress: bool) -> Path:
     settings = [config.image_size, config.image_channels, config.validation_fraction, config.on_bad_row.name]
     identity = hashlib.sha256(json.dumps([_FORMAT, stats, settings]).encode()).hexdigest()
     directory = Path(config.root, f"images-{identity[:12]}")
-    if not directory.exists():
-        make_directory(directory, lambda work: _fill(work, config, place.read(), progress))
+    make_directory(directory, lambda work: _fill(work, config, place.read(), progress))
     return directory
 
 
 def _fill(work: Path, config: DataConfig, source: Source, progress: bool) -> None:
     labels = np.concatenate([side.labels for side in source.sides])
-    _require_known(labels, source)
+    _require_known(source)
     shape = _shape(config, source)
     pixels = np.lib.format.open_memmap(
         work / PIXELS, mode="w+", dtype=np.uint8, shape=(len(labels), shape.size, shape.size, shape.channels)
@@ -89,18 +88,22 @@ def _fill(work: Path, config: DataConfig, source: Source, progress: bool) -> Non
         num_in_both=num_in_both,
     )
     (work / INDEX_FILE).write_text(json.dumps(asdict(index), indent=1))
-    _tell(index, config)
+    if index.num_left_out:
+        get_logger().warning(
+            f"data.path={config.path}: {index.num_left_out} images that cannot be decoded are left out"
+        )
+    if num_in_both:
+        get_logger().warning(
+            f"data.path={config.path}: {num_in_both} images of the test set are in the training set too"
+        )
 
 
-def _require_known(labels: NDArray[np.int64], source: Source) -> None:
-    names, first = source.label_names, 0
+def _require_known(source: Source) -> None:
+    names = source.label_names
     for side in source.sides:
-        wrong = np.flatnonzero((side.labels < 0) | (side.labels >= len(names)))
-        if wrong.size:
-            i = int(wrong[0])
+        for i in np.flatnonzero((side.labels < 0) | (side.labels >= len(names)))[:1].tolist():
             raise DataError(f"{side.where(i)}: label {side.labels[i]}; the classes are 0 to {len(names) - 1}")
-        first += len(side.labels)
-    if not first:
+    if not any(len(side.labels) for side in source.sides):
         raise DataError("data.path: there is no image")
 
 
@@ -129,14 +132,6 @@ def _statistics(pixels: NDArray[np.uint8], rows: NDArray[np.int64]) -> tuple[lis
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
     return mean.tolist(), np.where(deviation > 0, deviation, 1.0).tolist()
-
-
-def _tell(index: ImageIndex, config: DataConfig) -> None:
-    where = f"data.path={config.path}"
-    if index.num_left_out:
-        get_logger().warning(f"{where}: {index.num_left_out} images that cannot be decoded are left out")
-    if index.num_in_both:
-        get_logger().warning(f"{where}: {index.num_in_both} images of the test set are in the training set too")
 
 
 # Decoding
@@ -175,12 +170,11 @@ def _shape(config: DataConfig, source: Source) -> _Shape:
 
 
 def read_image(path: Path, size: int, channels: int, *, resizes: bool) -> NDArray[np.uint8]:
-    """Return an image file as training has it, uint8 ``(H, W, C)``; DataError if it cannot be decoded, or has another size."""
+    """Return an image file as training has it, uint8 ``(H, W, C)``; DataError if it cannot be."""
     return _pixels(path, _Shape(size, channels, resizes), str(path))
 
 
 def _pixels(raw: Raw, shape: _Shape, where: str) -> NDArray[np.uint8]:
-    """Return an image as uint8 ``(H, W, C)``."""
     size = (shape.size, shape.size)
     if isinstance(raw, np.ndarray) and raw.shape == size:
         return np.repeat(raw[:, :, None], shape.channels, axis=2)

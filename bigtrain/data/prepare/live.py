@@ -22,7 +22,7 @@ from bigtrain.data.read.cache import NodeCache, explained
 from bigtrain.data.read.index import SPLITS, CorpusIndex
 from bigtrain.data.read.remote import patiently
 from bigtrain.data.read.workers import Helpers
-from bigtrain.errors import DataError, UnreachableError
+from bigtrain.errors import DataError, UnreachableError, as_data_error
 
 if TYPE_CHECKING:
     from bigtrain.data.read.live import LiveParts
@@ -72,15 +72,14 @@ def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer
 def read_plan(directory: Path) -> Plan:
     """Return the plan in a directory; DataError if it cannot be read."""
     path = directory / PLAN_FILE
-    try:
+    advice = f"; remove {directory} and start again"
+    with as_data_error(path, OSError, ValueError, TypeError, KeyError, advice=advice):
         values = json.loads(path.read_text())
         parts = [
             Part(tuple(SourceFile(name, Path(where)) for name, where in files), *place)
             for files, *place in values.pop("parts")
         ]
         return Plan(parts=parts, **values)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove {directory} and start again") from error
 
 
 def open_live(directory: Path, config: DataConfig, index: CorpusIndex, helpers: Helpers) -> "LiveParts":

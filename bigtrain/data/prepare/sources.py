@@ -1,12 +1,11 @@
 """Documents of a source, in an order that depends on the source alone.
 
-A source is read in parts, so that several processes share the work. For all sources:
+A source is read in parts, so that several processes share the work. Invalid UTF-8 becomes U+FFFD, which is counted, and
+a byte-order mark is dropped. Empty and null documents are yielded as empty text, which the caller drops and counts.
 
-- Invalid UTF-8 becomes U+FFFD and the document counts as repaired. A byte-order mark at the beginning is dropped.
-- Empty and null documents are yielded as empty text, which the caller drops and counts.
-- A missing path, an unreadable or damaged file, a binary file given as text, a line that is not a JSON object, and a
-  field that is missing or not text are a :class:`DataError` that names the file and the line or row. With
-  ``data.on_bad_row=skip`` such a row, and a file that cannot be read to its end, is left out whole and counted.
+A missing path, an unreadable, damaged or binary file, a line that is not a JSON object, and a field that is missing or
+not text are a :class:`DataError` that names the file and the line or row. With ``data.on_bad_row=skip`` such a row,
+and a file that cannot be read to its end, is left out whole and counted.
 """
 
 import gzip
@@ -27,8 +26,7 @@ from typing import Any
 from bigtrain.config import Content, DataConfig, DataSource, OnBad
 from bigtrain.data.prepare.files import Part, SourceFile, find_files, open_lines, packing
 from bigtrain.data.prepare.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
-from bigtrain.data.prepare.labels import Labels
-from bigtrain.data.prepare.records import BadRow, Document, Rows, decode, record_document
+from bigtrain.data.prepare.records import BadRow, Document, Labels, Rows, decode, record_document
 from bigtrain.data.prepare.tables import arrow_rows, csv_rows, dataset_parts, dataset_rows, gettext_rows, parquet_rows
 from bigtrain.data.read.dropped import Dropped
 from bigtrain.errors import DataError
@@ -130,8 +128,8 @@ def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
     """Return a SHA-256 that changes when the source does, without reading the documents.
 
     Local files enter with relative name, size and modification time, which a copy may have changed, unless not
-    ``with_times``; the standard library with name, size and Python version; a dataset on the hub with its name only: once
-    prepared it stays as it is, also offline.
+    ``with_times``; the standard library with name, size and Python version; a dataset on the hub with its name
+    only: once prepared it stays as it is, also offline.
     """
     if config.source is DataSource.datasets and not Path(config.path).exists():
         return _sha256_of([config.path, config.subset, config.split or "train"])
@@ -228,7 +226,6 @@ def _text_documents(file: SourceFile, part: Part, config: DataConfig) -> Iterato
 
 
 def _directory_label(file: SourceFile, config: DataConfig) -> str:
-    """Return the directory below ``data.path`` that a file lies in."""
     label, slash, _ = file.name.partition("/")
     if not slash:
         raise DataError(
@@ -277,6 +274,5 @@ def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:
 
 
 def _num_lines(path: Path, end: int) -> int:
-    """Return the number of lines before the byte ``end``."""
     with open_lines(path) as lines:
         return sum(lines.read(min(_BLOCK_BYTES, end - at)).count(b"\n") for at in range(0, end, _BLOCK_BYTES))

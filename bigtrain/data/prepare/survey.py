@@ -8,21 +8,99 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from bigtrain.config import DataConfig, Duplicates
+from bigtrain.config import DataConfig, Duplicates, FilterConfig
 from bigtrain.data.prepare.files import Part
-from bigtrain.data.prepare.labels import Labels, label_record
-from bigtrain.data.prepare.quality import content_hash, exact_duplicates, minhash, near_duplicates, rejection
-from bigtrain.data.prepare.records import Document
+from bigtrain.data.prepare.records import Document, Labels, label_record
 from bigtrain.data.prepare.sources import read_part
 from bigtrain.data.read.dropped import Dropped, tell_bad_rows
 from bigtrain.data.read.index import LabelRecord
 from bigtrain.errors import DataError, counted
 
+_VISIBLE = re.compile(r"\S+")
+_LETTERS_DIGITS_AND_SPACE = re.compile(r"[^\W_]+|\s+")
+_WORD = re.compile(r"\w+")
+_SHINGLE_WORDS = 5
+_NUM_PERMUTATIONS = 128
+_RECALL = 0.95
 _BPE_SAMPLE_CHARACTERS = 10_000_000
 _PIECE_CHARACTERS = 1 << 16
 _QUIET_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+def rejection(text: str, filters: FilterConfig) -> str | None:
+    """Return the name of the first filter that rejects ``text``, or None."""
+    if len(text) < filters.min_characters:
+        return "min_characters"
+    if filters.max_characters is not None and len(text) > filters.max_characters:
+        return "max_characters"
+    if filters.max_repeated_line_share < 1 and repeated_line_share(text) > filters.max_repeated_line_share:
+        return "max_repeated_line_share"
+    if filters.max_symbol_share < 1 and symbol_share(text) > filters.max_symbol_share:
+        return "max_symbol_share"
+    return None
+
+
+def repeated_line_share(text: str) -> float:
+    """Return the share of characters in lines, stripped and not blank, that repeat earlier ones."""
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    num_characters = sum(map(len, lines))
+    return 1 - sum(map(len, set(lines))) / num_characters if num_characters else 0.0
+
+
+def symbol_share(text: str) -> float:
+    """Return the share of visible characters that are neither letters nor digits."""
+    num_visible = sum(match.end() - match.start() for match in _VISIBLE.finditer(text))
+    return len(_LETTERS_DIGITS_AND_SPACE.sub("", text)) / num_visible if num_visible else 0.0
+
+
+def content_hash(text: str) -> tuple[int, int]:
+    """Return a 128-bit hash as two 64-bit integers."""
+    value = xxhash.xxh3_128_intdigest(text.encode())
+    return value >> 64, value & (1 << 64) - 1
+
+
+def minhash(text: str) -> Any:
+    """Return the MinHash signature (Broder 1997) of the text's five-word shingles."""
+    import rensa
+
+    words = _WORD.findall(text.lower())
+    last = max(len(words) - _SHINGLE_WORDS, 0)
+    signature = rensa.RMinHash(num_perm=_NUM_PERMUTATIONS, seed=1)
+    signature.update([" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(last + 1)])
+    return signature
+
+
+def exact_duplicates(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which rows of ``hashes``, uint64 ``(N, 2)``, equal an earlier one, bool ``(N,)``."""
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the earliest comes first
+    ordered = hashes[order]
+    is_duplicate = np.zeros(len(hashes), dtype=np.bool_)
+    is_duplicate[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    return is_duplicate
+
+
+def near_duplicates(signatures: Iterator[Any], similarity: float) -> Iterator[bool]:
+    """Yield for each signature whether an earlier one that was kept is at least so similar.
+
+    LSH finds the candidates, with as many bands as catch 95 % of the pairs of just this similarity; signatures decide.
+    """
+    import rensa
+
+    # The chance to find a pair with ``bands`` bands of ``rows`` rows is 1 - (1 - similarity ** rows) ** bands.
+    rows = {bands: _NUM_PERMUTATIONS // bands for bands in (8, 16, 32, 64)}
+    enough = (bands for bands in rows if 1 - (1 - similarity ** rows[bands]) ** bands >= _RECALL)
+    num_bands = next(enough, _NUM_PERMUTATIONS)
+    index = rensa.RMinHashLSH(threshold=similarity, num_perm=_NUM_PERMUTATIONS, num_bands=num_bands)
+    kept: dict[int, Any] = {}
+    for number, signature in enumerate(signatures):
+        is_duplicate = any(signature.jaccard(kept[other]) >= similarity for other in index.query(signature))
+        if not is_duplicate:
+            kept[number] = signature
+            index.insert(number, signature)
+        yield is_duplicate
 
 
 class Piece(NamedTuple):
@@ -56,17 +134,13 @@ class PartSurvey(Tally):
 
     sizes: NDArray[np.int64] | None = None  # in bytes of UTF-8
     hashes: NDArray[np.uint64] | None = None  # :func:`content_hash`, ``(N, 2)``
-    places: list[int] = field(default_factory=list)  # :func:`split_place`, if that is not the first of the hashes
+    places: NDArray[np.uint64] | None = None  # :func:`split_place`
     labels: Counter[str] = field(default_factory=Counter)  # documents, or words, by label
     has_lists: bool = False  # whether a document may have several labels
     num_values: set[int] = field(default_factory=set)  # how many numbers documents have
     ids: list[str] = field(default_factory=list)  # if duplicates are looked for
     signatures: list[Any] = field(default_factory=list)  # MinHash, if near duplicates are looked for
     pieces: list[list[tuple[int, int]]] = field(default_factory=list)  # (hash, characters) of each, for a BPE
-
-    def split_places(self) -> NDArray[np.uint64]:
-        """Return :func:`split_place` of each candidate."""
-        return np.array(self.places, dtype=np.uint64) if self.places else self.hashes[:, 0]
 
     def add_labels(self, labels: Labels | None) -> None:
         if labels is not None:
@@ -118,7 +192,7 @@ def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> I
 def survey_part(config: DataConfig, part: Part) -> PartSurvey:
     """Read one part of the source."""
     found = PartSurvey()
-    sizes, hashes = [], []
+    sizes, hashes, places = [], [], []
     duplicates = config.filters.duplicates
     for document in candidates(config, part, found):
         if config.tokenizer == "bpe":
@@ -126,14 +200,14 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
             found.pieces.append([(content_hash(f"{document.id} {number}")[0], len(text)) for number, text in texts])
         sizes.append(len(document.text.encode()))
         hashes.append(content_hash(document.text))
-        if document.group is not None:
-            found.places.append(split_place(document))
+        places.append(split_place(document) if document.group else hashes[-1][0])
         found.add_labels(document.labels)
         if duplicates is not Duplicates.keep:
             found.ids.append(document.id)
         if duplicates is Duplicates.near:
             found.signatures.append(minhash(document.text))
     found.sizes = np.array(sizes, dtype=np.int64)
+    found.places = np.array(places, dtype=np.uint64)
     found.hashes = np.array(hashes, dtype=np.uint64).reshape(-1, 2)
     return found
 
@@ -156,7 +230,7 @@ def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[
     survey.num_documents = int((~is_dropped).sum())
     survey.num_text_bytes = int(sizes[~is_dropped].sum())
     survey.kept = np.split(~is_dropped, np.cumsum([len(part.sizes) for part in parts])[:-1])
-    places = np.concatenate([np.empty(0, np.uint64), *(part.split_places() for part in parts)])
+    places = np.concatenate([np.empty(0, np.uint64), *(part.places for part in parts)])
     places = np.unique(places[~is_dropped])
     if len(places) < (2 if config.validation_fraction else 1):
         raise DataError(_too_few(config, survey, len(places)))
@@ -196,7 +270,6 @@ def sample_texts(config: DataConfig, part: Part, kept: NDArray[np.bool_], wanted
 
 def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
     """Return the pieces of training documents with the lowest hashes, as many as fit."""
-    places = [part.split_places() for part in parts]
     heap: list[tuple[int, Piece, int]] = []  # the highest hash on top: (-hash, piece, characters)
     num_characters = 0
     for part_number, part in enumerate(parts):
@@ -211,7 +284,7 @@ def _choose_sample(parts: list[PartSurvey], survey: Survey) -> list[Piece]:
     return [
         piece
         for _, piece, _ in sorted(heap, reverse=True)
-        if int(places[piece.part][piece.document]) >= survey.validation_bound
+        if int(parts[piece.part].places[piece.document]) >= survey.validation_bound
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bigtrain.config import Content, DataConfig
-from bigtrain.data.prepare.files import Part, SourceFile, open_lines
+from bigtrain.data.prepare.files import Part, SourceFile, choose_split, open_lines, read_state, split_name
 from bigtrain.data.prepare.formats import foreign_format
 from bigtrain.data.prepare.records import (
     BadRow,
@@ -22,7 +22,6 @@ from bigtrain.data.prepare.records import (
     document_fields,
     record_document,
 )
-from bigtrain.data.prepare.saved import choose_split, read_state, split_name
 from bigtrain.errors import DataError, UnreachableError, some
 
 _ROWS_PER_READ = 1024
@@ -47,8 +46,7 @@ def csv_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
 def csv_lines(text: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the number and the cells of each line of a csv or tsv file that is not blank: first its header.
 
-    Raises:
-        DataError: a quote is not closed, or the header names a column twice.
+    DataError if a quote is not closed, or the header names a column twice.
     """
     is_tsv = re.sub(r"\.(gz|zst)$", "", path.name.lower()).endswith(".tsv")
     csv.field_size_limit(_LARGEST_CELL)  # of the whole program
@@ -93,17 +91,13 @@ def gettext_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
     try:
         _, num_messages, sources_at, targets_at = struct.unpack_from(f"{order}4I", raw, 4)
         for number in range(num_messages):
-            source, target = (_string_at(raw, at + 8 * number, order) for at in (sources_at, targets_at))
+            places = (struct.unpack_from(f"{order}2I", raw, at + 8 * number) for at in (sources_at, targets_at))
+            source, target = (raw[begin : begin + length] for length, begin in places)
             if source and b"\0" not in source:
                 pair = {config.source_field: source.rpartition(b"\4")[2].decode(), config.target_field: target.decode()}
                 yield _row(config, f"{file.name}:{number}", pair, f"{file.path}: message {number}")
     except (struct.error, UnicodeDecodeError) as error:
         raise DataError(f"{file.path}: no compiled catalogue of gettext in UTF-8: {error}") from error
-
-
-def _string_at(raw: bytes, place: int, order: str) -> bytes:
-    length, begin = struct.unpack_from(f"{order}2I", raw, place)
-    return raw[begin : begin + length]
 
 
 def parquet_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
@@ -152,22 +146,18 @@ def dataset_rows(config: DataConfig, part: Part) -> Rows:
     where = f"data.path={config.path}"
     dataset = _load_dataset(config)
     if config.streaming:
-        yield from _streamed_rows(config, dataset.shard(dataset.num_shards, part.start), part, where)
+        import datasets
+
+        try:
+            for row, record in enumerate(dataset.shard(dataset.num_shards, part.start)):
+                yield _row(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
+        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
         return
     rows = dataset.select_columns(_require_columns(config, dataset.column_names, where)).with_format("arrow")
     for first_row in range(part.start, part.stop, _ROWS_PER_READ):
         table = rows[first_row : min(first_row + _ROWS_PER_READ, part.stop)]
         yield from _batch_rows(config, table, first_row, "", where)
-
-
-def _streamed_rows(config: DataConfig, shard: Any, part: Part, where: str) -> Rows:
-    import datasets
-
-    try:
-        for row, record in enumerate(shard):
-            yield _row(config, f"{part.start}:{row}", record, f"{where}: shard {part.start}, row {row}")
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UnreachableError(f"{where}: cannot be read further: {error}; the same command continues") from error
 
 
 def _load_dataset(config: DataConfig) -> Any:
@@ -207,7 +197,6 @@ def _require_columns(config: DataConfig, columns: list[str], where: str) -> list
 
 
 def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:
-    """Yield the documents of an Arrow table or record batch."""
     import pyarrow
 
     if config.content is not Content.text:

@@ -16,17 +16,9 @@ from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig
 from bigtrain.config.convert import from_dict, to_dict
-from bigtrain.data.prepare.encoder import (
-    Coded,
-    encode_pieces,
-    encode_tagged,
-    encode_whole,
-    fast_encoder,
-    slow_encoder,
-)
+from bigtrain.data.prepare.encoder import Coded, encode_pieces, encode_tagged, encode_whole, fast_encoder, slow_encoder
 from bigtrain.data.prepare.files import Part
-from bigtrain.data.prepare.labels import NOT_FIRST, Labels, number_labels
-from bigtrain.data.prepare.records import Document
+from bigtrain.data.prepare.records import NOT_FIRST, Document, number_labels
 from bigtrain.data.prepare.survey import kept_documents, split_place
 from bigtrain.data.read.index import SPLITS, LabelKind, LabelRecord, ShardRecord, record_file
 from bigtrain.data.read.tokenizer import load_tokenizer, num_ids
@@ -64,13 +56,27 @@ def tokenise_part(
 ) -> int:
     """Write the tokens and labels of a part's kept documents, unless that is done; return its text bytes."""
     directory = part_directory(work, number)
-    if not directory.exists():
-        partial = directory.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_part(partial, config, kept_documents(config, part, kept), coding, labels, encoder(work, coding))
-        partial.rename(directory)
-    return int(np.load(directory / "text_bytes.npy").sum())
+    if directory.exists():
+        return int(np.load(directory / "text_bytes.npy").sum())
+    unfinished = directory.with_suffix(".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    encode, dtype = encoder(work, coding), token_dtype(num_ids(load_tokenizer(work)))
+    buffers = {split: TokenBuffer(dtype) for split in SPLITS}
+    for document in kept_documents(config, part, kept):
+        split = split_of(document, coding)
+        buffers[split].add(document, encode, coding.eos_id)
+        if buffers[split].num_pending >= _PIECE_TOKENS:
+            _append(unfinished, split, buffers[split])
+    for split, buffer in buffers.items():
+        _append(unfinished, split, buffer)
+        np.save(unfinished / f"{split}.lengths.npy", np.array(buffer.lengths, dtype=np.int64))
+        if labels is not None:
+            np.save(unfinished / LABELS_FILE.format(split), buffer.take_labels(labels))
+    text_bytes = [buffers[split].text_bytes for split in SPLITS]
+    np.save(unfinished / "text_bytes.npy", np.array(text_bytes, dtype=np.int64))
+    unfinished.rename(directory)
+    return sum(text_bytes)
 
 
 def part_directory(work: Path, number: int) -> Path:
@@ -89,29 +95,6 @@ def encoder(work: Path, coding: Coding) -> EncodeDocument:
     return partial(encode_whole, tokenizer, encode) if coding.adds_special else partial(encode_pieces, encode)
 
 
-def _write_part(
-    directory: Path,
-    config: DataConfig,
-    documents: Iterator[Document],
-    coding: Coding,
-    labels: LabelRecord | None,
-    encode: EncodeDocument,
-) -> None:
-    dtype = token_dtype(num_ids(load_tokenizer(directory.parents[1])))
-    buffers = {split: TokenBuffer(dtype) for split in SPLITS}
-    for document in documents:
-        split = split_of(document, coding)
-        buffers[split].add(document, encode, coding.eos_id)
-        if buffers[split].num_pending >= _PIECE_TOKENS:
-            _append(directory, split, buffers[split])
-    for split, buffer in buffers.items():
-        _append(directory, split, buffer)
-        np.save(directory / f"{split}.lengths.npy", np.array(buffer.lengths, dtype=np.int64))
-        if labels is not None:
-            np.save(directory / LABELS_FILE.format(split), buffer.take_labels(labels))
-    np.save(directory / "text_bytes.npy", np.array([buffers[split].text_bytes for split in SPLITS], dtype=np.int64))
-
-
 def split_of(document: Document, coding: Coding) -> str:
     """Return the split of a document: equal texts are never on both sides."""
     return "validation" if split_place(document) < coding.validation_bound else "train"
@@ -127,8 +110,7 @@ class TokenBuffer:
         self._dtype = dtype
         self._tokens: list[NDArray] = []
         self._counted: list[NDArray[np.uint8]] = []
-        self._labels: list[Labels] = []
-        self._token_labels: list[NDArray[np.int32]] = []
+        self._labels: list[Any] = []
 
     def add(self, document: Document, encode: EncodeDocument, eos_id: int) -> None:
         tokens, counted, labels = encode(document)
@@ -137,7 +119,7 @@ class TokenBuffer:
             # The end of a pair's answer is a target; a template writes its own end.
             self._counted += [counted, np.array([not document.is_templated], dtype=np.uint8)]
         if labels is not None:
-            self._token_labels += [labels, np.array([NOT_FIRST], dtype=np.int32)]
+            self._labels += [labels, np.array([NOT_FIRST], dtype=np.int32)]
         elif document.labels is not None:
             self._labels.append(document.labels)
         self.lengths.append(len(tokens) + 1)
@@ -154,7 +136,7 @@ class TokenBuffer:
     def take_labels(self, record: LabelRecord) -> NDArray[Any]:
         """Return the labels of all documents; see :class:`LabelKind`."""
         if record.kind is LabelKind.per_token:
-            return np.concatenate([np.empty(0, dtype=np.int32), *self._token_labels])
+            return np.concatenate([np.empty(0, dtype=np.int32), *self._labels])
         return number_labels(record, self._labels)
 
 

@@ -29,7 +29,6 @@ class ArrayPool:
         self._idle = self._references(0)
 
     def take(self, num_samples: int, *shape: int, dtype: Any = np.int64) -> NDArray[Any]:
-        """Return an array ``(num_samples, *shape)`` with any content."""
         for i in range(len(self._arrays)):
             if self._is_like(i, shape, dtype) and len(self._arrays[i]) >= num_samples and self._is_idle(i):
                 return self._arrays[i][:num_samples]
@@ -52,12 +51,9 @@ class ArrayPool:
 def gather_groups(
     groups: NDArray[np.int64], gather: Callable[[int, NDArray[np.int64] | slice], Samples], pool: ArrayPool
 ) -> Samples:
-    """Gather samples that come from several places.
+    """Gather samples that come from several places: ``groups`` says which, of each of at least one sample.
 
-    Args:
-        groups: Where each sample comes from, at least one.
-        gather: Returns the samples of one group, given its number and the rows that they are for.
-        pool: Memory.
+    ``gather`` returns the samples of one group, given its number and the rows that they are for.
     """
     distinct = np.unique(groups).tolist()
     if len(distinct) == 1:
@@ -87,13 +83,12 @@ class Batch(dict[str, torch.Tensor]):
         return [Batch(zip(self, part, strict=True)) for part in parts]
 
     def pin_memory(self) -> "Batch":
-        """Return a copy in page-locked host memory."""
         return Batch({name: tensor.pin_memory() for name, tensor in self.items()})
 
     def padded(self, num_steps: int, num_samples: int, *, num_kept: int, filling: Mapping[str, int | float]) -> "Batch":
         """Return the samples of ``num_steps`` steps, each filled up to ``num_samples``.
 
-        The first ``num_kept`` of each step are kept; ``filling`` is what the others, which count for nothing, consist of.
+        The first ``num_kept`` of each step are kept; ``filling`` is what the others, which count for nothing, hold.
         """
         if num_kept == num_samples:
             return self

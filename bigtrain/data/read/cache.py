@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigtrain.config import DataConfig
-from bigtrain.errors import DataError, ShardError
+from bigtrain.errors import ShardError, as_data_error
 from bigtrain.files import is_locked, locked
 
 
@@ -30,7 +30,6 @@ class NodeCache:
             directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
-        """Return where a file is, or will be."""
         return self.directory / name
 
     def holds(self, name: str) -> bool:
@@ -51,7 +50,6 @@ class NodeCache:
         return handle
 
     def discard(self, name: str) -> None:
-        """Remove a damaged file."""
         self.path(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -98,16 +96,10 @@ class NodeCache:
                     num_bytes -= size
 
 
-@contextlib.contextmanager
-def explained(directory: Path) -> Iterator[None]:
+def explained(directory: Path) -> contextlib.AbstractContextManager[None]:
     """Turn what the disk of a cache refuses into a DataError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{directory}: cannot be used as a cache: {error}; choose another data.cache_directory or a smaller "
-            "data.cache_gib"
-        ) from error
+    advice = "; choose another data.cache_directory or a smaller data.cache_gib"
+    return as_data_error(directory, problem="cannot be used as a cache", advice=advice)
 
 
 class Ahead:
@@ -123,7 +115,6 @@ class Ahead:
             threading.Thread(target=self._work, name="fetch", daemon=True).start()
 
     def want(self, items: Iterable[Hashable]) -> None:
-        """Begin to fetch the items, unless they wait already."""
         for item in items:
             if item not in self._waiting:
                 self._waiting.add(item)

@@ -13,17 +13,9 @@ from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data.read.cache import cache_directory
-from bigtrain.data.read.index import (
-    SPLITS,
-    CorpusIndex,
-    LabelKind,
-    SplitRecord,
-    check_file,
-    parse_index,
-    read_index,
-)
+from bigtrain.data.read.index import SPLITS, CorpusIndex, LabelKind, SplitRecord, check_file, parse_index, read_index
 from bigtrain.data.read.remote import RemoteDirectory, ShardCache, is_url, read_remote_index
-from bigtrain.errors import DataError, ShardError
+from bigtrain.errors import DataError, ShardError, as_data_error
 from bigtrain.files import FileRecord
 from bigtrain.log import get_logger
 
@@ -36,18 +28,15 @@ class LocalFiles:
     max_bytes = None  # everything is at hand
 
     def __init__(self, directory: Path, *, verify: bool) -> None:
-        """Take the files from ``directory``; ``verify`` compares the hash of each whenever it is opened."""
         self.directory = directory
         self._verify = verify
 
     def open(self, file: FileRecord) -> BinaryIO:
-        """Return a file, open for reading; ShardError if it is missing or damaged, DataError if it cannot be read."""
+        """Return a file, open for reading; ShardError if it is missing or damaged."""
         path = self.directory / file.name
         check_file(self.directory, file, content=self._verify)
-        try:
+        with as_data_error(path):
             return open(path, "rb")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +68,6 @@ class Corpus:
         return self.index.fingerprint
 
     def split(self, name: SplitName) -> "FileSplit":
-        """Return one split; its files are opened when they are first read."""
         return FileSplit(name, getattr(self.index, name), self)
 
 
@@ -116,7 +104,6 @@ class TokenSplit:
         self._counted = counted or [None] * len(self._shards)
         self.shard_tokens = np.array([len(shard) for shard in self._shards], dtype=np.int64)
         self.has_answers = any(shard is not None for shard in self._counted)
-        self.counts_all = not self.has_answers
 
     def documents(self, shard: int) -> NDArray[np.int64]:
         return self._documents[shard]
@@ -132,7 +119,6 @@ class FileSplit:
     """Shards in files, as memory maps."""
 
     def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
-        """Take the shards that ``record`` lists from the files of ``corpus``."""
         self.name = name
         self.fingerprint = corpus.fingerprint
         self.is_remote = corpus.files.max_bytes is not None
@@ -154,13 +140,10 @@ class FileSplit:
         """Whether shards that cannot be had are left out."""
         self.has_answers = any(shard.counted for shard in record.shards)
         """Whether there are tokens that do not count as targets."""
-        self.counts_all = not self.may_skip and not self.has_answers
-        """Whether every token counts as a target, and will whatever becomes of the shards."""
         self._open: dict[str, tuple[FileRecord, NDArray]] = {}
 
     @property
     def cache_shards(self) -> int | None:
-        """How many shards are at hand at a time; None when all are."""
         if self._files.max_bytes is None:
             return None
         largest = max(sum(file.num_bytes for file in shard.files) for shard in self._records)
@@ -180,35 +163,25 @@ class FileSplit:
     def read(self, shard: int) -> NDArray[np.unsignedinteger]:
         """Return the tokens of a shard, uint16 or uint32 ``(n,)``; do not keep it for longer than it is needed.
 
-        Raises:
-            ShardError: the shard is missing or damaged for good; unless such shards are skipped: then zeros.
-            DataError: it cannot be read or fetched for another reason.
+        ShardError if the shard is missing or damaged for good, unless such shards are skipped: then zeros.
         """
-        tokens = self._map(shard, self._records[shard].tokens, self._dtype)
-        return self._nothing(shard, self._dtype) if tokens is None else tokens
+        return self._map(shard, self._records[shard].tokens, self._dtype)
 
     def counted(self, shard: int) -> NDArray[np.uint8] | None:
         """Return uint8 ``(n,)``, 1 where a token counts as a target; None when all do. None of a skipped shard does."""
         if self.may_skip:
             self.read(shard)
-        file, counted = self._records[shard].counted, None
-        if file is not None:
-            counted = self._map(shard, file, np.dtype(np.uint8))
-        return self._nothing(shard, np.dtype(np.uint8)) if shard in self.skipped else counted
+        file = self._records[shard].counted
+        return self._map(shard, file, np.dtype(np.uint8)) if file or shard in self.skipped else None
 
     def read_labels(self, shard: int) -> NDArray[Any]:
-        """Return what :class:`LabelKind` says of a shard."""
         record = self._records[shard]
         per_token = self.labels.kind is LabelKind.per_token
         return self._load(record.labels, record.num_tokens if per_token else record.num_documents)
 
     def _load(self, file: FileRecord, num_rows: int) -> NDArray[Any]:
-        """Return the content of a npy file with so many rows."""
-        try:
-            with self._files.open(file) as handle:
-                array = np.load(handle, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file.name}: cannot be read: {error}") from error
+        with as_data_error(file.name, OSError, ValueError), self._files.open(file) as handle:
+            array = np.load(handle, allow_pickle=False)
         if len(array) != num_rows:
             raise DataError(f"{file.name}: its {len(array)} rows are not those of the index")
         return array
@@ -217,13 +190,11 @@ class FileSplit:
         """Begin to fetch ``shards``, if they are remote, in the background and in this order."""
         self._files.prefetch([file for shard in shards for file in self._records[shard].files])
 
-    def _nothing(self, shard: int, dtype: np.dtype) -> NDArray:
-        return np.broadcast_to(np.zeros((), dtype), self.shard_tokens[shard])
-
-    def _map(self, shard: int, file: FileRecord, dtype: np.dtype) -> NDArray | None:
-        """Return a file as a memory map, or None if its shard is skipped."""
+    def _map(self, shard: int, file: FileRecord, dtype: np.dtype) -> NDArray:
+        """Return a file as a memory map, or zeros if its shard is skipped."""
+        nothing = np.broadcast_to(np.zeros((), dtype), self.shard_tokens[shard])
         if shard in self.skipped:
-            return None
+            return nothing
         if file.name in self._open:
             return self._open[file.name][1]
         try:
@@ -236,7 +207,7 @@ class FileSplit:
             self.skipped.add(shard)
             num_tokens, so_far = self.shard_tokens[shard], len(self.skipped)
             get_logger().warning("%s; skipped: its %d tokens do not count (%d so far)", error, num_tokens, so_far)
-            return None
+            return nothing
         if self.is_remote:  # a map keeps the space of a file that has left the cache
             self._open = {name: entry for name, entry in self._open.items() if self._files.holds(entry[0])}
         self._open[file.name] = (file, mapped)
@@ -247,15 +218,9 @@ Split = TokenSplit | FileSplit
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | None = None) -> Corpus:
-    """Open what :func:`bigtrain.data.prepare.corpus.prepare` has prepared, for a model with ``vocab_size`` embeddings.
+    """Open what ``prepare`` has prepared in ``directory``, or a corpus that was ``prepared`` before.
 
-    Args:
-        config: Of the component.
-        vocab_size: Rows of the model's embedding.
-        directory: What preparing has returned; by default the corpus that was ``prepared``.
-
-    Raises:
-        DataError: not prepared, damaged, cannot be reached, or the tokenizer has more than ``vocab_size`` ids.
+    DataError if it is not there, damaged, cannot be reached, or its tokenizer has more than ``vocab_size`` ids.
     """
     skips = config.on_bad_shard is OnBad.skip
     if config.source is DataSource.prepared and is_url(config.path):

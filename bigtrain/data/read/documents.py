@@ -24,8 +24,8 @@ def document_samples(split: FileSplit, data: DataConfig) -> "DocumentSamples":
 class DocumentSamples(ShardedSamples):
     """``tokens`` of a document, filled up with 0, their number ``lengths``, and ``labels`` or ``values``.
 
-    Of a document that is longer than a sample, the first tokens are taken, and its last one, with which tokenizers end it.
-    Documents of tokenizers that add no token of their own begin with an end-of-text token, as they do in a row of
+    Of a document that is longer than a sample, the first tokens are taken, and its last one, with which tokenizers end
+    it. Documents of tokenizers that add no token of their own begin with an end-of-text token, as they do in a row of
     documents, so that there is a place which stands for the whole.
     """
 
@@ -42,7 +42,6 @@ class DocumentSamples(ShardedSamples):
         return self._locate(np.array([sample_id]))[1]
 
     def num_cut(self) -> int:
-        """Return how many documents are longer than a sample."""
         return sum(int(self._are_cut(shard).sum()) for shard in range(len(self.shard_samples)))
 
     def _are_cut(self, shard: int) -> NDArray[np.bool_]:
@@ -52,7 +51,8 @@ class DocumentSamples(ShardedSamples):
     def _ranges(self, shard: int, local: NDArray[np.int64] | slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return where documents begin and end among the tokens of a shard, without the end-of-text token added to each.
 
-        Where that token opens them instead, they begin one token before themselves: with the one of the document before.
+        Where that token opens them instead, they begin one token before themselves: with the one of the document
+        before.
         """
         offsets = np.asarray(self._documents(shard), dtype=np.int64)
         begins, ends = offsets[:-1][local], offsets[1:][local] - 1
@@ -102,8 +102,8 @@ class DocumentSamples(ShardedSamples):
 class PairSamples(DocumentSamples):
     """``source``, filled up with 0, and its number of tokens ``source_lengths``; ``tokens`` and ``targets`` of a decoder.
 
-    A source is what does not count of a document, the target what does, with the token that ends it. The decoder reads that
-    token first, then the target but for its end. What is longer than S or T is cut as in :class:`DocumentSamples`.
+    A source is what does not count of a document, the target what does, with the token that ends it. The decoder reads
+    that token first, then the target but for its end. What is longer than S or T is cut as in :class:`DocumentSamples`.
     """
 
     def __init__(self, split: FileSplit, source_length: int, sequence_length: int) -> None:
@@ -116,7 +116,6 @@ class PairSamples(DocumentSamples):
         return (middles - begins > self._source_length) | (ends - middles > self.sequence_length)
 
     def _find_targets(self, shard: int) -> NDArray[np.int64]:
-        """Return the first token of each document that counts."""
         offsets = np.asarray(self._documents(shard), dtype=np.int64)
         counted = np.append(np.flatnonzero(self._split.counted(shard)), offsets[-1])
         return np.minimum(counted[np.searchsorted(counted, offsets[:-1])], offsets[1:])

@@ -17,14 +17,12 @@ class Dropped:
     """Ids of the first of them."""
 
     def add(self, document_id: str, text_bytes: int) -> None:
-        """Count one document."""
         self.documents += 1
         self.text_bytes += text_bytes
         if len(self.examples) < _NUM_EXAMPLES:
             self.examples.append(document_id)
 
     def merge(self, other: "Dropped") -> None:
-        """Count those of ``other`` too."""
         self.documents += other.documents
         self.text_bytes += other.text_bytes
         self.examples = (self.examples + other.examples)[:_NUM_EXAMPLES]

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from bigtrain.config.convert import from_dict, to_dict
-from bigtrain.errors import ConfigError, DataError, ShardError
+from bigtrain.errors import ConfigError, DataError, ShardError, as_data_error
 from bigtrain.files import FileRecord, hash_content
 
 INDEX_FILE = "index.json"
@@ -170,21 +171,13 @@ def write_index(directory: Path, index: CorpusIndex) -> None:
 def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusIndex:
     """Read ``index.json`` of a prepared corpus, or of a run, which has a copy of it but not the files.
 
-    Args:
-        directory: Where it is.
-        check_sizes: Whether to compare the sizes of all files with it.
-
-    Raises:
-        DataError: the index or a file is missing, or something does not agree; names the file.
+    ``check_sizes`` compares the sizes of all files with it. DataError if something is missing or does not agree.
     """
     path = Path(directory, INDEX_FILE)
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{directory}: no prepared corpus here; make it with python launch/prepare.py") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    index = parse_index(text, str(directory))
+    if not path.exists():
+        raise DataError(f"{directory}: no prepared corpus here; make it with python launch/prepare.py")
+    with as_data_error(path):
+        index = parse_index(path.read_bytes(), str(directory))
     for file in index.files if check_sizes else ():
         check_file(Path(directory), file, content=False)
     return index
@@ -193,14 +186,11 @@ def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusInde
 def parse_index(text: bytes, where: str) -> CorpusIndex:
     """Return the content of an ``index.json`` that lies in ``where``, a directory or URL.
 
-    Raises:
-        DataError: it is damaged, of another format, contradicts itself or points out of its directory.
+    DataError if it is damaged, of another format, contradicts itself or points out of its directory.
     """
     path = f"{where}/{INDEX_FILE}"
-    try:
+    with as_data_error(path, ValueError, advice=f"; {_way_out(where)}"):
         values = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be read: {error}; {_way_out(where)}") from error
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise DataError(
@@ -224,9 +214,7 @@ def verify_hashes(directory: str | Path, index: CorpusIndex) -> None:
 def check_file(directory: Path, file: FileRecord, *, content: bool = True) -> None:
     """Compare a file with its record, by its size alone unless ``content``.
 
-    Raises:
-        ShardError: the file is missing or has changed.
-        DataError: it cannot be read.
+    ShardError if it is missing or has changed, DataError if it cannot be read.
     """
     path = directory / file.name
     try:
@@ -244,39 +232,36 @@ def check_file(directory: Path, file: FileRecord, *, content: bool = True) -> No
 
 def record_file(path: Path) -> FileRecord:
     """Return the record of a finished file; DataError if it cannot be read."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=hash_content(file))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    with as_data_error(path), open(path, "rb", buffering=0) as file:
+        return FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=hash_content(file))
 
 
 def _check_index(index: CorpusIndex, where: str) -> None:
-    path = f"{where}/{INDEX_FILE}"
-    if index.dtype not in ("uint16", "uint32"):
-        raise DataError(f"{path}: dtype {index.dtype!r}, expected uint16 or uint32; {_way_out(where)}")
     for file in index.files:
         # An index that came from elsewhere must not point out of its own directory.
         name = file.name
         if file in index.tokenizer.published:
             name = name.removeprefix(f"{PUBLISHED_DIRECTORY}/").removeprefix("additional_chat_templates/")
         if name in ("", ".", "..", INDEX_FILE) or "\\" in name or Path(name).name != name:
-            raise DataError(f"{path}: {file.name!r} is not a plain file name")
+            raise DataError(f"{where}/{INDEX_FILE}: {file.name!r} is not a plain file name")
+    if problem := next(_contradictions(index), None):
+        raise DataError(f"{where}/{INDEX_FILE}: {problem}; {_way_out(where)}")
+
+
+def _contradictions(index: CorpusIndex) -> Iterator[str]:
+    if index.dtype not in ("uint16", "uint32"):
+        yield f"dtype {index.dtype!r}, expected uint16 or uint32"
     if len({file.name for file in index.files}) != len(index.files):
-        raise DataError(f"{path}: two files have one name; {_way_out(where)}")
+        yield "two files have one name"
     item_bytes = {"uint16": 2, "uint32": 4}[index.dtype]
     for name, split in (("train", index.train), ("validation", index.validation)):
         for shard in split.shards:
-            sizes = [(shard.tokens, item_bytes)] + ([(shard.counted, 1)] if shard.counted else [])
-            for file, token_bytes in sizes:
-                if shard.num_tokens * token_bytes != file.num_bytes:
-                    raise DataError(
-                        f"{path}: {shard.num_tokens} tokens of {token_bytes} bytes are not {file.num_bytes} bytes of "
-                        f"{file.name}; {_way_out(where)}"
-                    )
+            for file, token_bytes in ((shard.tokens, item_bytes), (shard.counted, 1)):
+                if file and shard.num_tokens * token_bytes != file.num_bytes:
+                    yield f"{shard.num_tokens} tokens of {token_bytes} bytes are not {file.num_bytes} bytes of {file.name}"
         for what in ("num_tokens", "num_documents"):
             if sum(getattr(shard, what) for shard in split.shards) != getattr(split, what):
-                raise DataError(f"{path}: {name}.{what} is not the sum over its shards; {_way_out(where)}")
+                yield f"{name}.{what} is not the sum over its shards"
 
 
 def _way_out(where: str | Path) -> str:

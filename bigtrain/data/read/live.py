@@ -1,14 +1,12 @@
 """Text that is tokenised while training: parts of a source, each tokenised when it is wanted, in windows of samples.
 
-What every process has to know of the source is found out once, when a run begins (``prepare/live.py``). The tokens of
-a part go through a cache on the node's disk: one process of the node makes them, in a helper process so that the
-training does not feel it, and the others read them; what a kill interrupts is made again.
+The tokens of a part go through a cache on the node's disk: one process of the node makes them, in a helper process so
+that the training does not feel it, and the others read them; what a kill interrupts is made again.
 
-The parts are taken in an order drawn from seed and epoch, so many consecutive ones at a time: a window. Its documents
-are packed together and its samples shuffled. A window, its samples and their order are a function of the source, the
-settings and the window's number alone. Only where in the run a window begins depends on how many samples those before
-it have: that is found out while going, and a checkpoint keeps it for the window in which it stands. So a resumed run
-begins with that window.
+Consecutive parts, in an order drawn from seed and epoch, are a window: its documents are packed together and its
+samples shuffled. All of that is a function of the source, the settings and the window's number alone. Only where in the
+run a window begins depends on those before it: a checkpoint keeps that for the window in which it stands, with which a
+resumed run begins.
 """
 
 import os
@@ -78,14 +76,9 @@ class LiveParts:
     ) -> None:
         """Tokenise nothing yet.
 
-        Args:
-            make: Tokenises the part of a number into the cache under a name, unless it is there or another process is at it.
-            config: Of the component.
-            identity: Names the parts in the cache.
-            fingerprint: Of the documents, their order and their tokens.
-            num_parts: Parts there are.
-            window_parts: Parts that are shuffled together, unless configured otherwise.
-            num_threads: Parts to tokenise at a time, ahead of need.
+        ``make`` tokenises the part of a number into the cache under a name, unless it is there or another process is at
+        it; ``identity`` names the parts in the cache. ``num_threads`` parts are tokenised at a time, ahead of need, and
+        ``window_parts`` are shuffled together, unless configured otherwise.
         """
         self.fingerprint = fingerprint
         self.num_parts = num_parts
@@ -191,7 +184,7 @@ class LiveSamples:
     num_ids = num_samples = 1 << 56
     """Sample ids are below this; how many samples there are is not known."""
     num_left_out = 0
-    """Samples without a target are found while going; see :class:`bigtrain.data.read.component.StoredSamples`."""
+    """Samples without a target are found while going; see :class:`bigtrain.data.read.stream.StoredSamples`."""
 
     def __init__(
         self,
@@ -202,7 +195,6 @@ class LiveSamples:
         place: WindowPlace | None = None,
         keeps_all: bool = False,
     ) -> None:
-        """Begin where a checkpoint stands, or at the beginning; ``keeps_all`` as in ``StoredSamples``."""
         self.fingerprint = parts.fingerprint
         self.is_full = not parts.has_answers and data.packing is Packing.concat
         self._parts = parts
@@ -218,7 +210,6 @@ class LiveSamples:
         self._pool = ArrayPool()
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the samples at the positions ``[first, first + count)``, int64 ``(count,)``."""
         found = [np.empty(0, dtype=np.int64)]
         while count:
             number = self._find(first)
@@ -236,15 +227,12 @@ class LiveSamples:
         return gather_groups(numbers, lambda number, rows: self._window(number).packed.gather(local[rows]), self._pool)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """Return the document of each place of a sample, numbered within its window, -1 for padding."""
         return self._window(sample_id >> _INDEX_BITS).packed.documents(sample_id & (1 << _INDEX_BITS) - 1)
 
     def epochs(self, count: int) -> float:
-        """Return how many passes the first ``count`` samples are, counted in windows that were drawn from."""
         return (self._known(count - 1) + 1) / self._windows_per_epoch if count else 0.0
 
     def place(self, position: int) -> WindowPlace:
-        """Return the window of a position that was drawn, for a checkpoint."""
         number = self._known(position)
         first_sample = self._begins[number - self._first_window]
         return WindowPlace(window=number, first_sample=first_sample, content=self._content(number))
@@ -304,7 +292,6 @@ class LiveSamples:
         return _Window(packed, answered, num_samples, self._contents[number])
 
     def _numbers(self, number: int) -> list[int]:
-        """Return the parts of a window."""
         epoch, window = divmod(number, self._windows_per_epoch)
         first = window * self._parts.window_parts
         places = np.arange(first, min(first + self._parts.window_parts, self._parts.num_parts))

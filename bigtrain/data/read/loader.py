@@ -67,18 +67,10 @@ class TrainLoader:
         pin_memory: bool,
         objective: Objective,
     ) -> None:
-        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background.
+        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background; DataError if there is no sample.
 
-        Args:
-            stream: Where the samples are; DataError if it has none.
-            global_batch_size: Samples per optimizer step over all ranks.
-            micro_batch_size: Samples per micro-batch of this rank.
-            dp_rank: Position of this rank among the ``dp_size`` that split the data.
-            dp_size: See ``dp_rank``.
-            start: Where to begin.
-            prefetch_steps: Steps kept ready.
-            pin_memory: Put the batches into page-locked memory.
-            objective: Which targets count.
+        A step has ``global_batch_size`` samples over all ``dp_size`` ranks that split the data; with ``pin_memory`` its
+        batches are in page-locked memory. ``objective`` says which targets count.
         """
         stream.require_samples()
         self._stream = stream
@@ -136,7 +128,6 @@ class TrainLoader:
         self._ready.put(RuntimeError("the loader is closed"))
 
     def _work(self, device: int | None) -> None:
-        """Load some steps after the others, as many as are wanted; after an error no more."""
         if device is not None:
             torch.cuda.set_device(device)
         self._wanted.get()
@@ -163,7 +154,6 @@ class TrainLoader:
             return self._load(self._cursor, ids[:1])
 
     def _load(self, cursor: Cursor, ids: NDArray[np.int64]) -> list[StepBatch]:
-        """Return the steps with these samples, one row each."""
         # A rank without samples of its own still computes, so that the others need not wait for it in vain.
         own = slice(self._share.start, self._share.stop) if self._share else slice(1)
         positions = np.arange(cursor.samples, cursor.samples + ids.size).reshape(ids.shape)
@@ -217,9 +207,9 @@ def validation_batches(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of each of ``batches`` global batches, the same samples every time.
 
-    ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the whole split. Every rank
-    yields as many micro-batches, filled up with padding, so that no collective waits in vain. The union over the ranks is
-    exactly the chosen samples, for any world and micro-batch. DataError if the split is shorter than one sample.
+    ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the whole split. Every
+    rank yields as many micro-batches, filled up with padding, so that no collective waits in vain. The union over the
+    ranks is exactly the chosen samples, for any world and micro-batch.
     """
     stream.require_samples()
     num_samples = stream.num_samples

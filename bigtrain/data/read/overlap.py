@@ -7,10 +7,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bigtrain.data.read.component import StoredSamples
 from bigtrain.data.read.corpus import FileSplit
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.stream import SampleStream, StoredSamples
 
 _ROWS_AT_ONCE = 1024
 _MOST_TOKENS = 500_000_000  # more would be read for too long at every start
@@ -19,8 +18,7 @@ _MOST_TOKENS = 500_000_000  # more would be read for too long at every start
 def seen_in_training(train: SampleStream, measured: SampleStream) -> tuple[list[int], int] | None:
     """Return which documents or records of a set are trained on too, by the hash of their inputs, and how many it has.
 
-    Returns:
-        None if the two cannot be compared, or are not worth the time: streamed or tokenised while training, too large.
+    None if the two cannot be compared, or are too large for it: streamed or tokenised while training.
     """
     trained = [part.split for part in train.components.values() if isinstance(part, StoredSamples)]
     own = [part.split for part in measured.components.values() if isinstance(part, StoredSamples)]

@@ -1,13 +1,11 @@
 """Shards of tokens cut into samples of T tokens and T targets.
 
-``concat``: documents lie on end and are cut every T tokens. A shard of n tokens holds ``(n - 1) // T`` samples; every
-token but its first, and a rest shorter than a sample at its end, is a target exactly once per epoch.
+``concat``: documents lie on end and are cut every T tokens. Every token but a shard's first, and a rest shorter than a
+sample at its end, is a target exactly once per epoch.
 
-``best_fit``: no document is cut unless it is longer than T. Documents (and the pieces of longer ones) are put
-into samples by best-fit decreasing (Johnson 1973; for language models Ding et al., "Fewer Truncations Improve
-Language Modeling", 2024), shard by shard; every token is a target exactly once per epoch, and what stays empty is
-padding that does not count. A document is opened by its own end-of-text token, from which its first token is
-predicted.
+``best_fit``: no document is cut unless it is longer than T. Documents (and the pieces of longer ones) are put into
+samples by best-fit decreasing (Johnson 1973; for language models Ding et al., "Fewer Truncations Improve Language
+Modeling", 2024), shard by shard; every token is a target exactly once per epoch, and the rest is padding.
 
 Either way a place in a sample belongs to the document of its *target*: the end-of-text token before a document opens
 it. With a document mask, positions count from 0 at each document, and the model attends within a document only.
@@ -81,7 +79,7 @@ class ShardedSamples:
         self._pool = ArrayPool()
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Samples:
-        """Return the samples with these ids, int64 ``(N,)``, which count through the shards; the same at all positions."""
+        """Return the samples with these ids, int64 ``(N,)``, which count through the shards."""
         shards, local = self._locate(sample_ids)
         if len(self.shard_samples) == 1:
             return self._gather_shard(0, local)
@@ -99,7 +97,6 @@ class ShardedSamples:
         return None if len(found) == self.shard_samples.sum() else found
 
     def _has_target(self, shard: int) -> NDArray[np.bool_]:
-        """Return of each sample of a shard whether a target of it counts."""
         counted, num_samples = self._split.counted(shard), int(self.shard_samples[shard])
         if counted is None or not num_samples:
             return np.ones(num_samples, dtype=np.bool_)
@@ -130,7 +127,7 @@ class ConcatSamples(ShardedSamples):
 
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
         super().__init__(split, sequence_length, document_mask)
-        self.is_full = split.counts_all
+        self.is_full = not (split.has_answers or split.may_skip)
         self.shard_samples = np.maximum(split.shard_tokens - 1, 0) // sequence_length
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
@@ -285,7 +282,6 @@ class SyntheticSamples:
         """Every sample has a target that counts."""
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """Return 0 for each place."""
         return np.zeros(self.sequence_length, dtype=np.int64)
 
     def _hash(self, values: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -296,8 +292,8 @@ class SyntheticSamples:
 def _windows(row: NDArray, length: int) -> NDArray:
     """Return the windows of ``length + 1`` that begin every ``length``, without a copy.
 
-    To index them copies each window in one piece. numpy's own function is as slow as to gather a batch, but takes rows that
-    are not contiguous, as those of a skipped shard.
+    To index them copies each window in one piece. numpy's own function is as slow as to gather a batch, but takes rows
+    that are not contiguous, as those of a skipped shard.
     """
     if not row.flags.c_contiguous:
         return sliding_window_view(row, length + 1)[::length]

@@ -3,8 +3,10 @@
 import inspect
 import math
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
@@ -14,9 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bigtrain.data.order.permutation import derive_key, mix64
-from bigtrain.data.read.arrays import Arrays
 from bigtrain.data.read.batch import ArrayPool, Samples
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, first_line
 from bigtrain.log import get_logger
 from bigtrain.tasks.base import Field, Objective
 
@@ -27,18 +28,17 @@ _PATIENCE_SECONDS = 5.0
 
 
 class Dataset(Protocol):
-    """Rows with named columns, the same ones in the same order in every process.
+    """Rows with named columns, numbers or arrays of numbers: the same ones in the same order in every process.
 
     Two more members are used where a dataset has them: ``fingerprint``, a text that names its rows, which are read and
     hashed at every start otherwise; and ``gather(rows, positions)``, which returns several rows at once as arrays
-    ``(N, ...)``, given two arrays int64 ``(N,)``. What is masked or augmented is a function of a row's position in the run.
+    ``(N, ...)``, given two arrays int64 ``(N,)``. What is masked or augmented is a function of a row's position in the
+    run.
     """
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int) -> Mapping[str, Any]:
-        """Return the columns of a row: numbers, or arrays of numbers."""
+    def __getitem__(self, row: int) -> Mapping[str, Any]: ...
 
 
 class _Column(NamedTuple):
@@ -55,13 +55,10 @@ class Records:
     """The rows of a dataset as arrays of the types and shapes that a task wants."""
 
     def __init__(self, dataset: Dataset, objective: Objective, *, where: str, sequence_length: int | None) -> None:
-        """Take the shapes that the objective leaves open from the first row; DataError if that does not fit the objective.
+        """Take the shapes that the objective leaves open from the first row; DataError if it does not fit.
 
-        Args:
-            dataset: The rows.
-            objective: Which columns there have to be; optional ones are left out if the first row lacks them.
-            where: Name of the dataset in messages.
-            sequence_length: Size of the dimension ``T``, to which rows are filled up; None takes it from the first row.
+        Optional columns are left out if the first row lacks them. Rows are filled up to ``sequence_length``, the size
+        of the dimension ``T``; None takes that from the first row. ``where`` names the dataset in messages.
         """
         self._dataset, self._where = dataset, where
         self._gather = getattr(dataset, "gather", None)
@@ -106,7 +103,6 @@ class Records:
         return f", {describe(row, position)}" if describe else ""
 
     def fingerprint(self) -> str:
-        """Return the dataset's own fingerprint, or a hash of all rows."""
         if own := getattr(self._dataset, "fingerprint", None):
             return str(own)
         digests = {name: xxhash.xxh3_64(f"{name} {c.dtype} {c.shape}".encode()) for name, c in self._columns.items()}
@@ -132,7 +128,6 @@ class Records:
         return [xxhash.xxh3_64_intdigest(b"".join(array[i].tobytes() for array in inputs)) for i in range(len(rows))]
 
     def require_targets(self, rows: NDArray[np.int64], side: str) -> None:
-        """Refuse rows, int64 ``(N,)``, of which none has a target that counts."""
         if len(rows) and not self._has_target[rows].any():
             raise DataError(f"{self._where}: none of the {len(rows)} rows of the {side} side has a target that counts")
 
@@ -150,7 +145,6 @@ class Records:
                 )
 
     def _bind(self, fields: Mapping[str, Field], sequence_length: int | None) -> None:
-        """Find the type and shape of every column."""
         first = self._first_row()
         sizes: dict[str, int] = {} if sequence_length is None else {SEQUENCE: sequence_length}
         self._require_names(first, {n: f for n, f in fields.items() if n in first or not f.is_optional}, "row 0")
@@ -190,7 +184,6 @@ class Records:
         raise DataError(f"{self._where}: {which}: the columns have to be {', '.join(wanted)}; {', '.join(told)}")
 
     def _put(self, places: Mapping[str, NDArray[Any]], found: Mapping[str, Any], which: str) -> None:
-        """Copy the columns of a row, or of several, to their places."""
         if found.keys() != self._columns.keys():
             self._require_names(found, self._columns, which)
         for name, column in self._columns.items():
@@ -262,17 +255,17 @@ class RecordSplit:
 def split_records(
     source: Any, objective: Objective, *, where: str, sequence_length: int | None, validation_fraction: float
 ) -> dict[str, RecordSplit]:
-    """Return the training and the validation side of a source; DataError if it is no dataset, or does not fit the objective.
+    """Return the training and the validation side of a source; DataError if it does not fit the objective.
 
     Args:
-        source: A :class:`Dataset`, or arrays by column, of which a share is held out by a hash of the row's number; or an
-            object whose ``train()`` returns one, and whose ``validation()``, if it has that, another one or None; or a function
-            that returns either.
+        source: A :class:`Dataset`, or arrays by column, of which a share is held out by a hash of the row's number; or
+            an object whose ``train()`` returns one, and whose ``validation()``, if it has that, another one or None; or
+            a function that returns either.
         objective: As in :class:`Records`, like ``where`` and ``sequence_length``.
         where: See there.
         sequence_length: See there.
-        validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own; 0 holds
-            nothing out.
+        validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own; 0
+            holds nothing out.
     """
     if isinstance(source, type) or inspect.isroutine(source):
         source = source()
@@ -307,3 +300,40 @@ def held_out(num_rows: int, fraction: float) -> NDArray[np.bool_]:
     if num_rows and fraction and not is_held_out.any():
         is_held_out[hashes.argmin()] = True
     return is_held_out
+
+
+class Arrays:
+    """A dataset of columns, each an array ``(num_rows, ...)``; see :class:`bigtrain.data.read.records.Dataset`."""
+
+    def __init__(self, columns: Mapping[str, Any], *, where: str = "data") -> None:
+        """Take arrays by name; ``where`` is their place in messages. DataError if they are not equally long."""
+        self._columns = {name: np.asarray(column) for name, column in columns.items()}
+        lengths = {name: len(column) if column.ndim else None for name, column in self._columns.items()}
+        if len(set(lengths.values())) != 1 or None in lengths.values():
+            told = ", ".join(f"{name}: {'a number' if n is None else n}" for name, n in lengths.items()) or "none"
+            raise DataError(
+                f"{where}: every column has to be an array with one element per row; their lengths are {told}"
+            )
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {name: column[row] for name, column in self._columns.items()}
+
+    def gather(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return {name: column[rows] for name, column in self._columns.items()}
+
+
+def read_npz(path: str | Path) -> Arrays:
+    """Return the arrays of a ``.npz`` file; DataError if there is none, or it holds objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise DataError(f"data.path={path}: there is no such file") from error
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"data.path={path}: data=records reads a .npz of arrays of numbers: {first_line(error)}"
+        ) from error
+    return Arrays(columns, where=f"data.path={path}")

@@ -15,7 +15,7 @@ from typing import BinaryIO, TypeVar
 from bigtrain.config.packages import require
 from bigtrain.data.read.cache import Ahead, NodeCache, explained
 from bigtrain.data.read.index import INDEX_FILE, parse_index
-from bigtrain.errors import BigtrainError, DataError, ShardError, StopError
+from bigtrain.errors import BigtrainError, DataError, ShardError, StopError, as_data_error
 from bigtrain.files import FileRecord, hash_content
 from bigtrain.log import get_logger
 
@@ -48,17 +48,13 @@ class RemoteDirectory:
         if url.startswith("s3://"):
             require(f"data.path={url}", "s3fs", "s3")
         self.url = url.rstrip("/")
-        try:
+        with as_data_error(f"data.path={url}", ImportError, ValueError, problem="cannot be opened"):
             self._file_system, self._root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"data.path={url}: cannot be opened: {error}") from error
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return a file, or its bytes ``[start, end)``.
 
-        Raises:
-            ShardError: there is no such file.
-            DataError: it may not be read, or could not be after ``NUM_ATTEMPTS`` tries.
+        ShardError if there is none, DataError if it may not be read, or could not be after ``NUM_ATTEMPTS`` tries.
         """
         return self._ask(name, lambda: self._read_once(name, start, end))
 
@@ -137,8 +133,7 @@ def read_remote_index(remote: RemoteDirectory) -> bytes:
 def fetch_index(url: str, cache: Path) -> Path:
     """Copy the index and all files of the tokenizer of a corpus at ``url`` below ``cache``; return their directory.
 
-    Raises:
-        DataError: there is no index, it is damaged; the tokenizer is missing or not that of the index.
+    DataError if there is no index, it is damaged, or the tokenizer is missing or not that of the index.
     """
     import xxhash
 
@@ -174,9 +169,7 @@ class ShardCache:
     def open(self, file: FileRecord) -> BinaryIO:
         """Return the file, open for reading; it stays readable when it leaves the cache.
 
-        Raises:
-            ShardError: it is missing, or damaged every time it is fetched.
-            DataError: it cannot be fetched or written.
+        ShardError if it is missing, or damaged every time it is fetched.
         """
         with explained(self._cache.directory):
             while (handle := self._cached(file)) is None:
@@ -210,7 +203,6 @@ class ShardCache:
                 self._verified.add(file.xxh3)
 
     def _download(self, file: FileRecord, handle: BinaryIO) -> None:
-        """Complete the partial file ``handle``."""
         where = f"{self._remote.url}/{file.name}"
         # In the store itself; a body that is cut off on its way is another matter and tried again.
         if (size := self._remote.size(file.name)) not in (file.num_bytes, None):

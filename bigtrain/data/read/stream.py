@@ -9,17 +9,93 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import ComponentConfig, DataConfig
-from bigtrain.data.order.cursor import Cursor, DataState, chain_digest
+from bigtrain.config import ComponentConfig, DataConfig, Packing
+from bigtrain.data.order.cursor import Cursor, DataState, chain_digest, extend, pieces
 from bigtrain.data.order.mixture import Mixture, Share
-from bigtrain.data.order.skips import extend, pieces
+from bigtrain.data.order.permutation import Order, derive_key, mix64
 from bigtrain.data.read.batch import ArrayPool, Batch, Collate, Samples, build_batch, gather_groups
-from bigtrain.data.read.component import StoredSamples
 from bigtrain.data.read.corpus import FileSplit
+from bigtrain.data.read.documents import document_samples
 from bigtrain.data.read.live import LiveParts, LiveSamples
-from bigtrain.data.read.packing import AnySplit, no_samples
+from bigtrain.data.read.packing import AnySplit, build_packing, no_samples
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.errors import DataError
+
+WINDOW_SHARDS = 8
+"""Shards that data which has to be fetched is shuffled within, unless configured otherwise."""
+
+
+class StoredSamples:
+    """Samples of a prepared corpus, records, or synthetic ones: all are known from the beginning."""
+
+    num_cut = 0
+    """Documents that are longer than the sample that each is."""
+
+    def __init__(
+        self, split: AnySplit, data: DataConfig, seed: int, *, keeps_all: bool = False, most_samples: int | None = None
+    ) -> None:
+        """Cut the split into samples; those without a target that counts are left out unless ``keeps_all``.
+
+        Of more than ``most_samples``, so many are drawn: the same with every seed, more of them for a larger number.
+        """
+        window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
+        if split.is_remote:
+            _require_room(split, window, data.cache_gib)
+        if data.packing is Packing.documents and isinstance(split, FileSplit):
+            packed = document_samples(split, data)
+            self.num_cut = packed.num_cut()
+        else:
+            packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
+        self.fingerprint = split.fingerprint
+        self.split = split
+        self.num_ids, self.is_full = int(packed.shard_samples.sum()), packed.is_full
+        self._answered = None if keeps_all else packed.answered()
+        self.num_left_out = 0 if self._answered is None else self.num_ids - len(self._answered)
+        if most_samples is not None:
+            self._answered = _some_of(
+                np.arange(self.num_ids) if self._answered is None else self._answered, most_samples
+            )
+        ends = np.cumsum(packed.shard_samples)
+        drawn = (
+            np.diff(np.searchsorted(self._answered, [0, *ends])) if self._answered is not None else packed.shard_samples
+        )
+        self.order = Order(drawn, seed, window)
+        self.num_samples = self.order.num_samples
+        self.gather, self.documents = packed.gather, packed.documents
+        self._fetching: list[int] = []
+
+    def ids(self, first: int, count: int) -> NDArray[np.int64]:
+        ids = self.order.ids(first, count)
+        return ids if self._answered is None else self._answered[ids]
+
+    def epochs(self, count: int) -> float:
+        return count / max(self.num_samples, 1)
+
+    def prefetch(self, first: int) -> None:
+        """Begin to fetch what is needed from a position on: this window of shards and the next, if they are remote."""
+        shards = self.order.shards_ahead(first, min(2 * self.order.window_shards, self.split.cache_shards)).tolist()
+        if shards != self._fetching:
+            self._fetching = shards
+            self.split.prefetch(shards)
+
+
+def _some_of(ids: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """Return ``number`` of the ids, ascending, by the hash of each."""
+    hashes = mix64(ids.astype(np.uint64) ^ np.uint64(derive_key(*b"most samples")))
+    return np.sort(ids[np.argsort(hashes, kind="stable")[:number]])
+
+
+def _require_room(split: FileSplit, window_shards: int, cache_gib: float) -> None:
+    """Refuse windows that do not fit into the cache: every shard would be fetched again and again.
+
+    The window cannot follow the cache, because the order must not depend on the machine.
+    """
+    cached = split.cache_shards
+    if cached < min(window_shards, len(split.shard_tokens)):
+        raise DataError(
+            f"data.cache_gib={cache_gib} holds {cached} shards of the {split.name} split, which is shuffled within "
+            f"{window_shards} at a time; use a larger data.cache_gib or data.shuffle_window_shards={max(cached, 1)}"
+        )
 
 
 class SampleStream:
@@ -43,18 +119,16 @@ class SampleStream:
         previous: DataState | None = None,
         keeps_all: bool = False,
     ) -> None:
-        """Put the splits of all components together as ``data`` says.
+        """Put the splits of all components, in the order of their names, together as the resolved ``data`` says.
 
         Args:
             name: Of the splits: ``train`` or ``validation``.
-            splits: Of the components, in the order of their names.
-            data: The resolved section.
+            splits: Of the components.
+            data: The section.
             seed: Of the order, the same for all components: each is ordered as if it were alone.
-            global_batch_size: Samples per optimizer step, by which steps at which weights change become positions.
-            previous: State of the checkpoint that is continued, if any. If its data was another, a new mixture begins
-                where it ends.
-            keeps_all: Whether samples without a target that counts are drawn: in validation, and in runs that began before
-                they were left out.
+            global_batch_size: By which steps at which weights change become positions.
+            previous: State of the checkpoint that is continued; if its data was another, a new mixture begins there.
+            keeps_all: Whether samples without a target that counts are drawn: in validation, and in runs of old.
         """
         self.name = name
         records = [split.records for split in splits.values() if isinstance(split, RecordSplit)]
@@ -96,7 +170,7 @@ class SampleStream:
         self.content = f"{' '.join(component.fingerprint for component in self._list)} {cut}"
         """What the sample ids are numbers of, for the hash of all samples."""
         self.skipped = [list(positions) for positions in previous.skipped] if previous else []
-        """Ranges of positions that the run leaves out; see :mod:`bigtrain.data.order.skips`."""
+        """Ranges of positions that the run leaves out; see :mod:`bigtrain.data.order.cursor`."""
         self._origin_samples, origin_counts = _origin(splits, self.fingerprint, previous)
         self._origin_counts = {key: origin_counts.get(key, 0) for key in splits}
         shares = [
@@ -113,7 +187,8 @@ class SampleStream:
     def bytes_per_token(self) -> float | None:
         """Bytes of text that a target stands for; None unless the stream is one corpus whose tokens all count."""
         split = self._stored[0][1].split if len(self._list) == len(self._stored) == 1 else None
-        return split.bytes_per_token if isinstance(split, FileSplit) and split.counts_all else None
+        counts_all = isinstance(split, FileSplit) and not (split.has_answers or split.may_skip)
+        return split.bytes_per_token if counts_all else None
 
     @property
     def num_samples(self) -> int:
@@ -145,7 +220,6 @@ class SampleStream:
         self.skipped = extend(self.skipped, first, end)
 
     def _ids_at(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the samples at the positions ``[first, first + count)`` of the order."""
         components, indices = self.mixture.locate(first, count)
         ids = np.empty(count, dtype=np.int64)
         for number, num_drawn in enumerate(np.bincount(components).tolist()):
@@ -159,7 +233,7 @@ class SampleStream:
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Batch:
         """Return samples, int64 ``(N,)``, that are drawn at these positions of the run.
 
-        What is masked or augmented is a function of the position: by default the id, so that validation is always the same.
+        What is masked or augmented is a function of the position: by default the id, so that validation stays the same.
         """
         positions = sample_ids if positions is None else positions
         samples = self._gather(sample_ids, positions)
@@ -182,7 +256,6 @@ class SampleStream:
         self.is_full = False
 
     def prefetch(self, samples: int) -> None:
-        """Begin to fetch what is needed after the first ``samples`` of the run."""
         counts = self.mixture.counts(self._position(samples)) if self.is_remote else []
         for i, part in self._remote:
             part.prefetch(counts[i])
@@ -206,7 +279,6 @@ class SampleStream:
             raise DataError(no_samples(self.name, self.sequence_length, component.num_left_out, which))
 
     def require_steps(self, start: Cursor, steps: int, global_batch_size: int) -> None:
-        """Refuse a run from ``start`` to ``steps`` that is longer than its data; says for how many steps there is data."""
         self.require_samples()
         available = self.mixture.num_positions
         if available is None:
@@ -220,7 +292,6 @@ class SampleStream:
             )
 
     def state(self, before: Cursor, after: Cursor) -> DataState:
-        """Return what a checkpoint needs in order to continue after the step between two cursors."""
         before_step = dict(zip(self.components, self.mixture.counts(self._position(before.samples)), strict=True))
         return DataState(
             fingerprint=self.fingerprint,
@@ -245,7 +316,6 @@ class SampleStream:
         }
 
     def _position(self, samples: int) -> int:
-        """Return the position in the order of the sample that comes after so many."""
         return pieces(samples, 1, self.skipped)[0][0]
 
     def continues(self, state: DataState) -> bool:
@@ -259,7 +329,6 @@ class SampleStream:
 def _origin(
     splits: Mapping[str, AnySplit | LiveParts], fingerprint: str, previous: DataState | None
 ) -> tuple[int, dict[str, int]]:
-    """Return at which position the mixture begins, and how much of each component was drawn before."""
     if previous is None:
         return 0, {}
     if previous.fingerprint == fingerprint:

@@ -17,13 +17,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigtrain.config import DataConfig
 from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, TokenizerRecord, read_index, record_file
-from bigtrain.errors import DataError, StopError
+from bigtrain.errors import DataError, StopError, as_data_error
 from bigtrain.files import FileRecord
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
 
 TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 END_OF_TEXT = "<|endoftext|>"
@@ -42,6 +46,8 @@ _PUBLISHED_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """What the tokenizers of transformers, sentencepiece, tiktoken and mistral-common read; no code."""
+_SPACES = "ĠĊĉč▁ "  # as byte-level tokenizers (GPT-2) and SentencePiece write space, line ends and tab
+_MASKS = ("[MASK]", "<mask>")
 
 
 class BuiltTokenizer(NamedTuple):
@@ -54,17 +60,14 @@ class BuiltTokenizer(NamedTuple):
 
     @property
     def reads_special(self) -> bool:
-        """See there."""
         return not self.tokenizer.encode_special_tokens
 
 
 def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
     """Return the tokenizer that ``config.tokenizer`` names; DataError if it is missing or unsuitable.
 
-    Args:
-        config: ``tokenizer`` is ``bpe``, ``bytes``, a prepared corpus or run that has one, or a Hugging Face name or
-            local directory.
-        sample: Texts that a ``bpe`` is trained on; the others leave it alone.
+    That is ``bpe``, trained on the texts of ``sample``, ``bytes``, a prepared corpus or run that has one, or a Hugging
+    Face name or local directory.
     """
     if config.tokenizer == "bpe":
         return _train_bpe(sample, config.tokenizer_vocab_size)
@@ -86,10 +89,8 @@ def load_tokenizer(directory: str | Path, *, reads_special: bool | None = None) 
         record = kept_record(directory)
         reads_special = record is not None and record.reads_special
     path = Path(directory, TOKENIZER_FILE)
-    try:
+    with as_data_error(path, OSError, UnicodeDecodeError):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the tokenizer: {error}") from error
     return _from_json(text, str(path), reads_special=reads_special)
 
 
@@ -116,10 +117,8 @@ def load_published(name: str) -> tuple[str | dict[str, str] | None, dict[str, An
 def keep_published(name: str, corpus: Path, chat_template: str | None = None) -> list[FileRecord]:
     """Copy the files that a tokenizer was published as below ``corpus``, which is being made; return their records.
 
-    Args:
-        name: As in ``data.tokenizer``: ``bpe`` and ``bytes`` have none, a prepared corpus or run those that it has kept.
-        corpus: The directory.
-        chat_template: File that replaces the tokenizer's own templates.
+    ``bpe`` and ``bytes`` have none, a prepared corpus or run those that it has kept. The file ``chat_template``
+    replaces the tokenizer's own templates.
     """
     records = []
     source = _published_directory(name)
@@ -146,10 +145,9 @@ def _published_directory(name: str) -> Path | None:
         return directory
     from huggingface_hub import snapshot_download
 
-    try:
+    problem = "its files cannot be had from the hub"
+    with as_data_error(f"data.tokenizer={name}", OSError, ValueError, problem=problem):
         return Path(snapshot_download(name, allow_patterns=list(_PUBLISHED_FILES)))
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={name}: its files cannot be had from the hub: {error}") from error
 
 
 def tokenizer_name(config: DataConfig) -> str:
@@ -278,3 +276,27 @@ def _hugging_face_tokenizer(name: str) -> BuiltTokenizer:
     if tokenizer.encode(probe).ids != wrapper(probe)["input_ids"]:
         raise DataError(f"{where}: transformers gives other ids than its own {TOKENIZER_FILE}; choose another")
     return BuiltTokenizer(tokenizer, wrapper.eos_token_id, adds_special=True)
+
+
+def starts_word(tokenizer: "Tokenizer") -> NDArray[np.bool_]:
+    """Return of each id whether its token begins a word, ``(num_ids,)``; what is neither letter nor digit is one by itself."""
+    description = json.loads(tokenizer.to_str())["model"]
+    prefix = description.get("continuing_subword_prefix") or "" if description["type"] == "WordPiece" else None
+    tokens = (tokenizer.id_to_token(i) or " " for i in range(num_ids(tokenizer)))
+    if prefix is not None:
+        return np.array([not token.startswith(prefix) for token in tokens])
+    return np.array([token[0] in _SPACES or not token[0].isalnum() for token in tokens])
+
+
+def special_ids(tokenizer: "Tokenizer") -> list[int]:
+    """Return the ids of special tokens, such as the end of a text."""
+    return sorted(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+def mask_token_id(tokenizer: "Tokenizer", directory: Path) -> int | None:
+    """Return the id of the token that stands for a hidden one, of a corpus or run; None if it has none."""
+    path = directory / PUBLISHED_DIRECTORY / "tokenizer_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("mask_token") if path.is_file() else None
+    named = named.get("content") if isinstance(named, dict) else named
+    found = (tokenizer.token_to_id(name) for name in (named, *_MASKS) if name)
+    return next((i for i in found if i is not None), None)

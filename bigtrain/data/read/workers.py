@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 from bigtrain import log
@@ -32,8 +31,18 @@ def workers(num_processes: int) -> Iterator[Run]:
         yield lambda function, tasks: (function(*task) for task in tasks)
         return
     pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_begin)
+
+    def run(function: Callable[..., Result], tasks: Iterable[tuple]) -> Iterator[Result]:
+        running: deque[Future[Result]] = deque()
+        for task in tasks:
+            running.append(pool.submit(function, *task))
+            if len(running) >= 2 * num_processes:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
     try:
-        yield partial(_run, pool, 2 * num_processes)
+        yield run
     except BrokenProcessPool as error:
         raise DataError(
             "a process that prepared data was killed, perhaps for want of memory; the same command goes on where it "
@@ -41,18 +50,6 @@ def workers(num_processes: int) -> Iterator[Run]:
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run(
-    pool: ProcessPoolExecutor, most: int, function: Callable[..., Result], tasks: Iterable[tuple]
-) -> Iterator[Result]:
-    running: deque[Future[Result]] = deque()
-    for task in tasks:
-        running.append(pool.submit(function, *task))
-        if len(running) >= most:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 class Helpers:
