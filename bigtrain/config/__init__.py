@@ -31,6 +31,7 @@ from bigtrain.config.choices import (
     Packing,
     Positions,
     Precision,
+    PreferenceLoss,
     Preflight,
     SchedulerKind,
     TaskKind,
@@ -344,7 +345,7 @@ class TaskConfig:
     """What the run minimises and measures."""
 
     kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``ctc`` and ``speech``: a text from audio; ``preference``: which of two answers; or the name of an own part, such as ``ideas.focal``."""
     settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
         default_factory=dict
     )
@@ -355,6 +356,12 @@ class TaskConfig:
     """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
     inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
     """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
+    loss: Annotated[PreferenceLoss, OnlyIf("kind", is_in=("preference",))] = PreferenceLoss.dpo
+    """``dpo`` and ``ipo`` compare with the base of the adapters, ``orpo`` and ``simpo`` with nothing."""
+    beta: Annotated[float, Bound(gt=0, le=10**4), OnlyIf("kind", is_in=("preference",))] = 0.1
+    """Weight of the log-probabilities, or of ORPO's odds."""
+    margin: Annotated[float, Bound(ge=0), OnlyIf("loss", is_in=("simpo",))] = 0.0
+    """By how much rewards are to differ at least."""
     num_labels: Annotated[int | None, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = (
         None
     )

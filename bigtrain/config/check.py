@@ -45,6 +45,7 @@ from bigtrain.config.tasks import (
     check_task,
     head_of,
     num_outputs_of,
+    packing_of,
     with_inputs,
 )
 from bigtrain.errors import ConfigError
@@ -85,7 +86,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if data.sequence_length is None and (has_length or not are_records(data)):
         data.sequence_length = model.max_positions
     if task.kind in OF_DOCUMENTS and not are_records(data) and data.packing is Packing.concat:
-        data.packing = Packing.documents
+        data.packing = packing_of(task.kind)
     if own_sets(data, "validation"):
         data.validation_fraction = 0.0
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.

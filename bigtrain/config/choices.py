@@ -18,6 +18,21 @@ class TaskKind(Enum):
     seq2seq = "seq2seq"
     ctc = "ctc"
     speech = "speech"
+    preference = "preference"
+
+
+class PreferenceLoss(Enum):
+    """How pairs of answers are compared."""
+
+    dpo = "dpo"
+    ipo = "ipo"
+    orpo = "orpo"
+    simpo = "simpo"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it compares with the model before training."""
+        return self in (PreferenceLoss.dpo, PreferenceLoss.ipo)
 
 
 class Inputs(Enum):
@@ -75,6 +90,7 @@ class Packing(Enum):
     concat = "concat"
     best_fit = "best_fit"
     documents = "documents"
+    preferences = "preferences"
 
 
 class Content(Enum):
@@ -87,11 +103,17 @@ class Content(Enum):
     numbers = "numbers"
     tagged = "tagged"
     seq2seq = "seq2seq"
+    preference = "preference"
 
     @property
     def has_answers(self) -> bool:
         """Whether only part of a document counts as targets."""
-        return self in (Content.chat, Content.pairs, Content.seq2seq)
+        return self in (Content.chat, Content.pairs, Content.seq2seq, Content.preference)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template writes its records."""
+        return self in (Content.chat, Content.preference)
 
     @property
     def has_labels(self) -> bool:

@@ -132,15 +132,15 @@ class DataConfig:
     on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "images", "own"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
-    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; ``preference`` (messages ``chosen`` and ``rejected``, behind the same beginning or a ``prompt``); or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
     text_field: Annotated[
-        str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", not_in=("chat", "pairs", "seq2seq"))
+        str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", not_in=("chat", "pairs", "seq2seq", "preference"))
     ] = "text"
     """Field that holds the text, of ``tagged`` the words, in ``jsonl``, ``csv``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: Annotated[str, OnlyIf("content", is_in=("chat",))] = "messages"
     """Field with the messages of a ``chat``."""
-    chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat",))] = None
-    """File of the Jinja template that writes a ``chat``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
+    chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat", "preference"))] = None
+    """File of the Jinja template that writes a ``chat`` or ``preference``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
     prompt_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "prompt"
     """Field with the prompt of ``pairs``."""
     answer_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "answer"
@@ -188,7 +188,7 @@ class DataConfig:
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
     """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it; with a model of yours that has no setting ``max_positions`` it is by default that of the first record."""
     packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "images", "own"))] = Packing.concat
-    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer."""
+    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer; ``preferences`` makes a pair of answers of each."""
     source_length: Annotated[int | None, Bound(ge=1), OnlyIf("content", is_in=("seq2seq",))] = None
     """Tokens of a source; by default ``sequence_length``, which is that of targets."""
     document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "images", "own"))] = False

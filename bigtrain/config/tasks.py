@@ -12,6 +12,7 @@ OF_DOCUMENTS = {
     TaskKind.token_classification.name: Content.tagged,
     TaskKind.regression.name: Content.numbers,
     TaskKind.seq2seq.name: Content.seq2seq,
+    TaskKind.preference.name: Content.preference,
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
 PREDICT_LABELS = (TaskKind.classification.name, TaskKind.token_classification.name)
@@ -42,6 +43,11 @@ def head_of(task: TaskConfig) -> Head:
     return heads.get(task.kind, Head.causal_lm)
 
 
+def packing_of(task: str) -> Packing:
+    """Return how a task makes samples of documents."""
+    return Packing.preferences if task == TaskKind.preference.name else Packing.documents
+
+
 def num_outputs_of(task: TaskConfig) -> int | None:
     """Return how many labels or values a task predicts; None if those are ids of a tokenizer, or the data decides."""
     if task.kind == TaskKind.regression.name:
@@ -64,7 +70,9 @@ def check_task(config: TrainConfig) -> Iterator[str]:
             yield from _check_documents(task, data, OF_DOCUMENTS[task.kind])
         elif not are_records(data):
             yield f"task={task.kind}: data={data.source.name} has no records; use data=records or your own data"
-        if model.kind is ModelKind.native:
+        if task.kind == TaskKind.preference.name:
+            yield from _check_preference(task, model)
+        elif model.kind is ModelKind.native:
             yield f"task={task.kind}: bigtrain's own decoder predicts text only; use +model=hf, a small network or your own"
         if model.kind is ModelKind.hf and is_by_sample and task.inputs is Inputs.features:
             instead = "use tokens, pixels, sequence or audio"
@@ -73,8 +81,8 @@ def check_task(config: TrainConfig) -> Iterator[str]:
         predicts = "predicts one label or vector a sample; it is for classification, regression"
         yield f"task={task.kind}: model.name={model.name} {predicts}"
     if task.kind not in OF_DOCUMENTS:
-        if data.packing is Packing.documents:
-            yield f"data.packing=documents: task={task.kind} reads rows of documents; use concat or best_fit"
+        if data.packing in (Packing.documents, Packing.preferences):
+            yield f"data.packing={data.packing.name}: task={task.kind} reads rows of documents; use concat or best_fit"
         for content in (part.content for part in component_data(data).values()):
             if content.has_labels:
                 yield f"data.content={content.name}: task={task.kind} predicts no labels; use data.content=text"
@@ -88,10 +96,19 @@ def _check_documents(task: TaskConfig, data: DataConfig, content: Content) -> It
         yield f"task={task.kind}: needs {instead}"
     if task.inputs not in (None, Inputs.tokens):
         yield f"task.inputs={task.inputs.name}: text is tokens; leave it out, or use data=records"
-    if data.packing is not Packing.documents:
+    if data.packing is not packing_of(task.kind):
         yield f"data.packing={data.packing.name}: task={task.kind} makes a sample of each document; leave it out"
     if data.document_mask:
         yield "data.document_mask: a sample is one document; leave it out"
+
+
+def _check_preference(task: TaskConfig, model: ModelConfig) -> Iterator[str]:
+    """Find what pairs of answers cannot be compared by."""
+    if task.loss.has_reference and model.adapter is None:
+        instead = "add +adapter=lora, or choose task.loss=orpo or simpo"
+        yield f"task.loss={task.loss.name} compares with the model before training, the base of adapters: {instead}"
+    if model.kind is ModelKind.own:
+        yield "task=preference: needs a causal language model: bigtrain's own or +model=hf"
 
 
 def _check_masked_lm(model: ModelConfig, data: DataConfig) -> Iterator[str]:

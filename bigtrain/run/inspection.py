@@ -57,7 +57,7 @@ def inspect_step(config: TrainConfig, *, step: int, num_samples: int, state: Run
         batch = stream.gather(np.array([sample_id]), np.array([first + number]))
         columns = {name: tensor[0].numpy() for name, tensor in batch.items()}
         component, places = stream.origin_of(sample_id)
-        if config.data.packing is Packing.documents:
+        if config.data.packing in (Packing.documents, Packing.preferences):
             where, lines = f"{component} {sample_id}, document {places[0]}", _document_lines(stream, columns, tokenizer)
         elif stream.collate is not None:
             counted = f"{np.count_nonzero(columns['targets'] != IGNORE_INDEX)} of {len(columns['targets'])}"

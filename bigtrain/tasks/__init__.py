@@ -7,6 +7,7 @@ from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.ctc import CTC
 from bigtrain.tasks.masked_lm import MaskedLM
+from bigtrain.tasks.preference import Preference
 from bigtrain.tasks.regression import Regression
 from bigtrain.tasks.seq2seq import Seq2Seq
 from bigtrain.tasks.token_classification import TokenClassification
@@ -29,6 +30,8 @@ def build_objective(config: TaskConfig) -> Objective:
             return TokenClassification(num_labels=config.num_labels or 2)
         case TaskKind.seq2seq.name | TaskKind.speech.name:
             return Seq2Seq(hears=config.kind == TaskKind.speech.name)
+        case TaskKind.preference.name:
+            return Preference(loss=config.loss, beta=config.beta, margin=config.margin)
         case TaskKind.ctc.name:
             return CTC()
         case TaskKind.regression.name:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Content, DataConfig
+from bigtrain.config import DataConfig
 from bigtrain.data.read.tokenizer import (
     END_OF_TEXT,
     OURS,
@@ -42,6 +42,9 @@ _CHATML = """\
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ue000{}\ue001"
 """Stands behind a content to see whether the template writes it; private use, so nothing trims it."""
+
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+"""Of a row with two answers: the first is messages or the user's text, and may be the beginning of the others instead."""
 
 Span = tuple[int, int]
 
@@ -72,6 +75,24 @@ class Chat:
         answers = [(begin, end) for begin, end in row.answers(weights) if begin < end]
         row.require_written()
         return row.text, answers
+
+    def write_pair(self, record: dict[str, Any], *, is_table: bool) -> tuple[str, list[str]]:
+        """Return the text of a prompt, with what asks for an answer, and those of the chosen and the rejected answer.
+
+        ValueError if the row is no such pair, or the template cannot write it or drops some of it.
+        """
+        record = _without_null(record) if is_table else record
+        prompt, answers = _read_pair(record)
+        fields = self._fields(record, "chosen")
+        before, _ = self.render(prompt, fields, asks=True)
+        texts = []
+        for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True):
+            row = _Row(self, [*prompt, *answer], fields, name)
+            row.require_written()
+            if not row.text.startswith(before):
+                raise ValueError(f"field '{name}': the chat template does not write the answer behind what asks for it")
+            texts.append(row.text.removeprefix(before))
+        return before, texts
 
     def render(
         self, messages: list[dict[str, Any]], fields: dict[str, Any], *, asks: bool = False
@@ -214,6 +235,30 @@ def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list
         found.append({key: value for key, value in message.items() if value is not None and key != "weight"})
         weights.append(weight != 0)
     return found, weights
+
+
+def _read_pair(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Return the messages of the prompt, and those behind them of the chosen and the rejected answer."""
+    for name in PAIR_FIELDS[1:]:
+        if record.get(name) is None:
+            raise ValueError(f"no field '{name}': a row has messages 'chosen' and 'rejected', and may have a 'prompt'")
+    given = record.get("prompt")
+    prompt = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    prompt = [] if prompt is None else _read_messages(prompt, "prompt")[0]
+    both = [
+        _read_messages([{"role": ANSWERING_ROLE, "content": value}] if isinstance(value, str) else value, name)[0]
+        for name, value in ((name, record[name]) for name in PAIR_FIELDS[1:])
+    ]
+    common = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
+    if common and prompt and both[0][:common] != prompt:
+        raise ValueError("field 'prompt': it is not what 'chosen' and 'rejected' begin with; leave one of them out")
+    prompt, answers = prompt or both[0][:common], [messages[common:] for messages in both]
+    for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True):
+        if not answer or any(m["role"] != ANSWERING_ROLE for m in answer[:1]):
+            raise ValueError(f"field '{name}': behind the prompt comes no answer of its own")
+    if not prompt:
+        raise ValueError("no prompt: 'chosen' and 'rejected' have no message in common")
+    return prompt, answers
 
 
 def _check_content(content: Any, where: str) -> None:
@@ -363,4 +408,4 @@ def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
 
 def _is_templated(config: DataConfig) -> bool:
     is_plain = config.chat_template is None and is_ours(config.tokenizer)
-    return config.content is Content.chat and not is_plain
+    return config.content.is_chat and not is_plain

@@ -114,6 +114,20 @@ def encode_whole(tokenizer: "Tokenizer", encode: Encode, document: Document) -> 
     return Coded(np.array(encoding.ids, dtype=np.uint32), counted_tokens(encoding, document.answers))
 
 
+def encode_both(encode: Callable[[Document], Coded], document: Document) -> Coded:
+    """Encode the two texts of a document, each by itself."""
+    middle = document.second
+    first, second = document.answers
+    halves = [
+        document._replace(text=document.text[:middle], answers=(first,), second=None),
+        document._replace(
+            text=document.text[middle:], answers=((second[0] - middle, second[1] - middle),), second=None
+        ),
+    ]
+    coded = [encode(half) for half in halves]
+    return Coded(*(np.concatenate(arrays) for arrays in zip(*((c.tokens, c.counted) for c in coded), strict=True)))
+
+
 def encode_tagged(
     tokenizer: "Tokenizer", label_names: Sequence[str], document: Document, *, adds_special: bool
 ) -> Coded:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import Content, DataConfig, DataSource
-from bigtrain.data.prepare.chat import chat_of
+from bigtrain.data.prepare.chat import PAIR_FIELDS, chat_of
 from bigtrain.data.read.index import LabelKind, LabelRecord
 
 MOST_LABELS = 100_000
@@ -142,6 +142,8 @@ class Document(NamedTuple):
     """Whether what does not count and what does are texts of their own, each with what a tokenizer adds to one."""
     is_templated: bool = False
     """Whether a chat template has written it, with all special tokens: none is added, and what ends it does not count."""
+    second: int | None = None
+    """Character at which the second of two texts begins, which are encoded by themselves."""
 
 
 class BadRow(NamedTuple):
@@ -164,6 +166,7 @@ def document_fields(config: DataConfig) -> dict[str, str]:
         Content.numbers: ("text_field", "label_field"),
         Content.tagged: ("text_field", "label_field"),
         Content.seq2seq: ("source_field", "target_field"),
+        Content.preference: (),
     }[config.content]
     return {setting: getattr(config, setting) for setting in settings}
 
@@ -171,7 +174,9 @@ def document_fields(config: DataConfig) -> dict[str, str]:
 def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
     """Return the columns of a table that are read."""
     columns = list(document_fields(config).values())
-    if config.content is Content.chat:
+    if config.content is Content.preference:
+        columns += [name for name in PAIR_FIELDS if name in names]
+    if config.content.is_chat:
         columns += [
             name for name in chat_of(config.tokenizer, config.chat_template).columns(names) if name not in columns
         ]
@@ -190,6 +195,8 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
             raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}")
     if config.content is Content.chat:
         return _chat_document(config, document_id, record, is_repaired)
+    if config.content is Content.preference:
+        return _preference_document(config, document_id, record, is_repaired)
     if config.content.has_labels:
         return _labelled_document(config, document_id, record, is_repaired)
     text, answers = "", []
@@ -234,6 +241,17 @@ def _chat_document(config: DataConfig, document_id: str, record: dict[str, Any],
     is_repaired |= repaired != record
     text, answers = chat.write(repaired, config.messages_field, is_table=config.source is not DataSource.jsonl)
     return Document(document_id, text if answers else "", is_repaired, tuple(answers), is_templated=not chat.is_plain)
+
+
+def _preference_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
+    chat = chat_of(config.tokenizer, config.chat_template)
+    repaired = _repair(record)
+    is_repaired |= repaired != record
+    prompt, answers = chat.write_pair(repaired, is_table=config.source is not DataSource.jsonl)
+    texts = [prompt + answer for answer in answers]
+    spans = (len(prompt), len(texts[0])), (len(texts[0]) + len(prompt), len(texts[0]) + len(texts[1]))
+    document = Document(document_id, "".join(texts), is_repaired, spans, group=prompt, is_templated=not chat.is_plain)
+    return document._replace(second=len(texts[0]))
 
 
 def _repair(value: Any) -> Any:

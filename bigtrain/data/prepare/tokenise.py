@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from bigtrain.config import DataConfig
 from bigtrain.config.convert import from_dict, to_dict
-from bigtrain.data.prepare.encoder import Coded, encode_pieces, encode_tagged, encode_whole, fast_encoder, slow_encoder
+from bigtrain.data.prepare.encoder import (
+    Coded,
+    encode_both,
+    encode_pieces,
+    encode_tagged,
+    encode_whole,
+    fast_encoder,
+    slow_encoder,
+)
 from bigtrain.data.prepare.files import Part
 from bigtrain.data.prepare.records import NOT_FIRST, Document, number_labels
 from bigtrain.data.prepare.survey import kept_documents, split_place
@@ -113,7 +121,7 @@ class TokenBuffer:
         self._labels: list[Any] = []
 
     def add(self, document: Document, encode: EncodeDocument, eos_id: int) -> None:
-        tokens, counted, labels = encode(document)
+        tokens, counted, labels = encode(document) if document.second is None else encode_both(encode, document)
         self._tokens += [tokens.astype(self._dtype), np.array([eos_id], dtype=self._dtype)]
         if counted is not None:
             # The end of a pair's answer is a target; a template writes its own end.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import DataConfig
+from bigtrain.config import DataConfig, Packing
 from bigtrain.data.read.batch import Samples
 from bigtrain.data.read.corpus import FileSplit
 from bigtrain.data.read.index import LabelKind
@@ -15,7 +15,9 @@ from bigtrain.tasks.base import IGNORE_INDEX
 
 
 def document_samples(split: FileSplit, data: DataConfig) -> "DocumentSamples":
-    """Return the documents of a split as samples: pairs where part of each counts."""
+    """Return the documents of a split as samples: pairs where part of each counts, or two parts."""
+    if data.packing is Packing.preferences:
+        return PreferenceSamples(split, data.sequence_length)
     if split.has_answers:
         return PairSamples(split, data.source_length or data.sequence_length, data.sequence_length)
     return DocumentSamples(split, data.sequence_length)
@@ -141,3 +143,58 @@ class PairSamples(DocumentSamples):
 
     def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
         return np.ones(int(self.shard_samples[shard]), dtype=np.bool_)
+
+
+class PreferenceSamples(DocumentSamples):
+    """``chosen`` and ``rejected`` tokens, int64 ``(N, T)``, filled up with 0, and the targets of their answers.
+
+    A document is both, one behind the other: each a prompt, then an answer, which counts and goes on to its end. Of what
+    is longer than a sample the first tokens are taken.
+    """
+
+    def __init__(self, split: FileSplit, sequence_length: int) -> None:
+        super().__init__(split, sequence_length)
+        self._bounds = lru_cache(maxsize=SHARDS_KEPT)(self._find_bounds)
+
+    def _find_bounds(self, shard: int) -> NDArray[np.int64]:
+        """Return where both texts and their answers begin, and the end: int64 ``(documents, 5)``."""
+        offsets = np.asarray(self._documents(shard), dtype=np.int64)
+        begins, ends = offsets[:-1], offsets[1:] - 1
+        is_counted = np.asarray(self._split.counted(shard)) != 0
+
+        def first(value: bool, places: NDArray[np.int64]) -> NDArray[np.int64]:
+            found = np.append(np.flatnonzero(is_counted == value), offsets[-1])
+            return np.minimum(found[np.searchsorted(found, places)], ends)
+
+        answer = first(True, begins)
+        second = first(False, answer)
+        return np.stack([begins, answer, second, first(True, second), ends], axis=1)
+
+    def _are_cut(self, shard: int) -> NDArray[np.bool_]:
+        begins, _, seconds, _, ends = self._bounds(shard).T
+        return np.maximum(seconds - begins, ends - seconds) > self.sequence_length + 1
+
+    def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
+        row, bounds = self._split.read(shard), self._bounds(shard)[local]
+        samples = Samples()
+        for name, first in (("chosen", 0), ("rejected", 2)):
+            begins, answers, ends = bounds[:, first : first + 3].T
+            samples[name] = self._from(row, begins, ends - 1)
+            targets = self._from(row, begins + 1, ends, filling=IGNORE_INDEX)
+            in_prompt = np.arange(self.sequence_length) < (answers - begins - 1)[:, None]
+            targets[in_prompt] = IGNORE_INDEX
+            samples[f"{name}_targets"] = targets
+        return samples
+
+    def _from(self, row: NDArray[Any], begins: NDArray, ends: NDArray, *, filling: int = 0) -> NDArray[np.int64]:
+        rows = self._pool.take(len(begins), self.sequence_length)
+        rows[:] = filling
+        for place, begin, end in zip(rows, begins.tolist(), ends.tolist(), strict=True):
+            taken = row[begin : min(end, begin + self.sequence_length)]
+            place[: len(taken)] = taken
+        return rows
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        begins, answers, seconds, others, _ = self._bounds(shard).T
+        room = self.sequence_length
+        return (answers - begins <= room) & (others - seconds <= room) & (others > seconds)

@@ -41,7 +41,7 @@ class StoredSamples:
         window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
         if split.is_remote:
             _require_room(split, window, data.cache_gib)
-        if data.packing is Packing.documents and isinstance(split, FileSplit):
+        if data.packing in (Packing.documents, Packing.preferences) and isinstance(split, FileSplit):
             packed = document_samples(split, data)
             self.num_cut = packed.num_cut()
         else:
