@@ -6,7 +6,7 @@
 Small models (``small_configs.py``) in fp32 without dropout: ours on two ranks, Trainer in one process that accumulates
 two micro-batches, each with AdamW at a constant rate. The order is our loader's, and so are the ids of texts; ids and
 labels of chats are those of transformers' ``apply_chat_template``. Trainer shifts the labels by itself. Adapters are
-peft's in both, and begin alike.
+peft's in both, and begin alike. Preferences are compared with TRL (pip install trl), which makes ids of the pairs itself.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -22,12 +22,22 @@ from pathlib import Path
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from small_runs import call
-from trainer_losses import STEPS, WORLD_SIZE, our_losses, prepare, trainer_losses
+from trainer_losses import PREFERENCES, STEPS, WORLD_SIZE, our_losses, prepare, trainer_losses
+from trl_losses import trl_losses
 
 from bigtrain.config import EngineKind
 from bigtrain.errors import ConfigError
 
-MODELS = ("gpt2", "llama", "mamba", "llama with chats", "llama with adapters", "gpt2 with adapters")
+MODELS = (
+    "gpt2",
+    "llama",
+    "mamba",
+    "llama with chats",
+    "llama with adapters",
+    "gpt2 with adapters",
+    "llama with dpo",
+    "llama with ipo",
+)
 TOLERANCE = 1e-4
 
 
@@ -43,7 +53,7 @@ def compare(model: str, engine: EngineKind) -> tuple[list[float], list[float]]:
         call(prepare, 1, family, what, directory)
         (ours, refusal), (theirs, _) = (
             call(our_losses, WORLD_SIZE, directory, engine),
-            call(trainer_losses, 1, directory),
+            call(trl_losses if what in PREFERENCES else trainer_losses, 1, directory),
         )
         if refusal:
             raise ConfigError(refusal)

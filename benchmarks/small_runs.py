@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401
 
 from bigtrain.config import (
+    AdapterConfig,
     DataConfig,
     EngineConfig,
     EngineKind,
@@ -32,6 +33,7 @@ from bigtrain.config import (
     RunConfig,
     SchedulerConfig,
     SchedulerKind,
+    TaskConfig,
     TrainConfig,
     TrainingConfig,
 )
@@ -84,7 +86,15 @@ def write_models(family: str, changes: dict[str, Any], directory: Path) -> torch
 
 
 def run_config(
-    directory: Path, start: str, engine: EngineKind, data: DataConfig, train: TrainingConfig, *, world_size: int
+    directory: Path,
+    start: str,
+    engine: EngineKind,
+    data: DataConfig,
+    train: TrainingConfig,
+    *,
+    world_size: int,
+    task: TaskConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> TrainConfig:
     """Return the checked configuration of a run of what :func:`write_models` wrote, in fp32 at a constant rate.
 
@@ -95,15 +105,20 @@ def run_config(
         data: of the run.
         train: of the run; micro-batches are fitted to ``world_size``.
         world_size: number of ranks.
+        task: of the run, by default the next token.
+        adapter: beside the model's weights.
 
     Raises:
         ConfigError: listing every problem.
     """
-    model = ModelConfig(kind=ModelKind.hf, name=str(directory / start), pretrained=start == "pretrained")
+    model = ModelConfig(
+        kind=ModelKind.hf, name=str(directory / start), pretrained=start == "pretrained", adapter=adapter
+    )
     train.micro_batch_size = train.global_batch_size // (1 if world_size == 1 else 2 * world_size)
     config = TrainConfig(
         model=with_hf_shape(model),
         data=data,
+        task=task or TaskConfig(),
         engine=EngineConfig(kind=engine, precision=Precision.fp32),
         optimizer=OptimizerConfig(lr=1e-3),
         scheduler=SchedulerConfig(kind=SchedulerKind.constant, warmup_steps=0),

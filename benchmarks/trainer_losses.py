@@ -19,6 +19,9 @@ from bigtrain.config import (
     DataSource,
     EngineKind,
     Packing,
+    PreferenceLoss,
+    TaskConfig,
+    TaskKind,
     TrainConfig,
     TrainingConfig,
 )
@@ -28,7 +31,7 @@ from bigtrain.tasks.base import IGNORE_INDEX
 
 STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 48
 NUM_DOCUMENTS = 200
-ADAPTERS = "adapters"
+ADAPTERS, PREFERENCES = "adapters", ("dpo", "ipo")
 CHAT_TEMPLATE = """\
 <s>{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>\
 {% generation %}{{ message.content }}<|end|>{% endgeneration %}\
@@ -40,8 +43,11 @@ def prepare(family: str, what: str, directory: Path) -> None:
     """Write ``pretrained/``, and ``text.jsonl`` or, with a tokenizer beside the model, ``chats.jsonl``; say of adapters."""
     write_models(family, {}, directory)
     with_chats = what == "chats"
-    if what == "adapters":
+    if what in ("adapters", *PREFERENCES):
         (directory / ADAPTERS).touch()
+    if what in PREFERENCES:
+        write_pairs(directory, what)
+        return
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(50)]
     texts = (" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(NUM_DOCUMENTS))
@@ -58,6 +64,21 @@ def prepare(family: str, what: str, directory: Path) -> None:
                 rows.append({"messages": messages})  # one fits into a sample, two do not
     path = directory / ("chats.jsonl" if with_chats else "text.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_pairs(directory: Path, loss: str) -> None:
+    """Write pairs of answers of several lengths, and the name of the loss that compares them."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(50)]
+    write_tokenizer(directory / "pretrained", words)
+
+    def messages(role: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": " ".join(draw.choices(words, k=draw.randint(2, 6)))}]
+
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = [{name: messages(role) for name, role in roles.items()} for _ in range(NUM_DOCUMENTS)]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "loss").write_text(loss)
 
 
 def write_tokenizer(directory: Path, words: list[str]) -> Any:
@@ -183,11 +204,15 @@ def configuration(directory: Path, engine: EngineKind, *, world_size: int) -> Tr
     if (directory / "chats.jsonl").exists():
         data.path, data.tokenizer = str(directory / "chats.jsonl"), str(directory / "pretrained")
         data.content, data.packing = Content.chat, Packing.best_fit
+    elif (directory / "pairs.jsonl").exists():
+        data.path, data.tokenizer = str(directory / "pairs.jsonl"), str(directory / "pretrained")
+        data.content, data.packing = Content.preference, Packing.preferences
     else:
         data.path, data.tokenizer = str(directory / "text.jsonl"), "bytes"
-    train = TrainingConfig(steps=STEPS, global_batch_size=BATCH)
-    config = run_config(directory, "pretrained", engine, data, train, world_size=world_size)
-    if (directory / ADAPTERS).exists():
-        config.model.adapter = AdapterConfig(rank=4, alpha=8)
-        config.optimizer.lr = 1e-2
+    train, task = TrainingConfig(steps=STEPS, global_batch_size=BATCH), TaskConfig()
+    if (directory / "loss").exists():
+        task = TaskConfig(kind=TaskKind.preference.name, loss=PreferenceLoss[(directory / "loss").read_text()])
+    adapter = AdapterConfig(rank=4, alpha=8) if (directory / ADAPTERS).exists() else None
+    config = run_config(directory, "pretrained", engine, data, train, world_size=world_size, task=task, adapter=adapter)
+    config.optimizer.lr = 1e-2 if adapter else config.optimizer.lr
     return config
