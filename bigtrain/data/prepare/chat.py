@@ -38,7 +38,8 @@ _LABELS = ("id", "type", "index")  # keys inside a field, such as in a tool call
 _CHATML = """\
 {% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}\
 {% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '<|im_end|>\n' }}{% endgeneration %}\
-{% else %}{{ m.content ~ '<|im_end|>\n' }}{% endif %}{% endfor %}"""
+{% else %}{{ m.content ~ '<|im_end|>\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ue000{}\ue001"
 """Stands behind a content to see whether the template writes it; private use, so nothing trims it."""

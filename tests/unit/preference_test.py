@@ -1,0 +1,174 @@
+"""Pairs of answers: from rows to samples, and the losses that compare them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bigtrain.config import Content, DataConfig, DataSource, Packing, PreferenceLoss, TaskConfig
+from bigtrain.data.prepare.chat import Chat, find_chat
+from bigtrain.data.prepare.corpus import prepare
+from bigtrain.data.read.corpus import Corpus
+from bigtrain.data.read.documents import PreferenceSamples
+from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import split_sums
+from bigtrain.tasks.preference import without_adapters
+
+QUESTION = {"role": "user", "content": "say a"}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def rows():
+    yield {"prompt": "say a", "chosen": "a, gladly", "rejected": "no"}
+    yield {"prompt": [QUESTION], "chosen": [answer("a")], "rejected": [answer("b, never")]}
+    yield {"chosen": [QUESTION, answer("a a")], "rejected": [QUESTION, answer("b")]}
+    yield {"prompt": "say a", "chosen": [QUESTION, answer("aa")], "rejected": [QUESTION, answer("a" * 60)]}
+
+
+def samples_of(tmp_path, length=96):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    data = DataConfig(source=DataSource.jsonl, path=str(path), content=Content.preference, tokenizer="bytes")
+    data.root, data.validation_fraction, data.packing = str(tmp_path / "data"), 0.0, Packing.preferences
+    directory = prepare(data, progress=False)
+    samples = PreferenceSamples(Corpus.open(directory, vocab_size=257).split("train"), length)
+    return samples, load_tokenizer(directory)
+
+
+def test_every_form_of_a_row_becomes_two_texts_of_which_the_answers_count(tmp_path):
+    samples, tokenizer = samples_of(tmp_path)
+    found = samples.gather(np.arange(4))
+    prompt = "<|im_start|>user\nsay a<|im_end|>\n<|im_start|>assistant\n"
+    expected = [("a, gladly", "no"), ("a", "b, never"), ("a a", "b"), ("aa", "a" * 60)]
+    for number, texts in enumerate(expected):
+        for name, text in zip(("chosen", "rejected"), texts, strict=True):
+            ids, targets = found[name][number], found[f"{name}_targets"][number]
+            whole = f"{prompt}{text}<|im_end|>\n"
+            assert tokenizer.decode(ids[ids != 0].tolist()) == whole[: len(whole) - 1][:96]
+            assert tokenizer.decode(targets[targets >= 0].tolist()) == whole[len(prompt) : 97]
+            counted = np.flatnonzero(targets >= 0)
+            assert (ids[counted[1:]] == targets[counted[:-1]]).all()
+    assert samples.num_cut() == 1
+
+
+def test_pairs_whose_answer_does_not_begin_within_a_sample_are_not_drawn(tmp_path):
+    samples, _ = samples_of(tmp_path, length=20)
+    assert samples.answered().size == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"chosen": "a"}, "no field 'rejected'"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": []}, "field 'rejected': behind the prompt comes no answer"),
+        (
+            {"prompt": "x", "chosen": [QUESTION, answer("a")], "rejected": [QUESTION, answer("b")]},
+            "field 'prompt': it is",
+        ),
+        ({"chosen": [QUESTION], "rejected": [QUESTION]}, "field 'chosen': behind the prompt comes no answer"),
+        ({"prompt": "q", "chosen": [answer("a") | {"mood": "x"}], "rejected": "b"}, "does not write its mood"),
+    ],
+)
+def test_what_is_no_pair_is_refused(row, problem):
+    with pytest.raises(ValueError, match=problem):
+        find_chat("bytes", None).write_pair(row, is_table=False)
+
+
+def test_a_template_that_writes_the_prompt_otherwise_is_refused():
+    template = "{% if add_generation_prompt %}?{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not write the answer behind what asks for it"):
+        Chat({"default": template}, {}).write_pair({"prompt": "q", "chosen": "a", "rejected": "b"}, is_table=False)
+
+
+class Adapted(torch.nn.Module):
+    """Logits of a table, to which an adapter adds another one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.added = torch.randn(11, 11), torch.nn.Parameter(torch.randn(11, 11))
+        self._disable_adapters = False
+
+    def forward(self, tokens):
+        return (self.base if self._disable_adapters else self.base + self.added)[tokens]
+
+
+def pair():
+    chosen, rejected = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]), torch.tensor([[1, 2, 8], [4, 9, 9]])
+    chosen_targets, rejected_targets = (
+        torch.tensor([[-100, 3, 9, -100], [-100, 6, 7, 1]]),
+        torch.tensor([[-100, 8, 4], [-100, -100, 2]]),
+    )
+    return chosen, chosen_targets, rejected, rejected_targets
+
+
+def log_probability(table, tokens, targets):
+    counted = targets >= 0
+    nats = -F.cross_entropy(table[tokens[counted]], targets[counted], reduction="sum")
+    return nats, int(counted.sum())
+
+
+@pytest.mark.parametrize("loss", PreferenceLoss)
+def test_losses_are_those_of_their_authors(loss):
+    network, beta, margin = Adapted(), 0.3, 0.5
+    objective = build_objective(TaskConfig(kind="preference", loss=loss, beta=beta, margin=margin))
+    found = objective(network, *pair())
+    expected, right = 0.0, 0
+    for number in (0, 1):
+        scores = []
+        for side in (0, 2):
+            tokens, targets = (tensor[number] for tensor in pair()[side : side + 2])
+            (now, length), (before, _) = (
+                log_probability(table, tokens, targets)
+                for table in ((network.base + network.added).detach(), network.base)
+            )
+            mean = now / length
+            scores.append(
+                {
+                    PreferenceLoss.dpo: now - before,
+                    PreferenceLoss.ipo: (now - before) / length,
+                    PreferenceLoss.orpo: mean,
+                    PreferenceLoss.simpo: mean,
+                }[loss].item()
+            )
+        difference = scores[0] - scores[1]
+        right += difference > 0
+        odds = [score - math.log(1 - math.exp(score)) for score in scores] if loss is PreferenceLoss.orpo else [0, 0]
+        expected += {
+            PreferenceLoss.dpo: math.log1p(math.exp(-beta * difference)),
+            PreferenceLoss.ipo: (difference - 1 / (2 * beta)) ** 2,
+            PreferenceLoss.orpo: -scores[0] + beta * math.log1p(math.exp(odds[1] - odds[0])),
+            PreferenceLoss.simpo: math.log1p(math.exp(margin - beta * difference)),
+        }[loss]
+    assert found[0].item() == pytest.approx(expected, rel=1e-5)
+    metrics = objective.metrics(0.0, split_sums(objective, found[1:].tolist()))
+    assert metrics["accuracy"] == right / 2
+    found[0].backward()
+    assert network.added.grad.abs().sum() > 0 and not network._disable_adapters
+
+
+def test_padding_and_pairs_that_lack_an_answer_count_for_nothing():
+    objective = build_objective(TaskConfig(kind="preference"))
+    chosen, chosen_targets, rejected, rejected_targets = pair()
+    whole = objective(Adapted(), chosen[:1], chosen_targets[:1], rejected[:1], rejected_targets[:1])
+    rejected_targets[1] = -100
+    names = list(objective.fields)
+    batch = (chosen, chosen_targets, rejected, rejected_targets)
+    assert torch.allclose(objective(Adapted(), *batch), whole)
+    assert objective.count({name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)}).tolist() == [1, 0]
+
+
+def test_without_adapters_is_undone_when_it_fails():
+    network = Adapted()
+    with pytest.raises(ZeroDivisionError), without_adapters(network):
+        assert network._disable_adapters
+        _ = 1 / 0
+    assert not network._disable_adapters
