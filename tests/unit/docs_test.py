@@ -46,7 +46,7 @@ def test_every_setting_and_every_bound_is_listed():
     assert listed.keys() == key_types(TrainConfig).keys()
     assert listed["train.steps"] == ("train.steps", "int, at least 1", "1000", "Optimizer steps of the whole run.")
     assert listed["data.packing"][1:3] == (
-        "concat | best_fit | documents, not with source=synthetic | records | images | own",
+        "concat | best_fit | documents | preferences, not with source=synthetic | records | images | own",
         "concat",
     )
     assert listed["model.rope_scaling.factor"][1:3] == ("float, at least 1", "<needed>")
