@@ -44,7 +44,7 @@ def sample_run(
     """
     run, checkpoint = find_whole(path)
     config = read_config(run)
-    if config.task.kind in set(TaskKind.__members__) - {TaskKind.causal_lm.name}:
+    if config.task.kind in set(TaskKind.__members__) - {TaskKind.causal_lm.name, TaskKind.preference.name}:
         raise ConfigError(f"{run}: task={config.task.kind} writes no text; only a causal language model does")
     tokenizer = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
