@@ -5,6 +5,7 @@ message says what was found, where, and what would be right. Everything else is 
 of the machine and keeps its traceback.
 """
 
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,16 @@ def of_all_ranks(error: BigtrainError) -> BigtrainError:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says; its class if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
+"""What the code of a user raises when it is wrong, unlike a machine's faults."""
+
+
+def told_with_place(error: BaseException) -> str:
+    """Return the type and first line of an error, and the line of code that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({frame.filename}:{frame.lineno})"
 
 
 def some(names: Iterable[str], most: int, separator: str = ", ") -> str:

@@ -25,7 +25,7 @@ class ValidateConfig:
     data: SetConfig = field(default_factory=SetConfig)
     """Another set, of the kind that the run was trained on."""
     json: bool = False
-    """Print one JSON object, with the confusion matrix."""
+    """Print one JSON object, with the confusion matrix and the scores of each label."""
 
 
 HELP = """\
@@ -54,13 +54,26 @@ def run(config: ValidateConfig) -> None:
         return
     confusion, names = measured.confusion, label_names(locate(path)[0])
     if config.json:
-        counts = {} if confusion is None else {"confusion": confusion.astype(int).tolist(), "labels": names}
-        print(json.dumps(measured.metrics | counts))
+        counts = {} if confusion is None else {"confusion": confusion.astype(int).tolist()}
+        by_label = {"labels": names, "by_label": measured.by_label} if measured.by_label else {}
+        print(json.dumps(measured.metrics | counts | by_label))
         return
     for name, value in measured.metrics.items():
         print(f"{name:<24} {f'{value:.4f}' if isinstance(value, float) else value}")
     if confusion is not None and len(confusion) <= MOST_SHOWN_LABELS:
         print(confusion_table(confusion.astype(int).tolist(), names))
+    if measured.by_label:
+        print(score_table(measured.by_label, names))
+
+
+def score_table(by_label: dict[str, list[float]], names: list[str]) -> str:
+    """Return the scores of each label as text."""
+    names = names or [str(number) for number in range(len(by_label["f1"]))]
+    width = max(map(len, (*names, "label")))
+    rows = zip(names, *by_label.values(), strict=True)
+    lines = [f"{'label':<{width}}" + "".join(f"  {score:>9}" for score in by_label)]
+    lines += [f"{name:<{width}}" + "".join(f"  {value:>9.4f}" for value in values) for name, *values in rows]
+    return "\n".join(["", *lines])
 
 
 def confusion_table(counts: list[list[int]], names: list[str]) -> str:

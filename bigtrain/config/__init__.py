@@ -3,7 +3,8 @@
 Hydra composes them (see ``bigtrain/cli/hydra_cli.py``); nothing here, and nothing else in the package,
 knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is
 its inverse (see ``convert.py``). ``check.py`` fills in derived values and finds contradictions.
-The section about the data is in ``data.py``, those about how a run is watched in ``watch.py``.
+The section about the data is in ``data.py``, that of the task in ``task.py``, those about how a run is watched in
+``watch.py``.
 """
 
 import math
@@ -24,6 +25,7 @@ from bigtrain.config.choices import (
     Inputs,
     Load,
     ModelKind,
+    Noise,
     Norm,
     Offload,
     OnBad,
@@ -55,6 +57,7 @@ from bigtrain.config.data import (
     own_sets,
     set_data,
 )
+from bigtrain.config.task import TaskConfig
 from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
 
 
@@ -299,7 +302,7 @@ class ValidationConfig:
     stop_at: Annotated[float | None, OnlyIf("every_steps", not_in=(0,))] = None
     """The run ends, as finished, when ``metric`` reaches this value."""
     written_samples: Annotated[int, Bound(ge=0, le=10**6), OnlyIf("every_steps", not_in=(0,))] = 0
-    """With ``task=seq2seq``: for so many sources a text is written, and compared with the target (exact, BLEU, chrF)."""
+    """With ``task=seq2seq``, ``denoise``, ``ctc`` and ``speech``: for so many samples a text is written, and compared with the target (exact, BLEU, chrF, ROUGE-L, word and character error rates)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -338,36 +341,6 @@ class LoggingConfig:
     """Own loggers, such as ``[ideas.csv_logger]``."""
     layer_norms_every_steps: Annotated[int, Bound(ge=0)] = 100
     """Steps between norms of gradients, weights and updates per layer; 0 = never."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TaskConfig:
-    """What the run minimises and measures."""
-
-    kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``ctc`` and ``speech``: a text from audio; ``preference``: which of two answers; or the name of an own part, such as ``ideas.focal``."""
-    settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
-        default_factory=dict
-    )
-    """Settings of an own objective."""
-    mask_share: Annotated[float, Bound(gt=0, le=1), OnlyIf("kind", is_in=("masked_lm",))] = 0.15
-    """Expected share of the words that are hidden and predicted."""
-    mask_id: Annotated[int | None, Bound(ge=0), OnlyIf("kind", is_in=("masked_lm",))] = None
-    """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
-    inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
-    """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
-    loss: Annotated[PreferenceLoss, OnlyIf("kind", is_in=("preference",))] = PreferenceLoss.dpo
-    """``dpo`` and ``ipo`` compare with the base of the adapters, ``orpo`` and ``simpo`` with nothing."""
-    beta: Annotated[float, Bound(gt=0, le=10**4), OnlyIf("kind", is_in=("preference",))] = 0.1
-    """Weight of the log-probabilities, or of ORPO's odds."""
-    margin: Annotated[float, Bound(ge=0), OnlyIf("loss", is_in=("simpo",))] = 0.0
-    """By how much rewards are to differ at least."""
-    num_labels: Annotated[int | None, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = (
-        None
-    )
-    """Labels are below this, and the network returns as many logits; by default as many as text or images have names, of records 2."""
-    num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1
-    """Numbers of a sample that are predicted, as many as the network returns."""
 
 
 @dataclass(kw_only=True, slots=True)

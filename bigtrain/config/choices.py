@@ -16,6 +16,8 @@ class TaskKind(Enum):
     token_classification = "token_classification"
     regression = "regression"
     seq2seq = "seq2seq"
+    denoise = "denoise"
+    contrastive = "contrastive"
     ctc = "ctc"
     speech = "speech"
     preference = "preference"
@@ -35,6 +37,13 @@ class PreferenceLoss(Enum):
         return self in (PreferenceLoss.dpo, PreferenceLoss.ipo)
 
 
+class Noise(Enum):
+    """What is done to a text that is to be restored."""
+
+    spans = "spans"
+    infilling = "infilling"
+
+
 class Inputs(Enum):
     tokens = "tokens"
     pixels = "pixels"
@@ -52,6 +61,7 @@ class Head(Enum):
     audio_classification = "audio_classification"
     seq2seq_lm = "seq2seq_lm"
     ctc = "ctc"
+    embedding = "embedding"
     speech_seq2seq = "speech_seq2seq"
 
 

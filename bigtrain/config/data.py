@@ -159,8 +159,8 @@ class DataConfig:
     filters: Annotated[FilterConfig, _TO_PREPARE] = field(default_factory=FilterConfig)
     root: LocalPath = "data"
     """Directory that holds prepared corpora."""
-    tokenizer: Annotated[LocalPath, _TO_PREPARE] = "bpe"
-    """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus."""
+    tokenizer: Annotated[LocalPath, OnlyIf("source", not_in=("prepared", "images"))] = "bpe"
+    """``bpe`` trains a byte-level BPE on the corpus (with pretrained weights it means theirs), ``bytes`` uses bytes; anything else is a Hugging Face tokenizer by name or path, or the directory of a run or prepared corpus. Of records only to read what is written."""
     tokenizer_vocab_size: Annotated[int, Bound(ge=257, le=10**7), _TO_PREPARE, OnlyIf("tokenizer", is_in=("bpe",))] = (
         4096
     )

@@ -1,11 +1,13 @@
 """What a task asks of network and data: without torch."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from bigtrain.config import DataConfig, DataSource, ModelConfig, TaskConfig, TrainConfig, are_records, component_data
 from bigtrain.config.choices import Content, Head, Inputs, ModelKind, Packing, TaskKind
 
+BALANCED = "balanced"
 SMALL_NETWORKS = ("mlp", "cnn", "rnn")
 OF_DOCUMENTS = {
     TaskKind.classification.name: Content.labelled,
@@ -13,9 +15,14 @@ OF_DOCUMENTS = {
     TaskKind.regression.name: Content.numbers,
     TaskKind.seq2seq.name: Content.seq2seq,
     TaskKind.preference.name: Content.preference,
+    TaskKind.contrastive.name: Content.seq2seq,
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
 PREDICT_LABELS = (TaskKind.classification.name, TaskKind.token_classification.name)
+OF_HIDDEN_TEXT = (TaskKind.masked_lm.name, TaskKind.denoise.name)
+"""Tasks that hide part of plain text and predict it."""
+WRITES = tuple(kind.name for kind in (TaskKind.seq2seq, TaskKind.denoise, TaskKind.ctc, TaskKind.speech))
+"""Tasks of which texts are written."""
 HEAD_OF_INPUTS = {
     Inputs.pixels: Head.image_classification,
     Inputs.sequence: Head.audio_classification,
@@ -39,7 +46,8 @@ def head_of(task: TaskConfig) -> Head:
     if task.kind in (TaskKind.classification.name, TaskKind.regression.name):
         return HEAD_OF_INPUTS.get(task.inputs, Head.sequence_classification)
     heads = {kind.name: Head[kind.name] for kind in TaskKind if kind.name in Head.__members__}
-    heads |= {TaskKind.seq2seq.name: Head.seq2seq_lm, TaskKind.speech.name: Head.speech_seq2seq}
+    heads |= dict.fromkeys((TaskKind.seq2seq.name, TaskKind.denoise.name), Head.seq2seq_lm)
+    heads |= {TaskKind.speech.name: Head.speech_seq2seq, TaskKind.contrastive.name: Head.embedding}
     return heads.get(task.kind, Head.causal_lm)
 
 
@@ -58,14 +66,15 @@ def num_outputs_of(task: TaskConfig) -> int | None:
 def check_task(config: TrainConfig) -> Iterator[str]:
     """Yield what does not go together of a task, its network and its data."""
     task, model, data = config.task, config.model, config.data
-    if config.validation.written_samples and task.kind != TaskKind.seq2seq.name:
+    if config.validation.written_samples and task.kind not in WRITES:
         yield f"validation.written_samples: task={task.kind} writes no texts; leave it out"
-    if task.kind == TaskKind.masked_lm.name:
-        yield from _check_masked_lm(model, data)
+    if task.kind in OF_HIDDEN_TEXT:
+        yield from _check_hidden_text(task, model, data)
+    yield from _check_class_weights(task)
     if task.kind not in TaskKind.__members__:
         return
     is_by_sample = task.kind in (TaskKind.classification.name, TaskKind.regression.name)
-    if task.kind not in (TaskKind.causal_lm.name, TaskKind.masked_lm.name):
+    if task.kind not in (TaskKind.causal_lm.name, *OF_HIDDEN_TEXT):
         if task.kind in OF_DOCUMENTS and not are_records(data):
             yield from _check_documents(task, data, OF_DOCUMENTS[task.kind])
         elif not are_records(data):
@@ -77,7 +86,8 @@ def check_task(config: TrainConfig) -> Iterator[str]:
         if model.kind is ModelKind.hf and is_by_sample and task.inputs is Inputs.features:
             instead = "use tokens, pixels, sequence or audio"
             yield f"task={task.kind}: transformers has no network for task.inputs=features; {instead}"
-    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not is_by_sample:
+    embeds = task.kind == TaskKind.contrastive.name and model.name == "rnn"
+    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not is_by_sample and not embeds:
         predicts = "predicts one label or vector a sample; it is for classification, regression"
         yield f"task={task.kind}: model.name={model.name} {predicts}"
     if task.kind not in OF_DOCUMENTS:
@@ -111,14 +121,30 @@ def _check_preference(task: TaskConfig, model: ModelConfig) -> Iterator[str]:
         yield "task=preference: needs a causal language model: bigtrain's own or +model=hf"
 
 
-def _check_masked_lm(model: ModelConfig, data: DataConfig) -> Iterator[str]:
+def _check_class_weights(task: TaskConfig) -> Iterator[str]:
+    """Find weights of labels that are no numbers, or too few of them."""
+    weights = task.class_weights
+    if weights in (None, BALANCED):
+        return
+    are_weights = isinstance(weights, list) and all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+    if not are_weights or len(weights) != task.num_labels or not any(weights):
+        instead = f"{BALANCED}, or a list of task.num_labels={task.num_labels} numbers from 0 on, not all 0"
+        yield f"task.class_weights={weights}: must be {instead}"
+
+
+def _check_hidden_text(task: TaskConfig, model: ModelConfig, data: DataConfig) -> Iterator[str]:
     """Find what samples of hidden tokens cannot be made of, or predicted by."""
+    is_pair = task.kind == TaskKind.denoise.name
     if model.kind is ModelKind.native:
-        instead = "use +model=bert_mini, or another encoder with +model=hf"
-        yield f"task=masked_lm: bigtrain's own decoder sees earlier tokens only; {instead}"
+        instead = "+model=t5_small, or bart" if is_pair else "+model=bert_mini, or another encoder"
+        yield f"task={task.kind}: bigtrain's own decoder sees earlier tokens only; use {instead} with +model=hf"
     if data.packing is not Packing.concat:
-        yield "task=masked_lm: data.packing=best_fit pads samples; use data.packing=concat"
+        yield f"task={task.kind}: data.packing={data.packing.name} pads samples; use data.packing=concat"
     if data.document_mask:
-        yield "task=masked_lm: data.document_mask is not offered; leave it out"
+        yield f"task={task.kind}: data.document_mask is not offered; leave it out"
     if data.content is not Content.text:
-        yield f"task=masked_lm: data.content={data.content.name} is for answers; use text"
+        yield f"task={task.kind}: data.content={data.content.name} is for answers; use text"
+    if is_pair and are_records(data):
+        yield f"task={task.kind}: makes its pairs of text; pairs of records are task=seq2seq"
+    if is_pair and data.sequence_length is not None and data.sequence_length < 3:
+        yield f"task={task.kind}: data.sequence_length={data.sequence_length} leaves no gap; use 3 or more"

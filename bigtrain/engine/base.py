@@ -9,7 +9,7 @@ from torch import nn
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.state import EngineState
-from bigtrain.tasks.base import sums_of
+from bigtrain.tasks.base import Objective, sums_of
 
 
 class Engine:
@@ -18,6 +18,7 @@ class Engine:
     module: nn.Module
     """The wrapped :class:`bigtrain.tasks.base.TaskModel`: DistributedDataParallel, an FSDPModule or a DeepSpeedEngine;
     under ``ddp`` in a world of one it is not wrapped."""
+    objective: Objective  # what is minimised
     optimizer: torch.optim.Optimizer  # what updates the weights that this rank holds
     device: torch.device  # where batches go
     mesh: Mesh  # where this rank stands among the others

@@ -54,9 +54,11 @@ def build_engine(
             from bigtrain.engine.float8 import use_float8
 
             use_float8(model, num_tokens=config.train.micro_batch_size * config.data.sequence_length)
-        return TaskModel(model, objective or build_objective(config.task))
+        return TaskModel(model, minimised)
 
+    minimised = objective or build_objective(config.task)
     engine = _build(config, build_task, info=info, device=device)
+    engine.objective = minimised
     if config.optimizer.kind is OptimizerKind.muon:
         dtype = torch.float32 if precision in (Precision.fp32, Precision.tf32) else torch.bfloat16
         hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)

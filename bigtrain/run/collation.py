@@ -1,15 +1,19 @@
 """What a task does to samples between the corpus and the network: a function of the samples and their places in the run."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import ModelConfig, ModelKind, TaskKind, TrainConfig, are_records
+from bigtrain.config import ModelConfig, ModelKind, Noise, TaskKind, TrainConfig, are_records
 from bigtrain.data.read.batch import Collate, Samples
+from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer, mask_token_id, num_ids, special_ids, starts_word
 from bigtrain.errors import ConfigError
+from bigtrain.tasks.denoising import SpanCorruption, TextInfilling, num_spans_of
 from bigtrain.tasks.masking import Masking, number_words
 
 if TYPE_CHECKING:
@@ -35,6 +39,21 @@ class MaskedTokens:
     def __str__(self) -> str:
         """Return what decides the masks, for the digest of the data."""
         return str(self.masking)
+
+
+class Denoised:
+    """Makes pairs of texts with gaps and what restores them; see :mod:`bigtrain.tasks.denoising`."""
+
+    def __init__(self, noise: SpanCorruption | TextInfilling) -> None:
+        self.noise = noise
+
+    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        """Return sources and targets."""
+        return Samples(self.noise(samples["tokens"], positions))
+
+    def __str__(self) -> str:
+        """Return what decides the gaps, for the digest of the data."""
+        return str(self.noise)
 
 
 class FirstToken:
@@ -89,29 +108,86 @@ def mask_id_of(config: TrainConfig, tokenizer: "Tokenizer", directory: Path) -> 
 
 
 def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
-    """Return what ``config.task`` does to samples, if anything.
+    """Return what ``config.task`` does to samples, if it does anything.
 
-    ConfigError: no token is left to stand for a hidden one.
+    Raises:
+        ConfigError: no token is left to stand for a hidden one.
     """
-    if config.task.kind == TaskKind.seq2seq.name and not are_records(config.data):
-        first = first_token(config.model)
-        return None if first is None else FirstToken(first)
-    if config.task.kind != TaskKind.masked_lm.name:
-        return None
-    vocab_size, given = config.model.vocab_size, config.task.mask_id
-    if tokenizer_directory is None:  # synthetic data: every id is a word
-        num_used, special, starts = vocab_size - 1, [], np.ones(vocab_size, dtype=np.bool_)
-        mask_id = num_used if given is None else given
-    else:
-        tokenizer = load_tokenizer(tokenizer_directory)
-        num_used, special, starts = num_ids(tokenizer), special_ids(tokenizer), starts_word(tokenizer)
-        mask_id = mask_id_of(config, tokenizer, tokenizer_directory)
-    if given is not None and given >= vocab_size:
-        raise ConfigError(f"task.mask_id={given}: must be less than model.vocab_size={vocab_size}")
-    if mask_id >= vocab_size:
-        raise ConfigError(
-            f"task=masked_lm: the tokenizer has no mask token and uses all {num_used} rows of the embedding; "
-            f"model.vocab_size={num_used + 1} or more has one for it, or name one with task.mask_id"
-        )
-    masking = Masking(mask_id=mask_id, vocab_size=num_used, share=config.task.mask_share, seed=config.train.seed)
-    return MaskedTokens(masking, starts, special)
+    match config.task.kind:
+        case TaskKind.seq2seq.name if not are_records(config.data):
+            first = first_token(config.model)
+            return None if first is None else FirstToken(first)
+        case TaskKind.masked_lm.name:
+            return _masked(config, _Ids.of(config, tokenizer_directory))
+        case TaskKind.denoise.name:
+            return Denoised(_noise(config, _Ids.of(config, tokenizer_directory)))
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ids:
+    """Which ids a tokenizer uses."""
+
+    num_used: int
+    mask_id: int | None
+    eos_id: int
+    special: list[int]
+    starts_word_V: NDArray[np.bool_]
+    find: Callable[[str], int | None]
+    """Returns the id of a token."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, directory: Path | None) -> "_Ids":
+        if directory is None:  # synthetic data: every id is a word
+            size = config.model.vocab_size
+            return cls(size - 1, size - 1, 0, [], np.ones(size, dtype=np.bool_), lambda _: None)
+        tokenizer = load_tokenizer(directory)
+        eos_id = read_index(directory, check_sizes=False).tokenizer.eos_id
+        special, starts = special_ids(tokenizer), starts_word(tokenizer)
+        mask_id = mask_token_id(tokenizer, directory)
+        return cls(num_ids(tokenizer), mask_id, eos_id, special, starts, tokenizer.token_to_id)
+
+    def mask(self, config: TrainConfig) -> int:
+        """Return the token that stands for a hidden one."""
+        vocab_size, given = config.model.vocab_size, config.task.mask_id
+        if given is not None and given >= vocab_size:
+            raise ConfigError(f"task.mask_id={given}: must be less than model.vocab_size={vocab_size}")
+        if given is not None and given < self.num_used and given not in (self.mask_id, *self.special):
+            raise ConfigError(
+                f"task.mask_id={given}: is a token of the text, which could not be told from a hidden one; use a special "
+                f"token ({', '.join(map(str, self.special[:8])) or 'there is none'}), or an id from {self.num_used} on"
+            )
+        mask_id = given if given is not None else self.num_used if self.mask_id is None else self.mask_id
+        if mask_id >= vocab_size:
+            raise ConfigError(
+                f"task={config.task.kind}: the tokenizer has no mask token and uses all {self.num_used} rows of the "
+                f"embedding; model.vocab_size={self.num_used + 1} or more has one for it, or name one with task.mask_id"
+            )
+        return mask_id
+
+    def sentinels(self, config: TrainConfig, number: int) -> tuple[int, ...]:
+        """Return T5's tokens ``<extra_id_0>``, ..., or the last ids of the vocabulary, from the last one down."""
+        own = [self.find(f"<extra_id_{n}>") for n in range(number)]
+        if None not in own:
+            return tuple(own)
+        if config.model.vocab_size < self.num_used + number:
+            raise ConfigError(
+                f"task=denoise: {number} gaps of a sample need as many tokens that stand for them, and the tokenizer has "
+                f"no <extra_id_{own.index(None)}>; model.vocab_size={self.num_used + number} or more has rows for them"
+            )
+        return tuple(config.model.vocab_size - 1 - n for n in range(number))
+
+
+def _masked(config: TrainConfig, ids: _Ids) -> MaskedTokens:
+    settings = {"vocab_size": ids.num_used, "share": config.task.mask_share, "seed": config.train.seed}
+    return MaskedTokens(Masking(mask_id=ids.mask(config), **settings), ids.starts_word_V, ids.special)
+
+
+def _noise(config: TrainConfig, ids: _Ids) -> SpanCorruption | TextInfilling:
+    task, first = config.task, first_token(config.model)
+    given = {"eos_id": ids.eos_id, "first_id": ids.eos_id if first is None else first}
+    given |= {"share": task.mask_share, "seed": config.train.seed}
+    if task.noise is Noise.infilling:
+        return TextInfilling(mask_id=ids.mask(config), mean_span=task.mean_span, **given)
+    num_spans = num_spans_of(config.data.sequence_length, task.mask_share, task.mean_span)
+    return SpanCorruption(sentinels=ids.sentinels(config, num_spans), **given)

@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from bigtrain.config import (
     AugmentConfig,
     DataConfig,
     DataSource,
+    ModelConfig,
     ModelKind,
     OnBad,
     Packing,
@@ -38,6 +39,7 @@ from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY, SPLITS, re
 from bigtrain.data.read.loader import TrainLoader, require_validation_targets, validation_batches
 from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
+from bigtrain.data.read.records import RecordSplit
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import count_labels, open_streams
@@ -79,6 +81,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         sides=("train",) if own_sets(config.data, HELD_OUT) else SPLITS,
     )
     stream = streams["train"]
+    limit_ids(streams.values(), config.model)
     if collate := build_collation(config, stream.tokenizer_directory):
         for part in streams.values():
             part.collated(collate)
@@ -107,6 +110,14 @@ def with_num_labels(config: TrainConfig) -> TrainConfig:
     is_hf = config.model.kind is ModelKind.hf
     model = dataclasses.replace(config.model, num_outputs=num_labels) if is_hf else config.model
     return dataclasses.replace(config, task=task, model=model)
+
+
+def limit_ids(streams: Iterable[SampleStream], model: ModelConfig) -> None:
+    """From now on refuse records with ids that the network's embedding has no row for; own networks say nothing of theirs."""
+    splits = [part.split for stream in streams for part in stream.components.values() if hasattr(part, "split")]
+    for split in splits if model.kind is not ModelKind.own else ():
+        if isinstance(split, RecordSplit):
+            split.records.num_ids = model.vocab_size
 
 
 def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleStream]:
@@ -171,6 +182,7 @@ def open_set(
         facts=facts,
     )["train"]
     stream.name = where
+    limit_ids([stream], config.model)
     if tokenizer and (own := stream.tokenizer_directory):
         ours, theirs = (read_index(path, check_sizes=False).tokenizer for path in (own, tokenizer))
         if ours.file.xxh3 != theirs.file.xxh3:
@@ -258,7 +270,8 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
             "tokens, of which the first are used"
         )
     weights_are_given = config.model.pretrained or config.model.init_from or config.model.kind is ModelKind.own
-    if stream.tokenizer_directory and not weights_are_given:
+    has_spare_rows = config.task.kind == TaskKind.denoise.name  # sentinels
+    if stream.tokenizer_directory and not weights_are_given and not has_spare_rows:
         tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
         num_used = tokenizer.vocab_size + (config.task.kind in (TaskKind.masked_lm.name, TaskKind.seq2seq.name))
         num_rows, num_enough = config.model.vocab_size, -(-num_used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

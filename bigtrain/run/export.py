@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskKind, TrainConfig
+from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskConfig, TaskKind, TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, check_file, read_index
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids
@@ -154,21 +154,21 @@ def _hugging_face(
         config = _with_ids(config, ids)
         if GENERATION in files:
             files[GENERATION] = _json(_with_ids(json.loads(files[GENERATION]), ids))
-    config |= _of_labels(own, run_config.task.kind, label_names(run))
+    config |= _of_labels(own, run_config.task, label_names(run))
     if own.head is Head.sequence_classification:  # before which one that reads the last token looks for it
         config["pad_token_id"] = network.config.get_text_config().pad_token_id
     files[CONFIG] = _json(config)
     return list(_disk_parts(network, reader, dtype)), files
 
 
-def _of_labels(model: ModelConfig, task: str, names: list[str]) -> dict[str, Any]:
+def _of_labels(model: ModelConfig, task: TaskConfig, names: list[str]) -> dict[str, Any]:
     """Return what a ``config.json`` says of the labels or values that a model predicts."""
     if model.num_outputs is None:
         return {}
     labels = names if len(names) == model.num_outputs else [f"LABEL_{label}" for label in range(model.num_outputs)]
     described = {"id2label": dict(enumerate(labels)), "label2id": {name: label for label, name in enumerate(labels)}}
-    kind = "regression" if task == TaskKind.regression.name else "single_label_classification"
-    return described | {"problem_type": kind}
+    kind = "multi_label_classification" if task.multi_label else "single_label_classification"
+    return described | {"problem_type": "regression" if task.kind == TaskKind.regression.name else kind}
 
 
 def _disk_parts(network: nn.Module, reader: WeightReader | MergedWeights, dtype: torch.dtype) -> Iterator[Part]:

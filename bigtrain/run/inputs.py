@@ -1,6 +1,7 @@
 """Inputs of a trained network from a file or a program: rows of columns, or text that the run's tokenizer reads."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import TrainConfig
+from bigtrain.config import Content, TrainConfig
 from bigtrain.data.prepare.images import read_image
 from bigtrain.data.prepare.tables import csv_lines, csv_record
 from bigtrain.data.read.index import read_index
@@ -23,6 +24,7 @@ from bigtrain.tasks.base import Field, Objective
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".txt", ".npz")
 Row = Mapping[str, Any]
+Words = list[tuple[str, int]]
 
 
 class Unlabelled(Objective):
@@ -44,8 +46,10 @@ class Unlabelled(Objective):
 class Rows:
     """Rows as a dataset of the columns that a network takes; what else is in a row is left alone."""
 
-    def __init__(self, rows: list[Any], where: str, read: Callable[[Any], Row]) -> None:
-        self._rows, self._where, self._read = rows, where, read
+    def __init__(
+        self, rows: list[Any], where: str, read: Callable[[Any], Row], words: Callable[[Any], Words] | None = None
+    ) -> None:
+        self._rows, self._where, self._read, self._words = rows, where, read, words
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,6 +60,10 @@ class Rows:
         except (ValueError, TypeError, KeyError) as error:
             told = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise DataError(f"{self._where}:{row + 1}: {told}") from error
+
+    def words(self, row: int) -> Words | None:
+        """Return the words of a row that is text, and the place of the first token of each."""
+        return self._words(self._rows[row]) if self._words else None
 
 
 def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | None) -> Callable[[Any], Row]:
@@ -68,6 +76,7 @@ def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | No
     first = source_first() if source_first else None
 
     def encode(text: Any) -> Row:
+        text = _joined(text)
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is no text")
         ids = tokenizer.encode(text, add_special_tokens=record.adds_special).ids
@@ -90,6 +99,27 @@ def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | No
     return encode
 
 
+def _joined(text: Any) -> Any:
+    """Return the text of a list of words, and everything else as it is."""
+    is_list = isinstance(text, list) and all(isinstance(word, str) for word in text)
+    return " ".join(text) if is_list else text
+
+
+def _words(run: Path, length: int, text: str | list[str]) -> Words:
+    """Return the words of a text, and the place of the first token of each among the ``length`` that a sample has."""
+    tokenizer, adds_special = load_tokenizer(run), read_index(run, check_sizes=False).tokenizer.adds_special
+    if isinstance(text, list):
+        ends = np.cumsum([len(word) + 1 for word in text])
+        spans = [(word, int(end) - len(word) - 1) for word, end in zip(text, ends, strict=True)]
+    else:
+        spans = [(match[0], match.start()) for match in re.finditer(r"\S+", text)]
+    offsets = tokenizer.encode(_joined(text), add_special_tokens=adds_special).offsets
+    reached = np.maximum.accumulate([end for _, end in offsets] or [0])
+    first = np.searchsorted(reached, [start for _, start in spans], side="right") + (not adds_special)
+    places = zip(spans, first.tolist(), strict=True)
+    return [(word, place) for (word, _), place in places if place < length - adds_special]
+
+
 def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config: TrainConfig) -> Records:
     """Return the inputs for the network of a run, which has its tokenizer.
 
@@ -109,7 +139,8 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     else:
         rows = _read(inputs) if isinstance(inputs, Path) else inputs
         try:
-            dataset = Rows(rows, where, _reader(rows, objective, run, config))
+            read, words = _reader(rows, objective, run, config)
+            dataset = Rows(rows, where, read, words)
         except ValueError as error:
             raise DataError(f"{where}:1: {error}") from error
     if not len(dataset):
@@ -153,8 +184,10 @@ def _read(path: Path) -> list[Any]:
     return content.removesuffix("\n").split("\n") if content else []
 
 
-def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: TrainConfig) -> Callable[[Any], Row]:
-    """Return what makes columns of a row: of one with text its tokens, of a row of a table its numbers."""
+def _reader(
+    rows: Iterable[Any], objective: Unlabelled, run: Path, config: TrainConfig
+) -> tuple[Callable[[Any], Row], Callable[[Any], Words] | None]:
+    """Return what makes columns of a row, of one with text its tokens, of a row of a table its numbers; and its words."""
     wanted, data, first = list(objective.fields), config.data, next(iter(rows), None)
     is_json = isinstance(first, str) and first.lstrip().startswith("{")
     sample = json.loads(first) if is_json else first
@@ -178,4 +211,8 @@ def _reader(rows: Iterable[Any], objective: Unlabelled, run: Path, config: Train
             return {"features": np.array(numbers, dtype=np.float32)}
         return {name: row[name] for name in wanted}
 
-    return read
+    def words(row: Any) -> Words:
+        row = json.loads(row) if is_json else row
+        return _words(run, data.sequence_length, row if isinstance(row, str) else row[text_field])
+
+    return read, words if encode and data.content is Content.tagged else None

@@ -59,6 +59,8 @@ def inspect_step(config: TrainConfig, *, step: int, num_samples: int, state: Run
         component, places = stream.origin_of(sample_id)
         if config.data.packing in (Packing.documents, Packing.preferences):
             where, lines = f"{component} {sample_id}, document {places[0]}", _document_lines(stream, columns, tokenizer)
+        elif "source" in columns and not are_records(config.data):
+            where, lines = f"sample {sample_id}, with gaps", _document_lines(stream, columns, tokenizer)
         elif stream.collate is not None:
             counted = f"{np.count_nonzero(columns['targets'] != IGNORE_INDEX)} of {len(columns['targets'])}"
             where, lines = f"sample {sample_id}, {counted} tokens are predicted", [_masked_line(columns, tokenizer)]
@@ -101,7 +103,8 @@ def _document_lines(stream: SampleStream, columns: Columns, tokenizer: "Tokenize
     if "source" in columns:
         written = columns["targets"][columns["targets"] != IGNORE_INDEX]
         for name, ids in (("source", columns["source"][: columns["source_lengths"]]), ("target", written)):
-            yield f"{name}: {'│'.join(_text(int(token), tokenizer) for token in ids)}"
+            # What the tokenizer has not, such as a sentinel, is its number.
+            yield f"{name}: {'│'.join(_text(token, tokenizer) or f'<{token}>' for token in ids.tolist())}"
         return
     tokens = columns["tokens"][: columns["lengths"]]
     labels, names = columns.get("labels", columns.get("values")), stream.label_names

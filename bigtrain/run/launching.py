@@ -35,6 +35,7 @@ from bigtrain.models import build_model
 from bigtrain.models.hf.files import stored_tensors
 from bigtrain.plan import preflight
 from bigtrain.processes import RankInfo
+from bigtrain.run.class_weights import with_class_weights
 from bigtrain.run.data import check_continuation, open_data, require_tokenizer, with_num_labels, with_steps
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
 from bigtrain.run.frozen import describe_frozen, without_frozen
@@ -110,6 +111,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
         on_rank0(lambda: require_place(config, start))
         streams = open_data(config, state.data if state else None)
     stream, begin = streams["train"], state.cursor if state else Cursor()
+    config = with_class_weights(config, stream)
     changes = check_continuation(state, config, stream, info.world_size) if state else []
     if start.checkpoint:
         on_rank0(lambda: require_tokenizer(start.checkpoint, stream))

@@ -64,7 +64,8 @@ class _Job:
             batch = build_batch(self.records.read(read, read)).to(self.engine.device)
             with torch.no_grad():
                 found = self.objective.answers(network, *batch.values(), wanted=self.wanted)
-            answers += found[: len(own)]
+            pairs = zip(found[: len(own)], map(self.records.words, own.tolist()), strict=True)
+            answers += [answer if words is None else _of_words(answer, words) for answer, words in pairs]
         named = zip(rows.tolist(), answers, strict=True)
         return [{"file": self.files[row], **answer} for row, answer in named] if self.files else answers
 
@@ -81,11 +82,16 @@ def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterato
         records = open_inputs(inputs, run, config)
         is_directory = isinstance(inputs, Path) and inputs.is_dir()
         files = [str(file.relative_to(inputs)) for file in list_images(inputs)] if is_directory else []
-        writing = writing_of(run) if (run / TOKENIZER_FILE).is_file() else None
+        writing = writing_of(run if (run / TOKENIZER_FILE).is_file() else None, config)
         wanted = dataclasses.replace(wanted, label_names=tuple(label_names(run)), writing=writing)
         engine, checkpoint = load_engine(path, config)
         engine.module.eval()
         yield _Job(engine, objective, records, wanted, batch_size, checkpoint, files)
+
+
+def _of_words(answer: dict[str, Any], words: list[tuple[str, int]]) -> dict[str, Any]:
+    """Return the label of the first token of each word, in place of all tokens' labels."""
+    return {"words": [word for word, _ in words], "labels": [answer["labels"][place] for _, place in words]}
 
 
 def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from bigtrain.run.frozen import load_state, load_weights, parameters_of, startin
 from bigtrain.run.validation import WRITTEN_METRICS
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import sums_by_name
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.metrics import LESS_IS_BETTER
 
@@ -163,7 +164,7 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
     objective, metric = build_objective(config.task), config.validation.metric
     known = ["loss"]
     if metric not in known:
-        ones = {name: np.ones(shape) for name, shape in objective.sums.items()}
+        ones = {name: np.ones(shape) for name, shape in sums_by_name(objective, held_out=True).items()}
         known += objective.metrics(1.0, ones)
         known += ["bits_per_byte"] if isinstance(objective, CausalLM) else []
         known += WRITTEN_METRICS if config.validation.written_samples else ()

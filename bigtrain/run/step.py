@@ -9,6 +9,7 @@ import torch
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
+from bigtrain.run.coupling import coupled
 from bigtrain.tasks.base import Objective, split_sums
 
 
@@ -22,8 +23,10 @@ def train_step(
     """
     num_targets: torch.Tensor | int | None = batch.global_num_targets
     if num_targets is None:
-        num_targets = engine.mesh.total(torch.full((), batch.num_targets, device=engine.device)).clamp(min=1)
-    sums = engine.forward_backward(batch.micro_batches, num_targets=num_targets)
+        num_targets = engine.mesh.total(torch.full((), batch.num_targets, device=engine.device))
+        num_targets = num_targets.where(num_targets > 0, 1)
+    micro_batches = coupled(engine, batch.micro_batches, trains=True)
+    sums = engine.forward_backward(micro_batches, num_targets=num_targets)
     before_update()
     grad_norm = engine.step(lr)
     return torch.cat([sums[:1] / num_targets, sums[1:]]) if sums.ndim else sums / num_targets, grad_norm

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigtrain.config import TrainConfig
+from bigtrain.config import DataConfig, ModelKind, TrainConfig
 from bigtrain.config.packages import require
 from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.images import visible
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import count_targets
 from bigtrain.data.read.stream import SampleStream
-from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.data.read.tokenizer import build_tokenizer, load_tokenizer
 from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.base import Engine
 from bigtrain.files import write_anew
+from bigtrain.run.coupling import coupled
 from bigtrain.run.data import HELD_OUT, held_out_batches, sets_of
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted, Writing
-from bigtrain.tasks.base import IGNORE_INDEX, Objective, split_sums
+from bigtrain.tasks.base import IGNORE_INDEX, Objective, num_sums, split_sums
 from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.metrics import scores_by_label
+from bigtrain.tasks.texts import error_rate, rouge_l
 from bigtrain.telemetry.files import CLASSIFICATION_FILE
 
 NUM_WRITTEN = 10  # texts of a validation that are recorded
 NUM_MISTAKES = 24  # images that are shown
-WRITTEN_METRICS = ("exact", "bleu", "chrf")
-"""Share of texts that are the target; BLEU and chrF of sacrebleu, each of all texts together."""
+WRITTEN_METRICS = ("exact", "bleu", "chrf", "rouge_l", "wer", "cer")
+"""Share of texts that are the target; BLEU and chrF of sacrebleu, each of all texts together; the mean ROUGE-L; and edits
+per word and per character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,9 @@ class Measured:
     metrics: dict[str, float]
     """``loss`` and the task's; of a set with a name as ``name/loss``, besides those of all together."""
     confusion: NDArray[np.float64] | None  # ``(C, C)``, a row per true label, if the task counts them
+    by_label: dict[
+        str, list[float]
+    ]  # precision, recall and F1, and AUC of several labels a sample, if the task has labels
     texts: list[dict[str, str]]  # on rank 0, what was written of the first of ``validation.written_samples`` samples
 
 
@@ -59,9 +67,9 @@ def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConf
 
     def measure(chosen: list[str]) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
         """Return metrics and sums of some sets together."""
-        num_targets, loss_sum, *flat = torch.stack([totals[name] for name in chosen]).sum(dim=0).tolist()
-        loss = loss_sum / num_targets if num_targets else float("nan")  # all in shards that are skipped
-        sums = split_sums(objective, flat)
+        num_targets, loss_sum, *_ = total = torch.stack([totals[name] for name in chosen]).sum(dim=0).numpy()
+        loss = float(loss_sum / num_targets) if num_targets else float("nan")  # all in shards that are skipped
+        sums = split_sums(objective, total[2:], held_out=True)
         metrics = {"loss": loss, **objective.metrics(loss, sums)}
         if texts:
             metrics |= written_metrics([text for name in chosen for text in texts[name]])
@@ -73,7 +81,10 @@ def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConf
     metrics, sums = measure(list(sets))
     for name in filter(None, sets):
         metrics |= {f"{name}/{key}": value for key, value in measure([name])[0].items()}
-    return Measured(metrics, sums.get("confusion"), [text for part in texts.values() for text in part][:NUM_WRITTEN])
+    by_label = {name: values.tolist() for name, values in scores_by_label(sums).items()}
+    return Measured(
+        metrics, sums.get("confusion"), by_label, [text for part in texts.values() for text in part][:NUM_WRITTEN]
+    )
 
 
 def _add_up(
@@ -81,23 +92,25 @@ def _add_up(
 ) -> torch.Tensor:
     """Return targets, summed loss and the objective's sums over samples of a set, over all ranks: fp64 ``(2 + K,)``."""
     batches = batches or math.ceil(stream.num_samples / config.train.global_batch_size)
-    total = torch.zeros(2 + sum(math.prod(shape) for shape in objective.sums.values()), dtype=torch.float64)
+    total = torch.zeros(2 + num_sums(objective, held_out=True), dtype=torch.float64)
     for micro_batches in held_out_batches(stream, config, engine, batches=batches):
-        for batch, sums in zip(micro_batches, engine.evaluate(micro_batches).tolist(), strict=True):
-            total += torch.tensor([count_targets(objective, batch), *sums], dtype=torch.float64)
+        found = engine.evaluate(coupled(engine, micro_batches, trains=False)).double().cpu()
+        for batch, sums in zip(micro_batches, found, strict=True):
+            total[0] += count_targets(objective, batch)
+            total[1:] += sums
     return engine.mesh.total(total)
 
 
-# What a sequence-to-sequence model writes
+# What a model writes of sources or speech
 
 
 def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
-    """Return source, target and what was written of ``validation.written_samples`` samples, in order, on rank 0.
+    """Return source, if it is text, target and what was written of ``validation.written_samples`` samples, in order, on rank 0.
 
     All ranks call this.
     """
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
-    objective, wanted = build_objective(config.task), Wanted(writing=writing_of(stream.tokenizer_directory))
+    objective, wanted = build_objective(config.task), Wanted(writing=writing_of(stream.tokenizer_directory, config))
     engine.module.eval()
     network, decode = partial(engine.module, predicts=True), wanted.writing.decode
     found: list[tuple[int, dict[str, str]]] = []
@@ -106,10 +119,13 @@ def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) 
         *inputs, targets = (tensor.to(engine.device) for tensor in batch.values())
         with torch.no_grad():
             written = objective.answers(network, *inputs, wanted=wanted)
-        rows = zip(batch["source"].tolist(), batch["source_lengths"].tolist(), targets.tolist(), written, strict=True)
+        sources = [{} for _ in written]
+        if "source" in batch:
+            texts = zip(batch["source"].tolist(), batch["source_lengths"].tolist(), strict=True)
+            sources = [{"source": decode(text[:length])} for text, length in texts]
         found += [
-            (number, {"source": decode(text[:length]), "target": decode(target), "written": own["text"]})
-            for text, length, target, own in rows
+            (number, {**source, "target": decode(target), "written": own["text"]})
+            for source, target, own in zip(sources, targets.tolist(), written, strict=True)
             if target[0] != IGNORE_INDEX
         ]
     by_step = sorted((part for rank in gather_json(found) for part in rank), key=lambda part: part[0])
@@ -127,18 +143,40 @@ def written_metrics(texts: list[dict[str, str]]) -> dict[str, float]:
         exact = sum(one == other for one, other in zip(written, targets, strict=True)) / len(targets)
         bleu = sacrebleu.corpus_bleu(written, [targets], force=True).score
         metrics = {"exact": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(written, [targets]).score}
+        words = [[text.split() for text in texts] for texts in (written, targets)]
+        metrics |= {
+            "rouge_l": rouge_l(written, targets),
+            "wer": error_rate(*words),
+            "cer": error_rate(written, targets),
+        }
     return broadcast_json(metrics)
 
 
-def writing_of(directory: Path) -> Writing:
-    """Return how the tokenizer in a directory, of a corpus or a run, ends and reads texts."""
-    tokenizer, eos_id = load_tokenizer(directory), read_index(directory, check_sizes=False).tokenizer.eos_id
+def writing_of(directory: Path | None, config: TrainConfig) -> Writing:
+    """Return how texts end and are read: by the tokenizer in a directory, of a corpus or a run, or of ``data.tokenizer``.
+
+    Records without one have ids for words.
+    """
+    if directory:
+        tokenizer, eos_id = load_tokenizer(directory), read_index(directory, check_sizes=False).tokenizer.eos_id
+    elif config.data.tokenizer != DataConfig().tokenizer:
+        tokenizer, eos_id, *_ = build_tokenizer(config.data, ())
+    else:
+        from bigtrain.models.hf.build import read_hf_config
+
+        is_hf = config.model.kind is ModelKind.hf
+        end = getattr(read_hf_config(config.model.name), "eos_token_id", None) if is_hf else None
+        return Writing(-1 if end is None else end, lambda ids: " ".join(map(str, _until(ids, end))))
 
     def decode(ids: list[int]) -> str:
-        ends = [place for place, number in enumerate(ids) if number in (eos_id, IGNORE_INDEX)]
-        return tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+        return tokenizer.decode(_until(ids, eos_id), skip_special_tokens=True)
 
     return Writing(eos_id, decode)
+
+
+def _until(ids: list[int], end: int | None) -> list[int]:
+    """Return the ids before the one that ends a text."""
+    return list(takewhile(lambda token: token not in (end, IGNORE_INDEX), ids))
 
 
 # What a classifier gets wrong

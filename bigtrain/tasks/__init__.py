@@ -5,8 +5,10 @@ from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import Objective
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.contrastive import Contrastive
 from bigtrain.tasks.ctc import CTC
 from bigtrain.tasks.masked_lm import MaskedLM
+from bigtrain.tasks.multi_label import MultiLabel
 from bigtrain.tasks.preference import Preference
 from bigtrain.tasks.regression import Regression
 from bigtrain.tasks.seq2seq import Seq2Seq
@@ -25,13 +27,20 @@ def build_objective(config: TaskConfig) -> Objective:
         case TaskKind.masked_lm.name:
             return MaskedLM()
         case TaskKind.classification.name:
-            return Classification(inputs=config.inputs, num_labels=config.num_labels or 2)
+            kind = MultiLabel if config.multi_label else Classification
+            # Balanced weights are known when the data is; until then every sample weighs 1.
+            weights = config.class_weights if isinstance(config.class_weights, list) else ()
+            return kind(
+                inputs=config.inputs, num_labels=config.num_labels or 2, class_weights=tuple(map(float, weights))
+            )
         case TaskKind.token_classification.name:
             return TokenClassification(num_labels=config.num_labels or 2)
-        case TaskKind.seq2seq.name | TaskKind.speech.name:
+        case TaskKind.seq2seq.name | TaskKind.denoise.name | TaskKind.speech.name:
             return Seq2Seq(hears=config.kind == TaskKind.speech.name)
         case TaskKind.preference.name:
             return Preference(loss=config.loss, beta=config.beta, margin=config.margin)
+        case TaskKind.contrastive.name:
+            return Contrastive(temperature=config.temperature, is_symmetric=config.symmetric)
         case TaskKind.ctc.name:
             return CTC()
         case TaskKind.regression.name:

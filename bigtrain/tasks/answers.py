@@ -55,6 +55,18 @@ def label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
     return [{"label": wanted.name(row[0]), "probability": found[0]} for row, found in rows]
 
 
+def several_label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+    """Return the labels of each sample whose probability is ``threshold`` or more, else 0.5; or the ``top_k`` likeliest."""
+    probabilities_BC = torch.sigmoid(logits_BC.double())
+    threshold = 0.5 if wanted.threshold is None else wanted.threshold
+    answers = []
+    for row in probabilities_BC.tolist():
+        order = sorted(range(len(row)), key=lambda label: -row[label])
+        chosen = order[: wanted.top_k] if wanted.top_k > 1 else [label for label in order if row[label] >= threshold]
+        answers.append({"labels": list(map(wanted.name, chosen)), "probabilities": [row[label] for label in chosen]})
+    return answers
+
+
 def value_answers(values_BV: Tensor) -> list[dict[str, Any]]:
     """Return the numbers of each sample: ``value``, or ``values`` where there are several."""
     return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in values_BV.tolist()]

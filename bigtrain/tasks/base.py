@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bigtrain.errors import ConfigError, of_all_ranks
+from bigtrain.errors import MISTAKES, ConfigError, of_all_ranks, told_with_place
 
 IGNORE_INDEX = -100
 """Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
@@ -62,8 +62,11 @@ class Objective(Protocol):
         """Names and shapes of the sums beside the loss, in order, of which metrics are made; a class attribute will do."""
         return {}
 
+    # ``held_out_sums``, if an objective has it, are more of them, which follow the others in evaluation alone, where
+    # ``network.training`` is False: what is too large to be exchanged in every step.
+
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return how many targets count in each sample, ``(N,)``; on the host, before the step."""
+        """Return how many targets count in each sample, or what they weigh, ``(N,)``; on the host, before the step."""
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the loss, *summed* over the batch's targets, and the sums, flat: fp32 ``(1 + K,)``; only the first has a gradient.
@@ -94,22 +97,27 @@ class TaskModel(nn.Module):
         super().__init__()
         self.network = network
         self.objective = objective
-        self.shape = torch.Size([1 + sum(math.prod(shape) for shape in objective.sums.values())])
 
     def forward(self, *tensors: Tensor, predicts: bool = False) -> Any:
         """Return the vector of sums, or what the network itself says to ``tensors``."""
         if predicts:
             return self.network(*tensors)
-        sums = self.objective(self.network, *tensors)
+        try:
+            sums = self.objective(self.network, *tensors)
+        except MISTAKES as error:
+            if type(self.objective).__module__.startswith("bigtrain."):
+                raise
+            raise ConfigError(f"{type(self.objective).__name__}: {told_with_place(error)}") from error
         if not isinstance(sums, Tensor) or not sums.is_floating_point():
             what = sums.dtype if isinstance(sums, Tensor) else type(sums).__name__
             told = f"{type(self.objective).__name__} returns {what}; an objective returns a tensor of fractions, fp32"
             raise of_all_ranks(ConfigError(told))
-        if sums.shape != self.shape and (sums.ndim or self.shape.numel() > 1):
+        size = 1 + num_sums(self.objective, held_out=not self.training)
+        if sums.shape != (size,) and (sums.ndim or size > 1):
             raise of_all_ranks(
                 ConfigError(
                     f"{type(self.objective).__name__} returns a tensor {tuple(sums.shape)}; an objective returns "
-                    f"{tuple(self.shape)}: the summed loss, and the sums that it names"
+                    f"{(size,)}: the summed loss, and the sums that it names"
                 )
             )
         if sums.ndim:  # whether or not the objective has detached its metrics
@@ -143,11 +151,23 @@ def gradient_scale(loss: Tensor, scale: Tensor | float) -> Tensor:
     return (loss.detach() * 0).add_(scale)
 
 
-def split_sums(objective: Objective, flat: Sequence[float]) -> dict[str, NDArray[np.float64]]:
+def sums_by_name(objective: Objective, *, held_out: bool) -> Mapping[str, tuple[int, ...]]:
+    """Return names and shapes of an objective's sums in training, or, of what is held out, in evaluation."""
+    return {**objective.sums, **(getattr(objective, "held_out_sums", {}) if held_out else {})}
+
+
+def num_sums(objective: Objective, *, held_out: bool) -> int:
+    """Return how many numbers these are."""
+    return sum(math.prod(shape) for shape in sums_by_name(objective, held_out=held_out).values())
+
+
+def split_sums(
+    objective: Objective, flat: Sequence[float] | NDArray[np.float64], *, held_out: bool = False
+) -> dict[str, NDArray[np.float64]]:
     """Return the sums beside the loss by name, from a vector ``(K,)``."""
     sums, first = {}, 0
-    for name, shape in objective.sums.items():
-        size = int(np.prod(shape))
+    for name, shape in sums_by_name(objective, held_out=held_out).items():
+        size = math.prod(shape)
         sums[name] = np.asarray(flat[first : first + size], dtype=np.float64).reshape(shape)
         first += size
     return sums

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from bigtrain.config import Inputs
 from bigtrain.tasks.answers import Wanted, label_answers
 from bigtrain.tasks.base import IGNORE_INDEX, Field
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
-from bigtrain.tasks.metrics import confusion_counts, label_metrics
+from bigtrain.tasks.metrics import NUM_SCORE_BINS, area_under_roc, confusion_counts, label_metrics, score_counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ class Classification:
     """Column that the network gets."""
     num_labels: int = 2
     """C: labels are below this, and the network returns as many logits."""
+    class_weights: tuple[float, ...] = ()
+    """Factor of the loss of each label, by whose sum over samples it is divided, as torch does; none are ones."""
 
     counts_by_shape = True
 
@@ -42,10 +45,24 @@ class Classification:
     def sums(self) -> Mapping[str, tuple[int, ...]]:
         return {"confusion": (self.num_labels, self.num_labels)}
 
-    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return 1 for each sample with a label, else 0."""
+    @property
+    def held_out_sums(self) -> Mapping[str, tuple[int, ...]]:
+        return {"scores": (2, NUM_SCORE_BINS)} if self.num_labels == 2 else {}
+
+    def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """Return 1, or the weight of its label, for each sample with a label, else 0."""
         require_lengths(samples)
-        return (samples["labels"] != IGNORE_INDEX).astype(np.int64)
+        if not self.class_weights:
+            return (samples["labels"] != IGNORE_INDEX).astype(np.int64)
+        weights = np.append(self.class_weights, 0.0)  # at -1 that of no label
+
+        def weigh(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+            return weights[np.where(labels == IGNORE_INDEX, -1, labels)]
+
+        if "shares" not in samples:
+            return weigh(samples["labels"])
+        shares = samples["shares"].astype(np.float64)
+        return shares * weigh(samples["labels"]) + (1 - shares) * weigh(samples["mixed_labels"])
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed cross-entropy in nats and the confusion matrix, a row per true label."""
@@ -53,22 +70,26 @@ class Classification:
         inputs, (labels_B, *mixed) = tensors[:num_inputs], tensors[num_inputs:]
         logits_BC = network(*inputs).float()
         require_size(logits_BC, self.num_labels, "task.num_labels")
+        weights_C = logits_BC.new_tensor(self.class_weights) if self.class_weights else None
+        cross_entropy = partial(F.cross_entropy, logits_BC, weight=weights_C, ignore_index=IGNORE_INDEX)
         if mixed:
             other_labels_B, shares_B = mixed
-            losses = [
-                F.cross_entropy(logits_BC, y, ignore_index=IGNORE_INDEX, reduction="none")
-                for y in (labels_B, other_labels_B)
-            ]
+            losses = [cross_entropy(y, reduction="none") for y in (labels_B, other_labels_B)]
             loss = (shares_B * losses[0] + (1 - shares_B) * losses[1]).sum()
         else:
-            loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
+            loss = cross_entropy(labels_B, reduction="sum")
         confusion = confusion_counts(logits_BC.argmax(dim=-1), labels_B, self.num_labels, ignored=IGNORE_INDEX)
-        return torch.cat([loss.view(1), confusion.flatten()])
+        sums = [loss.view(1), confusion.flatten()]
+        if self.held_out_sums and not network.training:
+            scores_B = logits_BC[:, 1] - logits_BC[:, 0]
+            sums.append(score_counts(scores_B, labels_B == 1, labels_B != IGNORE_INDEX).flatten())
+        return torch.cat(sums)
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
         """Return the likeliest labels of each sample."""
         return label_answers(network(*inputs).float(), wanted)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return accuracy, Matthews' correlation, and precision, recall and F1 as means over labels."""
-        return label_metrics(sums["confusion"])
+        """Return accuracy, Matthews' correlation, precision, recall and F1 as means over labels; of two labels the AUC."""
+        found = label_metrics(sums["confusion"])
+        return found | ({"auc": area_under_roc(sums["scores"])} if "scores" in sums else {})

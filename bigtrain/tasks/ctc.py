@@ -1,6 +1,6 @@
 """A text from audio without an alignment of the two: connectionist temporal classification."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigtrain.config import Inputs
+from bigtrain.tasks.answers import Wanted
 from bigtrain.tasks.base import IGNORE_INDEX, Field
 from bigtrain.tasks.inputs import input_fields, require_lengths
 
@@ -44,6 +45,13 @@ class CTC:
             log_probs_NBV, texts_BT, frames_B.clamp(min=1), lengths_B, reduction="none", zero_infinity=True
         )
         return losses_B.where(lengths_B > 0, 0).sum()
+
+    def answers(self, network: Callable[..., Any], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+        """Return the ``text`` of the likeliest token of each frame: repeated ones once, without blanks."""
+        logits_BNV, frames_B = network(*inputs)
+        rows = zip(logits_BNV.argmax(dim=-1), frames_B.tolist(), strict=True)
+        written = (torch.unique_consecutive(row[:frames]).tolist() for row, frames in rows)
+        return [{"text": wanted.writing.decode([token for token in row if token])} for row in written]
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return nothing beside the loss."""

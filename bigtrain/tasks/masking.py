@@ -44,20 +44,22 @@ class Masking:
                 word are predicted, or none.
             positions_N: places of the samples in the run.
         """
-        drawn = np.where(words_NT >= 0, self._hash(_CHOOSE, positions_N, words_NT), np.uint64(2**64 - 1))
+        drawn = np.where(words_NT >= 0, draw(self.seed, _CHOOSE, positions_N, words_NT), np.uint64(2**64 - 1))
         lowest = drawn.min(axis=1, keepdims=True, initial=2**64 - 1)
-        is_target = (words_NT >= 0) & ((drawn < _bound(self.share)) | (drawn == lowest))
+        is_target = (words_NT >= 0) & ((drawn < bound(self.share)) | (drawn == lowest))
         places = np.broadcast_to(np.arange(tokens_NT.shape[1]), tokens_NT.shape)
-        fate = self._hash(_REPLACE, positions_N, places)
-        random_ids = self._hash(_DRAW, positions_N, places) % np.uint64(self.vocab_size)
-        hidden = np.where(fate < _bound(self.masked_share), self.mask_id, tokens_NT)
-        is_random = (fate >= _bound(self.masked_share)) & (fate < _bound(self.masked_share + self.random_share))
+        fate = draw(self.seed, _REPLACE, positions_N, places)
+        random_ids = draw(self.seed, _DRAW, positions_N, places) % np.uint64(self.vocab_size)
+        hidden = np.where(fate < bound(self.masked_share), self.mask_id, tokens_NT)
+        is_random = (fate >= bound(self.masked_share)) & (fate < bound(self.masked_share + self.random_share))
         hidden = np.where(is_random, random_ids.astype(np.int64), hidden)
         return np.where(is_target, hidden, tokens_NT), np.where(is_target, tokens_NT, IGNORE_INDEX)
 
-    def _hash(self, purpose: int, positions_N: NDArray[np.int64], numbers_NT: NDArray[np.int64]) -> NDArray[np.uint64]:
-        rows_N1 = mix64(positions_N.astype(np.uint64) + np.uint64(derive_key(self.seed, purpose)))[:, None]
-        return mix64(rows_N1 ^ mix64(numbers_NT.astype(np.uint64)))
+
+def draw(seed: int, purpose: int, positions_N: NDArray[np.int64], numbers_NT: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return uniform 64-bit numbers ``(N, T)``, functions of (seed, purpose, place in the run, number)."""
+    rows_N1 = mix64(positions_N.astype(np.uint64) + np.uint64(derive_key(seed, purpose)))[:, None]
+    return mix64(rows_N1 ^ mix64(numbers_NT.astype(np.uint64)))
 
 
 def number_words(tokens_NT: NDArray[np.int64], begins_word_V: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -70,6 +72,6 @@ def number_words(tokens_NT: NDArray[np.int64], begins_word_V: NDArray[np.bool_])
     return np.cumsum(begins_word_V[tokens_NT], axis=1)
 
 
-def _bound(share: float) -> np.uint64:
+def bound(share: float) -> np.uint64:
     """Return the number below which a uniform 64-bit number lies with this probability."""
     return np.uint64(min(int(share * 2**64), 2**64 - 1))

@@ -4,6 +4,8 @@ Whatever a metric is made of is added up over batches and ranks first: a confusi
 A metric that is averaged over batches or ranks is another one (the mean of two F1 scores is no F1 score).
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +15,8 @@ LESS_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse"
 """Metrics that improve by falling; of all others more is better."""
 NUM_SCORE_BINS = 2**16
 """One per bf16 number: AUC is exact for scores rounded to bf16, ties included."""
+MOST_SCORED_LABELS = 32
+"""Labels of which the scores are counted, 512 KiB each in fp32."""
 
 
 def confusion_counts(predicted: Tensor, labels: Tensor, num_labels: int, *, ignored: int) -> Tensor:
@@ -43,21 +47,46 @@ def score_counts(scores: Tensor, is_positive: Tensor, counted: Tensor) -> Tensor
     return _count(cells, counted, 2 * NUM_SCORE_BINS).view(2, NUM_SCORE_BINS)
 
 
+def label_scores(logits_NC: Tensor, labels_NC: Tensor, *, ignored: int) -> Tensor:
+    """Return :func:`score_counts` of each label that is there or not: fp32 ``(C, 2, NUM_SCORE_BINS)``."""
+    columns = zip(logits_NC.unbind(dim=1), labels_NC.unbind(dim=1), strict=True)
+    return torch.stack([score_counts(logits, labels == 1, labels != ignored) for logits, labels in columns])
+
+
 def _count(cells: Tensor, counted: Tensor, num_cells: int) -> Tensor:
     return torch.zeros(num_cells, device=cells.device).index_add_(0, cells.flatten(), counted.flatten().float())
 
 
-def scores_of_labels(confusion: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+def binary_counts(predicted: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
+    """Return true positives, false positives, false negatives and true negatives of each label: fp32 ``(4, C)``.
+
+    Args:
+        predicted: bool ``(N, C)``.
+        labels: 0 or 1, ``(N, C)``.
+        ignored: label that does not count.
+    """
+    is_true, is_false = labels == 1, (labels != 1) & (labels != ignored)
+    cells = (predicted & is_true, predicted & is_false, ~predicted & is_true, ~predicted & is_false)
+    return torch.stack([cell.sum(dim=0) for cell in cells]).float()
+
+
+def one_against_rest(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the counts of :func:`binary_counts` for each label of a confusion matrix ``(C, C)``, a row per true label."""
+    hits, predicted, true = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
+    return np.stack([hits, predicted - hits, true - hits, confusion.sum() - predicted - true + hits])
+
+
+def scores_of_labels(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Return precision, recall and F1 of each label, ``(C,)`` each; 0 where they are 0/0, as scikit-learn has it.
 
     Args:
-        confusion: ``(C, C)``, a row per true label.
+        counts: see :func:`binary_counts`, ``(4, C)``; their sums over labels, ``(4, 1)``, give the micro averages.
     """
-    hits, predicted, true = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
+    hits, false, missed, _ = counts
     return {
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, true),
-        "f1": _ratio(2 * hits, predicted + true),
+        "precision": _ratio(hits, hits + false),
+        "recall": _ratio(hits, hits + missed),
+        "f1": _ratio(2 * hits, 2 * hits + false + missed),
     }
 
 
@@ -70,7 +99,8 @@ def label_metrics(confusion: NDArray[np.float64]) -> dict[str, float]:
         confusion: ``(C, C)``, a row per true label.
     """
     occurs = (confusion.sum(axis=0) + confusion.sum(axis=1)) > 0
-    means = {name: float(values[occurs].mean()) for name, values in scores_of_labels(confusion).items() if occurs.any()}
+    scores = scores_of_labels(one_against_rest(confusion))
+    means = {name: float(values[occurs].mean()) for name, values in scores.items() if occurs.any()}
     accuracy = float(_ratio(np.trace(confusion), confusion.sum()))
     return {"accuracy": accuracy, **means, "mcc": matthews_correlation(confusion)}
 
@@ -95,21 +125,38 @@ def area_under_roc(counts: NDArray[np.float64]) -> float:
     return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else float("nan")
 
 
-def binary_metrics(counts: NDArray[np.float64]) -> dict[str, float]:
-    """Return metrics of labels that are each there or not, several a sample: micro and macro means over labels.
+def mean_area_under_roc(counts: NDArray[np.float64]) -> float:
+    """Return the mean of :func:`area_under_roc` over the labels that have one; NaN if none has.
 
     Args:
-        counts: true positives, false positives, false negatives and true negatives of each label, ``(4, C)``.
+        counts: ``(C, 2, bins)``.
     """
-    hits, false, missed, rejected = counts
-    total = counts.sum(axis=1)
+    areas = [area for area in map(area_under_roc, counts) if area == area]
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def binary_metrics(counts: NDArray[np.float64]) -> dict[str, float]:
+    """Return metrics of labels that are each there or not, several a sample: micro means, and macro means over labels.
+
+    Args:
+        counts: see :func:`binary_counts`.
+    """
+    micro, each = scores_of_labels(counts.sum(axis=1, keepdims=True)), scores_of_labels(counts)
     return {
-        "accuracy": float(_ratio(hits.sum() + rejected.sum(), counts.sum())),
-        "precision": float(_ratio(total[0], total[0] + total[1])),
-        "recall": float(_ratio(total[0], total[0] + total[2])),
-        "f1": float(_ratio(2 * total[0], 2 * total[0] + total[1] + total[2])),
-        "f1_macro": float(_ratio(2 * hits, 2 * hits + false + missed).mean()),
+        "accuracy": float(_ratio(counts[0].sum() + counts[3].sum(), counts.sum())),
+        **{name: float(value[0]) for name, value in micro.items()},
+        **{f"{name}_macro": float(values.mean()) for name, values in each.items()},
     }
+
+
+def scores_by_label(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Return precision, recall and F1 of each label from the sums of a classifier, and AUC of several labels a sample."""
+    if "confusion" in sums:
+        return scores_of_labels(one_against_rest(sums["confusion"]))
+    if "by_label" not in sums:
+        return {}
+    areas = {"auc": np.array(list(map(area_under_roc, sums["scores"])))} if "scores" in sums else {}
+    return scores_of_labels(sums["by_label"]) | areas
 
 
 def regression_sums(predicted: Tensor, values: Tensor, counted: Tensor) -> Tensor:

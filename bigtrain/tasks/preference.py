@@ -58,7 +58,7 @@ class Preference:
         targets = torch.cat(
             [F.pad(t, (0, length - t.shape[1]), value=IGNORE_INDEX) for t in (chosen_targets_BT, rejected_targets_BT)]
         )
-        reference_2B = 0.0
+        reference_2B: Tensor | float = 0.0
         if self.loss.has_reference:
             with torch.no_grad(), without_adapters(network):
                 reference_2B = self._scores(network, tokens, targets)
@@ -111,7 +111,7 @@ def without_adapters(network: nn.Module) -> Iterator[None]:
 
     Their own switch would also say that adapters need no gradient, which engines have built upon.
     """
-    layers = [module for module in network.modules() if hasattr(module, "_disable_adapters")]
+    layers: list[Any] = [module for module in network.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
         layer._disable_adapters = True
     try:

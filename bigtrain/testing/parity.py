@@ -23,6 +23,7 @@ from bigtrain.engine.state import MODEL, EngineState, initialise
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.processes import RankInfo
+from bigtrain.run.class_weights import with_class_weights
 from bigtrain.run.data import open_data, train_loader
 from bigtrain.run.frozen import starting_values
 from bigtrain.run.step import read_back, seed_step, train_step
@@ -129,11 +130,13 @@ def trace(config: TrainConfig, step_function: StepFunction = train_step, num_ste
     device = pick_device(info)
     if not dist.is_initialized():
         init_process_group(info, device, timeout_seconds=120)
+    stream = open_data(config)["train"]
+    config = with_class_weights(config, stream)
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     values = starting_values(config.model, config.train.seed)
     initialise(engine.state, values, num_threads=1)
     pending = []
-    with train_loader(open_data(config)["train"], config, engine, start=Cursor()) as loader:
+    with train_loader(stream, config, engine, start=Cursor()) as loader:
         for batch in loader:
             lr = lr_at(batch.step, peak_lr=config.optimizer.lr, num_steps=config.train.steps, config=config.scheduler)
             seed_step(config.train.seed, batch.step, engine.mesh.rank, engine.device)

@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from bigtrain.config import Inputs
+from bigtrain.tasks.base import split_sums
+from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.metrics import (
     area_under_roc,
-    binary_metrics,
     confusion_counts,
     label_metrics,
     matthews_correlation,
     regression_metrics,
     regression_sums,
     score_counts,
-    scores_of_labels,
+    scores_by_label,
 )
+from bigtrain.tasks.multi_label import MultiLabel
 
 sklearn = pytest.importorskip("sklearn.metrics")
 IGNORED = -100
@@ -50,7 +53,7 @@ def test_confusion(num_parts: int) -> None:
     assert [found["precision"], found["recall"], found["f1"]] == pytest.approx([precision, recall, f1], abs=1e-12)
     each = sklearn.precision_recall_fscore_support(y, p, labels=range(C), zero_division=0)
     for name, values in zip(("precision", "recall", "f1"), each, strict=False):
-        assert scores_of_labels(confusion)[name] == pytest.approx(values, abs=1e-12)
+        assert scores_by_label({"confusion": confusion})[name] == pytest.approx(values, abs=1e-12)
 
 
 def test_a_mean_over_parts_is_another_metric() -> None:
@@ -82,15 +85,78 @@ def test_area_under_roc(num_parts: int) -> None:
     assert np.isnan(area_under_roc(np.zeros((2, 4))))
 
 
-def test_several_labels_a_sample() -> None:
+class Given(torch.nn.Module):
+    """A network whose logits are its inputs."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+def total(objective, num_parts: int, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, dict[str, np.ndarray]]:
+    """Return loss and sums of an objective in evaluation, added up over parts, the loss over what counts."""
+    network = Given().eval()
+    sums = cut(lambda x, y: objective(network, x, y), num_parts, logits, labels)
+    num_targets = objective.count({"labels": labels.numpy()}).sum()
+    return sums[0] / num_targets, split_sums(objective, sums[1:], held_out=True)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 7])
+def test_several_labels_a_sample(num_parts: int) -> None:
     random = np.random.default_rng(3)
-    y, p = random.random((200, C)) < 0.4, random.random((200, C)) < 0.5
-    counts = np.stack([(y & p).sum(0), (~y & p).sum(0), (y & ~p).sum(0), (~y & ~p).sum(0)]).astype(float)
-    found = binary_metrics(counts)
-    for average, name in [("micro", "f1"), ("macro", "f1_macro")]:
-        assert found[name] == pytest.approx(sklearn.f1_score(y, p, average=average), abs=1e-12)
-    assert found["precision"] == pytest.approx(sklearn.precision_score(y, p, average="micro"), abs=1e-12)
-    assert found["recall"] == pytest.approx(sklearn.recall_score(y, p, average="micro"), abs=1e-12)
+    y = random.random((200, C)) < 0.4
+    # bf16 already, with ties
+    logits = torch.from_numpy(np.round(random.normal(size=(200, C)) + y - 0.5, 1)).bfloat16().float()
+    p, weights = logits.numpy() > 0, (2.0, 1.0, 0.5, 3.0, 1.0)
+    objective = MultiLabel(inputs=Inputs.features, num_labels=C, class_weights=weights)
+    labels = torch.from_numpy(y.astype(np.int64))
+    loss, sums = total(objective, num_parts, logits, labels)
+    right = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits.double(), labels.double(), pos_weight=torch.tensor(weights, dtype=torch.float64)
+    )
+    assert loss == pytest.approx(float(right), rel=1e-6)
+    found = objective.metrics(loss, sums)
+    for average, end in [("micro", ""), ("macro", "_macro")]:
+        for name in ("precision", "recall", "f1"):
+            expected = getattr(sklearn, f"{name}_score")(y, p, average=average, zero_division=0)
+            assert found[f"{name}{end}"] == pytest.approx(expected, abs=1e-12)
+    assert found["exact"] == pytest.approx(sklearn.accuracy_score(y, p), abs=1e-12)
+    assert found["accuracy"] == pytest.approx((y == p).mean(), abs=1e-12)
+    assert found["auc"] == pytest.approx(sklearn.roc_auc_score(y, logits.numpy(), average="macro"), abs=1e-12)
+    each = scores_by_label(sums)
+    assert each["f1"] == pytest.approx(sklearn.f1_score(y, p, average=None), abs=1e-12)
+    assert each["auc"] == pytest.approx(sklearn.roc_auc_score(y, logits.numpy(), average=None), abs=1e-12)
+
+
+def test_labels_of_several_that_are_not_known_do_not_count() -> None:
+    random = np.random.default_rng(4)
+    labels, logits = torch.from_numpy(random.integers(0, 2, (60, C))), torch.from_numpy(random.normal(size=(60, C)))
+    objective = MultiLabel(inputs=Inputs.features, num_labels=C)
+    hidden = torch.where(torch.arange(60)[:, None] < 20, IGNORED, labels)
+    (loss, sums), (right, known) = (
+        total(objective, 1, logits.float()[i:], y[i:]) for i, y in ((0, hidden), (20, labels))
+    )
+    assert loss == pytest.approx(right, rel=1e-6)
+    assert all((sums[name] == known[name]).all() for name in known)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 7])
+def test_weighted_classes_and_the_auc_of_two(num_parts: int) -> None:
+    random = np.random.default_rng(5)
+    labels = torch.from_numpy(np.where(random.random(300) < 0.1, IGNORED, random.random(300) < 0.2))
+    logits = torch.from_numpy(random.normal(size=(300, 2))).bfloat16().float()
+    logits[:, 0] = 0
+    objective = Classification(inputs=Inputs.features, num_labels=2, class_weights=(0.7, 2.5))
+    loss, sums = total(objective, num_parts, logits, labels)
+    right = torch.nn.functional.cross_entropy(
+        logits.double(), labels, weight=torch.tensor([0.7, 2.5], dtype=torch.float64), ignore_index=IGNORED
+    )
+    assert loss == pytest.approx(float(right), rel=1e-6)
+    counted = labels != IGNORED
+    expected = sklearn.roc_auc_score(labels[counted].numpy(), logits[counted, 1].numpy())
+    assert objective.metrics(loss, sums)["auc"] == pytest.approx(expected, abs=1e-12)
+    # A mean of the means of parts would be another number.
+    means = [total(objective, 1, x, y)[0] for x, y in zip(logits.split(30), labels.split(30), strict=True)]
+    assert abs(np.mean(means) - loss) > 1e-4
 
 
 @pytest.mark.parametrize("num_parts", [1, 3, 7])

@@ -179,6 +179,10 @@ class FileSplit:
         per_token = self.labels.kind is LabelKind.per_token
         return self._load(record.labels, record.num_tokens if per_token else record.num_documents)
 
+    def all_labels(self) -> NDArray[Any]:
+        """Return the labels of all documents."""
+        return np.concatenate([self.read_labels(shard) for shard in range(len(self._records))])
+
     def _load(self, file: FileRecord, num_rows: int) -> NDArray[Any]:
         with as_data_error(file.name, OSError, ValueError), self._files.open(file) as handle:
             array = np.load(handle, allow_pickle=False)

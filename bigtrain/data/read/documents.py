@@ -83,7 +83,8 @@ class DocumentSamples(ShardedSamples):
         if self._kind is LabelKind.numbers:
             return np.full((self.shard_samples[shard], self._split.labels.size), np.nan, dtype=np.float32)
         num_rows = self._split.shard_tokens if self._kind is LabelKind.per_token else self.shard_samples
-        return np.full(num_rows[shard], IGNORE_INDEX, dtype=np.int32)
+        several = (self._split.labels.size,) if self._kind is LabelKind.several else ()
+        return np.full((num_rows[shard], *several), IGNORE_INDEX, dtype=np.int32)
 
     def _rows(
         self, row: NDArray[Any], begins: NDArray, ends: NDArray, length: int, *, filling: int = 0

@@ -177,19 +177,19 @@ class Images:
 
     def gather(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return ``pixels`` ``(N, C, H, W)`` and ``labels``; with mixup ``mixed_labels`` and the labels' ``shares`` too."""
-        columns: dict[str, Any] = {"pixels": self._drawn(rows, positions), "labels": self._labels(rows)}
+        columns: dict[str, Any] = {"pixels": self._drawn(rows, positions), "labels": self.labels(rows)}
         if self.augmentation and self.augmentation.config.mixup:
             partners, places, shares = self.augmentation.partners(positions, len(self))
             weight = shares[:, None, None, None]
             columns["pixels"] = weight * columns["pixels"] + (1 - weight) * self._drawn(partners, places)
-            columns |= {"mixed_labels": self._labels(partners), "shares": shares}
+            columns |= {"mixed_labels": self.labels(partners), "shares": shares}
         pixels = (columns["pixels"] - self._images.mean) / self._images.deviation
         return {**columns, "pixels": np.moveaxis(pixels, -1, 1)}
 
     def describe(self, row: int, position: int) -> str:
         """Return the name of a row's label, and how the image is changed at a position of the run."""
         names, at = self._images.index.label_names, np.array([position])
-        told = [names[self._labels(np.array([row]))[0]]]
+        told = [names[self.labels(np.array([row]))[0]]]
         if self.augmentation is not None:
             top, left, flips, degrees = (values[0] for values in self.augmentation.draw(at))
             config = self.augmentation.config
@@ -199,11 +199,12 @@ class Images:
             told += [f"rotated by {degrees:.1f}°"] if config.rotation else []
             if config.mixup:
                 partners, _, shares = self.augmentation.partners(at, len(self))
-                other = names[self._labels(partners)[0]]
+                other = names[self.labels(partners)[0]]
                 told.append(f"{shares[0]:.0%} of it, with {1 - shares[0]:.0%} of row {partners[0]} ({other})")
         return ", ".join(told)
 
-    def _labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the labels of some rows."""
         return self._images.labels[self._rows[rows]]
 
     def _drawn(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -34,8 +34,8 @@ class StepBatch:
     """Optimizer step, from 0."""
     micro_batches: list[Batch]
     """Micro-batches in the order of accumulation."""
-    num_targets: int
-    """Counted targets of this rank, all micro-batches together."""
+    num_targets: float
+    """Counted targets of this rank, or what they weigh, all micro-batches together."""
     global_num_targets: int | None
     """Counted targets of all ranks, where that is known without asking them; the same on every rank."""
     before: Cursor
@@ -174,7 +174,7 @@ class TrainLoader:
             cursor = after
         return batches
 
-    def _count_targets(self, samples: Batch, num_steps: int) -> tuple[list[int], int | None]:
+    def _count_targets(self, samples: Batch, num_steps: int) -> tuple[list[float], int | None]:
         """Return how many targets of this rank count in each step, and of all ranks if that is known."""
         length = self._stream.sequence_length
         if length and self._stream.is_full and self._objective.counts_by_shape:
@@ -247,9 +247,9 @@ def require_validation_targets(
         )
 
 
-def count_targets(objective: Objective, batch: Batch) -> int:
-    """Return how many targets of a batch on the host count."""
-    return int(objective.count({name: tensor.numpy() for name, tensor in batch.items()}).sum())
+def count_targets(objective: Objective, batch: Batch) -> float:
+    """Return how many targets of a batch on the host count, or what they weigh."""
+    return objective.count({name: tensor.numpy() for name, tensor in batch.items()}).sum().item()
 
 
 def _micro_batches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.read.batch import ArrayPool, Samples
-from bigtrain.errors import DataError, first_line
+from bigtrain.errors import MISTAKES, DataError, first_line, told_with_place
 from bigtrain.log import get_logger
 from bigtrain.tasks.base import Field, Objective
 
 SEQUENCE = "T"
 """Letter of a field's shape that stands for ``data.sequence_length``."""
+OF_IDS = ("tokens", "source", "targets")
+"""Columns that hold ids of a tokenizer, unless their field says below what they are."""
 _ROWS_AT_ONCE = 1024
 _PATIENCE_SECONDS = 5.0
 
@@ -67,6 +69,8 @@ class Records:
         self._fills_up = sequence_length is not None
         self._columns: dict[str, _Column] = {}
         self.num_rows = len(dataset)
+        self.num_ids: int | None = None
+        """Rows of the network's embedding, if they are known: ids of tokens are below it."""
         self._objective = objective
         self._has_target = np.ones(self.num_rows, dtype=np.bool_)  # unless the rows are read
         if self.num_rows:
@@ -82,8 +86,8 @@ class Records:
             else:
                 for place, row in enumerate(rows.tolist()):
                     places = {name: array[place, ...] for name, array in arrays.items()}
-                    self._put(places, self._dataset[row], f"row {row}")
-            self._require_below(arrays, rows)
+                    self._put(places, self._row(row), f"row {row}")
+            self._require_values(arrays, rows)
             return Samples(arrays)
 
     @property
@@ -101,6 +105,11 @@ class Records:
         """Return what the dataset says of a row that is drawn at ``position``: nothing, of most."""
         describe = getattr(self._dataset, "describe", None)
         return f", {describe(row, position)}" if describe else ""
+
+    def words(self, row: int) -> list[tuple[str, int]] | None:
+        """Return the words of a row that is text, and the place of the first token of each; None of other rows."""
+        words = getattr(self._dataset, "words", None)
+        return words(row) if words else None
 
     def fingerprint(self) -> str:
         if own := getattr(self._dataset, "fingerprint", None):
@@ -121,6 +130,13 @@ class Records:
                 )
         return xxhash.xxh3_64_hexdigest("".join(digest.hexdigest() for digest in digests.values()).encode())
 
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the labels of some rows, int64 ``(N,)``, alone if the dataset has ``labels(rows)``."""
+        if own := getattr(self._dataset, "labels", None):
+            return own(rows)
+        parts = np.array_split(rows, max(len(rows) // _ROWS_AT_ONCE, 1))
+        return np.concatenate([self.read(part, part)["labels"] for part in parts])
+
     def content_hashes(self, rows: NDArray[np.int64]) -> list[int]:
         """Return a hash of the inputs of each of some rows, int64 ``(N,)``."""
         samples = self.read(rows, rows)
@@ -131,18 +147,22 @@ class Records:
         if len(rows) and not self._has_target[rows].any():
             raise DataError(f"{self._where}: none of the {len(rows)} rows of the {side} side has a target that counts")
 
-    def _require_below(self, samples: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
+    def _require_values(self, samples: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
+        """Refuse numbers that are not below what they have to be, and inputs that are not finite."""
         for name, column in self._columns.items():
-            if column.below is None:
+            values, below = samples[name], column.below or (self.num_ids if name in OF_IDS else None)
+            if column.dtype.kind == "f":  # a sum takes a fraction of the time
+                is_outside = column.filling == column.filling and not np.isfinite(values.sum()) and ~np.isfinite(values)
+                wanted = "a finite number"
+            elif below is not None:
+                is_outside = (values != column.filling) & ((values < 0) | (values >= below))
+                unless = f", or {column.filling}, which does not count" if column.filling < 0 else ""
+                wanted = f"from 0 to {below - 1}{'' if column.below else ' (model.vocab_size)'}{unless}"
+            else:
                 continue
-            values = samples[name]
-            is_outside = (values != column.filling) & ((values < 0) | (values >= column.below))
-            if is_outside.any():
+            if np.any(is_outside):
                 place = tuple(np.argwhere(is_outside)[0])
-                raise DataError(
-                    f"{self._where}: row {rows[place[0]]}: {name} is {values[place]}; it must be from 0 to "
-                    f"{column.below - 1}, or {column.filling}, which does not count"
-                )
+                raise DataError(f"{self._where}: row {rows[place[0]]}: {name} is {values[place]}; it must be {wanted}")
 
     def _bind(self, fields: Mapping[str, Field], sequence_length: int | None) -> None:
         first = self._first_row()
@@ -170,7 +190,7 @@ class Records:
     def _require_idle_padding(self, objective: Objective) -> None:
         """Refuse an objective that counts the padding which fills up a rank's part of a step."""
         padding = {name: np.full((1, *c.shape), c.filling, c.dtype) for name, c in self._columns.items()}
-        if (num_counted := int(objective.count(padding).sum())) != 0:
+        if (num_counted := objective.count(padding).sum().item()) != 0:
             raise DataError(
                 f"{self._where}: the objective counts {num_counted} targets in a sample that is nothing but padding; give the "
                 "field of its targets an 'ignored' value, which its count leaves out"
@@ -182,6 +202,14 @@ class Records:
         told = [f"it lacks {name}" for name in wanted if name not in found]
         told += [f"it has {name}" for name in found if name not in wanted]
         raise DataError(f"{self._where}: {which}: the columns have to be {', '.join(wanted)}; {', '.join(told)}")
+
+    def _row(self, row: int) -> Mapping[str, Any]:
+        try:
+            return self._dataset[row]
+        except MISTAKES as error:
+            now = len(self._dataset)
+            changed = f"; it had {self.num_rows} rows, and has {now} now" if now != self.num_rows else ""
+            raise DataError(f"{self._where}: row {row}: {told_with_place(error)}{changed}") from error
 
     def _put(self, places: Mapping[str, NDArray[Any]], found: Mapping[str, Any], which: str) -> None:
         if found.keys() != self._columns.keys():
@@ -246,6 +274,10 @@ class RecordSplit:
 
     def answered(self) -> None:
         """All samples are drawn."""
+
+    def all_labels(self) -> NDArray[np.int64]:
+        """Return the labels of all rows."""
+        return self.records.labels(self.rows)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
         """Return the row of a sample, int64 ``(1,)``."""

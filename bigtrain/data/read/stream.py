@@ -68,6 +68,11 @@ class StoredSamples:
         ids = self.order.ids(first, count)
         return ids if self._answered is None else self._answered[ids]
 
+    def labels(self) -> NDArray[np.int64]:
+        """Return the labels of the samples that are drawn, in the order of their numbers."""
+        labels = self.split.all_labels()
+        return labels if self._answered is None else labels[self._answered]
+
     def epochs(self, count: int) -> float:
         return count / max(self.num_samples, 1)
 

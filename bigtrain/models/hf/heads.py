@@ -66,6 +66,10 @@ HEADS = {
         is_fresh=True,
         has_lengths=True,
     ),
+    # A classifier, for its trunk has the names that other tasks give it; what is outside is not used.
+    Head.embedding: HeadKind(
+        "AutoModelForSequenceClassification", "encoder of text", _ENCODER, is_fresh=True, has_lengths=True
+    ),
     Head.speech_seq2seq: HeadKind(
         "AutoModelForSpeechSeq2Seq", "speech to text model", "one for speech, such as whisper", has_decoder=True
     ),
@@ -114,7 +118,7 @@ class HFNetwork(nn.Module):
         self.arguments = set(inspect.signature(network.forward).parameters)
 
     def forward(self, inputs: Tensor, *others: Tensor) -> Any:
-        """Return logits: ``(B, C)``, or ``(B, T, C)`` of a classifier of tokens or a decoder.
+        """Return logits: ``(B, C)``, or ``(B, T, C)`` of a classifier of tokens or a decoder; or embeddings ``(B, D)``.
 
         Args:
             inputs: what the network reads: tokens, pixels, audio or spectrograms; ConfigError if not of its size.
@@ -130,9 +134,13 @@ class HFNetwork(nn.Module):
             given["attention_mask"] = is_input.long()
         if "use_cache" in self.arguments:
             given["use_cache"] = False
-        name = self.causal_lm.main_input_name
+        given = {name: value for name, value in given.items() if name in self.arguments}
+        given[self.causal_lm.main_input_name] = inputs
         try:
-            logits = self.causal_lm(**{name: inputs}, **{k: v for k, v in given.items() if k in self.arguments}).logits
+            if self.head is Head.embedding:
+                states = self.causal_lm.base_model(**given)[0]
+                return (states * is_input[:, :, None]).sum(dim=1) / others[0][:, None]
+            logits = self.causal_lm(**given).logits
         except ValueError as error:  # transformers' checks of sizes
             raise of_all_ranks(ConfigError(f"{type(self.causal_lm).__name__}: {first_line(error)}")) from error
         if self.head is Head.ctc:

@@ -1,0 +1,49 @@
+"""The section ``task``."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from bigtrain.config.bounds import Bound, OnlyIf
+from bigtrain.config.choices import Inputs, Noise, PreferenceLoss, TaskKind
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """What the run minimises and measures."""
+
+    kind: str = TaskKind.causal_lm.name
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
+    settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
+        default_factory=dict
+    )
+    """Settings of an own objective."""
+    mask_share: Annotated[float, Bound(gt=0, le=1), OnlyIf("kind", is_in=("masked_lm", "denoise"))] = 0.15
+    """Expected share of the words, with ``denoise`` of the tokens, that are hidden and predicted."""
+    noise: Annotated[Noise, OnlyIf("kind", is_in=("denoise",))] = Noise.spans
+    """``spans``: each gap is a sentinel, and the target is what is in the gaps (T5); ``infilling``: each gap is a mask, and the target is the whole text (BART, which hides a share of 0.3)."""
+    mean_span: Annotated[float, Bound(ge=1, le=100), OnlyIf("kind", is_in=("denoise",))] = 3.0
+    """Mean length of a gap in tokens."""
+    mask_id: Annotated[int | None, Bound(ge=0), OnlyIf("kind", is_in=("masked_lm", "denoise"))] = None
+    """Token that stands for a hidden one; by default the tokenizer's own, or the first id that it does not use."""
+    inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
+    """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
+    loss: Annotated[PreferenceLoss, OnlyIf("kind", is_in=("preference",))] = PreferenceLoss.dpo
+    """``dpo`` and ``ipo`` compare with the base of the adapters, ``orpo`` and ``simpo`` with nothing."""
+    beta: Annotated[float, Bound(gt=0, le=10**4), OnlyIf("kind", is_in=("preference",))] = 0.1
+    """Weight of the log-probabilities, or of ORPO's odds."""
+    margin: Annotated[float, Bound(ge=0), OnlyIf("loss", is_in=("simpo",))] = 0.0
+    """By how much rewards are to differ at least."""
+    num_labels: Annotated[int | None, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = (
+        None
+    )
+    """Labels are below this, and the network returns as many logits; by default as many as text or images have names, of records 2."""
+    multi_label: Annotated[bool, OnlyIf("kind", is_in=("classification",))] = False
+    """A sample has any number of labels: text with a list of them, records with a 0 or 1 for each."""
+    class_weights: Annotated[Any, OnlyIf("kind", is_in=("classification",))] = None
+    """Factor of the loss of each label, such as ``[1.0,5.0]`` (with ``multi_label`` of where it is there); ``balanced`` weighs all labels alike on the training side."""
+    temperature: Annotated[float, Bound(gt=0), OnlyIf("kind", is_in=("contrastive",))] = 0.05
+    """Cosines of embeddings are divided by it."""
+    symmetric: Annotated[bool, OnlyIf("kind", is_in=("contrastive",))] = False
+    """Sources are to be found by their targets, too, with half of the loss (CLIP)."""
+    num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1
+    """Numbers of a sample that are predicted, as many as the network returns."""
