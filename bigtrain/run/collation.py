@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,13 +179,14 @@ class _Ids:
 
 
 def _masked(config: TrainConfig, ids: _Ids) -> MaskedTokens:
-    settings = {"vocab_size": ids.num_used, "share": config.task.mask_share, "seed": config.train.seed}
-    return MaskedTokens(Masking(mask_id=ids.mask(config), **settings), ids.starts_word_V, ids.special)
+    share, seed = config.task.mask_share, config.train.seed
+    masking = Masking(mask_id=ids.mask(config), vocab_size=ids.num_used, share=share, seed=seed)
+    return MaskedTokens(masking, ids.starts_word_V, ids.special)
 
 
 def _noise(config: TrainConfig, ids: _Ids) -> SpanCorruption | TextInfilling:
     task, first = config.task, first_token(config.model)
-    given = {"eos_id": ids.eos_id, "first_id": ids.eos_id if first is None else first}
+    given: dict[str, Any] = {"eos_id": ids.eos_id, "first_id": ids.eos_id if first is None else first}
     given |= {"share": task.mask_share, "seed": config.train.seed}
     if task.noise is Noise.infilling:
         return TextInfilling(mask_id=ids.mask(config), mean_span=task.mean_span, **given)

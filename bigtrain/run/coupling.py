@@ -8,6 +8,7 @@ Contrastive Learning Batch Size under Memory Limited Setup", 2021).
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def coupled(engine: Engine, micro_batches: Sequence[Batch], *, trains: bool) -> 
         micro_batches: of this rank.
         trains: whether the network computes as in training, with the random numbers that the second pass will draw.
     """
-    objective = engine.objective
+    objective: Any = engine.objective
     if not hasattr(objective, "couple"):
         return micro_batches
     batches = [batch.to(engine.device) for batch in micro_batches]
