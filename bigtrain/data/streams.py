@@ -57,7 +57,6 @@ def open_streams(
     """
     parts = component_data(data)
     corpora = _open_corpora(parts, directories, vocab_size, objective)
-    label_names = next((corpus.index.labels.names for corpus in corpora.values() if corpus.index.labels), [])
     helpers = Helpers(data.prepare_processes)
     live = {
         name: open_live(Path(directories[name]), parts[name], corpus.index, helpers)
@@ -65,7 +64,12 @@ def open_streams(
         if corpus.index.live
     }
     of_records = {name: part for name, part in parts.items() if part.source in OF_RECORDS}
-    records = {n: _open_records(part, objective, directories.get(n), seed, facts) for n, part in of_records.items()}
+    records: dict[str, dict[str, RecordSplit]] = {}
+    for name, part in of_records.items():
+        records[name] = _open_records(part, objective, directories.get(name), seed, facts)
+        if part.source is DataSource.images:  # a mixture is normalised by its first images, as its predictions will be
+            facts = facts or records[name]["train"].facts
+    label_names = _label_names(corpora, records)
 
     def split(name: str, which: Any) -> AnySplit | LiveParts:
         if name in records:
@@ -92,7 +96,7 @@ def open_streams(
                 previous=previous,
                 keeps_all=keeps_all or which == "validation",
             )
-            streams[which].label_names = label_names or streams[which].facts.get("label_names", ())
+            streams[which].label_names = label_names
             streams[which].tokenizer_directory = next((Path(directories[name]) for name in corpora), None)
         return streams
 
@@ -108,7 +112,7 @@ def open_streams(
 def _open_corpora(
     parts: Mapping[str, DataConfig], directories: Mapping[str, str | Path], vocab_size: int, objective: Objective | None
 ) -> dict[str, Corpus]:
-    """Return the components of text, with one tokenizer and the same labels, which the objective needs."""
+    """Return the components of text, with one tokenizer and labels that the objective needs."""
     texts = {name: directory for name, directory in directories.items() if parts[name].source not in OF_RECORDS}
     corpora = {
         name: open_corpus(parts[name], vocab_size=vocab_size, directory=directory) for name, directory in texts.items()
@@ -119,17 +123,23 @@ def _open_corpora(
         raise DataError(
             f"data.mixture: the components were prepared with different tokenizers ({names}); prepare them with one"
         )
-    labels = {name: corpus.index.labels.names for name, corpus in corpora.items() if corpus.index.labels}
     for name, corpus in corpora.items():
         require_labels(corpus.index.labels, objective, where=str(directories[name]))
-    first = next(iter(labels), None)
-    for name, other in labels.items():
-        if other != labels[first]:
+    return corpora
+
+
+def _label_names(corpora: Mapping[str, Corpus], records: Mapping[str, dict[str, RecordSplit]]) -> list[str]:
+    """Return the names of the labels, which all components have."""
+    names = {name: corpus.index.labels.names for name, corpus in corpora.items() if corpus.index.labels}
+    names |= {name: own for name, sides in records.items() if (own := sides["train"].facts.get("label_names"))}
+    first = next(iter(names), None)
+    for name, other in names.items():
+        if other != names[first]:
             raise DataError(
-                f"data.mixture: {name} has the labels {some(other, 8)}, {first} has {some(labels[first], 8)}; a mixture "
+                f"data.mixture: {name} has the labels {some(other, 8)}, {first} has {some(names[first], 8)}; a mixture "
                 "needs the same ones"
             )
-    return corpora
+    return names[first] if first else []
 
 
 def _open_records(

@@ -47,6 +47,7 @@ from bigtrain.distributed.collectives import broadcast_json, gather_json, on_ran
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError, DataError, of_all_ranks, some
 from bigtrain.log import get_logger, redact
+from bigtrain.models.hf.build import published_labels
 from bigtrain.run.collation import Relabelled, build_collation
 from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
@@ -268,6 +269,13 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
         found.append(
             f"{stream.num_cut} of {stream.num_samples} documents are longer than data.sequence_length={stream.sequence_length} "
             "tokens, of which the first are used"
+        )
+    theirs = published_labels(config.model) if config.model.pretrained and stream.label_names else []
+    if theirs and theirs != list(stream.label_names):
+        found.append(
+            f"the head of model.name={config.model.name} knows the labels {some(theirs, 8)}, in this order, and the data has "
+            f"{some(list(stream.label_names), 8)}: it begins with what it knows of others; model.init_from in place of "
+            "model.name and model.pretrained begins with a fresh head"
         )
     weights_are_given = config.model.pretrained or config.model.init_from or config.model.kind is ModelKind.own
     has_spare_rows = config.task.kind == TaskKind.denoise.name  # sentinels

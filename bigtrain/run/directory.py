@@ -198,9 +198,10 @@ def find_whole(path: Path) -> tuple[Path, Path]:
 
 
 def label_names(run: Path) -> list[str]:
-    """Return the names of the labels that a run predicts; none if they are numbers only."""
+    """Return the names of the labels that a run predicts, numbers of those that its data lacks; none if all are numbers."""
     of_text = (read_json(run / INDEX_FILE).get("labels") or {}).get("names", [])
-    return of_text or read_json(run / FACTS_FILE).get("label_names", [])
+    names = of_text or read_json(run / FACTS_FILE).get("label_names", [])
+    return names and [*names, *map(str, range(len(names), read_config(run).task.num_labels or 0))]
 
 
 def read_config(directory: Path) -> TrainConfig:

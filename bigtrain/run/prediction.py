@@ -20,6 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
+from bigtrain.config import TaskKind
 from bigtrain.data.read.batch import build_batch
 from bigtrain.data.read.records import Records
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
@@ -79,6 +80,11 @@ def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterato
             raise ConfigError(
                 f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
             )
+        has_settings = wanted.top_k > 1 or wanted.threshold is not None
+        if has_settings and config.task.kind in set(TaskKind.__members__) - {TaskKind.classification.name}:
+            raise ConfigError(f"top_k, threshold: task={config.task.kind} gives no probabilities; leave them out")
+        if wanted.top_k > 1 and wanted.threshold is not None:
+            raise ConfigError(f"top_k={wanted.top_k}, threshold={wanted.threshold}: leave one of them out")
         records = open_inputs(inputs, run, config)
         is_directory = isinstance(inputs, Path) and inputs.is_dir()
         files = [str(file.relative_to(inputs)) for file in list_images(inputs)] if is_directory else []

@@ -181,9 +181,10 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
 
 def why_ended(standing: Standing, config: ValidationConfig) -> str | None:
     """Return why a run with this standing is over before ``train.steps``, None if it is not."""
-    if standing.best is None or not config.every_steps:
+    if not config.every_steps:
         return None
-    if config.stop_at is not None and standing.order(standing.best) <= standing.order(config.stop_at):
+    is_known = standing.best is not None and config.stop_at is not None
+    if is_known and standing.order(standing.best) <= standing.order(config.stop_at):
         return f"reached {standing.metric} {standing.best:.6g}"
     return EARLY_STOPPING if config.patience is not None and standing.num_since >= config.patience else None
 
@@ -192,6 +193,8 @@ def explain_end(standing: Standing, reason: str) -> str:
     """Return ``reason`` with the best validation and the setting that decided."""
     if reason != EARLY_STOPPING:
         return f"{reason} (validation.stop_at)"
+    if standing.best is None:
+        return f"{standing.metric} was no number in {standing.num_since} validations (validation.patience)"
     best = f"{standing.metric} {standing.best:.6g} after step {standing.best_step}"
     return f"no validation was better than {best} in {standing.num_since} (validation.patience)"
 

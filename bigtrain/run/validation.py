@@ -208,7 +208,7 @@ def write_classification(
         names = next((list(stream.label_names) for stream in sets.values()), [])
         facts = {
             "step": step,
-            "labels": names or [str(label) for label in range(len(confusion))],
+            "labels": [*names, *map(str, range(len(names), len(confusion)))],
             "confusion": confusion.astype(int).tolist(),
             "wrong": _surest([mistake for part in gathered for mistake in part]),
         }

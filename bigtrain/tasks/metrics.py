@@ -160,15 +160,21 @@ def scores_by_label(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArra
 
 
 def regression_sums(predicted: Tensor, values: Tensor, counted: Tensor) -> Tensor:
-    """Return count, sums of absolute and squared errors, of values and of squared values: fp32 ``(5,)``."""
-    errors = torch.where(counted, predicted - values, 0)
-    values = torch.where(counted, values, 0)
-    return torch.stack([counted.sum(), errors.abs().sum(), (errors**2).sum(), values.sum(), (values**2).sum()]).float()
+    """Return count, sums of absolute and squared errors, of values and of squared values: fp32 ``(2, 5)``.
+
+    The variance of values far from 0 is a small difference of large sums, which fp32 does not hold. So each is two parts
+    that add up to it, of which the large one has so few bits that fp32 adds many of them up exactly.
+    """
+    errors = torch.where(counted, predicted - values, 0).double()
+    values = torch.where(counted, values, 0).double()
+    sums = torch.stack([counted.sum(), errors.abs().sum(), (errors**2).sum(), values.sum(), (values**2).sum()])
+    large = sums.bfloat16()
+    return torch.stack([large.float(), (sums - large).float()])
 
 
 def regression_metrics(sums: NDArray[np.float64]) -> dict[str, float]:
     """Return MAE, RMSE and R² from the sums of :func:`regression_sums`."""
-    count, absolute, squares, values, value_squares = sums
+    count, absolute, squares, values, value_squares = sums.sum(axis=0)
     variance = value_squares - values**2 / count
     return {
         "mae": float(absolute / count),

@@ -37,7 +37,7 @@ class Regression:
 
     @property
     def sums(self) -> Mapping[str, tuple[int, ...]]:
-        return {"errors": (5,)}
+        return {"errors": (2, 5)}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return how many values each sample has."""
@@ -51,7 +51,7 @@ class Regression:
         require_size(predicted_BV, self.num_values, "task.num_values")
         counted_BV = values_BV.isfinite()
         loss = torch.where(counted_BV, predicted_BV - torch.where(counted_BV, values_BV, 0), 0).square().sum()
-        return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV)])
+        return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV).flatten()])
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
         """Return the values of each sample."""

@@ -127,8 +127,13 @@ def test_what_does_not_fit_is_a_sentence(place: Path):
         with pytest.raises(BigtrainError) as error:
             bigtrain.predict(run, inputs)
         assert told in str(error.value) and error.value.exit_code == 2
-    with pytest.raises(BigtrainError, match="likeliest of 4 labels is taken"):
-        bigtrain.predict(run, place / "new.npz", threshold=0.5)
+    for asked, of, told in (
+        ({"threshold": 0.5}, "labels", "likeliest of 4 labels is taken"),
+        ({"threshold": 0.5, "top_k": 2}, "labels", "top_k=2, threshold=0.5: leave one of them out"),
+        ({"top_k": 2}, "values", "task=regression gives no probabilities"),
+    ):
+        with pytest.raises(BigtrainError, match=told):
+            bigtrain.predict(place / "runs" / of, place / "new.npz", **asked)
     assert not torch.distributed.is_initialized(), "a program goes on, and may train"
 
 

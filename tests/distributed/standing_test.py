@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from bigtrain.checkpoint.store import Standing, find_checkpoints, read_run_state, step_of
+from bigtrain.config import ValidationConfig
+from bigtrain.run.recovery import EARLY_STOPPING, explain_end, why_ended
 from tests.distributed.launches import TRAIN, Launch, events, fork, metrics
 from tests.faults import saves
 
@@ -89,4 +91,9 @@ def test_less_is_better_for_losses_and_nan_is_never_the_best():
     for step, value in enumerate([float("nan"), 3.0, 2.0, float("nan"), 2.0, 2.5], start=1):
         standing = standing.after(step, value)
     assert (standing.best, standing.best_step, standing.num_since) == (2.0, 3, 3)
+    lost, limits = Standing("r2", less_is_better=False), ValidationConfig(every_steps=1, patience=2, stop_at=0.5)
+    for step, ended in enumerate([None, EARLY_STOPPING], start=1):
+        lost = lost.after(step, float("nan"))
+        assert why_ended(lost, limits) == ended
+    assert explain_end(lost, EARLY_STOPPING) == "r2 was no number in 2 validations (validation.patience)"
     assert Standing("f1", less_is_better=False).after(1, 0.5).after(2, 0.6).best_step == 2

@@ -235,6 +235,9 @@ def test_a_file_of_arrays_and_a_mixture_of_two(tmp_path):
         read_npz(tmp_path / "c.npz")
     np.savez(tmp_path / "objects.npz", label=np.array([{}]))
     (tmp_path / "text.npz").write_text("label")
+    np.save(tmp_path / "single.npy", np.ones((3, 2)))
+    with pytest.raises(DataError, match=r"it is one array, without a name; numpy.savez"):
+        read_npz(tmp_path / "single.npy")
     for name in ("objects", "text"):
         with pytest.raises(DataError, match=r"reads a \.npz of arrays of numbers"):
             read_npz(tmp_path / f"{name}.npz")

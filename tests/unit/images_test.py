@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigtrain.config import AugmentConfig, DataConfig, DataSource, OnBad
+from bigtrain.config import AugmentConfig, ComponentConfig, DataConfig, DataSource, OnBad
 from bigtrain.data.prepare import image_sources
+from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.prepare.images import prepare_images
 from bigtrain.data.read.images import Augmentation, ImageSet
 from bigtrain.data.streams import open_streams
@@ -236,6 +237,30 @@ def test_fewer_labels_than_classes_are_refused(folder, tmp_path):
     directories = {"data": prepare_images(config, progress=False)}
     with pytest.raises(BigtrainError, match=r"has 3 classes \(bird, cat, dog\), but task.num_labels=2"):
         open_streams(config, directories, objective=objective, **opening)
+
+
+def test_a_mixture_of_images_has_one_set_of_labels_and_is_normalised_by_its_first_images(folder, tmp_path):
+    def train_of(**settings):
+        config = DataConfig(source=DataSource.images, root=str(tmp_path / "data"), **settings)
+        directories = dict(prepare_components(config, progress=False))
+        objective = Classification(inputs=Inputs.pixels, num_labels=2)
+        opening = {"vocab_size": 1, "seed": 0, "global_batch_size": 4}
+        return open_streams(config, directories, objective=objective, **opening)["train"]
+
+    for name in ("cat", "dog"):
+        for number in range(20):
+            save(tmp_path / "dark" / name / f"{number:02}.png", np.full((8, 8), number, dtype=np.uint8))
+            save(tmp_path / "pets" / {"cat": "dog", "dog": "eel"}[name] / f"{number:02}.png")
+    parts = {"all": ComponentConfig(path=str(folder)), "dark": ComponentConfig(path=str(tmp_path / "dark"))}
+    alone, mixed = train_of(path=str(folder)), train_of(mixture=parts)
+    assert mixed.label_names == ["cat", "dog"] and mixed.facts["mean"] == alone.facts["mean"]
+    seen = mixed.gather(np.arange(mixed.num_samples))["pixels"] * mixed.facts["deviation"][0] + mixed.facts["mean"][0]
+    assert (seen.round() < 20).flatten(1).all(dim=1).sum() >= 15  # the dark ones are dark to the network, too
+    parts["dark"] = ComponentConfig(path=str(tmp_path / "pets"))
+    with pytest.raises(
+        DataError, match="dark has the labels dog, eel, all has cat, dog; a mixture needs the same ones"
+    ):
+        train_of(mixture=parts)
 
 
 # Augmentation

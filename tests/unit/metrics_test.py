@@ -170,3 +170,18 @@ def test_regression(num_parts: int) -> None:
     assert found["mae"] == pytest.approx(sklearn.mean_absolute_error(y, p), rel=1e-6)
     assert found["rmse"] == pytest.approx(sklearn.root_mean_squared_error(y, p), rel=1e-6)
     assert found["r2"] == pytest.approx(sklearn.r2_score(y, p), rel=1e-5)
+
+
+def test_r2_of_values_far_from_zero_also_where_sums_are_fp32() -> None:
+    random = np.random.default_rng(5)
+    values = torch.from_numpy(2000 + random.normal(0, 1, 4096)).float()
+    predicted = values + torch.from_numpy(random.normal(0, 0.5, 4096)).float()
+    total = torch.zeros(2, 5)
+    for part in zip(predicted.split(4), values.split(4), strict=True):
+        total += regression_sums(*part, torch.ones(4, dtype=torch.bool))
+    r2 = sklearn.r2_score(values.double().numpy(), predicted.double().numpy())
+    assert regression_metrics(total.double().numpy())["r2"] == pytest.approx(r2, rel=1e-3)
+    exact = cut(regression_sums, 1024, predicted, values, torch.ones(4096, dtype=torch.bool))
+    assert regression_metrics(exact)["r2"] == pytest.approx(r2, rel=1e-5)
+    variance = float((values**2).sum() - values.sum() ** 2 / 4096)  # of one fp32 sum each
+    assert abs(1 - float(((values - predicted) ** 2).sum()) / variance - r2) > 0.1

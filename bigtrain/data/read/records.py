@@ -360,7 +360,10 @@ class Arrays:
 def read_npz(path: str | Path) -> Arrays:
     """Return the arrays of a ``.npz`` file; DataError if there is none, or it holds objects."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is one array, without a name; numpy.savez(path, features=..., labels=...) names them")
+        with loaded as file:
             columns = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise DataError(f"data.path={path}: there is no such file") from error

@@ -204,6 +204,15 @@ def _require_labels(network: nn.Module, config: ModelConfig) -> None:
         )
 
 
+def published_labels(config: ModelConfig) -> list[str]:
+    """Return the names of the labels of a published classifier, in their order; none if it is none, or has no names."""
+    published = read_hf_config(config.name)
+    if config.num_outputs is None or not any("Classification" in name for name in published.architectures or []):
+        return []
+    names = [str(name) for _, name in sorted(published.id2label.items())]
+    return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
 def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> nn.Module:
     """Build the network of a transformers configuration, by default its language model; see :func:`build_hf_model`.
 
