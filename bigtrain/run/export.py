@@ -40,6 +40,9 @@ from bigtrain.run.frozen import WeightReader
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
 MASK_TOKEN = "[MASK]"
+PREDICT_OF_DOCUMENTS = tuple(
+    kind.name for kind in (TaskKind.classification, TaskKind.token_classification, TaskKind.regression)
+)
 OWN_ROLES = ("bos_token", "eos_token")  # of a tokenizer made by bigtrain: both are the end-of-text token
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -238,10 +241,22 @@ def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, con
         "split_special_tokens": True,
     }
     shutil.copyfile(run / TOKENIZER_FILE, directory / TOKENIZER_FILE)
+    if config.task.kind in PREDICT_OF_DOCUMENTS:
+        _open_documents(run, directory, tokenizer.eos_id)
     if config.task.kind == TaskKind.masked_lm.name:
         tokens["mask_token"] = _add_mask_token(run, directory, config)
     for name, content in (("special_tokens_map.json", tokens), ("tokenizer_config.json", tokens | behaviour)):
         write_durably(directory / name, [memoryview(_json(content))])
+
+
+def _open_documents(run: Path, directory: Path, eos_id: int) -> None:
+    """Let the exported tokenizer begin a text with the end-of-text token, as documents begin in training."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(run)
+    name = tokenizer.id_to_token(eos_id)
+    tokenizer.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, eos_id)])
+    tokenizer.save(str(directory / TOKENIZER_FILE))
 
 
 def _add_mask_token(run: Path, directory: Path, config: TrainConfig) -> str | None:

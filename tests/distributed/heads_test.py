@@ -71,6 +71,10 @@ def test_an_export_has_the_labels_and_opens_with_the_same_logits(place):
     for answer, found in zip(asked, logits.softmax(-1), strict=True):
         assert model.config.id2label[int(found.argmax())] == answer["label"]
         assert float(found.max()) == pytest.approx(answer["probability"], rel=1e-5)
+    (asked,) = bigtrain.predict(place / "labelled", ["line 3"])
+    with torch.no_grad():
+        found = model(**transformers.AutoTokenizer.from_pretrained(out)(["line 3"], return_tensors="pt")).logits
+    assert float(found.softmax(-1).max()) == pytest.approx(asked["probability"], rel=1e-5), "texts begin alike"
     with pytest.raises(ConfigError, match=r"has 3 labels \(.*\), but the task has 2; set task.num_labels=3"):
         np.savez(place / "rows.npz", tokens=np.ones((9, 12), int), lengths=np.full(9, 12), labels=np.arange(9) % 2)
         bigtrain.train(
