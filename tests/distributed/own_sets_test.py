@@ -91,7 +91,8 @@ def test_any_set_is_validated_alike_on_any_number_of_ranks(place: Path):
     near = validated(place, "set=validation/near")
     assert near["accuracy"] == pytest.approx(right.accuracy_score(*predicted(place, "near")))
     shown = fork("validate.py", "checkpoint=runs/sets", "set=test", cwd=place)
-    assert "predicted as" in shown.out and len(shown.out.partition("predicted as")[2].split()) == 25
+    table, _, by_label = shown.out.partition("predicted as")[2].partition("\n\n")
+    assert len(table.split()) == 25 and by_label.split()[:4] == ["label", "precision", "recall", "f1"]
     wrong = fork("validate.py", "checkpoint=runs/sets", "set=validation/nearer", cwd=place)
     assert wrong.code == 2 and "the run has validation, validation/far, validation/near, test" in wrong.err
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from bigtrain.run.written import WRITTEN_METRICS
 
+from bigtrain.run.validation import WRITTEN_METRICS
 from tests.distributed.launches import fork
 
 ROOT = Path(__file__).parents[2]

@@ -187,7 +187,7 @@ def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path: Path):
     write_base(tmp_path / "base")
     run = make_run(tmp_path, tmp_path / "base")
     (run.directory / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer/tokenizer_config\.json: the content is not"):
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer_config\.json: 2 bytes, index\.json says"):
         exported(run)
 
 

@@ -105,7 +105,7 @@ def test_a_failed_write_leaves_the_old_configuration(config: TrainConfig, monkey
     directory = config.run.directory
     write_config(directory, config)
 
-    def full_disk(self: Path, text: str) -> None:
+    def full_disk(self: Path, text: str, **_: str) -> None:
         with self.open("w") as file:
             file.write(text[:10])
         raise OSError(28, "No space left on device")
