@@ -148,3 +148,57 @@ def batches(config: TrainConfig) -> Iterator[Batch]:
             yield from batch.micro_batches
             if batch.step + 1 == config.train.steps:
                 return
+
+
+class InOrder:
+    """Beside a Trainer of transformers: the samples in their order, and decay of matrices alone, as ours.
+
+    By name, Trainer would let Mamba's vector D decay; of others it chooses the same.
+    """
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def _get_train_sampler(self, *_args: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class Recorded(InOrder):
+    """The same, and what Trainer takes for the loss of each micro-batch: its share of the step's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.losses: list[float] = []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+    def step_losses(self) -> list[float]:
+        """Return the loss of each step."""
+        size = self.args.gradient_accumulation_steps
+        return [sum(self.losses[first : first + size]) for first in range(0, len(self.losses), size)]
+
+
+def trainer_arguments(config: TrainConfig, directory: Path, num_micro_batches: int) -> dict[str, Any]:
+    """Return the arguments with which a Trainer of transformers trains as a run, on a CPU at a constant rate."""
+    settings = config.optimizer
+    return {
+        "output_dir": str(directory / "trainer"),
+        "max_steps": config.train.steps,
+        "per_device_train_batch_size": config.train.global_batch_size // num_micro_batches,
+        "gradient_accumulation_steps": num_micro_batches,
+        "learning_rate": settings.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.betas[0],
+        "adam_beta2": settings.betas[1],
+        "adam_epsilon": settings.eps,
+        "max_grad_norm": settings.grad_clip,
+        "logging_steps": config.train.log_every_steps,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }

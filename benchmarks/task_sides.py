@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from small_runs import batches
+from small_runs import InOrder, Recorded, batches, trainer_arguments
 from small_tasks import settings_of, write_samples
 from step import forget_lone_rank, pace
-from torch import Tensor, nn
+from torch import Tensor
 from turns import Pacer
 
 from bigtrain.cli.hydra_cli import read_run
@@ -156,17 +156,11 @@ def our_turns(case: str, directory: Path, args: list[str], pacer: Pacer) -> None
 def their_losses(case: str, directory: Path, num_micro_batches: int) -> list[float]:
     """Train the same samples by transformers' Trainer; return what it takes for the loss of each step."""
     config = configuration(case, directory, f"train.micro_batch_size={BATCH}", "engine=ddp", "run.name=theirs")
-    losses: list[float] = []
 
-    class Recording(Plain):
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)
-            losses.append(loss.item())
-            return loss
+    class Recording(Recorded, transformers.Trainer):
+        pass
 
-    fit(Recording, config, directory, num_micro_batches)
-    steps = [losses[first : first + num_micro_batches] for first in range(0, len(losses), num_micro_batches)]
-    return [sum(step) for step in steps]
+    return fit(Recording, config, directory, num_micro_batches).step_losses()
 
 
 def their_turns(case: str, directory: Path, args: list[str], pacer: Pacer) -> None:
@@ -180,51 +174,29 @@ def their_turns(case: str, directory: Path, args: list[str], pacer: Pacer) -> No
     fit(Plain, config, directory, 1, callbacks=[Told()], begin=pacer.begin)
 
 
-class Plain(transformers.Trainer):
-    """In the order of the samples, with decay of matrices alone, as ours; transformers lets vectors of some models decay."""
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-    def _get_train_sampler(self, *_args: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class Plain(InOrder, transformers.Trainer):
+    """Transformers' Trainer on the samples of a run."""
 
 
 def fit(
-    kind: type[Plain],
+    kind: Any,
     config: TrainConfig,
     directory: Path,
     num_micro_batches: int,
     *,
     callbacks: list[transformers.TrainerCallback] | None = None,
     begin: Any = None,
-) -> None:
-    """Train transformers' own network on the samples of a run, in their order."""
-    settings, samples = config.optimizer, list_samples(config)
+) -> Any:
+    """Train transformers' own network on the samples of a run, in their order; return the Trainer."""
+    samples = list_samples(config)
     forget_lone_rank()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(directory / "trainer"),
-        max_steps=config.train.steps,
-        per_device_train_batch_size=config.train.global_batch_size // num_micro_batches,
-        gradient_accumulation_steps=num_micro_batches,
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant",
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        adam_epsilon=settings.eps,
-        max_grad_norm=settings.grad_clip,
-        logging_steps=config.train.log_every_steps,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = transformers.TrainingArguments(**trainer_arguments(config, directory, num_micro_batches))
     network = their_class(config).from_pretrained(directory / "network", dtype=torch.float32)
     trained = kind(model=network, args=arguments, train_dataset=samples, callbacks=callbacks)
     if begin:
         begin()
     trained.train()
+    return trained
 
 
 def list_samples(config: TrainConfig) -> list[dict[str, Tensor]]:

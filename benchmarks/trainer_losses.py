@@ -1,14 +1,14 @@
 """What ``same_as_trainer.py`` compares, each function called on ranks of its own by ``small_runs.call``."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from small_runs import batches, run_config, run_losses, write_models
+from small_runs import Recorded, batches, run_config, run_losses, trainer_arguments, write_models
+from step import forget_lone_rank
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -105,46 +105,18 @@ def trainer_losses(directory: Path) -> list[float]:
     """Train the same samples with transformers' Trainer; return the losses."""
     config = configuration(directory, EngineKind.ddp, world_size=1)
     samples = list_samples(config)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]  # Trainer would make a process group
-    losses: list[float] = []
+    forget_lone_rank()
 
-    class Recording(transformers.Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)  # the micro-batch's share of the step's loss
-            losses.append(loss.item())
-            return loss
+    class Recording(Recorded, transformers.Trainer):
+        pass
 
-        def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-            # By name, Trainer would let Mamba's vector D decay; of GPT-2 and Llama it chooses the same as this.
-            return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-        def _get_train_sampler(self, *_args: Any) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(samples)
-
-    settings = config.optimizer
-    arguments = transformers.TrainingArguments(
-        output_dir=str(directory / "trainer"),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH // 2,
-        gradient_accumulation_steps=2,
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant",
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        adam_epsilon=settings.eps,
-        max_grad_norm=settings.grad_clip,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = transformers.TrainingArguments(**trainer_arguments(config, directory, 2))
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32)
     if config.model.adapter:
         model = with_same_adapters(model, config)
-    Recording(model=model, args=arguments, train_dataset=samples).train()
-    return [first + second for first, second in zip(losses[::2], losses[1::2], strict=True)]
+    trainer = Recording(model=model, args=arguments, train_dataset=samples)
+    trainer.train()
+    return trainer.step_losses()
 
 
 def with_same_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:

@@ -1,16 +1,15 @@
 """Losses of TRL's DPOTrainer on the rows of a run, for ``same_as_trainer.py``."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from small_runs import batches
-from torch import Tensor
-from trainer_losses import BATCH, STEPS, TOKENS, configuration, with_same_adapters
+from small_runs import Recorded, batches, trainer_arguments
+from step import forget_lone_rank
+from trainer_losses import TOKENS, configuration, with_same_adapters
 
 from bigtrain.config import EngineKind, TrainConfig
 
@@ -23,50 +22,24 @@ def trl_losses(directory: Path) -> list[float]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.data.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     rows = list_rows(config, tokenizer)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]  # Trainer would make a process group
-    losses: list[float] = []
+    forget_lone_rank()
 
-    class Recording(DPOTrainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)  # the micro-batch's share of the step's loss
-            losses.append(loss.item())
-            return loss
+    class Recording(Recorded, DPOTrainer):
+        pass
 
-        def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-            return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-        def _get_train_sampler(self, *_args: Any) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(rows)
-
-    settings = config.optimizer
     arguments = DPOConfig(
-        output_dir=str(directory / "trl"),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH // 2,
-        gradient_accumulation_steps=2,
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant",
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        adam_epsilon=settings.eps,
-        max_grad_norm=settings.grad_clip,
+        **trainer_arguments(config, directory, 2),
         beta=config.task.beta,
         loss_type=[{"dpo": "sigmoid"}.get(config.task.loss.name, config.task.loss.name)],
         max_length=TOKENS + 1,
         bf16=False,
         gradient_checkpointing=False,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32)
-    model = with_same_adapters(model, config)
-    dataset = Dataset.from_list(rows)
-    Recording(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()
-    return [first + second for first, second in zip(losses[::2], losses[1::2], strict=True)]
+    model, rows = with_same_adapters(model, config), Dataset.from_list(rows)
+    trainer = Recording(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return trainer.step_losses()
 
 
 def list_rows(config: TrainConfig, tokenizer: Any) -> list[dict[str, Any]]:

@@ -45,7 +45,6 @@ def peft_config(config: AdapterConfig, modules: list[str]) -> Any:
         use_rslora=config.rslora,
         use_dora=config.kind is AdapterKind.dora,
         target_modules="|".join(map(re.escape, modules)),
-        fan_in_fan_out=False,
     )
 
 

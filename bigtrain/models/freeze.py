@@ -8,7 +8,7 @@ from torch import nn
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError, some
-from bigtrain.models.adapters import is_of_adapter, plain_name
+from bigtrain.models.adapters import bare, is_of_adapter, plain_name
 from bigtrain.models.hf.heads import HEADS
 
 
@@ -17,7 +17,7 @@ def frozen_names(names: Iterable[str], model: ModelConfig) -> list[str]:
 
     ConfigError: a pattern matches none, or all parameters are frozen.
     """
-    own = {name: name.removeprefix("causal_lm.") for name in names}
+    own = {name: bare(name) for name in names}
     frozen = set(_matching(own, model.freeze, "model.freeze"))
     if model.adapter:
         trained = set(_matching(own, model.adapter.also_train, "model.adapter.also_train"))
