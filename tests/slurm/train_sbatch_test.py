@@ -62,8 +62,8 @@ class Job:
         return self.cluster.job(self.number)
 
     def trouble(self) -> str:
-        logs = [f"--- {path}\n{path.read_text()[-3000:]}" for path in self.directory.rglob("log/*/*.log")]
-        return "\n".join([str(self.state()), self.log(), *logs])
+        paths = [*self.directory.glob("slurm-*.log"), *self.directory.rglob("log/*/*.log")]
+        return "\n".join([str(self.state()), *(f"--- {path}\n{path.read_text()[-3000:]}" for path in paths)])
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that happens while the job lives."""
@@ -266,17 +266,22 @@ def test_a_task_of_an_array_queues_itself_again_and_has_its_environment_though_s
     )
     # The last task has the array's own number. It ends when the first one is there, which waits until it is back.
     script = f"""
+run=${{run}}_$SLURM_ARRAY_TASK_ID
 echo "$SLURM_ARRAY_TASK_ID ${{MASTER_ADDR:-}}" >>$run/environments
-if ((SLURM_ARRAY_TASK_ID == 1)); then until [ -e $run/done ]; do sleep 0.1; done; exit 0; fi
-if [ -e $run/again ]; then echo '{finished}' >$run/exit.json; touch $run/done; exit 0; fi
-until grep -q ^1 $run/environments; do sleep 0.1; done
+if ((SLURM_ARRAY_TASK_ID == 1)); then until [ -e $run/../done ]; do sleep 0.1; done; exit 0; fi
+if [ -e $run/again ]; then echo '{finished}' >$run/exit.json; touch $run/../done; exit 0; fi
+until [ -e ${{run%_2}}_1/environments ]; do sleep 0.1; done
 touch $run/again; echo '{stopped}' >$run/exit.json
 """
-    venv = Path(stand_in(tmp_path, script)).parent
+    directory = Path(stand_in(tmp_path, script))
+    # Every task has a run of its own: one that another task has just taken would be refused.
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@" "run.name=gpt_nano_$SLURM_ARRAY_TASK_ID"\n')
+    python.chmod(0o755)
     options = [
-        f"--export=BIGTRAIN_HOME={REPOSITORY},BIGTRAIN_VENV={venv},PATH={Path(sys.executable).parent}:/usr/bin:/bin"
+        f"--export=BIGTRAIN_HOME={REPOSITORY},BIGTRAIN_VENV={directory.parent},PATH={Path(sys.executable).parent}:/usr/bin:/bin"
     ]
-    first = Job(cluster, tmp_path, "--nodes=1", "--array=1-2", *options, args=[*TRAINING, "run.name=gpt_nano"])
+    first = Job(cluster, tmp_path, "--nodes=1", "--array=1-2", *options, args=TRAINING)
     states = [f"{first.number}_{task}" for task in (1, 2)]
 
     def ended() -> bool:
@@ -285,7 +290,7 @@ touch $run/again; echo '{stopped}' >$run/exit.json
     wait_until(ended, first.trouble, TIMEOUT_SECONDS)
     found = [cluster.job(task) for task in states]
     assert [(state["JobState"], state["Restarts"]) for state in found] == [("COMPLETED", "0"), ("COMPLETED", "1")]
-    seen = sorted((first.run / "environments").read_text().split("\n")[:-1])
+    seen = sorted(line for path in tmp_path.glob("runs/*/environments") for line in path.read_text().splitlines())
     assert [line.split()[0] for line in seen] == ["1", "2", "2"]
     assert all(len(line.split()) == 2 for line in seen), "MASTER_ADDR reached the step"
 
