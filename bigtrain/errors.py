@@ -19,10 +19,8 @@ EXIT_RESUMABLE = 75  # sysexits.h EX_TEMPFAIL: saved; the same command continues
 class BigtrainError(Exception):
     """Base of all errors that the user can mend."""
 
-    exit_code = EXIT_USER_ERROR
-    """How the process ends."""
-    shared: bool | None = None
-    """Whether all ranks raise the same error, so that rank 0 shows it, or this one only; None if nobody knows."""
+    exit_code = EXIT_USER_ERROR  # how the process ends
+    shared: bool | None = None  # raised on all ranks alike, so that rank 0 shows it; None: not known
 
 
 def of_all_ranks(error: BigtrainError) -> BigtrainError:

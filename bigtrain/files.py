@@ -20,10 +20,8 @@ from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 
 CONFIG_FILE = "config.yaml"
-RUN_FILES = (CONFIG_FILE, "metrics.jsonl")
-"""A directory that has one of them is a run."""
-PIECE_BYTES = 1 << 22
-"""Hashed and written or read at a time: small enough to stay in the processor's cache between the two."""
+RUN_FILES = (CONFIG_FILE, "metrics.jsonl")  # a directory that has one of them is a run
+PIECE_BYTES = 1 << 22  # hashed and written or read at a time, within the processor's cache
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -32,12 +30,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 class FileRecord:
     """One file of a checkpoint or of a corpus."""
 
-    name: str
-    """Plain file name."""
-    num_bytes: int
-    """Size."""
-    xxh3: str
-    """XXH3 128-bit hash of the content, hexadecimal."""
+    name: str  # plain file name
+    num_bytes: int  # size
+    xxh3: str  # XXH3 128-bit hash of the content, hexadecimal
 
 
 def hash_content(file: BufferedIOBase | RawIOBase) -> str:
@@ -61,12 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def such_as_runs(near: Path, *, holding: str = "") -> str:
-    """Return ``", such as <run>, <run>"`` with runs in or beside ``near``, or in ``runs``; nothing if there are none.
-
-    Args:
-        near: a path.
-        holding: pattern of what they have in them.
-    """
+    """Return ``", such as <run>, <run>"`` with runs, ``holding`` a pattern, near a path or in ``runs``; "" if none."""
     places = [near, *list(near.parents)[:2], Path("runs")]
     beside = (sorted(path.parent for path in place.glob(f"*/{RUN_FILES[0]}")) for place in places)
     having = ([run for run in runs if not holding or any(run.glob(holding))] for runs in beside)
@@ -93,11 +83,7 @@ def sync(path: Path) -> None:
 
 
 def write_anew(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` durably, whole or not at all, also where several processes do.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write ``text`` to ``path`` durably, whole or not at all, also where several processes do."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -110,11 +96,7 @@ def write_anew(path: Path, text: str) -> None:
 
 
 def write_durably(path: Path, parts: Iterable[memoryview]) -> FileRecord:
-    """Write a new file, hashed on the way, so that it is on the disk.
-
-    Raises:
-        OSError: it exists, or could not be written, for instance because the disk is full.
-    """
+    """Write a new file, hashed on the way, so that it is on the disk; OSError if it exists or cannot be written."""
     digest, num_bytes = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -158,11 +140,7 @@ def is_locked(path: Path) -> bool:
 
 
 def try_lock(file: int, path: Path, *, wait: bool = False) -> bool | None:
-    """Lock an open file; return True, False if it is taken, or None, saying so once, if there are no locks.
-
-    Raises:
-        OSError: neither.
-    """
+    """Lock an open file; return True, False if it is taken, or None, saying so once, if there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -76,13 +76,9 @@ def setup(rank: int) -> None:
 def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """Return a copy of plain data (dicts, lists, scalars) in which secrets are replaced by ``***``.
 
-    Secrets are values under telling keys (``password``, ``hf_token``, ``apiKey`` ...), texts of known
-    forms (keys of AWS, Hugging Face, GitHub ..., ``user:password@`` in URLs, signed URLs), and every
-    occurrence of the value of an environment variable with a telling name, such as ``WANDB_API_KEY``.
-
-    Args:
-        value: The data; keys are kept, ``None`` and booleans too.
-        environ: Environment to take known secrets from; by default that of this process.
+    Secrets are values under telling keys (``password``, ``hf_token``, ``apiKey`` ...), texts of known forms (keys of
+    AWS, Hugging Face, GitHub ..., ``user:password@`` in URLs, signed URLs), and every occurrence of the value of a
+    variable of ``environ``, by default this process's, with a telling name, such as ``WANDB_API_KEY``.
     """
     environ = os.environ if environ is None else environ
     known = {v for k, v in environ.items() if k not in _NOT_SECRET and is_secret_name(k) and len(v) >= _SHORTEST_SECRET}

@@ -20,21 +20,16 @@ STOP_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGINT, si
 class RankInfo:
     """Position of this process in the world."""
 
-    rank: int
-    """0 ... world_size - 1 over all nodes."""
-    world_size: int
-    """Number of processes."""
-    local_rank: int
-    """0 ... local_world_size - 1 on this node."""
-    local_world_size: int
-    """Number of processes on this node."""
+    rank: int  # 0 ... world_size - 1 over all nodes
+    world_size: int  # number of processes
+    local_rank: int  # 0 ... local_world_size - 1 on this node
+    local_world_size: int  # number of processes on this node
 
     @staticmethod
     def from_env() -> "RankInfo":
         """Read what torchrun, ``accelerate launch`` or ``deepspeed`` set; a plain process is rank 0 of 1.
 
-        Raises:
-            ConfigError: a variable is no number, or a rank is not below its world size.
+        ConfigError: a variable is no number, or a rank is not below its world size.
         """
         world_size = _number("WORLD_SIZE", 1)
         # The deepspeed launcher has a name of its own for it.
@@ -61,11 +56,7 @@ def _number(name: str, default: int) -> int:
 
 
 def master_address() -> tuple[str, int]:
-    """Return where the ranks find each other.
-
-    Raises:
-        ConfigError: the environment does not say so.
-    """
+    """Return where the ranks find each other; ConfigError if the environment does not say so."""
     host, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", 0)
     if not host or not 0 < port < 2**16:
         raise ConfigError(
@@ -133,13 +124,6 @@ def start_beside(command: Sequence[str], **options: Any) -> "subprocess.Popen[An
     """Start a process that ends by itself when the ranks have; signals that stop ranks never reach it.
 
     A terminal sends them to a whole session, and Slurm to every process of a step, also to one that has just begun.
-
-    Args:
-        command: its command line.
-        options: of :class:`subprocess.Popen`.
-
-    Raises:
-        OSError: it cannot be started.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process has the same mask, for good
     try:

@@ -82,10 +82,8 @@ def _outside(key: str, value: Any, hint: Any) -> Iterator[str]:
 def without_effect(section: object, prefix: str = "", *, parts: list[Any] | None = None) -> list[str]:
     """Return a sentence for every changed setting of a section that does not count, as its field says.
 
-    Args:
-        section: a config dataclass.
-        prefix: of its keys.
-        parts: the sections by which it is used, where that is not itself; to count in one of them is enough.
+    ``prefix`` is that of its keys; it is enough to count in one of ``parts``, the sections that use it (by default
+    itself).
     """
     schema: type = type(section)
     default, parts, found = schema(), parts or [section], []

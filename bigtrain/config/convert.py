@@ -64,14 +64,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = False, section: str = "") -> T:
     """Build the dataclass ``schema`` from plain data, strictly.
 
-    Args:
-        from_user: a person has written them: paths are expanded as :func:`expand_path` does, numbers must be finite,
-            text must not be empty.
-        section: prefix of the keys in messages, such as ``task.settings.``.
-
-    Raises:
-        ConfigError: listing every unknown key (with the nearest valid one), every wrong type and, from a user, every
-            URL, unset variable, empty text and infinite number.
+    With ``from_user`` paths are expanded by :func:`expand_path`, numbers must be finite, and text not empty.
+    ``section`` is the prefix of keys in messages. ConfigError: lists all unknown keys, with the nearest valid one, and
+    wrong values.
     """
     valid_keys = [f"{section}{key}" for key in key_types(typing.cast(type, schema))]
     builder = _Builder(valid_keys, from_user=from_user)
@@ -84,8 +79,7 @@ def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = Fals
 def expand_path(text: str, mark: PathMark = PathMark.local) -> str:
     """Return a path with ``~``, ``$NAME``, ``${NAME}`` and ``${oc.env:NAME}`` (or ``${oc.env:NAME,default}``) expanded.
 
-    Raises:
-        ValueError: saying what is wrong: a URL where none is allowed, no such variable, no such home directory.
+    ValueError: a URL where none is allowed, no such variable, or no such home directory.
     """
 
     def value_of(match: re.Match[str]) -> str:

@@ -46,16 +46,10 @@ def beyond_the_end(config: TrainConfig) -> Iterator[str]:
 def steps_to_train(
     train: TrainingConfig, *, num_samples: int, sequence_length: int | None, step: int, samples: int
 ) -> int:
-    """Return ``train.steps`` of a length in epochs or tokens, in whole batches.
+    """Return ``train.steps`` of a length in epochs or tokens, in whole batches, for a run that has reached ``step``.
 
-    Args:
-        num_samples: of an epoch.
-        sequence_length: tokens of a sample; None if it has none.
-        step: that the run has reached.
-        samples: that it has trained on, maybe with another batch size.
-
-    Raises:
-        ConfigError: tokens are wanted of samples that have none.
+    ``num_samples`` are those of an epoch, ``samples`` what was trained on so far, maybe with another batch size.
+    ConfigError: tokens are wanted of samples that have none.
     """
     if train.epochs is not None:
         total = train.epochs * num_samples

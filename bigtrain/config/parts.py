@@ -172,16 +172,10 @@ def _how_to_import(module: str) -> str:
 
 
 def build(name: str, settings: Mapping[str, Any], *, setting: str, from_user: bool = False) -> Any:
-    """Return the part with a name: an instance of a dataclass with these settings; anything else as it is.
+    """Return the part that ``setting`` names: an instance of a dataclass with these settings; anything else as it is.
 
-    Args:
-        name: ``ideas.focal``.
-        settings: by the names of the dataclass's fields.
-        setting: that has the name, such as ``task.kind``; ``task.settings`` holds the settings.
-        from_user: as for :func:`bigtrain.config.convert.from_dict`.
-
-    Raises:
-        ConfigError: nothing imported has it; lists unknown settings, wrong types, and what the class itself refuses.
+    ``task.kind`` has its settings in ``task.settings``. ConfigError: nothing imported has it, or it refuses the
+    settings.
     """
     part, section = find(name, setting), f"{setting.rpartition('.')[0]}.settings"
     if not is_dataclass(part):

@@ -41,19 +41,15 @@ def open_streams(
     sides: Sequence[str] = SPLITS,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, SampleStream]:
-    """Open both splits of all components as streams of samples.
+    """Open both splits of all components, prepared in ``directories``, as streams of samples.
 
     Args:
-        data: The resolved section.
-        directories: Where :func:`bigtrain.data.prepare.corpus.prepare_components` has put text and images.
-        vocab_size: Rows of the model's embedding; DataError if a tokenizer has more ids.
-        objective: What the columns of records have to be; text does without.
-        seed: As in :class:`SampleStream`, like ``global_batch_size`` and ``previous``.
-        global_batch_size: See there.
-        validation_samples: So many are looked for in text that is tokenised while training.
-        previous: See there.
-        sides: Which splits.
-        facts: Of the images that are trained on, if these are others.
+        data: the resolved section.
+        vocab_size: rows of the model's embedding; DataError if a tokenizer has more ids.
+        objective: decides the columns of records; text does without.
+        validation_samples: as many are looked for in text that is tokenised while training.
+        facts: of the images that are trained on, if these are others.
+        others: see :class:`SampleStream`.
     """
     parts = component_data(data)
     corpora = _open_corpora(parts, directories, vocab_size, objective)

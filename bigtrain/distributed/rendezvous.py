@@ -58,15 +58,9 @@ class Patience:
 def meet(info: RankInfo, *, timeout_seconds: float, refusal: str = "", quiet: bool = False) -> dist.Store:
     """Wait until all ranks, of a world of several, have come and return a store that is theirs alone.
 
-    Args:
-        info: position of this rank.
-        timeout_seconds: how long ranks may come later than others; also the time limit of the store.
-        refusal: why this rank cannot begin: the others get to know, and none does.
-        quiet: whether nothing is said of whom this rank waits for.
-
-    Raises:
-        ConfigError: the address or the port is of no use, or a rank cannot begin.
-        NetworkError: a rank has not come in time, or the store is gone.
+    ``timeout_seconds`` limits the wait and the store. With a ``refusal`` this rank cannot begin, and no other does;
+    with ``quiet`` nothing is said of missing ranks. ConfigError: the address or port is of no use, or a rank cannot
+    begin. NetworkError: a rank has not come in time, or the store is gone.
     """
     address, patience = master_address(), Patience(timeout_seconds, quiet=quiet)
     is_server = info.rank == 0 and not has_agent_store()

@@ -108,11 +108,7 @@ def mask_id_of(config: TrainConfig, tokenizer: "Tokenizer", directory: Path) -> 
 
 
 def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
-    """Return what ``config.task`` does to samples, if it does anything.
-
-    Raises:
-        ConfigError: no token is left to stand for a hidden one.
-    """
+    """Return what ``config.task`` does to samples, if anything; ConfigError if no token is left for hidden ones."""
     match config.task.kind:
         case TaskKind.seq2seq.name if not are_records(config.data):
             first = first_token(config.model)

@@ -20,11 +20,7 @@ def coupled(engine: Engine, micro_batches: Sequence[Batch], *, trains: bool) -> 
     """Return the micro-batches of a step with ``gradients`` of their embeddings and ``rows`` of losses and metrics.
 
     Those of objectives without ``couple`` are returned as they are. All ranks call this, with as many samples.
-
-    Args:
-        engine: with the weights.
-        micro_batches: of this rank.
-        trains: whether the network computes as in training, with the random numbers that the second pass will draw.
+    ``trains`` draws the random numbers of the second pass.
     """
     objective: Any = engine.objective
     if not hasattr(objective, "couple"):

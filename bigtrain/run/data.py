@@ -155,17 +155,9 @@ def open_set(
 ) -> SampleStream:
     """Return all samples of a set; text is prepared with the tokenizer of the training data. All ranks call this.
 
-    Args:
-        config: of the run.
-        data: of the set; see :func:`bigtrain.config.set_data`.
-        where: its setting.
-        tokenizer: directory of the training data's corpus, or of the run; None if there is no text.
-        label_names: of the training data, whose numbers its labels get.
-        facts: of images that are trained on, by which its own are normalised.
-        sequence_length: of samples of the training data, where ``data`` leaves it open.
-
-    Raises:
-        DataError: it cannot be prepared, has another tokenizer, or labels that the training data has not.
+    ``data`` is the set's, at the setting ``where``; ``tokenizer`` the directory of the training corpus or the run, None
+    without text. Its labels get the numbers they have in ``label_names``, its images are normalised by ``facts``.
+    DataError: it cannot be prepared, has another tokenizer, or labels that the training data has not.
     """
     is_text, objective = data.source not in WITHOUT_TEXT, build_objective(config.task)
     length = data.sequence_length or sequence_length

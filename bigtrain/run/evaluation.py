@@ -77,17 +77,11 @@ def load_engine(path: Path, config: TrainConfig) -> tuple[Engine, Path]:
 def validate_run(
     path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None
 ) -> Measured:
-    """Return what a checkpoint reaches on a set, with its ``step`` among the metrics, on all ranks of this world.
+    """Return what a run, or one of its checkpoints, reaches on a set, with its ``step``, on all ranks of this world.
 
-    Args:
-        path: directory of a run, or of one of its checkpoints.
-        batches: global batches of each set; by default those of the run's own validations, and all of other sets.
-        chosen: ``validation`` or ``test``, or one of their sets by name, such as ``test/news``.
-        part: another set, in place of ``chosen``.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        ConfigError: the run has no such set.
+    ``chosen`` is ``validation`` or ``test``, or one of their sets such as ``test/news``; ``part`` another set in its
+    place. By default ``batches`` are those of the run's own validations, and all of other sets. CheckpointError: no
+    whole checkpoint. ConfigError: the run has no such set.
     """
     is_usual = chosen == HELD_OUT and part is None
     with opened(path, batches=batches) as (config, directory):

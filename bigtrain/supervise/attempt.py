@@ -44,25 +44,12 @@ def claim_run(
     reserve: bool = False,
     on_move: Callable[[], None] = lambda: None,
 ) -> tuple[int, Lease]:
-    """Take the run for this launch, on rank 0: the one door to it.
+    """Take the run for this launch, on rank 0; return the number of this launch, from 1, and its lease.
 
-    A launcher's restart waits for a holder that is alive, and is refused after too many failures.
-
-    Args:
-        directory: of the run; it exists.
-        newest_step: step of the newest complete checkpoint, 0 if there is none.
-        max_failed_attempts: launches in a row that may fail without a new checkpoint.
-        hurry: wait for no other launch.
-        reserve: take it for ranks that are started next, and count them as failed if they never claim it.
-        on_move: called when the directory is found renamed or removed.
-
-    Returns:
-        The number of this launch, from 1, and its lease.
-
-    Raises:
-        ConfigError: another launch has the run.
-        NoRestartError: a launcher's restart, after too many failures or one that a person has to look at.
-        OSError: the directory cannot be written.
+    A launcher's restart waits for a live holder, unless in a ``hurry``, and is refused (NoRestartError) after
+    ``max_failed_attempts`` failures in a row without a new checkpoint. With ``reserve`` the run is taken for ranks that
+    are started next, and count as failed if they never claim it. ``on_move`` is called when the directory is found
+    renamed or removed. ConfigError: another launch has the run. OSError: the directory cannot be written.
     """
     lease = take_lease(directory / ATTEMPT_FILE, patient=is_restart() and not hurry, hurry=hurry)
     try:

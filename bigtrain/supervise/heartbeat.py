@@ -43,13 +43,10 @@ class Heartbeat:
     def __init__(
         self, path: Path | None = None, *, rank: int = 0, hang_seconds: float = 60.0, first_hang_seconds: float = 1800.0
     ) -> None:
-        """Begin in the phase ``starting``.
+        """Begin in the phase ``starting``; ``path`` is the file that the watchdog reads, if there is one.
 
-        Args:
-            path: file that the watchdog reads, if there is one.
-            rank: global rank.
-            hang_seconds: deadline of a phase, unless three times the longest of its last 200 durations is more.
-            first_hang_seconds: deadline of a phase that has been seen fewer than three times, and of every profile.
+        The deadline of a phase is ``hang_seconds``, or three times the longest of its last 200 durations if that is
+        more; ``first_hang_seconds`` of one that has been seen fewer than three times, and of every profile.
         """
         self.step = 0  # the optimizer step under way, from 1
         self._floor_ns, self._first_ns = int(hang_seconds * 1e9), int(first_hang_seconds * 1e9)

@@ -84,11 +84,8 @@ class Launch:
     ) -> None:
         """Publish the heartbeat, and start the watchdog on the first rank of each node.
 
-        Args:
-            launch_id: the same on all ranks, unique to the launch.
-            local_rank: rank on this node.
-            save: called in a thread, with a name, before a hung process is killed.
-            cache: where data is fetched for the ranks of this node; waiting for it is no hang.
+        ``launch_id`` is unique to the launch. ``save`` is called in a thread, with a name, before a hung process is
+        killed. Waiting for data that is fetched into ``cache`` is no hang.
         """
         hang_seconds, first_hang_seconds = self.config.hang_seconds, self.config.first_hang_seconds
         place = beats_directory(f"{launch_id}-{self.rank - local_rank}")

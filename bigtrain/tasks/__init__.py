@@ -16,11 +16,7 @@ from bigtrain.tasks.token_classification import TokenClassification
 
 
 def build_objective(config: TaskConfig) -> Objective:
-    """Return the objective that ``config`` chooses.
-
-    Raises:
-        ConfigError: nothing imported has it, or it is none.
-    """
+    """Return the objective that ``config`` chooses; ConfigError if nothing imported has it, or it is none."""
     match config.kind:
         case TaskKind.causal_lm.name:
             return CausalLM()

@@ -14,10 +14,8 @@ from bigtrain.errors import ConfigError
 class Writing:
     """How tokens that a decoder writes become text."""
 
-    eos_id: int
-    """Token that ends a text."""
-    decode: Callable[[list[int]], str]
-    """Returns the text of ids up to the end."""
+    eos_id: int  # token that ends a text
+    decode: Callable[[list[int]], str]  # returns the text of ids up to the end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +35,7 @@ class Wanted:
 def label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
     """Return the likeliest label of each sample with its probability, or the ``top_k`` likeliest ones.
 
-    Raises:
-        ConfigError: a threshold for more than two labels.
+    ConfigError: a threshold for more than two labels.
     """
     num_labels = logits_BC.shape[-1]
     if wanted.threshold is not None and num_labels != 2:

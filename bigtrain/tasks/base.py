@@ -16,25 +16,18 @@ from torch import Tensor, nn
 
 from bigtrain.errors import MISTAKES, ConfigError, of_all_ranks, told_with_place
 
-IGNORE_INDEX = -100
-"""Target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``."""
+IGNORE_INDEX = -100  # target that is not counted in the loss; also the default of ``torch.nn.functional.cross_entropy``
 
 
 class Field(NamedTuple):
     """One tensor of a batch."""
 
-    dtype: torch.dtype
-    """Type of its elements."""
-    shape: tuple[str | int, ...]
-    """Without the batch dimension; letters stand for sizes that data and model settings decide, such as ``("T",)``."""
-    padding: int | float = 0
-    """What fills samples up that count for nothing."""
-    ignored: int | float | None = None
-    """Of a target: its value where it does not count, which fills padding too. What has none is an input."""
-    below: int | None = None
-    """Whole numbers in a record that are not ``ignored`` lie in ``[0, below)``."""
-    is_optional: bool = False
-    """Whether a batch may lack it; such fields are the last ones."""
+    dtype: torch.dtype  # type of its elements
+    shape: tuple[str | int, ...]  # without the batch; letters are sizes that data and model settings decide
+    padding: int | float = 0  # what fills samples up that count for nothing
+    ignored: int | float | None = None  # of a target where it does not count, and padding; inputs have none
+    below: int | None = None  # whole numbers in a record that are not ``ignored`` lie in ``[0, below)``
+    is_optional: bool = False  # whether a batch may lack it; such fields are the last ones
 
     @property
     def is_input(self) -> bool:
@@ -50,8 +43,7 @@ class Field(NamedTuple):
 class Objective(Protocol):
     """What is minimised. An implementation is a frozen dataclass, whose fields are its settings, or a class without state."""
 
-    counts_by_shape: bool = False
-    """Whether a sample whose places are all targets has as many as its targets have elements."""
+    counts_by_shape: bool = False  # of elements, if all are targets
 
     @property
     def fields(self) -> Mapping[str, Field]:
@@ -78,11 +70,9 @@ class Objective(Protocol):
     # ``ignored`` hold, it returns plain data, a mapping for each sample; see :mod:`bigtrain.tasks.answers`.
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return metrics by name; those that improve by falling are in ``LESS_IS_BETTER`` or in an attribute ``less_is_better``.
+        """Return metrics by name, of the mean loss and the sums over the same samples.
 
-        Args:
-            loss: mean over targets.
-            sums: over the same samples, by name.
+        Those that improve by falling are in ``LESS_IS_BETTER`` or in an attribute ``less_is_better``.
         """
         return {}
 

@@ -22,12 +22,9 @@ from bigtrain.tasks.metrics import NUM_SCORE_BINS, area_under_roc, confusion_cou
 class Classification:
     """Cross-entropy of the label; see :class:`bigtrain.tasks.base.Objective`."""
 
-    inputs: Inputs = Inputs.tokens
-    """Column that the network gets."""
-    num_labels: int = 2
-    """C: labels are below this, and the network returns as many logits."""
-    class_weights: tuple[float, ...] = ()
-    """Factor of the loss of each label, by whose sum over samples it is divided, as torch does; none are ones."""
+    inputs: Inputs = Inputs.tokens  # column that the network gets
+    num_labels: int = 2  # c: labels are below this, and the network returns as many logits
+    class_weights: tuple[float, ...] = ()  # of each label, normalised by their sum over samples, as torch does
 
     counts_by_shape = True
 

@@ -24,10 +24,8 @@ class Contrastive:
     of a micro-batch, 2 texts of a pair, D dimensions.
     """
 
-    temperature: float = 0.05
-    """Cosines are divided by it."""
-    is_symmetric: bool = False
-    """Whether sources are found by their targets, too, with half of the loss (CLIP; Radford et al., 2021)."""
+    temperature: float = 0.05  # cosines are divided by it
+    is_symmetric: bool = False  # find sources by their targets too (CLIP; Radford et al., 2021)
 
     counts_by_shape = False
 
@@ -70,9 +68,7 @@ class Contrastive:
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed loss in nats and the sums of which metrics are made.
 
-        Args:
-            network: returns an embedding of each text.
-            tensors: of a micro-batch, which :func:`bigtrain.run.coupling.coupled` has completed; else it is the whole step.
+        ``tensors`` are those of a micro-batch completed by :func:`bigtrain.run.coupling.coupled`, or of a whole step.
         """
         counted_B = (tensors[3] != IGNORE_INDEX).any(dim=1)
         if len(tensors) == len(self.fields):

@@ -14,14 +14,8 @@ def write_greedily(
 ) -> Tensor:
     """Return the likeliest token at each place, int64 ``(B, num_tokens)``, ``eos_id`` from the end of each text on.
 
-    All ranks compute as often, until the texts of all have ended: parameters may be gathered in each forward pass.
-
-    Args:
-        network: Given the inputs and the tokens so far, ``(B, T)``, returns logits ``(B, T, V)``.
-        inputs: Of the encoder.
-        first_B: First token that the decoder reads.
-        num_tokens: Longest text.
-        eos_id: Token that ends a text.
+    ``network`` returns logits ``(B, T, V)`` of the encoder's inputs and the tokens so far, ``(B, T)``, which begin with
+    ``first_B``. All ranks compute as often, until the texts of all have ended: parameters may be gathered in each pass.
     """
     tokens_BT = first_B[:, None]
     has_ended_B = torch.zeros_like(first_B, dtype=torch.bool)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from bigtrain.tasks.masking import bound, draw
 
-_HIDDEN, _KEPT, _LENGTHS, _PLACES = 11, 12, 13, 14
-"""Purposes of the random numbers."""
+_HIDDEN, _KEPT, _LENGTHS, _PLACES = 11, 12, 13, 14  # purposes of the random numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +18,11 @@ class SpanCorruption:
     The target is each sentinel with the tokens it stands for. All samples have as many hidden tokens in as many spans.
     """
 
-    sentinels: tuple[int, ...]
-    """Token that stands for each span, as many as there are spans."""
-    eos_id: int
-    """Ends source and target."""
-    first_id: int
-    """What the decoder reads first."""
-    share: float = 0.15
-    """Share of the tokens that are hidden."""
-    seed: int = 0
-    """Of the run."""
+    sentinels: tuple[int, ...]  # token that stands for each span, as many as there are spans
+    eos_id: int  # ends source and target
+    first_id: int  # what the decoder reads first
+    share: float = 0.15  # share of the tokens that are hidden
+    seed: int = 0  # of the run
 
     def __call__(self, tokens_NT: NDArray[np.int64], positions_N: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return ``source``, ``source_lengths``, ``tokens`` and ``targets`` of texts ``(N, T)``."""
@@ -63,18 +57,12 @@ class TextInfilling:
     The last token of a text makes room for the one that ends it.
     """
 
-    mask_id: int
-    """Token that stands for a span."""
-    eos_id: int
-    """Ends source and target."""
-    first_id: int
-    """What the decoder reads first."""
-    share: float = 0.3
-    """Share of the tokens that are hidden."""
-    mean_span: float = 3.0
-    """Of the lengths of spans, which are those of a Poisson distribution."""
-    seed: int = 0
-    """Of the run."""
+    mask_id: int  # token that stands for a span
+    eos_id: int  # ends source and target
+    first_id: int  # what the decoder reads first
+    share: float = 0.3  # share of the tokens that are hidden
+    mean_span: float = 3.0  # of the lengths of spans, which are those of a Poisson distribution
+    seed: int = 0  # of the run
 
     def __call__(self, tokens_NT: NDArray[np.int64], positions_N: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return ``source``, ``source_lengths``, ``tokens`` and ``targets`` of texts ``(N, T)``."""

@@ -25,11 +25,7 @@ def input_fields(inputs: Inputs) -> dict[str, Field]:
 
 
 def require_lengths(samples: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse samples whose lengths, if they have any, are not those of what they belong to.
-
-    Raises:
-        DataError: a length is not in ``[1, T]``.
-    """
+    """Raise a DataError for samples with a length outside of ``[1, T]`` of what it belongs to."""
     for name, of in (("lengths", "tokens"), ("source_lengths", "source"), ("audio_lengths", "audio")):
         if name in samples:
             lengths, most = samples[name], samples[of].shape[1]
@@ -40,11 +36,7 @@ def require_lengths(samples: Mapping[str, NDArray[Any]]) -> None:
 
 
 def require_size(outputs: Tensor, size: int, setting: str, *, each: str = "sample") -> None:
-    """Refuse a network that returns something else than ``(B, size)``, or ``(B, T, size)`` for each token.
-
-    Raises:
-        ConfigError: it does; names ``setting``.
-    """
+    """Raise a ConfigError unless a network returns ``(B, size)``, or ``(B, T, size)`` for each token."""
     first = 1 if each == "sample" else 2
     if outputs.shape[first:] != (size,):
         shape = ", ".join(map(str, outputs.shape[first:]))

@@ -12,37 +12,26 @@ from numpy.typing import NDArray
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.tasks.base import IGNORE_INDEX
 
-_CHOOSE, _REPLACE, _DRAW = 1, 2, 3
-"""Purposes of the random numbers, which must not be the same ones."""
+_CHOOSE, _REPLACE, _DRAW = 1, 2, 3  # purposes of the random numbers, which must not be the same ones
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
     """Masked language modelling (Devlin et al., "BERT", 2018)."""
 
-    mask_id: int
-    """Token that stands for a hidden one."""
-    vocab_size: int
-    """Random tokens are drawn below this."""
-    share: float = 0.15
-    """Expected share of the words that are predicted."""
-    masked_share: float = 0.8
-    """Share of these that become ``mask_id``."""
-    random_share: float = 0.1
-    """Share of these that become a random token; the others stay as they are."""
-    seed: int = 0
-    """Of the run."""
+    mask_id: int  # token that stands for a hidden one
+    vocab_size: int  # random tokens are drawn below this
+    share: float = 0.15  # expected share of the words that are predicted
+    masked_share: float = 0.8  # share of these that become ``mask_id``
+    random_share: float = 0.1  # share of these that become a random token; the others stay as they are
+    seed: int = 0  # of the run
 
     def __call__(
         self, tokens_NT: NDArray[np.int64], words_NT: NDArray[np.int64], positions_N: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return inputs and targets, int64 ``(N, T)`` each; at least one target in each sample that has a word.
 
-        Args:
-            tokens_NT: ids.
-            words_NT: number of each token's word within its sample; -1 where nothing may be predicted. All tokens of a
-                word are predicted, or none.
-            positions_N: places of the samples in the run.
+        ``words_NT`` numbers the words of a sample, which are predicted whole; -1 where nothing may be predicted.
         """
         drawn = np.where(words_NT >= 0, draw(self.seed, _CHOOSE, positions_N, words_NT), np.uint64(2**64 - 1))
         lowest = drawn.min(axis=1, keepdims=True, initial=2**64 - 1)
@@ -63,12 +52,7 @@ def draw(seed: int, purpose: int, positions_N: NDArray[np.int64], numbers_NT: ND
 
 
 def number_words(tokens_NT: NDArray[np.int64], begins_word_V: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the number of each token's word within its sample, ``(N, T)``.
-
-    Args:
-        tokens_NT: ids.
-        begins_word_V: which ids begin a word.
-    """
+    """Return the number of each token's word within its sample, ``(N, T)``, by which ids begin a word."""
     return np.cumsum(begins_word_V[tokens_NT], axis=1)
 
 

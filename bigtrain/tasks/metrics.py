@@ -13,33 +13,21 @@ from torch import Tensor
 
 LESS_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "wer", "cer"})
 """Metrics that improve by falling; of all others more is better."""
-NUM_SCORE_BINS = 2**16
-"""One per bf16 number: AUC is exact for scores rounded to bf16, ties included."""
-MOST_SCORED_LABELS = 32
-"""Labels of which the scores are counted, 512 KiB each in fp32."""
+NUM_SCORE_BINS = 2**16  # one per bf16 number: AUC is exact for scores rounded to bf16, ties included
+MOST_SCORED_LABELS = 32  # labels of which the scores are counted, 512 KiB each in fp32
 
 
 def confusion_counts(predicted: Tensor, labels: Tensor, num_labels: int, *, ignored: int) -> Tensor:
-    """Return how often each label was predicted as which one: fp32 ``(C, C)``, a row per true label.
-
-    Args:
-        predicted: int64, any shape.
-        labels: int64, the same shape.
-        num_labels: C.
-        ignored: label that does not count.
-    """
+    """Return how often each label was predicted as which one: fp32 ``(C, C)``, a row per true label but ``ignored``."""
     counted = labels != ignored
     cells = torch.where(counted, labels, 0) * num_labels + predicted
     return _count(cells, counted, num_labels**2).view(num_labels, num_labels)
 
 
 def score_counts(scores: Tensor, is_positive: Tensor, counted: Tensor) -> Tensor:
-    """Return how often each bf16 score occurs among negatives and positives: fp32 ``(2, NUM_SCORE_BINS)``, in ascending order.
+    """Return how often each bf16 score occurs among negatives and positives, ascending: fp32 ``(2, NUM_SCORE_BINS)``.
 
-    Args:
-        scores: any shape and floating dtype, finite.
-        is_positive: bool, the same shape.
-        counted: bool, the same shape; whether a score counts.
+    Scores are finite; ``counted``, bool of their shape, says which count.
     """
     bits = (scores.bfloat16() + 0.0).view(torch.int16).long()  # -0.0 is 0.0
     ranks = torch.where(bits < 0, -1 - (bits & 0x7FFF), bits) + NUM_SCORE_BINS // 2
@@ -60,10 +48,7 @@ def _count(cells: Tensor, counted: Tensor, num_cells: int) -> Tensor:
 def binary_counts(predicted: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
     """Return true positives, false positives, false negatives and true negatives of each label: fp32 ``(4, C)``.
 
-    Args:
-        predicted: bool ``(N, C)``.
-        labels: 0 or 1, ``(N, C)``.
-        ignored: label that does not count.
+    ``predicted`` is bool ``(N, C)``, ``labels`` are 0, 1 or ``ignored``.
     """
     is_true, is_false = labels == 1, (labels != 1) & (labels != ignored)
     cells = (predicted & is_true, predicted & is_false, ~predicted & is_true, ~predicted & is_false)
@@ -79,8 +64,7 @@ def one_against_rest(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
 def scores_of_labels(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Return precision, recall and F1 of each label, ``(C,)`` each; 0 where they are 0/0, as scikit-learn has it.
 
-    Args:
-        counts: see :func:`binary_counts`, ``(4, C)``; their sums over labels, ``(4, 1)``, give the micro averages.
+    The sums of ``counts`` ``(4, C)`` over labels, ``(4, 1)``, give the micro averages.
     """
     hits, false, missed, _ = counts
     return {
@@ -93,10 +77,7 @@ def scores_of_labels(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float6
 def label_metrics(confusion: NDArray[np.float64]) -> dict[str, float]:
     """Return accuracy, Matthews' correlation, and precision, recall and F1 as means over the labels that occur.
 
-    With one label per sample, the micro averages of precision, recall and F1 all are the accuracy.
-
-    Args:
-        confusion: ``(C, C)``, a row per true label.
+    ``confusion`` is ``(C, C)``, a row per true label. With one label per sample all micro averages are the accuracy.
     """
     occurs = (confusion.sum(axis=0) + confusion.sum(axis=1)) > 0
     scores = scores_of_labels(one_against_rest(confusion))
@@ -116,8 +97,7 @@ def matthews_correlation(confusion: NDArray[np.float64]) -> float:
 def area_under_roc(counts: NDArray[np.float64]) -> float:
     """Return the chance that a positive scores above a negative, ties being half: NaN without one of either.
 
-    Args:
-        counts: ``(2, bins)`` of negatives and positives in ascending order of the score.
+    ``counts`` are ``(2, bins)`` of negatives and positives in ascending order of the score.
     """
     negatives, positives = counts
     below = np.cumsum(negatives) - negatives
@@ -126,21 +106,13 @@ def area_under_roc(counts: NDArray[np.float64]) -> float:
 
 
 def mean_area_under_roc(counts: NDArray[np.float64]) -> float:
-    """Return the mean of :func:`area_under_roc` over the labels that have one; NaN if none has.
-
-    Args:
-        counts: ``(C, 2, bins)``.
-    """
+    """Return the mean of :func:`area_under_roc` over the labels, ``(C, 2, bins)``, that have one; NaN if none has."""
     areas = [area for area in map(area_under_roc, counts) if area == area]
     return float(np.mean(areas)) if areas else float("nan")
 
 
 def binary_metrics(counts: NDArray[np.float64]) -> dict[str, float]:
-    """Return metrics of labels that are each there or not, several a sample: micro means, and macro means over labels.
-
-    Args:
-        counts: see :func:`binary_counts`.
-    """
+    """Return metrics of several labels a sample, by their :func:`binary_counts`: micro means, and means over labels."""
     micro, each = scores_of_labels(counts.sum(axis=1, keepdims=True)), scores_of_labels(counts)
     return {
         "accuracy": float(_ratio(counts[0].sum() + counts[3].sum(), counts.sum())),

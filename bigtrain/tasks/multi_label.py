@@ -31,12 +31,9 @@ class MultiLabel:
     The loss is a mean over samples and labels, as in transformers.
     """
 
-    inputs: Inputs = Inputs.tokens
-    """Column that the network gets."""
-    num_labels: int = 2
-    """C: a sample has a 1 for each label that it has, else 0, and the network returns as many logits."""
-    class_weights: tuple[float, ...] = ()
-    """Factors of the loss where a sample has the label, ``pos_weight`` of torch; none are ones."""
+    inputs: Inputs = Inputs.tokens  # column that the network gets
+    num_labels: int = 2  # C, as many logits as the network returns
+    class_weights: tuple[float, ...] = ()  # factors of present labels, ``pos_weight`` of torch
 
     counts_by_shape = False
 

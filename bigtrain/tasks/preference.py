@@ -27,10 +27,8 @@ class Preference:
     """
 
     loss: PreferenceLoss = PreferenceLoss.dpo
-    beta: float = 0.1
-    """Weight of the preference: of the log-ratio, or of ORPO's odds."""
-    margin: float = 0.0
-    """What the rewards of SimPO are to differ by at least."""
+    beta: float = 0.1  # weight of the preference: of the log-ratio, or of ORPO's odds
+    margin: float = 0.0  # what the rewards of SimPO are to differ by at least
 
     counts_by_shape = False
 

@@ -23,10 +23,8 @@ class Regression:
     A value that is NaN does not count.
     """
 
-    inputs: Inputs = Inputs.features
-    """Column that the network gets."""
-    num_values: int = 1
-    """Values of a sample, as many as the network returns."""
+    inputs: Inputs = Inputs.features  # column that the network gets
+    num_values: int = 1  # values of a sample, as many as the network returns
 
     counts_by_shape = False
 

@@ -18,8 +18,7 @@ from bigtrain.tasks.inputs import require_lengths
 
 SOURCE = {"source": Field(torch.int64, ("S",)), "source_lengths": Field(torch.int64, (), padding=1)}
 """A text; a sample without a token would attend to nothing."""
-SPECTROGRAM = {"features": Field(torch.float32, ("F", "S"))}
-"""Speech as Whisper takes it: F log-mel bins at S times."""
+SPECTROGRAM = {"features": Field(torch.float32, ("F", "S"))}  # speech as Whisper takes it: F log-mel bins at S times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +28,7 @@ class Seq2Seq:
     ``tokens`` are what the decoder reads: its first token, then the targets but for the last one.
     """
 
-    hears: bool = False
-    """Whether the encoder gets speech in place of text."""
+    hears: bool = False  # whether the encoder gets speech in place of text
 
     counts_by_shape = False
 

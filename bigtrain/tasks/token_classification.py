@@ -21,8 +21,7 @@ from bigtrain.tasks.metrics import confusion_counts, label_metrics
 class TokenClassification:
     """Cross-entropy of each token's label; see :class:`bigtrain.tasks.base.Objective`."""
 
-    num_labels: int = 2
-    """C: labels are below this, and the network returns as many logits for each token."""
+    num_labels: int = 2  # c: labels are below this, and the network returns as many logits for each token
 
     counts_by_shape = False
 

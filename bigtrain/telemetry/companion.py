@@ -44,12 +44,10 @@ class Companion:
         say: Callable[[str], None] | None = None,
         advice: str = "",
     ) -> None:
-        """Start ``command``.
+        """Start ``command`` with a request of :func:`request_for`.
 
-        Args:
-            request: see :func:`request_for`.
-            say: called with each message, from another thread; by default the project's log.
-            advice: appended to the message that it is still busy when the training ends.
+        ``say`` is called with each message, from another thread, by default the project's log; ``advice`` is appended
+        to the one that it is still busy when the training ends.
         """
         self._label, self._advice = label, advice
         self._log_path = Path(request["log"])
@@ -141,11 +139,8 @@ class Sink(Protocol):
     def take_back(self, step: int, *, differs: bool) -> int | None:
         """Void what was logged after ``step``, the last one that is still part of the run.
 
-        Args:
-            differs: whether some of these steps have, or may have, other numbers now.
-
-        Returns:
-            The step after which everything is logged again; None if what was logged may stay.
+        ``differs`` says whether some of these steps may have other numbers now. Returns the step after which everything
+        is logged again; None if what was logged may stay.
         """
 
 

@@ -46,13 +46,10 @@ class Gauges:
         num_parameters: int,
         progress: Callable[[int], dict[str, tuple[int, float]]] = lambda samples: {},
     ) -> None:
-        """Count the model's operations and find the device's peak.
+        """Count the model's operations and find the peak of rank 0's device, as which all others are taken.
 
-        Args:
-            config: resolved, with a precision.
-            device: rank 0's; all ranks are taken to have its like.
-            num_parameters: of the model as built, to check the shape that operations are counted from.
-            progress: tokens (or samples) and epochs of each data source after so many samples.
+        ``num_parameters``, of the model as built, checks the shape that operations are counted from. ``progress``
+        returns tokens (or samples) and epochs of each data source after so many samples.
         """
         self._device = device
         self._world_size = world_size

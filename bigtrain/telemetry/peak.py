@@ -59,12 +59,7 @@ def find_peak(device: torch.device, precision: Precision) -> Peak | None:
 
 
 def published_peak(device_name: str, kind: str) -> Peak | None:
-    """Return the peak by the maker's data sheet, or None.
-
-    Args:
-        device_name: as ``torch.cuda.get_device_name`` returns it.
-        kind: ``bf16``, ``tf32`` or ``fp32``.
-    """
+    """Return the peak of a device by the maker's data sheet, or None; ``kind`` is ``bf16``, ``tf32`` or ``fp32``."""
     if "MIG" in device_name.split():
         return None
     for pattern, rates in _PEAKS:

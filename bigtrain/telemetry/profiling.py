@@ -89,8 +89,7 @@ class Profiler:
 def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, float]:
     """Return the seconds per step in which collectives ran, and in which nothing else did; empty without any.
 
-    Args:
-        events: of the profiler; on a GPU kernels count, otherwise gloo's collectives and torch's operators.
+    Of the profiler's events on a GPU kernels count, otherwise gloo's collectives and torch's operators.
     """
     kernels = [event for event in events if event.device_type != DeviceType.CPU]
     # An annotation, such as those of FSDP2, spans collectives and computes nothing.

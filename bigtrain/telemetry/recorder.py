@@ -57,14 +57,7 @@ class Recorder(NullRecorder):
     def __init__(
         self, config: TrainConfig, run_directory: Path, resume_step: int, gauges: "Gauges | None" = None
     ) -> None:
-        """Open the files and start the dashboards.
-
-        Args:
-            resume_step: optimizer steps in the loaded checkpoint; 0 for a new run.
-
-        Raises:
-            OSError: the run directory cannot be written.
-        """
+        """Open the files (OSError) and start the dashboards; ``resume_step`` is 0 for a new run."""
         self._gauges, self._last_step = gauges, resume_step
         self._metrics = JsonLines(run_directory / METRICS_FILE)
         self._given_up: dict[int, tuple[Any, ...]] = {}
@@ -91,13 +84,10 @@ class Recorder(NullRecorder):
             self._own.append(OwnLogger(name, run_directory, self._tell_failed))
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
-        """Write a line per step and show the last one with the interval's mean step time and throughput.
+        """Write a line per step, and show the last one with the interval's mean step time and throughput.
 
-        Called before a checkpoint too, so that a kill after the checkpoint loses no line.
-
-        Args:
-            records: of the steps since the last call, in order.
-            phases: mean seconds per step; added to the last record, with the gauges.
+        ``phases``, mean seconds per step, and the gauges are added to the last record. Called before a checkpoint too,
+        so that a kill after the checkpoint loses no line.
         """
         if not records:
             return

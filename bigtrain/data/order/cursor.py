@@ -14,60 +14,42 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-NO_SAMPLES = "0" * 16
-"""Hash of a run that has consumed nothing."""
+NO_SAMPLES = "0" * 16  # hash of a run that has consumed nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """A place between two steps."""
 
-    step: int = 0
-    """Completed optimizer steps."""
-    samples: int = 0
-    """Samples consumed over all ranks."""
-    digest: str = NO_SAMPLES
-    """Hash of all sample ids consumed."""
+    step: int = 0  # completed optimizer steps
+    samples: int = 0  # samples consumed over all ranks
+    digest: str = NO_SAMPLES  # hash of all sample ids consumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowPlace:
     """Where a data set that is tokenised while training stands."""
 
-    window: int
-    """The window of samples that holds the last one before the last step."""
-    first_sample: int
-    """Samples of the data set before that window."""
-    content: str
-    """Hash of the window's tokens."""
+    window: int  # the window of samples that holds the last one before the last step
+    first_sample: int  # samples of the data set before that window
+    content: str  # hash of the window's tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataState:
     """The data part of a checkpoint."""
 
-    fingerprint: str
-    """What the samples are numbers of, and in which proportions they are drawn."""
-    samples: int
-    """Samples consumed over all ranks."""
-    digest: str
-    """Hash of their ids."""
-    previous_samples: int
-    """Samples consumed before the last step."""
-    previous_digest: str
-    """Hash of them."""
-    counts: dict[str, int]
-    """Samples consumed of each component."""
-    fingerprints: dict[str, str]
-    """What the sample ids of each component are numbers of."""
-    origin_samples: int = 0
-    """Position at which the mixture as it is now began."""
-    origin_counts: dict[str, int] = field(default_factory=dict)
-    """Samples of each component consumed before."""
-    skipped: list[list[int]] = field(default_factory=list)
-    """Ranges (first, end) of positions in the order whose samples the run leaves out; they do not count as consumed."""
-    places: dict[str, WindowPlace] = field(default_factory=dict)
-    """Of each component that is tokenised while training."""
+    fingerprint: str  # what the samples are numbers of, and in which proportions they are drawn
+    samples: int  # samples consumed over all ranks
+    digest: str  # hash of their ids
+    previous_samples: int  # samples consumed before the last step
+    previous_digest: str  # hash of them
+    counts: dict[str, int]  # samples consumed of each component
+    fingerprints: dict[str, str]  # what the sample ids of each component are numbers of
+    origin_samples: int = 0  # position at which the mixture as it is now began
+    origin_counts: dict[str, int] = field(default_factory=dict)  # samples of each component consumed before
+    skipped: list[list[int]] = field(default_factory=list)  # ranges (first, end) of positions that the run leaves out
+    places: dict[str, WindowPlace] = field(default_factory=dict)  # of each component that is tokenised while training
 
 
 def chain_digest(digest: str, sample_ids: "NDArray[np.int64]", content: str) -> str:

@@ -31,22 +31,17 @@ _FOREVER = 1 << 62
 class Share:
     """How much of a mixture one component is, over time."""
 
-    weights: tuple[tuple[int, float], ...]
-    """(position, weight from there on), ascending, from position 0."""
-    limit: int | None = None
-    """Samples that may be drawn of it over the whole run; None = any number."""
+    weights: tuple[tuple[int, float], ...]  # (position, weight from there on), ascending, from position 0
+    limit: int | None = None  # samples that may be drawn of it over the whole run; None = any number
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A range of positions with constant weights."""
 
-    start: int
-    """First position."""
-    weights: NDArray[np.int64]
-    """Integer weight of each component."""
-    counts: NDArray[np.int64]
-    """Samples of each component that were drawn before ``start``."""
+    start: int  # first position
+    weights: NDArray[np.int64]  # integer weight of each component
+    counts: NDArray[np.int64]  # samples of each component that were drawn before ``start``
 
     def counts_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many samples of each component were drawn before int64 ``positions`` ``(N,)`` of the segment.
@@ -77,8 +72,7 @@ class Mixture:
         are the samples of each component that were drawn before.
         """
         self.num_components = len(shares)
-        self.num_positions: int | None = None
-        """Positions there are samples for; None = without end."""
+        self.num_positions: int | None = None  # positions there are samples for; None = without end
         drawn = np.array(counts or [0] * len(shares), dtype=np.int64)
         changes = sorted({max(start, origin) for share in shares for start, _ in share.weights} | {origin})
         self._segments: list[Segment] = []

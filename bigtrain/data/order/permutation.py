@@ -60,11 +60,9 @@ def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int
 class Order:
     """The order in which the samples of one data set are drawn, epoch after epoch, without end."""
 
-    shard_samples: NDArray[np.int64]
-    """Samples in each shard, ``(num_shards,)``; ids count through the shards one after the other."""
+    shard_samples: NDArray[np.int64]  # ``(num_shards,)``; ids count through the shards in order
     seed: int
-    window_shards: int | None = None
-    """Shuffle within so many shards at a time; None shuffles everything at once."""
+    window_shards: int | None = None  # shuffle within so many shards at a time; None shuffles everything at once
 
     @property
     def num_samples(self) -> int:

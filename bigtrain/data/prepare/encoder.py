@@ -26,12 +26,9 @@ Encode = Callable[[str], NDArray[np.integer]]
 class Coded(NamedTuple):
     """A document as tokens."""
 
-    tokens: NDArray[np.integer]
-    """Ids."""
-    counted: NDArray[np.uint8] | None = None
-    """1 for each that counts, unless all do."""
-    labels: NDArray[np.int32] | None = None
-    """Of each, if they have some."""
+    tokens: NDArray[np.integer]  # ids
+    counted: NDArray[np.uint8] | None = None  # 1 for each that counts, unless all do
+    labels: NDArray[np.int32] | None = None  # of each, if they have some
 
 
 # GPT-2's pattern of the ByteLevel pre-tokenizer, without backtracking as tiktoken writes it; the matches are the same.

@@ -165,8 +165,7 @@ class Part(NamedTuple):
 
     files: tuple[SourceFile, ...] = ()  # empty for a dataset
     start: int = 0  # first byte (jsonl), row group (parquet), row (dataset) or shard (streamed dataset)
-    stop: int | None = None
-    """End of that range; None: to the end. Of a text only if it is all that a directory or a pattern holds."""
+    stop: int | None = None  # of that range; None: to the end, of a text if it is all that is read
     first_row: int = 0  # rows before the range
 
 

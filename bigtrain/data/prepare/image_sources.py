@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from bigtrain.errors import DataError, as_data_error, first_line
 
-TRAIN, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val", "t10k")
-"""Names of the sides, in directories and files."""
+TRAIN, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val", "t10k")  # of the sides
 _FASHION = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_NAMES = [
     "T-shirt/top",
@@ -32,8 +31,7 @@ _FASHION_NAMES = [
 _IDX_BYTES, _IDX_RANKS = 0x08, {"images": 3, "labels": 1}
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
-Raw = NDArray[np.uint8] | Path | bytes
-"""An image of a source: pixels ``(H, W)``, or what Pillow decodes."""
+Raw = NDArray[np.uint8] | Path | bytes  # an image of a source: pixels ``(H, W)``, or what Pillow decodes
 
 
 class Side(NamedTuple):
@@ -41,15 +39,13 @@ class Side(NamedTuple):
 
     labels: NDArray[np.int64]
     read: Callable[[int], Raw]
-    where: Callable[[int], str]
-    """Name of an image in messages."""
+    where: Callable[[int], str]  # name of an image in messages
 
 
 class Source(NamedTuple):
     """Images of one ``data.path``."""
 
-    sides: list[Side]
-    """To train on; and a test set, if there is one."""
+    sides: list[Side]  # to train on; and a test set, if there is one
     label_names: list[str]
 
 

@@ -27,8 +27,7 @@ from bigtrain.log import get_logger
 
 _FORMAT = 1
 _AT_ONCE = 256
-_DECODERS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""Of Pillow's; others run programs or are seldom images."""
+_DECODERS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # other formats run programs or are seldom images
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 
 

@@ -14,21 +14,16 @@ from bigtrain.data.prepare.chat import PAIR_FIELDS, chat_of
 from bigtrain.data.read.index import LabelKind, LabelRecord
 
 MOST_LABELS = 100_000
-NOT_FIRST = -100
-"""Label of tokens that continue a word, and of those that a tokenizer adds: does not count."""
+NOT_FIRST = -100  # label of tokens that continue a word, and of those that a tokenizer adds: does not count
 
 
 class Labels(NamedTuple):
     """What a document is labelled with."""
 
-    names: tuple[str, ...] = ()
-    """Of its one label, its several labels, or of each of its words."""
-    numbers: tuple[float, ...] = ()
-    """Instead of names."""
-    is_list: bool = False
-    """Whether it may have several labels, or none."""
-    words: tuple[tuple[int, int], ...] = ()
-    """Range of characters of each word, if each has a label."""
+    names: tuple[str, ...] = ()  # of its one label, its several labels, or of each of its words
+    numbers: tuple[float, ...] = ()  # instead of names
+    is_list: bool = False  # whether it may have several labels, or none
+    words: tuple[tuple[int, int], ...] = ()  # range of characters of each word, if each has a label
 
 
 def read_labels(content: Content, value: Any, field: str) -> Labels:
@@ -132,18 +127,12 @@ class Document(NamedTuple):
     id: str  # unique within the source and the same wherever the source lies: relative file name, ``@byte`` or ``:row``
     text: str  # valid Unicode, possibly empty
     is_repaired: bool  # whether something that is not valid Unicode was replaced
-    answers: tuple[tuple[int, int], ...] | None = None
-    """Ranges of characters that count in the loss, in order; None: all of them."""
-    labels: Labels | None = None
-    """What it is labelled with."""
-    group: str | None = None
-    """Text that decides its split instead of its own: pieces of one file are on one side."""
-    is_parted: bool = False
-    """Whether what does not count and what does are texts of their own, each with what a tokenizer adds to one."""
-    is_templated: bool = False
-    """Whether a chat template has written it, with all special tokens: none is added, and what ends it does not count."""
-    second: int | None = None
-    """Character at which the second of two texts begins, which are encoded by themselves."""
+    answers: tuple[tuple[int, int], ...] | None = None  # characters that count in the loss, in order; None: all
+    labels: Labels | None = None  # what it is labelled with
+    group: str | None = None  # text that decides its split instead of its own: pieces of one file are on one side
+    is_parted: bool = False  # what counts and what does not are tokenised as texts of their own
+    is_templated: bool = False  # by a chat template, with all special tokens; what ends it does not count
+    second: int | None = None  # character at which the second of two texts begins, which are encoded by themselves
 
 
 class BadRow(NamedTuple):

@@ -13,8 +13,7 @@ class Samples(dict[str, NDArray[Any]]):
     """N samples: an array ``(N, ...)`` by name, in the order in which a network gets them."""
 
 
-Collate = Callable[[Samples, NDArray[np.int64]], Samples]
-"""Makes other samples of samples and their positions in the run, int64 ``(N,)``: a pure function."""
+Collate = Callable[[Samples, NDArray[np.int64]], Samples]  # a pure function of samples and their positions ``(N,)``
 
 
 class ArrayPool:

@@ -43,12 +43,9 @@ class LocalFiles:
 class Corpus:
     """A prepared corpus."""
 
-    files: LocalFiles | ShardCache
-    """Where it lies."""
-    index: CorpusIndex
-    """What is in it."""
-    skip_bad_shards: bool = False
-    """Go on without shards that are missing or damaged for good."""
+    files: LocalFiles | ShardCache  # where it lies
+    index: CorpusIndex  # what is in it
+    skip_bad_shards: bool = False  # go on without shards that are missing or damaged for good
 
     @classmethod
     def open(cls, directory: str | Path, *, vocab_size: int, skip_bad_shards: bool = False) -> "Corpus":
@@ -121,25 +118,19 @@ class FileSplit:
     def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
         self.name = name
         self.fingerprint = corpus.fingerprint
-        self.is_remote = corpus.files.max_bytes is not None
-        """Whether reading a shard may mean to fetch it; then :meth:`prefetch` ahead and keep to few shards at a time."""
+        self.is_remote = corpus.files.max_bytes is not None  # then :meth:`prefetch`, and keep to few shards at a time
         self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
         self.shard_documents = np.array([shard.num_documents for shard in record.shards], dtype=np.int64)
-        self.bytes_per_token = record.num_text_bytes / max(record.num_tokens, 1)
-        """Bytes of text (UTF-8) that a token stands for, those that end documents included."""
+        self.bytes_per_token = record.num_text_bytes / max(record.num_tokens, 1)  # of UTF-8
         self.labels = corpus.index.labels
         self.eos_id = corpus.index.tokenizer.eos_id
-        self.adds_special = corpus.index.tokenizer.adds_special
-        """Whether documents have what the tokenizer writes around them."""
-        self.skipped: set[int] = set()
-        """Shards that could not be had so far and whose tokens do not count."""
+        self.adds_special = corpus.index.tokenizer.adds_special  # around documents, by the tokenizer
+        self.skipped: set[int] = set()  # shards that could not be had so far and whose tokens do not count
         self._records = record.shards
         self._dtype = np.dtype(corpus.index.dtype).newbyteorder("<")
         self._files = corpus.files
-        self.may_skip = corpus.skip_bad_shards
-        """Whether shards that cannot be had are left out."""
-        self.has_answers = any(shard.counted for shard in record.shards)
-        """Whether there are tokens that do not count as targets."""
+        self.may_skip = corpus.skip_bad_shards  # whether shards that cannot be had are left out
+        self.has_answers = any(shard.counted for shard in record.shards)  # some tokens do not count as targets
         self._open: dict[str, tuple[FileRecord, NDArray]] = {}
 
     @property

@@ -9,12 +9,9 @@ _NUM_EXAMPLES = 3
 class Dropped:
     """Documents left out for one reason."""
 
-    documents: int = 0
-    """How many."""
-    text_bytes: int = 0
-    """Their size as UTF-8."""
-    examples: list[str] = field(default_factory=list)
-    """Ids of the first of them."""
+    documents: int = 0  # how many
+    text_bytes: int = 0  # their size as UTF-8
+    examples: list[str] = field(default_factory=list)  # ids of the first of them
 
     def add(self, document_id: str, text_bytes: int) -> None:
         self.documents += 1

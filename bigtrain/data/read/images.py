@@ -16,12 +16,10 @@ from bigtrain.config import AugmentConfig
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.errors import as_data_error
 
-_TOP, _LEFT, _FLIP, _ANGLE, _PARTNER, _SHARE, _OTHER_SHARE = range(1, 8)
-"""Purposes of the random numbers, which must not be the same ones."""
+_TOP, _LEFT, _FLIP, _ANGLE, _PARTNER, _SHARE, _OTHER_SHARE = range(1, 8)  # purposes of random numbers
 _BETA_TRIALS = 64  # each accepts half of its draws or more: all of them refuse once in 2**64
 INDEX_FILE = "images.json"
-PIXELS, LABELS = "pixels.npy", "labels.npy"
-"""Files with an element per image: uint8 ``(N, H, W, C)`` and int64 ``(N,)``."""
+PIXELS, LABELS = "pixels.npy", "labels.npy"  # uint8 ``(N, H, W, C)`` and int64 ``(N,)``
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +27,7 @@ class Augmentation:
     """What ``data.augment`` does to images."""
 
     config: AugmentConfig
-    seed: int
-    """Of the run."""
+    seed: int  # of the run
 
     def __str__(self) -> str:
         """Return what decides the changes, for the identity of the data."""
@@ -97,20 +94,14 @@ def _rotated(images_NHWC: NDArray[np.float32], degrees_N: NDArray[np.float64]) -
 class ImageIndex:
     """What is known of prepared images."""
 
-    fingerprint: str
-    """Identity of pixels, labels and sides."""
-    label_names: list[str]
-    """Of each class, in the order of their numbers."""
-    mean: list[float]
-    """Of each channel on the training side, from 0 to 255."""
-    deviation: list[float]
-    """Standard deviation likewise; 1 of a channel that is constant."""
+    fingerprint: str  # identity of pixels, labels and sides
+    label_names: list[str]  # of each class, in the order of their numbers
+    mean: list[float]  # of each channel on the training side, from 0 to 255
+    deviation: list[float]  # standard deviation likewise; 1 of a channel that is constant
     num_train: int
     num_validation: int
-    num_left_out: int = 0
-    """Images that could not be decoded, with ``data.on_bad_row=skip``."""
-    num_in_both: int = 0
-    """Images of the source's own test set that are in its training set too."""
+    num_left_out: int = 0  # images that could not be decoded, with ``data.on_bad_row=skip``
+    num_in_both: int = 0  # images of the source's own test set that are in its training set too
 
 
 def read_image_index(directory: Path) -> ImageIndex:

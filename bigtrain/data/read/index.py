@@ -14,8 +14,7 @@ from bigtrain.errors import ConfigError, DataError, ShardError, as_data_error
 from bigtrain.files import FileRecord, hash_content
 
 INDEX_FILE = "index.json"
-PUBLISHED_DIRECTORY = "tokenizer"
-"""Beside the index of a corpus or run: the files that its tokenizer was published as."""
+PUBLISHED_DIRECTORY = "tokenizer"  # beside the index of a corpus or run: the files that its tokenizer was published as
 FORMAT = 2
 SPLITS = ("train", "validation")
 
@@ -23,42 +22,30 @@ SPLITS = ("train", "validation")
 class LabelKind(Enum):
     """What a corpus has beside its text."""
 
-    one = "one"
-    """A label per document: int32 ``(num_documents,)``."""
-    several = "several"
-    """Any number of labels per document: uint8 ``(num_documents, size)``, 1 where it has the label."""
-    numbers = "numbers"
-    """Numbers per document: float32 ``(num_documents, size)``."""
-    per_token = "per_token"
-    """A label per token: int32 ``(num_tokens,)``, -100 where a token has none."""
+    one = "one"  # a label per document: int32 ``(num_documents,)``
+    several = "several"  # any number of labels per document: uint8 ``(num_documents, size)``, 1 where it has the label
+    numbers = "numbers"  # numbers per document: float32 ``(num_documents, size)``
+    per_token = "per_token"  # a label per token: int32 ``(num_tokens,)``, -100 where a token has none
 
 
 @dataclass(kw_only=True, slots=True)
 class LabelRecord:
     """The labels of a corpus."""
 
-    kind: LabelKind
-    """What a document has."""
-    size: int
-    """Different labels, or numbers of a document."""
-    names: list[str]
-    """Of the labels, in the order of their numbers; none of numbers."""
+    kind: LabelKind  # what a document has
+    size: int  # different labels, or numbers of a document
+    names: list[str]  # of the labels, in the order of their numbers; none of numbers
 
 
 @dataclass(kw_only=True, slots=True)
 class ShardRecord:
     """Whole documents in three files that can be mapped into memory or read by ranges."""
 
-    tokens: FileRecord
-    """Token ids of all documents on end, an end-of-text token after each; little endian ``CorpusIndex.dtype``."""
-    documents: FileRecord
-    """npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end."""
-    counted: FileRecord | None = None
-    """uint8 per token, 1 where the loss counts it as a target; none when all are counted."""
-    labels: FileRecord | None = None
-    """npy: what :class:`LabelKind` says, if the corpus has labels."""
-    num_tokens: int
-    """With end-of-text tokens."""
+    tokens: FileRecord  # ids, end-of-text after each document; little endian ``CorpusIndex.dtype``
+    documents: FileRecord  # npy, int64 ``(num_documents + 1,)``: offset in tokens of each document, and the end
+    counted: FileRecord | None = None  # uint8 per token, 1 where it counts as a target; none when all do
+    labels: FileRecord | None = None  # npy: what :class:`LabelKind` says, if the corpus has labels
+    num_tokens: int  # with end-of-text tokens
     num_documents: int
 
     @property
@@ -72,12 +59,9 @@ class SplitRecord:
     """One split of a corpus."""
 
     shards: list[ShardRecord]
-    num_tokens: int
-    """With end-of-text tokens."""
-    num_documents: int
-    """Empty ones are left out."""
-    num_text_bytes: int
-    """Size of the text as UTF-8."""
+    num_tokens: int  # with end-of-text tokens
+    num_documents: int  # empty ones are left out
+    num_text_bytes: int  # size of the text as UTF-8
     unigram_nats_per_token: float
     """Cross-entropy of the split under the training split's token frequencies (each count plus one): what a model
     that knows only frequencies reaches. For the training split this is its unigram entropy."""
@@ -87,32 +71,22 @@ class SplitRecord:
 class TokenizerRecord:
     """The tokenizer of a corpus."""
 
-    name: str
-    """``bpe``, ``bytes``, or the Hugging Face name."""
-    file: FileRecord
-    """``tokenizer.json``."""
-    vocab_size: int
-    """Largest token id plus one."""
-    eos_id: int
-    """Token that ends a document."""
-    facts: str | None = None
-    """Of a published one, JSON: what tells it from others, which stays with those who have it from this corpus."""
-    adds_special: bool = False
-    """Whether each document is encoded as a whole, with what the tokenizer writes around it (BOS); else in pieces, bare."""
-    reads_special: bool = False
-    """Whether the name of a special token inside a text is that token; else it is text."""
-    published: list[FileRecord] = field(default_factory=list)
-    """The files that it was published as, below ``tokenizer/``; none of ``bpe`` and ``bytes``."""
+    name: str  # ``bpe``, ``bytes``, or the Hugging Face name
+    file: FileRecord  # ``tokenizer.json``
+    vocab_size: int  # largest token id plus one
+    eos_id: int  # token that ends a document
+    facts: str | None = None  # JSON: what tells a published tokenizer from others
+    adds_special: bool = False  # documents are encoded whole, with what the tokenizer writes around them
+    reads_special: bool = False  # whether the name of a special token inside a text is that token; else it is text
+    published: list[FileRecord] = field(default_factory=list)  # below ``tokenizer/``; none of ours
 
 
 @dataclass(kw_only=True, slots=True)
 class LiveRecord:
     """A source that is tokenised while training; its splits have no shards."""
 
-    plan: FileRecord
-    """What was found out of the source."""
-    fingerprint: str
-    """Identity of its documents, their order and their tokens: 16 hexadecimal digits."""
+    plan: FileRecord  # what was found out of the source
+    fingerprint: str  # identity of its documents, their order and their tokens: 16 hexadecimal digits
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,27 +94,17 @@ class CorpusIndex:
     """Content of ``index.json``."""
 
     format: int
-    identity: str
-    """SHA-256 of the settings and the source fingerprint that the corpus was made from."""
-    source: str
-    """Where the text came from, for people."""
-    source_fingerprint: str
-    """Fingerprint of the source at that time."""
-    dtype: str
-    """``uint16`` or ``uint32``."""
-    num_empty_documents: int
-    """Documents that were left out because they are empty."""
-    num_repaired_documents: int
-    """Documents in which invalid UTF-8 was replaced by U+FFFD."""
+    identity: str  # SHA-256 of the settings and the source fingerprint that the corpus was made from
+    source: str  # where the text came from, for people
+    source_fingerprint: str  # fingerprint of the source at that time
+    dtype: str  # ``uint16`` or ``uint32``
+    num_empty_documents: int  # documents that were left out because they are empty
+    num_repaired_documents: int  # documents in which invalid UTF-8 was replaced by U+FFFD
     tokenizer: TokenizerRecord
-    train: SplitRecord
-    """Documents to train on."""
-    validation: SplitRecord
-    """Documents that are never trained on."""
-    labels: LabelRecord | None = None
-    """What documents are labelled with."""
-    live: LiveRecord | None = None
-    """Where the tokens come from if they were not prepared."""
+    train: SplitRecord  # documents to train on
+    validation: SplitRecord  # documents that are never trained on
+    labels: LabelRecord | None = None  # what documents are labelled with
+    live: LiveRecord | None = None  # where the tokens come from if they were not prepared
 
     @property
     def files(self) -> list[FileRecord]:

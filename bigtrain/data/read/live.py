@@ -34,30 +34,22 @@ from bigtrain.errors import DataError, counted
 from bigtrain.log import get_logger
 
 _PARTS_AHEAD = 4
-MOST_VALIDATION_PARTS = 32
-"""Parts in which validation documents are looked for, unless they have not enough for one sample."""
+MOST_VALIDATION_PARTS = 32  # unless they have not enough for one sample
 _NUM_ATTEMPTS = 3
 _POLL_SECONDS = 0.01
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
-_INDEX_BITS = 28
-"""Of a sample id, for its number in the window; those above are the number of the window, counted over all epochs."""
+_INDEX_BITS = 28  # of a sample id: its number in the window; above them the window's
 
 
 class PartTokens(NamedTuple):
     """One split of a part."""
 
-    tokens: NDArray[np.unsignedinteger]
-    """All documents on end, each with its end-of-text token, ``(n,)``."""
-    lengths: NDArray[np.int64]
-    """Tokens of each document."""
-    counted: NDArray[np.uint8] | None
-    """1 where a token counts as a target, ``(n,)``; None when all do."""
-    left_out: NDArray[np.int64]
-    """Documents of the part, of both splits: empty, left out by a filter, repaired."""
-    bad: Dropped
-    """What ``data.on_bad_row=skip`` has left out of the part."""
-    num_bytes: int
-    """Size of the part, both splits, in the cache."""
+    tokens: NDArray[np.unsignedinteger]  # all documents on end, each with its end-of-text token, ``(n,)``
+    lengths: NDArray[np.int64]  # tokens of each document
+    counted: NDArray[np.uint8] | None  # 1 where a token counts as a target, ``(n,)``; None when all do
+    left_out: NDArray[np.int64]  # documents of the part, of both splits: empty, left out by a filter, repaired
+    bad: Dropped  # what ``data.on_bad_row=skip`` has left out of the part
+    num_bytes: int  # size of the part, both splits, in the cache
 
 
 class LiveParts:
@@ -171,20 +163,16 @@ def validation_split(parts: LiveParts, *, num_tokens: int, sequence_length: int)
 
 class _Window(NamedTuple):
     packed: PackedSplit
-    answered: NDArray[np.int64] | None
-    """Samples with a target that counts, which are drawn; None: all."""
+    answered: NDArray[np.int64] | None  # samples with a target that counts, which are drawn; None: all
     num_samples: int
-    content: str
-    """Hash of the window's tokens and documents."""
+    content: str  # hash of the window's tokens and documents
 
 
 class LiveSamples:
     """The samples of one source in the order of the run, without end."""
 
-    num_ids = num_samples = 1 << 56
-    """Sample ids are below this; how many samples there are is not known."""
-    num_left_out = 0
-    """Samples without a target are found while going; see :class:`bigtrain.data.read.stream.StoredSamples`."""
+    num_ids = num_samples = 1 << 56  # sample ids are below this; how many samples there are is not known
+    num_left_out = 0  # found while going
 
     def __init__(
         self,
@@ -203,8 +191,7 @@ class LiveSamples:
         self._keeps_all = keeps_all
         self._windows_per_epoch = -(-parts.num_parts // parts.window_parts)
         self._first_window = place.window if place else 0
-        self._begins = [place.first_sample if place else 0]
-        """First sample of every window from ``_first_window`` on, as far as it is known."""
+        self._begins = [place.first_sample if place else 0]  # first sample of each known window
         self._contents: dict[int, str] = {}
         self._window = lru_cache(maxsize=2)(self._open)
         self._pool = ArrayPool()

@@ -30,18 +30,12 @@ _SIZE_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
 class StepBatch:
     """What one rank computes in one optimizer step."""
 
-    step: int
-    """Optimizer step, from 0."""
-    micro_batches: list[Batch]
-    """Micro-batches in the order of accumulation."""
-    num_targets: float
-    """Counted targets of this rank, or what they weigh, all micro-batches together."""
-    global_num_targets: int | None
-    """Counted targets of all ranks, where that is known without asking them; the same on every rank."""
-    before: Cursor
-    """Where the data stands before the step."""
-    after: Cursor
-    """Where it stands after the step."""
+    step: int  # optimizer step, from 0
+    micro_batches: list[Batch]  # micro-batches in the order of accumulation
+    num_targets: float  # counted targets of this rank, or what they weigh, all micro-batches together
+    global_num_targets: int | None  # of all ranks, where that is known without a collective
+    before: Cursor  # where the data stands before the step
+    after: Cursor  # where it stands after the step
 
 
 class TrainLoader:
@@ -51,8 +45,7 @@ class TrainLoader:
     that was stopped there would have gone on, whatever the world size of either.
     """
 
-    wait_seconds = 0.0
-    """How long the last step was waited for."""
+    wait_seconds = 0.0  # how long the last step was waited for
 
     def __init__(
         self,

@@ -25,8 +25,7 @@ from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.tasks.base import IGNORE_INDEX
 
-SHARDS_KEPT = 64
-"""Shards whose documents are remembered."""
+SHARDS_KEPT = 64  # shards whose documents are remembered
 
 
 def build_packing(split: "AnySplit", sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
@@ -65,10 +64,8 @@ def unanswered(num_left_out: int, num_samples: int, where: str = "") -> str:
 class ShardedSamples:
     """What both kinds of packing have in common: ids are looked up shard by shard."""
 
-    shard_samples: NDArray[np.int64]
-    """Samples in each shard, int64 ``(num_shards,)``."""
-    is_full: bool
-    """Whether every place of every sample is known to be a target that counts."""
+    shard_samples: NDArray[np.int64]  # samples in each shard, int64 ``(num_shards,)``
+    is_full: bool  # whether every place of every sample is known to be a target that counts
 
     def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
         self._split = split
@@ -167,14 +164,10 @@ class ConcatSamples(ShardedSamples):
 class _Plan:
     """How the documents of a shard are packed; pieces are ordered by sample."""
 
-    first_piece: NDArray[np.int64]
-    """Index of the first piece of each sample, and one more at the end, ``(num_samples + 1,)``."""
-    starts: NDArray[np.int64]
-    """First token of each piece in the shard."""
-    lengths: NDArray[np.int64]
-    """Tokens of each piece, at most T."""
-    openers: NDArray[np.int64]
-    """Token that stands before each piece: the one before it or, at the beginning of a document, its last one."""
+    first_piece: NDArray[np.int64]  # of each sample, and the end, ``(num_samples + 1,)``
+    starts: NDArray[np.int64]  # first token of each piece in the shard
+    lengths: NDArray[np.int64]  # tokens of each piece, at most T
+    openers: NDArray[np.int64]  # token before each piece; of a document's first piece its last token
 
 
 class BestFitSamples(ShardedSamples):
@@ -243,15 +236,11 @@ class BestFitSamples(ShardedSamples):
 class SyntheticSamples:
     """Samples computed from their ids: some tokens are more frequent than others, nothing else can be learnt."""
 
-    name: str
-    """Different names hold different samples."""
-    vocab_size: int
-    """Tokens lie in ``[0, vocab_size)``."""
+    name: str  # different names hold different samples
+    vocab_size: int  # tokens lie in ``[0, vocab_size)``
     sequence_length: int
-    is_ragged: bool = False
-    """Count only the first targets of each sample, a different number in each (at least one)."""
-    document_mask: bool = False
-    """Each sample is a document of its own."""
+    is_ragged: bool = False  # count only the first targets of each sample, a different number in each (at least one)
+    document_mask: bool = False  # each sample is a document of its own
     is_remote = has_answers = may_skip = False
     shard_samples = np.array([1 << 20])
 

@@ -21,10 +21,8 @@ from bigtrain.errors import MISTAKES, DataError, first_line, told_with_place
 from bigtrain.log import get_logger
 from bigtrain.tasks.base import Field, Objective
 
-SEQUENCE = "T"
-"""Letter of a field's shape that stands for ``data.sequence_length``."""
-OF_IDS = ("tokens", "source", "targets")
-"""Columns that hold ids of a tokenizer, unless their field says below what they are."""
+SEQUENCE = "T"  # letter of a field's shape that stands for ``data.sequence_length``
+OF_IDS = ("tokens", "source", "targets")  # ids of a tokenizer, unless ``below`` says other
 _ROWS_AT_ONCE = 1024
 _PATIENCE_SECONDS = 5.0
 
@@ -47,10 +45,8 @@ class _Column(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     filling: int | float
-    sequence_axis: int | None
-    """Dimension, counted from the end, along which a value may be shorter and is filled up."""
-    below: int | None
-    """See :class:`bigtrain.tasks.base.Field`."""
+    sequence_axis: int | None  # dimension, counted from the end, along which a value may be shorter and is filled up
+    below: int | None  # see :class:`bigtrain.tasks.base.Field`
 
 
 class Records:
@@ -69,8 +65,7 @@ class Records:
         self._fills_up = sequence_length is not None
         self._columns: dict[str, _Column] = {}
         self.num_rows = len(dataset)
-        self.num_ids: int | None = None
-        """Rows of the network's embedding, if they are known: ids of tokens are below it."""
+        self.num_ids: int | None = None  # rows of the network's embedding, above all ids
         self._objective = objective
         self._has_target = np.ones(self.num_rows, dtype=np.bool_)  # unless the rows are read
         if self.num_rows:
@@ -256,12 +251,9 @@ class RecordSplit:
 
     name: str
     records: Records
-    rows: NDArray[np.int64]
-    """The rows, ascending, int64 ``(num_samples,)``."""
-    fingerprint: str
-    """Identity of the rows."""
-    facts: Mapping[str, Any]
-    """What is recorded with a run, such as ``label_names``."""
+    rows: NDArray[np.int64]  # the rows, ascending, int64 ``(num_samples,)``
+    fingerprint: str  # identity of the rows
+    facts: Mapping[str, Any]  # what is recorded with a run, such as ``label_names``
     has_answers = is_remote = may_skip = is_full = False
 
     @property
@@ -289,15 +281,9 @@ def split_records(
 ) -> dict[str, RecordSplit]:
     """Return the training and the validation side of a source; DataError if it does not fit the objective.
 
-    Args:
-        source: A :class:`Dataset`, or arrays by column, of which a share is held out by a hash of the row's number; or
-            an object whose ``train()`` returns one, and whose ``validation()``, if it has that, another one or None; or
-            a function that returns either.
-        objective: As in :class:`Records`, like ``where`` and ``sequence_length``.
-        where: See there.
-        sequence_length: See there.
-        validation_fraction: Share of the rows that is held out, unless the source has a validation side of its own; 0
-            holds nothing out.
+    A source is a :class:`Dataset`, or arrays by column, of which ``validation_fraction`` is held out by a hash of the
+    row's number; or an object whose ``train()`` returns one, and ``validation()``, if it has that, another one or None;
+    or a function that returns either. With a fraction of 0 nothing is held out. The rest is as in :class:`Records`.
     """
     if isinstance(source, type) or inspect.isroutine(source):
         source = source()

@@ -21,16 +21,11 @@ from bigtrain.log import get_logger
 
 T = TypeVar("T")
 
-RANGE_BYTES = 8 << 20
-"""Bytes per request."""
-REQUEST_SECONDS = 60.0
-"""A request that has not ended by then has failed."""
-NUM_ATTEMPTS = 8
-"""Tries of a request, and of a file whose content is damaged, before giving up."""
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
-"""Waits between tries double from the first to the longest; a random share of up to one half is taken off."""
-NUM_FETCHERS = 2
-"""Background threads per process."""
+RANGE_BYTES = 8 << 20  # bytes per request
+REQUEST_SECONDS = 60.0  # a request that has not ended by then has failed
+NUM_ATTEMPTS = 8  # tries of a request, and of a file whose content is damaged, before giving up
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0  # less up to one half, by chance
+NUM_FETCHERS = 2  # background threads per process
 
 
 def is_url(path: str) -> bool:

@@ -21,15 +21,13 @@ from bigtrain.data.read.packing import AnySplit, build_packing, no_samples
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.errors import DataError
 
-WINDOW_SHARDS = 8
-"""Shards that data which has to be fetched is shuffled within, unless configured otherwise."""
+WINDOW_SHARDS = 8  # shards that data which has to be fetched is shuffled within, unless configured otherwise
 
 
 class StoredSamples:
     """Samples of a prepared corpus, records, or synthetic ones: all are known from the beginning."""
 
-    num_cut = 0
-    """Documents that are longer than the sample that each is."""
+    num_cut = 0  # documents that are longer than the sample that each is
 
     def __init__(
         self, split: AnySplit, data: DataConfig, seed: int, *, keeps_all: bool = False, most_samples: int | None = None
@@ -106,12 +104,9 @@ def _require_room(split: FileSplit, window_shards: int, cache_gib: float) -> Non
 class SampleStream:
     """Position in the run -> sample id -> tokens."""
 
-    tokenizer_directory: Path | None = None
-    """Where the tokenizer of the text is, and the index that says how to use it; None when there is no text."""
-    label_names: Sequence[str] = ()
-    """Of the labels that are predicted, where they have names."""
-    collate: Collate | None = None
-    """What the task does to samples; see :meth:`collated`."""
+    tokenizer_directory: Path | None = None  # with its index; None without text
+    label_names: Sequence[str] = ()  # of the labels that are predicted, where they have names
+    collate: Collate | None = None  # what the task does to samples; see :meth:`collated`
 
     def __init__(
         self,
@@ -124,22 +119,16 @@ class SampleStream:
         previous: DataState | None = None,
         keeps_all: bool = False,
     ) -> None:
-        """Put the splits of all components, in the order of their names, together as the resolved ``data`` says.
+        """Put the ``train`` or ``validation`` splits of all components together, as the resolved ``data`` says.
 
-        Args:
-            name: Of the splits: ``train`` or ``validation``.
-            splits: Of the components.
-            data: The section.
-            seed: Of the order, the same for all components: each is ordered as if it were alone.
-            global_batch_size: By which steps at which weights change become positions.
-            previous: State of the checkpoint that is continued; if its data was another, a new mixture begins there.
-            keeps_all: Whether samples without a target that counts are drawn: in validation, and in runs of old.
+        Each component is ordered by ``seed`` as if it were alone; ``global_batch_size`` turns steps into positions.
+        From the state ``previous`` of a checkpoint on other data a new mixture begins. ``keeps_all`` draws samples
+        without a target that counts too: in validation, and in runs from before these were left out.
         """
         self.name = name
         records = [split.records for split in splits.values() if isinstance(split, RecordSplit)]
         lengths = {part.sequence_length for part in records} or {data.sequence_length}
-        self.sequence_length: int | None = lengths.pop() if len(lengths) == 1 else None
-        """Tokens per sample; None of records that are no sequences."""
+        self.sequence_length: int | None = lengths.pop() if len(lengths) == 1 else None  # None: no sequences
         self.sample_size: int = max([part.sample_size for part in records] or [data.sequence_length])
         """Numbers in a sample, by which the loader decides how many it prepares at a time."""
         self.components: dict[str, StoredSamples | LiveSamples] = {}
@@ -155,25 +144,19 @@ class SampleStream:
         self._live = {part: c for part, c in self.components.items() if isinstance(c, LiveSamples)}
         self._stored = [(i, part) for i, part in enumerate(self._list) if isinstance(part, StoredSamples)]
         self._remote = [(i, part) for i, part in self._stored if part.split.is_remote]
-        self.is_live = bool(self._live)
-        """Whether samples are made on the fly, so that to know ids may mean to tokenise."""
-        self.is_remote = bool(self._remote)
-        """Whether shards may have to be fetched."""
-        self.is_full = all(component.is_full for component in self._list)
-        """Whether every place of every sample is known to be a target that counts."""
-        self.has_answers = any(split.has_answers for split in splits.values())
-        """Whether there is text of which only the answers count."""
+        self.is_live = bool(self._live)  # whether samples are made on the fly, so that to know ids may mean to tokenise
+        self.is_remote = bool(self._remote)  # whether shards may have to be fetched
+        self.is_full = all(component.is_full for component in self._list)  # all places are targets that count
+        self.has_answers = any(split.has_answers for split in splits.values())  # only answers count
         self.facts = next((dict(s.facts) for s in splits.values() if isinstance(s, RecordSplit) and s.facts), {})
         """What is recorded with a run: of images their ``label_names``, ``mean`` and ``deviation``."""
-        self.fingerprint = _fingerprint(splits, data)
-        """What the sample ids are numbers of, and in which proportions they are drawn."""
+        self.fingerprint = _fingerprint(splits, data)  # and proportions
         cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
         if data.source_length is not None:
             cut += f" {data.source_length}"
         if data.max_train_samples is not None and name == "train":
             cut += f" {data.max_train_samples} samples"
-        self.content = f"{' '.join(component.fingerprint for component in self._list)} {cut}"
-        """What the sample ids are numbers of, for the hash of all samples."""
+        self.content = f"{' '.join(component.fingerprint for component in self._list)} {cut}"  # for the digest
         self.skipped = [list(positions) for positions in previous.skipped] if previous else []
         """Ranges of positions that the run leaves out; see :mod:`bigtrain.data.order.cursor`."""
         self._origin_samples, origin_counts = _origin(splits, self.fingerprint, previous)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 END_OF_TEXT = "<|endoftext|>"
 OURS = ("bpe", "bytes")
-_PUBLISHED_FILES = (
+_PUBLISHED_FILES = (  # what the tokenizers of transformers, sentencepiece, tiktoken and mistral-common read; no code
     "*token*.json",
     "*.tokenizer",
     "*vocab*.json",
@@ -45,7 +45,6 @@ _PUBLISHED_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-"""What the tokenizers of transformers, sentencepiece, tiktoken and mistral-common read; no code."""
 _SPACES = "ĠĊĉč▁ "  # as byte-level tokenizers (GPT-2) and SentencePiece write space, line ends and tab
 _MASKS = ("[MASK]", "<mask>")
 
@@ -55,8 +54,7 @@ class BuiltTokenizer(NamedTuple):
 
     tokenizer: "Tokenizer"
     eos_id: int
-    adds_special: bool = False
-    """See :class:`bigtrain.data.read.index.TokenizerRecord`."""
+    adds_special: bool = False  # see :class:`bigtrain.data.read.index.TokenizerRecord`
 
     @property
     def reads_special(self) -> bool:
