@@ -1,8 +1,7 @@
 """Errors that are the user's to mend, and the exit codes of every launcher.
 
-Anything derived from :class:`BigtrainError` is shown as one message without a traceback. The
-message says what was found, where, and what would be right. Everything else is a fault of ours or
-of the machine and keeps its traceback.
+Anything derived from :class:`BigtrainError` is shown as one message without a traceback. The message says what was
+found, where, and what would be right. Everything else is a fault of ours or of the machine and keeps its traceback.
 """
 
 import traceback

@@ -38,10 +38,8 @@ def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
 def load_checkpoint(path: Path, entries: Mapping[str, Entry], *, some_only: bool = False) -> None:
     """Fill the boxes of ``entries`` from a checkpoint, which may hold more with ``some_only``.
 
-    No collectives, no buffers.
-
-    Overlaps of stored boxes with boxes of this rank are copied from the mapped file into the engine's memory.
-    CheckpointError: tensors are missing or have other shapes, or the manifest is damaged.
+    No collectives, no buffers. Overlaps of stored boxes with boxes of this rank are copied from the mapped file into
+    the engine's memory. CheckpointError: tensors are missing or have other shapes, or the manifest is damaged.
     """
     stored = {tensor.key: tensor for tensor in read_manifest(path).tensors}
     if problems := list(_differences(entries, stored, some_only)):

@@ -173,10 +173,7 @@ def _meet(a: Chunk, b: Chunk, num_dims: int) -> bool:
 
 
 def verify_file(directory: Path, record: FileRecord, *, content: bool) -> str | None:
-    """Return how a file differs from its record, in size and with ``content`` in its hash too; None if it does not.
-
-    UnreadableError: the file system cannot be read, which says nothing about the file.
-    """
+    """Return how a file differs from its record, in size and with ``content`` in its hash too; None if it does not."""
     path = directory / record.name
     try:
         num_bytes = path.stat().st_size

@@ -40,12 +40,7 @@ class Piece:
 
 
 def write_shard(path: Path, pieces: Iterable[Piece]) -> tuple[FileRecord, list[TensorRecord]]:
-    """Write a rank's file durably.
-
-    Return its record, and per piece the record of its tensor with the one chunk written here.
-
-    OSError: it could not be written, for instance because the disk is full.
-    """
+    """Write a rank's file durably; return its record, and of each piece the record of its tensor with one chunk."""
     pieces = list(pieces)
     header: dict[str, object] = {}
     records, position = [], 0
@@ -77,10 +72,7 @@ class ShardReader:
         self._maps: dict[str, torch.Tensor] = {}
 
     def read(self, dtype: str, chunk: Chunk) -> torch.Tensor:
-        """Return a read-only view of a chunk, read from disk when it is copied.
-
-        CheckpointError: the file is missing or too short.
-        """
+        """Return a read-only view of a chunk, read when it is copied; CheckpointError if its file is short."""
         if chunk.file not in self._maps:
             self._maps[chunk.file] = self._map(self._directory / chunk.file)
         mapped = self._maps[chunk.file]

@@ -155,10 +155,7 @@ def newest_step(run_directory: Path) -> int:
 
 
 def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
-    """Return the run state of a checkpoint, verified; ``manifest`` is the checkpoint's, if it has been read.
-
-    CheckpointError: there is no complete checkpoint at ``path``, or its run state is damaged.
-    """
+    """Return the run state of a checkpoint, verified; CheckpointError if there is none, or it is damaged."""
     files = (manifest or read_manifest(path)).files
     text = read_verified(path, next(file for file in files if file.name == RUN_STATE_FILE))
     try:
@@ -175,8 +172,7 @@ def find_problems(
 ) -> list[str]:
     """Return how a checkpoint differs from its manifest, in a ``share`` of its files; manifest and run state always.
 
-    ``progress`` is called with each file that is about to be read. UnreadableError: the file system cannot be read, or
-    another version wrote the checkpoint.
+    UnreadableError: the file system cannot be read, or another version wrote the checkpoint.
     """
     try:
         manifest = read_manifest(path)
@@ -233,10 +229,7 @@ def set_aside(path: Path) -> Path:
 
 
 def prune(run_directory: Path, keep: str) -> None:
-    """Delete checkpoints that are not kept by ``checkpoint.keep``, and leftovers; no save may be under way.
-
-    Any of the rules in ``keep``, separated by commas, keeps a checkpoint. OSError: one cannot be deleted.
-    """
+    """Delete checkpoints that no rule of ``checkpoint.keep`` keeps, and leftovers; no save may be under way."""
     remove_leftovers(run_directory)
     found = find_checkpoints(run_directory)
     kept = {path for rule in keep.split(",") for path in _kept_by(rule.split(), found)} | set(found[-MIN_KEPT:])
@@ -312,11 +305,7 @@ class Listed:
 def list_checkpoints(
     path: Path, verify: Verify, *, progress: Callable[[str], None] = lambda file: None
 ) -> list[Listed]:
-    """Return what lies among the checkpoints of a run, or about one checkpoint; CheckpointError if there is nothing.
-
-    ``verify`` applies to complete ones and those that were set aside; ``progress`` is called with each file before
-    that.
-    """
+    """Return what lies among the checkpoints of a run, or about one checkpoint; CheckpointError if there is nothing."""
     if (path / MANIFEST_FILE).is_file():
         return [_look_at(path, "complete", verify, progress)]
     found = {other: "complete" for other in checkpoints_directory(path).glob("step-*") if is_complete(other)}

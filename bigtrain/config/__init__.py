@@ -1,10 +1,9 @@
 """The configuration of a run: plain dataclasses, one docstring under each field.
 
-Hydra composes them (see ``bigtrain/cli/hydra_cli.py``); nothing here, and nothing else in the package,
-knows about Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is
-its inverse (see ``convert.py``). ``check.py`` fills in derived values and finds contradictions.
-The section about the data is in ``data.py``, that of the task in ``task.py``, those about how a run is watched in
-``watch.py``.
+Hydra composes them (see ``bigtrain/cli/hydra_cli.py``); nothing here, and nothing else in the package, knows about
+Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is its inverse (see
+``convert.py``). ``check.py`` fills in derived values and finds contradictions. The section about the data is in
+``data.py``, that of the task in ``task.py``, those about how a run is watched in ``watch.py``.
 """
 
 import math

@@ -80,11 +80,7 @@ def _outside(key: str, value: Any, hint: Any) -> Iterator[str]:
 
 
 def without_effect(section: object, prefix: str = "", *, parts: list[Any] | None = None) -> list[str]:
-    """Return a sentence for every changed setting of a section that does not count, as its field says.
-
-    ``prefix`` is that of its keys; it is enough to count in one of ``parts``, the sections that use it (by default
-    itself).
-    """
+    """Return a sentence for every changed setting of a section that counts in none of ``parts``, by default itself."""
     schema: type = type(section)
     default, parts, found = schema(), parts or [section], []
     for name, hint in type_hints(schema).items():

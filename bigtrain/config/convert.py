@@ -62,11 +62,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(schema: type[T], values: dict[str, Any], *, from_user: bool = False, section: str = "") -> T:
-    """Build the dataclass ``schema`` from plain data, strictly.
+    """Build the dataclass ``schema`` from plain data, strictly; a ConfigError lists all that is unknown or wrong.
 
     With ``from_user`` paths are expanded by :func:`expand_path`, numbers must be finite, and text not empty.
-    ``section`` is the prefix of keys in messages. ConfigError: lists all unknown keys, with the nearest valid one, and
-    wrong values.
     """
     valid_keys = [f"{section}{key}" for key in key_types(typing.cast(type, schema))]
     builder = _Builder(valid_keys, from_user=from_user)
@@ -136,10 +134,7 @@ def type_hints(schema: type, *, include_extras: bool = True) -> dict[str, Any]:
 
 @functools.cache
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every dotted key of ``schema``, sections included: ``train``, ``train.steps``, ...
-
-    A section by name, as those of ``dict[str, Section]``, has ``*`` for the name.
-    """
+    """Return the type of every dotted key of ``schema``, sections included; of sections by name, ``*`` is the name."""
     types_by_key = {}
     for name, hint in type_hints(schema, include_extras=False).items():
         types_by_key[prefix + name] = hint

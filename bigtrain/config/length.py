@@ -46,10 +46,9 @@ def beyond_the_end(config: TrainConfig) -> Iterator[str]:
 def steps_to_train(
     train: TrainingConfig, *, num_samples: int, sequence_length: int | None, step: int, samples: int
 ) -> int:
-    """Return ``train.steps`` of a length in epochs or tokens, in whole batches, for a run that has reached ``step``.
+    """Return ``train.steps`` of a length in epochs of ``num_samples`` or in tokens, in whole batches.
 
-    ``num_samples`` are those of an epoch, ``samples`` what was trained on so far, maybe with another batch size.
-    ConfigError: tokens are wanted of samples that have none.
+    The run has reached ``step`` with ``samples``. ConfigError: tokens are wanted of samples that have none.
     """
     if train.epochs is not None:
         total = train.epochs * num_samples

@@ -172,11 +172,7 @@ def _how_to_import(module: str) -> str:
 
 
 def build(name: str, settings: Mapping[str, Any], *, setting: str, from_user: bool = False) -> Any:
-    """Return the part that ``setting`` names: an instance of a dataclass with these settings; anything else as it is.
-
-    ``task.kind`` has its settings in ``task.settings``. ConfigError: nothing imported has it, or it refuses the
-    settings.
-    """
+    """Return the part that ``setting`` names: of a dataclass an instance with these settings, else as it is."""
     part, section = find(name, setting), f"{setting.rpartition('.')[0]}.settings"
     if not is_dataclass(part):
         if settings:

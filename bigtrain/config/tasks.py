@@ -33,10 +33,7 @@ WITHOUT_LENGTH = (Head.image_classification, Head.audio_classification)
 
 
 def with_inputs(task: TaskConfig, data: DataConfig) -> TaskConfig:
-    """Return ``task`` with the column that its network gets, which by default follows from the data.
-
-    A list of weights says how many labels there are.
-    """
+    """Return ``task`` with the column that its network gets, and as many labels as a list of weights has."""
     if isinstance(task.class_weights, list) and task.num_labels is None and len(task.class_weights) > 1:
         task = dataclasses.replace(task, num_labels=len(task.class_weights))
     if task.inputs or task.kind not in (TaskKind.classification.name, TaskKind.regression.name):

@@ -43,13 +43,9 @@ def open_streams(
 ) -> dict[str, SampleStream]:
     """Open both splits of all components, prepared in ``directories``, as streams of samples.
 
-    Args:
-        data: the resolved section.
-        vocab_size: rows of the model's embedding; DataError if a tokenizer has more ids.
-        objective: decides the columns of records; text does without.
-        validation_samples: as many are looked for in text that is tokenised while training.
-        facts: of the images that are trained on, if these are others.
-        others: see :class:`SampleStream`.
+    ``objective`` decides the columns of records; ``validation_samples`` are looked for in text that is tokenised while
+    training; images are normalised by ``facts``. The rest is as in :class:`SampleStream`. DataError: a tokenizer has
+    more ids than ``vocab_size``.
     """
     parts = component_data(data)
     corpora = _open_corpora(parts, directories, vocab_size, objective)
@@ -179,10 +175,7 @@ def count_labels(directories: Iterable[str]) -> int:
 
 
 def require_labels(labels: LabelRecord | None, objective: Objective | None, *, where: str) -> None:
-    """Refuse a corpus whose labels are not those that an objective needs, or another number of them.
-
-    None is a corpus without labels, or a run of which no objective is known. ``where`` names the corpus in messages.
-    """
+    """Refuse a corpus, named ``where``, whose labels are not those that an objective needs, or as many."""
     wanted = None if objective is None else _wanted(objective)
     if wanted is None:
         return

@@ -21,10 +21,7 @@ from bigtrain.processes import RankInfo
 
 
 def pick_device(info: RankInfo) -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none, and make it current; warn of GPUs that torch cannot use.
-
-    ConfigError: there are more ranks on this node than GPUs.
-    """
+    """Return this rank's GPU, made current, or the CPU where there is none; warn of GPUs that torch cannot use."""
     if not torch.cuda.is_available():
         if info.local_rank == 0 and (unused := unused_gpus()):
             get_logger().error(unused)  # so that the first rank of every node says it
@@ -40,10 +37,7 @@ def pick_device(info: RankInfo) -> torch.device:
 
 
 def unused_gpus() -> str | None:
-    """Say which GPUs the driver lists and why torch, which sees none, cannot use them; None if there are none.
-
-    ``CUDA_VISIBLE_DEVICES`` without a device hides them on purpose.
-    """
+    """Say which GPUs the driver lists and why torch cannot use them; None if there are none, or they are hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return None
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -146,12 +140,10 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None = None) -> Any:
-    """Call ``function`` on rank 0 while the others wait.
+    """Call ``function`` on rank 0; return its JSON-able value, or raise its BigtrainError, on every rank.
 
-    Return its JSON-able value, or raise its BigtrainError, on every rank.
-
-    Without a process group this process is the only rank. The others wait for ``patience``, by default as long as for
-    any communication.
+    The others wait for ``patience``, by default as long as for any communication; without a process group there are
+    none.
     """
     if not dist.is_initialized():
         return function()

@@ -95,10 +95,8 @@ def agree_on_name(store: dist.Store, info: RankInfo, patience: Patience, *, refu
     After a restart torchrun goes on with the store of the processes that are gone, and their addresses are still in it
     (pytorch issue 135712); its count of restarts differs between nodes. So every rank asks under a name that is new,
     rank 0 answers each, and is done when all have confirmed its answer: the dead never do. A rank that cannot begin
-    says so when it confirms; then rank 0 tells all.
-
-    ConfigError: a rank cannot begin; on all but that one. NetworkError: one has not come in time. RuntimeError: the
-    store is gone.
+    says so when it confirms; then rank 0 tells all. ConfigError: a rank cannot begin; on all but that one.
+    NetworkError: one has not come in time. RuntimeError: the store is gone.
     """
     own = uuid.uuid4().hex
     if info.rank == 0:
@@ -152,10 +150,7 @@ def require_interfaces(*, cuda: bool) -> None:
 
 
 def in_slices(function: Callable[[], T], patience: Patience, whom: str) -> T:
-    """Return what ``function`` does in native code, in a thread, so that a signal ends this process meanwhile.
-
-    NetworkError: not in time; it goes on in the background.
-    """
+    """Return what ``function`` does in native code, in a thread, so that a signal ends this process meanwhile."""
     outcome: dict[str, Any] = {}
 
     def work() -> None:

@@ -64,10 +64,7 @@ def prepare_data(data: DataConfig) -> dict[str, str]:
 
 
 def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping[str, SampleStream]:
-    """Prepare the data on rank 0 if needed, and open it on every rank.
-
-    ``previous`` is that of the checkpoint continued.
-    """
+    """Prepare the data on rank 0 if needed, and open it on every rank, from the ``previous`` state on."""
     train, validation, objective = config.train, config.validation, build_objective(config.task)
     data = with_own_tokenizer(config.data, config.run.directory)
     streams = open_streams(
@@ -328,10 +325,7 @@ def held_out_batches(
 
 
 def check_continuation(state: RunState, config: TrainConfig, stream: SampleStream, world_size: int) -> list[str]:
-    """Refuse to continue on other data or in another order; return what else has changed, a line each.
-
-    CheckpointError: ``data.allow_change`` is not set, and the samples would not continue those of the checkpoint.
-    """
+    """Refuse to continue on other data or in another order; return what else has changed, a line each."""
     old = flatten(to_dict(TrainConfig())) | flatten(state.config) | {"world size": state.world_size}
     if old["data.split"] == "train" and config.data.split is None:  # what was the default is read without it
         old["data.split"] = None
@@ -366,12 +360,7 @@ def _corpus_of(data: DataConfig, fingerprint: str) -> Path | None:
 
 
 def require_tokenizer(checkpoint: Path, stream: SampleStream) -> None:
-    """Raise a CheckpointError if the tokenizer of the data is not that of the checkpoint's run, if that is there.
-
-    On one rank.
-
-    They are compared as the tokenizers library of today writes them.
-    """
+    """Raise a CheckpointError, on one rank, if the tokenizer of the data is not that of the checkpoint's run."""
     run, new = checkpoint.parent.parent, stream.tokenizer_directory
     if new is None or not (run / TOKENIZER_FILE).is_file():
         return

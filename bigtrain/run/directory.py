@@ -57,11 +57,7 @@ DESCRIPTION_FILES = (
 
 
 def write_run_files(config: TrainConfig, tokenizer: Path | None, facts: Mapping[str, Any] | None = None) -> None:
-    """Write what the run needs to be continued and used elsewhere.
-
-    That is its configuration, the ``tokenizer`` of a corpus' directory, ``facts`` of the data, such as the names of
-    labels, and a description of its model. ConfigError: the directory cannot be written.
-    """
+    """Write configuration, tokenizer, ``facts`` of the data, and description of the model of a run."""
     directory = config.run.directory
     with writing(directory):
         is_described = continued_model(config.model, directory) is not config.model
@@ -112,10 +108,7 @@ def own_model(model: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
-    """Return the description to build from: the run's own once it has a checkpoint, else the named one.
-
-    ConfigError: the named one is another model now.
-    """
+    """Return the run's own description of its model once it has a checkpoint, else the named one, which must be the same."""
     own = own_model(model, directory)
     if own is model or not find_checkpoints(directory):
         return model
@@ -139,10 +132,7 @@ def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def unused_of_model(config: TrainConfig) -> list[str]:
-    """Return what a new run does not use of its published model, a line each.
-
-    ConfigError: files of its weights are missing.
-    """
+    """Return what a new run does not use of its published model, a line each; ConfigError if files are missing."""
     model, setting = config.model, "model.init_from" if config.model.init_from else "model.name"
     name = model.init_from or (model.name if model.kind is ModelKind.hf else None)
     if name is None or is_run(name) or find_checkpoints(config.run.directory):
@@ -160,10 +150,7 @@ def unused_of_model(config: TrainConfig) -> list[str]:
 
 
 def locate(path: Path) -> tuple[Path, Path]:
-    """Return the run and the checkpoint of ``path``: a run, of which the newest, or one of its checkpoints.
-
-    CheckpointError: there is no complete checkpoint.
-    """
+    """Return run and checkpoint of ``path``: a run, of which the newest, or a checkpoint; CheckpointError if none."""
     if (path / RUN_STATE_FILE).is_file():
         return path.parent.parent, path
     found = find_checkpoints(path)
@@ -181,10 +168,7 @@ def is_run(path: str) -> bool:
 
 
 def find_whole(path: Path) -> tuple[Path, Path]:
-    """Return the run, and its newest checkpoint that verifies or the one that ``path`` is; CheckpointError: none does.
-
-    If there is a process group, all ranks call this.
-    """
+    """Return the run, and its newest whole checkpoint or the one that ``path`` is; CheckpointError if none is."""
     run, newest = locate(path)
     candidates = [newest] if newest == path else on_rank0(lambda: [str(found) for found in find_checkpoints(run)])
     problems: list[str] = []
@@ -205,10 +189,7 @@ def label_names(run: Path) -> list[str]:
 
 
 def read_config(directory: Path) -> TrainConfig:
-    """Return the configuration of a run, with its present directory and its own copy of a Hugging Face model.
-
-    CheckpointError: ``directory`` is not a run.
-    """
+    """Return the configuration of a run, with its present directory and its own copy of a Hugging Face model."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -265,12 +246,7 @@ def find_resume(config: TrainConfig) -> Path | None:
 
 
 def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) -> Path | None:
-    """Return the newest checkpoint below step ``before`` that verifies.
-
-    Damaged ones are set aside. All ranks call this.
-
-    CheckpointError: there are only damaged ones.
-    """
+    """Return the newest checkpoint below step ``before`` that verifies, damaged ones set aside; collective."""
     while found := on_rank0(lambda: [str(path) for path in find_checkpoints(directory) if step_of(path) < before]):
         path = Path(found[-1])
         if not (problems := verify_checkpoint(path, verify)):

@@ -62,10 +62,7 @@ def opened(path: Path, *, batches: int | None = None) -> Iterator[tuple[TrainCon
 
 
 def load_engine(path: Path, config: TrainConfig) -> tuple[Engine, Path]:
-    """Return an engine with the weights of a run's newest whole checkpoint, and that.
-
-    CheckpointError if none is whole.
-    """
+    """Return an engine with the weights of a run's newest whole checkpoint, and that; CheckpointError if none is."""
     _, checkpoint = find_whole(path)
     info = RankInfo.from_env()
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=pick_device(info))

@@ -37,10 +37,7 @@ def parameters_of(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def describe_frozen(entries: Mapping[str, Entry], model: ModelConfig) -> Frozen | None:
-    """Return what checkpoints say of frozen weights, which are in place.
-
-    None if there are none. All ranks call this.
-    """
+    """Return what checkpoints say of frozen weights, None if there are none; all ranks call this."""
     names = frozen_names(parameters_of(entries), model)
     return Frozen(names, hash_of({MODEL + name: entries[MODEL + name] for name in names})) if names else None
 
@@ -101,10 +98,7 @@ def load_state(path: Path, entries: Mapping[str, Entry], *, some_only: bool = Fa
 
 
 def load_weights(path: Path, entries: Mapping[str, Entry], config: TrainConfig) -> None:
-    """Fill weights from another run's checkpoint; adapters that it has not begin with their initial values.
-
-    All ranks call this. Raises CheckpointError as :func:`load_state`.
-    """
+    """Fill weights from another run's checkpoint; new adapters begin with initial values. All ranks call this."""
     model, fresh = config.model, {}
     if model.adapter and read_run_state(path).config["model"].get("adapter") is None:
         fresh = {key: entry for key, entry in entries.items() if is_of_adapter(key)}

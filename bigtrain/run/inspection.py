@@ -121,10 +121,7 @@ def _document_lines(stream: SampleStream, columns: Columns, tokenizer: "Tokenize
 
 
 def _masked_line(columns: Columns, tokenizer: "Tokenizer | None") -> str:
-    """Return the tokens of a sample.
-
-    A predicted one is in ``[ ]``, behind what the network sees in its place if that differs.
-    """
+    """Return the tokens of a sample, predicted ones in ``[ ]`` behind what the network sees in their place."""
     pieces = []
     for token, target in zip(columns["tokens"].tolist(), columns["targets"].tolist(), strict=True):
         seen = _text(token, tokenizer) or "?"

@@ -51,10 +51,9 @@ from bigtrain.telemetry.recorder import NullRecorder, Recorder
 
 
 def run(config: TrainConfig, *, outlived: bool = False) -> int:
-    """Train by ``config``, resolved and checked, from the newest checkpoint on; return EXIT_FINISHED or EXIT_RESUMABLE.
+    """Train by rank 0's ``config``, resolved and checked, from the newest checkpoint on; return the exit code.
 
-    Of several ranks rank 0's configuration counts. An ``outlived`` process goes on after the run and is not watched
-    then.
+    An ``outlived`` process goes on after the run and is not watched then.
     """
     info = RankInfo.from_env()
     log.setup(info.rank)

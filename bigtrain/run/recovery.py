@@ -69,10 +69,7 @@ def _published(model: dict[str, Any]) -> str | None:
 
 
 def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo) -> Cursor:
-    """Fill the engine's state and return how far the run is with it.
-
-    ConfigError: with these weights the model looks ahead.
-    """
+    """Fill the engine's state and return how far the run is with it; ConfigError if the model then looks ahead."""
     state, entries = start.read_state(), engine.state.entries
     if start.checkpoint is None:
         values = starting_values(config.model, config.train.seed)
@@ -109,9 +106,7 @@ def go_back(
 ) -> Start:
     """Return what to roll back to, and leave the samples of the bad steps out of ``stream``; all ranks call this.
 
-    That is the newest whole checkpoint before them, or the run's origin; the caller discards newer checkpoints. Until
-    now the run was trained from ``start``, which was at ``begin``, and has gone back ``rollbacks`` times.
-
+    That is the newest whole checkpoint before them, or the run's origin; the caller discards newer checkpoints.
     NoRestartError: too many rollbacks, or what to roll back to is gone.
     """
     first, last, batch = verdict.first_step, verdict.last_step, config.train.global_batch_size
@@ -157,10 +152,7 @@ def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
 
 
 def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
-    """Return the standing that a launch begins with: the checkpoint's, unless it is by another metric.
-
-    ConfigError: the task has none such.
-    """
+    """Return the standing that a launch begins with: the checkpoint's, unless it is by another metric."""
     objective, metric = build_objective(config.task), config.validation.metric
     known = ["loss"]
     if metric not in known:

@@ -33,10 +33,7 @@ def train_step(
 
 
 def read_back(pending: list[dict[str, Any]], objective: Objective, mesh: Mesh) -> list[dict[str, Any]]:
-    """Wait for the device, all-reduce the losses, and return the pending records as plain numbers.
-
-    Clears ``pending``.
-    """
+    """Wait for the device, all-reduce the losses, and return the pending records, cleared, as plain numbers."""
     sums = mesh.total(torch.stack([record["loss"] for record in pending])).view(len(pending), -1)
     norms = torch.stack([record["grad_norm"] for record in pending])
     records = []

@@ -92,10 +92,7 @@ class End:
 
 
 def train(run: Run) -> End | RollBack:
-    """Run the loop until completion, a stop request, or a rollback.
-
-    CheckpointError: saving has failed too often, or at the end.
-    """
+    """Run the loop until completion, a stop request, or a rollback; CheckpointError if saving fails too often."""
     config, engine, saver, heartbeat = run.config, run.engine, run.saver, run.launch.heartbeat
     steps, size, objective = config.train.steps, run.unit[1], build_objective(config.task)
     meter = StepMeter(config.train.global_batch_size * size, device=engine.device, unit=run.unit[0])

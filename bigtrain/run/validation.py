@@ -105,10 +105,7 @@ def _add_up(
 
 
 def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
-    """Return source, if it is text, target and what was written of ``validation.written_samples`` samples, in order, on rank 0.
-
-    All ranks call this.
-    """
+    """Return source, target and what was written of the first samples, in order, on rank 0; all ranks call this."""
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
     objective, wanted = build_objective(config.task), Wanted(writing=writing_of(stream.tokenizer_directory, config))
     engine.module.eval()
@@ -153,10 +150,7 @@ def written_metrics(texts: list[dict[str, str]]) -> dict[str, float]:
 
 
 def writing_of(directory: Path | None, config: TrainConfig) -> Writing:
-    """Return how texts end and are read: by the tokenizer in a directory, of a corpus or a run, or of ``data.tokenizer``.
-
-    Records without one have ids for words.
-    """
+    """Return how texts end and are read, by the tokenizer in a directory or ``data.tokenizer``; else ids are words."""
     if directory:
         tokenizer, eos_id = load_tokenizer(directory), read_index(directory, check_sizes=False).tokenizer.eos_id
     elif config.data.tokenizer != DataConfig().tokenizer:
@@ -193,10 +187,8 @@ def write_classification(
 ) -> None:
     """Write the confusion matrix of a validation, a row per true label, and the images that are wrong.
 
-    All ranks call this.
-
-    The images are those whose wrong label is the most probable: each with ``label``, what was ``predicted``, and
-    ``pixels``, bytes of ``shape`` ``(H, W, C)`` in base64.
+    All ranks call this. The images are those whose wrong label is the most probable: each with ``label``, what was
+    ``predicted``, and ``pixels``, bytes of ``shape`` ``(H, W, C)`` in base64.
     """
     wrong: list[dict[str, Any]] = []
     sets, confusion = sets_of(streams, HELD_OUT), measured.confusion

@@ -14,10 +14,7 @@ class StopAgreement:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self, reason: str | None) -> str | None:
-        """Return the stop request, one of :data:`REASONS`, of any rank at the previous call.
-
-        All ranks call this per step.
-        """
+        """Return any rank's stop request, one of :data:`REASONS`, at the previous call; all ranks call this."""
         if dist.get_world_size() == 1:
             return reason
         agreed = self.settle()

@@ -54,10 +54,7 @@ class Lease:
         os.ftruncate(self._file, len(content))
 
     def keep(self, on_move: Callable[[], None] = lambda: None) -> None:
-        """Beat from now on.
-
-        Call ``on_move`` when the directory is renamed or removed, and end if another launch took over.
-        """
+        """Beat from now on; call ``on_move`` when the directory moves, and end if another launch took over."""
         threading.Thread(target=self._beat, args=(on_move,), daemon=True).start()
 
     def release(self) -> None:
@@ -141,10 +138,7 @@ class Lease:
 
 
 def take_lease(path: Path, *, patient: bool, hurry: bool = False) -> Lease:
-    """Take the run whose lease file is ``path``; ConfigError: a live process holds it.
-
-    With ``patient`` a live holder is waited for too, not only one that seems silent; with ``hurry`` none.
-    """
+    """Take the run of a lease file, silent holders (``patient``: live ones) waited for; ConfigError: one is live."""
     sign: tuple[Any, ...] | None = None
     waited, silent, is_heard = 0.0, 0.0, False
     while True:

@@ -39,10 +39,7 @@ class Stragglers:
         self._named: set[tuple[int, str]] = set()
 
     def check(self, step: int, data_seconds: float) -> list[Straggler]:
-        """Return the ranks that are newly slow, in two comparisons in a row.
-
-        After ``step`` steps this rank has waited ``data_seconds`` for data since the launch.
-        """
+        """Return the ranks that are newly slow, in two comparisons in a row; all ranks call this."""
         if self._group is None or step < self._next_step:
             return []
         now, last = time.monotonic(), self._last
@@ -64,10 +61,7 @@ class Stragglers:
 
 
 def slow_ranks(ranks: Sequence[Sequence[float]], factor: float) -> list[Straggler]:
-    """Return the ranks that are ``factor`` times slower than the median.
-
-    ``ranks`` has the seconds of each one's probe, those that it waited for data per step, and those of a step.
-    """
+    """Return the ranks ``factor`` times slower than the median, by seconds of probe, data and step of each."""
     probe, data, step = (statistics.median_low(column) for column in zip(*ranks, strict=True))
     found = []
     for rank, (own_probe, own_data, _) in enumerate(ranks):

@@ -134,10 +134,7 @@ class Deaths:
 
 
 def _is_waited_for(watch: Watch, suspect: Beat, now_ns: int) -> bool:
-    """Return whether a rank may take its time, for data being fetched or a profile.
-
-    Tell the watchdogs of other nodes.
-    """
+    """Return whether a rank may take its time for data or a profile; tell the watchdogs of other nodes."""
     has_time = suspect.phase == "profile" and now_ns < suspect.deadline_ns
     if watch.cache and suspect.phase in FED_PHASES:
         with contextlib.suppress(OSError):  # files of other users, and file servers that do not answer

@@ -33,10 +33,7 @@ class Wanted:
 
 
 def label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-    """Return the likeliest label of each sample with its probability, or the ``top_k`` likeliest ones.
-
-    ConfigError: a threshold for more than two labels.
-    """
+    """Return the likeliest label of each sample, or the ``top_k``, with probabilities; thresholds are of two."""
     num_labels = logits_BC.shape[-1]
     if wanted.threshold is not None and num_labels != 2:
         raise ConfigError(f"threshold={wanted.threshold}: the likeliest of {num_labels} labels is taken; it is for two")

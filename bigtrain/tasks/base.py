@@ -78,10 +78,7 @@ class Objective(Protocol):
 
 
 class TaskModel(nn.Module):
-    """A network with its objective: what engines wrap.
-
-    Tensors are given by position, because the hooks of DeepSpeed's ZeRO-3 see no others.
-    """
+    """A network with its objective, as engines wrap it, called by position: ZeRO-3's hooks see no other tensors."""
 
     def __init__(self, network: nn.Module, objective: Objective) -> None:
         super().__init__()

@@ -13,10 +13,7 @@ from bigtrain.tasks.base import IGNORE_INDEX, Field
 
 
 class CausalLM:
-    """See :class:`bigtrain.tasks.base.Objective`.
-
-    With ``positions``, samples hold several documents, each of which begins at position 0.
-    """
+    """Cross-entropy of the next token; with ``positions``, samples hold documents that each begin at position 0."""
 
     fields: Mapping[str, Field] = {
         "tokens": Field(torch.int64, ("T",)),

@@ -25,10 +25,7 @@ def confusion_counts(predicted: Tensor, labels: Tensor, num_labels: int, *, igno
 
 
 def score_counts(scores: Tensor, is_positive: Tensor, counted: Tensor) -> Tensor:
-    """Return how often each bf16 score occurs among negatives and positives, ascending: fp32 ``(2, NUM_SCORE_BINS)``.
-
-    Scores are finite; ``counted``, bool of their shape, says which count.
-    """
+    """Return how often each bf16 score occurs among counted negatives and positives: fp32 ``(2, NUM_SCORE_BINS)``."""
     bits = (scores.bfloat16() + 0.0).view(torch.int16).long()  # -0.0 is 0.0
     ranks = torch.where(bits < 0, -1 - (bits & 0x7FFF), bits) + NUM_SCORE_BINS // 2
     cells = is_positive * NUM_SCORE_BINS + ranks
@@ -46,10 +43,7 @@ def _count(cells: Tensor, counted: Tensor, num_cells: int) -> Tensor:
 
 
 def binary_counts(predicted: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
-    """Return true positives, false positives, false negatives and true negatives of each label: fp32 ``(4, C)``.
-
-    ``predicted`` is bool ``(N, C)``, ``labels`` are 0, 1 or ``ignored``.
-    """
+    """Return true and false positives, false and true negatives of each label: fp32 ``(4, C)``."""
     is_true, is_false = labels == 1, (labels != 1) & (labels != ignored)
     cells = (predicted & is_true, predicted & is_false, ~predicted & is_true, ~predicted & is_false)
     return torch.stack([cell.sum(dim=0) for cell in cells]).float()
@@ -95,10 +89,7 @@ def matthews_correlation(confusion: NDArray[np.float64]) -> float:
 
 
 def area_under_roc(counts: NDArray[np.float64]) -> float:
-    """Return the chance that a positive scores above a negative, ties being half: NaN without one of either.
-
-    ``counts`` are ``(2, bins)`` of negatives and positives in ascending order of the score.
-    """
+    """Return the chance that a positive scores above a negative, ties half, by counts ``(2, bins)``."""
     negatives, positives = counts
     below = np.cumsum(negatives) - negatives
     pairs = negatives.sum() * positives.sum()

@@ -26,10 +26,7 @@ from bigtrain.tasks.metrics import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MultiLabel:
-    """Binary cross-entropy of each label; see :class:`bigtrain.tasks.base.Objective`.
-
-    The loss is a mean over samples and labels, as in transformers.
-    """
+    """Binary cross-entropy, a mean over samples and labels as in transformers; see :class:`Objective`."""
 
     inputs: Inputs = Inputs.tokens  # column that the network gets
     num_labels: int = 2  # C, as many logits as the network returns

@@ -105,10 +105,7 @@ class Preference:
 
 @contextlib.contextmanager
 def without_adapters(network: nn.Module) -> Iterator[None]:
-    """Let peft's layers compute what they were put around.
-
-    Their own switch would also say that adapters need no gradient, which engines have built upon.
-    """
+    """Let peft's layers compute what they were put around, and keep their gradients, as engines expect."""
     layers: list[Any] = [module for module in network.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
         layer._disable_adapters = True

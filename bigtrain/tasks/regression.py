@@ -18,10 +18,7 @@ from bigtrain.tasks.metrics import regression_metrics, regression_sums
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regression:
-    """Squared error of each value, without the factor 1/2; see :class:`bigtrain.tasks.base.Objective`.
-
-    A value that is NaN does not count.
-    """
+    """Squared error of each value that is no NaN, without the factor 1/2; see :class:`Objective`."""
 
     inputs: Inputs = Inputs.features  # column that the network gets
     num_values: int = 1  # values of a sample, as many as the network returns

@@ -69,10 +69,7 @@ class StepMeter:
         }
 
     def phases(self) -> dict[str, float]:
-        """Return mean seconds per step by phase since the last call, and pairs per token under a document mask.
-
-        The device must have finished.
-        """
+        """Return mean seconds by phase since the last call, and pairs per token; the device must have finished."""
         means = {phase: seconds / max(self._num_steps, 1) for phase, seconds in self._seconds.items()}
         if self._events and self._num_steps:
             data, forward_backward = self._events[names.DATA_SECONDS], self._events[names.FORWARD_BACKWARD_SECONDS]

@@ -8,10 +8,7 @@ from bigtrain.config import parts
 
 
 class Logger(Protocol):
-    """What ``logging.also`` names: called once with the run's directory, on rank 0, and then as something happens.
-
-    It runs in the training process: what a call takes is missing in the training.
-    """
+    """What ``logging.also`` names: called with the run's directory, on rank 0, in the training process, which waits."""
 
     def metrics(self, records: list[dict[str, Any]]) -> None:
         """Take the records of the steps since the last call, in order, as they are in ``metrics.jsonl``."""

@@ -69,10 +69,7 @@ def published_peak(device_name: str, kind: str) -> Peak | None:
 
 
 def measure_cpu(precision: Precision) -> Peak:
-    """Measure square matrix products with this process's threads, for about a twentieth of a second.
-
-    This is the rate that torch reaches; time in which other processes had the cores is left out.
-    """
+    """Measure square matrix products with this process's threads, in about 0.05 s of its own processor time."""
     dtype = torch.bfloat16 if precision.base is Precision.bf16 else torch.float32
     left, right = torch.ones(2, _MATRIX, _MATRIX, dtype=dtype)
     result = left @ right

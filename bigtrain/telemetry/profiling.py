@@ -117,10 +117,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def save_memory_snapshot(directory: Path, name: str) -> Path | None:
-    """Write what the GPU's allocator holds, for https://pytorch.org/memory_viz; None without a GPU.
-
-    Blocks have their stacks with ``profile.memory`` only.
-    """
+    """Write what the GPU's allocator holds, for https://pytorch.org/memory_viz; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     directory.mkdir(parents=True, exist_ok=True)
@@ -139,10 +136,7 @@ def save_hang(run_directory: Path, name: str) -> None:
 
 
 def last_collectives() -> dict[str, bytes]:
-    """Return torch's flight recorders as JSON, by backend; they record unless ``TORCH_FR_BUFFER_SIZE=0``.
-
-    Their other form, a pickle, adds Python stacks, which are in the watchdog's record.
-    """
+    """Return torch's flight recorders as JSON, by backend; they record unless ``TORCH_FR_BUFFER_SIZE=0``."""
     dumps = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
     found = {backend: getattr(torch._C._distributed_c10d, dump, None) for backend, dump in dumps.items()}
     return {backend: dump() for backend, dump in found.items() if dump}

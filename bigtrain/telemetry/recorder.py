@@ -84,10 +84,9 @@ class Recorder(NullRecorder):
             self._own.append(OwnLogger(name, run_directory, self._tell_failed))
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
-        """Write a line per step, and show the last one with the interval's mean step time and throughput.
+        """Write a line per step, and show the last one, with phases and gauges, and the interval's mean pace.
 
-        ``phases``, mean seconds per step, and the gauges are added to the last record. Called before a checkpoint too,
-        so that a kill after the checkpoint loses no line.
+        Called before a checkpoint too, so that a kill after the checkpoint loses no line.
         """
         if not records:
             return

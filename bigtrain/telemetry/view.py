@@ -33,10 +33,7 @@ _LOST_SECONDS = 120.0  # without a sign of life: the run counts as over
 
 
 class RunView:
-    """What a screen shows of a run, fed with records and events in order.
-
-    A step that is not the next one replaces those from it on: a resumed run writes steps anew.
-    """
+    """What a screen shows of a run; a step that is not the next one replaces those from it on, as after a resume."""
 
     def __init__(self, total_steps: int | None = None) -> None:
         self.total_steps = total_steps

@@ -62,10 +62,7 @@ def chain_digest(digest: str, sample_ids: "NDArray[np.int64]", content: str) -> 
 
 
 def pieces(first: int, count: int, skipped: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Return the positions of ``count`` samples after the first ``first`` of a run that leaves out those of ``skipped``.
-
-    Both are ranges (first position, end), ascending and disjoint.
-    """
+    """Return the ranges of positions of ``count`` samples after the first ``first`` of a run, ``skipped`` left out."""
     found = []
     for begin, end in skipped:
         if first < begin and count:

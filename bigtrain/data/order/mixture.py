@@ -44,10 +44,7 @@ class Segment:
     counts: NDArray[np.int64]  # samples of each component that were drawn before ``start``
 
     def counts_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many samples of each component were drawn before int64 ``positions`` ``(N,)`` of the segment.
-
-        Returns int64 ``(num_components, N)``.
-        """
+        """Return how many samples of each component were drawn before each position, int64 ``(num_components, N)``."""
         counts = np.tile(self.counts[:, None], (1, len(positions)))
         rest, rest_weight = positions - self.start, int(self.weights.sum())
         for component in np.argsort(-self.weights, kind="stable"):
@@ -66,11 +63,7 @@ class Mixture:
     """The components of all positions of a run."""
 
     def __init__(self, shares: list[Share], *, origin: int = 0, counts: list[int] | None = None) -> None:
-        """Lay out the segments of at least one component.
-
-        ``origin`` is the position at which the mixture begins, above 0 when it was changed during a run, and ``counts``
-        are the samples of each component that were drawn before.
-        """
+        """Lay out the segments from ``origin`` on, before which ``counts`` samples of each component were drawn."""
         self.num_components = len(shares)
         self.num_positions: int | None = None  # positions there are samples for; None = without end
         drawn = np.array(counts or [0] * len(shares), dtype=np.int64)

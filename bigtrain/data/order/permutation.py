@@ -40,9 +40,8 @@ def derive_key(*parts: int) -> int:
 def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """Map int64 ``positions`` in ``[0, size)``, any shape, one to one onto that range in a pseudo-random order.
 
-    A Feistel network permutes the next power of two; values that fall outside are sent through
-    again until they fall inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite
-    Domains", 2002), fewer than one extra pass on average. Memory and time do not depend on ``size``, at most 2**62.
+    A Feistel network permutes the next power of two; values outside go through it again (cycle walking: Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), less than once on average. ``size`` is at most 2**62.
     """
     num_bits = max(size - 1, 1).bit_length()
     counters = np.arange(1, _NUM_ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
@@ -70,10 +69,7 @@ class Order:
         return int(self.shard_samples.sum())
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the samples at the positions ``[first, first + count)``, counted over all epochs, int64 ``(count,)``.
-
-        Every epoch has each id in ``[0, num_samples)`` once.
-        """
+        """Return the samples at positions ``[first, first + count)``, counted over all epochs, int64 ``(count,)``."""
         num_samples = self.num_samples
         ids, done = np.empty(count, dtype=np.int64), 0
         while done < count:
@@ -89,10 +85,7 @@ class Order:
         return ids
 
     def shards_ahead(self, first: int, num_shards: int) -> NDArray[np.int64]:
-        """Return the shards, at most ``num_shards``, that are needed from the position ``first`` on in this epoch.
-
-        Needed in this order, up to windows; without windows every shard is needed at all times.
-        """
+        """Return up to ``num_shards`` shards that are needed from a position on in this epoch, window by window."""
         if self.window_shards is None:
             return np.arange(min(num_shards, len(self.shard_samples)))
         epoch, offset = divmod(first, self.num_samples)
@@ -127,11 +120,7 @@ def _shard_order(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def rank_share(global_batch_size: int, dp_rank: int, dp_size: int) -> range:
-    """Return which samples of a global batch one of ``dp_size`` ranks computes.
-
-    The batch is cut into runs of consecutive samples, rank after rank, all equal but for the last that has any, so
-    the ranks together have every sample once.
-    """
+    """Return which samples of a global batch a rank computes: runs of consecutive ones, equal but for the last."""
     per_rank = -(-global_batch_size // dp_size)
     first, last = (min(rank * per_rank, global_batch_size) for rank in (dp_rank, dp_rank + 1))
     return range(first, last)

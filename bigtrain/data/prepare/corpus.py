@@ -80,9 +80,8 @@ _COMPARED_CHARACTERS = 1 << 18
 def prepare(config: DataConfig, *, progress: bool) -> Path:
     """Tokenise the source, any of text, into ``<data.root>/<name>``, or check what is there; return the directory.
 
-    The name follows from the source and the settings. Of a source that is tokenised while training only tokenizer and
-    parts are written. ``progress`` shows a bar when standard error is a terminal, else a log line now and then.
-    DataError if source, tokenizer or directory cannot be used, or an existing corpus is damaged.
+    Of a source that is tokenised while training only tokenizer and parts are written. ``progress`` shows a bar on a
+    terminal, else a log line now and then. DataError if something cannot be used, or an existing corpus is damaged.
     """
     if config.source is DataSource.prepared:
         if is_url(config.path):
@@ -95,10 +94,7 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
 
 
 def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[str, Path]]:
-    """Prepare all components of a mixture, or the one data set; yield name and directory of each.
-
-    A ``bpe`` is trained on all together, with as many characters of each. Raises as :func:`prepare`.
-    """
+    """Prepare all components of a mixture, or the one data set, with one ``bpe``; yield name and directory of each."""
     texts = {name: part for name, part in component_data(data).items() if part.source not in WITHOUT_TEXT}
     sources = [part for part in texts.values() if part.source is not DataSource.prepared]
     if data.tokenizer == "bpe" and len(sources) > 1:

@@ -41,10 +41,7 @@ def slow_encoder(tokenizer: "Tokenizer", *, adds_special: bool = False) -> Encod
 
 
 def fast_encoder(tokenizer: "Tokenizer", *, adds_special: bool = False) -> Encode | None:
-    """Return a faster encoding with the same ids, or None.
-
-    A text with the name of a special token, if the tokenizer reads those, is left to the library.
-    """
+    """Return a faster encoding with the same ids, or None; names of special tokens are left to the library."""
     fast, slow = _tiktoken_encoder(tokenizer), slow_encoder(tokenizer, adds_special=adds_special)
     if fast is None or (tokenizer.encode_special_tokens and not adds_special):
         return fast

@@ -51,10 +51,10 @@ class SourceFile(NamedTuple):
 
 
 def saved_files(files: list[SourceFile], config: DataConfig, left_out: LeftOut) -> list[SourceFile]:
-    """Return those of ``files`` that are data of the configured split; Arrow files of other origin have no split.
+    """Return the files of the configured split that ``state.json`` lists; Arrow files of other origin have no split.
 
-    ``state.json`` lists what ``save_to_disk`` wrote; ``map`` and ``shuffle`` keep their caches beside it. DataError if
-    the split is not there, or missing among several, or a listed file is not there.
+    ``map`` and ``shuffle`` keep caches beside them. DataError: the split, or a file, is missing, or several may be
+    meant.
     """
     is_named = Path(config.path).is_file()
     listings = {directory: _listing(directory) for directory in {file.path.parent for file in files}}
@@ -179,10 +179,8 @@ class Found(NamedTuple):
 def find_files(config: DataConfig) -> Found:
     """Return the files of a source, and what its path leads to besides.
 
-    A path, or a component of it, that exists is a name; only else it is a pattern. Of a directory the files with a
-    suffix of the source are read, of a pattern all that match, and each file once, however often it is linked. Of a
-    saved dataset the files of one split are read that it lists. DataError if there is none, one is there packed and
-    not, or ``data.split`` is not there, or missing among several.
+    A path, or a component of it, that exists is a name; only else it is a pattern. Each file is read once, however
+    often it is linked. DataError if there is none, one is there packed and not, or the split is missing or open.
     """
     with as_data_error(f"data.path={config.path}"):
         return _find(config)
@@ -281,10 +279,7 @@ def _files_below(
 def _walk(
     root: str | Path, left_out: LeftOut, ignored: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield (relative prefix, path, file names) of every directory from ``root`` on, once, however it is linked.
-
-    Hidden ones, and directories with an ``ignored`` name, are left out.
-    """
+    """Yield (relative prefix, path, file names) of every directory, once, without hidden and ``ignored`` ones."""
     visited = set()
 
     def on_error(error: OSError) -> None:

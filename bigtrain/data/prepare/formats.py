@@ -45,10 +45,7 @@ def foreign_json(head: bytes) -> str | None:
 
 
 def parse_object(line: str, following: Callable[[], bytes]) -> dict[str, Any]:
-    """Return the JSON object in a line that is not blank; ValueError if it is none.
-
-    It is a SeveralLinesError if it goes on over the lines that follow, of which ``following`` returns the beginning.
-    """
+    """Return the JSON object in a line; ValueError if it is none, SeveralLinesError if it goes on in what follows."""
     try:
         record = json.loads(line)
     except RecursionError as error:

@@ -40,8 +40,7 @@ class _Shape(NamedTuple):
 def prepare_images(config: DataConfig, *, progress: bool) -> Path:
     """Decode the images of a source into ``<data.root>/images-<name>``, unless they are there; return the directory.
 
-    The name follows from the files, with size and time, and from the settings. ``progress`` is as in
-    :func:`bigtrain.data.prepare.corpus.prepare`. DataError if there are no images, or one is damaged.
+    The name follows from files and settings. DataError if there are no images, or one is damaged.
     """
     place = find_images(config.path)
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in place.files for stat in [file.stat()]]
@@ -107,10 +106,7 @@ def _require_known(source: Source) -> None:
 
 
 def _held_out(hashes: NDArray[np.uint64], source: Source, config: DataConfig) -> tuple[NDArray[np.bool_], int]:
-    """Return whether each image is held out, and how many of a test set are trained on too.
-
-    Without a test set the hash of its content decides, so that equal images are on the same side.
-    """
+    """Return whether each image is held out, if need be by its hash, and how many of a test set are trained on too."""
     num_train = len(source.sides[0].labels)
     if len(source.sides) > 1:
         own = np.arange(len(hashes)) >= num_train

@@ -119,10 +119,7 @@ def make_part(
     coding: Coding,
     dtype: str,
 ) -> None:
-    """Tokenise one part into the cache under ``name``, unless it is there or another process does.
-
-    DataError if the source is damaged, its files have other ``sizes``, or the cache cannot be written.
-    """
+    """Tokenise one part into the cache under ``name``, unless it is there or another process does."""
     with explained(cache.directory), cache.making(name, 0, wait=False) as handle:
         if handle is None:
             return

@@ -59,8 +59,7 @@ def label_record(
 ) -> LabelRecord | None:
     """Return what the labels of a corpus are; None if it has none. ValueError if the documents do not agree.
 
-    ``counts`` says how many documents, or words, have each label, ``has_lists`` whether a document may have several,
-    and ``num_values`` how many numbers documents have.
+    ``counts`` are by label, of documents or words; ``num_values`` says how many numbers documents have.
     """
     if content is Content.numbers:
         if len(num_values) != 1:
@@ -92,8 +91,7 @@ def number_labels(record: LabelRecord, documents: Sequence[Labels]) -> NDArray[A
 def number_tokens(names: Sequence[str], labels: Labels, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
     """Return the label of each token: that of a word for its first token, else :data:`NOT_FIRST`.
 
-    ``names`` are all labels, ``labels`` those of the document's words, ``offsets`` the range of characters of each
-    token, empty of those that a tokenizer adds.
+    ``offsets`` are the characters of each token, none of those that a tokenizer adds.
     """
     reached = np.maximum.accumulate([end for _, end in offsets] or [0])
     numbers = np.full(len(reached), NOT_FIRST, dtype=np.int32)
@@ -173,11 +171,7 @@ def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
 
 
 def record_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
-    """Return the document in a record; ValueError if a field is missing or not what it should be.
-
-    A chat is written by its template. A pair is prompt and answer, or source and target, joined, of which the second
-    counts.
-    """
+    """Return the document in a record; ValueError if a field is missing or not what it should be."""
     fields = document_fields(config)
     for setting, name in fields.items():
         if name not in record:

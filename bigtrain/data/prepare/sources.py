@@ -86,10 +86,7 @@ def _file_ranges(config: DataConfig, file: SourceFile, size: int) -> list[Part]:
 
 
 def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Iterator[Document]:
-    """Yield the documents of one part.
-
-    ``bad`` counts what ``data.on_bad_row=skip`` leaves out: rows; files, or row groups of large Parquet files.
-    """
+    """Yield the documents of one part; ``bad`` counts the rows and files that ``data.on_bad_row=skip`` leaves out."""
     skips = config.on_bad_row is OnBad.skip
     for row in dataset_rows(config, part) if config.source is DataSource.datasets else _file_rows(config, part, skips):
         if isinstance(row, Document):
@@ -127,9 +124,8 @@ def _file_rows(config: DataConfig, part: Part, skips: bool) -> Rows:
 def source_fingerprint(config: DataConfig, *, with_times: bool = True) -> str:
     """Return a SHA-256 that changes when the source does, without reading the documents.
 
-    Local files enter with relative name, size and modification time, which a copy may have changed, unless not
-    ``with_times``; the standard library with name, size and Python version; a dataset on the hub with its name
-    only: once prepared it stays as it is, also offline.
+    Local files enter with name, size and, ``with_times``, modification time; the standard library with the Python
+    version; a dataset on the hub with its name only: once prepared it stays as it is, also offline.
     """
     if config.source is DataSource.datasets and not Path(config.path).exists():
         return _sha256_of([config.path, config.subset, config.split or "train"])

@@ -213,10 +213,7 @@ def survey_part(config: DataConfig, part: Part) -> PartSurvey:
 
 
 def combine(config: DataConfig, found: Iterable[PartSurvey], advance: Callable[[int], None]) -> Survey:
-    """Merge the surveys of all parts, in order; DataError if fewer than two documents are kept.
-
-    ``advance`` is called with the bytes of text of each part.
-    """
+    """Merge the surveys of all parts, in order; DataError if fewer than two documents are kept."""
     survey, parts = Survey(), []
     for part in found:
         survey.add(part)

@@ -44,10 +44,7 @@ def csv_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
 
 
 def csv_lines(text: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the cells of each line of a csv or tsv file that is not blank: first its header.
-
-    DataError if a quote is not closed, or the header names a column twice.
-    """
+    """Yield number and cells of each line of csv or tsv that is not blank, the header first; DataError if damaged."""
     is_tsv = re.sub(r"\.(gz|zst)$", "", path.name.lower()).endswith(".tsv")
     csv.field_size_limit(_LARGEST_CELL)  # of the whole program
     reader = csv.reader(text, delimiter="\t" if is_tsv else ",", strict=True)
@@ -82,9 +79,9 @@ def csv_record(columns: list[str], values: list[str], where: str) -> dict[str, s
 
 
 def gettext_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
-    """Yield the messages of a compiled catalogue with their translations, as sources and targets.
+    """Yield the messages of a compiled catalogue with their translations, without plural forms.
 
-    The format: https://www.gnu.org/software/gettext/manual/html_node/MO-Files.html. Plural forms are left out.
+    The format: https://www.gnu.org/software/gettext/manual/html_node/MO-Files.html.
     """
     raw = file.path.read_bytes()
     order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(raw[:4])

@@ -164,10 +164,7 @@ class ShardPlan(NamedTuple):
 
 
 def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int) -> list[ShardPlan]:
-    """Cut documents into shards; each ends with the document by which it has ``shard_tokens``.
-
-    ``lengths`` has, of each part, the tokens of each of its documents.
-    """
+    """Cut the documents of all parts into shards; each ends with the document by which it has ``shard_tokens``."""
     ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))
     part_ends = np.cumsum([int(part.sum()) for part in lengths])
     plans, first, begin = [], 0, 0
@@ -251,10 +248,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def cross_entropy_nats(counts: NDArray[np.int64], weights: NDArray[np.integer | np.floating]) -> float:
-    """Return the cross-entropy in nats per token of ``counts`` under frequencies proportional to ``weights``.
-
-    Both are ``(vocab_size,)``; weights are positive wherever a count is.
-    """
+    """Return the cross-entropy in nats per token of ``counts`` ``(V,)`` under frequencies as ``weights`` ``(V,)``."""
     occurs = counts > 0
     log_probabilities = np.log(weights[occurs]) - np.log(weights.sum())
     return float(-(counts[occurs] * log_probabilities).sum() / counts.sum())

@@ -17,10 +17,7 @@ Collate = Callable[[Samples, NDArray[np.int64]], Samples]  # a pure function of 
 
 
 class ArrayPool:
-    """Memory for samples that is used again as soon as nobody holds it.
-
-    To fill fresh memory takes three times as long, for the system has to provide it page by page.
-    """
+    """Memory for samples, used again when nobody holds it; fresh memory, provided page by page, takes 3x as long."""
 
     def __init__(self) -> None:
         """Begin with an empty array, which shows how many references there are to one that nobody holds."""
@@ -50,10 +47,7 @@ class ArrayPool:
 def gather_groups(
     groups: NDArray[np.int64], gather: Callable[[int, NDArray[np.int64] | slice], Samples], pool: ArrayPool
 ) -> Samples:
-    """Gather samples that come from several places: ``groups`` says which, of each of at least one sample.
-
-    ``gather`` returns the samples of one group, given its number and the rows that they are for.
-    """
+    """Gather samples of several ``groups``; ``gather`` returns those of one, given its number and their rows."""
     distinct = np.unique(groups).tolist()
     if len(distinct) == 1:
         return gather(distinct[0], slice(None))
@@ -85,10 +79,7 @@ class Batch(dict[str, torch.Tensor]):
         return Batch({name: tensor.pin_memory() for name, tensor in self.items()})
 
     def padded(self, num_steps: int, num_samples: int, *, num_kept: int, filling: Mapping[str, int | float]) -> "Batch":
-        """Return the samples of ``num_steps`` steps, each filled up to ``num_samples``.
-
-        The first ``num_kept`` of each step are kept; ``filling`` is what the others, which count for nothing, hold.
-        """
+        """Return the first ``num_kept`` samples of each step, filled up to ``num_samples`` with ``filling``."""
         if num_kept == num_samples:
             return self
 

@@ -56,8 +56,8 @@ class NodeCache:
     def making(self, name: str, num_bytes: int, *, wait: bool) -> Iterator[BinaryIO | None]:
         """Give the partial file, locked, to be completed; at the end of the context it gets its name.
 
-        None is given for a file that is there and, unless it is to ``wait``, where another process or thread is at it.
-        ``num_bytes`` is 0 if the size is not known.
+        Gives None for a file that is there, or that another one makes unless it is to ``wait``. A size of 0 is not
+        known.
         """
         partial = self.directory / f"{name}.{num_bytes}.partial"
         with locked(partial, wait=wait) as handle:

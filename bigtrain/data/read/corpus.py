@@ -1,7 +1,4 @@
-"""Prepared corpora.
-
-A split is a row of shards, each holding whole documents; samples never cross a shard.
-"""
+"""Prepared corpora. A split is a row of shards, each holding whole documents; samples never cross a shard."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,8 +48,8 @@ class Corpus:
     def open(cls, directory: str | Path, *, vocab_size: int, skip_bad_shards: bool = False) -> "Corpus":
         """Open a prepared corpus in a local directory for a model with ``vocab_size`` embeddings.
 
-        Sizes of all files and the hash of the tokenizer are compared with the index; the tokens are not read. With
-        ``skip_bad_shards``, each shard is compared with its hash when it is first read. Raises as :func:`open_corpus`.
+        The tokens are not read, but with ``skip_bad_shards`` hashed when a shard is first read. Raises as
+        :func:`open_corpus`.
         """
         index = read_index(directory, check_sizes=not skip_bad_shards)
         check_file(Path(directory), index.tokenizer.file)
@@ -141,10 +138,7 @@ class FileSplit:
         return self._files.max_bytes // max(largest, 1)
 
     def documents(self, shard: int) -> NDArray[np.int64]:
-        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``.
-
-        The file is never skipped, for samples may depend on it: a DataError if it cannot be fetched or is damaged.
-        """
+        """Return the offsets of a shard's documents and its end, int64 ``(num_documents + 1,)``; never skipped."""
         record = self._records[shard]
         offsets = self._load(record.documents, record.num_documents + 1)
         if offsets.ndim != 1 or offsets[-1] != record.num_tokens:

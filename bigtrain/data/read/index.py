@@ -133,10 +133,7 @@ def write_index(directory: Path, index: CorpusIndex) -> None:
 
 
 def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusIndex:
-    """Read ``index.json`` of a prepared corpus, or of a run, which has a copy of it but not the files.
-
-    ``check_sizes`` compares the sizes of all files with it. DataError if something is missing or does not agree.
-    """
+    """Read ``index.json`` of a prepared corpus or a run, and check sizes of files; DataError if one is wrong."""
     path = Path(directory, INDEX_FILE)
     if not path.exists():
         raise DataError(f"{directory}: no prepared corpus here; make it with python launch/prepare.py")
@@ -148,10 +145,7 @@ def read_index(directory: str | Path, *, check_sizes: bool = True) -> CorpusInde
 
 
 def parse_index(text: bytes, where: str) -> CorpusIndex:
-    """Return the content of an ``index.json`` that lies in ``where``, a directory or URL.
-
-    DataError if it is damaged, of another format, contradicts itself or points out of its directory.
-    """
+    """Return the content of an ``index.json`` in a directory or URL; DataError if it is damaged or points elsewhere."""
     path = f"{where}/{INDEX_FILE}"
     with as_data_error(path, ValueError, advice=f"; {_way_out(where)}"):
         values = json.loads(text)
@@ -176,10 +170,7 @@ def verify_hashes(directory: str | Path, index: CorpusIndex) -> None:
 
 
 def check_file(directory: Path, file: FileRecord, *, content: bool = True) -> None:
-    """Compare a file with its record, by its size alone unless ``content``.
-
-    ShardError if it is missing or has changed, DataError if it cannot be read.
-    """
+    """Compare size and ``content`` of a file with its record; ShardError if it is missing or has changed."""
     path = directory / file.name
     try:
         num_bytes = path.stat().st_size

@@ -68,9 +68,8 @@ class LiveParts:
     ) -> None:
         """Tokenise nothing yet.
 
-        ``make`` tokenises the part of a number into the cache under a name, unless it is there or another process is at
-        it; ``identity`` names the parts in the cache. ``num_threads`` parts are tokenised at a time, ahead of need, and
-        ``window_parts`` are shuffled together, unless configured otherwise.
+        ``make`` tokenises a part into the cache under a name with ``identity``; ``num_threads`` at a time, ahead of
+        need. ``window_parts`` are shuffled together, unless configured otherwise.
         """
         self.fingerprint = fingerprint
         self.num_parts = num_parts
@@ -144,10 +143,7 @@ def _join(parts: Sequence[PartTokens], fingerprint: str, split: str) -> TokenSpl
 
 
 def validation_split(parts: LiveParts, *, num_tokens: int, sequence_length: int) -> TokenSplit:
-    """Return the validation documents of the first parts: so many that there are ``num_tokens``, if that is not too far.
-
-    Validation documents of the other parts are neither trained nor validated on.
-    """
+    """Return validation documents of the first parts, about ``num_tokens``; other parts' are left out everywhere."""
     found, num_found = [], 0
     for number in range(parts.num_parts):
         enough = num_tokens if number < MOST_VALIDATION_PARTS else min(num_tokens, sequence_length + 1)

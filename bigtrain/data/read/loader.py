@@ -41,8 +41,7 @@ class StepBatch:
 class TrainLoader:
     """Iterator over optimizer steps, without end.
 
-    The only state is the cursor: a loader that starts at the ``after`` of a step continues exactly where one
-    that was stopped there would have gone on, whatever the world size of either.
+    The only state is the cursor: one that starts at the ``after`` of a step continues there, whatever the world size.
     """
 
     wait_seconds = 0.0  # how long the last step was waited for
@@ -60,11 +59,7 @@ class TrainLoader:
         pin_memory: bool,
         objective: Objective,
     ) -> None:
-        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background; DataError if there is no sample.
-
-        A step has ``global_batch_size`` samples over all ``dp_size`` ranks that split the data; with ``pin_memory`` its
-        batches are in page-locked memory. ``objective`` says which targets count.
-        """
+        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background; DataError if there is no sample."""
         stream.require_samples()
         self._stream = stream
         self._global_batch_size = global_batch_size
@@ -200,9 +195,8 @@ def validation_batches(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of each of ``batches`` global batches, the same samples every time.
 
-    ``min(batches * global_batch_size, num_samples)`` samples are taken at equal distances from the whole split. Every
-    rank yields as many micro-batches, filled up with padding, so that no collective waits in vain. The union over the
-    ranks is exactly the chosen samples, for any world and micro-batch.
+    ``min(batches * global_batch_size, num_samples)`` are taken at equal distances from the whole split, exactly once
+    over all ranks. Every rank yields as many micro-batches, filled up with padding.
     """
     stream.require_samples()
     num_samples = stream.num_samples

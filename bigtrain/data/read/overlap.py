@@ -16,7 +16,7 @@ _MOST_TOKENS = 500_000_000  # more would be read for too long at every start
 
 
 def seen_in_training(train: SampleStream, measured: SampleStream) -> tuple[list[int], int] | None:
-    """Return which documents or records of a set are trained on too, by the hash of their inputs, and how many it has.
+    """Return which samples of a set have inputs that are trained on too, and how many it has.
 
     None if the two cannot be compared, or are too large for it: streamed or tokenised while training.
     """

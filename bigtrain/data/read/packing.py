@@ -29,10 +29,7 @@ SHARDS_KEPT = 64  # shards whose documents are remembered
 
 
 def build_packing(split: "AnySplit", sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
-    """Cut ``split``, unless it is samples already, into those of ``sequence_length`` tokens.
-
-    With ``document_mask`` they have positions.
-    """
+    """Cut ``split``, unless it is samples already, into those of ``sequence_length`` tokens."""
     if isinstance(split, RecordSplit | SyntheticSamples):
         return split
     kind = BestFitSamples if packing is Packing.best_fit else ConcatSamples
@@ -281,8 +278,7 @@ class SyntheticSamples:
 def _windows(row: NDArray, length: int) -> NDArray:
     """Return the windows of ``length + 1`` that begin every ``length``, without a copy.
 
-    To index them copies each window in one piece. numpy's own function is as slow as to gather a batch, but takes rows
-    that are not contiguous, as those of a skipped shard.
+    numpy's own function is as slow as to gather a batch, but takes rows that are not contiguous, as of a skipped shard.
     """
     if not row.flags.c_contiguous:
         return sliding_window_view(row, length + 1)[::length]
@@ -313,12 +309,10 @@ def cut_documents(
 
 
 def pack_best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Put pieces into bins: the longest piece first, each into the fullest bin that has room for it.
+    """Put pieces into bins: the longest first, each into the fullest bin that has room; return the bin of each, int64.
 
     Pieces of one length are placed together. Best-fit fills the bin with the least sufficient room until it has too
     little of it, because nothing between is fuller: a bin with room r takes ``r // length`` pieces at once.
-
-    Returns the bin of each piece, int64, numbered from 0 in the order in which bins were begun.
     """
     bin_of_piece = np.empty(len(lengths), dtype=np.int64)
     bins_by_room: list[list[NDArray[np.int64]]] = [[] for _ in range(capacity + 1)]

@@ -31,9 +31,8 @@ class Dataset(Protocol):
     """Rows with named columns, numbers or arrays of numbers: the same ones in the same order in every process.
 
     Two more members are used where a dataset has them: ``fingerprint``, a text that names its rows, which are read and
-    hashed at every start otherwise; and ``gather(rows, positions)``, which returns several rows at once as arrays
-    ``(N, ...)``, given two arrays int64 ``(N,)``. What is masked or augmented is a function of a row's position in the
-    run.
+    hashed at every start otherwise; and ``gather(rows, positions)``, which returns several rows at once as arrays ``(N,
+    ...)``, given two arrays int64 ``(N,)``. What is masked or augmented is a function of a row's position in the run.
     """
 
     def __len__(self) -> int: ...
@@ -55,8 +54,7 @@ class Records:
     def __init__(self, dataset: Dataset, objective: Objective, *, where: str, sequence_length: int | None) -> None:
         """Take the shapes that the objective leaves open from the first row; DataError if it does not fit.
 
-        Optional columns are left out if the first row lacks them. Rows are filled up to ``sequence_length``, the size
-        of the dimension ``T``; None takes that from the first row. ``where`` names the dataset in messages.
+        Rows are filled up to ``sequence_length``, the size of the dimension ``T``; None takes that from the first row.
         """
         self._dataset, self._where = dataset, where
         self._gather = getattr(dataset, "gather", None)

@@ -47,10 +47,7 @@ class RemoteDirectory:
             self._file_system, self._root = fsspec.core.url_to_fs(self.url)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return a file, or its bytes ``[start, end)``.
-
-        ShardError if there is none, DataError if it may not be read, or could not be after ``NUM_ATTEMPTS`` tries.
-        """
+        """Return a file, or its bytes ``[start, end)``; ShardError if there is none, DataError if it cannot be read."""
         return self._ask(name, lambda: self._read_once(name, start, end))
 
     def size(self, name: str) -> int | None:
@@ -93,10 +90,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def patiently(function: Callable[[], T], where: str, *, may_pass: Callable[[Exception], bool]) -> T:
-    """Call ``function`` until it succeeds or has failed ``NUM_ATTEMPTS`` times, which is a DataError about ``where``.
-
-    ``may_pass`` says whether to try again after an error; every other is raised.
-    """
+    """Call ``function`` up to ``NUM_ATTEMPTS`` times, again after errors that ``may_pass``; then raise a DataError."""
     for attempt in range(NUM_ATTEMPTS):
         try:
             return function()
@@ -126,10 +120,7 @@ def read_remote_index(remote: RemoteDirectory) -> bytes:
 
 
 def fetch_index(url: str, cache: Path) -> Path:
-    """Copy the index and all files of the tokenizer of a corpus at ``url`` below ``cache``; return their directory.
-
-    DataError if there is no index, it is damaged, or the tokenizer is missing or not that of the index.
-    """
+    """Copy index and tokenizer of a corpus at ``url`` below ``cache``; return the directory, or raise a DataError."""
     import xxhash
 
     remote = RemoteDirectory(url)
@@ -162,10 +153,7 @@ class ShardCache:
         self._ahead = Ahead(lambda file: self._fetch(file, wait=False), NUM_FETCHERS)
 
     def open(self, file: FileRecord) -> BinaryIO:
-        """Return the file, open for reading; it stays readable when it leaves the cache.
-
-        ShardError if it is missing, or damaged every time it is fetched.
-        """
+        """Return the file, which stays readable when it leaves the cache; ShardError if missing or damaged."""
         with explained(self._cache.directory):
             while (handle := self._cached(file)) is None:
                 self._fetch(file, wait=True)

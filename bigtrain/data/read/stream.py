@@ -89,10 +89,7 @@ def _some_of(ids: NDArray[np.int64], number: int) -> NDArray[np.int64]:
 
 
 def _require_room(split: FileSplit, window_shards: int, cache_gib: float) -> None:
-    """Refuse windows that do not fit into the cache: every shard would be fetched again and again.
-
-    The window cannot follow the cache, because the order must not depend on the machine.
-    """
+    """Refuse windows that do not fit into the cache, for which each shard would be fetched again and again."""
     cached = split.cache_shards
     if cached < min(window_shards, len(split.shard_tokens)):
         raise DataError(
@@ -219,10 +216,7 @@ class SampleStream:
         return ids
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Batch:
-        """Return samples, int64 ``(N,)``, that are drawn at these positions of the run.
-
-        What is masked or augmented is a function of the position: by default the id, so that validation stays the same.
-        """
+        """Return samples, int64 ``(N,)``, as they are at positions of the run, in validation at their ids."""
         positions = sample_ids if positions is None else positions
         samples = self._gather(sample_ids, positions)
         return build_batch(samples if self.collate is None else self.collate(samples, positions))

@@ -62,11 +62,7 @@ class BuiltTokenizer(NamedTuple):
 
 
 def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
-    """Return the tokenizer that ``config.tokenizer`` names; DataError if it is missing or unsuitable.
-
-    That is ``bpe``, trained on the texts of ``sample``, ``bytes``, a prepared corpus or run that has one, or a Hugging
-    Face name or local directory.
-    """
+    """Return the tokenizer of ``config.tokenizer``, a ``bpe`` trained on ``sample``; DataError if unsuitable."""
     if config.tokenizer == "bpe":
         return _train_bpe(sample, config.tokenizer_vocab_size)
     if config.tokenizer == "bytes":
@@ -80,8 +76,7 @@ def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer
 def load_tokenizer(directory: str | Path, *, reads_special: bool | None = None) -> "Tokenizer":
     """Load ``tokenizer.json`` from a prepared corpus or a run; DataError if there is none, or it is damaged.
 
-    The record in its index says whether to encode with ``add_special_tokens`` and, by default, whether the name of a
-    special token in a text is that token (``reads_special``).
+    By default the record in its index says whether the name of a special token in a text is that token.
     """
     if reads_special is None:
         record = kept_record(directory)
@@ -99,10 +94,7 @@ def is_ours(name: str) -> bool:
 
 
 def load_published(name: str) -> tuple[str | dict[str, str] | None, dict[str, Any]]:
-    """Return the chat template of a published tokenizer, several by name or none, and its special tokens by role.
-
-    ``name`` is as in ``data.tokenizer``, neither ``bpe`` nor ``bytes``.
-    """
+    """Return the chat template of a published tokenizer, several by name or none, and its special tokens by role."""
     if Path(name, INDEX_FILE).is_file():
         if not Path(name, PUBLISHED_DIRECTORY).is_dir():  # kept since chats have templates
             tokenizer, eos_id, *_ = build_tokenizer(DataConfig(tokenizer=name), ())
@@ -113,11 +105,7 @@ def load_published(name: str) -> tuple[str | dict[str, str] | None, dict[str, An
 
 
 def keep_published(name: str, corpus: Path, chat_template: str | None = None) -> list[FileRecord]:
-    """Copy the files that a tokenizer was published as below ``corpus``, which is being made; return their records.
-
-    ``bpe`` and ``bytes`` have none, a prepared corpus or run those that it has kept. The file ``chat_template``
-    replaces the tokenizer's own templates.
-    """
+    """Copy a tokenizer's published files below ``corpus``, templates replaced by ``chat_template``; return records."""
     records = []
     source = _published_directory(name)
     found = {path for pattern in _PUBLISHED_FILES if source for path in source.glob(pattern) if path.is_file()}

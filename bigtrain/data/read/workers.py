@@ -23,8 +23,7 @@ Run = Callable[[Callable[..., Result], Iterable[tuple]], Iterator[Result]]
 def workers(num_processes: int) -> Iterator[Run]:
     """Give a function that yields ``function(*task)`` for every task, in order; with one process, in this one.
 
-    Functions are module-level ones; tasks are picklable and read so far ahead as the processes need. The processes end
-    when this one does, however it ends. DataError if a worker was killed.
+    Tasks are read so far ahead as the processes need, which end when this one does. DataError if a worker was killed.
     """
     # Processes of a daemon (ranks that a test has started) are not allowed.
     if num_processes < 2 or multiprocessing.current_process().daemon:
@@ -62,10 +61,7 @@ class Helpers:
         self._here = multiprocessing.current_process().daemon
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Return ``function(*args)``, a module-level function and picklable arguments, computed in another process.
-
-        Where there can be none, and when one was killed, it is computed in this one: the run goes on.
-        """
+        """Return ``function(*args)`` computed in another process, or here where there is none or it was killed."""
         try:
             if not self._here:
                 return self._pool.submit(function, *args).result()
