@@ -43,7 +43,6 @@ class Formatter(logging.Formatter):
     """Takes secrets out of messages: errors of other people's libraries quote whole URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the text of ``record``."""
         return redact(super().format(record))
 
 

@@ -43,7 +43,6 @@ class CheckpointReader(StorageReader):
             self._path = Path(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what is stored; CheckpointError if the manifest is missing or damaged."""
         found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for record in read_manifest(self._path).tensors:
             chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks]
@@ -52,7 +51,6 @@ class CheckpointReader(StorageReader):
         return Metadata(found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Verify the files, on the coordinator; CheckpointError names what is damaged."""
         self._tensors = {record.key: record for record in read_manifest(self._path).tensors}
         if is_coordinator and (problems := find_problems(self._path, self._verify)):
             raise CheckpointError("\n  ".join([f"{self._path} is damaged:", *problems]))
@@ -64,7 +62,6 @@ class CheckpointReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every wanted part of a stored box into the planner's tensor."""
         shards = ShardReader(self._path)
         with torch.no_grad():
             for item in plan.items:

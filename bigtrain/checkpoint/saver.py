@@ -96,7 +96,6 @@ class Saver:
             self._pending.exception()
 
     def wait_until_staged(self) -> None:
-        """Wait until the state has been copied and may change again."""
         self._staged.wait()
 
     def poll(self) -> SaveReport | None:

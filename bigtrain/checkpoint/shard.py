@@ -103,7 +103,6 @@ class TensorReader:
         self._shards = ShardReader(path)
 
     def read(self, key: str) -> torch.Tensor:
-        """Return a tensor on the CPU."""
         record = self.records[key]
         whole = torch.empty(record.shape, dtype=DTYPES[record.dtype])
         for chunk in record.chunks:

@@ -61,7 +61,6 @@ class Standing:
     num_since: int = 0  # validations since the best one
 
     def after(self, step: int, value: float) -> "Standing":
-        """Return the standing after one more validation."""
         is_best = not math.isnan(value) and (self.best is None or self.order(value) < self.order(self.best))
         best = {"best": value, "best_step": step, "num_since": 0} if is_best else {"num_since": self.num_since + 1}
         return dataclasses.replace(self, value=value, step=step, **best)

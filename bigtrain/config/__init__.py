@@ -75,7 +75,6 @@ class RunConfig:
 
     @property
     def directory(self) -> Path:
-        """Directory of the run."""
         return Path(self.root) / str(self.name)
 
 

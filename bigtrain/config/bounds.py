@@ -25,7 +25,6 @@ class Bound:
     lt: float | None = None
 
     def limits(self) -> dict[str, float]:
-        """Return the limits by the name of their comparison."""
         return {name: limit for name in _WORDS if (limit := getattr(self, name)) is not None}
 
     def __str__(self) -> str:

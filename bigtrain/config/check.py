@@ -319,7 +319,6 @@ def _check_model(model: ModelConfig) -> Iterator[str]:
 
 
 def _check_model_and_data(config: TrainConfig) -> Iterator[str]:
-    """Check what the model and the data have to agree about."""
     data, model = config.data, config.model
     is_native, is_tokenised = model.kind is ModelKind.native, data.source not in (DataSource.prepared, *WITHOUT_TEXT)
     if is_native and data.sequence_length > model.max_positions:

@@ -1,12 +1,26 @@
 """What settings choose from; the fields of :mod:`bigtrain.config` say what each choice means."""
 
-from enum import Enum
+from enum import Enum, StrEnum
 
-
-class ModelKind(Enum):
-    native = "native"
-    hf = "hf"
-    own = "own"
+ModelKind = StrEnum("ModelKind", "native hf own")
+Noise = StrEnum("Noise", "spans infilling")  # of a text that is to be restored
+Inputs = StrEnum("Inputs", "tokens pixels features sequence audio")
+Positions = StrEnum("Positions", "learned rope")
+Norm = StrEnum("Norm", "layernorm rmsnorm")
+Activation = StrEnum("Activation", "gelu swiglu")
+Packing = StrEnum("Packing", "concat best_fit documents preferences")
+Duplicates = StrEnum("Duplicates", "keep exact near")
+OnBad = StrEnum("OnBad", "stop skip")
+EngineKind = StrEnum("EngineKind", "ddp fsdp hsdp zero1 zero2 zero3 accelerate")
+AdapterKind = StrEnum("AdapterKind", "lora dora")
+Offload = StrEnum("Offload", "none cpu")
+Load = StrEnum("Load", "all weights")  # of another run's checkpoint
+ActivationCheckpointing = StrEnum("ActivationCheckpointing", "none full selective")
+OptimizerKind = StrEnum("OptimizerKind", "adamw muon sgd")
+SchedulerKind = StrEnum("SchedulerKind", "constant linear cosine wsd inverse_sqrt")
+Preflight = StrEnum("Preflight", "stop warn")
+Verify = StrEnum("Verify", "full sizes off")  # how much of a checkpoint is compared with its manifest
+WandbMode = StrEnum("WandbMode", "disabled auto online offline")
 
 
 class TaskKind(Enum):
@@ -21,63 +35,6 @@ class TaskKind(Enum):
     ctc = "ctc"
     speech = "speech"
     preference = "preference"
-
-
-class PreferenceLoss(Enum):
-    """How pairs of answers are compared."""
-
-    dpo = "dpo"
-    ipo = "ipo"
-    orpo = "orpo"
-    simpo = "simpo"
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether it compares with the model before training."""
-        return self in (PreferenceLoss.dpo, PreferenceLoss.ipo)
-
-
-class Noise(Enum):
-    """What is done to a text that is to be restored."""
-
-    spans = "spans"
-    infilling = "infilling"
-
-
-class Inputs(Enum):
-    tokens = "tokens"
-    pixels = "pixels"
-    features = "features"
-    sequence = "sequence"
-    audio = "audio"
-
-
-class Head(Enum):
-    causal_lm = "causal_lm"
-    masked_lm = "masked_lm"
-    sequence_classification = "sequence_classification"
-    token_classification = "token_classification"
-    image_classification = "image_classification"
-    audio_classification = "audio_classification"
-    seq2seq_lm = "seq2seq_lm"
-    ctc = "ctc"
-    embedding = "embedding"
-    speech_seq2seq = "speech_seq2seq"
-
-
-class Positions(Enum):
-    learned = "learned"
-    rope = "rope"
-
-
-class Norm(Enum):
-    layernorm = "layernorm"
-    rmsnorm = "rmsnorm"
-
-
-class Activation(Enum):
-    gelu = "gelu"
-    swiglu = "swiglu"
 
 
 class DataSource(Enum):
@@ -96,11 +53,31 @@ class DataSource(Enum):
     own = "own"
 
 
-class Packing(Enum):
-    concat = "concat"
-    best_fit = "best_fit"
-    documents = "documents"
-    preferences = "preferences"
+class Head(Enum):
+    causal_lm = "causal_lm"
+    masked_lm = "masked_lm"
+    sequence_classification = "sequence_classification"
+    token_classification = "token_classification"
+    image_classification = "image_classification"
+    audio_classification = "audio_classification"
+    seq2seq_lm = "seq2seq_lm"
+    ctc = "ctc"
+    embedding = "embedding"
+    speech_seq2seq = "speech_seq2seq"
+
+
+class PreferenceLoss(Enum):
+    """How pairs of answers are compared."""
+
+    dpo = "dpo"
+    ipo = "ipo"
+    orpo = "orpo"
+    simpo = "simpo"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it compares with the model before training."""
+        return self in (PreferenceLoss.dpo, PreferenceLoss.ipo)
 
 
 class Content(Enum):
@@ -131,43 +108,6 @@ class Content(Enum):
         return self in (Content.labelled, Content.numbers, Content.tagged)
 
 
-class Duplicates(Enum):
-    keep = "keep"
-    exact = "exact"
-    near = "near"
-
-
-class OnBad(Enum):
-    """What happens when a shard is missing or damaged and stays so, or a row or file of a source is damaged."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class EngineKind(Enum):
-    """How the run is computed; the numbers are the same under all of them."""
-
-    ddp = "ddp"
-    fsdp = "fsdp"
-    hsdp = "hsdp"
-    zero1 = "zero1"
-    zero2 = "zero2"
-    zero3 = "zero3"
-    accelerate = "accelerate"
-
-
-class AdapterKind(Enum):
-    """How adapters change a linear layer."""
-
-    lora = "lora"
-    dora = "dora"
-
-
-class Offload(Enum):
-    none = "none"
-    cpu = "cpu"
-
-
 class Precision(Enum):
     """Precision of the forward and backward pass; master weights are fp32 in all."""
 
@@ -180,50 +120,3 @@ class Precision(Enum):
     def base(self) -> "Precision":
         """What is computed outside of the matrix products that are in ``tf32`` or ``fp8``."""
         return {Precision.tf32: Precision.fp32, Precision.fp8: Precision.bf16}.get(self, self)
-
-
-class Load(Enum):
-    """What a run takes of another run's checkpoint."""
-
-    all = "all"
-    weights = "weights"
-
-
-class ActivationCheckpointing(Enum):
-    none = "none"
-    full = "full"
-    selective = "selective"
-
-
-class OptimizerKind(Enum):
-    adamw = "adamw"
-    muon = "muon"
-    sgd = "sgd"
-
-
-class SchedulerKind(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-    inverse_sqrt = "inverse_sqrt"
-
-
-class Preflight(Enum):
-    stop = "stop"
-    warn = "warn"
-
-
-class Verify(Enum):
-    """How much of a checkpoint is compared with its manifest before it is loaded."""
-
-    full = "full"
-    sizes = "sizes"
-    off = "off"
-
-
-class WandbMode(Enum):
-    disabled = "disabled"
-    auto = "auto"
-    online = "online"
-    offline = "offline"

@@ -236,7 +236,6 @@ class _Builder:
         self.problems: list[str] = []
 
     def build(self, schema: Any, values: Any, path: str) -> Any:
-        """Return ``schema`` filled with ``values``, or None where there are problems."""
         if not isinstance(values, dict):
             return self._problem(f"{path.rstrip('.')}: expected a section with keys, got {values!r}")
         hints = type_hints(schema)

@@ -18,12 +18,10 @@ class Layout:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Sizes by name, in order."""
         return dataclasses.asdict(self)
 
     @property
     def world_size(self) -> int:
-        """Number of all ranks."""
         return math.prod(self.axes.values())
 
     @property

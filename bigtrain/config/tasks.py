@@ -101,7 +101,6 @@ def check_task(config: TrainConfig) -> Iterator[str]:
 
 
 def _check_documents(task: TaskConfig, data: DataConfig, content: Content) -> Iterator[str]:
-    """Find text that is not labelled as the task needs it."""
     parts = component_data(data).values()
     if not all(part.content is content or part.source is DataSource.prepared for part in parts):
         instead = f"data.content={content.name} (text with what is predicted), or records (data=records)"
@@ -115,7 +114,6 @@ def _check_documents(task: TaskConfig, data: DataConfig, content: Content) -> It
 
 
 def _check_preference(task: TaskConfig, model: ModelConfig) -> Iterator[str]:
-    """Find what pairs of answers cannot be compared by."""
     if task.loss.has_reference and model.adapter is None:
         instead = "add +adapter=lora, or choose task.loss=orpo or simpo"
         yield f"task.loss={task.loss.name} compares with the model before training, the base of adapters: {instead}"
@@ -124,7 +122,6 @@ def _check_preference(task: TaskConfig, model: ModelConfig) -> Iterator[str]:
 
 
 def _check_class_weights(task: TaskConfig) -> Iterator[str]:
-    """Find weights of labels that are no numbers, or too few of them."""
     weights = task.class_weights
     if weights in (None, BALANCED):
         return

@@ -121,7 +121,6 @@ def _open_corpora(
 
 
 def _label_names(corpora: Mapping[str, Corpus], records: Mapping[str, dict[str, RecordSplit]]) -> list[str]:
-    """Return the names of the labels, which all components have."""
     names = {name: corpus.index.labels.names for name, corpus in corpora.items() if corpus.index.labels}
     names |= {name: own for name, sides in records.items() if (own := sides["train"].facts.get("label_names"))}
     first = next(iter(names), None)

@@ -20,12 +20,10 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        """Among all ranks."""
         return self.ranks.get_rank()
 
     @property
     def size(self) -> int:
-        """Number of all ranks."""
         return self.ranks.size()
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,6 @@ class Patience:
 
     @property
     def waited(self) -> float:
-        """Seconds so far."""
         return time.monotonic() - self._begin
 
     def pause(self, whom: str) -> None:

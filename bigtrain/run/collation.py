@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import ModelConfig, ModelKind, Noise, TaskKind, TrainConfig, are_records
-from bigtrain.data.read.batch import Collate, Samples
+from bigtrain.data.read.batch import Collation, Samples
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer, mask_token_id, num_ids, special_ids, starts_word
 from bigtrain.errors import ConfigError
@@ -20,74 +20,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-class MaskedTokens:
-    """Hides whole words of samples of tokens; see :class:`bigtrain.tasks.masking.Masking`."""
+def relabelled(names: list[str], wanted: list[str], *, are_several: bool) -> Collation:
+    """Number the labels of samples as the training data does; negative ones, which do not count, stay."""
+    numbers = np.array(list(map(wanted.index, names)))
 
-    def __init__(self, masking: Masking, starts_word_V: NDArray[np.bool_], special: list[int]) -> None:
-        self.masking = masking
-        self._starts_word_V = starts_word_V
-        self._is_special_V = np.zeros_like(starts_word_V)
-        self._is_special_V[special] = True
-
-    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
-        """Return inputs and targets."""
-        tokens = samples["tokens"]
-        words = np.where(self._is_special_V[tokens], -1, number_words(tokens, self._starts_word_V))
-        inputs, targets = self.masking(tokens, words, positions)
-        return Samples(tokens=inputs, targets=targets)
-
-    def __str__(self) -> str:
-        """Return what decides the masks, for the digest of the data."""
-        return str(self.masking)
-
-
-class Denoised:
-    """Makes pairs of texts with gaps and what restores them; see :mod:`bigtrain.tasks.denoising`."""
-
-    def __init__(self, noise: SpanCorruption | TextInfilling) -> None:
-        self.noise = noise
-
-    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
-        """Return sources and targets."""
-        return Samples(self.noise(samples["tokens"], positions))
-
-    def __str__(self) -> str:
-        """Return what decides the gaps, for the digest of the data."""
-        return str(self.noise)
-
-
-class FirstToken:
-    """Lets a decoder read another token first than the one that ends a text."""
-
-    def __init__(self, token: int) -> None:
-        self._token = token
-
-    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
-        """Return the samples, changed in place."""
-        samples["tokens"][:, 0] = self._token
-        return samples
-
-    def __str__(self) -> str:
-        """Return what is read first, for the digest of the data."""
-        return f"first token {self._token}"
-
-
-class Relabelled:
-    """Numbers the labels of samples as the training data does."""
-
-    def __init__(self, names: list[str], wanted: list[str], *, are_several: bool) -> None:
-        self._numbers, self._size = np.array(list(map(wanted.index, names))), len(wanted)
-        self._are_several = are_several
-
-    def __call__(self, samples: Samples, positions: NDArray[np.int64]) -> Samples:
-        """Return the samples with other labels; negative ones, which do not count, stay."""
+    def renumber(samples: Samples, positions: NDArray[np.int64]) -> Samples:
         labels = samples["labels"]
-        if self._are_several:
-            renamed = np.zeros((len(labels), self._size), dtype=labels.dtype)
-            renamed[:, self._numbers] = labels
+        if are_several:
+            renamed = np.zeros((len(labels), len(wanted)), dtype=labels.dtype)
+            renamed[:, numbers] = labels
         else:
-            renamed = np.where(labels < 0, labels, self._numbers[labels])
+            renamed = np.where(labels < 0, labels, numbers[labels])
         return Samples({**samples, "labels": renamed})
+
+    return Collation(renumber, f"labels {wanted}")
 
 
 def first_token(model: ModelConfig) -> int | None:
@@ -107,16 +53,17 @@ def mask_id_of(config: TrainConfig, tokenizer: "Tokenizer", directory: Path) -> 
     return num_ids(tokenizer) if own is None else own
 
 
-def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collate | None:
+def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collation | None:
     """Return what ``config.task`` does to samples, if anything; ConfigError if no token is left for hidden ones."""
     match config.task.kind:
         case TaskKind.seq2seq.name if not are_records(config.data):
             first = first_token(config.model)
-            return None if first is None else FirstToken(first)
+            return None if first is None else _beginning_with(first)
         case TaskKind.masked_lm.name:
             return _masked(config, _Ids.of(config, tokenizer_directory))
         case TaskKind.denoise.name:
-            return Denoised(_noise(config, _Ids.of(config, tokenizer_directory)))
+            noise = _noise(config, _Ids.of(config, tokenizer_directory))
+            return Collation(lambda samples, positions: Samples(noise(samples["tokens"], positions)), str(noise))
     return None
 
 
@@ -144,7 +91,6 @@ class _Ids:
         return cls(num_ids(tokenizer), mask_id, eos_id, special, starts, tokenizer.token_to_id)
 
     def mask(self, config: TrainConfig) -> int:
-        """Return the token that stands for a hidden one."""
         vocab_size, given = config.model.vocab_size, config.task.mask_id
         if given is not None and given >= vocab_size:
             raise ConfigError(f"task.mask_id={given}: must be less than model.vocab_size={vocab_size}")
@@ -174,10 +120,29 @@ class _Ids:
         return tuple(config.model.vocab_size - 1 - n for n in range(number))
 
 
-def _masked(config: TrainConfig, ids: _Ids) -> MaskedTokens:
+def _beginning_with(token: int) -> Collation:
+    """Let a decoder read another token first than the one that ends a text."""
+
+    def begin(samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        samples["tokens"][:, 0] = token
+        return samples
+
+    return Collation(begin, f"first token {token}")
+
+
+def _masked(config: TrainConfig, ids: _Ids) -> Collation:
     share, seed = config.task.mask_share, config.train.seed
     masking = Masking(mask_id=ids.mask(config), vocab_size=ids.num_used, share=share, seed=seed)
-    return MaskedTokens(masking, ids.starts_word_V, ids.special)
+    is_special_V = np.zeros_like(ids.starts_word_V)
+    is_special_V[ids.special] = True
+
+    def hide(samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        tokens = samples["tokens"]
+        words = np.where(is_special_V[tokens], -1, number_words(tokens, ids.starts_word_V))
+        inputs, targets = masking(tokens, words, positions)
+        return Samples(tokens=inputs, targets=targets)
+
+    return Collation(hide, str(masking))
 
 
 def _noise(config: TrainConfig, ids: _Ids) -> SpanCorruption | TextInfilling:

@@ -48,7 +48,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError, DataError, of_all_ranks, some
 from bigtrain.log import get_logger, redact
 from bigtrain.models.hf.build import published_labels
-from bigtrain.run.collation import Relabelled, build_collation
+from bigtrain.run.collation import build_collation, relabelled
 from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
 from bigtrain.telemetry import names
@@ -80,9 +80,9 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     )
     stream = streams["train"]
     limit_ids(streams.values(), config.model)
-    if collate := build_collation(config, stream.tokenizer_directory):
+    if collation := build_collation(config, stream.tokenizer_directory):
         for part in streams.values():
-            part.collated(collate)
+            part.collated(collation)
     streams |= open_own_sets(config, stream)
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
@@ -185,9 +185,9 @@ def open_set(
         )
     if stream.label_names != label_names and stream.label_names:
         are_several = objective.fields["labels"].shape not in ((), ("T",))
-        stream.collated(Relabelled(list(stream.label_names), label_names, are_several=are_several))
-    if collate := build_collation(config, stream.tokenizer_directory):
-        stream.collated(collate)
+        stream.collated(relabelled(list(stream.label_names), label_names, are_several=are_several))
+    if collation := build_collation(config, stream.tokenizer_directory):
+        stream.collated(collation)
     return stream
 
 
@@ -198,7 +198,6 @@ def sets_of(streams: Mapping[str, SampleStream], which: str) -> dict[str, Sample
 
 
 def _tell_seen(train: SampleStream, measured: SampleStream) -> None:
-    """Warn of samples of a set that are trained on too."""
     found = seen_in_training(train, measured)
     if found and found[0]:
         numbers, total = found

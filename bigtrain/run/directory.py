@@ -108,7 +108,7 @@ def own_model(model: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def continued_model(model: ModelConfig, directory: Path) -> ModelConfig:
-    """Return the run's own description of its model once it has a checkpoint, else the named one, which must be the same."""
+    """Return the run's own description of its model once it has a checkpoint, else the named one: the same model."""
     own = own_model(model, directory)
     if own is model or not find_checkpoints(directory):
         return model

@@ -127,7 +127,6 @@ def _native(
     dtype: torch.dtype,
     tokenizer: TokenizerRecord | None,
 ) -> tuple[list[Part], dict[str, bytes]]:
-    """Return the tensors of a native model and the files that describe it."""
     read = Newest(reader.read)  # query, key and value are parts of one tensor
 
     def part(tensor: HFTensor) -> Part:
@@ -204,7 +203,6 @@ def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | 
 
 
 def _published_roles(run: Path) -> dict[str, str]:
-    """Return the special tokens of a published tokenizer by role."""
     roles = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = run / PUBLISHED_DIRECTORY / name

@@ -35,7 +35,6 @@ class MergedWeights:
         self.keys = [key for key in reader.keys if not is_of_adapter(key)]
 
     def read(self, key: str) -> torch.Tensor:
-        """Return a tensor on the CPU."""
         return merged(self._network, key.removeprefix(MODEL), lambda name: self._reader.read(MODEL + name))
 
 

@@ -126,7 +126,6 @@ class WeightReader(TensorReader):
     """Reads whole tensors of a checkpoint, frozen weights too, which are kept in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError as :func:`load_state`."""
         super().__init__(path)
         self._frozen: dict[str, torch.Tensor] = {}
         state = read_run_state(path)
@@ -139,11 +138,9 @@ class WeightReader(TensorReader):
         self.keys = [*self.records, *self._frozen]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
         return tuple(self._frozen[key].shape if key in self._frozen else self.records[key].shape)
 
     def read(self, key: str) -> torch.Tensor:
-        """Return a tensor on the CPU."""
         return self._frozen[key] if key in self._frozen else super().read(key)
 
 

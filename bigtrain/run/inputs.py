@@ -39,7 +39,6 @@ class Unlabelled(Objective):
         return self.inputs
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return 0 for each sample."""
         return np.zeros(len(next(iter(samples.values()))), dtype=np.int64)
 
 
@@ -62,7 +61,6 @@ class Rows:
             raise DataError(f"{self._where}:{row + 1}: {told}") from error
 
     def words(self, row: int) -> Words | None:
-        """Return the words of a row that is text, and the place of the first token of each."""
         return self._words(self._rows[row]) if self._words else None
 
 

@@ -61,7 +61,7 @@ def inspect_step(config: TrainConfig, *, step: int, num_samples: int, state: Run
             where, lines = f"{component} {sample_id}, document {places[0]}", _document_lines(stream, columns, tokenizer)
         elif "source" in columns and not are_records(config.data):
             where, lines = f"sample {sample_id}, with gaps", _document_lines(stream, columns, tokenizer)
-        elif stream.collate is not None:
+        elif stream.collation is not None:
             counted = f"{np.count_nonzero(columns['targets'] != IGNORE_INDEX)} of {len(columns['targets'])}"
             where, lines = f"sample {sample_id}, {counted} tokens are predicted", [_masked_line(columns, tokenizer)]
         elif not are_records(config.data):

@@ -108,7 +108,6 @@ def end_ids(run: Path, *, is_pretrained: bool) -> set[int]:
 
 
 def _keep(run: Path, step: int, prompt: str, texts: list[str]) -> None:
-    """Append the texts to the run's samples, or warn."""
     try:
         samples = JsonLines(run / SAMPLES_FILE)
     except OSError as error:

@@ -78,7 +78,6 @@ class Run:
         return (names.TOKENS, length) if length else (names.SAMPLES, 1)
 
     def tell(self, message: str, kind: str, **facts: Any) -> None:
-        """Record an event and show a message about it."""
         self.recorder.event(kind, **facts)
         self.recorder.message(message)
 
@@ -191,7 +190,6 @@ def _why_to_stop(run: Run, agreement: StopAgreement, step: int) -> str | None:
 
 
 def _validate(run: Run, done: Cursor) -> Measured:
-    """Validate, record the result and return it."""
     settings, metric = run.config.validation, run.standing.metric
     measured = validate(run.engine, sets_of(run.streams, "validation"), run.config, batches=settings.batches)
     metrics = measured.metrics

@@ -169,7 +169,6 @@ def writing_of(directory: Path | None, config: TrainConfig) -> Writing:
 
 
 def _until(ids: list[int], end: int | None) -> list[int]:
-    """Return the ids before the one that ends a text."""
     return list(takewhile(lambda token: token not in (end, IGNORE_INDEX), ids))
 
 

@@ -101,7 +101,6 @@ class Heartbeat:
             yield item
 
     def seconds_in(self, phase: str) -> float:
-        """Return the sum of the completed durations of ``phase``."""
         return self._total_ns[PHASES.index(phase)] / 1e9
 
 

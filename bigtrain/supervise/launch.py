@@ -130,7 +130,6 @@ class Launch:
         return found.get("summary") if found.get("attempt") == self.attempt - 1 else None
 
     def end(self, code: int, reason: str) -> None:
-        """Record, on rank 0, how the launch ended."""
         if self.rank == 0 and self.attempt:
             write_exit(self.directory, code=code, reason=reason, step=self.heartbeat.step, attempt=self.attempt)
 
@@ -197,7 +196,6 @@ class Launch:
         )
 
     def _record(self, error: BaseException) -> None:
-        """Record a fault of the program or of the machine."""
         failure = self._failure(error)
         if failure.kind == "connection" and has_decided(self.directory, self.attempt):
             return

@@ -47,7 +47,6 @@ class Lease:
         self._directory = os.open(path.parent, os.O_RDONLY)  # follows a rename
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Record ``values`` beside the holder."""
         self._record = {**self._record, **values}
         content = _encode(self._record)
         os.pwrite(self._file, content, 0)
@@ -65,11 +64,9 @@ class Lease:
             os.close(self._directory)
 
     def is_here(self) -> bool:
-        """Return whether the file at the path is still this launch's."""
         return _read(self._path).get("id") == self._record["id"]
 
     def has_moved(self) -> bool:
-        """Return whether the run's directory was renamed or removed."""
         if self.is_here():
             return False
         try:
@@ -106,7 +103,6 @@ class Lease:
         self._put_back()
 
     def give_sign(self, on_move: Callable[[], None]) -> None:
-        """Check that the run is still this launch's, and beat."""
         if not self.is_here():
             if self.has_moved():
                 on_move()

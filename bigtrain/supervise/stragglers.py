@@ -74,7 +74,6 @@ def slow_ranks(ranks: Sequence[Sequence[float]], factor: float) -> list[Straggle
 
 
 def _probe(device: torch.device) -> float:
-    """Return the shortest time of a few matmuls."""
     matrix = torch.ones(_SIZES[device.type], _SIZES[device.type], device=device)
     seconds = []
     for _ in range(1 + _REPEATS):

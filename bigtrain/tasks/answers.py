@@ -28,7 +28,6 @@ class Wanted:
     writing: Writing | None = field(default=None, repr=False)
 
     def name(self, label: int) -> str | int:
-        """Return what a label is called."""
         return self.label_names[label] if self.label_names else label
 
 

@@ -24,7 +24,6 @@ class CausalLM:
     counts_by_shape = True
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return the tokens that are predicted."""
         return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
@@ -32,7 +31,6 @@ class CausalLM:
         return network(*tensors)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return the perplexity."""
         return {"perplexity": perplexity(loss)}
 
 

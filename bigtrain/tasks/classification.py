@@ -83,10 +83,8 @@ class Classification:
         return torch.cat(sums)
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-        """Return the likeliest labels of each sample."""
         return label_answers(network(*inputs).float(), wanted)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return accuracy, Matthews' correlation, precision, recall and F1 as means over labels; of two labels the AUC."""
         found = label_metrics(sums["confusion"])
         return found | ({"auc": area_under_roc(sums["scores"])} if "scores" in sums else {})

@@ -38,7 +38,6 @@ class Contrastive:
         return {"found": (), "reciprocal": (), "queries": ()}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return 1 for each pair, 0 for padding."""
         require_lengths(samples)
         return (samples["targets"] != IGNORE_INDEX).any(axis=1).astype(np.int64)
 
@@ -82,12 +81,10 @@ class Contrastive:
         return torch.cat([sums[:1] + surrogate - surrogate.detach(), sums[1:]])
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-        """Return the embedding of each source."""
         source, lengths_B, *_ = inputs
         return [{"embedding": row} for row in F.normalize(network(source, lengths_B).float(), dim=-1).tolist()]
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return how often a source's own target is the nearest of its step, and the mean of 1 / its rank."""
         num_queries = max(float(sums["queries"]), 1.0)
         return {
             "recall_at_1": float(sums["found"]) / num_queries,

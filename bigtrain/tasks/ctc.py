@@ -29,7 +29,6 @@ class CTC:
     counts_by_shape = False
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return the tokens of each text."""
         require_lengths(samples)
         return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
 

@@ -25,7 +25,6 @@ class SpanCorruption:
     seed: int = 0  # of the run
 
     def __call__(self, tokens_NT: NDArray[np.int64], positions_N: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return ``source``, ``source_lengths``, ``tokens`` and ``targets`` of texts ``(N, T)``."""
         num_samples, num_tokens = tokens_NT.shape
         num_hidden, num_spans = num_hidden_tokens(num_tokens, self.share), len(self.sentinels)
         hidden_NK = self._lengths(_HIDDEN, positions_N, num_hidden, num_spans)
@@ -65,7 +64,6 @@ class TextInfilling:
     seed: int = 0  # of the run
 
     def __call__(self, tokens_NT: NDArray[np.int64], positions_N: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return ``source``, ``source_lengths``, ``tokens`` and ``targets`` of texts ``(N, T)``."""
         texts = tokens_NT[:, :-1]
         num_tokens = texts.shape[1]
         num_hidden = num_hidden_tokens(num_tokens, self.share)

@@ -23,11 +23,9 @@ class MaskedLM:
     counts_by_shape = False
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return how many tokens of each sample are predicted."""
         return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the summed loss in nats, and how many tokens were predicted rightly and at all."""
         tokens_BT, targets_BT = tensors
         logits_BTV = network(tokens_BT)
         chosen_BT = targets_BT != IGNORE_INDEX
@@ -37,5 +35,4 @@ class MaskedLM:
         return torch.stack([loss, correct.float(), chosen_BT.sum().float()])
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return accuracy and pseudo-perplexity of the predicted tokens."""
         return {"accuracy": float(sums["correct"]) / max(float(sums["targets"]), 1.0)}

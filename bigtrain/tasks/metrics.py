@@ -147,5 +147,4 @@ def regression_metrics(sums: NDArray[np.float64]) -> dict[str, float]:
 
 
 def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the ratio, 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros_like(denominator, dtype=np.float64), where=denominator != 0)

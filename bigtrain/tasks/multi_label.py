@@ -48,12 +48,10 @@ class MultiLabel:
         return {"scores": (self.num_labels, 2, NUM_SCORE_BINS)} if self.num_labels <= MOST_SCORED_LABELS else {}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return how many labels of each sample are known."""
         require_lengths(samples)
         return np.count_nonzero(samples["labels"] != IGNORE_INDEX, axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the summed cross-entropy in nats, and the counts of right and wrong labels."""
         *inputs, labels_BC = tensors
         logits_BC = network(*inputs).float()
         require_size(logits_BC, self.num_labels, "task.num_labels")
@@ -75,11 +73,9 @@ class MultiLabel:
         return torch.cat([part.float().view(-1) for part in sums])
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-        """Return the labels that each sample has."""
         return several_label_answers(network(*inputs).float(), wanted)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return micro and macro means over labels, the share of samples whose labels all are right, and the mean AUC."""
         found = binary_metrics(sums["by_label"])
         found["exact"] = float(sums["exact"]) / max(float(sums["samples"]), 1.0)
         return found | ({"auc": mean_area_under_roc(sums["scores"])} if "scores" in sums else {})

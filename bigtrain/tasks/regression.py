@@ -35,12 +35,10 @@ class Regression:
         return {"errors": (2, 5)}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return how many values each sample has."""
         require_lengths(samples)
         return np.isfinite(samples["values"]).sum(axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the summed squared error and the sums of :func:`regression_sums`."""
         *inputs, values_BV = tensors
         predicted_BV = network(*inputs).float()
         require_size(predicted_BV, self.num_values, "task.num_values")
@@ -49,9 +47,7 @@ class Regression:
         return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV).flatten()])
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-        """Return the values of each sample."""
         return value_answers(network(*inputs).float())
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return MAE, RMSE and R²."""
         return regression_metrics(sums["errors"])

@@ -45,12 +45,10 @@ class Seq2Seq:
         return {"correct": (), "targets": ()}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return how many tokens of each sample are predicted."""
         require_lengths(samples)
         return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the summed loss in nats, and how many tokens were predicted rightly and at all."""
         *inputs, targets_BT = tensors
         counted_BT = targets_BT != IGNORE_INDEX
         logits_NV, targets_N = network(*inputs)[counted_BT].float(), targets_BT[counted_BT]
@@ -67,6 +65,5 @@ class Seq2Seq:
         return [{"text": wanted.writing.decode(row)} for row in written_BT.tolist()]
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return accuracy and perplexity of the predicted tokens, each given those before it."""
         accuracy = float(sums["correct"]) / max(float(sums["targets"]), 1.0)
         return {"accuracy": accuracy, "perplexity": perplexity(loss)}

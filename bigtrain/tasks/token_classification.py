@@ -35,12 +35,10 @@ class TokenClassification:
         return {"confusion": (self.num_labels, self.num_labels)}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return how many tokens of each sample have a label."""
         require_lengths(samples)
         return np.count_nonzero(samples["labels"] != IGNORE_INDEX, axis=1)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the summed cross-entropy in nats and the confusion matrix of the tokens, a row per true label."""
         *inputs, labels_BT = tensors
         logits_BTC = network(*inputs).float()
         require_size(logits_BTC, self.num_labels, "task.num_labels", each="token")
@@ -50,12 +48,10 @@ class TokenClassification:
         return torch.cat([loss.view(1), confusion.flatten()])
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-        """Return the likeliest label of each token that a sample has."""
         tokens_BT, lengths_B = inputs
         chosen_BT = network(tokens_BT, lengths_B).argmax(dim=-1)
         rows = zip(chosen_BT.tolist(), lengths_B.tolist(), strict=True)
         return [{"labels": [wanted.name(label) for label in row[:length]]} for row, length in rows]
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return accuracy, Matthews' correlation, and precision, recall and F1 as means over labels, of tokens."""
         return label_metrics(sums["confusion"])

@@ -173,7 +173,6 @@ class Follower:
         return cursor
 
     def log_new(self) -> None:
-        """Pass on what was added to the files since the last call."""
         while True:
             metrics = self._metrics
             # Events that change the meaning of steps are written before them.

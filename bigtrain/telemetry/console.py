@@ -88,7 +88,6 @@ class Console:
         return max(self._total_steps - step, 0) * pace
 
     def event(self, event: dict[str, Any]) -> None:
-        """Update the display; messages say in words what happened."""
         if self._live:
             self._show(partial(self._live.event, event))
 
@@ -98,7 +97,6 @@ class Console:
         self._show(partial(self._live.message, text) if self._live else partial(self._output.write, f"{text}\n"))
 
     def keep(self, text: str) -> None:
-        """Write ``text`` to the log file only."""
         for line in redact(text).splitlines():
             self._to_file(line)
 

@@ -258,12 +258,10 @@ def _finite(values: Sequence[float]) -> list[float]:
 
 
 def _validations(history: History, key: str) -> list[tuple[int, float]]:
-    """Return step and value of the validations that have a metric."""
     return [(e[names.STEP], number(e, key)) for e in only_steps(history.events_of("validation")) if key in e]
 
 
 def _draw_validations(axes: Any, history: History, axis: str, colour: str, key: str) -> list[float]:
-    """Draw what validations call ``key`` and return it."""
     place = _place(history, axis)
     points = [(place(step), value) for step, value in _validations(history, key)]
     if points:
@@ -324,7 +322,6 @@ def _note(axes: Any, text: str, **style: Any) -> None:
 
 
 def _place(history: History, axis: str) -> Callable[[int], float]:
-    """Return the function from a step to its place on ``axis``."""
     if axis == names.STEP:
         return lambda step: step
     per_step = number(history.records[-1], axis) / history.records[-1][names.STEP]

@@ -31,7 +31,6 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create ``path`` and repair a torn last line."""
         self._path = path
         self._pending: list[bytes] = []
         self._is_refused = False

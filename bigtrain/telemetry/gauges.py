@@ -67,7 +67,6 @@ class Gauges:
         self.peak = find_peak(device, config.engine.precision or Precision.fp32) if self.flops else None
 
     def describe(self) -> dict[str, Any]:
-        """Return the facts of this launch for its start event."""
         described: dict[str, Any] = {"launched_at": self._launched_at, "environment": self._environment}
         if self.flops:
             described["causal_flops_per_token"] = self.flops.causal
@@ -77,7 +76,6 @@ class Gauges:
         return described
 
     def sentence(self) -> str:
-        """Return what MFU is computed from, in words."""
         if self.flops is None:
             return "no MFU: the operations of this model cannot be counted from its shape"
         counted = (

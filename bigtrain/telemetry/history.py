@@ -61,7 +61,6 @@ class History:
         return self.events_of(*names.LAUNCH_EVENTS)
 
     def train_seconds(self) -> float:
-        """Return the time of all steps that are part of the run."""
         return math.fsum(self.series(names.STEP_SECONDS)[1])
 
     def held_seconds(self) -> float | None:

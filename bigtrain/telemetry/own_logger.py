@@ -29,7 +29,6 @@ class OwnLogger:
         self._logger = self._try(lambda: parts.find(name, "logging.also")(directory))
 
     def call(self, method: str, *args: Any) -> None:
-        """Call a method of :class:`Logger`."""
         if self._logger:
             self._try(lambda: getattr(self._logger, method)(*args))
 

@@ -108,7 +108,6 @@ def communication_seconds(events: Iterable[Any], num_steps: int) -> dict[str, fl
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Return the length of the union of intervals."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0.0)

@@ -139,7 +139,6 @@ class Recorder(NullRecorder):
             logger.call("event", event)
 
     def message(self, text: str) -> None:
-        """Show ``text`` above the progress display and append it to the log file."""
         self._console.message(text)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

@@ -174,7 +174,6 @@ def _median(history: History, key: str) -> float:
 
 
 def _sources(histories: list[History]) -> Table:
-    """Return the table of data sources as of the last logging step."""
     rows = []
     for history in histories:
         unit = names.unit_of(history.records[-1])
@@ -231,7 +230,6 @@ def _classification(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _png(image: dict[str, Any]) -> str:
-    """Return the pixels of an image as PNG in base64."""
     from PIL import Image  # matplotlib, which draws the other figures, brings it along
 
     height, width, channels = image["shape"]

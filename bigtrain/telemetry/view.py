@@ -128,7 +128,6 @@ class FollowedRun:
         self._heard_at = time.monotonic() - (max(time.time() - self._sign, 0.0) if self._sign else 0.0)
 
     def read(self) -> None:
-        """Read what was added since the last call."""
         steps = read_flat_config(self._directory).get("train.steps")  # another launch may have changed it
         self.view.total_steps = steps if isinstance(steps, int) else self.view.total_steps
         while records := self._metrics.read():

@@ -76,7 +76,6 @@ class Mixture:
         self._starts = np.array([segment.start for segment in self._segments], dtype=np.int64)
 
     def counts(self, position: int) -> list[int]:
-        """Return how many samples of each component are drawn before ``position``."""
         if self.num_components == 1:  # asked for whenever a step is logged: without arrays of one number
             first = self._segments[0]
             return [int(first.counts[0]) + position - first.start]

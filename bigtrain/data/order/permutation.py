@@ -65,7 +65,6 @@ class Order:
 
     @property
     def num_samples(self) -> int:
-        """Samples in one epoch."""
         return int(self.shard_samples.sum())
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:

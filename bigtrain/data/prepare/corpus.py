@@ -162,7 +162,6 @@ def _check(directory: Path, config: DataConfig, identity: str | None = None) -> 
 
 
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
-    """Write tokenizer, tokens and report into ``work`` and return their index."""
     left_out = _report_files(config)
     given, config = config, keep_chat(config, work)
     parts = source_parts(config)
@@ -217,7 +216,6 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
 
 
 def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:
-    """Write the tokenizer; return the index of a corpus without tokens."""
     (work / TOKENIZER_FILE).write_text(built.tokenizer.to_str(pretty=True), encoding="utf-8")
     published = keep_published(config.tokenizer, work, config.chat_template)
     vocab_size = num_ids(built.tokenizer)

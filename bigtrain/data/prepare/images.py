@@ -188,7 +188,6 @@ def _pixels(raw: Raw, shape: _Shape, where: str) -> NDArray[np.uint8]:
 
 
 def _opened(raw: Path | bytes, where: str) -> Any:
-    """Return a decoded image of Pillow's, turned as its EXIF says."""
     require(f"data=images: {where}", "PIL", "images")
     from PIL import Image, ImageOps
 

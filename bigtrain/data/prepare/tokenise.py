@@ -142,7 +142,6 @@ class TokenBuffer:
         return tokens, counted
 
     def take_labels(self, record: LabelRecord) -> NDArray[Any]:
-        """Return the labels of all documents; see :class:`LabelKind`."""
         if record.kind is LabelKind.per_token:
             return np.concatenate([np.empty(0, dtype=np.int32), *self._labels])
         return number_labels(record, self._labels)

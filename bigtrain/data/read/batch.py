@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ class Samples(dict[str, NDArray[Any]]):
     """N samples: an array ``(N, ...)`` by name, in the order in which a network gets them."""
 
 
-Collate = Callable[[Samples, NDArray[np.int64]], Samples]  # a pure function of samples and their positions ``(N,)``
+class Collation(NamedTuple):
+    """What a task does to samples, a pure function of them and their positions in the run, int64 ``(N,)``."""
+
+    apply: Callable[[Samples, NDArray[np.int64]], Samples]
+    told: str  # what decides it, for the digest of the data
 
 
 class ArrayPool:

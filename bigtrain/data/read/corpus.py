@@ -58,7 +58,6 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens, wherever they lie: 16 hexadecimal digits."""
         return self.index.fingerprint
 
     def split(self, name: SplitName) -> "FileSplit":
@@ -165,7 +164,6 @@ class FileSplit:
         return self._load(record.labels, record.num_tokens if per_token else record.num_documents)
 
     def all_labels(self) -> NDArray[Any]:
-        """Return the labels of all documents."""
         return np.concatenate([self.read_labels(shard) for shard in range(len(self._records))])
 
     def _load(self, file: FileRecord, num_rows: int) -> NDArray[Any]:

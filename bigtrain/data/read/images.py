@@ -30,7 +30,6 @@ class Augmentation:
     seed: int  # of the run
 
     def __str__(self) -> str:
-        """Return what decides the changes, for the identity of the data."""
         c = self.config
         return f"crop {c.crop_padding} flip {c.flip} rotation {c.rotation:g} mixup {c.mixup:g} seed {self.seed}"
 
@@ -141,7 +140,6 @@ class ImageSet:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return what is recorded with a run."""
         return {**asdict(self.index), "image_shape": list(self.pixels.shape[1:])}
 
     def train(self) -> "Images":
@@ -195,7 +193,6 @@ class Images:
         return ", ".join(told)
 
     def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the labels of some rows."""
         return self._images.labels[self._rows[rows]]
 
     def _drawn(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:

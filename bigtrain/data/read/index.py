@@ -50,7 +50,6 @@ class ShardRecord:
 
     @property
     def files(self) -> list[FileRecord]:
-        """Every file of the shard."""
         return [file for file in (self.tokens, self.documents, self.counted, self.labels) if file]
 
 
@@ -113,7 +112,6 @@ class CorpusIndex:
 
     @property
     def _deciding_files(self) -> list[FileRecord]:
-        """Those that decide the tokens."""
         shards = [*self.train.shards, *self.validation.shards]
         others = [self.tokenizer.file, *([self.live.plan] if self.live else [])]
         return [*others, *(file for shard in shards for file in shard.files)]

@@ -59,7 +59,6 @@ class TrainLoader:
         pin_memory: bool,
         objective: Objective,
     ) -> None:
-        """Start to prepare ``prefetch_steps`` steps, at least 1, in the background; DataError if there is no sample."""
         stream.require_samples()
         self._stream = stream
         self._global_batch_size = global_batch_size

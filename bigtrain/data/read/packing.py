@@ -248,11 +248,9 @@ class SyntheticSamples:
 
     @property
     def is_full(self) -> bool:
-        """Whether every target counts."""
         return not self.is_ragged
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None) -> Samples:
-        """See :class:`ShardedSamples`; neighbouring samples do not overlap."""
         columns = np.arange(self.sequence_length + 1, dtype=np.uint64)
         uniform = (mix64(self._hash(sample_ids)[:, None] + columns) >> np.uint64(11)) * 2.0**-53
         windows = (self.vocab_size * uniform * uniform * uniform).astype(np.int64)

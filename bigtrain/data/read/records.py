@@ -256,7 +256,6 @@ class RecordSplit:
 
     @property
     def shard_samples(self) -> NDArray[np.int64]:
-        """Samples, int64 ``(1,)``."""
         return np.array([len(self.rows)])
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
@@ -266,11 +265,9 @@ class RecordSplit:
         """All samples are drawn."""
 
     def all_labels(self) -> NDArray[np.int64]:
-        """Return the labels of all rows."""
         return self.records.labels(self.rows)
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
-        """Return the row of a sample, int64 ``(1,)``."""
         return self.rows[[sample_id]]
 
 

@@ -13,7 +13,7 @@ from bigtrain.config import ComponentConfig, DataConfig, Packing
 from bigtrain.data.order.cursor import Cursor, DataState, chain_digest, extend, pieces
 from bigtrain.data.order.mixture import Mixture, Share
 from bigtrain.data.order.permutation import Order, derive_key, mix64
-from bigtrain.data.read.batch import ArrayPool, Batch, Collate, Samples, build_batch, gather_groups
+from bigtrain.data.read.batch import ArrayPool, Batch, Collation, Samples, build_batch, gather_groups
 from bigtrain.data.read.corpus import FileSplit
 from bigtrain.data.read.documents import document_samples
 from bigtrain.data.read.live import LiveParts, LiveSamples
@@ -83,7 +83,6 @@ class StoredSamples:
 
 
 def _some_of(ids: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """Return ``number`` of the ids, ascending, by the hash of each."""
     hashes = mix64(ids.astype(np.uint64) ^ np.uint64(derive_key(*b"most samples")))
     return np.sort(ids[np.argsort(hashes, kind="stable")[:number]])
 
@@ -103,7 +102,7 @@ class SampleStream:
 
     tokenizer_directory: Path | None = None  # with its index; None without text
     label_names: Sequence[str] = ()  # of the labels that are predicted, where they have names
-    collate: Collate | None = None  # what the task does to samples; see :meth:`collated`
+    collation: Collation | None = None  # what the task does to samples
 
     def __init__(
         self,
@@ -201,7 +200,6 @@ class SampleStream:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
     def leave_out(self, first: int, end: int) -> None:
-        """From now on leave out the samples that the run counts as ``[first, end)``."""
         self.skipped = extend(self.skipped, first, end)
 
     def _ids_at(self, first: int, count: int) -> NDArray[np.int64]:
@@ -219,7 +217,7 @@ class SampleStream:
         """Return samples, int64 ``(N,)``, as they are at positions of the run, in validation at their ids."""
         positions = sample_ids if positions is None else positions
         samples = self._gather(sample_ids, positions)
-        return build_batch(samples if self.collate is None else self.collate(samples, positions))
+        return build_batch(samples if self.collation is None else self.collation.apply(samples, positions))
 
     def _gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
         if len(self._list) == 1:
@@ -231,10 +229,10 @@ class SampleStream:
             self._pool,
         )
 
-    def collated(self, collate: Collate) -> None:
-        """From now on pass all samples through ``collate``, whose text says what it does, for the digest of the data."""
-        self.collate = collate
-        self.content = f"{self.content} {collate}"
+    def collated(self, collation: Collation) -> None:
+        """From now on pass all samples through ``collation``."""
+        self.collation = collation
+        self.content = f"{self.content} {collation.told}"
         self.is_full = False
 
     def prefetch(self, samples: int) -> None:
