@@ -1,9 +1,8 @@
 """The configuration of a run: plain dataclasses, one docstring under each field.
 
-Hydra composes them (see ``bigtrain/cli/hydra_cli.py``); nothing here, and nothing else in the package, knows about
-Hydra. ``from_dict`` builds the dataclasses strictly from plain data and ``to_dict`` is its inverse (see
-``convert.py``). ``check.py`` fills in derived values and finds contradictions. The section about the data is in
-``data.py``, that of the task in ``task.py``, those about how a run is watched in ``watch.py``.
+Hydra composes them; nothing below ``cli`` knows about Hydra. ``convert.py`` builds them strictly from plain data, and
+``check.py`` fills in derived values and finds contradictions. The section about the data is in ``data.py``, that of the
+task in ``task.py``.
 """
 
 import math
@@ -57,7 +56,6 @@ from bigtrain.config.data import (
     set_data,
 )
 from bigtrain.config.task import TaskConfig
-from bigtrain.config.watch import BadNumbersConfig, ProfileConfig, SupervisionConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -339,6 +337,44 @@ class LoggingConfig:
     """Own loggers, such as ``[ideas.csv_logger]``."""
     layer_norms_every_steps: Annotated[int, Bound(ge=0)] = 100
     """Steps between norms of gradients, weights and updates per layer; 0 = never."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SupervisionConfig:
+    """Hangs, slow ranks, and failures that come again."""
+
+    hang_seconds: Annotated[float, Bound(ge=0, le=10**8)] = 300.0
+    """A rank hangs when a phase of its step takes longer than this and than three times the longest of the phase's last 200; 0 switches the watchdog off."""
+    first_hang_seconds: Annotated[float, Bound(le=10**8)] = 1800.0
+    """The limit, at least ``hang_seconds``, for a phase that has been seen fewer than three times: starting, compiling, the first saves, a profile's export; and for a file that is fetched and of which nothing comes, for which ranks wait without being hung."""
+    straggler_factor: Annotated[float, Bound(ge=0)] = 1.5
+    """A rank is named when it is so many times slower, more than 1, than the median of the ranks; 0 switches that off."""
+    max_failed_attempts: Annotated[int, Bound(ge=1)] = 3
+    """After so many launches in a row that failed without a new checkpoint, a launcher's restart is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadNumbersConfig:
+    """Steps whose numbers are not to be trained on."""
+
+    max_bad_steps: Annotated[int, Bound(ge=0)] = 3
+    """Non-finite or spiking steps tolerated per 100 before rolling back; non-finite ones change no weight."""
+    max_rollbacks: Annotated[int, Bound(ge=0)] = 3
+    """Rollbacks before the run stops for good; each leaves out the samples of its bad steps."""
+    spike_zscore: Annotated[float, Bound(ge=0)] = 0.0
+    """A loss so many (robust) standard deviations above the median counts as bad too; 0 = off, 6 is usual."""
+    spike_window_steps: Annotated[int, Bound(ge=8, le=10**6), OnlyIf("spike_zscore", not_in=(0,))] = 128
+    """Steps of which the median and the deviation are taken; none counts as a spike before there are so many."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """A look inside some steps, into ``profile/`` of the run."""
+
+    steps: Annotated[list[int], Bound(ge=1)] = field(default_factory=list)
+    """``[first, last]``: optimizer steps that torch's profiler traces on rank 0; empty = none."""
+    memory: bool = False
+    """Record GPU allocations with their stacks and save them after those steps, or when memory runs out."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,9 +21,9 @@ from bigtrain.config import (
     own_sets,
     parts,
 )
-from bigtrain.config.adapters import check_adapter
 from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
+    AdapterKind,
     Content,
     DataSource,
     Duplicates,
@@ -31,6 +31,7 @@ from bigtrain.config.choices import (
     Load,
     ModelKind,
     Offload,
+    OptimizerKind,
     Packing,
     Positions,
     Precision,
@@ -385,3 +386,17 @@ def _check_training(config: TrainConfig) -> Iterator[str]:
         yield f"supervision.first_hang_seconds={first_hang}: must be at least hang_seconds={hang}"
     if 0 < (factor := config.supervision.straggler_factor) <= 1:
         yield f"supervision.straggler_factor={factor}: must be more than 1, or 0 to switch it off"
+
+
+def check_adapter(config: TrainConfig) -> Iterator[str]:
+    """Yield what adapters of the model cannot be combined with."""
+    adapter, engine = config.model.adapter, config.engine
+    if adapter is None:
+        return
+    if config.optimizer.kind is OptimizerKind.muon:
+        yield "model.adapter: optimizer=muon is for whole matrices, not for their factors; use optimizer=adamw"
+    if engine.precision is Precision.fp8:
+        yield "model.adapter: not offered with engine.precision=fp8; use bf16"
+    if adapter.kind is not AdapterKind.lora and engine.kind is EngineKind.zero3:
+        instead = "which engine=zero3 does not gather for it; use engine=fsdp"
+        yield f"model.adapter.kind=dora: it reads whole weights, {instead}"

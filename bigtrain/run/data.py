@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from bigtrain.checkpoint.store import RunState
@@ -23,6 +24,7 @@ from bigtrain.config import (
     ModelKind,
     OnBad,
     Packing,
+    TaskConfig,
     TaskKind,
     TrainConfig,
     are_records,
@@ -31,7 +33,7 @@ from bigtrain.config import (
 )
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.config.length import beyond_the_end, steps_to_train
-from bigtrain.config.tasks import PREDICT_LABELS
+from bigtrain.config.tasks import BALANCED, PREDICT_LABELS
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.batch import Batch
@@ -40,7 +42,7 @@ from bigtrain.data.read.loader import TrainLoader, require_validation_targets, v
 from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.stream import SampleStream, StoredSamples
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import count_labels, open_streams
 from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
@@ -51,6 +53,7 @@ from bigtrain.models.hf.build import published_labels
 from bigtrain.run.collation import build_collation, relabelled
 from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
+from bigtrain.tasks.base import IGNORE_INDEX
 from bigtrain.telemetry import names
 
 HELD_OUT = "validation"
@@ -378,3 +381,28 @@ def count_skipped_shards(stream: SampleStream, config: TrainConfig) -> dict[str,
         return {}
     found = gather_json(stream.skipped_shards)
     return {names.SKIPPED_SHARDS: len({tuple(shard) for shards in found for shard in shards})}
+
+
+def with_class_weights(config: TrainConfig, train: SampleStream) -> TrainConfig:
+    """Return ``config`` with the numbers that balanced weights are for these samples; all ranks call this."""
+    if config.task.class_weights != BALANCED:
+        return config
+    weights = on_rank0(lambda: balanced_weights(train, config.task))
+    get_logger().info(f"task.class_weights={BALANCED}: {', '.join(f'{weight:.4g}' for weight in weights)}")
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, class_weights=weights))
+
+
+def balanced_weights(train: SampleStream, task: TaskConfig) -> list[float]:
+    """Return the weight of each label, 1 of one that does not occur.
+
+    One label per sample: ``samples / (labels that occur * samples with the label)``, as scikit-learn has it. Several:
+    samples without the label by samples with it, ``pos_weight`` of torch.
+    """
+    parts = [part.labels() for part in train.components.values() if isinstance(part, StoredSamples)]
+    labels = np.concatenate(parts)
+    if task.multi_label:
+        present, others = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
+    else:
+        present = np.bincount(labels[labels != IGNORE_INDEX], minlength=task.num_labels)
+        others = present.sum() / np.count_nonzero(present)
+    return np.where(present > 0, others / np.maximum(present, 1), 1.0).tolist()

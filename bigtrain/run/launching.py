@@ -35,8 +35,14 @@ from bigtrain.models import build_model
 from bigtrain.models.hf.files import stored_tensors
 from bigtrain.plan import preflight
 from bigtrain.processes import RankInfo
-from bigtrain.run.class_weights import with_class_weights
-from bigtrain.run.data import check_continuation, open_data, require_tokenizer, with_num_labels, with_steps
+from bigtrain.run.data import (
+    check_continuation,
+    open_data,
+    require_tokenizer,
+    with_class_weights,
+    with_num_labels,
+    with_steps,
+)
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
 from bigtrain.run.frozen import describe_frozen, without_frozen
 from bigtrain.run.recovery import Start, begin_standing, fill_state, find_start, go_back, nothing_to_do, why_ended
@@ -45,8 +51,7 @@ from bigtrain.supervise.launch import Launch
 from bigtrain.supervise.signals import StopLimits
 from bigtrain.telemetry.files import repair
 from bigtrain.telemetry.gauges import Gauges
-from bigtrain.telemetry.out_of_memory import explained
-from bigtrain.telemetry.profiling import save_hang
+from bigtrain.telemetry.profiling import explained, save_hang
 from bigtrain.telemetry.recorder import NullRecorder, Recorder
 
 

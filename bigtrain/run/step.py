@@ -1,15 +1,17 @@
 """One optimizer step, with the loss per target of all ranks, and its numbers on the host."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
-from bigtrain.run.coupling import coupled
 from bigtrain.tasks.base import Objective, split_sums
 
 
@@ -52,3 +54,36 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
+
+
+def coupled(engine: Engine, micro_batches: Sequence[Batch], *, trains: bool) -> Sequence[Batch]:
+    """Return the micro-batches of a step with ``gradients`` of their embeddings and ``rows`` of losses and metrics.
+
+    For losses of a sample that depend on all others of the step: embeddings are computed once without a gradient and
+    gathered; every rank computes the whole loss and its gradient by each embedding, which the second pass
+    backpropagates, a micro-batch at a time (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
+    Limited Setup", 2021). ``trains`` draws the random numbers of that pass. All ranks call this, with as many samples.
+    """
+    objective: Any = engine.objective
+    if not hasattr(objective, "couple"):
+        return micro_batches
+    batches = [batch.to(engine.device) for batch in micro_batches]
+    engine.module.train(trains)
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    autocast = getattr(engine, "autocast", contextlib.nullcontext)
+    with torch.no_grad(), torch.random.fork_rng(devices), autocast():
+        network = partial(engine.module, predicts=True)
+        own = torch.cat([objective.embed(network, *batch.values()) for batch in batches], dim=1)
+    size, mesh = own.shape[1], engine.mesh
+    mine = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
+    whole = own.new_zeros(2, size * mesh.dp_size, own.shape[2])
+    whole[:, mine] = own
+    counted = torch.zeros(size * mesh.dp_size, dtype=torch.int64, device=engine.device)
+    counts = [objective.count({name: tensor.numpy() for name, tensor in batch.items()}) for batch in micro_batches]
+    counted[mine] = torch.cat([torch.from_numpy(count) for count in counts]).to(engine.device)
+    whole = mesh.total(whole).requires_grad_()
+    rows = objective.couple(whole, mesh.total(counted) > 0)
+    (gradients,) = torch.autograd.grad(rows[:, 0].sum(), whole)
+    found = Batch(gradients=gradients[:, mine].transpose(0, 1), rows=rows.detach()[mine])
+    parts = found.split(size // len(batches))
+    return [Batch({**batch, **part}) for batch, part in zip(batches, parts, strict=True)]

@@ -25,8 +25,8 @@ from bigtrain.data.read.tokenizer import build_tokenizer, load_tokenizer
 from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.base import Engine
 from bigtrain.files import write_anew
-from bigtrain.run.coupling import coupled
 from bigtrain.run.data import HELD_OUT, held_out_batches, sets_of
+from bigtrain.run.step import coupled
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted, Writing
 from bigtrain.tasks.base import IGNORE_INDEX, Objective, num_sums, split_sums

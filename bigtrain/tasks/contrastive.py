@@ -67,7 +67,7 @@ class Contrastive:
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed loss in nats and the sums of which metrics are made.
 
-        ``tensors`` are those of a micro-batch completed by :func:`bigtrain.run.coupling.coupled`, or of a whole step.
+        ``tensors`` are those of a micro-batch completed by :func:`bigtrain.run.step.coupled`, or of a whole step.
         """
         counted_B = (tensors[3] != IGNORE_INDEX).any(dim=1)
         if len(tensors) == len(self.fields):

@@ -1,7 +1,9 @@
 """torch's profiler and memory snapshots for some steps, written to the run's ``profile/``."""
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,9 +11,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bigtrain.config import ProfileConfig
+from bigtrain.config import ProfileConfig, TrainConfig
+from bigtrain.errors import PreflightError, first_line
 from bigtrain.log import get_logger
+from bigtrain.plan import preflight
+from bigtrain.processes import RankInfo
 from bigtrain.telemetry import names
+from bigtrain.telemetry.text import format_bytes
 
 DIRECTORY = "profile"
 _TABLE_ROWS = 40
@@ -154,3 +160,43 @@ def memory_facts(device: torch.device) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(device)
     held, peak = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
     return {"total": total, "free": free, "reserved by this process": held, "peak in use": peak}
+
+
+# Out of memory
+
+
+_SMALLER = 0.85  # suggest settings that need at most this share of the estimate of the run that did not fit
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig, directory: Path, info: RankInfo, device: torch.device) -> Iterator[None]:
+    """Turn a failed allocation in the body into a PreflightError that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PreflightError(_message(config, directory, info, device, error)) from error
+
+
+def _message(config: TrainConfig, directory: Path, info: RankInfo, device: torch.device, error: BaseException) -> str:
+    held = ", ".join(f"{name} {format_bytes(value)}" for name, value in memory_facts(device).items())
+    lines = [f"memory has run out: {first_line(error)}", *([held] if held else [])]
+    with contextlib.suppress(OSError, RuntimeError):
+        if snapshot := save_memory_snapshot(directory / DIRECTORY, f"out-of-memory-rank-{info.rank}"):
+            lines.append(f"snapshot: {snapshot} (open it at pytorch.org/memory_viz; profile.memory=true adds stacks)")
+    return "\n".join([*lines, *suggestions(config, info, device)])
+
+
+def suggestions(config: TrainConfig, info: RankInfo, device: torch.device) -> list[str]:
+    """Return lines on what to change for the run to need clearly less memory."""
+    report = preflight(
+        config,
+        world_size=info.world_size,
+        local_world_size=info.local_world_size,
+        device_type=device.type,
+        precision=config.engine.precision,
+    )
+    needed, _ = report.needed_bytes(report.estimate)
+    machine = dataclasses.replace(report.machine, available_bytes=int(needed * _SMALLER))
+    return dataclasses.replace(report, machine=machine).suggestions()

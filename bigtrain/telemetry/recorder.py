@@ -6,18 +6,18 @@ removed, and so are the validations and checkpoints after it; starts, resumes, s
 """
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from bigtrain.config import SupervisionConfig, TrainConfig, WandbMode
+from bigtrain.config import SupervisionConfig, TrainConfig, WandbMode, parts
 from bigtrain.log import redact
 from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.files import EVENTS_FILE, METRICS_FILE, JsonLines
-from bigtrain.telemetry.own_logger import OwnLogger
 from bigtrain.telemetry.text import describe_communication, describe_metrics, number, pace
 
 if TYPE_CHECKING:  # it imports torch
@@ -218,3 +218,36 @@ def _agree(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     return before[0] == now[0] and all(
         math.isclose(a, b, rel_tol=_SAME) or not (math.isfinite(a) or math.isfinite(b)) for a, b in pairs
     )
+
+
+class Logger(Protocol):
+    """What ``logging.also`` names: called with the run's directory, on rank 0, in the training process, which waits."""
+
+    def metrics(self, records: list[dict[str, Any]]) -> None:
+        """Take the records of the steps since the last call, in order, as they are in ``metrics.jsonl``."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take an event, as it is in ``events.jsonl``."""
+
+    def close(self) -> None:
+        """Write what is left: the launch ends."""
+
+
+class OwnLogger:
+    """Calls a logger until it raises, which is told once; the run goes on without it."""
+
+    def __init__(self, name: str, directory: Path, tell: Callable[[str, str], None]) -> None:
+        """Make the logger ``name``; ``tell`` takes the name and what went wrong."""
+        self._name, self._tell = name, tell
+        self._logger = self._try(lambda: parts.find(name, "logging.also")(directory))
+
+    def call(self, method: str, *args: Any) -> None:
+        if self._logger:
+            self._try(lambda: getattr(self._logger, method)(*args))
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self._logger = None
+            self._tell(self._name, parts.told(error))

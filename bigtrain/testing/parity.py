@@ -23,8 +23,7 @@ from bigtrain.engine.state import MODEL, EngineState, initialise
 from bigtrain.models import build_model
 from bigtrain.optim.schedule import lr_at
 from bigtrain.processes import RankInfo
-from bigtrain.run.class_weights import with_class_weights
-from bigtrain.run.data import open_data, train_loader
+from bigtrain.run.data import open_data, train_loader, with_class_weights
 from bigtrain.run.frozen import starting_values
 from bigtrain.run.step import read_back, seed_step, train_step
 from bigtrain.tasks import build_objective

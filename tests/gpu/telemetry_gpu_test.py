@@ -13,7 +13,7 @@ from bigtrain.processes import RankInfo
 from bigtrain.telemetry import names
 from bigtrain.telemetry.gauges import Gauges
 from bigtrain.telemetry.meter import StepMeter
-from bigtrain.telemetry.out_of_memory import explained
+from bigtrain.telemetry.profiling import explained
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bigtrain.data.read.batch import Batch
-from bigtrain.run.coupling import coupled
+from bigtrain.run.step import coupled
 from bigtrain.tasks.base import IGNORE_INDEX, TaskModel
 from bigtrain.tasks.contrastive import Contrastive
 

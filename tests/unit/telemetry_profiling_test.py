@@ -14,8 +14,7 @@ from bigtrain.config import DataConfig, DataSource, EngineConfig, ModelConfig, P
 from bigtrain.config.check import check, fit_micro_batch, resolve
 from bigtrain.errors import PreflightError
 from bigtrain.processes import RankInfo
-from bigtrain.telemetry.out_of_memory import explained
-from bigtrain.telemetry.profiling import Profiler, communication_seconds
+from bigtrain.telemetry.profiling import Profiler, communication_seconds, explained
 
 ALONE = RankInfo(0, 1, 0, 1)
 
