@@ -26,7 +26,8 @@ class InspectConfig:
 
 HELP = """\
 Show the samples of an optimizer step as text: component of the mixture, documents, borders of tokens (│), the token
-that opens a document, or the sample's first, in ( ), and targets that do not count in the loss in ⟦ ⟧.
+that opens a document, or the sample's first, in ( ), and targets that do not count in the loss in ⟦ ⟧; those that count are
+green in a terminal.
 
   python launch/inspect_data.py directory=runs/gpt_nano step=100
   python launch/inspect_data.py +model=gpt_nano data=jsonl data.path=chats.jsonl data.packing=best_fit samples=2

@@ -22,6 +22,7 @@ from bigtrain.config.choices import (
     Head,
     Inputs,
     Load,
+    LongChats,
     ModelKind,
     Noise,
     Norm,
@@ -35,6 +36,7 @@ from bigtrain.config.choices import (
     Preflight,
     SchedulerKind,
     TaskKind,
+    TrainOn,
     Verify,
     WandbMode,
 )

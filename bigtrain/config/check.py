@@ -86,7 +86,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     data = dataclasses.replace(config.data)
     if data.sequence_length is None and (has_length or not are_records(data)):
         data.sequence_length = model.max_positions
-    if task.kind in OF_DOCUMENTS and not are_records(data) and data.packing is Packing.concat:
+    if task.kind in OF_DOCUMENTS and not are_records(data) and data.packing in (None, Packing.concat):
         data.packing = packing_of(task.kind)
     if own_sets(data, "validation"):
         data.validation_fraction = 0.0

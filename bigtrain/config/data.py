@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from bigtrain.config.bounds import Bound, OnlyIf
-from bigtrain.config.choices import Content, DataSource, Duplicates, OnBad, Packing, Verify
+from bigtrain.config.choices import Content, DataSource, Duplicates, LongChats, OnBad, Packing, TrainOn, Verify
 from bigtrain.config.convert import LocalPath, PathOrUrl
 
 _WITH_RECORDS = ("jsonl", "csv", "parquet", "arrow", "datasets")
@@ -62,6 +62,8 @@ class ComponentConfig(SetConfig):
     """See ``data.messages_field``."""
     chat_template: LocalPath | None = None
     """See ``data.chat_template``."""
+    train_on: TrainOn | None = None
+    """See ``data.train_on``."""
     prompt_field: str | None = None
     """See ``data.prompt_field``."""
     answer_field: str | None = None
@@ -138,9 +140,11 @@ class DataConfig:
     ] = "text"
     """Field that holds the text, of ``tagged`` the words, in ``jsonl``, ``csv``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: Annotated[str, OnlyIf("content", is_in=("chat",))] = "messages"
-    """Field with the messages of a ``chat``."""
+    """Field with the messages of a ``chat``; rows without it may be of ShareGPT's, Alpaca's or TRL's form (docs/data.md)."""
     chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat", "preference"))] = None
     """File of the Jinja template that writes a ``chat`` or ``preference``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
+    train_on: Annotated[TrainOn, OnlyIf("content", is_in=("chat",))] = TrainOn.answers
+    """Turns of a ``chat`` that count in the loss: the ``answers``, of each chat the ``last_answer``, or ``all``; answers with ``weight: 0`` never do."""
     prompt_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "prompt"
     """Field with the prompt of ``pairs``."""
     answer_field: Annotated[str, OnlyIf("content", is_in=("pairs",))] = "answer"
@@ -187,8 +191,10 @@ class DataConfig:
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
     sequence_length: Annotated[int | None, Bound(ge=1)] = None
     """Tokens per sample; by default the model's ``max_positions``. Sequences in records are filled up to it; with a model of yours that has no setting ``max_positions`` it is by default that of the first record."""
-    packing: Annotated[Packing, OnlyIf("source", not_in=("synthetic", "records", "images", "own"))] = Packing.concat
-    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer; ``preferences`` makes a pair of answers of each."""
+    packing: Annotated[Packing | None, OnlyIf("source", not_in=("synthetic", "records", "images", "own"))] = None
+    """``concat`` cuts documents on end every so many tokens; ``best_fit`` cuts none that fits into a sample, and pads; by default ``best_fit`` where only answers count, which keeps them with their prompts, else ``concat``; ``documents``, of which classification and the like make samples, puts each into one of its own, and leaves out what is longer; ``preferences`` makes a pair of answers of each."""
+    long_chats: LongChats = LongChats.cut
+    """Of chats and pairs that are longer than a sample: ``cut`` keeps the beginning, in which an answer that the end parts does not count if another one is whole; ``drop`` leaves them out; ``refuse`` stops; ``split`` makes several samples, as of plain text. Not with ``packing=concat``."""
     source_length: Annotated[int | None, Bound(ge=1), OnlyIf("content", is_in=("seq2seq",))] = None
     """Tokens of a source; by default ``sequence_length``, which is that of targets."""
     document_mask: Annotated[bool, OnlyIf("source", not_in=("records", "images", "own"))] = False

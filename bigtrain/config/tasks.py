@@ -137,7 +137,7 @@ def _check_hidden_text(task: TaskConfig, model: ModelConfig, data: DataConfig) -
     if model.kind is ModelKind.native:
         instead = "+model=t5_small, or bart" if is_pair else "+model=bert_mini, or another encoder"
         yield f"task={task.kind}: bigtrain's own decoder sees earlier tokens only; use {instead} with +model=hf"
-    if data.packing is not Packing.concat:
+    if data.packing not in (None, Packing.concat):
         yield f"task={task.kind}: data.packing={data.packing.name} pads samples; use data.packing=concat"
     if data.document_mask:
         yield f"task={task.kind}: data.document_mask is not offered; leave it out"

@@ -1,10 +1,12 @@
 """The streams of samples of a run, from all components of its data."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import OF_RECORDS, DataConfig, DataSource, component_data
+from bigtrain.config import OF_RECORDS, DataConfig, DataSource, LongChats, Packing, component_data
 from bigtrain.config.parts import instance
 from bigtrain.data.order.cursor import DataState
 from bigtrain.data.prepare.live import open_live
@@ -75,7 +77,7 @@ def open_streams(
         is_ragged = parts[name].synthetic_ragged
         return SyntheticSamples(own_name, vocab_size, data.sequence_length, is_ragged, data.document_mask)
 
-    def open_all(keeps_all: bool) -> dict[str, SampleStream]:
+    def open_all(data: DataConfig, *, keeps_all: bool) -> dict[str, SampleStream]:
         streams = {}
         for which in sides:
             splits = {name: split(name, which) for name in parts}
@@ -92,12 +94,16 @@ def open_streams(
             streams[which].tokenizer_directory = next((Path(directories[name]) for name in corpora), None)
         return streams
 
-    streams = open_all(keeps_all=False)
+    streams = open_all(data, keeps_all=False)
     train = streams["train"]
     if previous and train.has_answers and train.fingerprint == previous.fingerprint and not train.continues(previous):
-        # A run that began before samples without a target were left out goes on with them.
-        as_before = open_all(keeps_all=True)
-        streams = as_before if as_before["train"].continues(previous) else streams
+        # A run goes on as it began: before samples without a target were left out, and long chats, or all, cut anywhere.
+        older = [data, replace(data, long_chats=LongChats.split)]
+        older += [] if data.packing else [replace(data, packing=Packing.concat)]
+        for as_before, keeps_all in itertools.product(older, (True, False)):
+            found = open_all(as_before, keeps_all=keeps_all)
+            if found["train"].continues(previous):
+                return found
     return streams
 
 

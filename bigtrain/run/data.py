@@ -20,6 +20,7 @@ from bigtrain.config import (
     AugmentConfig,
     DataConfig,
     DataSource,
+    LongChats,
     ModelConfig,
     ModelKind,
     OnBad,
@@ -47,7 +48,7 @@ from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tok
 from bigtrain.data.streams import count_labels, open_streams
 from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
 from bigtrain.engine.base import Engine
-from bigtrain.errors import CheckpointError, DataError, of_all_ranks, some
+from bigtrain.errors import CheckpointError, DataError, counted, of_all_ranks, some
 from bigtrain.log import get_logger, redact
 from bigtrain.models.hf.build import published_labels
 from bigtrain.run.collation import build_collation, relabelled
@@ -256,7 +257,12 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
             "data.packing=concat cuts the text every data.sequence_length tokens, which parts answers from their prompts; "
             "data.packing=best_fit keeps them in one sample"
         )
-    if stream.num_cut:
+    if stream.num_cut and config.data.packing in (None, Packing.best_fit):
+        done = "left out" if config.data.long_chats is LongChats.drop else "cut (data.long_chats=cut)"
+        found.append(
+            f"{counted(stream.num_cut, 'chat')} of more than data.sequence_length={stream.sequence_length} tokens: {done}"
+        )
+    elif stream.num_cut:
         found.append(
             f"{stream.num_cut} of {stream.num_samples} documents are longer than data.sequence_length={stream.sequence_length} "
             "tokens, of which the first are used"
@@ -331,6 +337,8 @@ def check_continuation(state: RunState, config: TrainConfig, stream: SampleStrea
     old = flatten(to_dict(TrainConfig())) | flatten(state.config) | {"world size": state.world_size}
     if old["data.split"] == "train" and config.data.split is None:  # what was the default is read without it
         old["data.split"] = None
+    if old["data.packing"] == "concat" and config.data.packing is None:
+        old["data.packing"] = None
     new = flatten(redact(to_dict(config))) | {"world size": world_size}
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changed = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if not key.startswith("run.")}

@@ -7,6 +7,7 @@ import pytest
 
 from bigtrain.config import Content, DataConfig, DataSource
 from bigtrain.data.prepare.chat import chat_of
+from bigtrain.data.prepare.chat_forms import read_row
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.sources import iterate_documents
 from bigtrain.data.read.index import read_index
@@ -269,7 +270,7 @@ def test_the_date_of_a_template_is_that_of_the_preparation(tmp_path):
     chat = chat_of(tokenizer, None)
     assert len(chat.date) == 10
     frozen = type(chat)(chat.templates, chat.tokens, "2024-07-26")
-    assert frozen.write({"messages": CHAT}, "messages", is_table=False)[0].startswith("26 Jul 2024\n<s>")
+    assert frozen.write(read_row({"messages": CHAT}, "messages"))[0].startswith("26 Jul 2024\n<s>")
     assert chat_of(published(tmp_path / "other", "llama"), None).date == ""
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.config import Packing
+from bigtrain.config import LongChats, Packing
 from bigtrain.data.read.batch import ArrayPool
 from bigtrain.data.read.corpus import TokenSplit
 from bigtrain.data.read.packing import SyntheticSamples, build_packing, pack_best_fit
@@ -136,7 +136,7 @@ def test_what_is_masked_in_the_data_does_not_count(split, packing):
     tokens, documents = [split.read(s) for s in shards], [split.documents(s) for s in shards]
     masked = TokenSplit("train", tokens, "f", documents=documents, counted=counted)
     _, plain = gathered(split, packing)
-    _, samples = gathered(masked, packing)
+    _, samples = gathered(masked, packing, long_chats=LongChats.split)
     expected = np.where(plain["targets"] % 3 > 0, plain["targets"], IGNORE_INDEX)
     assert (samples["targets"] == expected).all() and (samples["tokens"] == plain["tokens"]).all()
 

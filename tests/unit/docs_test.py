@@ -46,8 +46,8 @@ def test_every_setting_and_every_bound_is_listed():
     assert listed.keys() == key_types(TrainConfig).keys()
     assert listed["train.steps"] == ("train.steps", "int, at least 1", "1000", "Optimizer steps of the whole run.")
     assert listed["data.packing"][1:3] == (
-        "concat | best_fit | documents | preferences, not with source=synthetic | records | images | own",
-        "concat",
+        "concat | best_fit | documents | preferences or null, not with source=synthetic | records | images | own",
+        "null",
     )
     assert listed["model.rope_scaling.factor"][1:3] == ("float, at least 1", "<needed>")
     assert listed["data.mixture.*.weight"].kind == "float, at least 0"

@@ -79,13 +79,13 @@ def test_pairs_whose_answer_does_not_begin_within_a_sample_are_not_drawn(tmp_pat
 )
 def test_what_is_no_pair_is_refused(row, problem):
     with pytest.raises(ValueError, match=problem):
-        find_chat("bytes", None).write_pair(row, is_table=False)
+        find_chat("bytes", None).write_pair(row)
 
 
 def test_a_template_that_writes_the_prompt_otherwise_is_refused():
     template = "{% if add_generation_prompt %}?{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="does not write the answer behind what asks for it"):
-        Chat({"default": template}, {}).write_pair({"prompt": "q", "chosen": "a", "rejected": "b"}, is_table=False)
+        Chat({"default": template}, {}).write_pair({"prompt": "q", "chosen": "a", "rejected": "b"})
 
 
 class Adapted(torch.nn.Module):

@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import DataConfig
+from bigtrain.config import DataConfig, TrainOn
+from bigtrain.data.prepare.chat_forms import Row, read_message
 from bigtrain.data.read.tokenizer import (
     END_OF_TEXT,
     OURS,
@@ -62,27 +63,32 @@ class Chat:
     is_plain: bool = False
     """Whether the template is the ChatML of ``bpe`` and ``bytes``, whose names of special tokens are text."""
 
-    def write(self, record: dict[str, Any], name: str, *, is_table: bool) -> tuple[str, list[Span]]:
+    def write(self, row: Row, train_on: TrainOn = TrainOn.answers) -> tuple[str, list[Span]]:
         """Return the text of a row and the ranges of characters that count; both empty if nothing does.
 
-        ``name`` is the row's field with the messages; in a table, a null may only mean that other rows have a field.
         ValueError if the row is no conversation, or the template cannot write it or drops some of it.
         """
-        messages, weights = _read_messages(_without_null(record[name]) if is_table else record[name], name)
-        if not any(weight for weight, m in zip(weights, messages, strict=True) if m["role"] == ANSWERING_ROLE):
+        name = row.form.fields[-1]
+        messages, weights = _read_messages(row.messages, name)
+        answers = [number for number, message in enumerate(messages) if message["role"] == ANSWERING_ROLE]
+        last = answers[-1:] if train_on is TrainOn.last_answer else answers
+        for number in answers:
+            weights[number] &= number in last and (train_on is TrainOn.all or number >= row.num_given)
+        if train_on is not TrainOn.all and not any(weights[number] for number in answers):
             return "", []
-        fields = self._fields(_without_null(record) if is_table else record, name)
-        row = _Row(self, messages, fields, name)
-        answers = [(begin, end) for begin, end in row.answers(weights) if begin < end]
-        row.require_written()
-        return row.text, answers
+        written = _Row(self, messages, self._fields(row.fields, name), name)
+        if train_on is TrainOn.all:
+            spans = _between(written.answers([not weight for weight in weights]), len(written.text))
+        else:
+            spans = written.answers(weights)
+        written.require_written()
+        return written.text, [(begin, end) for begin, end in spans if begin < end]
 
-    def write_pair(self, record: dict[str, Any], *, is_table: bool) -> tuple[str, list[str]]:
+    def write_pair(self, record: dict[str, Any]) -> tuple[str, list[str]]:
         """Return the text of a prompt, with what asks for an answer, and those of the chosen and the rejected answer.
 
         ValueError if the row is no such pair, or the template cannot write it or drops some of it.
         """
-        record = _without_null(record) if is_table else record
         prompt, answers = _read_pair(record)
         fields = self._fields(record, "chosen")
         before, _ = self.render(prompt, fields, asks=True)
@@ -135,9 +141,15 @@ class Chat:
 
     def _fields(self, record: dict[str, Any], name: str) -> dict[str, Any]:
         """Return the fields, besides the messages, that the template reads."""
+        given = record.get("chat_template_kwargs") or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"field 'chat_template_kwargs' is {type(given).__name__}, not an object")
+        record = {key: value for key, value in record.items() if key != "chat_template_kwargs"} | given
+        if isinstance(record.get("tools"), str):
+            record["tools"] = _parsed(record["tools"])
         read = variables(self._template(record)) - {name, "messages", "add_generation_prompt", *self.tokens}
         fields = {key: record[key] for key in read if record.get(key) is not None}
-        for key in _OF_A_CHAT:
+        for key in (*_OF_A_CHAT, *given):
             if _says_something(record.get(key)) and key not in (*fields, name):
                 raise ValueError(f"field '{key}': the chat template does not write it")
         return fields
@@ -223,7 +235,11 @@ def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list
     found, weights = [], []
     for number, message in enumerate(messages):
         where = f"field '{name}', message {number}"
-        if not isinstance(message, dict) or "role" not in message or len(message) < 2:
+        try:
+            message = read_message(message) if isinstance(message, dict) else {}
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if "role" not in message or len(message) < 2:
             raise ValueError(f"{where}: expected an object with role and content")
         if message["role"] not in _ROLES:
             raise ValueError(f"{where}: role {message['role']!r} is none of {', '.join(_ROLES)}")
@@ -295,10 +311,23 @@ def _without(value: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
     return value
 
 
-def _without_null(value: Any) -> Any:
+def without_null(value: Any) -> Any:
+    """Return a row of a table without nulls, which may only mean that other rows have a field."""
     if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
+        return {key: without_null(item) for key, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(tools: str) -> Any:
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        raise ValueError(f"field 'tools' is neither a list nor JSON: {error}") from error
+
+
+def _between(spans: list[Span], length: int) -> list[Span]:
+    """Return what lies between ranges, in order, of ``length`` characters."""
+    return list(zip([0, *(end for _, end in spans)], [*(begin for begin, _ in spans), length], strict=True))
 
 
 def _marked(message: dict[str, Any], number: int) -> tuple[dict[str, Any], list[str]]:
@@ -392,11 +421,12 @@ def build_coding(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer:
 
 def encoding_facts(config: DataConfig) -> dict[str, Any]:
     """Return what decides the ids besides source and tokenizer files; empty by default, for existing identities."""
+    facts: dict[str, Any] = {"train_on": config.train_on.name} if config.train_on is not TrainOn.answers else {}
     if _is_templated(config):
-        return {"encoding": ["template", read_template(config.chat_template)]}
+        return facts | {"encoding": ["template", read_template(config.chat_template)]}
     kept = kept_record(config.tokenizer)  # whose text was encoded as this will be
     is_whole = kept.adds_special if kept else config.tokenizer not in OURS
-    return {"encoding": ["whole"]} if is_whole else {}
+    return facts | ({"encoding": ["whole"]} if is_whole else {})
 
 
 def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
@@ -404,6 +434,7 @@ def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
     bare, whole = (built.tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, built.adds_special))
     facts = [whole] if bare != whole or (built.adds_special and config.content.has_answers) else []
     facts += [read_template(config.chat_template)] if _is_templated(config) else []
+    facts += [config.train_on.name] if config.train_on is not TrainOn.answers else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else ""
 
 

@@ -205,6 +205,9 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
         raise DataError(f"data={config.source.name} data.path={config.path}: has no documents")
     given, config = config, keep_chat(config, work)
     # Of more parts than two, the reader of the first window reports that there is no text.
+    first = next(read_part(config, parts[0]), None)
+    if first and first.form:
+        get_logger().info(f"data.path={config.path}: its first chat is read as {first.form}")
     if len(parts) < 3 and not any(document.text for part in parts for document in read_part(config, part)):
         what = "an answer that counts" if config.content.has_answers else "text"
         raise DataError(f"data={config.source.name} data.path={config.path}: none of its documents has {what}")
@@ -342,6 +345,7 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
         "repaired_documents": survey.num_repaired,
         "dropped": {reason: dataclasses.asdict(dropped) for reason, dropped in survey.dropped.items()},
     }
+    report |= {"forms": survey.forms} if survey.forms else {}
     report |= {"files_left_out": left_out} if left_out else {}
     if bad := survey.bad.documents:
         report |= {"bad_rows": {"count": bad, "examples": survey.bad.examples}}
@@ -350,6 +354,7 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
 
 def _report_survey(survey: Survey, content: Content) -> None:
     remarks = [f"{counted(survey.num_documents, 'document')}, {survey.num_text_bytes / 1e6:.1f} MB of text"]
+    remarks += [f"{number} read as {form}" for form, number in survey.forms.items()]
     if num_empty := survey.empty.documents:
         empty = counted(num_empty, "empty document")
         if content.has_answers:

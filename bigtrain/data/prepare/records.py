@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config import Content, DataConfig, DataSource
-from bigtrain.data.prepare.chat import PAIR_FIELDS, chat_of
+from bigtrain.config import Content, DataConfig, DataSource, TrainOn
+from bigtrain.data.prepare.chat import PAIR_FIELDS, chat_of, without_null
+from bigtrain.data.prepare.chat_forms import form_of, read_row
 from bigtrain.data.read.index import LabelKind, LabelRecord
 
 MOST_LABELS = 100_000
@@ -131,6 +132,7 @@ class Document(NamedTuple):
     is_parted: bool = False  # what counts and what does not are tokenised as texts of their own
     is_templated: bool = False  # by a chat template, with all special tokens; what ends it does not count
     second: int | None = None  # character at which the second of two texts begins, which are encoded by themselves
+    form: str = ""  # in which a conversation was found
 
 
 class BadRow(NamedTuple):
@@ -159,8 +161,11 @@ def document_fields(config: DataConfig) -> dict[str, str]:
 
 
 def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
-    """Return the columns of a table that are read."""
+    """Return the columns of a table that are read; ValueError if they hold no chats."""
     columns = list(document_fields(config).values())
+    if config.content is Content.chat:
+        form = form_of(names, config.messages_field)
+        columns = [name for name in (*form.fields, *form.others) if name in names]
     if config.content is Content.preference:
         columns += [name for name in PAIR_FIELDS if name in names]
     if config.content.is_chat:
@@ -172,12 +177,12 @@ def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
 
 def record_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
     """Return the document in a record; ValueError if a field is missing or not what it should be."""
+    if config.content is Content.chat:
+        return _chat_document(config, document_id, record, is_repaired)
     fields = document_fields(config)
     for setting, name in fields.items():
         if name not in record:
             raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}")
-    if config.content is Content.chat:
-        return _chat_document(config, document_id, record, is_repaired)
     if config.content is Content.preference:
         return _preference_document(config, document_id, record, is_repaired)
     if config.content.has_labels:
@@ -217,24 +222,36 @@ def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, bool]:
 
 
 def _chat_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
-    if record[config.messages_field] is None:
+    if config.messages_field in record and record[config.messages_field] is None:
         return Document(document_id, "", is_repaired, ())
-    chat = chat_of(config.tokenizer, config.chat_template)
     repaired = _repair(record)
     is_repaired |= repaired != record
-    text, answers = chat.write(repaired, config.messages_field, is_table=config.source is not DataSource.jsonl)
-    return Document(document_id, text if answers else "", is_repaired, tuple(answers), is_templated=not chat.is_plain)
+    row = read_row(_of_row(config, repaired), config.messages_field)
+    if row.is_text:
+        text, begin = "".join(row.messages), len(row.messages[0]) * (config.train_on is not TrainOn.all)
+        answers, is_templated = [(begin, len(text))] * bool(row.messages[1]), False
+    else:
+        chat = chat_of(config.tokenizer, config.chat_template)
+        text, answers = chat.write(row, config.train_on)
+        is_templated = not chat.is_plain
+    form = f"{row.form.name} in text" if row.is_text else row.form.name
+    text = text if answers else ""
+    return Document(document_id, text, is_repaired, tuple(answers), is_templated=is_templated, form=form)
 
 
 def _preference_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
     chat = chat_of(config.tokenizer, config.chat_template)
     repaired = _repair(record)
     is_repaired |= repaired != record
-    prompt, answers = chat.write_pair(repaired, is_table=config.source is not DataSource.jsonl)
+    prompt, answers = chat.write_pair(_of_row(config, repaired))
     texts = [prompt + answer for answer in answers]
     spans = (len(prompt), len(texts[0])), (len(texts[0]) + len(prompt), len(texts[0]) + len(texts[1]))
     document = Document(document_id, "".join(texts), is_repaired, spans, group=prompt, is_templated=not chat.is_plain)
     return document._replace(second=len(texts[0]))
+
+
+def _of_row(config: DataConfig, record: dict[str, Any]) -> dict[str, Any]:
+    return record if config.source is DataSource.jsonl else without_null(record)
 
 
 def _repair(value: Any) -> Any:

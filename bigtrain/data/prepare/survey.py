@@ -119,11 +119,13 @@ class Tally:
     dropped: dict[str, Dropped] = field(default_factory=dict)  # by filters and as duplicates, by reason
     bad: Dropped = field(default_factory=Dropped)  # by ``data.on_bad_row=skip``
     num_repaired: int = 0  # with text that was not valid UTF-8
+    forms: Counter[str] = field(default_factory=Counter)  # conversations by the form in which they were found
 
     def add(self, other: "Tally") -> None:
         self.empty.merge(other.empty)
         self.bad.merge(other.bad)
         self.num_repaired += other.num_repaired
+        self.forms.update(other.forms)
         for reason, dropped in other.dropped.items():
             self.dropped.setdefault(reason, Dropped()).merge(dropped)
 
@@ -171,6 +173,7 @@ def candidates(config: DataConfig, part: Part, tally: Tally) -> Iterator[Documen
     """Yield the documents of a part that have text and pass the filters; ``tally`` counts the others."""
     for document in read_part(config, part, tally.bad):
         tally.num_repaired += document.is_repaired
+        tally.forms.update([document.form] if document.form else [])
         if not document.text:
             tally.empty.add(document.id, 0)
         elif reason := rejection(document.text, config.filters):

@@ -184,13 +184,16 @@ def _load_dataset(config: DataConfig) -> Any:
 
 
 def _require_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
-    fields = document_fields(config)
+    fields = {} if config.content is Content.chat else document_fields(config)
     for name in fields.values():
         if name not in columns:
             setting = next(key for key, value in fields.items() if value == name)
             told = "; columns of csv are separated by commas, of tsv by tabs" if len(columns) == 1 else ""
             raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}{told}")
-    return columns_to_read(config, columns)
+    try:
+        return columns_to_read(config, columns)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _batch_rows(config: DataConfig, batch: Any, first_row: int, prefix: str, where: str) -> Rows:

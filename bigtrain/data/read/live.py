@@ -180,7 +180,7 @@ class LiveSamples:
         keeps_all: bool = False,
     ) -> None:
         self.fingerprint = parts.fingerprint
-        self.is_full = not parts.has_answers and data.packing is Packing.concat
+        self.is_full = not parts.has_answers and data.packing is not Packing.best_fit
         self._parts = parts
         self._data = data
         self._seed = seed
@@ -261,7 +261,8 @@ class LiveSamples:
         if bad.documents:
             get_logger().warning(f"window {number} of the text: {tell_bad_rows(bad)}")
         split = _join(parts, self.fingerprint, "train")
-        packed = build_packing(split, self._data.sequence_length, self._data.packing, self._data.document_mask)
+        data = self._data
+        packed = build_packing(split, data.sequence_length, data.packing, data.document_mask, data.long_chats)
         digest = xxhash.xxh3_64(split.read(0).tobytes())
         digest.update(split.documents(0).tobytes())
         if (marks := split.counted(0)) is not None:

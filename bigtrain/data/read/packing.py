@@ -3,9 +3,10 @@
 ``concat``: documents lie on end and are cut every T tokens. Every token but a shard's first, and a rest shorter than a
 sample at its end, is a target exactly once per epoch.
 
-``best_fit``: no document is cut unless it is longer than T. Documents (and the pieces of longer ones) are put into
+``best_fit``, by default where only answers count: no document is cut unless it is longer than T. Documents (and the pieces of longer ones) are put into
 samples by best-fit decreasing (Johnson 1973; for language models Ding et al., "Fewer Truncations Improve Language
-Modeling", 2024), shard by shard; every token is a target exactly once per epoch, and the rest is padding.
+Modeling", 2024), shard by shard; every token is a target exactly once per epoch, and the rest is padding. Of chats that are longer than T
+the beginning is kept, unless ``data.long_chats`` says otherwise.
 
 Either way a place in a sample belongs to the document of its *target*: the end-of-text token before a document opens
 it. With a document mask, positions count from 0 at each document, and the model attends within a document only.
@@ -13,27 +14,41 @@ it. With a document mask, positions count from 0 at each document, and the model
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from bigtrain.config import Packing
+from bigtrain.config import LongChats, Packing
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.records import RecordSplit
+from bigtrain.errors import DataError
 from bigtrain.tasks.base import IGNORE_INDEX
 
 SHARDS_KEPT = 64  # shards whose documents are remembered
 
 
-def build_packing(split: "AnySplit", sequence_length: int, packing: Packing, document_mask: bool) -> "PackedSplit":
+def build_packing(
+    split: "AnySplit",
+    sequence_length: int,
+    packing: Packing | None,
+    document_mask: bool,
+    long_chats: LongChats = LongChats.cut,
+) -> "PackedSplit":
     """Cut ``split``, unless it is samples already, into those of ``sequence_length`` tokens."""
     if isinstance(split, RecordSplit | SyntheticSamples):
         return split
-    kind = BestFitSamples if packing is Packing.best_fit else ConcatSamples
-    return kind(split, sequence_length, document_mask)
+    if packing_for(split, packing) is Packing.best_fit:
+        return BestFitSamples(split, sequence_length, document_mask, long_chats)
+    return ConcatSamples(split, sequence_length, document_mask)
+
+
+def packing_for(split: Any, packing: Packing | None) -> Packing:
+    """Return how a split is packed: by default so that answers stay with their prompts."""
+    return packing or (Packing.best_fit if split.has_answers else Packing.concat)
 
 
 def no_samples(split: str, sequence_length: int, num_unanswered: int, component: str = "") -> str:
@@ -172,8 +187,14 @@ class BestFitSamples(ShardedSamples):
 
     is_full = False
 
-    def __init__(self, split: Split, sequence_length: int, document_mask: bool) -> None:
+    def __init__(self, split: Split, sequence_length: int, document_mask: bool, long_chats: LongChats) -> None:
         super().__init__(split, sequence_length, document_mask)
+        self._long_chats = long_chats if split.has_answers else LongChats.split
+        if long_chats is LongChats.refuse and (num_long := self.num_cut()):
+            raise DataError(
+                f"{num_long} chats of the {split.name} split have more than data.sequence_length={sequence_length} tokens; use a "
+                "larger one, or data.long_chats=cut or drop"
+            )
         self._plan = lru_cache(maxsize=SHARDS_KEPT)(self._pack)
         num_shards = len(split.shard_tokens)
         counts = (len(self._plan(shard).first_piece) - 1 for shard in range(num_shards))
@@ -187,9 +208,22 @@ class BestFitSamples(ShardedSamples):
         places = np.repeat(numbers, plan.lengths[pieces])
         return np.concatenate([places, np.full(self.sequence_length - len(places), -1)])
 
+    def num_cut(self) -> int:
+        """Return how many chats are longer than a sample, and not split."""
+        if self._long_chats is LongChats.split:
+            return 0
+        lengths = (np.diff(self._documents(shard)) for shard in range(len(self._split.shard_tokens)))
+        return sum(int((of_shard > self.sequence_length).sum()) for of_shard in lengths)
+
     def _pack(self, shard: int) -> _Plan:
         offsets = np.asarray(self._documents(shard), dtype=np.int64)
-        starts, lengths, openers = cut_documents(offsets, self.sequence_length)
+        if self._long_chats is LongChats.split:
+            starts, lengths, openers = cut_documents(offsets, self.sequence_length)
+        else:
+            lengths = np.diff(offsets)
+            is_kept = lengths <= self.sequence_length if self._long_chats is LongChats.drop else lengths > 0
+            starts, openers = offsets[:-1][is_kept], offsets[1:][is_kept] - 1
+            lengths = np.minimum(lengths[is_kept], self.sequence_length)
         sample_of_piece = pack_best_fit(lengths, self.sequence_length)
         by_sample = np.argsort(sample_of_piece, kind="stable")
         num_samples = int(sample_of_piece.max(initial=-1)) + 1
@@ -211,7 +245,7 @@ class BestFitSamples(ShardedSamples):
                 samples["tokens"][row, place + 1 : place + length] = tokens[start : start + length - 1]
                 samples["targets"][row, place : place + length] = tokens[start : start + length]
                 if counted is not None:
-                    ignored = counted[start : start + length] == 0
+                    ignored = self._counted(counted, start, length, int(plan.openers[piece]) + 1) == 0
                     samples["targets"][row, place : place + length][ignored] = IGNORE_INDEX
                 is_begin[row, place] = True
                 place += length
@@ -221,12 +255,19 @@ class BestFitSamples(ShardedSamples):
             samples["positions"] = positions_from_begins(is_begin)
         return samples
 
+    def _counted(self, counted: NDArray[np.uint8], start: int, length: int, end: int) -> NDArray[np.uint8]:
+        """Return what counts of a piece of a document that goes on to ``end``."""
+        counts = counted[start : start + length]
+        if self._long_chats is LongChats.split or start + length >= end or not counted[start + length]:
+            return counts
+        parted = np.append(-1, np.flatnonzero(counts == 0))[-1] + 1  # where the answer begins that is cut
+        return np.where(np.arange(length) < parted, counts, 0) if counts[:parted].any() else counts
+
     def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
         plan = self._plan(shard)
-        in_order = np.argsort(plan.starts)  # pieces on end are the shard
-        in_piece = np.empty(len(plan.starts), dtype=np.uint8)
-        in_piece[in_order] = np.maximum.reduceat(counted, plan.starts[in_order])
-        return np.maximum.reduceat(in_piece, plan.first_piece[:-1]) != 0
+        before = np.concatenate([[0], np.cumsum(counted != 0)])
+        in_piece = before[plan.starts + plan.lengths] - before[plan.starts]
+        return np.add.reduceat(in_piece, plan.first_piece[:-1]) != 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

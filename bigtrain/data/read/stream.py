@@ -17,7 +17,7 @@ from bigtrain.data.read.batch import ArrayPool, Batch, Collation, Samples, build
 from bigtrain.data.read.corpus import FileSplit
 from bigtrain.data.read.documents import document_samples
 from bigtrain.data.read.live import LiveParts, LiveSamples
-from bigtrain.data.read.packing import AnySplit, build_packing, no_samples
+from bigtrain.data.read.packing import AnySplit, BestFitSamples, build_packing, no_samples, packing_for
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.errors import DataError
 
@@ -27,7 +27,7 @@ WINDOW_SHARDS = 8  # shards that data which has to be fetched is shuffled within
 class StoredSamples:
     """Samples of a prepared corpus, records, or synthetic ones: all are known from the beginning."""
 
-    num_cut = 0  # documents that are longer than the sample that each is
+    num_cut = 0  # documents that are longer than the sample that each is, chats that are longer than one
 
     def __init__(
         self, split: AnySplit, data: DataConfig, seed: int, *, keeps_all: bool = False, most_samples: int | None = None
@@ -43,7 +43,8 @@ class StoredSamples:
             packed = document_samples(split, data)
             self.num_cut = packed.num_cut()
         else:
-            packed = build_packing(split, data.sequence_length, data.packing, data.document_mask)
+            packed = build_packing(split, data.sequence_length, data.packing, data.document_mask, data.long_chats)
+            self.num_cut = packed.num_cut() if isinstance(packed, BestFitSamples) else 0
         self.fingerprint = split.fingerprint
         self.split = split
         self.num_ids, self.is_full = int(packed.shard_samples.sum()), packed.is_full
@@ -147,7 +148,10 @@ class SampleStream:
         self.facts = next((dict(s.facts) for s in splits.values() if isinstance(s, RecordSplit) and s.facts), {})
         """What is recorded with a run: of images their ``label_names``, ``mean`` and ``deviation``."""
         self.fingerprint = _fingerprint(splits, data)  # and proportions
-        cut = f"{data.sequence_length} {data.packing.name} {'masked' * data.document_mask}"
+        kinds = sorted({packing_for(split, data.packing).name for split in splits.values()})
+        cut = f"{data.sequence_length} {' '.join(kinds)} {'masked' * data.document_mask}"
+        if self.num_cut and data.packing in (None, Packing.best_fit):
+            cut += f" {data.long_chats.name} {self.num_cut}"
         if data.source_length is not None:
             cut += f" {data.source_length}"
         if data.max_train_samples is not None and name == "train":
