@@ -82,11 +82,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_anew(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` durably, whole or not at all, also where several processes do."""
+def write_anew(path: Path, content: str | bytes) -> None:
+    """Write text or bytes to ``path`` durably, whole or not at all, also where several processes do."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(partial)
         os.replace(partial, path)
     except OSError:

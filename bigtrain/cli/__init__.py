@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "prepare a corpus ahead of the training",
     "validate": "validate a checkpoint",
     "predict": "write what a run says of new inputs",
+    "score": "write what a model says of the samples of a run",
     "generate": "continue a prompt",
     "export": "write the weights for transformers",
     "watch": "look at runs while they run",

@@ -37,6 +37,22 @@ class TaskKind(Enum):
     ctc = "ctc"
     speech = "speech"
     preference = "preference"
+    distillation = "distillation"
+
+
+class Scored(Enum):
+    """What ``bigtrain score`` writes of each sample."""
+
+    log_probabilities = "log_probabilities"
+    logits = "logits"
+    embeddings = "embeddings"
+
+
+class Divergence(Enum):
+    """How far a student is from its teacher."""
+
+    forward = "forward"
+    reverse = "reverse"
 
 
 class DataSource(Enum):

@@ -201,6 +201,8 @@ class DataConfig:
     """Attention stays within documents and positions count from the beginning of each."""
     max_train_samples: Annotated[int | None, Bound(ge=1)] = None
     """Train on no more samples than these, the same ones with every seed; a larger number has them too."""
+    scores: LocalPath | None = None
+    """Directory of columns that ``bigtrain score`` has written beside the same samples, such as the log-probabilities of a reference or a teacher."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
     mixture: dict[str, ComponentConfig] = field(default_factory=dict)

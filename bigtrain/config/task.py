@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from bigtrain.config.bounds import Bound, OnlyIf
-from bigtrain.config.choices import Inputs, Noise, PreferenceLoss, TaskKind
+from bigtrain.config.choices import Divergence, Inputs, Noise, PreferenceLoss, TaskKind
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,7 +12,7 @@ class TaskConfig:
     """What the run minimises and measures."""
 
     kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``distillation``: the next token and what a teacher says of it; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
     settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
         default_factory=dict
     )
@@ -28,11 +28,17 @@ class TaskConfig:
     inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
     """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
     loss: Annotated[PreferenceLoss, OnlyIf("kind", is_in=("preference",))] = PreferenceLoss.dpo
-    """``dpo`` and ``ipo`` compare with the base of the adapters, ``orpo`` and ``simpo`` with nothing."""
+    """``dpo`` and ``ipo`` compare with ``data.scores`` or the base of the adapters, ``orpo`` and ``simpo`` with nothing."""
     beta: Annotated[float, Bound(gt=0, le=10**4), OnlyIf("kind", is_in=("preference",))] = 0.1
     """Weight of the log-probabilities, or of ORPO's odds."""
     margin: Annotated[float, Bound(ge=0), OnlyIf("loss", is_in=("simpo",))] = 0.0
     """By how much rewards are to differ at least."""
+    divergence: Annotated[Divergence, OnlyIf("kind", is_in=("distillation",))] = Divergence.forward
+    """Kullback-Leibler divergence of the teacher from the student (``forward``), or of the student from the teacher."""
+    teacher_weight: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", is_in=("distillation",))] = 0.5
+    """Share of the divergence in the loss; the rest is the cross-entropy of the next token."""
+    teacher_temperature: Annotated[float, Bound(gt=0, le=10**3), OnlyIf("kind", is_in=("distillation",))] = 1.0
+    """Logits of teacher and student are divided by it in the divergence, which is multiplied by its square."""
     num_labels: Annotated[int | None, Bound(ge=2), OnlyIf("kind", is_in=("classification", "token_classification"))] = (
         None
     )

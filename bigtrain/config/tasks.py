@@ -19,6 +19,8 @@ OF_DOCUMENTS = {
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
 PREDICT_LABELS = (TaskKind.classification.name, TaskKind.token_classification.name)
+OF_NEXT_TOKENS = (TaskKind.causal_lm.name, TaskKind.preference.name, TaskKind.distillation.name)
+"""Tasks of causal language models."""
 OF_HIDDEN_TEXT = (TaskKind.masked_lm.name, TaskKind.denoise.name)
 """Tasks that hide part of plain text and predict it."""
 WRITES = tuple(kind.name for kind in (TaskKind.seq2seq, TaskKind.denoise, TaskKind.ctc, TaskKind.speech))
@@ -76,13 +78,15 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     if task.kind not in TaskKind.__members__:
         return
     is_by_sample = task.kind in (TaskKind.classification.name, TaskKind.regression.name)
-    if task.kind not in (TaskKind.causal_lm.name, *OF_HIDDEN_TEXT):
+    if task.kind == TaskKind.distillation.name:
+        yield from _check_distillation(model, data)
+    elif task.kind not in (TaskKind.causal_lm.name, *OF_HIDDEN_TEXT):
         if task.kind in OF_DOCUMENTS and not are_records(data):
             yield from _check_documents(task, data, OF_DOCUMENTS[task.kind])
         elif not are_records(data):
             yield f"task={task.kind}: data={data.source.name} has no records; use data=records or your own data"
         if task.kind == TaskKind.preference.name:
-            yield from _check_preference(task, model)
+            yield from _check_preference(task, model, data)
         elif model.kind is ModelKind.native:
             yield f"task={task.kind}: bigtrain's own decoder predicts text only; use +model=hf, a small network or your own"
         if model.kind is ModelKind.hf and is_by_sample and task.inputs is Inputs.features:
@@ -113,12 +117,20 @@ def _check_documents(task: TaskConfig, data: DataConfig, content: Content) -> It
         yield "data.document_mask: a sample is one document; leave it out"
 
 
-def _check_preference(task: TaskConfig, model: ModelConfig) -> Iterator[str]:
-    if task.loss.has_reference and model.adapter is None:
-        instead = "add +adapter=lora, or choose task.loss=orpo or simpo"
-        yield f"task.loss={task.loss.name} compares with the model before training, the base of adapters: {instead}"
+def _check_preference(task: TaskConfig, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+    if task.loss.has_reference and model.adapter is None and data.scores is None:
+        instead = "add +adapter=lora or data.scores=<what bigtrain score wrote>, or choose task.loss=orpo or simpo"
+        yield f"task.loss={task.loss.name} compares with the model before training: {instead}"
     if model.kind is ModelKind.own:
         yield "task=preference: needs a causal language model: bigtrain's own or +model=hf"
+
+
+def _check_distillation(model: ModelConfig, data: DataConfig) -> Iterator[str]:
+    """Find what no teacher says anything of."""
+    if data.scores is None:
+        yield "task=distillation: learns what a teacher said; add data.scores=<what bigtrain score what=logits wrote>"
+    if model.kind is ModelKind.own:
+        yield "task=distillation: needs a causal language model: bigtrain's own or +model=hf"
 
 
 def _check_class_weights(task: TaskConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import read_json
 from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
-from bigtrain.run.data import HELD_OUT, elsewhere, open_data, open_set, sets_of
+from bigtrain.run.data import HELD_OUT, add_scores, elsewhere, open_data, open_set, set_name, sets_of
 from bigtrain.run.directory import FACTS_FILE, find_whole, label_names, locate, read_config
 from bigtrain.run.frozen import load_state
 from bigtrain.run.validation import Measured, validate
@@ -37,23 +37,33 @@ def opened(path: Path, *, batches: int | None = None) -> Iterator[tuple[TrainCon
     Validations have ``batches`` global batches, by default as many as the run's own. CheckpointError: no checkpoint.
     ConfigError: it is of no use in this world.
     """
-    info = RankInfo.from_env()
-    log.setup(info.rank)
+    log.setup(RankInfo.from_env().rank)
     directory, _ = locate(path)
     config = read_config(directory)
-    # The engine does not matter to the numbers; this one needs the least memory.
-    engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     every_steps, batches = config.validation.every_steps or 1, batches or config.validation.batches
     validation = dataclasses.replace(config.validation, batches=batches, every_steps=every_steps)
+    config = dataclasses.replace(config, validation=validation)
+    with in_group(config) as fitted:
+        yield fitted, directory
+
+
+@contextlib.contextmanager
+def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
+    """Give a configuration with which the ranks of this world compute without training, within a process group.
+
+    ConfigError: it is of no use in this world.
+    """
+    info = RankInfo.from_env()
+    # The engine does not matter to the numbers; this one needs the least memory.
+    engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     train = dataclasses.replace(config.train, micro_batch_size=None)
-    config = dataclasses.replace(config, engine=engine, validation=validation, train=train)
-    config = fit_micro_batch(config, info.world_size)
+    config = fit_micro_batch(dataclasses.replace(config, engine=engine, train=train), info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     if not dist.is_initialized():
         init_process_group(info, pick_device(info))
     try:
-        yield config, directory
+        yield config
     except BaseException:
         if info.world_size == 1:  # with other ranks, a collective could wait for ever
             shut_down()
@@ -113,4 +123,6 @@ def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | No
         other: open_set(config, section, where=where, tokenizer=tokenizer, label_names=label_names(run), facts=facts)
         for other, section in data.items()
     }
+    for other, stream in found.items():
+        add_scores(config, "data" if part else set_name(which, other), stream)
     return {"": next(iter(found.values()))} if part or name else found

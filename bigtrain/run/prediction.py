@@ -5,10 +5,8 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
@@ -27,18 +24,13 @@ from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import ConfigError
-from bigtrain.files import read_json, write_anew
-from bigtrain.log import get_logger
 from bigtrain.run.directory import label_names
 from bigtrain.run.evaluation import load_engine, opened
 from bigtrain.run.inputs import list_images, open_inputs
+from bigtrain.run.parts import make_parts
 from bigtrain.run.validation import writing_of
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Wanted
-from bigtrain.telemetry.text import format_duration
-
-REQUEST_FILE = "request.json"
-_SAY_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +120,7 @@ def predict_file(
     if out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"out={out}: name a file that ends with .jsonl or .csv")
     with _opened(path, inputs, wanted, batch_size) as job:
-        num_rows, rank, world_size = job.records.num_rows, job.engine.mesh.rank, job.engine.mesh.size
+        num_rows = job.records.num_rows
         request = {
             "inputs": str(job.files) if job.files else hash_file(inputs),
             "weights": hash_file(job.checkpoint / MANIFEST_FILE),
@@ -136,23 +128,17 @@ def predict_file(
             "batch_size": str(batch_size),
             "part_rows": str(part_rows),
         }
-        parts = [Path(f"{out}.parts", f"{n:08d}{out.suffix}") for n in range(math.ceil(num_rows / part_rows))]
-        todo = on_rank0(partial(_begin, out, parts, request))
-        begin = said = time.monotonic()
-        for first in range(0, len(todo), world_size):
-            now = todo[first : first + world_size]
-            mine = now[rank] if rank < len(now) else len(parts)
-            rows = np.arange(mine * part_rows, min((mine + 1) * part_rows, num_rows))
-            if answers := job.answers(rows, most_rows=min(part_rows, num_rows)):
-                write_anew(parts[mine], encode(answers, out.suffix, with_header=mine == 0))
-            if time.monotonic() - said > _SAY_EVERY_SECONDS:
-                said, num_done = time.monotonic(), first + len(now)
-                left = format_duration((len(todo) - num_done) * (said - begin) / num_done)
-                rate = num_done * part_rows / (said - begin)
-                told = f"{num_done} of {len(todo)} parts of {part_rows:,}, {rate:,.0f} rows/s, {left} left"
-                get_logger().info(told)
-        dist.barrier()  # until every rank has written its last part
-        on_rank0(partial(_join, out, parts))
+        parts = {
+            Path(f"{out}.parts", f"{number:08d}{out.suffix}"): range(first, min(first + part_rows, num_rows))
+            for number, first in enumerate(range(0, num_rows, part_rows))
+        }
+
+        def make(rows: range | None) -> str:
+            answers = job.answers(np.array(rows or [], dtype=np.int64), most_rows=min(part_rows, num_rows))
+            return encode(answers, out.suffix, with_header=bool(rows) and rows.start == 0)
+
+        make_parts(out, parts, request, make)
+        on_rank0(partial(_join, out, list(parts)))
     return num_rows
 
 
@@ -161,36 +147,14 @@ def encode(answers: list[dict[str, Any]], suffix: str, *, with_header: bool) -> 
     if suffix == ".jsonl":
         return "".join(f"{json.dumps(answer, ensure_ascii=False)}\n" for answer in answers)
     text = io.StringIO()
+    if not answers:
+        return ""
     writer = csv.DictWriter(text, list(answers[0]), lineterminator="\n")
     if with_header:
         writer.writeheader()
     lists = (list, dict)
     writer.writerows({k: json.dumps(v) if isinstance(v, lists) else v for k, v in answer.items()} for answer in answers)
     return text.getvalue()
-
-
-def _begin(out: Path, parts: list[Path], request: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of the parts that are still to be made.
-
-    ConfigError: the output exists, or parts of another request.
-    """
-    if out.exists():
-        raise ConfigError(f"out={out}: exists already; name another file, or remove it")
-    try:
-        parts[0].parent.mkdir(parents=True, exist_ok=True)
-        before = read_json(parts[0].parent / REQUEST_FILE)
-        if before and before != request:
-            changed = ", ".join(key for key in request if before.get(key) != request[key])
-            raise ConfigError(
-                f"{parts[0].parent} has parts of other predictions ({changed}); remove it, or name another out"
-            )
-        write_anew(parts[0].parent / REQUEST_FILE, json.dumps(request))
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error}") from error
-    todo = [number for number, part in enumerate(parts) if not part.exists()]
-    if len(todo) < len(parts):
-        get_logger().info(f"{len(parts) - len(todo)} of {len(parts)} parts are there already")
-    return todo
 
 
 def _join(out: Path, parts: list[Path]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from bigtrain.checkpoint.store import step_of
 from bigtrain.config import ModelKind, TaskKind
+from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.engine.state import MODEL, whole_entry
@@ -44,7 +45,7 @@ def sample_run(
     """
     run, checkpoint = find_whole(path)
     config = read_config(run)
-    if config.task.kind in set(TaskKind.__members__) - {TaskKind.causal_lm.name, TaskKind.preference.name}:
+    if config.task.kind in set(TaskKind.__members__) - set(OF_NEXT_TOKENS):
         raise ConfigError(f"{run}: task={config.task.kind} writes no text; only a causal language model does")
     tokenizer = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,7 @@ from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.contrastive import Contrastive
 from bigtrain.tasks.ctc import CTC
+from bigtrain.tasks.distillation import Distillation
 from bigtrain.tasks.masked_lm import MaskedLM
 from bigtrain.tasks.multi_label import MultiLabel
 from bigtrain.tasks.preference import Preference
@@ -35,6 +36,10 @@ def build_objective(config: TaskConfig) -> Objective:
             return Seq2Seq(hears=config.kind == TaskKind.speech.name)
         case TaskKind.preference.name:
             return Preference(loss=config.loss, beta=config.beta, margin=config.margin)
+        case TaskKind.distillation.name:
+            return Distillation(
+                divergence=config.divergence, weight=config.teacher_weight, temperature=config.teacher_temperature
+            )
         case TaskKind.contrastive.name:
             return Contrastive(temperature=config.temperature, is_symmetric=config.symmetric)
         case TaskKind.ctc.name:

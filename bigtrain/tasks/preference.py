@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bigtrain.config import PreferenceLoss
 from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.scoring import LOG_PROBABILITIES, log_probabilities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,8 @@ class Preference:
     @property
     def fields(self) -> Mapping[str, Field]:
         tokens, targets = Field(torch.int64, ("T",)), Field(torch.int64, ("T",), ignored=IGNORE_INDEX)
-        return {"chosen": tokens, "chosen_targets": targets, "rejected": tokens, "rejected_targets": targets}
+        pair = {"chosen": tokens, "chosen_targets": targets, "rejected": tokens, "rejected_targets": targets}
+        return {**pair, LOG_PROBABILITIES: Field(torch.float32, (2,), is_optional=True)}  # of the reference
 
     @property
     def sums(self) -> Mapping[str, tuple[int, ...]]:
@@ -50,31 +52,30 @@ class Preference:
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed loss in nats and the sums of which metrics are made."""
-        chosen_BT, chosen_targets_BT, rejected_BT, rejected_targets_BT = tensors
+        chosen_BT, chosen_targets_BT, rejected_BT, rejected_targets_BT, *scored_B2 = tensors
         length = max(chosen_BT.shape[1], rejected_BT.shape[1])
         tokens = torch.cat([F.pad(t, (0, length - t.shape[1])) for t in (chosen_BT, rejected_BT)])
         targets = torch.cat(
             [F.pad(t, (0, length - t.shape[1]), value=IGNORE_INDEX) for t in (chosen_targets_BT, rejected_targets_BT)]
         )
         reference_2B: Tensor | float = 0.0
-        if self.loss.has_reference:
+        if self.loss.has_reference and scored_B2:
+            reference_2B = self._scores(scored_B2[0].T.flatten(), targets)
+        elif self.loss.has_reference:
             with torch.no_grad(), without_adapters(network):
-                reference_2B = self._scores(network, tokens, targets)
-        scores_2B = self._scores(network, tokens, targets)
+                reference_2B = self._scores(log_probabilities(network(tokens), targets), targets)
+        scores_2B = self._scores(log_probabilities(network(tokens), targets), targets)
         losses_B, rewards_2B = self._losses(scores_2B, reference_2B)
         counts_B = (targets != IGNORE_INDEX).any(dim=1).view(2, -1).all(dim=0)
         margins_B = (rewards_2B[0] - rewards_2B[1]).where(counts_B, 0)
         sums = [counts_B.sum(), (margins_B > 0).sum(), margins_B.sum(), *rewards_2B.where(counts_B, 0).sum(dim=1)]
         return torch.stack([losses_B.where(counts_B, 0).sum(), *(value.float() for value in sums)])
 
-    def _scores(self, network: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-probability of each answer, its mean over tokens where the loss is of means: fp32 ``(2, B)``."""
-        logits = network(tokens)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
-        scores = -nats.sum(dim=1)
+    def _scores(self, nats: Tensor, targets: Tensor) -> Tensor:
+        """Return log-probabilities of answers, ``(2 * B,)``, as means over tokens where the loss is of means: ``(2, B)``."""
         if self.loss is not PreferenceLoss.dpo:
-            scores = scores / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
-        return scores.view(2, -1)
+            nats = nats / (targets != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+        return nats.view(2, -1)
 
     def _losses(self, scores_2B: Tensor, reference_2B: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the loss of each pair, and the rewards of its answers, which have no gradient."""

@@ -96,7 +96,7 @@ def test_killed_it_goes_on_where_it_was(place: Path):
         running.wait_until(lambda: len(list(parts.glob("*.jsonl"))) > 3)
     num_done = len(list(parts.glob("*.jsonl")))
     assert num_done < 600 and not (place / "many.jsonl").exists()
-    assert "has parts of other predictions (wanted)" in predict(place, *args, "top_k=2", code=2)
+    assert "has parts of another request (wanted)" in predict(place, *args, "top_k=2", code=2)
     marked = {"label": "made before the kill"}
     (parts / "00000001.jsonl").write_text(f"{json.dumps(marked)}\n" * 2)
     said = predict(place, *args, world_size=2)

@@ -19,6 +19,7 @@ from bigtrain.data.read.documents import document_samples
 from bigtrain.data.read.live import LiveParts, LiveSamples
 from bigtrain.data.read.packing import AnySplit, BestFitSamples, build_packing, no_samples, packing_for
 from bigtrain.data.read.records import RecordSplit
+from bigtrain.data.read.scores import Scores
 from bigtrain.errors import DataError
 
 WINDOW_SHARDS = 8  # shards that data which has to be fetched is shuffled within, unless configured otherwise
@@ -104,6 +105,7 @@ class SampleStream:
     tokenizer_directory: Path | None = None  # with its index; None without text
     label_names: Sequence[str] = ()  # of the labels that are predicted, where they have names
     collation: Collation | None = None  # what the task does to samples
+    scores: Scores | None = None  # columns beside the samples
 
     def __init__(
         self,
@@ -184,6 +186,11 @@ class SampleStream:
         return sum(component.num_samples for component in self._list)
 
     @property
+    def num_ids(self) -> int:
+        """Numbers of samples, those that are left out too."""
+        return int(self._ends[-1])
+
+    @property
     def num_left_out(self) -> int:
         """Samples without a target that counts, so far as they are known."""
         return sum(component.num_left_out for component in self._list)
@@ -221,7 +228,9 @@ class SampleStream:
         """Return samples, int64 ``(N,)``, as they are at positions of the run, in validation at their ids."""
         positions = sample_ids if positions is None else positions
         samples = self._gather(sample_ids, positions)
-        return build_batch(samples if self.collation is None else self.collation.apply(samples, positions))
+        if self.collation is not None:
+            samples = self.collation.apply(samples, positions)
+        return build_batch(samples if self.scores is None else Samples(samples | self.scores(sample_ids)))
 
     def _gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
         if len(self._list) == 1:
@@ -238,6 +247,11 @@ class SampleStream:
         self.collation = collation
         self.content = f"{self.content} {collation.told}"
         self.is_full = False
+
+    def scored(self, scores: Scores) -> None:
+        """From now on give these columns with all samples."""
+        self.scores = scores
+        self.content = f"{self.content} {scores}"
 
     def prefetch(self, samples: int) -> None:
         counts = self.mixture.counts(self._position(samples)) if self.is_remote else []

@@ -1,0 +1,167 @@
+"""Columns that a model writes beside samples: transformers' numbers at any world size and after a kill, read by training."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bigtrain.config import Content, DataConfig, DataSource, Divergence, EngineKind, Packing, Scored, TaskConfig
+from bigtrain.config.check import check, resolve
+from bigtrain.data.read.scores import SCORES_FILE
+from bigtrain.errors import BigtrainError
+from bigtrain.run.data import open_data
+from bigtrain.run.scoring import Request, score_run
+from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.distillation import Distillation
+from bigtrain.testing.parity import Case, compare, configure, trace
+from bigtrain.testing.ranks import run_ranks
+from tests.distributed.launches import LAUNCH, Launch, fork
+from tests.distributed.ranks import small_config
+
+ENGINES = ("ddp", "fsdp", "zero2", "zero3")
+SHAPE = {"vocab_size": 264, "max_positions": 96}
+ARGS = [
+    *("+model=gpt_nano", "model.num_layers=2", "model.hidden_dim=24", "model.num_heads=3", "model.vocab_size=264"),
+    *("model.max_positions=96", "data=jsonl", "data.tokenizer=bytes", "batch_size=3", "part_samples=7"),
+]
+PAIRS = [*ARGS, "task=preference", "data.content=preference", "data.path=pairs.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with pairs of answers, questions with answers, and a published model."""
+    place = tmp_path_factory.mktemp("score")
+    rows = [
+        {"prompt": f"say {n}", "chosen": f"{n}, gladly" * (n % 3 + 1), "rejected": "no" * (n % 5 + 1)}
+        for n in range(60)
+    ]
+    (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    answers = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in rows]
+    (place / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in answers))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    llama = transformers.LlamaConfig(**shape, vocab_size=264, max_position_embeddings=96, initializer_range=0.3)
+    transformers.LlamaForCausalLM(llama).save_pretrained(place / "llama")
+    return place
+
+
+def configuration(place, task, content):
+    config = small_config("ddp", model=SHAPE)
+    path = str(place / ("pairs.jsonl" if content is Content.preference else "answers.jsonl"))
+    config.data = DataConfig(source=DataSource.jsonl, path=path, root=str(place / "data"), content=content)
+    config.data.tokenizer, config.task = "bytes", task
+    if content is Content.pairs:
+        config.data.packing = Packing.best_fit
+    return resolve(config)
+
+
+def by_transformers(place, samples, name):
+    """Return the log-probability of the answers of pairs."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    tokens, targets = samples[name], samples[f"{name}_targets"]
+    with torch.no_grad():
+        log_p = model(tokens).logits.log_softmax(dim=-1)
+    return (log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets != IGNORE_INDEX)).sum(dim=1)
+
+
+@pytest.mark.parametrize("world_sizes", [(1, 2), pytest.param((3, 4), marks=pytest.mark.slow)])
+def test_log_probabilities_are_those_of_transformers_on_any_number_of_ranks(place, world_sizes):
+    config = configuration(place, TaskConfig(kind="preference"), Content.preference)
+    for world_size in world_sizes:
+        done = fork("score.py", *PAIRS, "by=llama", f"out=of{world_size}", cwd=place, world_size=world_size)
+        assert done.code == 0 and f"of{world_size}: 60 samples" in done.out, done.err
+        for side, stream in open_data(config).items():
+            samples = stream.gather(np.arange(stream.num_ids))
+            expected = torch.stack([by_transformers(place, samples, name) for name in ("chosen", "rejected")], dim=1)
+            found = np.load(place / f"of{world_size}" / f"{side}.log_probabilities.npy")
+            assert found.dtype == np.float32 and np.allclose(found, expected, rtol=1e-6, atol=1e-5)
+    assert not list(place.glob("*.parts"))
+
+
+def test_killed_it_goes_on_where_it_was(place):
+    args = [*(arg for arg in PAIRS if "part_" not in arg), "by=llama", "out=killed", "part_samples=1"]
+    parts = place / "killed.parts"
+    with Launch([sys.executable, str(LAUNCH / "score.py"), *args], place) as running:
+        running.wait_until(lambda: len(list(parts.glob("*.npz"))) > 3)
+    num_done = len(list(parts.glob("*.npz")))
+    assert num_done < 60 and not (place / "killed").exists()
+    done = fork("score.py", *args, "task.loss=ipo", "what=embeddings", cwd=place)
+    assert done.code == 2 and "has parts of another request (what)" in done.err
+    marked = np.full((1, 2), 7, dtype=np.float32)
+    np.savez(parts / "train-00000001.npz", log_probabilities=marked)
+    done = fork("score.py", *args, cwd=place, world_size=2)
+    assert f"{num_done} of 60 parts are there already" in done.out + done.err
+    found, whole = (np.load(place / name / "train.log_probabilities.npy") for name in ("killed", "of1"))
+    assert (found[1] == marked).all() and np.allclose(np.delete(found, 1, 0), np.delete(whole, 1, 0), atol=1e-5)
+    assert "exists already" in fork("score.py", *args, cwd=place).err
+
+
+def traces(configs, engines, world_size):
+    return [
+        [trace(configure(config, Case(EngineKind[engine], world_size, 2))) for engine in engines] for config in configs
+    ]
+
+
+def traces_of_means(config):
+    """Train with a divergence that is a mean over the micro-batch, as others have it."""
+    whole = Distillation.__call__
+    Distillation.__call__ = lambda self, *args: (sums := whole(self, *args)) * (8 / sums[1].detach().clamp(min=1))
+    try:
+        return trace(configure(config, Case(EngineKind.ddp, 2, 1)))
+    finally:
+        Distillation.__call__ = whole
+
+
+def test_objectives_that_read_them_are_equal_under_every_engine(place):
+    reference = configuration(place, TaskConfig(kind="preference"), Content.preference)
+    forward = configuration(place, TaskConfig(kind="distillation"), Content.pairs)
+    task = TaskConfig(kind="distillation", divergence=Divergence.reverse, teacher_temperature=2.0, teacher_weight=0.8)
+    llama, top_16 = str(place / "llama"), Request(top_k=16)
+    assert score_run(reference, None, place / "reference", Request()) == 60
+    score_run(forward, llama, place / "teacher", top_16)
+    reference.data.scores, forward.data.scores = str(place / "reference"), str(place / "teacher")
+    configs = [reference, forward, dataclasses.replace(forward, task=task)]
+    assert all(check(config, world_size=2, local_world_size=2) == [] for config in configs)
+    expected = [found[0] for found in run_ranks(traces, 1, configs, ["ddp"], 1)[0]]
+    assert expected[0].losses[0] == pytest.approx(0.6931472, abs=1e-6), "the model begins as its own reference"
+    for world_size, engines in ((2, ENGINES), (3, ("fsdp",))):
+        found = run_ranks(traces, world_size, configs, engines, world_size, timeout_seconds=280)[0]
+        for config, whole, by_engine in zip(configs, expected, found, strict=True):
+            for engine, trajectory in zip(engines, by_engine, strict=True):
+                difference = compare(trajectory, whole)
+                where = config.task, engine, world_size, difference
+                assert difference.loss <= 1e-5 and difference.grad_norm <= 1e-5, where
+    assert compare(run_ranks(traces_of_means, 2, forward)[0], expected[1]).loss > 1e-3
+
+
+def test_what_does_not_fit_is_a_sentence(place):
+    config = configuration(place, TaskConfig(kind="preference"), Content.preference)
+    config.data.scores = str(place / "of1")
+    stream = open_data(config)["train"]
+    assert stream.gather(np.arange(3))["log_probabilities"].shape == (3, 2)
+    assert (
+        stream.content
+        != open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, scores=None)))["train"].content
+    )
+    index = json.loads((place / "of1" / SCORES_FILE).read_text())
+    assert index["model"]["origin"] == "llama" and len(index["model"]["weights"]) == 32
+    for changes, told in (
+        ({"scores": str(place)}, "has no scores.json; bigtrain score out="),
+        ({"sequence_length": 48}, "other samples were scored .* than those of train"),
+        ({"validation_fraction": 0.3}, "other samples were scored"),
+    ):
+        with pytest.raises(BigtrainError, match=told):
+            open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
+    (place / "of1" / "train.log_probabilities.npy").write_bytes(
+        (place / "of2" / "train.log_probabilities.npy").read_bytes()[:-1] + b"\1"
+    )
+    with pytest.raises(BigtrainError, match="is not what was written; score again"):
+        open_data(config)
+    for task, told in (("masked_lm", "its samples are not scored"), ("classification", "is not offered with")):
+        with pytest.raises(BigtrainError, match=told):
+            other = dataclasses.replace(config, task=TaskConfig(kind=task))
+            score_run(other, None, place / "never", Request(what=Scored.log_probabilities))
