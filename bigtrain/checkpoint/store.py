@@ -286,9 +286,6 @@ def _best(found: list[Path]) -> list[Path]:
     return [*unreadable, *([min(values, key=values.__getitem__)] if values else [])]
 
 
-# For the command line
-
-
 @dataclass(frozen=True, slots=True)
 class Listed:
     """One directory among the checkpoints of a run."""

@@ -117,9 +117,6 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
     return Exported(checkpoint, sum(math.prod(part.shape) for part in parts), has_tokenizer=tokenizer is not None)
 
 
-# What is written
-
-
 def _native(
     run_config: TrainConfig,
     run: Path,
@@ -269,9 +266,6 @@ def _add_mask_token(run: Path, directory: Path, config: TrainConfig) -> str | No
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# How it is written
 
 
 def _write_weights(directory: Path, parts: list[Part], max_shard_bytes: int, name: str) -> None:

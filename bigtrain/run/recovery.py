@@ -148,9 +148,6 @@ def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
     return Start(origin, seed, origin.weights_only)
 
 
-# Where a run stands by its validations, and whether to train on
-
-
 def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
     """Return the standing that a launch begins with: the checkpoint's, unless it is by another metric."""
     objective, metric = build_objective(config.task), config.validation.metric

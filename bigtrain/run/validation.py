@@ -101,9 +101,6 @@ def _add_up(
     return engine.mesh.total(total)
 
 
-# What a model writes of sources or speech
-
-
 def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
     """Return source, target and what was written of the first samples, in order, on rank 0; all ranks call this."""
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
@@ -170,9 +167,6 @@ def writing_of(directory: Path | None, config: TrainConfig) -> Writing:
 
 def _until(ids: list[int], end: int | None) -> list[int]:
     return list(takewhile(lambda token: token not in (end, IGNORE_INDEX), ids))
-
-
-# What a classifier gets wrong
 
 
 def write_classification(

@@ -162,9 +162,6 @@ def memory_facts(device: torch.device) -> dict[str, Any]:
     return {"total": total, "free": free, "reserved by this process": held, "peak in use": peak}
 
 
-# Out of memory
-
-
 _SMALLER = 0.85  # suggest settings that need at most this share of the estimate of the run that did not fit
 
 

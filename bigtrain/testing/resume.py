@@ -124,9 +124,6 @@ def verify_resume(
     )
 
 
-# Launches
-
-
 def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig, TrainConfig, TrainConfig]:
     """Return the configurations of the three launches; the schedule stays that of the user's run."""
     last = plan.before + plan.after
@@ -230,9 +227,6 @@ def _die(config: TrainConfig, root: Path) -> None:
         time.sleep(0.01)
     (root / MARKER_FILE).touch()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-# Comparison
 
 
 @dataclass(frozen=True, slots=True)

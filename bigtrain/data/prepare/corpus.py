@@ -107,9 +107,6 @@ def prepare_components(data: DataConfig, *, progress: bool) -> Iterator[tuple[st
             yield name, prepare_images(part, progress=progress)
 
 
-# Where
-
-
 class _Target(NamedTuple):
     directory: Path
     identity: str
@@ -156,9 +153,6 @@ def _check(directory: Path, config: DataConfig, identity: str | None = None) -> 
     if verify is Verify.full:
         verify_hashes(directory, index)
     return directory
-
-
-# What
 
 
 def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:

@@ -255,9 +255,6 @@ def _nothing(config: DataConfig, path: Path, left_out: LeftOut) -> str:
     return f"{what}; not read: {told}; others are read by a pattern such as data.path='*.json'" if told else what
 
 
-# Directories and patterns
-
-
 def _files_below(
     root: Path, suffixes: tuple[str, ...], left_out: LeftOut, ignored: frozenset[str] = frozenset()
 ) -> list[SourceFile]:
@@ -330,9 +327,6 @@ def _children(place: Path, part: str, left_out: LeftOut) -> list[Path]:
         found = [(Path(directory), names) for _, directory, names in _walk(place, defaultdict(list))]
         return [path for directory, names in found for path in (directory, *(directory / name for name in names))]
     return [place / name for name in glob.glob(part, root_dir=place)]
-
-
-# The same file under several names
 
 
 def _once(files: list[SourceFile], left_out: LeftOut) -> list[SourceFile]:

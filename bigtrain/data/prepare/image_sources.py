@@ -103,9 +103,6 @@ def _read_digits(file: Path) -> Source:
     return Source([_of_arrays(images, table[:, -1], file)], [str(digit) for digit in range(10)])
 
 
-# MNIST's files
-
-
 def _idx_files(root: Path) -> dict[str, Path]:
     """Return the files of a directory that are named as MNIST's, by ``train-images``, ``t10k-labels`` ..."""
     found = {}
@@ -149,9 +146,6 @@ def _read_array(file: Path, rank: int) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 
-# A directory per class
-
-
 def _of_directory(root: Path, path: str) -> Place:
     below = [entry.name for entry in _shown(root) if entry.is_dir()]
     train, held_out = ([name for name in below if name.lower() in names] for names in (TRAIN, HELD_OUT))
@@ -190,9 +184,6 @@ def _shown(directory: Path) -> list[Path]:
 
 def _of_files(files: Sequence[Path], labels: list[int]) -> Side:
     return Side(np.array(labels, dtype=np.int64), lambda i: files[i], lambda i: str(files[i]))
-
-
-# Parquet
 
 
 def _read_parquet(files: list[Path], path: str) -> Source:

@@ -129,9 +129,6 @@ def _statistics(pixels: NDArray[np.uint8], rows: NDArray[np.int64]) -> tuple[lis
     return mean.tolist(), np.where(deviation > 0, deviation, 1.0).tolist()
 
 
-# Decoding
-
-
 def _decoded(source: Source, config: DataConfig, shape: _Shape) -> Iterator[NDArray[np.uint8] | None]:
     """Yield pixels ``(H, W, C)`` in order; None for what cannot be decoded and is left out."""
 

@@ -157,9 +157,6 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {error}" + (f"; it begins as {what}" if what else "")) from error
 
 
-# Text
-
-
 def _python_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iterator[Document]:
     raw = file.path.read_bytes()
     try:
