@@ -23,7 +23,7 @@ import numpy as np
 from bigtrain.config import DataConfig
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.encoder import fast_encoder
-from bigtrain.data.prepare.sources import iterate_documents
+from bigtrain.data.prepare.sources import read_part, source_parts
 from bigtrain.data.prepare.survey import cut
 from bigtrain.data.read.tokenizer import load_tokenizer
 
@@ -39,7 +39,8 @@ def timed(clock: Callable[[], float], function: Callable[[], Any]) -> tuple[floa
 def encoding(corpus: Path, text_mb: float, rounds: int) -> None:
     tokenizer = load_tokenizer(corpus)
     fast, texts, num_bytes = fast_encoder(tokenizer), [], 0
-    for document in iterate_documents(DataConfig()):
+    config = DataConfig()
+    for document in (document for part in source_parts(config) for document in read_part(config, part)):
         if num_bytes < text_mb * 1e6:
             texts += cut(document.text)
             num_bytes += len(document.text.encode())

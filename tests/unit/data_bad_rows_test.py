@@ -15,9 +15,10 @@ from bigtrain.config import Content, DataConfig, DataSource, OnBad, TrainConfig
 from bigtrain.config.check import ignored_settings
 from bigtrain.data.prepare import live
 from bigtrain.data.prepare.corpus import prepare
-from bigtrain.data.prepare.sources import iterate_documents, read_part, source_fingerprint, source_parts
+from bigtrain.data.prepare.sources import read_part, source_fingerprint, source_parts
 from bigtrain.data.read.dropped import Dropped
 from bigtrain.errors import DataError
+from tests.documents import iterate_documents
 
 
 def config_of(source, path, **changes):

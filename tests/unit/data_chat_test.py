@@ -9,9 +9,9 @@ from bigtrain.config import Content, DataConfig, DataSource
 from bigtrain.data.prepare.chat import chat_of
 from bigtrain.data.prepare.chat_forms import read_row
 from bigtrain.data.prepare.corpus import prepare
-from bigtrain.data.prepare.sources import iterate_documents
 from bigtrain.data.read.index import read_index
 from bigtrain.errors import DataError
+from tests.documents import iterate_documents
 
 SAMPLE = ["the cat sat on a mat", "what is the weather", "it is cold", "user assistant system model", "seven eggs"] * 9
 LLAMA = """\

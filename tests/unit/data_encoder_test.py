@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from bigtrain.config import DataConfig, DataSource
 from bigtrain.data.prepare.encoder import agrees, fast_encoder, slow_encoder
-from bigtrain.data.prepare.sources import iterate_documents, source_parts
+from bigtrain.data.prepare.sources import source_parts
 from bigtrain.data.prepare.survey import cut
 from bigtrain.data.read.tokenizer import END_OF_TEXT, build_tokenizer
+from tests.documents import iterate_documents
 
 SAMPLE = ["def add(a, b):\n    return a + b\n", "class Thing:\n\tpass\r\n", "naïve café — 東京 🙂 aaaa bbbbb\n"] * 20
 LLAMA3_PATTERN = (

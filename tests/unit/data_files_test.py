@@ -14,8 +14,9 @@ from bigtrain.config import DataConfig, DataSource, OnBad
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.prepare.files import find_files, tell_left_out
 from bigtrain.data.prepare.live import read_plan
-from bigtrain.data.prepare.sources import iterate_documents, source_fingerprint
+from bigtrain.data.prepare.sources import source_fingerprint
 from bigtrain.errors import DataError
+from tests.documents import iterate_documents
 
 
 def config_of(source, path, **changes):

@@ -9,8 +9,9 @@ from pyarrow import parquet
 
 from bigtrain.config import Content, DataConfig, DataSource
 from bigtrain.data.prepare.records import Document
-from bigtrain.data.prepare.sources import iterate_documents, read_part, source_fingerprint, source_parts
+from bigtrain.data.prepare.sources import read_part, source_fingerprint, source_parts
 from bigtrain.errors import DataError
+from tests.documents import iterate_documents
 
 
 def read(source, path=None, **changes):

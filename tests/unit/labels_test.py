@@ -9,13 +9,13 @@ import pytest
 
 from bigtrain.config import Content, DataConfig, DataSource, Inputs, OnBad
 from bigtrain.data.prepare.corpus import prepare
-from bigtrain.data.prepare.sources import iterate_documents
 from bigtrain.data.read.corpus import Corpus
 from bigtrain.data.read.documents import DocumentSamples, PairSamples
 from bigtrain.data.read.index import LabelKind, read_index
 from bigtrain.data.streams import require_labels
 from bigtrain.errors import DataError
 from bigtrain.tasks.classification import Classification
+from tests.documents import iterate_documents
 
 WORDS = ["red", "green", "blue"]
 NUM_BYTES_IDS = 257

@@ -4,7 +4,7 @@ import glob
 import gzip
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,11 +156,10 @@ def _of_directory(root: Path, path: str) -> Place:
     if not classes:
         raise DataError(f"data.path={path}: {tops[0]} has no directories; data=images reads one of images per class")
     found = [_class_files(top, classes) for top in tops]
-    sides = [_of_files(files, labels) for files, labels in found]
-    return Place([file for files, _ in found for file in files], lambda: Source(sides, classes))
+    return Place([file for files, _ in found for file in files], lambda: Source([side for _, side in found], classes))
 
 
-def _class_files(top: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
+def _class_files(top: Path, classes: list[str]) -> tuple[list[Path], Side]:
     files: list[Path] = []
     labels: list[int] = []
     for entry in _shown(top):
@@ -175,15 +174,11 @@ def _class_files(top: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
             raise DataError(f"{entry}: a class without an image; remove the directory, or fill it")
         files += sorted(inside)
         labels += [classes.index(entry.name)] * len(inside)
-    return files, labels
+    return files, Side(np.array(labels, dtype=np.int64), lambda i: files[i], lambda i: str(files[i]))
 
 
 def _shown(directory: Path) -> list[Path]:
     return sorted(entry for entry in directory.iterdir() if not entry.name.startswith((".", "__MACOSX")))
-
-
-def _of_files(files: Sequence[Path], labels: list[int]) -> Side:
-    return Side(np.array(labels, dtype=np.int64), lambda i: files[i], lambda i: str(files[i]))
 
 
 def _read_parquet(files: list[Path], path: str) -> Source:

@@ -39,12 +39,6 @@ _LABELLED_CHARACTERS = 500
 _PACKAGE_BYTES = 120_000
 
 
-def iterate_documents(config: DataConfig) -> Iterator[Document]:
-    """Yield every document of the source, in an order fixed by names and positions."""
-    for part in source_parts(config):
-        yield from read_part(config, part)
-
-
 def source_parts(config: DataConfig) -> list[Part]:
     """Return the parts of the source, a few MB each where it can be divided; DataError if it cannot be read."""
     if config.source is DataSource.datasets:
