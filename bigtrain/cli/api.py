@@ -53,17 +53,10 @@ class Run:
 def train(*overrides: str, network: Any = None, objective: Any = None, data: Any = None) -> Run:
     """Train, or continue a run, as ``bigtrain train <overrides>`` does; under torchrun on all ranks.
 
-    Args:
-        overrides: ``+model=gpt_nano``, ``train.steps=200``, ``data=text``, ...
-        network: in place of ``+model``: a function that builds a module, or a dataclass with ``build()``.
-        objective: in place of ``task``: a :class:`bigtrain.tasks.base.Objective`.
-        data: in place of ``data``: a map-style data set.
-
-    Returns:
-        The run; ``ended()`` says whether it is finished, or stopped and resumable.
-
-    Raises:
-        BigtrainError: what the command would say and exit with its ``exit_code``.
+    ``network``, in place of ``+model``, is a function that builds a module, or a dataclass with ``build()``;
+    ``objective``, in place of ``task``, a :class:`bigtrain.tasks.base.Objective`; ``data`` a map-style data set.
+    ``ended()`` of the run says whether it is finished, or stopped and resumable. BigtrainError: what the command would
+    say and exit with its ``exit_code``.
     """
     given = own_parts.given(network=network, objective=objective, data=data)
     config = hydra_cli.read_run([*own_parts.bring_in(list(overrides)), *given])
@@ -80,11 +73,7 @@ def train(*overrides: str, network: Any = None, objective: Any = None, data: Any
 
 
 def load_run(path: str | PathLike[str], *, network: Any = None, objective: Any = None, data: Any = None) -> Run:
-    """Return the run in a directory; a program that has not trained it gives the parts that it was trained with.
-
-    Raises:
-        ConfigError: there is no run.
-    """
+    """Return the run in a directory, or raise a ConfigError; other programs give the parts that it was trained with."""
     own_parts.given(network=network, objective=objective, data=data)
     if problem := hydra_cli.not_a_run(Path(path)):
         raise ConfigError(problem)
@@ -96,10 +85,8 @@ def validate(
 ) -> dict[str, float]:
     """Return step, loss and metrics of a run's newest checkpoint, or of the checkpoint at a path.
 
-    ``batches``, ``set`` and ``data.path`` of ``bigtrain validate --help`` say on what.
-
-    Raises:
-        BigtrainError: there is no whole checkpoint, or its data are gone.
+    ``batches``, ``set`` and ``data.path`` of ``bigtrain validate --help`` say on what. BigtrainError: there is no whole
+    checkpoint, or its data are gone.
     """
     from bigtrain.run.evaluation import validate_run
 
@@ -118,9 +105,7 @@ def predict(
     """Return what a run, or a checkpoint at a path, says of each input: ``label`` and ``probability``, or ``value``.
 
     ``inputs`` are arrays by column, rows, texts, or the path of a file; ``bigtrain predict --help`` has the rest.
-
-    Raises:
-        BigtrainError: there is no whole checkpoint, or the inputs do not fit its network.
+    BigtrainError: there is no whole checkpoint, or the inputs do not fit its network.
     """
     from bigtrain.run import prediction
     from bigtrain.tasks.answers import Wanted
@@ -142,11 +127,7 @@ def generate(
     top_p: float | None = 0.95,
     seed: int = 0,
 ) -> list[str]:
-    """Return continuations of ``prompt``; see :func:`bigtrain.run.sampling.sample_run`.
-
-    Raises:
-        BigtrainError: there is no whole checkpoint, or the model cannot serve a setting.
-    """
+    """Return continuations of ``prompt``; see :func:`bigtrain.run.sampling.sample_run`."""
     from bigtrain.run.sampling import sample_run
 
     return sample_run(

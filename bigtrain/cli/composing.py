@@ -30,18 +30,10 @@ TORCHRUN_OPTION = re.compile(r"--(nproc|nnodes|node[-_]rank|master|rdzv|standalo
 
 
 def compose(schema: type[T], args: list[str], *, config_name: str | None = None) -> tuple[T, dict[str, str]]:
-    """Compose ``schema`` from ``configs/<config_name>.yaml`` and the command line.
+    """Compose ``schema`` from ``configs/<config_name>.yaml`` or its defaults, and the command line.
 
-    Args:
-        schema: the dataclass to build.
-        args: settings and Hydra's options; Hydra answers ``--cfg job`` and the like and ends the process.
-        config_name: the primary file; by default the defaults of ``schema`` alone.
-
-    Returns:
-        The configuration, and the option chosen in each group.
-
-    Raises:
-        ConfigError: listing what is misspelt, missing or of the wrong type.
+    Returns the configuration, and the option chosen in each group; Hydra answers ``--cfg job`` and the like and ends
+    the process. ConfigError: lists what is misspelt, missing or of the wrong type.
     """
     if {"-m", "--multirun"} & set(args):
         raise ConfigError(

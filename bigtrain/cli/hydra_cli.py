@@ -220,8 +220,7 @@ def rank() -> int:
 def _exit_with(error: BigtrainError) -> NoReturn:
     """Print ``error`` and end the process; rank 0 first, which may have the same error.
 
-    torchrun kills all ranks as soon as one has failed: the others give rank 0 time to print, and print only what it does
-    not.
+    torchrun kills all ranks as soon as one has failed: the others give rank 0 time, and print only what it does not.
     """
     message, begin = redact(as_typed(str(error))), time.monotonic()
     number = os.environ.get("RANK") or "0"

@@ -45,10 +45,7 @@ def given(*, network: Any, objective: Any, data: Any) -> list[str]:
 
 
 def with_own_parts(args: list[str]) -> list[str]:
-    """Return ``args`` with own parts, such as ``task=ideas.focal``, as the settings that they are short for.
-
-    A package with an entry point that is named in them is imported, because it was typed.
-    """
+    """Return ``args`` with own parts, such as ``task=ideas.focal``, whose packages are imported, as settings."""
     settings = []
     for arg in args:
         key, _, value = arg.partition("=")

@@ -27,15 +27,9 @@ class Engine:
     def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
         """Run forward and backward of all micro-batches of an optimizer step; the gradients are complete then.
 
-        Args:
-            micro_batches: of this rank, at least one, on any device.
-            num_targets: of the whole optimizer step over all ranks; a 0-d tensor on ``device`` if the host does not
-                know it.
-
-        Returns:
-            The objective's sums over this rank's samples, that of the loss first: fp32 ``(1 + K,)`` on ``device``,
-                detached;
-            0-d from an objective without other sums.
+        There is at least one, on any device; ``num_targets`` are those of the whole step over all ranks, 0-d on
+        ``device`` if the host does not know them. Returns the objective's sums over this rank's samples, that of the
+        loss first: fp32 ``(1 + K,)`` on ``device``, detached; 0-d from an objective without other sums.
         """
         if not self.module.training:
             self.module.train()
@@ -47,19 +41,14 @@ class Engine:
         return total
 
     def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
-        """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients.
-
-        Return its sums.
-        """
+        """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients; return sums."""
         raise NotImplementedError
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clip the gradient, update the weights, forget the gradient.
+        """Clip the gradient, update the weights, forget the gradient; return its global norm before clipping, 0-d.
 
-        Return the gradient's global norm before clipping, 0-d.
-
-        A gradient that is not finite changes neither weights nor optimizer state, on any rank. The native engines do
-        not wait for the norm.
+        A gradient that is not finite changes neither weights nor optimizer state, on any rank; native engines do not
+        wait for the norm.
         """
         raise NotImplementedError
 

@@ -13,10 +13,7 @@ from bigtrain.models.hf.heads import HEADS
 
 
 def frozen_names(names: Iterable[str], model: ModelConfig) -> list[str]:
-    """Return the parameters that are frozen; patterns match names as they are in the model itself.
-
-    ConfigError: a pattern matches none, or all parameters are frozen.
-    """
+    """Return the parameters that are frozen by patterns of their names; ConfigError if one matches none, or all are."""
     own = {name: bare(name) for name in names}
     frozen = set(_matching(own, model.freeze, "model.freeze"))
     if model.adapter:

@@ -22,11 +22,7 @@ _compile_once = functools.cache(torch.compile)
 def sum_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, compiled: bool = False) -> Tensor:
     """Return the cross-entropy in nats of a linear projection onto the vocabulary, summed over targets: an fp32 scalar.
 
-    Args:
-        hidden_BTD: final hidden states, in the activations' dtype.
-        weight_VD: output projection.
-        targets_BT: int64 token ids; ``IGNORE_INDEX`` where a position does not count.
-        compiled: fuse what is not a matmul by ``torch.compile``.
+    Targets that are ``IGNORE_INDEX`` do not count; ``compiled`` fuses what is not a matmul by ``torch.compile``.
     """
     wants_gradients = torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(
@@ -97,10 +93,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _turn_into_gradient(logits_CP: Tensor, targets_C1: Tensor) -> Tensor:
-    """Overwrite logits by the gradient of their cross-entropy and return its sum over the targets that count.
-
-    The caller masks rows whose target does not count.
-    """
+    """Overwrite logits by the gradient of their cross-entropy, still to be masked, and return its sum over targets."""
     counts_C1, targets_C1 = targets_C1 != IGNORE_INDEX, targets_C1.clamp(min=0)
     exact_CP = logits_CP.float()
     largest_C1, target_C1 = exact_CP.amax(-1, keepdim=True), exact_CP.gather(1, targets_C1)

@@ -81,10 +81,7 @@ class ActivationBytes:
 
 
 def hf_setting(hf_config: Any, name: str) -> Any:
-    """Return a setting of a ``transformers`` configuration, or None.
-
-    Where layers differ, or only inner configurations have it, it is the largest of theirs.
-    """
+    """Return a setting of a ``transformers`` configuration, the largest of its layers or parts; None without one."""
     try:
         value = getattr(hf_config, name, None)
     except RuntimeError:  # transformers refuses to name one for all layers
@@ -104,8 +101,7 @@ def is_language_model(model: ModelConfig) -> bool:
 def native_shape(hf_config: Any) -> ModelConfig:
     """Return the resolved native shape most like that of a ``transformers`` text configuration.
 
-    A guess from what the configuration mentions: compare its parameters with the model's. A mixture of experts counts
-    as one feed-forward layer as wide as the experts that a token visits.
+    A guess: compare its parameters with the model's. Experts count as one feed-forward layer as wide as a token visits.
     """
 
     def read(default: Any, *names: str) -> Any:
@@ -142,10 +138,7 @@ def activation_bytes(
     every: int,
     numerics: Numerics,
 ) -> ActivationBytes:
-    """Return what the blocks and the final norm keep for the backward pass of a micro-batch.
-
-    Checkpointing applies to blocks 0, every, 2 * every, ...
-    """
+    """Return what the blocks and the final norm keep for the backward pass of a micro-batch."""
     num_tokens = num_sequences * sequence_length
     whole = _block_bytes_per_token(model, sequence_length, numerics)
     kept = {

@@ -49,12 +49,7 @@ class Vocabulary(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_dim))
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Return vectors for integer tokens; for vectors the logits or, with targets, their loss.
-
-        Args:
-            x: tokens ``(B, T)`` or hidden states ``(B, T, D)``. Positional: ZeRO-3's hooks ignore keywords.
-            targets_BT: see :func:`sum_cross_entropy`.
-        """
+        """Return vectors for tokens ``(B, T)``; for hidden states ``(B, T, D)`` logits or, with targets, their loss."""
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if targets_BT is None:
@@ -178,12 +173,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits ``(B, T, V)``, or the cross-entropy summed over targets in nats, an fp32 scalar.
 
-        Args:
-            tokens_BT: int64 token ids.
-            targets_BT: int64 ids to predict, -100 where none counts.
-            positions_BT: int64, from 0 in each document, within which attention then stays; by default a row is one
-                document.
-            cache: of the tokens before; the new ones are appended. For generation.
+        Targets of -100 do not count. Attention stays within documents, in each of which positions count from 0; by
+        default a row is one. ``cache``, for generation, is of the tokens before; the new ones are appended.
         """
         start = 0 if cache is None else cache[0].length
         end = start + tokens_BT.shape[1]
@@ -250,10 +241,7 @@ def rotate(x_BTXK: Tensor, rope: Tensor) -> Tensor:
 
 
 def _mask_after_cached(q_BHTK: Tensor, num_cached: int) -> Tensor | None:
-    """Return the causal mask of tokens after cached ones.
-
-    None if there are none, where attention is causal by itself.
-    """
+    """Return the causal mask of tokens after cached ones; None if there are none: attention is causal by itself."""
     if num_cached == 0:
         return None
     num_new = q_BHTK.shape[2]

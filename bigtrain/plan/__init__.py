@@ -14,14 +14,9 @@ __all__ = ["Estimate", "Machine", "Report", "available_bytes", "estimate", "pref
 def preflight(
     config: TrainConfig, *, world_size: int, local_world_size: int, device_type: str, precision: Precision
 ) -> Report:
-    """Estimate the memory of a run and compare it with this machine's.
+    """Estimate the memory of a run and compare it with this machine's; ConfigError if its model cannot be read.
 
-    Args:
-        device_type: ``cuda`` (the current device is asked) or ``cpu``.
-        precision: what ``engine.precision`` comes to on this device.
-
-    Raises:
-        ConfigError: a Hugging Face model cannot be read.
+    ``device_type`` is ``cuda`` (the current device is asked) or ``cpu``, ``precision`` what it comes to there.
     """
     available_host = available_bytes("cpu", local_world_size)
     available = available_host if device_type == "cpu" else available_bytes(device_type, local_world_size)

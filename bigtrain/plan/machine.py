@@ -18,10 +18,7 @@ class Machine:
 
 
 def available_bytes(device_type: str, local_world_size: int) -> int:
-    """Return the memory of one rank: its GPU's free memory, or its share of the host's.
-
-    Of the host, that is what it could give without swapping, or less if a control group says so.
-    """
+    """Return the memory of one rank: its GPU's, or its share of what host and control group give without swapping."""
     if device_type == "cuda":
         import torch
 

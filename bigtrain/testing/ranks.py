@@ -28,13 +28,9 @@ def run_ranks(
     timeout_seconds: float = 120.0,
     environ: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Call ``function(*args)`` on ``world_size`` rank processes and return their results in rank order.
+    """Call a module-level ``function(*args)`` on ``world_size`` rank processes and return their results in rank order.
 
-    Args:
-        function: module-level; it finds its rank in the environment, as under torchrun.
-
-    Raises:
-        RankFailedError: names the first rank that failed.
+    Ranks find themselves in the environment, as under torchrun. RankFailedError: names the first one that failed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, function.__module__])

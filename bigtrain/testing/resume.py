@@ -95,16 +95,9 @@ def verify_resume(
     resume: RunFunction = launching.run,
     say: Callable[[str], None] = print,
 ) -> Verdict:
-    """Train without and with an interruption, and compare.
+    """Train in ``root`` without and with an interruption, and compare; BigtrainError with the first cause of a failure.
 
-    Args:
-        config: resolved and checked for both engines and world sizes.
-        root: new directory for the runs; it may be removed afterwards.
-        resume: what the ranks of the resumed launch call, for tests of the comparison.
-        say: called with a line about each launch.
-
-    Raises:
-        BigtrainError: a launch failed; the message holds the first cause.
+    ``config`` is checked for both engines and world sizes; ``resume`` is what the ranks of the resumed launch call.
     """
     prepare_data(config.data)
     root.mkdir(parents=True)
