@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "write what a run says of new inputs",
     "score": "write what a model says of the samples of a run",
     "generate": "continue a prompt",
+    "evaluate": "score a run or an export on tasks of lm-evaluation-harness",
     "export": "write the weights for transformers",
     "watch": "look at runs while they run",
     "report": "write a page about runs",

@@ -303,6 +303,16 @@ class ValidationConfig:
     """The run ends, as finished, when ``metric`` reaches this value."""
     written_samples: Annotated[int, Bound(ge=0, le=10**6), OnlyIf("every_steps", not_in=(0,))] = 0
     """With ``task=seq2seq``, ``denoise``, ``ctc`` and ``speech``: for so many samples a text is written, and compared with the target (exact, BLEU, chrF, ROUGE-L, word and character error rates)."""
+    prompts: Annotated[LocalPath | None, OnlyIf("every_steps", not_in=(0,))] = None
+    """Text file with a prompt a line, each of which a causal language model continues; the texts are in the report and wandb."""
+    prompt_tokens: Annotated[int, Bound(ge=1, le=10**5), OnlyIf("prompts", not_in=(None,))] = 50
+    """Longest continuation of a prompt, by the likeliest tokens."""
+    lm_eval: Annotated[list[str], OnlyIf("every_steps", not_in=(0,))] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, such as ``[arc_easy, hellaswag]``, whose scores are metrics: ``lm_eval/arc_easy/acc``."""
+    lm_eval_tasks: Annotated[LocalPath | None, OnlyIf("lm_eval", not_in=([],))] = None
+    """Directory with tasks of your own, in the harness' YAML."""
+    lm_eval_limit: Annotated[int | None, Bound(ge=1), OnlyIf("lm_eval", not_in=([],))] = None
+    """Documents of each task; by default all."""
 
 
 @dataclass(kw_only=True, slots=True)

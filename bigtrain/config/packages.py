@@ -31,6 +31,8 @@ def missing_packages(config: TrainConfig) -> Iterator[str]:
         yield from lacking("model.adapter", "peft", "adapters")
     if config.validation.written_samples:
         yield from lacking("validation.written_samples", "sacrebleu", "metrics")
+    if config.validation.lm_eval:
+        yield from lacking("validation.lm_eval", "lm_eval", "lm_eval")
     yield from missing_data_packages(config.data)
 
 

@@ -106,7 +106,7 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
             write_durably(partial / name, [memoryview(content)])
         _write_weights(partial, parts, max_shard_bytes, "model" if merge else "adapter_model")
         if tokenizer:
-            _write_tokenizer(run, partial, tokenizer, config)
+            write_tokenizer(run, partial, tokenizer, config)
         sync(partial)
         os.rename(partial, out)
         sync(out.parent)
@@ -219,7 +219,8 @@ def _with_ids(described: dict[str, Any], ids: dict[str, int | None]) -> dict[str
     return described | {name: value for name, value in ids.items() if not fits(name)}
 
 
-def _write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, config: TrainConfig) -> None:
+def write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, config: TrainConfig) -> None:
+    """Write a run's tokenizer into a directory, from which ``AutoTokenizer`` loads it."""
     if tokenizer.published:
         for file in tokenizer.published:
             check_file(run, file)

@@ -46,6 +46,7 @@ from bigtrain.run.data import (
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
 from bigtrain.run.frozen import describe_frozen, without_frozen
 from bigtrain.run.recovery import Start, begin_standing, fill_state, find_start, go_back, nothing_to_do, why_ended
+from bigtrain.run.sampling import require_texts
 from bigtrain.run.trainer import End, Run, train
 from bigtrain.supervise.launch import Launch
 from bigtrain.supervise.signals import StopLimits
@@ -120,6 +121,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
     if start.checkpoint:
         on_rank0(lambda: require_tokenizer(start.checkpoint, stream))
     stream.require_steps(begin, config.train.steps, config.train.global_batch_size)
+    on_rank0(lambda: require_texts(config, stream.tokenizer_directory))
     model = continued_model(config.model, directory)
     on_rank0(lambda: write_run_files(config, stream.tokenizer_directory, stream.facts))
     launch.claim(reached_step)

@@ -1,4 +1,4 @@
-"""Text from a trained run, in one process."""
+"""Text from a trained run, in one process, and from one in training, on all ranks."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from bigtrain.checkpoint.store import step_of
-from bigtrain.config import ModelKind, TaskKind
+from bigtrain.config import ModelKind, TrainConfig
 from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
 from bigtrain.errors import ConfigError
@@ -19,6 +20,7 @@ from bigtrain.models import build_model
 from bigtrain.models.adapters import plain_name
 from bigtrain.models.generation import generate
 from bigtrain.models.own import Uncached
+from bigtrain.run.batched import continued, shared_out
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
 from bigtrain.run.frozen import load_state
 from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
@@ -80,6 +82,51 @@ def sample_run(
         )
     _keep(run, step_of(checkpoint), prompt, texts)
     return texts
+
+
+def require_texts(config: TrainConfig, tokenizer: Path | None) -> None:
+    """Raise a ConfigError if validations cannot continue prompts, or answer tasks, that the settings name."""
+    settings = config.validation
+    if (settings.prompts or settings.lm_eval) and tokenizer is None:
+        name = "prompts" if settings.prompts else "lm_eval"
+        raise ConfigError(f"validation.{name}: data.source={config.data.source.name} has no tokenizer; leave it out")
+    if settings.prompts:
+        read_prompts(settings.prompts)
+    if settings.lm_eval:
+        from bigtrain.run.harness import open_tasks
+
+        open_tasks(tuple(settings.lm_eval), settings.lm_eval_tasks).load(settings.lm_eval)
+
+
+def read_prompts(file: str) -> list[str]:
+    """Return the lines of ``validation.prompts``. ConfigError: it cannot be read, or has none."""
+    try:
+        prompts = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"validation.prompts={file} cannot be read: {error}") from error
+    if not prompts:
+        raise ConfigError(f"validation.prompts={file}: no line has text; write a prompt a line")
+    return prompts
+
+
+def continue_prompts(engine: Engine, config: TrainConfig, run: Path, *, step: int) -> None:
+    """Keep the likeliest continuations of ``validation.prompts`` in the run's samples; all ranks call this."""
+    if not config.validation.prompts:
+        return
+    prompts, tokenizer = read_prompts(config.validation.prompts), load_tokenizer(run)
+    adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
+    ends = end_ids(run, is_pretrained=config.model.pretrained)
+
+    def write(rows: list[list[int]]) -> list[list[int]]:
+        limit = config.validation.prompt_tokens
+        return continued(engine, rows, max_new_tokens=limit, is_end=lambda ids: ids[-1] in ends)
+
+    rows = [prompt_ids(tokenizer, prompt, adds_special=adds_special) for prompt in prompts]
+    found = shared_out(engine, rows, write, length=len, batch_size=config.train.micro_batch_size)
+    if engine.mesh.rank == 0:
+        for prompt, ids, new_ids in zip(prompts, rows, found, strict=True):
+            written = new_ids[:-1] if new_ids and new_ids[-1] in ends else new_ids
+            _keep(run, step, prompt, [continuation(tokenizer, ids, written)])
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, *, adds_special: bool) -> list[int]:

@@ -38,8 +38,9 @@ from bigtrain.optim.schedule import lr_at
 from bigtrain.run.data import count_skipped_shards, sets_of, train_loader
 from bigtrain.run.directory import write_run_files
 from bigtrain.run.recovery import explain_end, why_ended
+from bigtrain.run.sampling import continue_prompts
 from bigtrain.run.step import read_back, seed_step, train_step
-from bigtrain.run.validation import Measured, validate, write_classification
+from bigtrain.run.validation import Measured, score_tasks, validate, write_classification
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
 from bigtrain.supervise.launch import Launch
@@ -192,7 +193,7 @@ def _why_to_stop(run: Run, agreement: StopAgreement, step: int) -> str | None:
 def _validate(run: Run, done: Cursor) -> Measured:
     settings, metric = run.config.validation, run.standing.metric
     measured = validate(run.engine, sets_of(run.streams, "validation"), run.config, batches=settings.batches)
-    metrics = measured.metrics
+    metrics = measured.metrics | score_tasks(run.engine, run.config, run.launch.directory)
     if metric not in metrics:
         problem = f"validation.metric={metric}: these data have none; they have {', '.join(metrics)}"
         raise of_all_ranks(ConfigError(problem))
@@ -201,6 +202,7 @@ def _validate(run: Run, done: Cursor) -> Measured:
     run.recorder.event("validation", step=done.step, **{unit: done.samples * size}, **metrics)
     if settings.written_samples:
         run.recorder.event("written", step=done.step, samples=measured.texts)
+    continue_prompts(run.engine, run.config, run.launch.directory, step=done.step)
     return measured
 
 

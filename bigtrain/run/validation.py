@@ -101,6 +101,16 @@ def _add_up(
     return engine.mesh.total(total)
 
 
+def score_tasks(engine: Engine, config: TrainConfig, run: Path) -> dict[str, float]:
+    """Return the scores of ``validation.lm_eval``; none without it. All ranks call this."""
+    settings = config.validation
+    if not settings.lm_eval:
+        return {}
+    from bigtrain.run.harness import scores
+
+    tasks, limit = settings.lm_eval, settings.lm_eval_limit
+    return scores(engine, config, run, tasks=tasks, directory=settings.lm_eval_tasks, limit=limit)
+
 def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
     """Return source, target and what was written of the first samples, in order, on rank 0; all ranks call this."""
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples

@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-LESS_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "wer", "cer"})
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "wer", "cer"}) | {
+    "word_perplexity",
+    "byte_perplexity",
+}
 """Metrics that improve by falling; of all others more is better."""
 NUM_SCORE_BINS = 2**16  # one per bf16 number: AUC is exact for scores rounded to bf16, ties included
 MOST_SCORED_LABELS = 32  # labels of which the scores are counted, 512 KiB each in fp32

@@ -47,6 +47,7 @@ def render(histories: list[History]) -> str:
             "classification": _classification(history.classification),
             "events": _events(history),
             "samples": history.samples[-_MAX_SAMPLES:],
+            "written": next(iter(history.events_of("written")[-1:]), {}),
         }
         for history in histories
     ]
@@ -195,7 +196,7 @@ def _differences(histories: list[History]) -> Table:
 
 
 def _events(history: History) -> list[list[str]]:
-    shown = [event for event in history.events if event.get("event") not in ("validation", "checkpoint")]
+    shown = [event for event in history.events if event.get("event") not in ("validation", "checkpoint", "written")]
     rows = []
     for event in shown[-_MAX_EVENTS:]:
         when, step, kind = (str(event.get(key, "")) for key in (names.TIME, names.STEP, "event"))

@@ -27,7 +27,7 @@ from bigtrain.testing import ranks as local_ranks
 from tests.distributed.launches import LAUNCH, SMALL, environment
 
 TIMEOUT_SECONDS = 90.0
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 15.0  # on a busy machine; torchrun gives 30
 RUN = Path("runs/gpt_nano")
 
 

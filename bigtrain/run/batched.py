@@ -1,0 +1,98 @@
+"""Texts continued and scored by a causal language model under any engine: rows are shared out over ranks and batched.
+
+Shape suffixes: B rows, T tokens, V vocabulary.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bigtrain.distributed.collectives import broadcast_json, gather_json
+from bigtrain.engine.base import Engine
+from bigtrain.log import get_logger
+from bigtrain.models.generation import sample
+from bigtrain.telemetry.text import format_duration
+
+SAY_EVERY_SECONDS = 10.0
+
+Row = TypeVar("Row")
+
+
+def shared_out(
+    engine: Engine,
+    rows: Sequence[Row],
+    answer: Callable[[list[Row]], list[Any]],
+    *,
+    length: Callable[[Row], int],
+    batch_size: int,
+) -> list[Any]:
+    """Return the JSON-able answer to each row on every rank, though each rank computes a share of them.
+
+    All ranks call ``answer`` as often, because they gather weights together. Rows of about the same ``length`` share a
+    batch.
+    """
+    order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))
+    own, answers = order[engine.mesh.rank :: engine.mesh.size], []
+    begun = said = time.monotonic()
+    most = math.ceil(len(rows) / engine.mesh.size)
+    for first in range(0, most, batch_size):
+        batch = [rows[place] for place in own[first : first + batch_size]]
+        answers += answer(batch or [rows[0]])[: len(batch)]
+        if (now := time.monotonic()) - said > SAY_EVERY_SECONDS:
+            said, share = now, min((first + batch_size) / most, 1)
+            left = format_duration((now - begun) * (1 - share) / share)
+            get_logger().info(f"{share:.0%} of {len(rows):,} texts, at most {left} left")
+    pairs = broadcast_json([*itertools.chain.from_iterable(gather_json(list(zip(own, answers, strict=True))))])
+    found = dict(pairs)
+    return [found[place] for place in range(len(rows))]
+
+
+@torch.no_grad()
+def logits_of(engine: Engine, rows: Sequence[list[int]]) -> list[Tensor]:
+    """Return the logits of each row of at least one token, ``(T, V)``; all ranks call this.
+
+    Padding stands behind the tokens, where no causal model sees it.
+    """
+    engine.module.eval()
+    tokens_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(engine.device)
+    logits_BTV = engine.module(tokens_BT, predicts=True)
+    return [logits[: len(row)] for logits, row in zip(logits_BTV, rows, strict=True)]
+
+
+def continued(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    is_end: Callable[[list[int]], bool],
+    **sampling: Any,
+) -> list[list[int]]:
+    """Return a continuation of each prompt, up to ``max_new_tokens`` or where ``is_end`` holds of it; all ranks call this.
+
+    Every token costs a pass over all of its text: a network in shards keeps no cache of keys and values.
+
+    Args:
+        engine: of a causal language model.
+        prompts: ids, at least one each; at least one prompt on every rank.
+        max_new_tokens: longest continuation.
+        is_end: given the continuation so far.
+        sampling: as :func:`bigtrain.models.generation.sample` has it; by default ``temperature=0``, the likeliest token.
+    """
+    sampling = {"temperature": 0, **sampling}
+    found: list[list[int]] = [[] for _ in prompts]
+    is_over = [False for _ in prompts]
+    for _ in range(max_new_tokens):
+        logits = logits_of(engine, [prompt + text for prompt, text in zip(prompts, found, strict=True)])
+        for place, text in enumerate(found):
+            if not is_over[place]:
+                text.append(sample(logits[place][-1], **sampling))
+                is_over[place] = is_end(text)
+        if not engine.mesh.total(torch.tensor([float(not all(is_over))])).item():
+            break
+    return found
