@@ -63,17 +63,16 @@ class RunLM(TemplateLM):
         return "run"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        has_begin = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        has_begin = string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
         special = add_special_tokens if add_special_tokens is not None else not has_begin
         return self.tokenizer.encode(string, add_special_tokens=special)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+        is_begun = not add_generation_prompt
+        text = self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=is_begun
         )
+        return str(text)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
