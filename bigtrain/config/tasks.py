@@ -73,7 +73,7 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     if config.validation.written_samples and task.kind not in WRITES:
         yield f"validation.written_samples: task={task.kind} writes no texts; leave it out"
     for name in ("prompts", "lm_eval"):
-        if getattr(config.validation, name) and task.kind not in (TaskKind.causal_lm.name, TaskKind.preference.name):
+        if getattr(config.validation, name) and task.kind not in OF_NEXT_TOKENS:
             yield f"validation.{name}: task={task.kind} continues no text; leave it out"
     if task.kind in OF_HIDDEN_TEXT:
         yield from _check_hidden_text(task, model, data)

@@ -26,7 +26,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from bigtrain.config import TaskKind, TrainConfig
+from bigtrain.config import TrainConfig
+from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import read_index
 from bigtrain.distributed.collectives import broadcast_json
 from bigtrain.engine.base import Engine
@@ -202,7 +203,7 @@ def score_directory(path: Path, **asked: Any) -> dict[str, float]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return _ask(HFLM(pretrained=str(path), device=device, trust_remote_code=False), **asked)
     with opened(path) as (config, run):
-        if config.task.kind not in (TaskKind.causal_lm.name, TaskKind.preference.name):
+        if config.task.kind not in OF_NEXT_TOKENS:
             raise ConfigError(f"{run}: task={config.task.kind} continues no text; only a causal language model does")
         engine, _ = load_engine(path, config)
         return scores(engine, config, run, **asked)

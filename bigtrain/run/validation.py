@@ -111,6 +111,7 @@ def score_tasks(engine: Engine, config: TrainConfig, run: Path) -> dict[str, flo
     tasks, limit = settings.lm_eval, settings.lm_eval_limit
     return scores(engine, config, run, tasks=tasks, directory=settings.lm_eval_tasks, limit=limit)
 
+
 def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) -> list[dict[str, str]]:
     """Return source, target and what was written of the first samples, in order, on rank 0; all ranks call this."""
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
