@@ -44,7 +44,7 @@ from bigtrain.data.read.loader import TrainLoader, require_validation_targets, v
 from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.data.read.scores import open_scores, read_scores
+from bigtrain.data.read.scores import open_scores
 from bigtrain.data.read.stream import SampleStream, StoredSamples
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import count_labels, open_streams
@@ -90,7 +90,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         for part in streams.values():
             part.collated(collation)
     for name, part in streams.items():
-        add_scores(config, name, part)
+        _add_scores(config, name, part)
     streams |= open_own_sets(config, stream)
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
@@ -144,28 +144,18 @@ def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleS
             )
             stream.require_samples()
             on_rank0(partial(_tell_seen, train, stream))
-            found[set_name(which, name)] = stream
-            add_scores(config, set_name(which, name), stream)
+            found[f"{which}/{name}" if name else which] = stream
     return found
 
 
-def set_name(which: str, name: str) -> str:
-    """Return the name of a set of ``validation`` or ``test`` among the streams of a run."""
-    return f"{which}/{name}" if name else which
-
-
-def add_scores(config: TrainConfig, name: str, stream: SampleStream) -> None:
-    """Give a set of samples the columns of ``data.scores`` that the task reads.
-
-    DataError: there are none, or they are of other samples.
-    """
+def _add_scores(config: TrainConfig, name: str, stream: SampleStream) -> None:
+    """Give a set of samples the columns of ``data.scores`` that the task reads."""
     if config.data.scores is None:
         return
-    directory = Path(config.data.scores)
-    index = read_scores(directory, vocab_size=config.model.vocab_size)
     wanted = [key for key, field in build_objective(config.task).fields.items() if field.is_optional]
-    verifies = config.data.verify is Verify.full and (not dist.is_initialized() or dist.get_rank() == 0)
-    stream.scored(open_scores(directory, index, name, stream.content, wanted, verify=verifies))
+    directory, vocab_size = Path(config.data.scores), config.model.vocab_size
+    verify = config.data.verify is Verify.full and (not dist.is_initialized() or dist.get_rank() == 0)
+    stream.scored(open_scores(directory, name, stream.content, wanted, vocab_size=vocab_size, verify=verify))
 
 
 def open_set(
@@ -216,6 +206,7 @@ def open_set(
         stream.collated(relabelled(list(stream.label_names), label_names, are_several=are_several))
     if collation := build_collation(config, stream.tokenizer_directory):
         stream.collated(collation)
+    _add_scores(config, where.removeprefix("data.").replace(".sets.", "/"), stream)
     return stream
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from bigtrain import log
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import EngineKind, Offload, SetConfig, TaskKind, TrainConfig, own_sets, set_data
+from bigtrain.config import EngineKind, Offload, Precision, SetConfig, TaskKind, TrainConfig, own_sets, set_data
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.stream import SampleStream
@@ -22,7 +22,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import read_json
 from bigtrain.models import build_model
 from bigtrain.processes import RankInfo
-from bigtrain.run.data import HELD_OUT, add_scores, elsewhere, open_data, open_set, set_name, sets_of
+from bigtrain.run.data import HELD_OUT, elsewhere, open_data, open_set, sets_of
 from bigtrain.run.directory import FACTS_FILE, find_whole, label_names, locate, read_config
 from bigtrain.run.frozen import load_state
 from bigtrain.run.validation import Measured, validate
@@ -54,14 +54,17 @@ def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
     ConfigError: it is of no use in this world.
     """
     info = RankInfo.from_env()
+    device = pick_device(info)
+    precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
     # The engine does not matter to the numbers; this one needs the least memory.
     engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
+    engine.precision = precision
     train = dataclasses.replace(config.train, micro_batch_size=None)
     config = fit_micro_batch(dataclasses.replace(config, engine=engine, train=train), info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     if not dist.is_initialized():
-        init_process_group(info, pick_device(info))
+        init_process_group(info, device)
     try:
         yield config
     except BaseException:
@@ -119,10 +122,11 @@ def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | No
         )
     tokenizer = run if (run / TOKENIZER_FILE).is_file() else None
     where, facts = "data" if part else f"data.{which}", read_json(run / FACTS_FILE)
+    places = {other: f"{where}.sets.{other}" if other else where for other in data}
     found = {
-        other: open_set(config, section, where=where, tokenizer=tokenizer, label_names=label_names(run), facts=facts)
+        other: open_set(
+            config, section, where=places[other], tokenizer=tokenizer, label_names=label_names(run), facts=facts
+        )
         for other, section in data.items()
     }
-    for other, stream in found.items():
-        add_scores(config, "data" if part else set_name(which, other), stream)
     return {"": next(iter(found.values()))} if part or name else found

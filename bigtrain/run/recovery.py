@@ -51,20 +51,21 @@ def find_start(config: TrainConfig) -> Start:
     """Return what this launch starts from, by ``checkpoint.resume`` and ``checkpoint.load``; all ranks call this."""
     path = find_resume(config)
     if path is None:
-        return Start(Origin(published=_published(to_dict(config.model))))
+        return Start(Origin(published=published_weights(to_dict(config.model))))
     if path.parent == checkpoints_directory(config.run.directory):
         state = read_run_state(path)
         if state.origin:
             return Start(state.origin, path)
         # A checkpoint from before origins were recorded: by its configuration.
         resume = state.config.get("checkpoint", {}).get("resume", "auto")
-        published = _published(state.config.get("model", {}))
+        published = published_weights(state.config.get("model", {}))
         return Start(Origin(published=published) if resume in RESUME_WORDS else Origin(checkpoint=resume), path)
     weights_only = config.checkpoint.load is Load.weights
     return Start(Origin(checkpoint=str(path.absolute()), weights_only=weights_only), path, weights_only)
 
 
-def _published(model: dict[str, Any]) -> str | None:
+def published_weights(model: dict[str, Any]) -> str | None:
+    """Return the published weights that a model starts from."""
     return model.get("init_from") or (model.get("name") if model.get("pretrained") else None)
 
 
@@ -137,7 +138,7 @@ def _before(config: TrainConfig, step: int, origin: Origin) -> Start:
             f"its checkpoints of steps before are gone (step {saved} was saved; checkpoint.keep={config.checkpoint.keep})"
         )
     if origin.checkpoint is None:
-        if origin.published != _published(to_dict(config.model)):
+        if origin.published != published_weights(to_dict(config.model)):
             raise CheckpointError(
                 f"it began with {origin.published or 'random weights'}, which the model's settings no longer say"
             )

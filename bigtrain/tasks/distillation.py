@@ -27,12 +27,9 @@ class Distillation:
     all tokens, and equal to it for K = V. The temperature softens the K + 1 probabilities.
     """
 
-    divergence: Divergence = Divergence.forward
-    """``forward``: KL(teacher || student); ``reverse``: KL(student || teacher)."""
-    weight: float = 0.5
-    """Share of the divergence in the loss."""
-    temperature: float = 1.0
-    """Log-probabilities are divided by it; the divergence is multiplied by its square, as its gradient shrinks by that."""
+    divergence: Divergence = Divergence.forward  # KL(teacher || student); reverse: KL(student || teacher)
+    weight: float = 0.5  # of the divergence in the loss
+    temperature: float = 1.0  # the gradient shrinks by its square, by which the divergence is multiplied
 
     counts_by_shape = True
 
@@ -47,7 +44,6 @@ class Distillation:
         return {"targets": (), "cross_entropy": (), "divergence": ()}
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return the tokens that are predicted."""
         return CausalLM().count(samples)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
@@ -65,7 +61,6 @@ class Distillation:
         return torch.stack([loss, counts_BT.sum().float(), cross_entropy.detach(), divergence.detach()])
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return the divergence per target, and the perplexity."""
         targets = max(float(sums["targets"]), 1.0)
         return {
             "divergence": float(sums["divergence"]) / targets,

@@ -4,12 +4,13 @@ Shape suffixes: B samples, T tokens, V vocabulary, K most likely tokens, D width
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from bigtrain.config import Scored
 from bigtrain.errors import ConfigError
@@ -53,12 +54,19 @@ def score(
     inputs = [tensor for name, tensor in batch.items() if name != "targets"]
     if is_language_model:
         inputs.insert(1, None)
-    with _last_states(model.network) as states:
+    states: list[Tensor] = []
+    hook = _last_states(model.network, states) if what is Scored.embeddings else contextlib.nullcontext()
+    with hook:
         logits = model(*inputs, predicts=True)
     if what is Scored.embeddings:
-        is_part = batch["targets"] != IGNORE_INDEX if is_language_model else _within(batch)
-        part_BT1 = is_part[..., None]
-        return {"embeddings": (states[0].float() * part_BT1).sum(dim=1) / part_BT1.sum(dim=1).clamp(min=1)}
+        states_BTD = states[0].float()
+        weights_BT = states_BTD.new_ones(states_BTD.shape[:2])
+        if is_language_model:
+            weights_BT *= batch["targets"] != IGNORE_INDEX
+        elif "lengths" in batch:
+            weights_BT *= torch.arange(weights_BT.shape[1], device=weights_BT.device) < batch["lengths"][:, None]
+        means_BD = torch.einsum("btd,bt->bd", states_BTD, weights_BT) / weights_BT.sum(dim=1, keepdim=True).clamp(min=1)
+        return {"embeddings": means_BD}
     if not is_language_model:
         return {"logits": logits.to(dtype)}
     if what is Scored.log_probabilities:
@@ -72,25 +80,9 @@ def score(
     }
 
 
-def _within(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return which tokens are of the text, bool ``(B, T)``."""
-    if "lengths" not in batch:
-        raise ConfigError("what=embeddings: averages the states of tokens, which these samples do not have")
-    tokens_BT = batch["tokens"]
-    return torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < batch["lengths"][:, None]
-
-
-@contextlib.contextmanager
-def _last_states(network: Any) -> Iterator[list[Tensor]]:
-    """Give a list to which a forward pass of a transformer adds its last hidden states, ``(B, T, D)``."""
-    hf_model = getattr(network, "causal_lm", None)
-    trunk = getattr(network, "final_norm", None) if hf_model is None else hf_model.base_model
-    states: list[Tensor] = []
+def _last_states(network: Any, states: list[Tensor]) -> RemovableHandle:
+    """Add the last hidden states of a transformer, ``(B, T, D)``, to ``states`` in every forward pass from now on."""
+    trunk = network.causal_lm.base_model if hasattr(network, "causal_lm") else getattr(network, "final_norm", None)
     if trunk is None:
-        yield states
-        return
-    handle = trunk.register_forward_hook(lambda _, __, out: states.append(out if isinstance(out, Tensor) else out[0]))
-    try:
-        yield states
-    finally:
-        handle.remove()
+        raise ConfigError(f"what=embeddings: {type(network).__name__} has no hidden states of tokens")
+    return trunk.register_forward_hook(lambda _, __, out: states.append(out if isinstance(out, Tensor) else out[0]))

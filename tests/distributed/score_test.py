@@ -11,10 +11,11 @@ import transformers
 
 from bigtrain.config import Content, DataConfig, DataSource, Divergence, EngineKind, Packing, Scored, TaskConfig
 from bigtrain.config.check import check, resolve
+from bigtrain.config.score import ScoreConfig
 from bigtrain.data.read.scores import SCORES_FILE
 from bigtrain.errors import BigtrainError
 from bigtrain.run.data import open_data
-from bigtrain.run.scoring import Request, score_run
+from bigtrain.run.scoring import score_samples
 from bigtrain.tasks.base import IGNORE_INDEX
 from bigtrain.tasks.distillation import Distillation
 from bigtrain.testing.parity import Case, compare, configure, trace
@@ -57,6 +58,10 @@ def configuration(place, task, content):
     if content is Content.pairs:
         config.data.packing = Packing.best_fit
     return resolve(config)
+
+
+def asking(config, **asked):
+    return ScoreConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, **asked)
 
 
 def by_transformers(place, samples, name):
@@ -120,9 +125,8 @@ def test_objectives_that_read_them_are_equal_under_every_engine(place):
     reference = configuration(place, TaskConfig(kind="preference"), Content.preference)
     forward = configuration(place, TaskConfig(kind="distillation"), Content.pairs)
     task = TaskConfig(kind="distillation", divergence=Divergence.reverse, teacher_temperature=2.0, teacher_weight=0.8)
-    llama, top_16 = str(place / "llama"), Request(top_k=16)
-    assert score_run(reference, None, place / "reference", Request()) == 60
-    score_run(forward, llama, place / "teacher", top_16)
+    assert score_samples(asking(reference, out=str(place / "reference"))) == 60
+    score_samples(asking(forward, out=str(place / "teacher"), by=str(place / "llama"), top_k=16))
     reference.data.scores, forward.data.scores = str(place / "reference"), str(place / "teacher")
     configs = [reference, forward, dataclasses.replace(forward, task=task)]
     assert all(check(config, world_size=2, local_world_size=2) == [] for config in configs)
@@ -150,7 +154,7 @@ def test_what_does_not_fit_is_a_sentence(place):
     index = json.loads((place / "of1" / SCORES_FILE).read_text())
     assert index["model"]["origin"] == "llama" and len(index["model"]["weights"]) == 32
     for changes, told in (
-        ({"scores": str(place)}, "has no scores.json; bigtrain score out="),
+        ({"scores": str(place)}, "scores.json: cannot be read.*bigtrain score writes it"),
         ({"sequence_length": 48}, "other samples were scored .* than those of train"),
         ({"validation_fraction": 0.3}, "other samples were scored"),
     ):
@@ -161,7 +165,7 @@ def test_what_does_not_fit_is_a_sentence(place):
     )
     with pytest.raises(BigtrainError, match="is not what was written; score again"):
         open_data(config)
-    for task, told in (("masked_lm", "its samples are not scored"), ("classification", "is not offered with")):
+    for task, told in (("masked_lm", "is written nothing"), ("classification", "is written logits, embeddings")):
         with pytest.raises(BigtrainError, match=told):
             other = dataclasses.replace(config, task=TaskConfig(kind=task))
-            score_run(other, None, place / "never", Request(what=Scored.log_probabilities))
+            score_samples(asking(other, out=str(place / "never"), what=Scored.log_probabilities))

@@ -230,7 +230,9 @@ class SampleStream:
         samples = self._gather(sample_ids, positions)
         if self.collation is not None:
             samples = self.collation.apply(samples, positions)
-        return build_batch(samples if self.scores is None else Samples(samples | self.scores(sample_ids)))
+        if self.scores is not None:
+            samples |= {name: column[sample_ids] for name, column in self.scores.columns.items()}
+        return build_batch(samples)
 
     def _gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
         if len(self._list) == 1:
@@ -251,7 +253,7 @@ class SampleStream:
     def scored(self, scores: Scores) -> None:
         """From now on give these columns with all samples."""
         self.scores = scores
-        self.content = f"{self.content} {scores}"
+        self.content = f"{self.content} {scores.told}"
 
     def prefetch(self, samples: int) -> None:
         counts = self.mixture.counts(self._position(samples)) if self.is_remote else []
