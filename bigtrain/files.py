@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedIOBase, RawIOBase
+from io import BufferedIOBase, BufferedRandom, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,7 +114,7 @@ def write_durably(path: Path, parts: Iterable[memoryview]) -> FileRecord:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[BinaryIO | None]:
+def locked(path: Path, *, wait: bool) -> Iterator[BufferedRandom | None]:
     """Hold a lock that ends with this process and give the locked file, or None if ``wait`` is false and it is taken.
 
     Where the file system has no locks, processes of this machine still exclude each other.

@@ -18,15 +18,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from bigtrain.cli import own_parts, std_streams
 from bigtrain.cli.groups import group_options
 from bigtrain.cli.settings import setting_lines
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
-from bigtrain.config.check import check, check_data, fit_micro_batch, ignored_settings, padding, resolve
-from bigtrain.config.convert import from_dict, key_types
+from bigtrain.config.check import RunT, check, check_data, fit_micro_batch, ignored_settings, padding, resolve
+from bigtrain.config.convert import from_dict
 from bigtrain.config.length import with_typed_length
 from bigtrain.config.packages import missing_data_packages, missing_packages
 from bigtrain.errors import BigtrainError, ConfigError, raise_problems
@@ -37,7 +37,7 @@ from bigtrain.processes import RankInfo, lone_ranks
 std_streams.open_closed()  # before a file of ours has the number of one
 
 T = TypeVar("T")
-RunT = TypeVar("RunT", bound=TrainConfig)
+RunsT = TypeVar("RunsT", bound="_HasRuns")
 
 RANK_0_HEAD_START_SECONDS = 5.0
 
@@ -159,7 +159,7 @@ def compose_run(schema: type[RunT], args: list[str], *, config_name: str = "trai
         resolved = resolve(config)
         described = continued_model(resolved.model, resolved.run.directory)
         shaped = dataclasses.replace(with_hf_shape(described), name=config.model.name)
-        if given := [key for key in key_types(type(shaped)) if _is_other_shape(config.model, shaped, key)]:
+        if given := [f.name for f in dataclasses.fields(shaped) if _is_other_shape(config.model, shaped, f.name)]:
             names = ", ".join(f"model.{key}" for key in given)
             raise ConfigError(f"{names}: the config.json of model.name={config.model.name} decides; change it there")
         config.model = shaped
@@ -179,7 +179,11 @@ def read(schema: type[T], args: list[str]) -> T:
     return config
 
 
-def read_runs(schema: type[T], args: list[str]) -> T:
+class _HasRuns(Protocol):
+    runs: list[str]
+
+
+def read_runs(schema: type[RunsT], args: list[str]) -> RunsT:
     """Return the configuration of a command with ``runs``, which are the arguments that are no settings."""
     runs = [arg for arg in args if os.path.isdir(arg) or not (arg.startswith("-") or "=" in arg)]
     config, _ = compose(schema, [arg for arg in args if arg not in runs])

@@ -2,15 +2,14 @@
 
 import dataclasses
 import inspect
-from typing import Any, TypeVar
+from typing import Any
 
-from bigtrain.config import DataSource, ModelKind, TrainConfig, parts
+from bigtrain.config import DataSource, ModelKind, parts
 from bigtrain.config.bounds import out_of_bounds
+from bigtrain.config.check import RunT
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.config.tasks import SMALL_NETWORKS
 from bigtrain.errors import ConfigError, raise_problems
-
-RunT = TypeVar("RunT", bound=TrainConfig)
 
 IMPORT = "--import"
 SHORT_FOR = {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from bigtrain.config import (
     WITHOUT_TEXT,
@@ -51,6 +51,7 @@ from bigtrain.config.tasks import (
 )
 from bigtrain.errors import ConfigError
 
+RunT = TypeVar("RunT", bound=TrainConfig)
 DEFAULT_MICRO_BATCH_SIZE = 4
 ZERO_KINDS = (EngineKind.zero1, EngineKind.zero2, EngineKind.zero3)
 FSDP_KINDS = (EngineKind.fsdp, EngineKind.hsdp)
@@ -69,7 +70,7 @@ WHAT_PATH_IS = {
 }
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: RunT) -> RunT:
     """Return a copy of ``config`` with derived values; ``engine.precision`` follows from the device, in the trainer."""
     model, task = dataclasses.replace(config.model), with_inputs(config.task, config.data)
     if model.kind is ModelKind.native:
@@ -99,7 +100,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
 
 
-def fit_micro_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+def fit_micro_batch(config: RunT, world_size: int) -> RunT:
     """Return ``config`` with a micro-batch, unless it has one: up to 4, the largest that needs the least padding."""
     if config.train.micro_batch_size is not None:
         return config

@@ -23,10 +23,11 @@ from bigtrain.engine.native import build_native
 from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 from bigtrain.processes import RankInfo
+from bigtrain.tasks.base import TaskModel
 
 
 def build_accelerated(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
+    build_model: Callable[[], TaskModel], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     """Build the model, let Accelerate wrap it, and assert that it wrapped what it says.
 
@@ -41,7 +42,7 @@ def build_accelerated(
 
 
 def _build_ddp(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
+    build_model: Callable[[], TaskModel], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     info.publish()  # without it Accelerate wraps nothing in a world of one
     settings = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
@@ -54,7 +55,7 @@ def _build_ddp(
 
 
 def _build_zero(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
+    build_model: Callable[[], TaskModel], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     deepspeed = import_deepspeed(info, device)
     plugin = DeepSpeedPlugin()  # the user's stage and offload, from the environment

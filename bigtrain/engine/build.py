@@ -15,6 +15,7 @@ from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
 from bigtrain.models.freeze import freeze
+from bigtrain.models.hf.heads import HFNetwork
 from bigtrain.processes import RankInfo
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Objective, TaskModel
@@ -47,7 +48,7 @@ def build_engine(
 
     def build_task() -> TaskModel:
         model = build_model()
-        if config.model.kind is ModelKind.hf:
+        if isinstance(model, HFNetwork):
             freeze_unreached(model)
         freeze(model, config.model)
         if precision is Precision.fp8:
@@ -65,7 +66,7 @@ def build_engine(
     return engine
 
 
-def freeze_unreached(model: nn.Module) -> None:
+def freeze_unreached(model: HFNetwork) -> None:
     """Freeze the parameters of a model on the meta device that the loss does not reach.
 
     Otherwise each engine treats them in its own way: DDP waits for their gradients, DeepSpeed lets them decay.
@@ -119,7 +120,7 @@ def require_causal(engine: Engine, config: TrainConfig) -> None:
 
 
 def _build(
-    config: TrainConfig, build_model: Callable[[], nn.Module], *, info: RankInfo, device: torch.device
+    config: TrainConfig, build_model: Callable[[], TaskModel], *, info: RankInfo, device: torch.device
 ) -> Engine:
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind

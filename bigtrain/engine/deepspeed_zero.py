@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,10 @@ from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
-from bigtrain.tasks.base import canonical_name, gradient_scale, loss_of, sums_of
+from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 STAGES = {EngineKind.zero1: 1, EngineKind.zero2: 2, EngineKind.zero3: 3}
 
@@ -42,14 +45,16 @@ class _Place(NamedTuple):
 class ZeroEngine(Engine):
     """A module and an optimizer within a ``DeepSpeedEngine``."""
 
-    def __init__(self, module: nn.Module, *, mesh: Mesh, device: torch.device) -> None:
-        self.module = module  # a deepspeed.DeepSpeedEngine
+    module: "DeepSpeedEngine"
+
+    def __init__(self, module: "DeepSpeedEngine", *, mesh: Mesh, device: torch.device) -> None:
+        self.module = module
         self.optimizer: torch.optim.Optimizer = module.optimizer.optimizer
         self.device = device
         self.mesh = mesh
         if module.zero_optimization_stage() == 3:
             hide_gathering(module)
-            self.state: Zero3State | Zero12State = Zero3State(module, mesh)
+            self.state = Zero3State(module, mesh)
         else:
             self.state = Zero12State(module, mesh)
 
@@ -77,7 +82,7 @@ class ZeroEngine(Engine):
 class Zero12State:
     """Stages 1 and 2: each rank owns one flat range of every parameter group."""
 
-    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+    def __init__(self, module: "DeepSpeedEngine", mesh: Mesh) -> None:
         self._zero = module.optimizer
         create_optimizer_state(self._zero.optimizer)
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
@@ -125,13 +130,13 @@ class Zero12State:
 class Zero3State:
     """Stage 3: every parameter is cut into equal flat parts, padded at the end."""
 
-    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+    def __init__(self, module: "DeepSpeedEngine", mesh: Mesh) -> None:
         self._zero = module.optimizer
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.holders: dict[str, torch.Tensor] = {}
 
-        def add(parameter: nn.Parameter, holder: torch.Tensor, begin: int, state: dict[str, torch.Tensor]) -> None:
+        def add(parameter: Any, holder: torch.Tensor, begin: int, state: dict[str, torch.Tensor]) -> None:
             start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
             numel = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
             place, shape = _Place(holder, begin, start, numel), tuple(parameter.ds_shape)
@@ -184,7 +189,7 @@ def _entries(
 
 
 def build_deepspeed(
-    build_model: Callable[[], nn.Module], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
+    build_model: Callable[[], TaskModel], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> ZeroEngine:
     """Build the model (partitioned from the start with stage 3) and hand it to DeepSpeed; weights are garbage."""
     deepspeed = import_deepspeed(info, device)
@@ -196,7 +201,7 @@ def build_deepspeed(
 
 def build_for_deepspeed(
     deepspeed: Any,
-    build_model: Callable[[], nn.Module],
+    build_model: Callable[[], TaskModel],
     config: TrainConfig,
     *,
     settings: dict[str, Any],
@@ -234,7 +239,7 @@ def _partition(deepspeed: Any, model: nn.Module, settings: dict[str, Any], devic
             setattr(owner, name, buffer.to(device))
 
 
-def hide_gathering(module: nn.Module) -> None:
+def hide_gathering(module: "DeepSpeedEngine") -> None:
     """Keep ZeRO-3's gathering of parameters out of sight of selective activation checkpointing.
 
     That records every operation of a block's forward and expects the same ones when the block is

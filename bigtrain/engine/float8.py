@@ -8,6 +8,7 @@ from torch import nn
 
 from bigtrain.config.packages import require
 from bigtrain.log import quiet_torchao
+from bigtrain.models.construction import find_stacks
 
 MULTIPLE = 16  # every side of a product in 8 bits is a multiple of this
 WORTHWHILE = 1024  # see :func:`is_faster`
@@ -39,7 +40,7 @@ def use_float8(model: nn.Module, *, num_tokens: int) -> None:
         return isinstance(module, nn.Linear) and is_faster(num_tokens, module.in_features, module.out_features)
 
     fused = {name: module.fused_rows for name, module in model.named_modules() if hasattr(module, "fused_rows")}
-    for block in model.blocks:
+    for block in (block for stack in find_stacks(model) for block in stack):
         convert_to_float8_training(block, module_filter_fn=is_converted)
     for name, rows in fused.items():  # torchao makes new modules, and Muon has to know
         model.get_submodule(name).fused_rows = rows

@@ -61,13 +61,13 @@ def _parts(
     """Yield what ``boxes`` hold of each matrix that a parameter consists of: its rows, where that begins, rectangles."""
     first = 0
     for count in fused_rows:
-        begin, rectangles = 0, []
+        begin, rectangles = 0, list[Rectangle]()
         for box in boxes:
             (row, column), (num_rows, num_columns) = box.offsets, box.view.shape
             low, high = max(row, first), min(row + num_rows, first + count)
             if low < high:
                 if not rectangles:
-                    within = box.view.storage_offset() - local_part(holder).storage_offset()
+                    within = int(box.view.storage_offset() - local_part(holder).storage_offset())
                     begin = within + (low - row) * num_columns
                 rectangles.append(Rectangle(low - first, column, high - low, num_columns))
         yield count, begin, rectangles

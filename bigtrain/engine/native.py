@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ class NativeEngine(Engine):
         """
         gradients = [g for g in gradients if g.numel()]
         if gradients and gradients[0].is_cuda:
-            norms = torch._foreach_norm(gradients, 2, torch.float32)
+            norms = list(torch._foreach_norm(gradients, 2, torch.float32))
         else:
             rows = [torch.linalg.vector_norm(g.reshape(-1, g.shape[-1] if g.ndim else 1), dim=-1) for g in gradients]
             norms = [torch.linalg.vector_norm(row) for row in rows]
@@ -142,7 +143,7 @@ def update_unless_bad(optimizer: torch.optim.Optimizer, norm: torch.Tensor, *, a
         if math.isfinite(norm.item()):
             optimizer.step()
         return
-    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # which gradient scalers set
     optimizer.step()
 
 
@@ -189,7 +190,7 @@ def build_native(
     *,
     mesh: Mesh,
     device: torch.device,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    wrap: Callable[[nn.Module], DistributedDataParallel] | None = None,
 ) -> NativeEngine:
     """Build the model on the meta device, shard and materialise it; the weights are still garbage.
 
@@ -198,10 +199,11 @@ def build_native(
     engine, accumulates = config.engine, config.train.micro_batches(mesh.dp_size) > 1
     is_sharded = engine.kind in (EngineKind.fsdp, EngineKind.hsdp)
     with torch.device("meta"):
-        module: nn.Module = build_model()
-    wrap_blocks(module, engine)
+        model = build_model()
+    wrap_blocks(model, engine)
     if is_sharded:
-        _fully_shard(module, engine, mesh)
+        _fully_shard(model, engine, mesh)
+    module: nn.Module = model
     materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
     # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
     if not is_sharded and (wrap or mesh.size > 1):
@@ -209,10 +211,8 @@ def build_native(
             # Of these DDP makes views of its buckets. Gradients that wait for more micro-batches would else lie outside.
             if accumulates and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        module = wrap(module) if wrap else _data_parallel(module, device)
-        module.broadcast_buffers = (
-            False  # tables that all ranks compute alike; the argument's name depends on the version
-        )
+        module = parallel = wrap(module) if wrap else _data_parallel(module, device)
+        parallel.broadcast_buffers = False  # all ranks compute tables alike; the argument's name depends on the version
     return NativeEngine(
         module,
         build_optimizer(parameter_groups(module.named_parameters(), config.optimizer), config.optimizer),
@@ -236,26 +236,28 @@ def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> None:
     if engine.precision.base is Precision.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.ranks.device_type == "cuda")
-    kwargs = {
-        "mesh": mesh.ranks["dp_replicate", "dp_shard"] if engine.kind is EngineKind.hsdp else mesh.ranks["dp_shard"],
-        "mp_policy": precision,
-        "offload_policy": offload if engine.offload is Offload.cpu else OffloadPolicy(),
-    }
+    shard = partial(
+        fully_shard,
+        mesh=mesh.ranks["dp_replicate", "dp_shard"] if engine.kind is EngineKind.hsdp else mesh.ranks["dp_shard"],
+        mp_policy=precision,
+        offload_policy=offload if engine.offload is Offload.cpu else OffloadPolicy(),
+    )
     # FSDP2 ties parameters within one unit only: blocks that share some (Zamba's transformer) stay in the root's.
     blocks = find_blocks(model)
     uses = Counter(parameter for block in blocks for parameter in block.parameters())
-    units = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
-    for i, block in enumerate(units, start=1):
+    alone = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
+    units: list[FSDPModule] = []
+    for i, block in enumerate(alone, start=1):
         # The backward pass begins with the last block: to reshard it would be to gather it again at once.
-        reshard = engine.fsdp.reshard_after_forward and i < len(units)
-        fully_shard(block, reshard_after_forward=reshard, **kwargs)
+        reshard = engine.fsdp.reshard_after_forward and i < len(alone)
+        units.append(shard(block, reshard_after_forward=reshard))
     if (num_ahead := engine.fsdp.prefetch_blocks) > 1:  # one is what FSDP2 does by itself
-        for i, block in enumerate(units):
-            block.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + num_ahead])
-            block.set_modules_to_backward_prefetch(units[max(i - num_ahead, 0) : i][::-1])
+        for i, unit in enumerate(units):
+            unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + num_ahead])
+            unit.set_modules_to_backward_prefetch(units[max(i - num_ahead, 0) : i][::-1])
     # So does what the root itself holds, the head; embeddings in a unit of their own would be out of reach of a head that
     # is tied to them, and of models that use their weights elsewhere.
-    fully_shard(model, reshard_after_forward=False, **kwargs)
-    for module in (*units, model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # by a factor gloo cannot multiply, not even by 1
+    units.append(shard(model, reshard_after_forward=False))
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # by a factor gloo cannot multiply, not even by 1

@@ -44,9 +44,9 @@ class Entry:
 class EngineState(Protocol):
     """The state of a training run as one engine holds it on this rank."""
 
-    entries: Mapping[str, Entry]
+    entries: dict[str, Entry]
     """``model.<name>`` (fp32 master weights) and ``optim.state.<name>.<key>``, the same keys on every rank."""
-    holders: Mapping[str, torch.Tensor]
+    holders: dict[str, torch.Tensor]
     """By name of each trained parameter the optimizer's parameter, which may hold others too, in whose memory the boxes
     of ``model.<name>`` lie, one after the other."""
 

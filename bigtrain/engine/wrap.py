@@ -29,12 +29,13 @@ def find_blocks(model: TaskModel) -> list[nn.Module]:
 def wrap_blocks(model: TaskModel, config: EngineConfig) -> None:
     """Apply activation checkpointing and compilation to the blocks of ``model`` in place."""
     if config.activation_checkpointing is not ActivationCheckpointing.none:
-        context: dict[str, Callable[..., Any]] = {}
+        wrap: Callable[[nn.Module], nn.Module] = checkpoint_wrapper
         if config.activation_checkpointing is ActivationCheckpointing.selective:
-            context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}
+            context_fn = partial(create_selective_checkpoint_contexts, _keep_expensive)
+            wrap = partial(checkpoint_wrapper, context_fn=context_fn)
         places = [(stack, i) for stack in find_stacks(model.network) for i in range(len(stack))]
         for stack, i in places[:: config.activation_checkpointing_every]:
-            stack[i] = checkpoint_wrapper(stack[i], **context)
+            stack[i] = wrap(stack[i])
     if config.compile:
         for block in find_blocks(model):
             block.compile()
@@ -74,6 +75,6 @@ def materialise(module: nn.Module, device: torch.device, *, buffers: torch.devic
     for alias, name in aliases.items():
         owner, _, attribute = alias.rpartition(".")
         setattr(module.get_submodule(owner), attribute, module.get_parameter(name))
-    for owner in module.modules() if buffers else ():
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(buffers))
+    for parent in module.modules() if buffers else ():
+        for name, buffer in parent.named_buffers(recurse=False):
+            setattr(parent, name, buffer.to(buffers))

@@ -48,8 +48,10 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
         return own_values(model, config, seed)
     if config.kind is ModelKind.native:
         return {name: native_value(name, config, seed) for name, _ in model.named_parameters()}
+    from bigtrain.models.hf.heads import HFNetwork
     from bigtrain.models.hf.values import fresh_values, published_values
 
+    assert isinstance(model, HFNetwork)
     return published_values(model, config, seed) if config.pretrained else fresh_values(model, seed)
 
 

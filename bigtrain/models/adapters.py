@@ -40,7 +40,7 @@ def peft_config(config: AdapterConfig, modules: list[str]) -> Any:
 
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it, whatever it says
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
         use_dora=config.kind is AdapterKind.dora,
@@ -108,9 +108,9 @@ def adapter_values(
     for name, parameter in network.named_parameters():
         if name.endswith(_MAGNITUDE):
             layer = name.removesuffix(_MAGNITUDE)
-            weight = network.get_submodule(layer).get_base_layer().weight
-            is_transposed = not isinstance(network.get_submodule(layer).get_base_layer(), nn.Linear)
-            values[name] = RowNorms(base[f"{layer}.weight"], weight.shape, is_transposed=is_transposed)
+            own = network.get_submodule(f"{layer}.base_layer")
+            shape, is_transposed = own.get_parameter("weight").shape, not isinstance(own, nn.Linear)
+            values[name] = RowNorms(base[f"{layer}.weight"], shape, is_transposed=is_transposed)
         elif is_of_adapter(name):
             values[name] = Program(recorder.of(parameter), seed, name)
     return values
@@ -139,13 +139,15 @@ def merged(network: nn.Module, name: str, read: Callable[[str], Tensor]) -> Tens
         name: of the weight, without adapters.
         read: returns a parameter by its name.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layer_name, _, attribute = name.rpartition(".")
     layer = network.get_submodule(layer_name)
-    if attribute != "weight" or not hasattr(layer, "merge"):
+    if attribute != "weight" or not isinstance(layer, BaseTunerLayer):
         return read(name)
     layer = copy.deepcopy(layer).to_empty(device="cpu")
     with torch.no_grad():
         for own, parameter in layer.named_parameters():
             parameter.copy_(read(plain_name(f"{layer_name}.{own}")))
     layer.merge()
-    return layer.get_base_layer().weight.detach()
+    return layer.get_parameter("base_layer.weight").detach()

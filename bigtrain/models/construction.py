@@ -12,30 +12,32 @@ SMALLEST_STACK = 0.01  # of the parameters: smaller lists of modules are no stac
 
 
 @contextlib.contextmanager
-def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[None]:
+def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
     """Construct modules with parameters on the meta device and buffers on the CPU.
 
     Buffers such as rotary frequencies are computed in constructors and are in no checkpoint: on the meta device they
     would be lost. Tied parameters stay tied. Each parameter exists for a moment, as untouched memory.
 
     Args:
-        keep_elements: parameters of at most so many elements keep what they held then in their ``constructed``.
+        keep_elements: of parameters with at most so many elements, what they held then is in the dict that is given.
     """
     register_parameter = nn.Module.register_parameter
+    constructed: dict[nn.Parameter, torch.Tensor] = {}
 
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:
-            held = param.detach() if param.numel() <= keep_elements else None
+            held = param.detach()
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-            param.constructed = held
-        register_parameter(module, name, param)
+            if held.numel() <= keep_elements:
+                constructed[param] = held
+        register_parameter(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
         with torch.device("cpu"):
-            yield
+            yield constructed
     finally:
-        nn.Module.register_parameter = register_parameter
+        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
 
 
 def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -47,14 +49,14 @@ def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from outermost_lists(child)
 
 
-def find_stacks(network: nn.Module) -> list[nn.ModuleList]:
+def find_stacks(network: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
     """Return the lists of blocks that are wrapped, compiled, recomputed and sharded one by one.
 
     By default the outermost lists with 1 % of the parameters or more, such as those of encoder and decoder, whose
     modules are called by themselves.
     """
-    if hasattr(network, "blocks"):
-        return [network.blocks]
+    if isinstance(blocks := getattr(network, "blocks", None), nn.ModuleList | nn.Sequential):
+        return [blocks]
     num_parameters = sum(p.numel() for p in network.parameters())
     return [
         stack

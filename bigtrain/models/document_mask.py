@@ -5,7 +5,8 @@ tokens, M blocks of tokens attended to.
 """
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ def attend(
     from torch.nn.attention.flex_attention import flex_attention
 
     # Only compiled it skips blocks. On a CPU it runs uncompiled, for tests; within a compiled block it is compiled.
-    compiled = q_BHTK.is_cuda and not torch.compiler.is_compiling()
-    attention = _compile_once(flex_attention) if compiled else flex_attention
+    attention: Callable[..., Any] = flex_attention
+    if q_BHTK.is_cuda and not torch.compiler.is_compiling():
+        attention = _compile_once(flex_attention)
     return attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=gqa)

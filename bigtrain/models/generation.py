@@ -7,14 +7,19 @@ import math
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigtrain.errors import ConfigError
+from bigtrain.models.hf.build import HFCausalLM
+from bigtrain.models.own import Uncached
+from bigtrain.models.transformer import Transformer
+
+LanguageModel = Transformer | HFCausalLM | Uncached
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
@@ -110,7 +115,7 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None
         raise ConfigError("\n".join(problems))
 
 
-def _check_prompt(model: nn.Module, prompt_ids: list[int]) -> None:
+def _check_prompt(model: LanguageModel, prompt_ids: list[int]) -> None:
     if not prompt_ids:
         raise ConfigError("the prompt has no tokens; give some text, or start from the tokenizer's first token")
     strangers = [token for token in prompt_ids if not 0 <= token < model.vocab_size]

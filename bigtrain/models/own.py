@@ -74,11 +74,11 @@ def own_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str, In
     """
     build = _builder(config)
     recorder = Recorder()
-    with seeded(seed), parameters_on_meta(keep_elements=KEPT_ELEMENTS), recorder:
+    with seeded(seed), parameters_on_meta(keep_elements=KEPT_ELEMENTS) as held, recorder:
         drawn = build()
     values: dict[str, InitialValue | None] = {}
     for name, parameter in drawn.named_parameters():
-        constructed: Tensor | None = getattr(parameter, "constructed", None)
+        constructed = held.get(parameter)
         if steps := recorder.of(parameter):
             values[name] = Program(steps, seed, name)
         elif recorder.has_seen(parameter) or constructed is None or constructed.isnan().any():

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError, first_line
 from bigtrain.models.hf.build import HFCausalLM, build_hf_model, read_hf_config
+from bigtrain.models.hf.heads import HFNetwork
 
 SHORT = 8  # tokens of a dry run that is not about the length of samples
 _LENGTHS = re.compile(r"position|seq|ctx|context")
@@ -82,14 +83,14 @@ def _check_indices(name: str, args: tuple[Any, ...]) -> None:
             raise IndexError(f"index {int(index.max())} of {args[0].shape[dim]}")
 
 
-def _dry_run(model: nn.Module, length: int) -> Tensor:
+def _dry_run(model: HFNetwork, length: int) -> Tensor:
     """Return the logits of one sample on the meta device."""
     tensors = model.example(length)
     with _DryRun(), torch.enable_grad():
         return next(_tensors(model.train()(*tensors)))
 
 
-def unreached_parameters(model: nn.Module) -> list[str]:
+def unreached_parameters(model: HFNetwork) -> list[str]:
     """Return the trainable parameters that the loss does not depend on, such as those of a vision tower.
 
     The model is one of transformers, on the meta device. NotImplementedError: its control flow depends on numbers.
@@ -151,7 +152,7 @@ def direction_settings(model: nn.Module) -> str:
     return ", ".join(found) or "no setting of its direction"
 
 
-def longest_sample(model: nn.Module, length: int) -> int:
+def longest_sample(model: HFNetwork, length: int) -> int:
     """Return ``length``, or the most tokens for which a model of transformers on the meta device has positions if fewer."""
 
     def fits(tokens: int) -> bool:

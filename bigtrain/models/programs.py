@@ -6,6 +6,7 @@ values depend on (seed, name, position) alone.
 """
 
 import contextlib
+import inspect
 import math
 import sys
 from collections import defaultdict
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigtrain.errors import ConfigError
 from bigtrain.models.init import BLOCK_ELEMENTS, Given, InitialValue, fill_blocks, generator_of, seed_of
 
+_IS_META = inspect.getattr_static(torch.Tensor, "is_meta").__get__
 RANDOM = ("normal_", "uniform_")
 CONSTANT = ("fill_", "zero_")
 ELEMENTWISE = ("mul_", "add_", "sub_", "div_", "clamp_", "clamp_min_", "clamp_max_", "erfinv_", "exp_", "log_", "neg_")
@@ -94,7 +96,7 @@ class _SkippedFills(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.is_meta.__get__ and sys._getframe(1).f_globals is vars(nn.init):
+        if func == _IS_META and sys._getframe(1).f_globals is vars(nn.init):
             self._recorder.add(args[0], _unknown(args[0]))
         return func(*args, **(kwargs or {}))
 
@@ -156,7 +158,7 @@ def _step(func: Any, changed: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         numbers.append(value)
         if not isinstance(value, int | float):
             operation = "of another tensor"
-    begin = changed.storage_offset()
+    begin = int(changed.storage_offset())
     if not changed.is_contiguous():
         operation = "of scattered elements"
     if operation == "clamp_" and None in numbers:

@@ -16,7 +16,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
     Frozen parameters are in none.
     """
-    hidden, decay, no_decay = [], [], []
+    lists: list[list[nn.Parameter]] = [[], [], []]
+    hidden, decay, no_decay = lists
     for name, parameter in named:
         if not parameter.requires_grad:
             continue

@@ -112,17 +112,18 @@ class Muon(torch.optim.AdamW):
     workshop: Workshop  # set by the engine
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update all parameters; a step of all ranks together."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
-            super().step(closure)
+            loss = super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
             if group["muon"]:
                 self._step_muon(group)
+        return loss
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -135,7 +136,7 @@ class Muon(torch.optim.AdamW):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             gradient, momentum = local_part(p.grad), local_part(self.state[p]["momentum_buffer"])
             if bad is not None:
-                gradient.masked_fill_(keep == 0, 0.0)
+                gradient.masked_fill_(bad.to(gradient.device) != 0, 0.0)
             momentum.lerp_(gradient, (1 - MOMENTUM) * keep)
             gradient.lerp_(momentum, MOMENTUM)  # Nesterov: the momentum after another such gradient
         if not group["lr"]:  # as when an engine has the state created, before it knows of matrices
@@ -219,9 +220,9 @@ def _orthogonalise(matrices: list[Matrix], wholes: list[Tensor]) -> list[Tensor]
     results = []
     pairs = zip(matrices, wholes, strict=True)
     for _, batch in itertools.groupby(pairs, key=lambda pair: sorted((pair[0].rows, pair[0].columns))):
-        batch = [(m, whole.view(m.rows, m.columns)) for m, whole in batch]
-        lying = newton_schulz(torch.stack([x if m.rows <= m.columns else x.mT for m, x in batch]))
-        results += [(x if m.rows <= m.columns else x.mT).flatten() for (m, _), x in zip(batch, lying, strict=True)]
+        own = [(m, whole.view(m.rows, m.columns)) for m, whole in batch]
+        lying = newton_schulz(torch.stack([x if m.rows <= m.columns else x.mT for m, x in own]))
+        results += [(x if m.rows <= m.columns else x.mT).flatten() for (m, _), x in zip(own, lying, strict=True)]
     return results
 
 

@@ -86,6 +86,7 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
     from bigtrain.models.adapters import plain_name
     from bigtrain.models.construction import find_stacks
     from bigtrain.models.freeze import frozen_names
+    from bigtrain.models.hf.heads import HFNetwork
 
     with torch.device("meta"):
         built = build_model(model)
@@ -108,7 +109,7 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
     )
     if model.kind is ModelKind.native:
         return sizes, model
-    if model.kind is ModelKind.own or not is_language_model(model):
+    if not isinstance(built, HFNetwork) or not is_language_model(model):
         return sizes, None
     return sizes, native_shape(built.causal_lm.config.get_text_config())
 

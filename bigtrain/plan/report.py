@@ -88,7 +88,7 @@ class Report:
 
     def fitting_changes(self) -> list[Change]:
         """Return what to change for the run to fit here, smallest change first; none includes another."""
-        world_size, found = self.machine.world_size, []
+        world_size, found = self.machine.world_size, list[Change]()
         for change in self._candidates():
             keys = {key for key, _ in change}
             if any(keys >= {key for key, _ in smaller} for smaller in found):
@@ -111,10 +111,10 @@ class Report:
 
         A shorter sequence comes last, because only that makes it another run.
         """
-        axes = [[(), *axis] for axis in _axes(self.config, self.machine.device_type)]
+        axes = list(_axes(self.config, self.machine.device_type))
         ranked = []
-        for picks in itertools.product(*(range(len(axis)) for axis in axes)):
-            change = tuple(axis[pick] for axis, pick in zip(axes, picks, strict=True) if pick)
+        for picks in itertools.product(*(range(len(axis) + 1) for axis in axes)):  # 0 leaves the axis alone
+            change = tuple(axis[pick - 1] for axis, pick in zip(axes, picks, strict=True) if pick)
             # Later axes change more, and later settings of an axis do.
             mildness = sum(10 * place + pick for place, pick in enumerate(picks) if pick)
             shortens = any(key == "data.sequence_length" for key, _ in change)
@@ -162,7 +162,8 @@ class Report:
         if machine.device_type == "cpu":
             rows = [(name, device + host, 0) for name, device, host in rows]
         needed = self.needed_bytes(guess)
-        device, host = (total - sum(row[i] for row in rows) for i, total in enumerate(needed, start=1))
+        _, *held = zip(*rows, strict=True)
+        device, host = (total - sum(column) for total, column in zip(needed, held, strict=True))
         return [
             *rows,
             (f"margin {MARGIN:.0%}, libraries", device, host),

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ from bigtrain.distributed.collectives import on_rank0
 from bigtrain.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, ConfigError
 from bigtrain.files import CONFIG_FILE, read_json, such_as_runs, write_anew, writing
 from bigtrain.log import redact
-from bigtrain.models import build_model
-from bigtrain.models.hf.build import has_own_code, read_hf_config
+from bigtrain.models.hf.build import build_hf_model, has_own_code, read_hf_config
 from bigtrain.models.hf.files import published_directory, weight_files
 from bigtrain.models.hf.load import BUFFERS_FILE, stored_buffers
 from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit
@@ -96,7 +96,7 @@ def keep_model(directory: Path, model: ModelConfig) -> None:
         if (published / name).is_file():
             shutil.copyfile(published / name, own / name)
     with torch.device("meta"):
-        buffers = dict(stored_buffers(build_model(model).causal_lm)) if model.pretrained else {}
+        buffers = dict(stored_buffers(build_hf_model(model).causal_lm)) if model.pretrained else {}
     if buffers:
         save_file(buffers, own / BUFFERS_FILE)
 
@@ -251,7 +251,7 @@ def newest_whole(directory: Path, verify: Verify, *, before: int = sys.maxsize) 
         path = Path(found[-1])
         if not (problems := verify_checkpoint(path, verify)):
             return path
-        aside = on_rank0(lambda path=path, problems=problems: _set_aside(directory, path, problems))
+        aside = on_rank0(partial(_set_aside, directory, path, problems))
         log.get_logger().warning("\n  ".join([f"damaged checkpoint, set aside as {aside}:", *problems]))
     if damaged := on_rank0(lambda: [str(path) for path in find_damaged(directory) if step_of(path) < before]):
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """Export of a checkpoint as a directory of transformers."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -16,7 +15,6 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from bigtrain.checkpoint.store import read_run_state
 from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskConfig, TaskKind, TrainConfig
@@ -26,9 +24,10 @@ from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
 from bigtrain.files import sync, write_durably
-from bigtrain.models import build_model
+from bigtrain.models.hf.build import build_hf_model
 from bigtrain.models.hf.disk import disk_config, disk_tensors
 from bigtrain.models.hf.files import published_directory
+from bigtrain.models.hf.heads import PreTrainedModel
 from bigtrain.models.hf.load import stored_buffers
 from bigtrain.models.hf.native import HFTensor, hf_config, hf_tensors
 from bigtrain.models.init import Newest
@@ -144,7 +143,7 @@ def _hugging_face(
     """Return the tensors of a transformers model and the files that describe it, as they are on disk."""
     own = own_model(run_config.model, run)
     with torch.device("meta"):
-        network = build_model(dataclasses.replace(own, adapter=None)).causal_lm
+        network = build_hf_model(own).causal_lm
     published = published_directory(own.name, list(DESCRIPTION_FILES))
     files = {name: (published / name).read_bytes() for name in DESCRIPTION_FILES if (published / name).is_file()}
     config = disk_config(json.loads(files[CONFIG]), architecture=type(network).__name__, dtype=_name(dtype))
@@ -170,7 +169,7 @@ def _of_labels(model: ModelConfig, task: TaskConfig, names: list[str]) -> dict[s
     return described | {"problem_type": "regression" if task.kind == TaskKind.regression.name else kind}
 
 
-def _disk_parts(network: nn.Module, reader: WeightReader | MergedWeights, dtype: torch.dtype) -> Iterator[Part]:
+def _disk_parts(network: PreTrainedModel, reader: WeightReader | MergedWeights, dtype: torch.dtype) -> Iterator[Part]:
     """Yield the tensors of a transformers model: parameters from the checkpoint, stored buffers as the run had them."""
     prefix = f"{MODEL}causal_lm."
     parameters = [key.removeprefix(prefix) for key in reader.keys if key.startswith(prefix)]
@@ -200,7 +199,7 @@ def _token_ids(run: Path, tokenizer: TokenizerRecord | None) -> dict[str, int | 
 
 
 def _published_roles(run: Path) -> dict[str, str]:
-    roles = {}
+    roles: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = run / PUBLISHED_DIRECTORY / name
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -22,6 +22,7 @@ from bigtrain.log import get_logger
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.models.adapters import adapter_values, is_of_adapter, plain_name
 from bigtrain.models.freeze import frozen_names
+from bigtrain.models.hf.build import build_hf_model
 from bigtrain.models.hf.heads import is_of_head
 from bigtrain.models.hf.values import trunk_values
 from bigtrain.models.init import InitialValue, Newest, Whole
@@ -161,7 +162,7 @@ def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:
     reader, values = WeightReader(checkpoint), build_initial_values(model, seed)
     keys = {key.removeprefix(MODEL): key for key in reader.keys if key.startswith(MODEL)}
     with torch.device("meta"):
-        network = build_model(model)
+        network = build_hf_model(model)
     in_head = {name for name in {*values, *keys} if is_of_head(network.causal_lm, name.removeprefix("causal_lm."))}
     taken = [name for name in values if name in keys and (name not in in_head or ".pooler." in name)]
     odd = sorted((values.keys() ^ keys.keys()) - in_head)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from bigtrain.config import Content, TrainConfig
 from bigtrain.data.prepare.images import read_image
@@ -40,6 +41,9 @@ class Unlabelled(Objective):
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         return np.zeros(len(next(iter(samples.values()))), dtype=np.int64)
+
+    def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError("without targets there is no loss")
 
 
 class Rows:
@@ -128,7 +132,7 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     wanted = list(objective.fields)
     if isinstance(inputs, Path) and inputs.is_dir():
         dataset: Any = _pictures(inputs, run, config)
-    elif isinstance(inputs, Mapping) or where.endswith(".npz"):
+    elif isinstance(inputs, Mapping) or (isinstance(inputs, Path) and inputs.suffix == ".npz"):
         columns = read_npz(inputs)[:] if isinstance(inputs, Path) else inputs
         if missing := [name for name in wanted if name not in columns]:
             raise DataError(f"{where}: it lacks {', '.join(missing)}; it has {', '.join(columns)}")

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from bigtrain.checkpoint.store import RunState, find_checkpoints, read_run_state
 from bigtrain.config import Packing, TrainConfig, are_records
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.images import visible
-from bigtrain.data.read.stream import SampleStream
+from bigtrain.data.read.records import RecordSplit
+from bigtrain.data.read.stream import SampleStream, StoredSamples
 from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError
 from bigtrain.run.data import elsewhere, open_data
@@ -57,6 +58,7 @@ def inspect_step(config: TrainConfig, *, step: int, num_samples: int, state: Run
         batch = stream.gather(np.array([sample_id]), np.array([first + number]))
         columns = {name: tensor[0].numpy() for name, tensor in batch.items()}
         component, places = stream.origin_of(sample_id)
+        lines: Iterable[str]
         if config.data.packing in (Packing.documents, Packing.preferences):
             where, lines = f"{component} {sample_id}, document {places[0]}", _document_lines(stream, columns, tokenizer)
         elif "source" in columns and not are_records(config.data):
@@ -68,7 +70,9 @@ def inspect_step(config: TrainConfig, *, step: int, num_samples: int, state: Run
             counted = f"{np.count_nonzero(columns['targets'] != IGNORE_INDEX)} of {len(columns['targets'])}"
             where, lines = f"{component} {sample_id}, {counted} targets count", _text_lines(columns, places, tokenizer)
         else:
-            told = stream.components[component].split.records.describe(int(places[0]), first + number)
+            samples = stream.components[component]
+            assert isinstance(samples, StoredSamples) and isinstance(samples.split, RecordSplit)
+            told = samples.split.records.describe(int(places[0]), first + number)
             where, lines = f"{component} {sample_id}, row {places[0]}{told}", _record_lines(stream, columns)
         yield ""
         yield f"── sample {number + 1} of {batch_size}: {where}"
@@ -117,7 +121,7 @@ def _document_lines(stream: SampleStream, columns: Columns, tokenizer: "Tokenize
     elif labels.ndim == 0:
         yield f"label: {names[int(labels)]}"
     elif labels is not tags:
-        yield f"labels: {', '.join(names[label] for label in np.flatnonzero(labels)) or 'none'}"
+        yield f"labels: {', '.join(names[label] for label in np.flatnonzero(labels).tolist()) or 'none'}"
 
 
 def _masked_line(columns: Columns, tokenizer: "Tokenizer | None") -> str:

@@ -30,7 +30,7 @@ from bigtrain.run.inputs import list_images, open_inputs
 from bigtrain.run.parts import make_parts
 from bigtrain.run.validation import writing_of
 from bigtrain.tasks import build_objective
-from bigtrain.tasks.answers import Wanted
+from bigtrain.tasks.answers import Predicts, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class _Job:
     """A trained network with the inputs that it answers."""
 
     engine: Engine
-    objective: Any
+    objective: Predicts
     records: Records
     wanted: Wanted
     batch_size: int
@@ -68,7 +68,7 @@ def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterato
     """Load a run's network and open the inputs; all ranks call this."""
     with opened(path) as (config, run):
         objective = build_objective(config.task)
-        if not hasattr(objective, "answers"):
+        if not isinstance(objective, Predicts):
             raise ConfigError(
                 f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
             )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from bigtrain.checkpoint.store import step_of
-from bigtrain.config import ModelKind, TaskKind, TrainConfig
+from bigtrain.config import TaskKind
+from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.adapters import plain_name
-from bigtrain.models.generation import generate
+from bigtrain.models.generation import LanguageModel, generate
 from bigtrain.models.own import Uncached
 from bigtrain.run.batched import continued, shared_out
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
@@ -52,11 +53,10 @@ def sample_run(
     tokenizer = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        model = build_model(config.model)
-    materialise(model, device)
-    load_state(checkpoint, {MODEL + plain_name(name): whole_entry(p) for name, p in model.named_parameters()})
-    if config.model.kind is ModelKind.own:
-        model = Uncached(model, config.model)
+        network = build_model(config.model)
+    materialise(network, device)
+    load_state(checkpoint, {MODEL + plain_name(name): whole_entry(p) for name, p in network.named_parameters()})
+    model = network if isinstance(network, LanguageModel) else Uncached(network, config.model)
     model.eval()
     adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
     ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)

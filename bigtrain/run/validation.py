@@ -28,7 +28,7 @@ from bigtrain.files import write_anew
 from bigtrain.run.data import HELD_OUT, held_out_batches, sets_of
 from bigtrain.run.step import coupled
 from bigtrain.tasks import build_objective
-from bigtrain.tasks.answers import Wanted, Writing
+from bigtrain.tasks.answers import Predicts, Wanted, Writing
 from bigtrain.tasks.base import IGNORE_INDEX, Objective, num_sums, split_sums
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.metrics import scores_by_label
@@ -116,6 +116,7 @@ def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) 
     """Return source, target and what was written of the first samples, in order, on rank 0; all ranks call this."""
     batch_size, num_wanted = config.train.global_batch_size, config.validation.written_samples
     objective, wanted = build_objective(config.task), Wanted(writing=writing_of(stream.tokenizer_directory, config))
+    assert isinstance(objective, Predicts)
     engine.module.eval()
     network, decode = partial(engine.module, predicts=True), wanted.writing.decode
     found: list[tuple[int, dict[str, str]]] = []
@@ -124,7 +125,7 @@ def write_validation(engine: Engine, stream: SampleStream, config: TrainConfig) 
         *inputs, targets = (tensor.to(engine.device) for tensor in batch.values())
         with torch.no_grad():
             written = objective.answers(network, *inputs, wanted=wanted)
-        sources = [{} for _ in written]
+        sources: list[dict[str, str]] = [{} for _ in written]
         if "source" in batch:
             texts = zip(batch["source"].tolist(), batch["source_lengths"].tolist(), strict=True)
             sources = [{"source": decode(text[:length])} for text, length in texts]

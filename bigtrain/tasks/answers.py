@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,14 @@ class Wanted:
 
     def name(self, label: int) -> str | int:
         return self.label_names[label] if self.label_names else label
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """An objective that predicts."""
+
+    def answers(self, network: Callable[..., Any], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
+        """Return plain data, a mapping for each sample, of what the objective's fields without ``ignored`` hold."""
 
 
 def label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, Any]]:

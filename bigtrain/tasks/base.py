@@ -41,7 +41,10 @@ class Field(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is minimised. An implementation is a frozen dataclass, whose fields are its settings, or a class without state."""
+    """What is minimised, by a frozen dataclass, whose fields are its settings, or a class without state.
+
+    One that predicts is also a :class:`bigtrain.tasks.answers.Predicts`.
+    """
 
     counts_by_shape: bool = False  # of elements, if all are targets
 
@@ -65,9 +68,6 @@ class Objective(Protocol):
 
         An objective without sums may return the loss itself, 0-d.
         """
-
-    # An objective that predicts has also ``answers(network, *inputs, wanted)``: given a function and what the fields without
-    # ``ignored`` hold, it returns plain data, a mapping for each sample; see :mod:`bigtrain.tasks.answers`.
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return metrics by name, of the mean loss and the sums over the same samples.

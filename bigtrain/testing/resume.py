@@ -188,7 +188,7 @@ def _train(config: TrainConfig, run: RunFunction, kill_in_step: int | None, log:
     train_step = trainer.train_step
 
     def watched(
-        engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None]
+        engine: Engine, batch: StepBatch, lr: float, *, before_update: Callable[[], None] = lambda: None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step = batch.step + 1
         samples[step] = [

@@ -493,6 +493,7 @@ def test_a_corpus_on_this_machine_needs_no_cache(prepared, tmp_path):
     assert prepare(config, progress=False) == Path(prepared)
     split = open_corpus(config, vocab_size=257).split("train")
     assert not split.is_remote and split.cache_shards is None
+    split.prefetch([0])  # there is nothing to fetch
     assert not (tmp_path / "data").exists()
     with pytest.raises(DataError, match="no prepared corpus here"):
         prepare(DataConfig(source=DataSource.prepared, path=str(tmp_path)), progress=False)

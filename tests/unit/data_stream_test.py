@@ -23,7 +23,7 @@ from bigtrain.config.check import check_data
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.data.order.cursor import Cursor, chain_digest
 from bigtrain.data.prepare.corpus import prepare, prepare_components
-from bigtrain.data.read.corpus import TokenSplit
+from bigtrain.data.read.corpus import FileSplit, TokenSplit
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.loader import TrainLoader, validation_batches
 from bigtrain.data.read.stream import SampleStream
@@ -231,7 +231,7 @@ def test_validation_takes_every_component():
     assert firsts == [1000 * (i // 10) + T * 10 * (i % 10) for i in range(20)]
 
 
-class RemoteSplit(TokenSplit):
+class RemoteSplit(TokenSplit, FileSplit):
     """Has to be fetched into a cache of so many shards, and notes what it is asked to fetch."""
 
     is_remote = True

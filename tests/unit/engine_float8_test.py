@@ -46,6 +46,18 @@ def test_only_large_layers_of_the_blocks_are_converted():
     assert {name: (parameter.shape, type(parameter)) for name, parameter in model.named_parameters()} == shapes
 
 
+def test_the_blocks_of_a_network_that_calls_them_otherwise_are_converted():
+    pytest.importorskip("torchao")
+    from torchao.float8.float8_linear import Float8Linear
+
+    with torch.device("meta"):
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4096, 4096)) for _ in range(2))
+        model.head = torch.nn.Linear(4096, 4096)
+        use_float8(model, num_tokens=16384)
+    assert isinstance(model.layers[1][0], Float8Linear) and not isinstance(model.head, Float8Linear)
+
+
 @pytest.mark.parametrize(
     ("changes", "found"),
     [

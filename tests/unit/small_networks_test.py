@@ -6,10 +6,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bigtrain.cli.hydra_cli import read_run
 from bigtrain.config import Inputs, TaskConfig
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.models.construction import find_stacks
 from bigtrain.models.small import CNN, MLP
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Objective, TaskModel
@@ -95,3 +97,12 @@ def test_an_objective_without_fields_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("bigtrain.config.parts.instance", lambda *_, **__: Bare())
     with pytest.raises(ConfigError, match="it has no fields"):
         build_objective(dataclasses.replace(TaskConfig(), kind="ideas.bare"))
+
+
+@pytest.mark.parametrize("blocks", [nn.ModuleDict({"one": nn.Linear(2, 2)}), nn.Linear(2, 2), 3])
+def test_what_is_called_blocks_and_is_no_list_of_modules_is_a_part_as_any_other(blocks):
+    network = nn.Module()
+    network.blocks, network.layers = blocks, nn.ModuleList([nn.Linear(2, 2)])
+    assert find_stacks(network) == [network.layers]
+    network.blocks = nn.Sequential(nn.Linear(2, 2))
+    assert find_stacks(network) == [network.blocks]

@@ -115,7 +115,7 @@ class Chat:
             if "strftime_now" in template:
                 day = datetime.date.fromisoformat(self.date)
                 templates._compile_jinja_template(template).environment.globals["strftime_now"] = day.strftime
-            texts, spans = templates.render_jinja_template(
+            rendered: Any = templates.render_jinja_template(  # annotated as a str
                 [messages],
                 chat_template=template,
                 return_assistant_tokens_mask=self.marks(fields),
@@ -126,6 +126,7 @@ class Chat:
             raise
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template cannot write it: {error}") from error
+        texts, spans = rendered
         return texts[0], [(begin, end) for begin, end in (spans[0] if spans else [])]
 
     def marks(self, fields: dict[str, Any]) -> bool:
@@ -432,7 +433,7 @@ def encoding_facts(config: DataConfig) -> dict[str, Any]:
 def coding_hash(config: DataConfig, built: BuiltTokenizer) -> str:
     """Return a hash of :func:`encoding_facts` for a built tokenizer and settings of :func:`keep_chat`, or ""."""
     bare, whole = (built.tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, built.adds_special))
-    facts = [whole] if bare != whole or (built.adds_special and config.content.has_answers) else []
+    facts: list[Any] = [whole] if bare != whole or (built.adds_special and config.content.has_answers) else []
     facts += [read_template(config.chat_template)] if _is_templated(config) else []
     facts += [config.train_on.name] if config.train_on is not TrainOn.answers else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else ""

@@ -92,7 +92,8 @@ def _tiktoken_encoder(tokenizer: "Tokenizer") -> Encode | None:
 
 def encode_pieces(encode: Encode, document: Document, split: Callable[[str], Iterable[str]] = cut) -> Coded:
     """Encode segments that count and that do not separately, and long texts in pieces, which bounds the memory."""
-    tokens, counted = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.uint8)]
+    tokens: list[NDArray[np.integer]] = [np.empty(0, dtype=np.uint32)]
+    counted = [np.empty(0, dtype=np.uint8)]
     for text, counts in _segments(document):
         for piece in split(text):
             tokens.append(encode(piece))

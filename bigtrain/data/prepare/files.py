@@ -130,11 +130,11 @@ def _listing(directory: Path) -> dict[str, str | None] | None:
         split = splits[0] if splits else split_name(state.get("_split"))
         return {Path(file["filename"]).name: split for file in state["_data_files"]}
     info = directory / "dataset_info.json"  # of the datasets cache: <dataset>-<split>[-00000-of-00002].arrow
-    splits = (_read(info).get("splits") or {}) if info.is_file() else {}
+    known = (_read(info).get("splits") or {}) if info.is_file() else {}
     names = [path.name for path in directory.iterdir()]
     found = {
         name: split
-        for split in splits
+        for split in known
         for name in names
         if re.fullmatch(rf"([^-].*-)?{re.escape(split)}(-\d{{5}}-of-\d{{5}})?\.arrow", name)
     }

@@ -105,7 +105,7 @@ def _read_digits(file: Path) -> Source:
 
 def _idx_files(root: Path) -> dict[str, Path]:
     """Return the files of a directory that are named as MNIST's, by ``train-images``, ``t10k-labels`` ..."""
-    found = {}
+    found: dict[str, Path] = {}
     for side in ("train", "t10k"):
         for kind, rank in _IDX_RANKS.items():
             for name in (f"{side}-{kind}-idx{rank}-ubyte", f"{side}-{kind}.idx{rank}-ubyte"):

@@ -5,7 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def write_plan(directory: Path, config: DataConfig, parts: list[Part], tokenizer
     sizes = {str(file.path): file.path.stat().st_size for file in files}
     # Shard sizes of a streamed dataset are unknown, but seldom small.
     part_bytes = _WINDOW_BYTES if config.streaming else max(sum(sizes.values()) // max(len(parts), 1), 1)
-    plan = {
+    plan: dict[str, Any] = {
         "fingerprint": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
         "is_fast": is_fast,
         "window_parts": max(min(_WINDOW_BYTES // part_bytes, _WINDOW_PARTS), 1),
@@ -124,7 +124,7 @@ def make_part(
         if handle is None:
             return
 
-        def tokenise() -> dict[str, NDArray]:
+        def tokenise() -> dict[str, Any]:
             return _tokenise(config, part, sizes, encoder(directory, coding), coding, np.dtype(dtype))
 
         where = f"data.path={config.path}"

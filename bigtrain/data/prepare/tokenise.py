@@ -166,7 +166,8 @@ def plan_shards(split: str, lengths: list[NDArray[np.int64]], shard_tokens: int)
     """Cut the documents of all parts into shards; each ends with the document by which it has ``shard_tokens``."""
     ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))
     part_ends = np.cumsum([int(part.sum()) for part in lengths])
-    plans, first, begin = [], 0, 0
+    plans: list[ShardPlan] = []
+    first = begin = 0
     while first < len(ends):
         last = min(int(np.searchsorted(ends, begin + shard_tokens)), len(ends) - 1)
         end = int(ends[last])

@@ -11,8 +11,9 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bigtrain.config import DataConfig
 from bigtrain.errors import ShardError, as_data_error
@@ -39,7 +40,7 @@ class NodeCache:
         """Return whether another process or thread is at a file of unknown size."""
         return is_locked(self.directory / f"{name}.0.partial")
 
-    def open(self, name: str) -> BinaryIO | None:
+    def open(self, name: str) -> BufferedReader | None:
         """Return a file, open for reading, or None; it counts as used, and stays readable when it leaves the cache."""
         try:
             handle = open(self.path(name), "rb")  # noqa: SIM115  the caller closes it
@@ -53,7 +54,7 @@ class NodeCache:
         self.path(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def making(self, name: str, num_bytes: int, *, wait: bool) -> Iterator[BinaryIO | None]:
+    def making(self, name: str, num_bytes: int, *, wait: bool) -> Iterator[BufferedRandom | None]:
         """Give the partial file, locked, to be completed; at the end of the context it gets its name.
 
         Gives None for a file that is there, or that another one makes unless it is to ``wait``. A size of 0 is not

@@ -175,7 +175,8 @@ class FileSplit:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Begin to fetch ``shards``, if they are remote, in the background and in this order."""
-        self._files.prefetch([file for shard in shards for file in self._records[shard].files])
+        if isinstance(self._files, ShardCache):
+            self._files.prefetch([file for shard in shards for file in self._records[shard].files])
 
     def _map(self, shard: int, file: FileRecord, dtype: np.dtype) -> NDArray:
         """Return a file as a memory map, or zeros if its shard is skipped."""
@@ -195,7 +196,7 @@ class FileSplit:
             num_tokens, so_far = self.shard_tokens[shard], len(self.skipped)
             get_logger().warning("%s; skipped: its %d tokens do not count (%d so far)", error, num_tokens, so_far)
             return nothing
-        if self.is_remote:  # a map keeps the space of a file that has left the cache
+        if isinstance(self._files, ShardCache):  # a map keeps the space of a file that has left the cache
             self._open = {name: entry for name, entry in self._open.items() if self._files.holds(entry[0])}
         self._open[file.name] = (file, mapped)
         return mapped

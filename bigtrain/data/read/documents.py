@@ -32,6 +32,7 @@ class DocumentSamples(ShardedSamples):
     """
 
     is_full = False
+    _split: FileSplit
 
     def __init__(self, split: FileSplit, sequence_length: int) -> None:
         super().__init__(split, sequence_length, document_mask=False)

@@ -76,7 +76,7 @@ class Augmentation:
         return mix64(positions.astype(np.uint64) + np.uint64(derive_key(self.seed, *b"image", purpose)))
 
     def _uniform(self, purpose: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
-        return (self._hash(purpose, positions) >> np.uint64(11)) * 2.0**-53
+        return (self._hash(purpose, positions) >> np.uint64(11)) * np.float64(2.0**-53)
 
 
 def _rotated(images_NHWC: NDArray[np.float32], degrees_N: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Final
 
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.errors import ConfigError, DataError, ShardError, as_data_error
@@ -16,7 +17,7 @@ from bigtrain.files import FileRecord, hash_content
 INDEX_FILE = "index.json"
 PUBLISHED_DIRECTORY = "tokenizer"  # beside the index of a corpus or run: the files that its tokenizer was published as
 FORMAT = 2
-SPLITS = ("train", "validation")
+SPLITS: Final = ("train", "validation")
 
 
 class LabelKind(Enum):

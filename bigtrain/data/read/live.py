@@ -207,7 +207,9 @@ class LiveSamples:
 
     def gather(self, sample_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Samples:
         numbers, local = sample_ids >> _INDEX_BITS, sample_ids & (1 << _INDEX_BITS) - 1
-        return gather_groups(numbers, lambda number, rows: self._window(number).packed.gather(local[rows]), self._pool)
+        return gather_groups(
+            numbers, lambda number, rows: self._window(number).packed.gather(local[rows], positions[rows]), self._pool
+        )
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
         return self._window(sample_id >> _INDEX_BITS).packed.documents(sample_id & (1 << _INDEX_BITS) - 1)

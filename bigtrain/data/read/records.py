@@ -331,7 +331,7 @@ class Arrays:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int | slice) -> dict[str, Any]:
         return {name: column[row] for name, column in self._columns.items()}
 
     def gather(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -166,7 +167,7 @@ class ShardCache:
         """Begin to fetch ``files`` in this order; what goes wrong is left to :meth:`open`."""
         self._ahead.want(file for file in files if not self.holds(file))
 
-    def _cached(self, file: FileRecord) -> BinaryIO | None:
+    def _cached(self, file: FileRecord) -> BufferedReader | None:
         handle = self._cache.open(file.xxh3)
         # Once per process: disks and crashes damage files too.
         if handle and file.xxh3 not in self._verified:
@@ -185,7 +186,7 @@ class ShardCache:
                 self._download(file, handle)
                 self._verified.add(file.xxh3)
 
-    def _download(self, file: FileRecord, handle: BinaryIO) -> None:
+    def _download(self, file: FileRecord, handle: BufferedRandom) -> None:
         where = f"{self._remote.url}/{file.name}"
         # In the store itself; a body that is cut off on its way is another matter and tried again.
         if (size := self._remote.size(file.name)) not in (file.num_bytes, None):

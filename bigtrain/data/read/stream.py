@@ -15,9 +15,9 @@ from bigtrain.data.order.mixture import Mixture, Share
 from bigtrain.data.order.permutation import Order, derive_key, mix64
 from bigtrain.data.read.batch import ArrayPool, Batch, Collation, Samples, build_batch, gather_groups
 from bigtrain.data.read.corpus import FileSplit
-from bigtrain.data.read.documents import document_samples
+from bigtrain.data.read.documents import DocumentSamples, document_samples
 from bigtrain.data.read.live import LiveParts, LiveSamples
-from bigtrain.data.read.packing import AnySplit, BestFitSamples, build_packing, no_samples, packing_for
+from bigtrain.data.read.packing import AnySplit, BestFitSamples, PackedSplit, build_packing, no_samples, packing_for
 from bigtrain.data.read.records import RecordSplit
 from bigtrain.data.read.scores import Scores
 from bigtrain.errors import DataError
@@ -38,14 +38,13 @@ class StoredSamples:
         Of more than ``most_samples``, so many are drawn: the same with every seed, more of them for a larger number.
         """
         window = data.shuffle_window_shards or (WINDOW_SHARDS if split.is_remote else None)
-        if split.is_remote:
+        if isinstance(split, FileSplit) and split.is_remote:
             _require_room(split, window, data.cache_gib)
         if data.packing in (Packing.documents, Packing.preferences) and isinstance(split, FileSplit):
-            packed = document_samples(split, data)
-            self.num_cut = packed.num_cut()
+            packed: DocumentSamples | PackedSplit = document_samples(split, data)
         else:
             packed = build_packing(split, data.sequence_length, data.packing, data.document_mask, data.long_chats)
-            self.num_cut = packed.num_cut() if isinstance(packed, BestFitSamples) else 0
+        self.num_cut = packed.num_cut() if isinstance(packed, DocumentSamples | BestFitSamples) else 0
         self.fingerprint = split.fingerprint
         self.split = split
         self.num_ids, self.is_full = int(packed.shard_samples.sum()), packed.is_full
@@ -70,6 +69,7 @@ class StoredSamples:
 
     def labels(self) -> NDArray[np.int64]:
         """Return the labels of the samples that are drawn, in the order of their numbers."""
+        assert isinstance(self.split, FileSplit | RecordSplit)
         labels = self.split.all_labels()
         return labels if self._answered is None else labels[self._answered]
 
@@ -78,6 +78,7 @@ class StoredSamples:
 
     def prefetch(self, first: int) -> None:
         """Begin to fetch what is needed from a position on: this window of shards and the next, if they are remote."""
+        assert isinstance(self.split, FileSplit)
         shards = self.order.shards_ahead(first, min(2 * self.order.window_shards, self.split.cache_shards)).tolist()
         if shards != self._fetching:
             self._fetching = shards
@@ -177,8 +178,9 @@ class SampleStream:
     def bytes_per_token(self) -> float | None:
         """Bytes of text that a target stands for; None unless the stream is one corpus whose tokens all count."""
         split = self._stored[0][1].split if len(self._list) == len(self._stored) == 1 else None
-        counts_all = isinstance(split, FileSplit) and not (split.has_answers or split.may_skip)
-        return split.bytes_per_token if counts_all else None
+        if not isinstance(split, FileSplit) or split.has_answers or split.may_skip:
+            return None
+        return split.bytes_per_token
 
     @property
     def num_samples(self) -> int:
@@ -347,7 +349,7 @@ def _fingerprint(splits: Mapping[str, AnySplit | LiveParts], data: DataConfig) -
     """Return the identity of a single data set as it is; of a mixture, what it is made of, readably."""
     if not data.mixture:
         (split,) = splits.values()
-        is_part = data.max_train_samples is not None and split.name == "train"
+        is_part = data.max_train_samples is not None and not isinstance(split, LiveParts) and split.name == "train"
         return f"{split.fingerprint} {data.max_train_samples} samples" if is_part else split.fingerprint
     parts = []
     for name, split in splits.items():

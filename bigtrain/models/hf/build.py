@@ -22,7 +22,7 @@ from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
 from bigtrain.models.construction import outermost_lists, parameters_on_meta, refuse_batch_statistics
 from bigtrain.models.hf.files import refuse_adapter, unreadable
-from bigtrain.models.hf.heads import HEADS, HFNetwork, prepare_config
+from bigtrain.models.hf.heads import HEADS, HFNetwork, PreTrainedModel, prepare_config
 from bigtrain.models.hf.load import read_buffers
 from bigtrain.models.loss import sum_cross_entropy_of_logits
 from bigtrain.models.sizes import hf_setting, is_language_model, native_shape
@@ -40,7 +40,7 @@ class HFCache:
 class HFCausalLM(HFNetwork):
     """A language model of ``transformers``, called as ``model(tokens, targets)``."""
 
-    def __init__(self, causal_lm: nn.Module, head: Head = Head.causal_lm):
+    def __init__(self, causal_lm: PreTrainedModel, head: Head = Head.causal_lm):
         super().__init__(causal_lm, head)
         self.max_positions: int | None = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self.takes_positions = "position_ids" in self.arguments
@@ -52,7 +52,7 @@ class HFCausalLM(HFNetwork):
         trained = [modules for modules in lists if any(p.requires_grad for p in modules.parameters())]
         return max(trained or lists, key=len)
 
-    def forward(
+    def forward(  # type: ignore[override]  # language models are called alike, whatever they are from
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor | None = None,
@@ -213,7 +213,7 @@ def published_labels(config: ModelConfig) -> list[str]:
     return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
-def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> nn.Module:
+def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> PreTrainedModel:
     """Build the network of a transformers configuration, by default its language model; see :func:`build_hf_model`.
 
     Any exception: there is none, its code is not transformers' own, or it needs a package that is not installed.

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from bigtrain.models.hf.heads import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class DiskTensors:
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # from those of the model to those on disk, by name
 
 
-def disk_tensors(model: nn.Module, names: Iterable[str]) -> list[DiskTensors]:
+def disk_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[DiskTensors]:
     """Return what the tensors ``names`` of a ``PreTrainedModel`` become on disk, in as small groups as possible.
 
     Names belong together if converting each alone gives a tensor of the same name.
@@ -57,7 +59,8 @@ def disk_config(published: Mapping[str, Any], *, architecture: str, dtype: str) 
     """
     config = _with_older_names(published)
     if _rope_as_read(config) != _rope_as_read(published):
-        config = published  # an architecture that transformers 4 does not know; 5 takes the older form for another
+        # An architecture that transformers 4 does not know; 5 takes the older form for another.
+        config = dict(published)
     config = _with_dtype(config, dtype)
     for key in ("quantization_config", "auto_map"):
         config.pop(key, None)

@@ -5,13 +5,18 @@ Shape suffixes: B batch, T tokens.
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bigtrain.config import Head
 from bigtrain.errors import ConfigError, first_line, of_all_ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+else:  # which takes seconds to import
+    PreTrainedModel = nn.Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,9 @@ class HFNetwork(nn.Module):
     the names of what they have in common.
     """
 
-    def __init__(self, network: nn.Module, head: Head):
+    causal_lm: PreTrainedModel
+
+    def __init__(self, network: PreTrainedModel, head: Head):
         super().__init__()
         self.causal_lm = network
         self.head = head
@@ -124,9 +131,9 @@ class HFNetwork(nn.Module):
             inputs: what the network reads: tokens, pixels, audio or spectrograms; ConfigError if not of its size.
             others: lengths ``(B,)`` of the inputs, for the heads that have them, then tokens ``(B, T)`` of the decoder.
         """
-        kind, given = HEADS[self.head], {}
+        kind, given = HEADS[self.head], dict[str, Any]()
         if kind.has_decoder:
-            *others, given["decoder_input_ids"] = others
+            others, given["decoder_input_ids"] = others[:-1], others[-1]
         if others:
             is_input = torch.arange(inputs.shape[1], device=inputs.device) < others[0][:, None]
             if kind.has_vocabulary and not inputs.is_floating_point() and self._padding is not None:
@@ -144,12 +151,14 @@ class HFNetwork(nn.Module):
         except ValueError as error:  # transformers' checks of sizes
             raise of_all_ranks(ConfigError(f"{type(self.causal_lm).__name__}: {first_line(error)}")) from error
         if self.head is Head.ctc:
-            return logits, self.causal_lm._get_feat_extract_output_lengths(others[0])
+            of_speech: Any = self.causal_lm
+            return logits, of_speech._get_feat_extract_output_lengths(others[0])
         return logits
 
     def example(self, length: int) -> tuple[Tensor, ...]:
         """Return the tensors of one sample of ``length`` tokens, or of the network's own size, on the CPU."""
-        config, head = self.causal_lm.config, HEADS[self.head]
+        config: Any = self.causal_lm.config  # of a class of its architecture
+        head = HEADS[self.head]
         lengths = [torch.tensor([length])] if head.has_lengths else []
         tokens = None
         if head.has_vocabulary:  # not of padding, which has no position in some networks
@@ -170,7 +179,7 @@ class HFNetwork(nn.Module):
         return (inputs, *lengths, *([tokens] if head.has_decoder else []))
 
 
-def is_of_head(network: nn.Module, name: str) -> bool:
+def is_of_head(network: PreTrainedModel, name: str) -> bool:
     """Return whether a tensor of a network of transformers, or of its files, is outside its trunk, or of a pooler."""
     prefix = network.base_model_prefix
     trunk = getattr(network, prefix, None)

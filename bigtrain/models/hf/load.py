@@ -18,8 +18,8 @@ from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.log import get_logger
 from bigtrain.models.hf.files import FLOATS, SHOWN, StoredTensor, stored_tensors, tensors_of
-from bigtrain.models.hf.heads import HEADS, is_of_head
-from bigtrain.models.init import InitialValue, Newest
+from bigtrain.models.hf.heads import HEADS, PreTrainedModel, is_of_head
+from bigtrain.models.init import Newest
 
 BUFFERS_FILE = "buffers.safetensors"
 """Stored buffers of a model that a run was started from; checkpoints hold parameters."""
@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = 2**22  # elements of two tensors that are compared at a time
 class Conversion:
     """One application of one of transformers' conversions."""
 
-    model: nn.Module
+    model: PreTrainedModel
     transform: Any  # a ``WeightConverter``
     target: str  # name in the model that its first tensor is for
     parts: list[tuple[str, StoredTensor]] = field(default_factory=list)
@@ -56,13 +56,16 @@ class Converted:
     key: str  # of one of the tensors of the files
     dtype: str
 
+    def read(self) -> Tensor:
+        return self.make(self.conversion)[self.name]
+
     def fill(self, start: int, out: Tensor) -> None:
-        out.copy_(self.make(self.conversion)[self.name].flatten()[start : start + out.numel()])
+        out.copy_(self.read().flatten()[start : start + out.numel()])
 
 
 def published(
-    model: nn.Module, name: str, *, setting: str, is_of_head: Callable[[str], bool] | None = None
-) -> dict[str, InitialValue]:
+    model: PreTrainedModel, name: str, *, setting: str, is_of_head: Callable[[str], bool] | None = None
+) -> dict[str, StoredTensor | Converted]:
     """Return the value of every parameter and stored buffer of ``model`` from the files of ``name``.
 
     Args:
@@ -83,7 +86,8 @@ def published(
             "with transformers and dequantize=True where its method has it, call save_pretrained(<directory>) and give that"
         )
     found, left = _assigned(model, stored_tensors(name, setting=setting), where)
-    values, problems = {}, []
+    values: dict[str, StoredTensor | Converted] = {}
+    problems: list[str] = []
     for names, tensor in _tensors(model).items():
         candidates = [found.pop(alias) for alias in names if alias in found]
         fits = bool(candidates) and candidates[0].shape == tuple(tensor.shape)
@@ -93,8 +97,8 @@ def published(
         if candidates:
             values[names[0]] = candidates[0]
     left = [(target, tensor) for target, tensor in left if not _is_derived(tensor)]
-    names = {target for target, _ in left if not (is_of_head and is_of_head(target))}
-    report = LoadStateDictInfo(set(), names, set(), [], {}, set())
+    unused = {target for target, _ in left if not (is_of_head and is_of_head(target))}
+    report = LoadStateDictInfo(set(), unused, set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(report)  # of which only what transformers would report stays
     useless = [tensor.key for target, tensor in left if target in report.unexpected_keys]
     useless += [other.key for other in found.values()]
@@ -127,7 +131,7 @@ def stored_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _assigned(
-    model: nn.Module, stored: dict[str, StoredTensor], where: str
+    model: PreTrainedModel, stored: dict[str, StoredTensor], where: str
 ) -> tuple[dict[str, StoredTensor | Converted], list[tuple[str, StoredTensor]]]:
     """Return what transformers makes of the files by name in the model, and the files' tensors without a use."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -155,7 +159,7 @@ def _assigned(
             )
         else:
             found[target] = stored[key]
-    make = Newest(lambda conversion: conversion.run(StoredTensor.read))
+    make = Newest[Conversion, dict[str, Tensor]](lambda conversion: conversion.run(StoredTensor.read))
     for conversion in conversions.values():
         found |= {converted.name: converted for converted in _converted(conversion, make, where)}
     return found, left
@@ -194,7 +198,7 @@ def _problems(name: str, tensor: Tensor, candidates: list[StoredTensor | Convert
             )
 
 
-def _is_equal(a: InitialValue, b: InitialValue) -> bool:
+def _is_equal(a: StoredTensor | Converted, b: StoredTensor | Converted) -> bool:
     numel = torch.Size(a.shape).numel()
     for start in range(0, numel, CHUNK_ELEMENTS):
         ours, theirs = torch.empty(2, min(CHUNK_ELEMENTS, numel - start))
@@ -214,7 +218,7 @@ def _is_derived(tensor: StoredTensor) -> bool:
     return tensor.key.endswith((".inv_freq", "position_ids"))
 
 
-def read_buffers(model: nn.Module, config: ModelConfig) -> None:
+def read_buffers(model: PreTrainedModel, config: ModelConfig) -> None:
     """Fill the model's stored buffers, if any, from the run's own file or the published weights.
 
     As :func:`published`.

@@ -18,9 +18,9 @@ from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf.build import build_causal_lm, read_hf_config
 from bigtrain.models.hf.files import StoredTensor
-from bigtrain.models.hf.load import published
+from bigtrain.models.hf.load import Converted, published
 from bigtrain.models.init import Finite, InitialValue, Whole
-from bigtrain.models.transformer import Transformer
+from bigtrain.models.transformer import Linear, Transformer
 
 
 class Family(Enum):
@@ -30,7 +30,7 @@ class Family(Enum):
     llama = "llama"
 
 
-_REQUIRED = {
+_REQUIRED: dict[Family, dict[str, Any]] = {
     Family.gpt2: {"positions": Positions.learned, "norm": Norm.layernorm, "activation": Activation.gelu, "bias": True},
     Family.llama: {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu},
 }
@@ -171,9 +171,10 @@ def hf_tensors(model: ModelConfig) -> list[HFTensor]:
         prefix = f"{modules['blocks'][0]}.{number}." if in_block else ""
         targets = modules[in_block or path]
         is_transposed = family is Family.gpt2 and bool(in_block) and parameter.ndim == 2
-        rows, first = [len(parameter)], 0
-        if len(targets) > 1:
-            rows = native.get_submodule(path).fused_rows
+        rows: tuple[int, ...] = (len(parameter),)
+        first, layer = 0, native.get_submodule(path)
+        if len(targets) > 1 and isinstance(layer, Linear):
+            rows = layer.fused_rows
         for target, count in zip(targets, rows, strict=True):
             shape = tuple(parameter.shape[::-1]) if is_transposed else (count, *parameter.shape[1:])
             tensors.append(HFTensor(f"{prefix}{target}.{kind}", shape, name, first, is_transposed))
@@ -185,7 +186,7 @@ def hf_tensors(model: ModelConfig) -> list[HFTensor]:
 class Stacked:
     """Tensors concatenated along their rows; an :class:`InitialValue`."""
 
-    parts: tuple[StoredTensor, ...]
+    parts: tuple[StoredTensor | Converted, ...]
 
     def fill(self, start: int, out: Tensor) -> None:
         begin, stop = 0, start + out.numel()

@@ -1,6 +1,7 @@
 """Initial values of Hugging Face models: their own rules, or their published files."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from bigtrain.config import ModelConfig
 from bigtrain.log import get_logger
 from bigtrain.models.construction import parameters_on_meta
 from bigtrain.models.hf.build import build_hf_model
-from bigtrain.models.hf.heads import HEADS, HFNetwork, is_of_head
+from bigtrain.models.hf.heads import HEADS, HFNetwork, PreTrainedModel, is_of_head
 from bigtrain.models.hf.load import published
 from bigtrain.models.init import Finite, Given, InitialValue, seed_of
 from bigtrain.models.programs import built_whole, recorded_values, seeded
@@ -33,7 +34,7 @@ def trunk_values(config: ModelConfig, seed: int) -> dict[str, InitialValue]:
     return _with_fresh(model, found, seed, f"model.init_from={config.init_from!r}")
 
 
-def _with_fresh(model: HFNetwork, found: dict[str, InitialValue], seed: int, where: str) -> dict[str, InitialValue]:
+def _with_fresh(model: HFNetwork, found: Mapping[str, InitialValue], seed: int, where: str) -> dict[str, InitialValue]:
     """Return values that were found in files, by transformers' names, and fresh ones of the other parameters."""
     own = {name: name.removeprefix("causal_lm.") for name, _ in model.named_parameters()}
     fresh = [name for name in own if own[name] not in found]
@@ -80,10 +81,11 @@ def fresh_values(model: HFNetwork, seed: int) -> dict[str, InitialValue]:
 def _constructed(model: HFNetwork, names: list[str], seed: int) -> dict[str, InitialValue]:
     """Return what constructors give to parameters that their initialisation leaves alone."""
     build = partial(type(model.causal_lm), model.causal_lm.config)
-    with seeded(seed), parameters_on_meta(keep_elements=max(model.get_parameter(name).numel() for name in names)):
+    most = max(model.get_parameter(name).numel() for name in names)
+    with seeded(seed), parameters_on_meta(keep_elements=most) as constructed:
         again = build()
     own = {name.removeprefix("causal_lm."): name for name in names}
-    found = {name: getattr(again.get_parameter(name), "constructed", None) for name in own}
+    found = {name: constructed.get(again.get_parameter(name)) for name in own}
     values: dict[str, InitialValue] = {name: Given(v.float()) for name, v in found.items() if v is not None}
     unknown = [name for name, v in found.items() if v is None or v.isnan().any()]
     if unknown:  # such as those of a parametrisation, which are computed from others
@@ -91,7 +93,7 @@ def _constructed(model: HFNetwork, names: list[str], seed: int) -> dict[str, Ini
     return {own[name]: value for name, value in values.items()}
 
 
-def _initialise_as_transformers(module: nn.Module, owner: nn.Module) -> None:
+def _initialise_as_transformers(module: nn.Module, owner: PreTrainedModel) -> None:
     """Let the innermost ``PreTrainedModel`` around each module initialise it, children first: parents overrule."""
     from transformers import PreTrainedModel
 
