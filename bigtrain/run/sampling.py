@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bigtrain.checkpoint.store import step_of
-from bigtrain.config import TaskKind
-from bigtrain.config.tasks import OF_NEXT_TOKENS
+from bigtrain.config import TaskKind, TrainConfig
 from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer
