@@ -6,7 +6,8 @@
 Small models (``small_configs.py``) in fp32 without dropout: ours on two ranks, Trainer in one process that accumulates
 two micro-batches, each with AdamW at a constant rate. The order is our loader's, and so are the ids of texts; ids and
 labels of chats are those of transformers' ``apply_chat_template``. Trainer shifts the labels by itself. Adapters are
-peft's in both, and begin alike. Preferences are compared with TRL (pip install trl), which makes ids of the pairs itself.
+peft's in both, and begin alike. ``sft`` (chats, ``packed`` several to a sample) and preferences are compared with TRL
+(pip install trl), which makes ids and labels of the rows itself.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -22,8 +23,8 @@ from pathlib import Path
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from small_runs import call
-from trainer_losses import PREFERENCES, STEPS, WORLD_SIZE, our_losses, prepare, trainer_losses
-from trl_losses import trl_losses
+from trainer_losses import PREFERENCES, SFT, STEPS, WORLD_SIZE, our_losses, prepare, trainer_losses
+from trl_losses import sft_losses, trl_losses
 
 from bigtrain.config import EngineKind
 from bigtrain.errors import ConfigError
@@ -35,6 +36,8 @@ MODELS = (
     "llama with chats",
     "llama with adapters",
     "gpt2 with adapters",
+    "llama with sft",
+    "llama with packed sft",
     "llama with dpo",
     "llama with ipo",
 )
@@ -53,7 +56,7 @@ def compare(model: str, engine: EngineKind) -> tuple[list[float], list[float]]:
         call(prepare, 1, family, what, directory)
         (ours, refusal), (theirs, _) = (
             call(our_losses, WORLD_SIZE, directory, engine),
-            call(trl_losses if what in PREFERENCES else trainer_losses, 1, directory),
+            call(sft_losses if what in SFT else trl_losses if what in PREFERENCES else trainer_losses, 1, directory),
         )
         if refusal:
             raise ConfigError(refusal)
@@ -67,14 +70,14 @@ def main() -> int:
     parser.add_argument("--engine", default="fsdp", choices=[engine.name for engine in EngineKind])
     parser.add_argument("--json", type=Path, help="keeps the losses")
     args = parser.parse_args()
-    print(f"{'model':<16} {'first loss':>10} {f'loss {STEPS}':>10} {'largest difference':>18}")
+    print(f"{'model':<22} {'first loss':>10} {f'loss {STEPS}':>10} {'largest difference':>18}")
     rows, num_different = {}, 0
     for model in args.only.split(","):
         ours, theirs = compare(model, EngineKind[args.engine])
         difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         rows[model] = {"ours": ours, "trainer": theirs, "difference": difference}
         num_different += not difference <= TOLERANCE  # a NaN is different
-        print(f"{model:<16} {ours[0]:>10.4f} {ours[-1]:>10.4f} {difference:>18.1e}", flush=True)
+        print(f"{model:<22} {ours[0]:>10.4f} {ours[-1]:>10.4f} {difference:>18.1e}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(num_different > 0)

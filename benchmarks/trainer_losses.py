@@ -32,6 +32,7 @@ from bigtrain.tasks.base import IGNORE_INDEX
 STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 48
 NUM_DOCUMENTS = 200
 ADAPTERS, PREFERENCES = "adapters", ("dpo", "ipo")
+PACKED, SFT = "packed", ("sft", "packed sft")
 CHAT_TEMPLATE = """\
 <s>{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>\
 {% generation %}{{ message.content }}<|end|>{% endgeneration %}\
@@ -42,7 +43,9 @@ SPECIAL_TOKENS = ["<s>", "<|user|>", "<|assistant|>", "<|end|>"]
 def prepare(family: str, what: str, directory: Path) -> None:
     """Write ``pretrained/``, and ``text.jsonl`` or, with a tokenizer beside the model, ``chats.jsonl``; say of adapters."""
     write_models(family, {}, directory)
-    with_chats = what == "chats"
+    with_chats, is_packed = what in ("chats", *SFT), what.startswith(PACKED)
+    if is_packed:
+        (directory / PACKED).touch()
     if what in ("adapters", *PREFERENCES):
         (directory / ADAPTERS).touch()
     if what in PREFERENCES:
@@ -57,11 +60,14 @@ def prepare(family: str, what: str, directory: Path) -> None:
         rows = []
         while len(rows) < NUM_DOCUMENTS:
             messages = [
-                {"role": role, "content": " ".join(draw.choices(words, k=draw.randint(3, 12)))}
+                {
+                    "role": role,
+                    "content": " ".join(draw.choices(words, k=draw.randint(*((1, 3) if is_packed else (3, 12))))),
+                }
                 for role in ("user", "assistant")
             ]
-            if TOKENS // 2 < len(tokenizer.apply_chat_template(messages, return_dict=False)) < TOKENS - 1:
-                rows.append({"messages": messages})  # one fits into a sample, two do not
+            if is_packed or TOKENS // 2 < len(tokenizer.apply_chat_template(messages, return_dict=False)) < TOKENS - 1:
+                rows.append({"messages": messages})  # unless they are packed, one fits into a sample, two do not
     path = directory / ("chats.jsonl" if with_chats else "text.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -176,6 +182,7 @@ def configuration(directory: Path, engine: EngineKind, *, world_size: int) -> Tr
     if (directory / "chats.jsonl").exists():
         data.path, data.tokenizer = str(directory / "chats.jsonl"), str(directory / "pretrained")
         data.content, data.packing = Content.chat, Packing.best_fit
+        data.document_mask = (directory / PACKED).exists()
     elif (directory / "pairs.jsonl").exists():
         data.path, data.tokenizer = str(directory / "pairs.jsonl"), str(directory / "pretrained")
         data.content, data.packing = Content.preference, Packing.preferences
