@@ -37,6 +37,7 @@ class TaskKind(Enum):
     ctc = "ctc"
     speech = "speech"
     preference = "preference"
+    reward = "reward"
     distillation = "distillation"
 
 

@@ -12,7 +12,7 @@ class TaskConfig:
     """What the run minimises and measures."""
 
     kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``distillation``: the next token and what a teacher says of it; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``reward``: a number for each of two answers; ``distillation``: the next token and what a teacher says of it; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
     settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
         default_factory=dict
     )

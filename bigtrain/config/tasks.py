@@ -15,6 +15,7 @@ OF_DOCUMENTS = {
     TaskKind.regression.name: Content.numbers,
     TaskKind.seq2seq.name: Content.seq2seq,
     TaskKind.preference.name: Content.preference,
+    TaskKind.reward.name: Content.preference,
     TaskKind.contrastive.name: Content.seq2seq,
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
@@ -47,7 +48,7 @@ def with_inputs(task: TaskConfig, data: DataConfig) -> TaskConfig:
 
 def head_of(task: TaskConfig) -> Head:
     """Return what a model of transformers ends with for a task."""
-    if task.kind in (TaskKind.classification.name, TaskKind.regression.name):
+    if task.kind in (TaskKind.classification.name, TaskKind.regression.name, TaskKind.reward.name):
         return HEAD_OF_INPUTS.get(task.inputs, Head.sequence_classification)
     heads = {kind.name: Head[kind.name] for kind in TaskKind if kind.name in Head.__members__}
     heads |= dict.fromkeys((TaskKind.seq2seq.name, TaskKind.denoise.name), Head.seq2seq_lm)
@@ -57,13 +58,15 @@ def head_of(task: TaskConfig) -> Head:
 
 def packing_of(task: str) -> Packing:
     """Return how a task makes samples of documents."""
-    return Packing.preferences if task == TaskKind.preference.name else Packing.documents
+    return Packing.preferences if OF_DOCUMENTS.get(task) is Content.preference else Packing.documents
 
 
 def num_outputs_of(task: TaskConfig) -> int | None:
     """Return how many labels or values a task predicts; None if those are ids of a tokenizer, or the data decides."""
     if task.kind == TaskKind.regression.name:
         return task.num_values
+    if task.kind == TaskKind.reward.name:
+        return 1
     return task.num_labels if task.kind in PREDICT_LABELS else None
 
 

@@ -12,6 +12,7 @@ from bigtrain.tasks.masked_lm import MaskedLM
 from bigtrain.tasks.multi_label import MultiLabel
 from bigtrain.tasks.preference import Preference
 from bigtrain.tasks.regression import Regression
+from bigtrain.tasks.reward import Reward
 from bigtrain.tasks.seq2seq import Seq2Seq
 from bigtrain.tasks.token_classification import TokenClassification
 
@@ -36,6 +37,8 @@ def build_objective(config: TaskConfig) -> Objective:
             return Seq2Seq(hears=config.kind == TaskKind.speech.name)
         case TaskKind.preference.name:
             return Preference(loss=config.loss, beta=config.beta, margin=config.margin)
+        case TaskKind.reward.name:
+            return Reward()
         case TaskKind.distillation.name:
             return Distillation(
                 divergence=config.divergence, weight=config.teacher_weight, temperature=config.teacher_temperature
