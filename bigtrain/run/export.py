@@ -166,7 +166,8 @@ def _of_labels(model: ModelConfig, task: TaskConfig, names: list[str]) -> dict[s
     labels = names if len(names) == model.num_outputs else [f"LABEL_{label}" for label in range(model.num_outputs)]
     described = {"id2label": dict(enumerate(labels)), "label2id": {name: label for label, name in enumerate(labels)}}
     kind = "multi_label_classification" if task.multi_label else "single_label_classification"
-    return described | {"problem_type": "regression" if task.kind == TaskKind.regression.name else kind}
+    is_number = task.kind in (TaskKind.regression.name, TaskKind.reward.name)
+    return described | {"problem_type": "regression" if is_number else kind}
 
 
 def _disk_parts(network: PreTrainedModel, reader: WeightReader | MergedWeights, dtype: torch.dtype) -> Iterator[Part]:

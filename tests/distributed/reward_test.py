@@ -37,7 +37,8 @@ def test_the_loss_is_that_of_whole_texts_and_padding_counts_for_nothing():
         return tokens, targets
 
     sums = Reward()(HFNetwork(network, Head.sequence_classification), *rows(1), *rows(2))
-    rewards = [[float(network(torch.tensor([pair[0] + pair[i]])).logits) for i in (1, 2)] for pair in pairs]
+    with torch.no_grad():
+        rewards = [[float(network(torch.tensor([pair[0] + pair[i]])).logits) for i in (1, 2)] for pair in pairs]
     losses = [float(-F.logsigmoid(torch.tensor(chosen - rejected))) for chosen, rejected in rewards]
     assert sums.tolist() == pytest.approx(
         [
@@ -55,9 +56,16 @@ def test_engines_agree_on_a_reward_model_that_learns_and_its_export_is_a_classif
     rows = [{"prompt": f"say {n}", "chosen": f"{n}, gladly", "rejected": "no" * (n % 5 + 1)} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
-        *("+model=hf", "model.architecture=llama", "task=reward", "data=jsonl", "data.content=preference"),
+        *(
+            "+model=hf",
+            "model.architecture=llama",
+            "task=reward",
+            "data=jsonl",
+            "data.content=preference",
+            "data.validation_fraction=0.1",
+        ),
         *(f"model.settings.{name}={value}" for name, value in SHAPE.items()),
-        *("data.path=pairs.jsonl", "data.tokenizer=bytes", "data.sequence_length=48", "train.global_batch_size=5"),
+        *("data.path=pairs.jsonl", "data.tokenizer=bytes", "data.sequence_length=96", "train.global_batch_size=5"),
         *("train.steps=20", "optimizer.lr=1e-2", "scheduler.warmup_steps=2", "validation.every_steps=20"),
     ]
     for engine, world_size in (("ddp", 1), ("fsdp", 2)):
@@ -66,7 +74,9 @@ def test_engines_agree_on_a_reward_model_that_learns_and_its_export_is_a_classif
         )
         assert done.code == 0, done.err
     one, other = (trajectory(tmp_path / "runs" / engine) for engine in ("ddp", "fsdp"))
-    assert [loss for _, loss, *_ in other] == pytest.approx([loss for _, loss, *_ in one], rel=1e-5)
+    assert [loss for _, loss, *_ in other] == pytest.approx(
+        [loss for _, loss, *_ in one], rel=1e-5, abs=1e-6
+    )  # it falls to 0
     assert one[-1][1] < one[0][1] / 2
     assert events(tmp_path / "runs/fsdp", "validation")[-1]["accuracy"] == 1
     assert fork("export.py", "checkpoint=runs/fsdp", "out=exported", cwd=tmp_path).code == 0
