@@ -218,6 +218,9 @@ def build_for_deepspeed(
                 deepspeed.utils.set_z3_leaf_module(module, True)  # and all ranks have to gather the same
     else:
         materialise(model, device)
+        for parameter in model.parameters():
+            if not parameter.ndim:
+                parameter.ds_optim_param = True  # no broadcast from rank 0, which cannot view a number as bytes
     return model, build_optimizer(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)
 
 
@@ -231,8 +234,10 @@ def _partition(deepspeed: Any, model: nn.Module, settings: dict[str, Any], devic
     for owner in model.modules():
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in parts:
-                part = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                memory = torch.empty_like(torch.atleast_1d(parameter), device=device)
+                part: Any = nn.Parameter(memory, parameter.requires_grad)
                 init._convert_to_zero_parameters([part])
+                part.ds_shape = parameter.shape  # also where it has no dimension, which DeepSpeed cannot cut
                 parts[parameter] = part
             setattr(owner, name, parts[parameter])
         for name, buffer in owner.named_buffers(recurse=False):

@@ -49,6 +49,9 @@ class NativeEngine(Engine):
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
         is_sharded = isinstance(module, FSDPModule) and mesh.ranks["dp_shard"].size() > 1
         self.shard_group = mesh.ranks.get_group("dp_shard") if is_sharded else None
+        # Under FSDP every rank holds them, and the first one of a shard group counts them in the norm.
+        self._scalars = {p for p in self._parameters if isinstance(module, FSDPModule) and not p.ndim}
+        self._counts_scalars = mesh.ranks["dp_shard"].get_local_rank() == 0
         # DDP averages gradients over the ranks, which this factor turns into the sum; FSDP is told to sum.
         self._averages_over = mesh.dp_size if isinstance(module, DistributedDataParallel) else 1
         self._communicates_as_last: bool | None = None
@@ -64,6 +67,9 @@ class NativeEngine(Engine):
             with self.autocast():
                 sums = sums_of(self.module, batch)
             sums.backward(gradient_scale(sums, self._averages_over / num_targets))
+        for scalar in self._scalars if is_last else ():
+            if scalar.grad is not None:
+                dist.all_reduce(scalar.grad)
         return sums
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -72,8 +78,11 @@ class NativeEngine(Engine):
         return torch.autocast(device_type, bf16, cache_enabled=False) if self._is_bf16 else contextlib.nullcontext()
 
     def step(self, lr: float) -> torch.Tensor:
-        gradients = [local_part(p.grad) for p in self._parameters if p.grad is not None]
-        norm = self._global_norm(gradients)
+        parameters = [p for p in self._parameters if p.grad is not None]
+        gradients = [local_part(p.grad) for p in parameters]
+        norm = self._global_norm(
+            [g for p, g in zip(parameters, gradients, strict=True) if self._counts_scalars or p not in self._scalars]
+        )
         if self.grad_clip and gradients:
             factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
@@ -241,6 +250,7 @@ def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> None:
         mesh=mesh.ranks["dp_replicate", "dp_shard"] if engine.kind is EngineKind.hsdp else mesh.ranks["dp_shard"],
         mp_policy=precision,
         offload_policy=offload if engine.offload is Offload.cpu else OffloadPolicy(),
+        ignored_params={parameter for parameter in model.parameters() if not parameter.ndim},  # there are no rows
     )
     # FSDP2 ties parameters within one unit only: blocks that share some (Zamba's transformer) stay in the root's.
     blocks = find_blocks(model)

@@ -14,20 +14,21 @@ from bigtrain.tasks.base import canonical_name
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
     """Split parameters into matrices, which decay, and vectors, which do not; Muon has its matrices apart.
 
-    Frozen parameters are in none.
+    Frozen parameters are in none. Those without a dimension are apart, for FSDP does not shard them.
     """
-    lists: list[list[nn.Parameter]] = [[], [], []]
-    hidden, decay, no_decay = lists
+    lists: list[list[nn.Parameter]] = [[], [], [], []]
+    hidden, decay, no_decay, scalars = lists
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         num_dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters
         by_muon = config.kind is OptimizerKind.muon and is_hidden_matrix(canonical_name(name), num_dims)
-        (hidden if by_muon else decay if num_dims >= 2 else no_decay).append(parameter)
+        (hidden if by_muon else decay if num_dims >= 2 else no_decay if num_dims else scalars).append(parameter)
     groups = [
         {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
         {"params": decay, "weight_decay": config.weight_decay, "muon": False},
         {"params": no_decay, "weight_decay": 0.0, "muon": False},
+        {"params": scalars, "weight_decay": 0.0, "muon": False},
     ]
     return [group for group in groups if group["params"]]
 

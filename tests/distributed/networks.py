@@ -89,14 +89,15 @@ class Convolutional(nn.Module):
 
 
 class Thin(nn.Module):
-    """Two classes by way of one number: tensors with fewer rows than there are ranks."""
+    """Two classes by way of one number: tensors with fewer rows than there are ranks, and one without a dimension."""
 
     def __init__(self):
         super().__init__()
         self.body, self.head = nn.Linear(27, 1), nn.Linear(1, 2)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, pixels_BCHW):
-        return self.head(self.body(pixels_BCHW.flatten(1)).tanh())
+        return self.head(self.body(pixels_BCHW.flatten(1)).tanh() / self.temperature)
 
 
 def bert():

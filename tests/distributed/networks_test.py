@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from bigtrain.config import TrainingConfig
+from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.checkpoint.store import RunState, checkpoint_path
+from bigtrain.config import CheckpointConfig, TrainingConfig
 from bigtrain.data.order.permutation import rank_share
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.collectives import all_reduce_sum, gather_json, init_process_group
@@ -28,6 +31,15 @@ UNEVEN = ("moe", "mamba", "t5", "thin")
 
 def train(kind, name):
     """Return loss, norm and metrics of each step, FSDP's units, and whether a rank holds nothing of some tensor."""
+    engine = start(kind, name)
+    held = gather_json([[key, entry.shape, len(entry.boxes)] for key, entry in engine.state.entries.items()])
+    assert all([entry[:2] for entry in rank] == [entry[:2] for entry in held[0]] for rank in held), "the same names"
+    holds_nothing = any(count == 0 for rank in held for *_, count in rank)
+    steps = run_steps(engine, name, range(STEPS))
+    return steps, sum(type(module).__name__.startswith("FSDP") for module in engine.module.modules()), holds_nothing
+
+
+def start(kind, name):
     info, device = RankInfo.from_env(), torch.device("cpu")
     if not torch.distributed.is_initialized():
         init_process_group(info, device, timeout_seconds=60)
@@ -36,11 +48,12 @@ def train(kind, name):
     network, objective = build(name)
     engine = build_engine(config, lambda: build_on_meta(name), info=info, device=device, objective=objective)
     initialise(engine.state, {key: Given(p.detach().clone()) for key, p in network.named_parameters()}, num_threads=1)
-    held = gather_json([[key, entry.shape, len(entry.boxes)] for key, entry in engine.state.entries.items()])
-    assert all([entry[:2] for entry in rank] == [entry[:2] for entry in held[0]] for rank in held), "the same names"
-    holds_nothing = any(count == 0 for rank in held for *_, count in rank)
-    steps = []
-    for step in range(STEPS):
+    return engine
+
+
+def run_steps(engine, name, numbers):
+    objective, steps = engine.objective, []
+    for step in numbers:
         batch = batch_of(name, GLOBAL_BATCH_SIZE, step)
         num_targets = int(objective.count({key: tensor.numpy() for key, tensor in batch.items()}).sum())
         mine = share_of(batch, engine.mesh, objective).split(MICRO_BATCH_SIZE)
@@ -48,7 +61,7 @@ def train(kind, name):
         loss, *rest = sums.tolist()
         metrics = objective.metrics(loss / num_targets, split_sums(objective, rest))
         steps.append((loss / num_targets, float(engine.step(0.01)), metrics))
-    return steps, sum(type(module).__name__.startswith("FSDP") for module in engine.module.modules()), holds_nothing
+    return steps
 
 
 def share_of(batch, mesh, objective):
@@ -107,3 +120,27 @@ def test_any_number_of_ranks_agrees_on_experts_states_and_encoders(world_size, a
             assert holds_nothing or kind == "ddp" or name != "thin"  # a rank without a part has the names too
     with pytest.raises(AssertionError):
         assert_agree("another network", alone["moe"], alone["mamba"])
+
+
+def save_and_load(root):
+    """Train the thin network half-way and save it under each engine; return what the rest is under all, by both."""
+    results, halfway = {}, STEPS - 1
+    for kind in (*KINDS, "hsdp"):
+        engine = start(kind, "thin")
+        run_steps(engine, "thin", range(halfway))
+        saver = Saver(root / kind, engine.state.entries, CheckpointConfig())
+        saver.save(RunState(halfway, 0, 0, "synthetic", {}, {}, engine.mesh.size))
+        assert saver.finish().error is None
+        results[kind, kind] = run_steps(engine, "thin", range(halfway, STEPS))
+    for kind in KINDS:
+        engine = start(kind, "thin")
+        for source in (*KINDS, "hsdp"):
+            load_checkpoint(checkpoint_path(root / source, halfway), engine.state.entries)
+            engine.state.commit()
+            results[source, kind] = run_steps(engine, "thin", range(halfway, STEPS))
+    return results
+
+
+def test_a_parameter_without_a_dimension_is_saved_and_goes_on_under_every_engine(alone, tmp_path):
+    for (source, target), steps in run_ranks(save_and_load, 2, tmp_path, timeout_seconds=200)[0].items():
+        assert_agree(f"{source} to {target}", steps, alone["thin"][-1:])
