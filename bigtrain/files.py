@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase, BufferedRandom, RawIOBase
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, as_data_error
 from bigtrain.log import get_logger
 
 CONFIG_FILE = "config.yaml"
@@ -80,6 +80,35 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Create ``directory`` atomically with what ``fill`` writes, unless it is there or another process does."""
+    if directory.exists():
+        return
+    work = directory.with_name(f".{directory.name}.partial")
+    lock = work.with_suffix(".lock")
+    with as_data_error(directory, problem="cannot be written"):
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, wait=True):
+            if not directory.exists():
+                work.mkdir(exist_ok=True)
+                fill(work)
+                _publish(work, directory)
+            lock.unlink(missing_ok=True)
+
+
+def _publish(work: Path, directory: Path) -> None:
+    """Rename the finished ``work`` to ``directory``, durably."""
+    for path in (*work.rglob("*"), work):
+        sync(path)
+    try:
+        work.rename(directory)
+    except OSError:
+        if not directory.exists():
+            raise
+        get_logger().info("%s was prepared by another process at the same time; using that", directory)
+    sync(directory.parent)
 
 
 def write_anew(path: Path, content: str | bytes) -> None:

@@ -23,8 +23,7 @@ from bigtrain.files import FileRecord, hash_content
 MANIFEST_FILE = "manifest.json"
 RUN_STATE_FILE = "run_state.json"
 FORMAT = 1
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-"""Size of an element of each type, under safetensors' names."""
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # bytes
 SIGNS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 """What a lost file or a bad disk says; other errors (no permission, a stale mount) say nothing about the content."""
 

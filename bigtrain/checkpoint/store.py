@@ -82,8 +82,7 @@ class RunState:
     versions: dict  # software that wrote the checkpoint
     world_size: int  # of the launch that wrote the checkpoint
     validation_loss: float | None = None  # loss of the validation at this step, if there was one
-    data: DataState | None = None
-    """Where the data stands, with the proof; None in checkpoints from before there was one."""
+    data: DataState | None = None  # where it stands, with the proof; None in checkpoints from before there was one
     rollbacks: int = 0  # how often the run has gone back because of bad numbers
     origin: Origin | None = None  # None in checkpoints from before it was recorded
     frozen: Frozen | None = None

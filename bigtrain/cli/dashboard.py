@@ -27,9 +27,6 @@ the metrics that every run of bigtrain has. It prints the workspace's address.
 
   pip install 'bigtrain[dashboard]'
   python launch/dashboard.py entity=me project=mine
-
-Settings, with their defaults:
-{settings}
 """
 
 

@@ -39,9 +39,6 @@ export, or any other directory of transformers, in one process.
 
 The harness fetches the data of its tasks from the Hugging Face hub. In training, validation.lm_eval=[arc_easy] scores at
 every validation.
-
-Settings, with their defaults:
-{settings}
 """
 
 

@@ -38,9 +38,6 @@ Write the weights, the configuration and the tokenizer of a run so that transfor
   >>> AutoModelForCausalLM.from_pretrained("exported/gpt_nano"), AutoTokenizer.from_pretrained("exported/gpt_nano")
 
 The way back: +model=<preset of the same shape> model.init_from=<directory or hub id>.
-
-Settings, with their defaults:
-{settings}
 """
 
 

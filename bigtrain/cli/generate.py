@@ -37,9 +37,6 @@ Continue a prompt with a trained model.
 
   python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("
   python launch/generate.py checkpoint=runs/gpt_nano prompt="Once upon a time, " num_samples=1 max_new_tokens=200
-
-Settings, with their defaults:
-{settings}
 """
 
 

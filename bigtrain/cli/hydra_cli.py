@@ -73,7 +73,12 @@ def command(
     reader: Callable[[list[str]], Any] | None = None,
     shown: list[str] | None = None,
 ) -> NoReturn:
-    """Run a command with the settings of ``schema``, of which ``--help`` shows all or those named in ``shown``."""
+    """Run a command with the settings of ``schema``, of which ``--help`` shows all or those named in ``shown``.
+
+    They stand at ``{settings}`` in the help text, or behind it.
+    """
+    if "{settings}" not in help_text:
+        help_text += "\nSettings, with their defaults:\n{settings}\n"
     main(
         reader or functools.partial(read, schema), run, lambda: help_text.format(settings=setting_lines(schema, shown))
     )

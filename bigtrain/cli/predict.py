@@ -35,9 +35,6 @@ Write what a trained network says of new inputs: labels with probabilities, or n
 
   python launch/predict.py checkpoint=runs/cnn_mnist inputs=new.npz out=labels.jsonl top_k=3
   torchrun --nproc-per-node=8 launch/predict.py checkpoint=runs/table inputs=rows.csv out=values.csv
-
-Settings, with their defaults:
-{settings}
 """
 
 

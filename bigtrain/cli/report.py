@@ -27,9 +27,6 @@ happened, how their configurations differ, and generated text. It needs no netwo
   python launch/report.py runs/gpt_nano
   python launch/report.py runs/first runs/second out=comparison.html
   python launch/report.py runs/first out=loss.png
-
-Settings, with their defaults:
-{settings}
 """
 PICTURES = (".svg", ".png", ".pdf")
 

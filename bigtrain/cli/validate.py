@@ -35,9 +35,6 @@ Compute the loss and the metrics of a run on samples that it never trained on.
   torchrun --nproc-per-node=8 launch/validate.py checkpoint=runs/gpt3_1b batches=100
   python launch/validate.py checkpoint=runs/classifier set=test
   python launch/validate.py checkpoint=runs/classifier data.path=other.jsonl json=true
-
-Settings, with their defaults:
-{settings}
 """
 MOST_SHOWN_LABELS = 20
 

@@ -34,9 +34,6 @@ once how things stand.
 
   python launch/watch.py runs/gpt_nano
   ssh cluster python bigtrain/launch/watch.py /shared/runs/first /shared/runs/second
-
-Settings, with their defaults:
-{settings}
 """
 
 

@@ -29,10 +29,7 @@ from bigtrain.tasks.base import TaskModel
 def build_accelerated(
     build_model: Callable[[], TaskModel], config: TrainConfig, *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
-    """Build the model, let Accelerate wrap it, and assert that it wrapped what it says.
-
-    ConfigError: Accelerate is configured for something other than DDP or DeepSpeed ZeRO 1 to 3.
-    """
+    """Build the model, let Accelerate wrap it; ConfigError if it does otherwise than DDP or DeepSpeed ZeRO 1 to 3."""
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError("accelerate is configured for FSDP, which bigtrain builds itself: use engine=fsdp or hsdp")
     _name_ignored(config)

@@ -20,8 +20,7 @@ from bigtrain.processes import RankInfo
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Objective, TaskModel
 
-CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}
-"""Compute capability from which on GPUs have matrix products in these."""
+CAPABILITIES = {Precision.tf32: (8, 0), Precision.fp8: (8, 9)}  # compute capability that it needs
 
 
 def build_engine(
@@ -34,12 +33,8 @@ def build_engine(
 ) -> Engine:
     """Return the engine that ``config`` chooses; its weights are garbage until state is initialised or loaded.
 
-    Args:
-        config: resolved configuration with a precision, in which this device can compute; else a ConfigError.
-        build_model: builds the model on the current default device, without initialising it.
-        info: this rank's position; the process group runs.
-        device: this rank's device.
-        objective: what is minimised; by default what ``config.task`` chooses.
+    ``build_model`` builds on the current default device, without initialising; the process group runs. The objective is
+    by default what ``config.task`` chooses. ConfigError: this device cannot compute in the configuration's precision.
     """
     precision = config.engine.precision
     require_hardware(precision, device)

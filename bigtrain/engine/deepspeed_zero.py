@@ -99,10 +99,7 @@ class Zero12State:
                 self.entries |= _entries(name, tuple(parameter.shape), place, self._zero.optimizer.state[flat], mesh)
 
     def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
-        """Yield (parameter, first element held, begin, end) with begin and end in this rank's partition.
-
-        Offsets come from addresses: DeepSpeed may order the parameters of a group in its own way.
-        """
+        """Yield (parameter, first element held, begin, end), by address: DeepSpeed orders parameters in its own way."""
         group_flat = self._zero.bit16_groups_flat[group]
         first = dist.get_rank(self._zero.real_dp_process_group[group]) * partition_numel
         for parameter in self._zero.bit16_groups[group]:

@@ -28,10 +28,7 @@ def is_faster(num_tokens: int, num_inputs: int, num_outputs: int) -> bool:
 
 
 def use_float8(model: nn.Module, *, num_tokens: int) -> None:
-    """Let large linear layers of a model's blocks compute in 8 bits, for micro-batches of ``num_tokens``.
-
-    Needs torchao.
-    """
+    """Let large linear layers of a model's blocks compute in 8 bits (torchao), for micro-batches of ``num_tokens``."""
     quiet_torchao()
     require("engine.precision=fp8", "torchao", "fp8")
     from torchao.float8 import convert_to_float8_training

@@ -12,8 +12,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.optim.muon import Matrix, Muon, Rectangle, Workshop, is_hidden_matrix
 from bigtrain.tasks.base import canonical_name
 
-MOST_RECTANGLES = 3
-"""That a rank may hold of a matrix, which is what a flat range comes to: the end of a row, whole rows, part of a row."""
+MOST_RECTANGLES = 3  # of a rank: the end of a row, whole rows, part of a row of a flat range
 
 
 def hand_over_matrices(engine: Engine, ranks: dist.ProcessGroup | None, dtype: torch.dtype) -> None:

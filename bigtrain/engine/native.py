@@ -201,10 +201,7 @@ def build_native(
     device: torch.device,
     wrap: Callable[[nn.Module], DistributedDataParallel] | None = None,
 ) -> NativeEngine:
-    """Build the model on the meta device, shard and materialise it; the weights are still garbage.
-
-    What is not sharded is wrapped by ``wrap``, by default in DDP where there are several ranks.
-    """
+    """Build the model on the meta device, shard or ``wrap`` it (by default in DDP), materialise it; weights are garbage."""
     engine, accumulates = config.engine, config.train.micro_batches(mesh.dp_size) > 1
     is_sharded = engine.kind in (EngineKind.fsdp, EngineKind.hsdp)
     with torch.device("meta"):

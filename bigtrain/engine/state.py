@@ -44,8 +44,7 @@ class Entry:
 class EngineState(Protocol):
     """The state of a training run as one engine holds it on this rank."""
 
-    entries: dict[str, Entry]
-    """``model.<name>`` (fp32 master weights) and ``optim.state.<name>.<key>``, the same keys on every rank."""
+    entries: dict[str, Entry]  # ``model.<name>`` (fp32 masters), ``optim.state.<name>.<key>``; keys alike on all ranks
     holders: dict[str, torch.Tensor]
     """By name of each trained parameter the optimizer's parameter, which may hold others too, in whose memory the boxes
     of ``model.<name>`` lie, one after the other."""
@@ -73,10 +72,7 @@ OPTIMIZER = "optim.state."
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> tuple[Box, ...]:
-    """Cut a flat range of a tensor of ``shape`` into boxes, views of ``flat``: at most ``2 * len(shape) - 1``.
-
-    ``start`` is the first element of the range, in row-major order.
-    """
+    """Cut a flat range, from element ``start`` of ``shape`` on, into at most ``2 * len(shape) - 1`` boxes, its views."""
     return tuple(_cut(shape, start, flat))
 
 

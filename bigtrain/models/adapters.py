@@ -5,7 +5,7 @@ Parameters of an adapted layer ``x`` are ``x.weight``, as without adapters, and 
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -49,11 +49,7 @@ def peft_config(config: AdapterConfig, modules: list[str]) -> Any:
 
 
 def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
-    """Add adapters to a network with parameters on the meta device, in place.
-
-    Raises:
-        ConfigError: a pattern matches no linear layer of the network.
-    """
+    """Add adapters to a network with parameters on the meta device, in place; raises as :func:`adapted_modules`."""
     settings = peft_config(config, adapted_modules(network, config))
     from peft import inject_adapter_in_model
 
@@ -62,22 +58,22 @@ def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
 
 
 def adapted_modules(network: nn.Module, config: AdapterConfig) -> list[str]:
-    """Return the linear layers that ``config.targets`` names, by default all those in the network's blocks.
-
-    Raises:
-        ConfigError: a pattern matches none.
-    """
+    """Return the linear layers of ``config.targets``, by default all in blocks; ConfigError: a pattern has none."""
     linear = {name: bare(name) for name, module in network.named_modules() if _is_linear(module)}
     if not config.targets:
         in_blocks = {layer for stack in find_stacks(network) for layer in stack.modules()}
         return [name for name, module in network.named_modules() if name in linear and module in in_blocks]
-    for pattern in config.targets:
-        if not any(fnmatchcase(name, pattern) for name in linear.values()):
+    return matching(linear, config.targets, "model.adapter.targets", "linear layer")
+
+
+def matching(own: Mapping[str, str], patterns: Sequence[str], setting: str, what: str) -> list[str]:
+    """Return the names whose own one is of a pattern; ConfigError if a pattern has none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in own.values()):
             raise ConfigError(
-                f"model.adapter.targets: {pattern!r} matches no linear layer of this model, which has "
-                f"{some(list(linear.values()), 8)}"
+                f"{setting}: {pattern!r} matches no {what} of this model, which has {some(list(own.values()), 8)}"
             )
-    return [name for name, own in linear.items() if any(fnmatchcase(own, pattern) for pattern in config.targets)]
+    return [name for name, bare in own.items() if any(fnmatchcase(bare, pattern) for pattern in patterns)]
 
 
 def bare(name: str) -> str:
@@ -94,11 +90,7 @@ def adapter_values(
 ) -> dict[str, InitialValue]:
     """Return the initial value of every parameter of the adapters, as peft draws them: such that they change nothing.
 
-    Args:
-        config: of the model.
-        build: builds the network without adapters.
-        base: initial values of the network, of which DoRA takes the norms of rows.
-        seed: of the run.
+    ``build`` builds the network without adapters, of whose ``base`` values DoRA takes the norms of rows.
     """
     with torch.device("meta"):
         network = build()
@@ -132,13 +124,7 @@ class RowNorms:
 
 
 def merged(network: nn.Module, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """Return a weight of the network with its adapter merged into it, fp32, as peft merges.
-
-    Args:
-        network: with adapters, on the meta device.
-        name: of the weight, without adapters.
-        read: returns a parameter by its name.
-    """
+    """Return a weight with its adapter merged, fp32; the network is on the meta device, ``read`` returns parameters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layer_name, _, attribute = name.rpartition(".")

@@ -13,13 +13,10 @@ SMALLEST_STACK = 0.01  # of the parameters: smaller lists of modules are no stac
 
 @contextlib.contextmanager
 def parameters_on_meta(*, keep_elements: int = 0) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
-    """Construct modules with parameters on the meta device and buffers on the CPU.
+    """Construct modules with parameters on the meta device and buffers, which no checkpoint holds, on the CPU.
 
-    Buffers such as rotary frequencies are computed in constructors and are in no checkpoint: on the meta device they
-    would be lost. Tied parameters stay tied. Each parameter exists for a moment, as untouched memory.
-
-    Args:
-        keep_elements: of parameters with at most so many elements, what they held then is in the dict that is given.
+    Tied parameters stay tied; each exists for a moment, as untouched memory. The dict that is given gets what those
+    with at most ``keep_elements`` held then.
     """
     register_parameter = nn.Module.register_parameter
     constructed: dict[nn.Parameter, torch.Tensor] = {}

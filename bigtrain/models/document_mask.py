@@ -20,10 +20,7 @@ _compile_once = functools.cache(torch.compile)
 
 
 def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockMask":
-    """Return the mask of causal attention within documents, bool ``(B, 1, T, S)``; positions count from 0 in each.
-
-    With ``flex`` it is a ``BlockMask`` of FlexAttention, which skips blocks between documents.
-    """
+    """Return a causal mask within documents, bool ``(B, 1, T, S)`` or a ``BlockMask``; positions begin at 0 in each."""
     documents_BT = (positions_BT == 0).cumsum(dim=1)
     if flex:
         return _block_mask(documents_BT)

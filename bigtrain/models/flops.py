@@ -24,31 +24,18 @@ the first and 5.1e10 by the second.
 
 from dataclasses import dataclass
 
-from bigtrain.config import Activation, ModelConfig
+from bigtrain.config import ModelConfig
+from bigtrain.models.sizes import model_sizes
 
 
 def matrix_weights(model: ModelConfig) -> int:
     """Return W of a resolved native model."""
-    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = model.hidden_dim * (query + 2 * key_value) + query * model.hidden_dim
-    num_matrices = 3 if model.activation is Activation.swiglu else 2
-    feed_forward = num_matrices * model.hidden_dim * model.ffn_dim
-    return model.num_layers * (attention + feed_forward) + model.vocab_size * model.hidden_dim
-
-
-def full_attention_pairs(sequence_length: int) -> int:
-    """Return P of one sequence without a mask."""
-    return sequence_length**2
+    return model.num_layers * model_sizes(model).matrices + model.vocab_size * model.hidden_dim
 
 
 def causal_pairs(sequence_length: int) -> int:
     """Return P of one sequence under the causal mask."""
     return sequence_length * (sequence_length + 1) // 2
-
-
-def training_flops(model: ModelConfig, *, num_tokens: int, num_pairs: int) -> int:
-    """Return the operations of forward and backward pass over ``num_tokens`` with ``num_pairs`` in all."""
-    return 6 * matrix_weights(model) * num_tokens + 12 * model.num_layers * model.num_heads * model.head_dim * num_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +54,7 @@ class TokenFlops:
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> TokenFlops:
     """Return the operations per token of training on sequences of ``sequence_length`` tokens."""
-
-    def per_token(num_pairs: int) -> float:
-        return training_flops(model, num_tokens=sequence_length, num_pairs=num_pairs) / sequence_length
-
-    return TokenFlops(
-        causal=per_token(causal_pairs(sequence_length)),
-        full_attention=per_token(full_attention_pairs(sequence_length)),
-        products=per_token(0),
-        pair=12 * model.num_layers * model.num_heads * model.head_dim,
-    )
+    products = 6 * matrix_weights(model)
+    pair = 12 * model.num_layers * model.num_heads * model.head_dim
+    causal = products + pair * causal_pairs(sequence_length) / sequence_length
+    return TokenFlops(causal, products + pair * sequence_length, products, pair)

@@ -1,38 +1,28 @@
 """Which parameters are kept from being trained: by ``model.freeze``, or because adapters are trained instead."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from bigtrain.config import ModelConfig
-from bigtrain.errors import ConfigError, some
-from bigtrain.models.adapters import bare, is_of_adapter, plain_name
+from bigtrain.errors import ConfigError
+from bigtrain.models.adapters import bare, is_of_adapter, matching, plain_name
 from bigtrain.models.hf.heads import HEADS
 
 
 def frozen_names(names: Iterable[str], model: ModelConfig) -> list[str]:
     """Return the parameters that are frozen by patterns of their names; ConfigError if one matches none, or all are."""
     own = {name: bare(name) for name in names}
-    frozen = set(_matching(own, model.freeze, "model.freeze"))
+    frozen = set(matching(own, model.freeze, "model.freeze", "parameter"))
     if model.adapter:
-        trained = set(_matching(own, model.adapter.also_train, "model.adapter.also_train"))
+        trained = set(matching(own, model.adapter.also_train, "model.adapter.also_train", "parameter"))
         if HEADS[model.head].is_fresh:
             trained |= _of_head(own)
         frozen |= {name for name in own if not is_of_adapter(name)} - trained
     if own and len(frozen) == len(own):
         raise ConfigError("model.freeze: all parameters are frozen, so nothing would be trained; name fewer")
     return [name for name in own if name in frozen]
-
-
-def _matching(own: Mapping[str, str], patterns: Sequence[str], setting: str) -> list[str]:
-    for pattern in patterns:
-        if not any(fnmatchcase(bare, pattern) for bare in own.values()):
-            raise ConfigError(
-                f"{setting}: {pattern!r} matches no parameter of this model, which has {some(list(own.values()), 8)}"
-            )
-    return [name for name, bare in own.items() if any(fnmatchcase(bare, pattern) for pattern in patterns)]
 
 
 def _of_head(own: Mapping[str, str]) -> set[str]:

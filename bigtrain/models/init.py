@@ -108,10 +108,7 @@ class Finite:
 
 
 def fill_blocks(start: int, out: Tensor, draw: Callable[[int, Tensor], None]) -> None:
-    """Fill ``out`` as :meth:`InitialValue.fill` does from whole blocks, which ``draw(block, buffer)`` writes.
-
-    Always whole blocks, because torch's random numbers depend on how many are drawn.
-    """
+    """Fill ``out`` by ``draw(block, buffer)``, always of whole blocks: random numbers depend on how many are drawn."""
     stop = start + out.numel()
     buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device="cpu")
     for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):

@@ -15,8 +15,7 @@ from bigtrain.models.init import Given, InitialValue
 from bigtrain.models.programs import Program, Recorder, built_whole, seeded
 from bigtrain.models.small import NETWORKS
 
-KEPT_ELEMENTS = 2**22
-"""Parameters that are made with their values (``nn.Parameter(torch.ones(8))``) are kept up to this size."""
+KEPT_ELEMENTS = 2**22  # larger parameters made with values (``nn.Parameter(torch.ones(8))``) are not kept
 
 
 def build_own(config: ModelConfig) -> nn.Module:

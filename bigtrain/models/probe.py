@@ -27,8 +27,7 @@ from bigtrain.models.hf.build import HFCausalLM, build_hf_model, read_hf_config
 from bigtrain.models.hf.heads import HFNetwork
 
 SHORT = 8  # tokens of a dry run that is not about the length of samples
-_LENGTHS = re.compile(r"position|seq|ctx|context")
-"""Settings of transformers' configurations that may be a largest length have names like these."""
+_LENGTHS = re.compile(r"position|seq|ctx|context")  # in names of what may be a largest length
 _DIRECTIONS = re.compile(r"decoder$|causal|bidirectional|attn_type")
 LONG_ENOUGH = 32  # tokens of a sample in which a model that looks ahead is seen to do so
 
@@ -173,8 +172,8 @@ def leak(
 ) -> float:
     """Return how much the logits of one half of a sample change with the tokens of the other, relative to that one's.
 
-    ``logits_of`` turns ``(B, T)`` tokens into ``(B, T, V)`` logits, without dropout; samples have ``length`` >= 2 tokens.
-    With ``from_later`` it is the tokens of the later half that change, else those of the earlier one.
+    ``logits_of`` turns ``(B, T)`` tokens into ``(B, T, V)`` logits, without dropout; the later half changes, or the
+    earlier.
     """
     halves = slice(length // 2), slice(length // 2, None)
     changed, other = halves[::-1] if from_later else halves

@@ -180,10 +180,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def built_whole(build: Callable[[], nn.Module], names: list[str], seed: int, whose: str) -> dict[str, InitialValue]:
-    """Return what ``build()`` gives to parameters, with memory for the whole network.
-
-    ConfigError for those left unwritten.
-    """
+    """Return what ``build()`` gives to parameters, all in memory at once; ConfigError for those left unwritten."""
     with seeded(seed), torch.device("cpu"):
         network = build()
     values = {name: network.get_parameter(name).detach().float() for name in names}

@@ -24,8 +24,7 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 EPS = 1e-7
-IN_FLIGHT_ELEMENTS = 1 << 24
-"""Elements of the matrices that one owner orthogonalises at a time, unless a single one has more."""
+IN_FLIGHT_ELEMENTS = 1 << 24  # of matrices that one owner orthogonalises at a time, if not of one
 
 
 class Rectangle(NamedTuple):
@@ -54,8 +53,7 @@ class Matrix:
     columns: int
     holder: Tensor  # parameter of the optimizer in whose memory the part is
     begin: int  # where the part begins in that memory; its rectangles lie there one after the other
-    rectangles: tuple[tuple[Rectangle, ...], ...]
-    """What each rank of the group holds: together the matrix once, or all of it on all ranks."""
+    rectangles: tuple[tuple[Rectangle, ...], ...]  # of each rank: its part, or on all the whole matrix
 
     def part(self, tensor: Tensor, rank: int) -> Tensor:
         """Return the part that ``rank``, which is this one, holds in ``tensor``, the holder or one like it; flat."""
@@ -107,8 +105,7 @@ class Muon(torch.optim.AdamW):
     On one process this is ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``.
     """
 
-    matrices: dict[Tensor, list[Matrix]]
-    """What lies in the memory of each parameter of a group with ``muon=True``; set by the engine."""
+    matrices: dict[Tensor, list[Matrix]]  # by parameter of a group with ``muon=True``; set by the engine
     workshop: Workshop  # set by the engine
 
     @torch.no_grad()
@@ -166,10 +163,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 
 def rounds(matrices: list[Matrix], num_owners: int) -> Iterator[list[Matrix]]:
-    """Yield the matrices in rounds, those of about the same cost together.
-
-    In a round number i is owned by i % owners.
-    """
+    """Yield the matrices in rounds, those of about the same cost together; in each, i is owned by i % owners."""
     left = sorted(matrices, key=lambda m: m.cost, reverse=True)
     while left:
         each = max(1, IN_FLIGHT_ELEMENTS // (left[0].rows * left[0].columns))

@@ -41,8 +41,7 @@ COMPONENTS = (
     "checkpoint copy",
     "engine buffers",
 )
-ZERO3_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default of ``stage3_max_live_parameters``, ``stage3_max_reuse_distance`` and ``sub_group_size``."""
+ZERO3_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's ``stage3_max_live_parameters``, ``sub_group_size`` ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +122,10 @@ def estimate(
     device_type: str = "cuda",
     measured: tuple[ModelSizes, ModelConfig | None] | None = None,
 ) -> Estimate:
-    """Estimate the memory of one rank in training.
+    """Estimate the memory of one rank in training with a resolved configuration.
 
-    Args:
-        config: resolved.
-        local_world_size: the default shard group of ``hsdp``; by default all ranks.
-        device_type: ``cuda`` or ``cpu``, whose kernels keep different things.
-        measured: of :func:`measure_model`, if it is known already.
+    ``local_world_size`` is the default shard group of ``hsdp``, by default all ranks; ``measured`` is of
+    :func:`measure_model`.
     """
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length

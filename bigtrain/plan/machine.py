@@ -29,10 +29,7 @@ def available_bytes(device_type: str, local_world_size: int) -> int:
 
 
 def cgroup_headroom_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the smallest distance to a memory limit of this process's control groups (v1 and v2).
-
-    Inactive file pages count as free: the kernel reclaims them before it refuses memory.
-    """
+    """Return the smallest distance to a memory limit of this process's control groups; inactive pages are free."""
     headrooms = [NO_LIMIT]
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)

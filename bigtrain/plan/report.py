@@ -107,10 +107,7 @@ class Report:
         return device <= self.machine.available_bytes and host <= self.machine.available_host_bytes
 
     def _candidates(self) -> list[Change]:
-        """Return all combinations of settings that need less memory: few changes first, then mild ones.
-
-        A shorter sequence comes last, because only that makes it another run.
-        """
+        """Return all combinations of settings that need less memory: few changes first, then mild, a shorter length last."""
         axes = list(_axes(self.config, self.machine.device_type))
         ranked = []
         for picks in itertools.product(*(range(len(axis) + 1) for axis in axes)):  # 0 leaves the axis alone
@@ -210,10 +207,7 @@ def _typed(setting: Setting) -> str:
 
 
 def _axes(config: TrainConfig, device_type: str) -> list[list[Setting]]:
-    """Return settings that need less memory, without validation; of each list one at most is to be changed.
-
-    Lists are ordered by what they change: time, then placement, then (the sequence length) the run itself.
-    """
+    """Return settings that need less memory, of each list one at most: of time, of placement, then the length."""
     engine, train, length = config.engine, config.train, config.data.sequence_length or 0
     order = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
     undone = []

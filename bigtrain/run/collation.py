@@ -76,8 +76,7 @@ class _Ids:
     eos_id: int
     special: list[int]
     starts_word_V: NDArray[np.bool_]
-    find: Callable[[str], int | None]
-    """Returns the id of a token."""
+    find: Callable[[str], int | None]  # id of a token
 
     @classmethod
     def of(cls, config: TrainConfig, directory: Path | None) -> "_Ids":

@@ -28,8 +28,7 @@ from bigtrain.log import get_logger
 
 BEAT_SECONDS = 3.0
 LEASE_SECONDS = 30.0  # without a beat for so long, a holder is cut off
-PATIENCE_SECONDS = 600.0
-"""A restart waits so long for a live holder, whose watchdog may need three times the longest phase to end it."""
+PATIENCE_SECONDS = 600.0  # for a live holder, whose watchdog may need three times the longest phase
 _LOOK_SECONDS = 1.0
 _BEAT_OFFSET, _BEAT_WIDTH = len('{"beat": "'), 12
 _RELEASED = "released"

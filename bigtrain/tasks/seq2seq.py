@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigtrain.tasks.answers import Wanted
+from bigtrain.tasks.answers import Wanted, write_greedily
 from bigtrain.tasks.base import IGNORE_INDEX, Field
 from bigtrain.tasks.causal_lm import perplexity
-from bigtrain.tasks.decoding import write_greedily
 from bigtrain.tasks.inputs import require_lengths
 
 SOURCE = {"source": Field(torch.int64, ("S",)), "source_lengths": Field(torch.int64, (), padding=1)}

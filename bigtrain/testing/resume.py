@@ -37,11 +37,9 @@ from bigtrain.testing.ranks import RankFailedError, run_ranks
 
 TOLERANCES = {Precision.fp32: 1e-6, Precision.bf16: 2e-3}
 """Relative difference of losses between engines or world sizes: sums over ranks are rounded differently."""
-NORM_FACTOR = 10
-"""Gradient norms and weights may differ by so much more: both add up rounding that a mean loss averages out."""
+NORM_FACTOR = 10  # of norms and weights: both add up rounding that a mean loss averages out
 TIMEOUT_SECONDS = 3600.0  # of one launch
-SAVE_TIMEOUT_SECONDS = 600.0
-"""From the middle of the step in which the launch is killed until its checkpoint is complete."""
+SAVE_TIMEOUT_SECONDS = 600.0  # from the kill in the middle of a step to its checkpoint
 MARKER_FILE = "killed"
 
 RunFunction = Callable[[TrainConfig], int]

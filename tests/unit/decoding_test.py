@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, T5Config
 
-from bigtrain.tasks.decoding import write_greedily
+from bigtrain.tasks.answers import write_greedily
 
 NEVER, START, NUM_TOKENS = 3, 5, 12
 SETTINGS = {

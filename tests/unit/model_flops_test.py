@@ -12,13 +12,7 @@ from bigtrain.config import Activation, ModelConfig, Norm, Positions, TrainConfi
 from bigtrain.config.check import resolve
 from bigtrain.config.convert import from_dict
 from bigtrain.models import build_model
-from bigtrain.models.flops import (
-    causal_pairs,
-    flops_per_token,
-    full_attention_pairs,
-    matrix_weights,
-    training_flops,
-)
+from bigtrain.models.flops import causal_pairs, flops_per_token, matrix_weights
 from bigtrain.models.sizes import model_sizes, native_shape
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
@@ -95,15 +89,14 @@ def executed_flops(model: ModelConfig, num_sequences: int, length: int) -> int:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models_execute_what_is_counted(name: str):
     model = resolved(SMALL[name])
-    counted = training_flops(model, num_tokens=2 * 40, num_pairs=2 * full_attention_pairs(40))
-    assert counted == pytest.approx(executed_flops(model, 2, 40), rel=0.01)
+    assert 2 * 40 * flops_per_token(model, 40).full_attention == pytest.approx(executed_flops(model, 2, 40), rel=0.01)
 
 
 def test_another_shape_is_noticed():
     executed = executed_flops(resolved(SMALL["gpt"]), 2, 40)
     model = resolved(SMALL["gpt"])
     model.ffn_dim += 8
-    assert training_flops(model, num_tokens=80, num_pairs=2 * 40**2) != pytest.approx(executed, rel=0.01)
+    assert 2 * 40 * flops_per_token(model, 40).full_attention != pytest.approx(executed, rel=0.01)
 
 
 def test_pairs():

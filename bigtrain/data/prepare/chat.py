@@ -56,12 +56,9 @@ class Chat:
     """How the conversations of a source are written."""
 
     templates: dict[str, str]  # ``default``, and ``tool_use`` where chats with tools have a template of their own
-    tokens: dict[str, Any]
-    """What templates read besides the chat: ``bos_token``, ``eos_token`` and other special tokens."""
-    date: str = ""
-    """Day that a template which writes today's date is given, ISO 8601: text must not depend on when it is read."""
-    is_plain: bool = False
-    """Whether the template is the ChatML of ``bpe`` and ``bytes``, whose names of special tokens are text."""
+    tokens: dict[str, Any]  # special tokens such as ``bos_token``, which templates read besides the chat
+    date: str = ""  # ISO 8601; given to templates that write today's: text must not depend on when it is read
+    is_plain: bool = False  # whether it is the ChatML of ``bpe`` and ``bytes``, whose names of special tokens are text
 
     def write(self, row: Row, train_on: TrainOn = TrainOn.answers) -> tuple[str, list[Span]]:
         """Return the text of a row and the ranges of characters that count; both empty if nothing does.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-_SENDERS = {
+_SENDERS = {  # by ShareGPT's ``from``
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -18,7 +18,6 @@ _SENDERS = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Roles by ShareGPT's ``from``, which may also be a role."""
 
 
 class Form(NamedTuple):
@@ -33,12 +32,9 @@ class Row(NamedTuple):
     """The conversation of a row."""
 
     form: Form
-    messages: Any
-    """As they stand in the row, unchecked; of texts, the prompt and the completion."""
-    fields: dict[str, Any]
-    """What else the row has."""
-    num_given: int = 0
-    """Messages at the beginning that do not count, whoever wrote them: the prompt of a completion."""
+    messages: Any  # as they stand in the row, unchecked; of texts, the prompt and the completion
+    fields: dict[str, Any]  # what else the row has
+    num_given: int = 0  # messages at the beginning that do not count, whoever wrote them: a prompt
     is_text: bool = False
 
 

@@ -22,12 +22,10 @@ import numpy as np
 from bigtrain.config import WITHOUT_TEXT, Content, DataConfig, DataSource, OnBad, Verify, component_data, is_live
 from bigtrain.config.convert import to_dict
 from bigtrain.data.prepare.chat import build_coding, coding_hash, encoding_facts, keep_chat
-from bigtrain.data.prepare.directory import make_directory
 from bigtrain.data.prepare.encoder import agrees, fast_encoder, slow_encoder
 from bigtrain.data.prepare.files import LeftOut, Part, find_files, tell_left_out
 from bigtrain.data.prepare.images import prepare_images
 from bigtrain.data.prepare.live import PLAN_FILE, write_plan
-from bigtrain.data.prepare.progress import reporter
 from bigtrain.data.prepare.records import Document, document_fields
 from bigtrain.data.prepare.sources import read_part, source_fingerprint, source_parts
 from bigtrain.data.prepare.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
@@ -70,7 +68,8 @@ from bigtrain.data.read.tokenizer import (
 )
 from bigtrain.data.read.workers import Run, workers
 from bigtrain.errors import DataError, counted, some
-from bigtrain.log import get_logger
+from bigtrain.files import make_directory
+from bigtrain.log import get_logger, reporter
 from bigtrain.processes import num_usable_cpus
 
 REPORT_FILE = "report.json"

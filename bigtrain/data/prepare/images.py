@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from bigtrain.config import DataConfig, OnBad
 from bigtrain.config.packages import require
 from bigtrain.data.order.permutation import derive_key, mix64
-from bigtrain.data.prepare.directory import make_directory
 from bigtrain.data.prepare.image_sources import Raw, Source, find_images
-from bigtrain.data.prepare.progress import reporter
 from bigtrain.data.read.images import INDEX_FILE, LABELS, PIXELS, ImageIndex
 from bigtrain.errors import DataError, first_line
-from bigtrain.log import get_logger
+from bigtrain.files import make_directory
+from bigtrain.log import get_logger, reporter
 
 _FORMAT = 1
 _AT_ONCE = 256

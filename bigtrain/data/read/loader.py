@@ -22,8 +22,7 @@ from bigtrain.errors import DataError
 from bigtrain.tasks.base import Objective
 
 _IDS_AT_ONCE = 4096
-_SIZE_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64
-"""Small steps are loaded several at a time: whenever this thread works, the one that trains waits for Python's lock."""
+_SIZE_AT_ONCE, _STEPS_AT_ONCE = 262_144, 64  # small steps: each wake-up costs the trainer Python's lock
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ class HFCausalLM(HFNetwork):
     ) -> Tensor:
         """Return logits ``(B, T, V)``, or the summed cross-entropy of ``targets_BT`` as an fp32 scalar.
 
-        From positions, counted from 0 in each document, transformers derives a document mask, in architectures that
-        take them.
+        From positions, counted from 0 in each document, transformers derives a document mask if the architecture takes
+        them.
         """
         given: dict[str, Any] = {"use_cache": cache is not None} if "use_cache" in self.arguments else {}
         if cache is not None:
@@ -81,10 +81,7 @@ class HFCausalLM(HFNetwork):
 
 
 def describe_architecture(config: ModelConfig, root: Path) -> str:
-    """Write the ``config.json`` of an architecture with settings into a directory below ``root``; return the directory.
-
-    ConfigError: transformers has no such architecture or setting, or refuses a value; a name is given too.
-    """
+    """Write an architecture's ``config.json`` into a directory below ``root``; ConfigError: transformers refuses it."""
     from transformers import CONFIG_MAPPING
 
     architecture, settings = config.architecture, config.settings
@@ -134,10 +131,7 @@ def with_hf_shape(config: ModelConfig) -> ModelConfig:
 
 
 def read_hf_config(name: str | None, *, setting: str = "model.name") -> Any:
-    """Return the transformers configuration of ``name``, a hub id or a local directory.
-
-    ConfigError names the ``setting``.
-    """
+    """Return the transformers configuration of a hub id or directory; ConfigError names the ``setting``."""
     from transformers import AutoConfig
 
     try:

@@ -85,10 +85,7 @@ that do not follow from the run's seed."""
 
 
 def prepare_config(hf_config: Any, head: Head, num_outputs: int | None) -> None:
-    """Set what a head needs in a transformers configuration, in place.
-
-    ValueError: this architecture's cannot be trained.
-    """
+    """Set what a head needs in a transformers configuration, in place; ValueError if it cannot be trained."""
     if head in (Head.causal_lm, Head.masked_lm):
         return
     for name, value in _RANDOM_BY_RANK.items():
@@ -127,9 +124,8 @@ class HFNetwork(nn.Module):
     def forward(self, inputs: Tensor, *others: Tensor) -> Any:
         """Return logits: ``(B, C)``, or ``(B, T, C)`` of a classifier of tokens or a decoder; or embeddings ``(B, D)``.
 
-        Args:
-            inputs: what the network reads: tokens, pixels, audio or spectrograms; ConfigError if not of its size.
-            others: lengths ``(B,)`` of the inputs, for the heads that have them, then tokens ``(B, T)`` of the decoder.
+        ``others`` are lengths ``(B,)`` of the inputs, for the heads that have them, then tokens ``(B, T)`` of the
+        decoder. ConfigError: inputs are not of the network's size.
         """
         kind, given = HEADS[self.head], dict[str, Any]()
         if kind.has_decoder:

@@ -21,8 +21,7 @@ from bigtrain.models.hf.files import FLOATS, SHOWN, StoredTensor, stored_tensors
 from bigtrain.models.hf.heads import HEADS, PreTrainedModel, is_of_head
 from bigtrain.models.init import Newest
 
-BUFFERS_FILE = "buffers.safetensors"
-"""Stored buffers of a model that a run was started from; checkpoints hold parameters."""
+BUFFERS_FILE = "buffers.safetensors"  # of the model that a run was started from; checkpoints hold parameters
 CHUNK_ELEMENTS = 2**22  # elements of two tensors that are compared at a time
 
 
@@ -33,8 +32,7 @@ class Conversion:
     model: PreTrainedModel
     transform: Any  # a ``WeightConverter``
     target: str  # name in the model that its first tensor is for
-    parts: list[tuple[str, StoredTensor]] = field(default_factory=list)
-    """Pattern of the transform that a tensor of the files is for, and that tensor."""
+    parts: list[tuple[str, StoredTensor]] = field(default_factory=list)  # patterns, and what they are for
 
     def run(self, read: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
         """Return tensors of the model by name."""
@@ -68,14 +66,8 @@ def published(
 ) -> dict[str, StoredTensor | Converted]:
     """Return the value of every parameter and stored buffer of ``model`` from the files of ``name``.
 
-    Args:
-        model: of transformers, its parameters on the meta device.
-        name: a hub id or a local directory.
-        setting: that the name is from.
-        is_of_head: whether a tensor is of a head, which the files may lack, or have for another task.
-
-    Raises:
-        ConfigError: names the files or tensors that are missing, do not fit, or are of no use to the model.
+    ``name`` is a hub id or a local directory, from ``setting``; files may lack what ``is_of_head``, or have it for
+    another task. ConfigError names the files or tensors that are missing, do not fit, or are of no use to the model.
     """
     from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -219,10 +211,7 @@ def _is_derived(tensor: StoredTensor) -> bool:
 
 
 def read_buffers(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Fill the model's stored buffers, if any, from the run's own file or the published weights.
-
-    As :func:`published`.
-    """
+    """Fill the model's stored buffers from the run's own file or the published weights; raises as :func:`published`."""
     if buffers := dict(stored_buffers(model)):
         own = Path(str(config.name), BUFFERS_FILE)
         of_run = {tensor.key: tensor for tensor in tensors_of(own)} if own.is_file() else None

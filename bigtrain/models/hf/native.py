@@ -116,10 +116,7 @@ def _problems(model: ModelConfig, family: Family) -> Iterator[str]:
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``config.json`` of a resolved native model, without token ids and dtype.
-
-    The names are those that all versions of transformers know. Raises as :func:`family_of`.
-    """
+    """Return ``config.json`` of a resolved native model, without token ids and dtype, in names of all versions."""
     family = family_of(model)
     common = {theirs: getattr(model, ours) for ours, theirs in _SETTINGS[family].items()}
     common |= {"model_type": family.name, "initializer_range": model.init_std, "use_cache": True}
@@ -220,10 +217,7 @@ def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialV
 
 
 def _same_model(config: ModelConfig) -> Any:
-    """Return the model's transformers configuration after comparing it with that of ``config.init_from``.
-
-    Shapes alone would let another rotary base or norm pass.
-    """
+    """Return the configuration of ``config.init_from``, compared: shapes alone would let another rotary base pass."""
     from transformers import AutoConfig
 
     wanted = AutoConfig.for_model(**hf_config(config))
@@ -241,10 +235,9 @@ def _same_model(config: ModelConfig) -> Any:
 
 
 def _described(config: Any) -> dict[str, Any]:
-    """Return what decides the function of a GPT-2 or Llama, from its transformers configuration.
+    """Return what decides the function of a GPT-2 or Llama, with the names of :class:`ModelConfig` where it has them.
 
-    Keys are the names of :class:`ModelConfig` where it has the setting. Rotary models work at any length, so theirs
-    have no ``max_positions``.
+    Rotary models work at any length, so theirs have no ``max_positions``.
     """
     found = {ours: getattr(config, theirs) for ours, theirs in _SETTINGS[Family[config.model_type]].items()}
     if config.model_type == "gpt2":
