@@ -215,9 +215,9 @@ def build_for_deepspeed(
                 deepspeed.utils.set_z3_leaf_module(module, True)  # and all ranks have to gather the same
     else:
         materialise(model, device)
-        for parameter in model.parameters():
-            if not parameter.ndim:
-                parameter.ds_optim_param = True  # no broadcast from rank 0, which cannot view a number as bytes
+        for scalar in (p for p in model.parameters() if not p.ndim):
+            # Keeps DeepSpeed from its broadcast of garbage, for which it would view the number as bytes.
+            scalar.ds_optim_param = True  # type: ignore[attr-defined]
     return model, build_optimizer(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)
 
 

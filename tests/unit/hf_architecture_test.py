@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigtrain.cli import hydra_cli
 from bigtrain.errors import ConfigError
+from bigtrain.models import build_model
+from bigtrain.models.probe import unreached_parameters
 
 LLAMA = [
     "+model=hf",
@@ -56,3 +59,15 @@ def test_settings_without_an_architecture_are_refused_and_native_models_ignore_b
         read("+model=hf", "model.settings={a: 1}")
     native = hydra_cli.compose_run(hydra_cli.TrainConfig, ["+model=gpt_nano", "model.architecture=llama"])
     assert "model.architecture is ignored by model.kind=native" in hydra_cli.ignored_settings(native)
+
+
+def test_the_first_of_several_classes_that_an_architecture_has_for_a_task_is_built(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = "{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32, image_size: 8}"
+    of_records = ["task=classification", "task.inputs=pixels", "task.num_labels=3", "data=records", "data.path=x.npz"]
+    settings = [f"model.settings={sizes}", "model.settings.patch_size=4", *of_records]
+    config = hydra_cli.read_run(["+model=hf", "model.architecture=deit", *settings])
+    with torch.device("meta"):
+        model = build_model(config.model)
+    assert type(model.causal_lm).__name__ == "DeiTForImageClassification"
+    assert model.causal_lm.classifier.out_features == 3 and not unreached_parameters(model)

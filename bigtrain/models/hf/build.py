@@ -216,6 +216,7 @@ def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: in
 
     auto = getattr(transformers, HEADS[head].auto)
     hf_config.use_cache = False
+    hf_config.architectures = hf_config.architectures or []  # looked through where an architecture has several classes
     prepare_config(hf_config, head, num_outputs)
     if getattr(hf_config, "rescale_every", 0):
         hf_config.rescale_every = 0  # RWKV would rescale its weights in every evaluation, for fp16
