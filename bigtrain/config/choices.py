@@ -92,11 +92,12 @@ class PreferenceLoss(Enum):
     ipo = "ipo"
     orpo = "orpo"
     simpo = "simpo"
+    kto = "kto"
 
     @property
     def has_reference(self) -> bool:
         """Whether it compares with the model before training."""
-        return self in (PreferenceLoss.dpo, PreferenceLoss.ipo)
+        return self in (PreferenceLoss.dpo, PreferenceLoss.ipo, PreferenceLoss.kto)
 
 
 class Content(Enum):
@@ -110,21 +111,22 @@ class Content(Enum):
     tagged = "tagged"
     seq2seq = "seq2seq"
     preference = "preference"
+    rated = "rated"
 
     @property
     def has_answers(self) -> bool:
         """Whether only part of a document counts as targets."""
-        return self in (Content.chat, Content.pairs, Content.seq2seq, Content.preference)
+        return self in (Content.chat, Content.pairs, Content.seq2seq, Content.preference, Content.rated)
 
     @property
     def is_chat(self) -> bool:
         """Whether a chat template writes its records."""
-        return self in (Content.chat, Content.preference)
+        return self in (Content.chat, Content.preference, Content.rated)
 
     @property
     def has_labels(self) -> bool:
         """Whether documents have labels beside their text."""
-        return self in (Content.labelled, Content.numbers, Content.tagged)
+        return self in (Content.labelled, Content.numbers, Content.tagged, Content.rated)
 
 
 class Precision(Enum):

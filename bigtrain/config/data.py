@@ -8,7 +8,7 @@ from bigtrain.config.choices import Content, DataSource, Duplicates, LongChats, 
 from bigtrain.config.convert import LocalPath, PathOrUrl
 
 _WITH_RECORDS = ("jsonl", "csv", "parquet", "arrow", "datasets")
-WITH_LABELS = ("labelled", "numbers", "tagged")
+WITH_LABELS = ("labelled", "numbers", "tagged", "rated")
 _TO_PREPARE = OnlyIf("source", not_in=("prepared", "records", "images", "own"))
 """What was prepared has been prepared with its own; records are no text."""
 _OF_IMAGES = OnlyIf("source", is_in=("images",))
@@ -134,14 +134,16 @@ class DataConfig:
     on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "images", "own"))] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
-    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; ``preference`` (messages ``chosen`` and ``rejected``, behind the same beginning or a ``prompt``); or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; ``preference`` (messages ``chosen`` and ``rejected``, behind the same beginning or a ``prompt``) or ``rated`` (``prompt``, ``completion``, and whether it is good as a label); or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
     text_field: Annotated[
-        str, OnlyIf("source", is_in=_WITH_RECORDS), OnlyIf("content", not_in=("chat", "pairs", "seq2seq", "preference"))
+        str,
+        OnlyIf("source", is_in=_WITH_RECORDS),
+        OnlyIf("content", not_in=("chat", "pairs", "seq2seq", "preference", "rated")),
     ] = "text"
     """Field that holds the text, of ``tagged`` the words, in ``jsonl``, ``csv``, ``parquet``, ``arrow`` and ``datasets``."""
     messages_field: Annotated[str, OnlyIf("content", is_in=("chat",))] = "messages"
     """Field with the messages of a ``chat``; rows without it may be of ShareGPT's, Alpaca's or TRL's form (docs/data.md)."""
-    chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat", "preference"))] = None
+    chat_template: Annotated[LocalPath | None, OnlyIf("content", is_in=("chat", "preference", "rated"))] = None
     """File of the Jinja template that writes a ``chat`` or ``preference``, as transformers reads it; by default the tokenizer's own, for ``bpe`` and ``bytes`` ChatML in plain text."""
     train_on: Annotated[TrainOn, OnlyIf("content", is_in=("chat",))] = TrainOn.answers
     """Turns of a ``chat`` that count in the loss: the ``answers``, of each chat the ``last_answer``, or ``all``; answers with ``weight: 0`` never do."""

@@ -28,11 +28,15 @@ class TaskConfig:
     inputs: Annotated[Inputs | None, OnlyIf("kind", is_in=("classification", "regression"))] = None
     """Column of the data that the network gets; by default ``tokens`` of text, ``pixels`` of images, ``features`` of records."""
     loss: Annotated[PreferenceLoss, OnlyIf("kind", is_in=("preference",))] = PreferenceLoss.dpo
-    """``dpo`` and ``ipo`` compare with ``data.scores`` or the base of the adapters, ``orpo`` and ``simpo`` with nothing."""
+    """``dpo`` and ``ipo`` compare with ``data.scores`` or the base of the adapters, ``orpo`` and ``simpo`` with nothing; ``kto`` reads rated answers in place of pairs, and compares as ``dpo``."""
     beta: Annotated[float, Bound(gt=0, le=10**4), OnlyIf("kind", is_in=("preference",))] = 0.1
     """Weight of the log-probabilities, or of ORPO's odds."""
     margin: Annotated[float, Bound(ge=0), OnlyIf("loss", is_in=("simpo",))] = 0.0
     """By how much rewards are to differ at least."""
+    desirable_weight: Annotated[float, Bound(ge=0, le=10**4), OnlyIf("loss", is_in=("kto",))] = 1.0
+    """Factor of the loss of good answers."""
+    undesirable_weight: Annotated[float, Bound(ge=0, le=10**4), OnlyIf("loss", is_in=("kto",))] = 1.0
+    """Factor of the loss of bad answers."""
     divergence: Annotated[Divergence, OnlyIf("kind", is_in=("distillation",))] = Divergence.forward
     """Kullback-Leibler divergence of the teacher from the student (``forward``), or of the student from the teacher."""
     teacher_weight: Annotated[float, Bound(ge=0, le=1), OnlyIf("kind", is_in=("distillation",))] = 0.5

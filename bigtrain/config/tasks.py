@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 
 from bigtrain.config import DataConfig, DataSource, ModelConfig, TaskConfig, TrainConfig, are_records, component_data
-from bigtrain.config.choices import Content, Head, Inputs, ModelKind, Packing, TaskKind
+from bigtrain.config.choices import Content, Head, Inputs, ModelKind, Packing, PreferenceLoss, TaskKind
 
 BALANCED = "balanced"
 SMALL_NETWORKS = ("mlp", "cnn", "rnn")
@@ -88,7 +88,8 @@ def check_task(config: TrainConfig) -> Iterator[str]:
         yield from _check_distillation(model, data)
     elif task.kind not in (TaskKind.causal_lm.name, *OF_HIDDEN_TEXT):
         if task.kind in OF_DOCUMENTS and not are_records(data):
-            yield from _check_documents(task, data, OF_DOCUMENTS[task.kind])
+            is_rated = task.kind == TaskKind.preference.name and task.loss is PreferenceLoss.kto
+            yield from _check_documents(task, data, Content.rated if is_rated else OF_DOCUMENTS[task.kind])
         elif not are_records(data):
             yield f"task={task.kind}: data={data.source.name} has no records; use data=records or your own data"
         if task.kind == TaskKind.preference.name:

@@ -181,6 +181,8 @@ def count_labels(directories: Iterable[str]) -> int:
 
 def require_labels(labels: LabelRecord | None, objective: Objective | None, *, where: str) -> None:
     """Refuse a corpus, named ``where``, whose labels are not those that an objective needs, or as many."""
+    if objective and labels and "chosen" in objective.fields and "labels" not in objective.fields:
+        raise DataError(f"{where}: the documents are rated answers, no pairs; use task.loss=kto")
     wanted = None if objective is None else _wanted(objective)
     if wanted is None:
         return
@@ -201,6 +203,8 @@ def require_labels(labels: LabelRecord | None, objective: Objective | None, *, w
 def _wanted(objective: Objective) -> tuple[LabelKind, int] | None:
     """Return which labels, and how many of them, an objective on documents reads."""
     fields = objective.fields
+    if "chosen" in fields and "labels" in fields:
+        return LabelKind.one, 2
     if "lengths" not in fields:
         return None
     if "values" in fields:

@@ -110,6 +110,13 @@ def _document_lines(stream: SampleStream, columns: Columns, tokenizer: "Tokenize
             # What the tokenizer has not, such as a sentinel, is its number.
             yield f"{name}: {'│'.join(_text(token, tokenizer) or f'<{token}>' for token in ids.tolist())}"
         return
+    if "chosen" in columns:
+        for name in ("chosen", "rejected"):
+            targets = columns[f"{name}_targets"]
+            length = int(np.flatnonzero(targets != IGNORE_INDEX).max(initial=0)) + 1
+            answer = {"tokens": columns[name][:length], "targets": targets[:length]}
+            yield from (f"{name}: {line}" for line in _text_lines(answer, np.zeros(length, dtype=np.int64), tokenizer))
+        return
     tokens = columns["tokens"][: columns["lengths"]]
     labels, names = columns.get("labels", columns.get("values")), stream.label_names
     tags = labels if labels.shape == columns["tokens"].shape else np.full(len(tokens), IGNORE_INDEX)

@@ -57,21 +57,25 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
 
 
 def coupled(engine: Engine, micro_batches: Sequence[Batch], *, trains: bool) -> Sequence[Batch]:
-    """Return the micro-batches of a step with ``gradients`` of their embeddings and ``rows`` of losses and metrics.
+    """Return the micro-batches of a step with what of all others their losses depend on.
 
-    For losses of a sample that depend on all others of the step: embeddings are computed once without a gradient and
+    ``mean``: of an objective with ``averaged``, over the step. ``gradients`` of embeddings and ``rows`` of losses and metrics: for losses of a sample that depend on all others of the step: embeddings are computed once without a gradient and
     gathered; every rank computes the whole loss and its gradient by each embedding, which the second pass
     backpropagates, a micro-batch at a time (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
     Limited Setup", 2021). ``trains`` draws the random numbers of that pass. All ranks call this, with as many samples.
     """
     objective: Any = engine.objective
-    if not hasattr(objective, "couple"):
+    if not (hasattr(objective, "couple") or hasattr(objective, "averaged")):
         return micro_batches
     batches = [batch.to(engine.device) for batch in micro_batches]
     engine.module.train(trains)
     devices = [engine.device] if engine.device.type == "cuda" else []
     autocast = getattr(engine, "autocast", contextlib.nullcontext)
     with torch.no_grad(), torch.random.fork_rng(devices), autocast():
+        if hasattr(objective, "averaged"):
+            total, number = engine.mesh.total(sum(objective.averaged(engine.module, *b.values()) for b in batches))
+            mean = total / number.clamp(min=1)
+            return [Batch(batch, mean=mean.expand(len(batch["labels"]))) for batch in batches]
         network = partial(engine.module, predicts=True)
         own = torch.cat([objective.embed(network, *batch.values()) for batch in batches], dim=1)
     size, mesh = own.shape[1], engine.mesh

@@ -1,6 +1,6 @@
 """What a run minimises and measures, one module a task."""
 
-from bigtrain.config import TaskConfig, TaskKind, parts
+from bigtrain.config import PreferenceLoss, TaskConfig, TaskKind, parts
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import Objective
 from bigtrain.tasks.causal_lm import CausalLM
@@ -8,6 +8,7 @@ from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.contrastive import Contrastive
 from bigtrain.tasks.ctc import CTC
 from bigtrain.tasks.distillation import Distillation
+from bigtrain.tasks.kto import KTO
 from bigtrain.tasks.masked_lm import MaskedLM
 from bigtrain.tasks.multi_label import MultiLabel
 from bigtrain.tasks.preference import Preference
@@ -35,6 +36,8 @@ def build_objective(config: TaskConfig) -> Objective:
             return TokenClassification(num_labels=config.num_labels or 2)
         case TaskKind.seq2seq.name | TaskKind.denoise.name | TaskKind.speech.name:
             return Seq2Seq(hears=config.kind == TaskKind.speech.name)
+        case TaskKind.preference.name if config.loss is PreferenceLoss.kto:
+            return KTO(beta=config.beta, weights=(config.desirable_weight, config.undesirable_weight))
         case TaskKind.preference.name:
             return Preference(loss=config.loss, beta=config.beta, margin=config.margin)
         case TaskKind.reward.name:

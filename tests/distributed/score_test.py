@@ -9,7 +9,17 @@ import pytest
 import torch
 import transformers
 
-from bigtrain.config import Content, DataConfig, DataSource, Divergence, EngineKind, Packing, Scored, TaskConfig
+from bigtrain.config import (
+    Content,
+    DataConfig,
+    DataSource,
+    Divergence,
+    EngineKind,
+    Packing,
+    PreferenceLoss,
+    Scored,
+    TaskConfig,
+)
 from bigtrain.config.check import check, resolve
 from bigtrain.config.score import ScoreConfig
 from bigtrain.data.read.scores import SCORES_FILE
@@ -18,11 +28,13 @@ from bigtrain.run.data import open_data
 from bigtrain.run.scoring import score_samples
 from bigtrain.tasks.base import IGNORE_INDEX
 from bigtrain.tasks.distillation import Distillation
+from bigtrain.tasks.kto import KTO
 from bigtrain.testing.parity import Case, compare, configure, trace
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import LAUNCH, Launch, fork
 from tests.distributed.ranks import small_config
 
+STEPS = 3
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
 SHAPE = {"vocab_size": 264, "max_positions": 96}
 ARGS = [
@@ -41,6 +53,8 @@ def place(tmp_path_factory):
         for n in range(60)
     ]
     (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rated = [{"prompt": row["prompt"], "completion": row["chosen"], "label": n % 3 > 0} for n, row in enumerate(rows)]
+    (place / "rated.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rated))
     answers = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in rows]
     (place / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in answers))
     torch.manual_seed(0)
@@ -52,7 +66,8 @@ def place(tmp_path_factory):
 
 def configuration(place, task, content):
     config = small_config("ddp", model=SHAPE)
-    path = str(place / ("pairs.jsonl" if content is Content.preference else "answers.jsonl"))
+    files = {Content.preference: "pairs.jsonl", Content.rated: "rated.jsonl", Content.pairs: "answers.jsonl"}
+    path = str(place / files[content])
     config.data = DataConfig(source=DataSource.jsonl, path=path, root=str(place / "data"), content=content)
     config.data.tokenizer, config.task = "bytes", task
     if content is Content.pairs:
@@ -106,29 +121,30 @@ def test_killed_it_goes_on_where_it_was(place):
 
 
 def traces(configs, engines, world_size):
-    return [
-        [trace(configure(config, Case(EngineKind[engine], world_size, 2))) for engine in engines] for config in configs
-    ]
+    cases = [Case(EngineKind[engine], world_size, 2) for engine in engines]
+    return [[trace(configure(config, case), num_steps=STEPS) for case in cases] for config in configs]
 
 
-def traces_of_means(config):
-    """Train with a divergence that is a mean over the micro-batch, as others have it."""
-    whole = Distillation.__call__
+def traces_of_others(distillation, rated):
+    """Train with a divergence that is a mean over the micro-batch, as others have it, and with KTO without its mean."""
+    whole, kto = Distillation.__call__, KTO.__call__
     Distillation.__call__ = lambda self, *args: (sums := whole(self, *args)) * (8 / sums[1].detach().clamp(min=1))
-    try:
-        return trace(configure(config, Case(EngineKind.ddp, 2, 1)))
-    finally:
-        Distillation.__call__ = whole
+    KTO.__call__ = lambda self, network, *args: kto(self, network, *args[:-1], torch.zeros_like(args[-1]))
+    return [trace(configure(config, Case(EngineKind.ddp, 2, 1)), num_steps=STEPS) for config in (distillation, rated)]
 
 
 def test_objectives_that_read_them_are_equal_under_every_engine(place):
     reference = configuration(place, TaskConfig(kind="preference"), Content.preference)
     forward = configuration(place, TaskConfig(kind="distillation"), Content.pairs)
+    kto = TaskConfig(kind="preference", loss=PreferenceLoss.kto, beta=0.5, undesirable_weight=1.5)
+    rated = configuration(place, kto, Content.rated)
     task = TaskConfig(kind="distillation", divergence=Divergence.reverse, teacher_temperature=2.0, teacher_weight=0.8)
     assert score_samples(asking(reference, out=str(place / "reference"))) == 60
     score_samples(asking(forward, out=str(place / "teacher"), by=str(place / "llama"), top_k=16))
-    reference.data.scores, forward.data.scores = str(place / "reference"), str(place / "teacher")
-    configs = [reference, forward, dataclasses.replace(forward, task=task)]
+    score_samples(asking(rated, out=str(place / "rated"), by=str(place / "llama")))
+    for config, scores in ((reference, "reference"), (forward, "teacher"), (rated, "rated")):
+        config.data.scores = str(place / scores)
+    configs = [reference, forward, dataclasses.replace(forward, task=task), rated]
     assert all(check(config, world_size=2, local_world_size=2) == [] for config in configs)
     expected = [found[0] for found in run_ranks(traces, 1, configs, ["ddp"], 1)[0]]
     assert expected[0].losses[0] == pytest.approx(0.6931472, abs=1e-6), "the model begins as its own reference"
@@ -139,7 +155,8 @@ def test_objectives_that_read_them_are_equal_under_every_engine(place):
                 difference = compare(trajectory, whole)
                 where = config.task, engine, world_size, difference
                 assert difference.loss <= 1e-5 and difference.grad_norm <= 1e-5, where
-    assert compare(run_ranks(traces_of_means, 2, forward)[0], expected[1]).loss > 1e-3
+    for other, whole in zip(run_ranks(traces_of_others, 2, forward, rated)[0], expected[1::2], strict=True):
+        assert compare(other, whole).loss > 1e-3
 
 
 def test_what_does_not_fit_is_a_sentence(place):

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,7 @@ _MARK = "\ue000{}\ue001"
 """Stands behind a content to see whether the template writes it; private use, so nothing trims it."""
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
+RATED_FIELDS = ("prompt", "completion")
 """Of a row with two answers: the first is messages or the user's text, and may be the beginning of the others instead."""
 
 Span = tuple[int, int]
@@ -81,16 +82,16 @@ class Chat:
         written.require_written()
         return written.text, [(begin, end) for begin, end in spans if begin < end]
 
-    def write_pair(self, record: dict[str, Any]) -> tuple[str, list[str]]:
-        """Return the text of a prompt, with what asks for an answer, and those of the chosen and the rejected answer.
+    def write_answers(self, record: dict[str, Any], names: Sequence[str]) -> tuple[str, list[str]]:
+        """Return the text of a prompt, with what asks for an answer, and those of the answers in fields behind it.
 
-        ValueError if the row is no such pair, or the template cannot write it or drops some of it.
+        ValueError if the row has no such ones, or the template cannot write it or drops some of it.
         """
-        prompt, answers = _read_pair(record)
-        fields = self._fields(record, "chosen")
+        prompt, answers = _read_answers(record, names)
+        fields = self._fields(record, names[0])
         before, _ = self.render(prompt, fields, asks=True)
         texts = []
-        for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True):
+        for name, answer in zip(names, answers, strict=True):
             row = _Row(self, [*prompt, *answer], fields, name)
             row.require_written()
             if not row.text.startswith(before):
@@ -252,27 +253,32 @@ def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list
     return found, weights
 
 
-def _read_pair(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """Return the messages of the prompt, and those behind them of the chosen and the rejected answer."""
-    for name in PAIR_FIELDS[1:]:
+def _read_answers(
+    record: dict[str, Any], names: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Return the messages of the prompt, which several answers may begin with, and those of each answer behind them."""
+    for name in names:
         if record.get(name) is None:
-            raise ValueError(f"no field '{name}': a row has messages 'chosen' and 'rejected', and may have a 'prompt'")
+            has = "messages 'chosen' and 'rejected', and may have a 'prompt'" if len(names) > 1 else "a 'prompt'"
+            raise ValueError(f"no field '{name}': a row has {has}")
     given = record.get("prompt")
     prompt = [{"role": "user", "content": given}] if isinstance(given, str) else given
     prompt = [] if prompt is None else _read_messages(prompt, "prompt")[0]
     both = [
         _read_messages([{"role": ANSWERING_ROLE, "content": value}] if isinstance(value, str) else value, name)[0]
-        for name, value in ((name, record[name]) for name in PAIR_FIELDS[1:])
+        for name, value in ((name, record[name]) for name in names)
     ]
-    common = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
+    differs = (i for i, found in enumerate(zip(*both, strict=False)) if found[0] != found[-1])
+    common = next(differs, min(map(len, both))) if len(both) > 1 else 0
     if common and prompt and both[0][:common] != prompt:
         raise ValueError("field 'prompt': it is not what 'chosen' and 'rejected' begin with; leave one of them out")
     prompt, answers = prompt or both[0][:common], [messages[common:] for messages in both]
-    for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True):
+    for name, answer in zip(names, answers, strict=True):
         if not answer or any(m["role"] != ANSWERING_ROLE for m in answer[:1]):
             raise ValueError(f"field '{name}': behind the prompt comes no answer of its own")
     if not prompt:
-        raise ValueError("no prompt: 'chosen' and 'rejected' have no message in common")
+        none = "and 'chosen' and 'rejected' have no message in common" if len(names) > 1 else "that is not empty"
+        raise ValueError(f"no prompt {none}")
     return prompt, answers
 
 

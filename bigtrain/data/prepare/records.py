@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import Content, DataConfig, DataSource, TrainOn
-from bigtrain.data.prepare.chat import PAIR_FIELDS, chat_of, without_null
+from bigtrain.data.prepare.chat import PAIR_FIELDS, RATED_FIELDS, chat_of, without_null
 from bigtrain.data.prepare.chat_forms import form_of, read_row
 from bigtrain.data.read.index import LabelKind, LabelRecord
 
@@ -156,6 +156,7 @@ def document_fields(config: DataConfig) -> dict[str, str]:
         Content.tagged: ("text_field", "label_field"),
         Content.seq2seq: ("source_field", "target_field"),
         Content.preference: (),
+        Content.rated: ("label_field",),
     }[config.content]
     return {setting: getattr(config, setting) for setting in settings}
 
@@ -166,8 +167,8 @@ def columns_to_read(config: DataConfig, names: list[str]) -> list[str]:
     if config.content is Content.chat:
         form = form_of(names, config.messages_field)
         columns = [name for name in (*form.fields, *form.others) if name in names]
-    if config.content is Content.preference:
-        columns += [name for name in PAIR_FIELDS if name in names]
+    of_answers = {Content.preference: PAIR_FIELDS, Content.rated: RATED_FIELDS}.get(config.content, ())
+    columns += [name for name in of_answers if name in names]
     if config.content.is_chat:
         columns += [
             name for name in chat_of(config.tokenizer, config.chat_template).columns(names) if name not in columns
@@ -183,8 +184,8 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
     for setting, name in fields.items():
         if name not in record:
             raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}")
-    if config.content is Content.preference:
-        return _preference_document(config, document_id, record, is_repaired)
+    if config.content in (Content.preference, Content.rated):
+        return _compared_document(config, document_id, record, is_repaired)
     if config.content.has_labels:
         return _labelled_document(config, document_id, record, is_repaired)
     text, answers = "", []
@@ -239,11 +240,19 @@ def _chat_document(config: DataConfig, document_id: str, record: dict[str, Any],
     return Document(document_id, text, is_repaired, tuple(answers), is_templated=is_templated, form=form)
 
 
-def _preference_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
+def _compared_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:
     chat = chat_of(config.tokenizer, config.chat_template)
     repaired = _repair(record)
     is_repaired |= repaired != record
-    prompt, answers = chat.write_pair(_of_row(config, repaired))
+    is_pair, label = config.content is Content.preference, repaired.pop(config.label_field, None)
+    prompt, answers = chat.write_answers(_of_row(config, repaired), (PAIR_FIELDS if is_pair else RATED_FIELDS)[1:])
+    if not is_pair:
+        rating = {"true": "true", "1": "true", "false": "false", "0": "false"}.get(str(label).lower())
+        if rating is None:
+            raise ValueError(f"field '{config.label_field}' is {_quoted(label)}: true of a good answer, else false")
+        labels, text = Labels((rating,)), prompt + answers[0]
+        spans = ((len(prompt), len(text)),)
+        return Document(document_id, text, is_repaired, spans, labels, group=prompt, is_templated=not chat.is_plain)
     texts = [prompt + answer for answer in answers]
     spans = (len(prompt), len(texts[0])), (len(texts[0]) + len(prompt), len(texts[0]) + len(texts[1]))
     document = Document(document_id, "".join(texts), is_repaired, spans, group=prompt, is_templated=not chat.is_plain)

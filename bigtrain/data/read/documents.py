@@ -17,7 +17,7 @@ from bigtrain.tasks.base import IGNORE_INDEX
 def document_samples(split: FileSplit, data: DataConfig) -> "DocumentSamples":
     """Return the documents of a split as samples: pairs where part of each counts, or two parts."""
     if data.packing is Packing.preferences:
-        return PreferenceSamples(split, data.sequence_length)
+        return (RatedSamples if split.labels else PreferenceSamples)(split, data.sequence_length)
     if split.has_answers:
         return PairSamples(split, data.source_length or data.sequence_length, data.sequence_length)
     return DocumentSamples(split, data.sequence_length)
@@ -200,3 +200,32 @@ class PreferenceSamples(DocumentSamples):
         begins, answers, seconds, others, _ = self._bounds(shard).T
         room = self.sequence_length
         return (answers - begins <= room) & (others - seconds <= room) & (others > seconds)
+
+
+class RatedSamples(PreferenceSamples):
+    """As ``chosen`` a prompt with its answer, and as ``rejected`` with that of the next document of the shard.
+
+    ``labels`` are 1 of good answers. What an answer becomes to another prompt says how far a model has moved at all.
+    """
+
+    def _gather_shard(self, shard: int, local: NDArray[np.int64]) -> Samples:
+        row, (begins, answers, ends, *_) = self._split.read(shard), self._bounds(shard).T
+        samples = Samples()
+        for name, others in (("chosen", local), ("rejected", (local + 1) % len(begins))):
+            texts = self._pool.take(len(local), self.sequence_length + 1)
+            counted = np.zeros_like(texts, dtype=np.bool_)
+            texts[:] = 0
+            for place, is_counted, own, other in zip(texts, counted, local, others, strict=True):
+                parts = row[begins[own] : answers[own]], row[answers[other] : ends[other]]
+                text = np.concatenate(parts)[: len(place)]
+                place[: len(text)] = text
+                is_counted[len(parts[0]) : len(text)] = True
+            samples[name] = texts[:, :-1]
+            samples[f"{name}_targets"] = np.where(counted[:, 1:], texts[:, 1:], IGNORE_INDEX)
+        is_good = np.array([name == "true" for name in self._split.labels.names])
+        samples["labels"] = is_good[self._labels(shard)[local]].astype(np.int64)
+        return samples
+
+    def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        begins, answers, *_ = self._bounds(shard).T
+        return answers - begins <= self.sequence_length
