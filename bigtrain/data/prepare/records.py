@@ -244,19 +244,19 @@ def _compared_document(config: DataConfig, document_id: str, record: dict[str, A
     chat = chat_of(config.tokenizer, config.chat_template)
     repaired = _repair(record)
     is_repaired |= repaired != record
-    is_pair, label = config.content is Content.preference, repaired.pop(config.label_field, None)
-    prompt, answers = chat.write_answers(_of_row(config, repaired), (PAIR_FIELDS if is_pair else RATED_FIELDS)[1:])
-    if not is_pair:
+    names: tuple[str, ...] = PAIR_FIELDS[1:]
+    rating = None
+    if config.content is Content.rated:
+        label, names = repaired.pop(config.label_field), RATED_FIELDS[1:]
         rating = {"true": "true", "1": "true", "false": "false", "0": "false"}.get(str(label).lower())
         if rating is None:
             raise ValueError(f"field '{config.label_field}' is {_quoted(label)}: true of a good answer, else false")
-        labels, text = Labels((rating,)), prompt + answers[0]
-        spans = ((len(prompt), len(text)),)
-        return Document(document_id, text, is_repaired, spans, labels, group=prompt, is_templated=not chat.is_plain)
+    prompt, answers = chat.write_answers(_of_row(config, repaired), names)
     texts = [prompt + answer for answer in answers]
-    spans = (len(prompt), len(texts[0])), (len(texts[0]) + len(prompt), len(texts[0]) + len(texts[1]))
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    spans = tuple((end - len(answer), end) for end, answer in zip(ends, answers, strict=True))
     document = Document(document_id, "".join(texts), is_repaired, spans, group=prompt, is_templated=not chat.is_plain)
-    return document._replace(second=len(texts[0]))
+    return document._replace(labels=Labels((rating,))) if rating else document._replace(second=ends[0])
 
 
 def _of_row(config: DataConfig, record: dict[str, Any]) -> dict[str, Any]:
