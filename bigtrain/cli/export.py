@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from bigtrain.cli import hydra_cli
-from bigtrain.config import Precision, WandbMode
+from bigtrain.config import Precision, Quantisation, WandbMode
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath
 
@@ -23,6 +23,10 @@ class ExportConfig:
     """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
     merge: bool = True
     """Merge adapters into the weights; false writes them alone, as peft opens them beside their base."""
+    average: Annotated[int, Bound(ge=1, le=1000)] = 1
+    """Write the mean of so many checkpoints, this one and those before it (Izmailov et al. 2018)."""
+    quantise: Quantisation | None = None
+    """Weights of linear layers by torchao: ``int8`` or ``fp8``, a quarter of fp32, ``int4``, an eighth. The loss on held-out text is said before and after."""
     max_shard_gb: Annotated[float, Bound(gt=0)] = 4.0
     """Largest file of weights in gigabytes (10^9 bytes), unless a single tensor is larger."""
     wandb: WandbMode = WandbMode.disabled
@@ -46,6 +50,7 @@ def run(config: ExportConfig) -> None:
     from bigtrain import log
     from bigtrain.checkpoint.store import step_of
     from bigtrain.run.export import export
+    from bigtrain.telemetry.text import format_bytes
 
     log.setup(hydra_cli.rank())
     out = Path(config.out)
@@ -55,11 +60,18 @@ def run(config: ExportConfig) -> None:
         precision=config.dtype,
         max_shard_bytes=int(config.max_shard_gb * 1e9),
         merge=config.merge,
+        average=config.average,
+        quantised=config.quantise,
     )
     print(f"checkpoint  {exported.checkpoint}")
     print(f"weights     {exported.num_parameters:,} numbers in {config.dtype.name}")
     print(f"tokenizer   {'the one of the run' if exported.has_tokenizer else 'none: the data were synthetic'}")
-    print(f"written     {out}")
+    if exported.losses:
+        before, after = exported.losses
+        print(f"loss        {before:.4f} on held-out text, {after:.4f} in {config.quantise.name}")
+    print(
+        f"written     {out}, {format_bytes(sum(file.stat().st_size for file in out.rglob('*.safetensors')))} of weights"
+    )
     if config.wandb is not WandbMode.disabled:
         from bigtrain.run.directory import locate, read_config
         from bigtrain.telemetry.wandb_logger import log_export

@@ -35,6 +35,7 @@ from bigtrain.config.choices import (
     Precision,
     PreferenceLoss,
     Preflight,
+    Quantisation,
     SchedulerKind,
     Scored,
     TaskKind,

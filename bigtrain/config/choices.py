@@ -41,6 +41,14 @@ class TaskKind(Enum):
     distillation = "distillation"
 
 
+class Quantisation(Enum):
+    """Numbers that an export's linear layers have."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
 class Scored(Enum):
     """What ``bigtrain score`` writes of each sample."""
 

@@ -96,7 +96,7 @@ def validate_run(
     is_usual = chosen == HELD_OUT and part is None
     with opened(path, batches=batches) as (config, directory):
         with elsewhere(config.data):
-            sets = _open_sets(config, directory, chosen, part)
+            sets = open_sets(config, directory, chosen, part)
         engine, checkpoint = load_engine(path, config)
         measured = validate(engine, sets, config, batches=config.validation.batches if is_usual else batches)
     is_usual &= config.task.kind == TaskKind.causal_lm.name
@@ -107,7 +107,7 @@ def validate_run(
     return dataclasses.replace(measured, metrics={"step": read_run_state(checkpoint).step, **measured.metrics})
 
 
-def _open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | None) -> dict[str, SampleStream]:
+def open_sets(config: TrainConfig, run: Path, chosen: str, part: SetConfig | None) -> dict[str, SampleStream]:
     """Return the sets that are measured on; those of their own need no training data."""
     which, _, name = chosen.partition("/")
     data = {"data": set_data(config.data, part)} if part else own_sets(config.data, which) if which in SETS else {}

@@ -16,13 +16,25 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import Head, ModelConfig, ModelKind, Precision, TaskConfig, TaskKind, TrainConfig
+from bigtrain.checkpoint.loader import verify_checkpoint
+from bigtrain.checkpoint.store import find_checkpoints, read_run_state, step_of
+from bigtrain.config import (
+    Head,
+    ModelConfig,
+    ModelKind,
+    Precision,
+    Quantisation,
+    TaskConfig,
+    TaskKind,
+    TrainConfig,
+    Verify,
+)
 from bigtrain.config.convert import from_dict
+from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import PUBLISHED_DIRECTORY, TokenizerRecord, check_file, read_index
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import ConfigError
+from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.files import sync, write_durably
 from bigtrain.models.hf.build import build_hf_model
 from bigtrain.models.hf.disk import disk_config, disk_tensors
@@ -34,7 +46,8 @@ from bigtrain.models.init import Newest
 from bigtrain.run.collation import mask_id_of
 from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, label_names, own_model
 from bigtrain.run.export_adapter import ADAPTER_CONFIG, MergedWeights, adapter_description, adapter_tensors
-from bigtrain.run.frozen import WeightReader
+from bigtrain.run.frozen import AveragedWeights, WeightReader
+from bigtrain.run.quantise import quantise, require_quantisation
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -63,16 +76,27 @@ class Exported:
     checkpoint: Path  # the source
     num_parameters: int  # elements of all tensors
     has_tokenizer: bool  # false for synthetic data
+    losses: list[float]  # on held-out text, before and after it was quantised
 
 
-def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int, merge: bool = True) -> Exported:
+def export(
+    path: Path,
+    out: Path,
+    *,
+    precision: Precision,
+    max_shard_bytes: int,
+    merge: bool = True,
+    average: int = 1,
+    quantised: Quantisation | None = None,
+) -> Exported:
     """Write a run, or one of its checkpoints, as ``out`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     A published tokenizer and the configuration of a Hugging Face model are copied byte for byte where the run has not
     changed them; a tokenizer of bigtrain's encodes as in training. ``out`` appears when it is complete; its files of
     weights have at most ``max_shard_bytes``, unless a single tensor has more. Adapters are merged into the weights or, without
-    ``merge``, written alone, for peft. CheckpointError: no checkpoint verifies. ConfigError: transformers has no such
-    model, or ``out`` exists or cannot be written.
+    ``merge``, written alone, for peft. Weights are the means of ``average`` checkpoints, up to this one; those of linear
+    layers are ``quantised``. CheckpointError: no checkpoint verifies. ConfigError: transformers has no such model, or
+    ``out`` exists or cannot be written.
     """
     if precision not in DTYPES:
         raise ConfigError(f"dtype={precision.name}: weights are written in {' or '.join(p.name for p in DTYPES)}")
@@ -87,7 +111,11 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
             f"model.name={model.name}: transformers has no such model; bigtrain/checkpoint/dcp.py lets any program load it"
         )
     tokenizer = read_index(run, check_sizes=False).tokenizer if (run / TOKENIZER_FILE).is_file() else None
-    reader = WeightReader(checkpoint)
+    if quantised:
+        require_quantisation(quantised)
+        if config.task.kind not in OF_NEXT_TOKENS or not merge:
+            raise ConfigError(f"quantise={quantised.name}: is for whole causal language models; leave it out")
+    reader = AveragedWeights(_newest(checkpoint, average))
     if merge:
         describe = _native if model.kind is ModelKind.native else _hugging_face
         whole = MergedWeights(reader, model) if model.adapter else reader
@@ -106,6 +134,7 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
         _write_weights(partial, parts, max_shard_bytes, "model" if merge else "adapter_model")
         if tokenizer:
             write_tokenizer(run, partial, tokenizer, config)
+        losses = quantise(checkpoint, partial, quantised, max_shard_bytes) if quantised else []
         sync(partial)
         os.rename(partial, out)
         sync(out.parent)
@@ -113,7 +142,21 @@ def export(path: Path, out: Path, *, precision: Precision, max_shard_bytes: int,
         raise ConfigError(f"out={out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(checkpoint, sum(math.prod(part.shape) for part in parts), has_tokenizer=tokenizer is not None)
+    num_parameters = sum(math.prod(part.shape) for part in parts)
+    return Exported(checkpoint, num_parameters, has_tokenizer=tokenizer is not None, losses=losses)
+
+
+def _newest(checkpoint: Path, count: int) -> list[Path]:
+    """Return a checkpoint behind the ``count - 1`` before it; ConfigError if there are fewer, CheckpointError if damaged."""
+    run, others = checkpoint.parent.parent, []
+    if count > 1:
+        others = [other for other in find_checkpoints(run) if step_of(other) < step_of(checkpoint)][1 - count :]
+    if len(others) < count - 1:
+        have = f"{run} has {len(others)} before {checkpoint.name}"
+        raise ConfigError(f"average={count}: {have}; checkpoint.keep=all, or latest {count}, keeps them")
+    if problems := [problem for other in others for problem in verify_checkpoint(other, Verify.full)]:
+        raise CheckpointError("\n  ".join([f"average={count}: not all of them are whole:", *problems]))
+    return [*others, checkpoint]
 
 
 def _native(

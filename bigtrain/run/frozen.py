@@ -145,6 +145,20 @@ class WeightReader(TensorReader):
         return self._frozen[key] if key in self._frozen else super().read(key)
 
 
+class AveragedWeights(WeightReader):
+    """Reads the means of the tensors of several checkpoints of a run (Izmailov et al. 2018), the last of which is described."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        super().__init__(paths[-1])
+        self._others = [WeightReader(path) for path in paths[:-1]]
+
+    def read(self, key: str) -> torch.Tensor:
+        total = super().read(key).double()
+        for other in self._others:
+            total += other.read(key)
+        return (total / (len(self._others) + 1)).float()
+
+
 def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:
     """Return the initial value of every parameter, of a model of transformers the trunk's from ``model.init_from``.
 

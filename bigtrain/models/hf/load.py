@@ -75,7 +75,8 @@ def published(
     if getattr(model.config, "quantization_config", None):
         raise ConfigError(
             f"{where}: its config.json has a quantization_config, and quantised weights cannot be trained; load the model "
-            "with transformers and dequantize=True where its method has it, call save_pretrained(<directory>) and give that"
+            "with transformers and dequantize=True where its method has it, call save_pretrained(<directory>) and give that; of "
+            "a run of bigtrain, export without quantise"
         )
     found, left = _assigned(model, stored_tensors(name, setting=setting), where)
     values: dict[str, StoredTensor | Converted] = {}
