@@ -26,14 +26,9 @@ def make_parts(
 ) -> None:
     """Have each part written by one of the ranks, which all call this; return when all are there.
 
-    Args:
-        out: what the parts are of; must not exist.
-        parts: what each file is made of; all lie in one directory.
-        request: what decides the content of the parts; parts of another request are refused.
-        make: returns the content of a part; called equally often on all ranks, with None where none is left.
-
-    Raises:
-        ConfigError: ``out`` exists, cannot be written, or has parts of another request.
+    ``parts`` says what each file, all in one directory, is made of: ``make`` returns its content, and is called equally
+    often on all ranks, with None where no part is left. ConfigError: ``out``, which the parts are of, exists or cannot
+    be written, or there are parts of another ``request``, which decides their content.
     """
     paths, rank, world_size = list(parts), dist.get_rank(), dist.get_world_size()
     todo = on_rank0(partial(_begin, out, paths, request))

@@ -101,21 +101,10 @@ def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) ->
 def predict_file(
     path: Path, inputs: Path, out: Path, *, wanted: Wanted, batch_size: int = 32, part_rows: int = 1024
 ) -> int:
-    """Write the answers to a file of inputs; return how many. All ranks call this.
+    """Write the answers to a file of inputs to ``out``, ``.jsonl`` or ``.csv``; return how many. All ranks call this.
 
-    Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world
-    size.
-
-    Args:
-        path: directory of a run, or of one of its checkpoints.
-        inputs: see :func:`bigtrain.run.inputs.open_inputs`.
-        out: ``.jsonl`` or ``.csv``; must not exist.
-        wanted: what is written of each input.
-        batch_size: inputs of a rank in a forward pass.
-        part_rows: inputs of a part.
-
-    Raises:
-        BigtrainError: no whole checkpoint, inputs that do not fit, or a task that answers nothing.
+    Finished parts of ``part_rows`` inputs lie in ``<out>.parts`` until all are there: killed and started again, the rest
+    is done, at any world size. BigtrainError: no whole checkpoint, inputs that do not fit, or a task that answers nothing.
     """
     if out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"out={out}: name a file that ends with .jsonl or .csv")

@@ -28,7 +28,8 @@ from bigtrain.config import (
 )
 from bigtrain.config.convert import to_dict
 from bigtrain.config.score import ScoreConfig
-from bigtrain.config.tasks import OF_NEXT_TOKENS, head_of, num_outputs_of
+from bigtrain.config.tasks import OF_NEXT_TOKENS, PREDICT_LABELS, head_of, num_outputs_of
+from bigtrain.data.read.batch import Batch
 from bigtrain.data.read.index import record_file
 from bigtrain.data.read.scores import FORMAT, SCORES_FILE, ScoredSet, ScoresIndex
 from bigtrain.data.read.stream import SampleStream
@@ -54,10 +55,42 @@ OFFERED = {
     TaskKind.causal_lm.name: (Scored.log_probabilities, Scored.logits, Scored.embeddings),
     TaskKind.distillation.name: (Scored.logits, Scored.log_probabilities, Scored.embeddings),
     TaskKind.preference.name: (Scored.log_probabilities, Scored.embeddings),
-    TaskKind.classification.name: (Scored.logits, Scored.embeddings),
-    TaskKind.token_classification.name: (Scored.logits, Scored.embeddings),
-    TaskKind.regression.name: (Scored.logits, Scored.embeddings),
-}  # of each task; the first one is the default
+} | dict.fromkeys((*PREDICT_LABELS, TaskKind.regression.name), (Scored.logits, Scored.embeddings))
+"""What is written of a task's samples; the first is the default."""
+
+
+def score_samples(config: ScoreConfig) -> int:
+    """Write columns beside all samples that a resolved run trains and validates on; return how many. All ranks call this.
+
+    Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world
+    size. BigtrainError: data or model cannot be had, or do not fit; ``out`` exists, or has parts of another request.
+    """
+    log.setup(RankInfo.from_env().rank)
+    kind, offered = config.task.kind, OFFERED.get(config.task.kind, ())
+    if config.what not in (None, *offered) or not offered:
+        names = ", ".join(what.name for what in offered) or f"nothing; {', '.join(OFFERED)} have something"
+        raise ConfigError(f"what={config.what and config.what.name}: of task={kind} is written {names}")
+    if any(is_live(part) for part in component_data(config.data).values()):
+        raise ConfigError("data.on_the_fly=true: samples have no numbers before they are trained on; leave it out")
+    # The same samples, without what is about to be written.
+    task = (
+        dataclasses.replace(config.task, kind=TaskKind.causal_lm.name)
+        if kind == TaskKind.distillation.name
+        else config.task
+    )
+    data = dataclasses.replace(config.data, scores=config.out, augment=AugmentConfig())
+    with in_group(dataclasses.replace(config, model=_model_of(config), data=data, task=task)) as run:
+        run = with_num_labels(dataclasses.replace(run, data=dataclasses.replace(data, scores=None)))
+        streams = open_data(run)
+        engine, origin = _open_model(run, config.by, streams["train"])
+        scorer = _Scorer(engine, run, streams, config, config.what or offered[0])
+        weights = hash_of({key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)})
+        samples = {name: stream.content for name, stream in streams.items()}
+        request = {"what": scorer.what.name, "weights": weights, "samples": str(samples)}
+        request |= {name: str(getattr(config, name)) for name in ("top_k", "fp16", "batch_size", "part_samples")}
+        make_parts(Path(config.out), scorer.parts(), request, scorer.make)
+        on_rank0(partial(_join, scorer, {"origin": origin, "weights": weights}))
+        return sum(stream.num_ids for stream in streams.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +103,12 @@ class _Scorer:
 
     def parts(self) -> dict[Path, tuple[str, range]]:
         """Return the files of the parts, and the samples of a set that each holds."""
-        parts, size = {}, self.asked.part_samples
-        for name, stream in self.streams.items():
-            for number, first in enumerate(range(0, stream.num_ids, size)):
-                path = Path(f"{self.asked.out}.parts", f"{_plain(name)}-{number:08d}.npz")
-                parts[path] = name, range(first, min(first + size, stream.num_ids))
-        return parts
+        size, directory = self.asked.part_samples, Path(f"{self.asked.out}.parts")
+        return {
+            directory / f"{_plain(name)}-{first:012d}.npz": (name, range(first, min(first + size, stream.num_ids)))
+            for name, stream in self.streams.items()
+            for first in range(0, stream.num_ids, size)
+        }
 
     def make(self, part: tuple[str, range] | None) -> bytes:
         """Return the columns of a part as an npz file; without a part, only help others to gather weights."""
@@ -84,7 +117,7 @@ class _Scorer:
         found: list[dict[str, NDArray]] = []
         for begin in range(0, most, self.asked.batch_size):
             ids = np.array(samples[begin : begin + self.asked.batch_size], dtype=np.int64)
-            columns = self.columns(self.streams[name], ids if len(ids) else np.zeros(1, dtype=np.int64))
+            columns = self.columns(self.streams[name].gather(ids if len(ids) else np.zeros(1, dtype=np.int64)))
             found += [columns] if len(ids) else []
         file = io.BytesIO()
         whole: dict[str, Any] = (
@@ -93,46 +126,15 @@ class _Scorer:
         np.savez(file, **whole)
         return file.getvalue()
 
-    def columns(self, stream: SampleStream, ids: NDArray[np.int64]) -> dict[str, NDArray]:
+    def columns(self, batch: Batch) -> dict[str, NDArray]:
         """Return the columns of some samples."""
-        fields, is_language_model = build_objective(self.config.task).fields, self.config.task.kind in OF_NEXT_TOKENS
-        samples = stream.gather(ids).to(self.engine.device).items()
-        batch = {name: tensor for name, tensor in samples if is_language_model or fields[name].is_input}
+        fields, is_of_tokens = build_objective(self.config.task).fields, self.config.task.kind in OF_NEXT_TOKENS
+        read = {name: tensor for name, tensor in batch.items() if is_of_tokens or fields[name].is_input}
         dtype = torch.float16 if self.asked.fp16 else torch.float32
         with torch.no_grad(), self.engine.autocast():
-            found = score(self.engine.module, batch, self.what, top_k=self.asked.top_k, dtype=dtype)
+            on_device = Batch(read).to(self.engine.device)
+            found = score(self.engine.module, on_device, self.what, top_k=self.asked.top_k, dtype=dtype)
         return {name: column.cpu().numpy() for name, column in found.items()}
-
-
-def score_samples(config: ScoreConfig) -> int:
-    """Write columns beside all samples that a resolved run trains and validates on; return how many. All ranks call this.
-
-    Finished parts lie in ``<out>.parts`` until all are there: killed and started again, the rest is done, at any world
-    size. BigtrainError: data or model cannot be had, or do not fit; ``out`` exists, or has parts of another request.
-    """
-    log.setup(RankInfo.from_env().rank)
-    offered = OFFERED.get(config.task.kind, ())
-    if config.what not in (None, *offered) or not offered:
-        names = ", ".join(what.name for what in offered) or f"nothing; {', '.join(OFFERED)} have something"
-        raise ConfigError(f"what={config.what and config.what.name}: of task={config.task.kind} is written {names}")
-    if any(is_live(part) for part in component_data(config.data).values()):
-        raise ConfigError("data.on_the_fly=true: samples have no numbers before they are trained on; leave it out")
-    what, data = config.what or offered[0], dataclasses.replace(config.data, scores=config.out, augment=AugmentConfig())
-    with in_group(dataclasses.replace(config, model=_model_of(config), data=data)) as fitted:
-        # The same samples, without what is about to be written.
-        kind = TaskKind.causal_lm.name if config.task.kind == TaskKind.distillation.name else config.task.kind
-        task, data = dataclasses.replace(config.task, kind=kind), dataclasses.replace(data, scores=None)
-        fitted = with_num_labels(dataclasses.replace(fitted, task=task, data=data))
-        streams = open_data(fitted)
-        engine, origin = _open_model(fitted, config.by, streams["train"])
-        scorer = _Scorer(engine, fitted, streams, config, what)
-        weights = hash_of({key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)})
-        samples = {name: stream.content for name, stream in streams.items()}
-        request = {"what": what.name, "weights": weights, "samples": str(samples)}
-        request |= {name: str(getattr(config, name)) for name in ("top_k", "fp16", "batch_size", "part_samples")}
-        make_parts(Path(config.out), scorer.parts(), request, scorer.make)
-        on_rank0(partial(_join, scorer, {"origin": origin, "weights": weights}))
-        return sum(stream.num_ids for stream in streams.values())
 
 
 def _model_of(config: ScoreConfig) -> ModelConfig:
@@ -172,21 +174,22 @@ def _join(scorer: _Scorer, model: dict[str, str]) -> None:
     partial_out = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)
     partial_out.mkdir()
-    index = ScoresIndex(format=FORMAT, model=model, what=scorer.what.name, id_bound=0, sets={})
+    index = ScoresIndex(format=FORMAT, model=model, id_bound=0, sets={})
     for name, stream in scorer.streams.items():
-        index.sets[name] = ScoredSet(content=stream.content, num_samples=stream.num_ids, columns={})
-        columns: dict[str, np.memmap] = {}
-        for path, (_, samples) in ((path, part) for path, part in parts.items() if part[0] == name):
+        files, columns = [path for path, (of, _) in parts.items() if of == name], {}
+        for path in files:
             with np.load(path, allow_pickle=False) as part:
                 for key, rows in part.items():
-                    if key not in columns:
+                    if path is files[0]:
                         file, shape = partial_out / f"{_plain(name)}.{key}.npy", (stream.num_ids, *rows.shape[1:])
                         columns[key] = np.lib.format.open_memmap(file, "w+", rows.dtype, shape)
-                    columns[key][samples.start : samples.stop] = rows
-        for key, column in columns.items():
+                    columns[key][parts[path][1].start : parts[path][1].stop] = rows
+        for column in columns.values():
             column.flush()
-            index.sets[name].columns[key] = record_file(partial_out / f"{_plain(name)}.{key}.npy")
-            index.id_bound = max(index.id_bound, int(column.max()) + 1) if key == TOP_IDS else index.id_bound
+        if TOP_IDS in columns:
+            index.id_bound = max(index.id_bound, int(columns[TOP_IDS].max()) + 1)
+        records = {key: record_file(partial_out / f"{_plain(name)}.{key}.npy") for key in columns}
+        index.sets[name] = ScoredSet(content=stream.content, num_samples=stream.num_ids, columns=records)
     write_anew(partial_out / SCORES_FILE, json.dumps(to_dict(index), indent=1))
     for path in partial_out.iterdir():
         sync(path)

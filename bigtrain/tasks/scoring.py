@@ -59,14 +59,13 @@ def score(
     with hook:
         logits = model(*inputs, predicts=True)
     if what is Scored.embeddings:
-        states_BTD = states[0].float()
-        weights_BT = states_BTD.new_ones(states_BTD.shape[:2])
+        weights_BT = torch.ones(states[0].shape[:2], device=logits.device)
         if is_language_model:
             weights_BT *= batch["targets"] != IGNORE_INDEX
         elif "lengths" in batch:
             weights_BT *= torch.arange(weights_BT.shape[1], device=weights_BT.device) < batch["lengths"][:, None]
-        means_BD = torch.einsum("btd,bt->bd", states_BTD, weights_BT) / weights_BT.sum(dim=1, keepdim=True).clamp(min=1)
-        return {"embeddings": means_BD}
+        weights_BT /= weights_BT.sum(dim=1, keepdim=True).clamp(min=1)
+        return {"embeddings": torch.einsum("btd,bt->bd", states[0].float(), weights_BT)}
     if not is_language_model:
         return {"logits": logits.to(dtype)}
     if what is Scored.log_probabilities:

@@ -112,7 +112,7 @@ def test_killed_it_goes_on_where_it_was(place):
     done = fork("score.py", *args, "task.loss=ipo", "what=embeddings", cwd=place)
     assert done.code == 2 and "has parts of another request (what)" in done.err
     marked = np.full((1, 2), 7, dtype=np.float32)
-    np.savez(parts / "train-00000001.npz", log_probabilities=marked)
+    np.savez(parts / "train-000000000001.npz", log_probabilities=marked)
     done = fork("score.py", *args, cwd=place, world_size=2)
     assert f"{num_done} of 60 parts are there already" in done.out + done.err
     found, whole = (np.load(place / name / "train.log_probabilities.npy") for name in ("killed", "of1"))

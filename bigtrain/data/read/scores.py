@@ -33,7 +33,6 @@ class ScoresIndex:
 
     format: int
     model: dict[str, str]  # what scored: where its weights are from, and their hash
-    what: str  # see :class:`bigtrain.config.Scored`
     id_bound: int  # ids of tokens in the columns are below it
     sets: dict[str, ScoredSet]  # by the name of the stream: ``train``, ``validation``, ``test/news``, ...
 
