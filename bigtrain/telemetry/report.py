@@ -64,6 +64,7 @@ def render(histories: list[History]) -> str:
         summary=_summary(histories),
         pictures=pictures,
         sources=_sources(histories),
+        answers=_answers(histories),
         differences=_differences(histories),
     )
 
@@ -193,6 +194,14 @@ def _sources(histories: list[History]) -> Table:
 def _differences(histories: list[History]) -> Table:
     rows = [[key, *("" if value is None else str(value) for value in values)] for key, values in differences(histories)]
     return ["setting", *(history.name for history in histories)], rows
+
+
+def _answers(histories: list[History]) -> Table:
+    """Return what several runs have made, at last, of the prompts that all of them had."""
+    texts = [{str(made.get("prompt")): str(made.get("text")) for made in history.samples} for history in histories]
+    common = [prompt for prompt in texts[0] if len(texts) > 1 and all(prompt in of_run for of_run in texts)]
+    rows = [[prompt, *(of_run[prompt].strip() for of_run in texts)] for prompt in common[-_MAX_SAMPLES:]]
+    return ["prompt", *(history.name for history in histories)], rows
 
 
 def _events(history: History) -> list[list[str]]:

@@ -111,6 +111,7 @@ RECIPES = {
     "bert_pretraining": ("bert_base", 1e-4, []),
     "bert_finetuning": ("bert_base", 3e-5, LABELLED),
     "modernbert_pretraining": ("modernbert_base", 8e-4, []),
+    "continue_pretraining": ("gpt2_124m", 1.2e-4, []),
     "t5_finetuning": ("t5_small", 3e-4, ["data=gettext", "data.path=names"]),
     "translation": ("transformer_base", 512**-0.5 * 4000**-0.5, ["data=gettext", "data.path=names"]),
     "vit_imagenet": ("vit_base", 3e-3, ["data.path=images"]),

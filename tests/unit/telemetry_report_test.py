@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,7 @@ def test_the_page_opens_in_a_browser_without_network_or_complaints(page: Path, b
         "superseded_steps 7",
         "75.0%",
         "books",
+        "The same prompts",
     ):
         assert words in text, words
     assert SECRET not in text and "<b>token=***" in text
@@ -142,6 +144,19 @@ def test_the_page_is_one_small_file_that_points_nowhere(page: Path):
     assert page.stat().st_size < 2_000_000
     assert "<script" not in text and "src=" not in text
     assert [link for link in text.split('href="')[1:] if not link.startswith(("#", "data:"))] == []
+
+
+def test_answers_of_several_runs_are_side_by_side(page: Path, tmp_path: Path):
+    """Of prompts that all of them had, the last ones; one run has nothing to stand beside."""
+    runs = [make_run(tmp_path / name, num_steps=20) for name in ("before", "after")]
+    for run, texts in zip(runs, (["old", "older"], ["new"]), strict=True):
+        lines = [{"step": 5, "prompt": "why?", "text": text} for text in texts]
+        lines += [{"step": 5, "prompt": f"only {run.name}", "text": "alone"}]
+        (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = render([read_history(run) for run in runs])
+    table = text.partition("The same prompts")[2].partition("</table>")[0]
+    assert re.findall("<t[hd]>(.*?)</t[hd]>", table) == ["prompt", "before", "after", "why?", "older", "new"]
+    assert "The same prompts" not in render([read_history(runs[0])])
 
 
 def test_a_long_run_makes_no_larger_page(tmp_path: Path):

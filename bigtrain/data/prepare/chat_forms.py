@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 _SENDERS = {  # by ShareGPT's ``from``
     "human": "user",
     "gpt": "assistant",
-    "chatgpt": "assistant",
     "model": "assistant",
-    "bot": "assistant",
     "observation": "tool",
-    "function_response": "tool",
 }
 
 
