@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bigtrain.config import Content, TrainConfig
+from bigtrain.config import TaskKind, TrainConfig
 from bigtrain.data.prepare.images import read_image
 from bigtrain.data.prepare.tables import csv_lines, csv_record
 from bigtrain.data.read.index import read_index
@@ -25,7 +25,7 @@ from bigtrain.tasks.base import Field, Objective
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".txt", ".npz")
 Row = Mapping[str, Any]
-Words = list[tuple[str, int]]
+Finish = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 class Unlabelled(Objective):
@@ -49,10 +49,8 @@ class Unlabelled(Objective):
 class Rows:
     """Rows as a dataset of the columns that a network takes; what else is in a row is left alone."""
 
-    def __init__(
-        self, rows: list[Any], where: str, read: Callable[[Any], Row], words: Callable[[Any], Words] | None = None
-    ) -> None:
-        self._rows, self._where, self._read, self._words = rows, where, read, words
+    def __init__(self, rows: list[Any], where: str, read: Callable[[Any], Row], finish: Finish | None = None) -> None:
+        self._rows, self._where, self._read, self._finish = rows, where, read, finish
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,8 +62,8 @@ class Rows:
             told = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise DataError(f"{self._where}:{row + 1}: {told}") from error
 
-    def words(self, row: int) -> Words | None:
-        return self._words(self._rows[row]) if self._words else None
+    def finished(self, row: int, answer: dict[str, Any]) -> dict[str, Any]:
+        return self._finish(self._rows[row], answer) if self._finish else answer
 
 
 def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | None) -> Callable[[Any], Row]:
@@ -87,8 +85,7 @@ def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | No
             ids = [*ids[: length - 1], ids[-1]] if record.adds_special else ids[:length]
         if not source_first:
             return {"tokens": np.array(ids, dtype=np.int64), "lengths": len(ids)}
-        if not ids:
-            raise ValueError("the text is empty")
+        ids = ids or [record.eos_id]  # of an empty line
         source = np.zeros(length, dtype=np.int64)
         source[: len(ids)] = ids
         return {
@@ -106,7 +103,7 @@ def _joined(text: Any) -> Any:
     return " ".join(text) if is_list else text
 
 
-def _words(run: Path, length: int, text: str | list[str]) -> Words:
+def _words(run: Path, length: int, text: str | list[str]) -> list[tuple[str, int]]:
     """Return the words of a text, and the place of the first token of each among the ``length`` that a sample has."""
     tokenizer, adds_special = load_tokenizer(run), read_index(run, check_sizes=False).tokenizer.adds_special
     if isinstance(text, list):
@@ -140,8 +137,8 @@ def open_inputs(inputs: Path | Mapping[str, Any] | list[Any], run: Path, config:
     else:
         rows = _read(inputs) if isinstance(inputs, Path) else inputs
         try:
-            read, words = _reader(rows, objective, run, config)
-            dataset = Rows(rows, where, read, words)
+            is_json = isinstance(inputs, Path) and inputs.suffix == ".jsonl"
+            dataset = Rows(rows, where, *_reader(rows, objective, run, config, is_json=is_json))
         except ValueError as error:
             raise DataError(f"{where}:1: {error}") from error
     if not len(dataset):
@@ -186,13 +183,12 @@ def _read(path: Path) -> list[Any]:
 
 
 def _reader(
-    rows: Iterable[Any], objective: Unlabelled, run: Path, config: TrainConfig
-) -> tuple[Callable[[Any], Row], Callable[[Any], Words] | None]:
-    """Return what makes columns of a row, of one with text its tokens, of a row of a table its numbers; and its words."""
+    rows: Iterable[Any], objective: Unlabelled, run: Path, config: TrainConfig, *, is_json: bool
+) -> tuple[Callable[[Any], Row], Finish | None]:
+    """Return what makes columns of a row, of one with text its tokens, of a row of a table its numbers; and its answer."""
     wanted, data, first = list(objective.fields), config.data, next(iter(rows), None)
-    is_json = isinstance(first, str) and first.lstrip().startswith("{")
     sample = json.loads(first) if is_json else first
-    has = () if isinstance(sample, str) else sample or {}
+    has = sample if isinstance(sample, Mapping) else {}
     is_source = "source" in wanted and "source_lengths" not in has
     is_table = wanted == ["features"] and "features" not in has
     encode, text_field = None, data.source_field if is_source else data.text_field
@@ -200,11 +196,18 @@ def _reader(
         encode = _encoder(run, data.source_length or data.sequence_length, lambda: first_token(config.model))
     elif "tokens" in wanted and "tokens" not in has:
         encode = _encoder(run, data.sequence_length or 1, None)
+    has_words = encode is not None and config.task.kind == TaskKind.token_classification.name
+
+    def text_of(row: Any) -> Any:
+        row = json.loads(row) if is_json else row
+        if not isinstance(row, Mapping):
+            return row
+        return row["words" if has_words and text_field not in row else text_field]
 
     def read(row: Any) -> Row:
-        row = json.loads(row) if is_json else row
         if encode:
-            return encode(row if isinstance(row, str) else row[text_field])
+            return encode(text_of(row))
+        row = json.loads(row) if is_json else row
         if not isinstance(row, Mapping):
             raise ValueError(f"{row!r} has no columns; the network takes {', '.join(wanted)}")
         if is_table:  # its columns are the features, in their order
@@ -212,8 +215,11 @@ def _reader(
             return {"features": np.array(numbers, dtype=np.float32)}
         return {name: row[name] for name in wanted}
 
-    def words(row: Any) -> Words:
-        row = json.loads(row) if is_json else row
-        return _words(run, data.sequence_length, row if isinstance(row, str) else row[text_field])
+    def label_words(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+        words = _words(run, data.sequence_length, text_of(row))
+        return {"words": [word for word, _ in words], "labels": [answer["labels"][place] for _, place in words]}
 
-    return read, words if encode and data.content is Content.tagged else None
+    def leave_empty(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+        return answer | {"text": ""} if "text" in answer and not _joined(text_of(row)).strip() else answer
+
+    return read, label_words if has_words else leave_empty if is_source else None

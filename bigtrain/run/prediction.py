@@ -50,15 +50,14 @@ class _Job:
 
         All ranks, with fewer rows too, compute as often: they gather weights together.
         """
-        answers, network = [], partial(self.engine.module, predicts=True)
+        answers, network = list[dict[str, Any]](), partial(self.engine.module, predicts=True)
         for first in range(0, most_rows, self.batch_size):
             own = rows[first : first + self.batch_size]
             read = own if len(own) else np.zeros(1, dtype=np.int64)
             batch = build_batch(self.records.read(read, read)).to(self.engine.device)
             with torch.no_grad():
                 found = self.objective.answers(network, *batch.values(), wanted=self.wanted)
-            pairs = zip(found[: len(own)], map(self.records.words, own.tolist()), strict=True)
-            answers += [answer if words is None else _of_words(answer, words) for answer, words in pairs]
+            answers += map(self.records.finished, own.tolist(), found)
         named = zip(rows.tolist(), answers, strict=True)
         return [{"file": self.files[row], **answer} for row, answer in named] if self.files else answers
 
@@ -85,11 +84,6 @@ def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterato
         engine, checkpoint = load_engine(path, config)
         engine.module.eval()
         yield _Job(engine, objective, records, wanted, batch_size, checkpoint, files)
-
-
-def _of_words(answer: dict[str, Any], words: list[tuple[str, int]]) -> dict[str, Any]:
-    """Return the label of the first token of each word, in place of all tokens' labels."""
-    return {"words": [word for word, _ in words], "labels": [answer["labels"][place] for _, place in words]}
 
 
 def predict(path: Path, inputs: Any, *, wanted: Wanted, batch_size: int = 32) -> list[dict[str, Any]]:

@@ -305,13 +305,21 @@ def test_words_get_the_label_of_their_first_token(place):
     given = [*bert, "task=token_classification", "task.num_labels=2", "data=jsonl", "data.content=tagged", "engine=ddp"]
     given += [f"data.path={place}/tagged.jsonl", "data.tokenizer=bytes", "data.sequence_length=16", f"run.root={place}"]
     given += ["train.steps=60", "train.global_batch_size=16", "optimizer.lr=1e-2", "scheduler.warmup_steps=5"]
-    run = bigtrain.train(*given, f"data.root={place}/data", "run.name=tagged")
+    run = bigtrain.train(*given, f"data.root={place}/words", "run.name=tagged")
     texts = [{"text": rows[5]}, {"text": "a1  c bx"}, {"text": ["ab", "of two", "a"]}, {"text": "b " * 20}]
     found = bigtrain.predict(run, texts)
     assert found[0] == {"words": rows[5], "labels": tags[5]}
     assert found[1] == {"words": ["a1", "c", "bx"], "labels": ["first", "other", "other"]}
     assert found[2]["words"] == ["ab", "of two", "a"] and found[2]["labels"][::2] == ["first", "first"]
     assert found[3]["words"] == ["b"] * 8, "as many as a sample has room for"
+    assert bigtrain.predict(run, [rows[5], {"words": rows[5]}, ""]) == [found[0], found[0], {"words": [], "labels": []}]
+    (place / "words.jsonl").write_text(f"{json.dumps(rows[5])}\n{json.dumps({'words': rows[5]})}\n")
+    assert bigtrain.predict(run, place / "words.jsonl") == [found[0]] * 2
+    (index,) = (place / "words").glob("*/index.json")
+    prepared = [setting for setting in given if not setting.startswith(("data", "train.steps"))]
+    prepared += ["data=prepared", f"data.path={index.parent}", "data.sequence_length=16", "train.steps=1"]
+    again = bigtrain.train(*prepared, f"run.root={place}", "run.name=prepared")
+    assert bigtrain.predict(again, [rows[5]])[0]["words"] == rows[5]
 
 
 def refused(*args, **kwargs):

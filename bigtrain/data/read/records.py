@@ -99,10 +99,10 @@ class Records:
         describe = getattr(self._dataset, "describe", None)
         return f", {describe(row, position)}" if describe else ""
 
-    def words(self, row: int) -> list[tuple[str, int]] | None:
-        """Return the words of a row that is text, and the place of the first token of each; None of other rows."""
-        words = getattr(self._dataset, "words", None)
-        return words(row) if words else None
+    def finished(self, row: int, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return what a network says of a row as the row's kind is answered."""
+        finish = getattr(self._dataset, "finished", None)
+        return finish(row, answer) if finish else answer
 
     def fingerprint(self) -> str:
         if own := getattr(self._dataset, "fingerprint", None):
