@@ -23,8 +23,8 @@ class ExportConfig:
     """``fp32`` is exactly what was trained; ``bf16`` is half as large."""
     merge: bool = True
     """Merge adapters into the weights; false writes them alone, as peft opens them beside their base."""
-    average: Annotated[int, Bound(ge=1, le=1000)] = 1
-    """Write the mean of so many checkpoints, this one and those before it (Izmailov et al. 2018)."""
+    average: str = "1"
+    """Write the mean of so many checkpoints, this one and those before it (Izmailov et al. 2018); or ``moving``, the average of ``optimizer.average``."""
     quantise: Quantisation | None = None
     """Weights of linear layers by torchao: ``int8`` or ``fp8``, a quarter of fp32, ``int4``, an eighth. The loss on held-out text is said before and after."""
     max_shard_gb: Annotated[float, Bound(gt=0)] = 4.0
@@ -33,6 +33,7 @@ class ExportConfig:
     """Make the export an artifact of the run on Weights & Biases: ``auto``, ``online`` or ``offline``."""
 
 
+MOST_AVERAGED = 1000  # checkpoints
 HELP = """\
 Write the weights, the configuration and the tokenizer of a run so that transformers opens them, with no code of ours:
 
@@ -49,10 +50,13 @@ def run(config: ExportConfig) -> None:
     """Export and say what was written."""
     from bigtrain import log
     from bigtrain.checkpoint.store import step_of
-    from bigtrain.run.export import export
+    from bigtrain.errors import ConfigError
+    from bigtrain.run.export import MOVING, export
     from bigtrain.telemetry.text import format_bytes
 
     log.setup(hydra_cli.rank())
+    if config.average != MOVING and not (config.average.isdecimal() and 0 < int(config.average) <= MOST_AVERAGED):
+        raise ConfigError(f"average={config.average}: must be a number from 1 to {MOST_AVERAGED}, or {MOVING}")
     out = Path(config.out)
     exported = export(
         Path(config.checkpoint),

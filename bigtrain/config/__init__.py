@@ -242,6 +242,8 @@ class OptimizerConfig:
     """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
     grad_clip: Annotated[float, Bound(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    average: Annotated[float | None, Bound(gt=0, lt=1)] = None
+    """Decay per step of a moving average of the weights, such as 0.999: part of the state, in fp32; ``bigtrain export average=moving`` writes it."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,6 +22,8 @@ class Engine:
     optimizer: torch.optim.Optimizer  # what updates the weights that this rank holds
     device: torch.device  # where batches go
     mesh: Mesh  # where this rank stands among the others
+    average_decay: float = 0.0  # of a moving average of the weights, if there is one
+    averages: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # its pieces on this rank, and the weights'
     state: EngineState  # master weights and optimizer state on this rank
 
     def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:

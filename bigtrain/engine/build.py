@@ -12,6 +12,7 @@ from bigtrain.distributed.collectives import broadcast_json
 from bigtrain.distributed.mesh import build_mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
+from bigtrain.engine.state import add_averages
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
 from bigtrain.models.freeze import freeze
@@ -58,6 +59,8 @@ def build_engine(
     if config.optimizer.kind is OptimizerKind.muon:
         dtype = torch.float32 if precision in (Precision.fp32, Precision.tf32) else torch.bfloat16
         hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)
+    if config.optimizer.average:
+        engine.average_decay, engine.averages = config.optimizer.average, add_averages(engine.state)
     return engine
 
 

@@ -5,6 +5,7 @@ that starts and ends anywhere (ZeRO). All of these are a few N-dimensional boxes
 checkpoints fill and read boxes and never ask which engine they belong to.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,7 @@ def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1
 _CHUNK_ELEMENTS = 2**22  # of rows that are made at a time where a box holds a part of each
 MODEL = "model."
 OPTIMIZER = "optim.state."
+AVERAGE = "average"  # key in the optimizer's state of a moving average of a weight, which begins at 0
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> tuple[Box, ...]:
@@ -156,6 +158,17 @@ def clear_optimizer(state: EngineState) -> None:
         if key.startswith(OPTIMIZER):
             for box in entry.boxes:
                 box.view.zero_()
+
+
+def add_averages(state: EngineState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Add a moving average of each trained weight to the optimizer's state; return this rank's pieces, and the weights'."""
+    pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name in state.holders:
+        entry = state.entries[MODEL + name]
+        boxes = tuple(Box(box.offsets, torch.zeros_like(box.view)) for box in entry.boxes)
+        pieces += [(own.view, box.view) for own, box in zip(boxes, entry.boxes, strict=True)]
+        state.entries[f"{OPTIMIZER}{name}.{AVERAGE}"] = dataclasses.replace(entry, boxes=boxes)
+    return [average for average, _ in pieces], [weight for _, weight in pieces]
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

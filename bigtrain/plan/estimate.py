@@ -192,11 +192,12 @@ def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, d
 
 
 def _moment_bytes(optimizer: OptimizerConfig, sizes: ModelSizes) -> int:
-    """Return the size of the optimizer's whole state: two numbers per parameter, one for SGD and Muon's matrices."""
+    """Return the size of the optimizer's whole state: two numbers per parameter, one for SGD and Muon's matrices; an average."""
+    average = 4 * sizes.trained if optimizer.average else 0
     if optimizer.kind is OptimizerKind.sgd:
-        return 4 * sizes.trained if optimizer.betas[0] else 0
+        return average + (4 * sizes.trained if optimizer.betas[0] else 0)
     by_muon = min(sizes.num_layers * sizes.matrices, sizes.trained) if optimizer.kind is OptimizerKind.muon else 0
-    return 8 * sizes.trained - 4 * by_muon
+    return average + 8 * sizes.trained - 4 * by_muon
 
 
 def _muon_elements(sizes: ModelSizes, num_owners: int, is_sharded: bool) -> int:

@@ -313,6 +313,8 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
         difference = f"optimizer.kind: {old['kind']} in the checkpoint, {new['kind']} now"
     elif new["kind"] == "sgd" and (old["betas"][0] > 0) != (new["betas"][0] > 0):
         difference = f"optimizer.betas[0]: {old['betas'][0]} in the checkpoint, {new['betas'][0]} now"
+    elif (average := saved.get("optimizer", {}).get("average")) != new["average"]:
+        difference = f"optimizer.average: {average} in the checkpoint, {new['average']} now"
     if load is Load.all and difference:  # it has other state tensors
         raise CheckpointError(
             f"{path} holds the state of another optimizer ({difference}); restore that, or let another run.name begin with "

@@ -46,11 +46,12 @@ from bigtrain.models.init import Newest
 from bigtrain.run.collation import mask_id_of
 from bigtrain.run.directory import DESCRIPTION_FILES, find_whole, label_names, own_model
 from bigtrain.run.export_adapter import ADAPTER_CONFIG, MergedWeights, adapter_description, adapter_tensors
-from bigtrain.run.frozen import AveragedWeights, WeightReader
+from bigtrain.run.frozen import AveragedWeights, MovingAverage, WeightReader
 from bigtrain.run.quantise import quantise, require_quantisation
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
+MOVING = "moving"  # the average that the optimizer has kept
 MASK_TOKEN = "[MASK]"
 PREDICT_OF_DOCUMENTS = tuple(
     kind.name for kind in (TaskKind.classification, TaskKind.token_classification, TaskKind.regression)
@@ -86,7 +87,7 @@ def export(
     precision: Precision,
     max_shard_bytes: int,
     merge: bool = True,
-    average: int = 1,
+    average: int | str = 1,
     quantised: Quantisation | None = None,
 ) -> Exported:
     """Write a run, or one of its checkpoints, as ``out`` for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -94,7 +95,7 @@ def export(
     A published tokenizer and the configuration of a Hugging Face model are copied byte for byte where the run has not
     changed them; a tokenizer of bigtrain's encodes as in training. ``out`` appears when it is complete; its files of
     weights have at most ``max_shard_bytes``, unless a single tensor has more. Adapters are merged into the weights or, without
-    ``merge``, written alone, for peft. Weights are the means of ``average`` checkpoints, up to this one; those of linear
+    ``merge``, written alone, for peft. Weights are the means of ``average`` checkpoints, up to this one, or its :data:`MOVING` average; those of linear
     layers are ``quantised``. CheckpointError: no checkpoint verifies. ConfigError: transformers has no such model, or
     ``out`` exists or cannot be written.
     """
@@ -115,7 +116,7 @@ def export(
         require_quantisation(quantised)
         if config.task.kind not in OF_NEXT_TOKENS or not merge:
             raise ConfigError(f"quantise={quantised.name}: is for whole causal language models; leave it out")
-    reader = AveragedWeights(_newest(checkpoint, average))
+    reader = MovingAverage(checkpoint) if average == MOVING else AveragedWeights(_newest(checkpoint, int(average)))
     if merge:
         describe = _native if model.kind is ModelKind.native else _hugging_face
         whole = MergedWeights(reader, model) if model.adapter else reader

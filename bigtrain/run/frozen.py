@@ -16,7 +16,7 @@ from bigtrain.checkpoint.store import Frozen, RunState, read_run_state
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.convert import from_dict
 from bigtrain.distributed.collectives import all_reduce_sum
-from bigtrain.engine.state import MODEL, Box, Entry, fill_weights, whole_entry
+from bigtrain.engine.state import AVERAGE, MODEL, OPTIMIZER, Box, Entry, fill_weights, whole_entry
 from bigtrain.errors import CheckpointError, ConfigError, of_all_ranks, some
 from bigtrain.log import get_logger
 from bigtrain.models import build_initial_values, build_model
@@ -157,6 +157,22 @@ class AveragedWeights(WeightReader):
         for other in self._others:
             total += other.read(key)
         return (total / (len(self._others) + 1)).float()
+
+
+class MovingAverage(WeightReader):
+    """Reads the moving average of a checkpoint's weights, which began at 0, without that bias (Kingma and Ba 2015, 3)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        state = read_run_state(path)
+        decay = state.config["optimizer"].get("average")
+        if not decay or not state.step:
+            raise ConfigError(f"average=moving: {path} has none; train with optimizer.average=0.999")
+        self._share = 1 - decay**state.step
+
+    def read(self, key: str) -> torch.Tensor:
+        average = f"{key.replace(MODEL, OPTIMIZER, 1)}.{AVERAGE}"
+        return super().read(average) / self._share if average in self.records else super().read(key)
 
 
 def starting_values(model: ModelConfig, seed: int) -> dict[str, InitialValue]:

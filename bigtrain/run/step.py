@@ -31,6 +31,8 @@ def train_step(
     sums = engine.forward_backward(micro_batches, num_targets=num_targets)
     before_update()
     grad_norm = engine.step(lr)
+    if engine.averages[0]:
+        torch._foreach_lerp_(*engine.averages, 1 - engine.average_decay)
     return torch.cat([sums[:1] / num_targets, sums[1:]]) if sums.ndim else sums / num_targets, grad_norm
 
 
