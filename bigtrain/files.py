@@ -144,10 +144,7 @@ def write_durably(path: Path, parts: Iterable[memoryview]) -> FileRecord:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[BufferedRandom | None]:
-    """Hold a lock that ends with this process and give the locked file, or None if ``wait`` is false and it is taken.
-
-    Where the file system has no locks, processes of this machine still exclude each other.
-    """
+    """Hold a lock that ends with this process and give the locked file; None if it is taken and ``wait`` is false."""
     while True:
         with contextlib.ExitStack() as stack:
             handle = stack.enter_context(open(path, "a+b"))

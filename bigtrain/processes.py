@@ -27,10 +27,7 @@ class RankInfo:
 
     @staticmethod
     def from_env() -> "RankInfo":
-        """Read what torchrun, ``accelerate launch`` or ``deepspeed`` set; a plain process is rank 0 of 1.
-
-        ConfigError: a variable is no number, or a rank is not below its world size.
-        """
+        """Read what launchers set, by default rank 0 of 1; ConfigError if it is no number or beyond the world size."""
         world_size = _number("WORLD_SIZE", 1)
         # The deepspeed launcher has a name of its own for it.
         local_name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"

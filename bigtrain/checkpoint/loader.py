@@ -18,10 +18,7 @@ MOST_DIFFERENCES = 5  # differences named in a message
 
 
 def verify_checkpoint(path: Path, verify: Verify) -> list[str]:
-    """Return how a checkpoint differs from its manifest, the same list on every rank; each verifies a share of the files.
-
-    Manifest and run state are always verified. UnreadableError, on every rank: some rank cannot read it.
-    """
+    """Return how a checkpoint differs from its manifest, alike on all ranks, which share the work (UnreadableError)."""
     if not dist.is_initialized():
         return find_problems(path, verify)
     found: tuple[list[str], str | None] = [], None

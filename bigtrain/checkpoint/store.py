@@ -168,10 +168,7 @@ def read_run_state(path: Path, manifest: Manifest | None = None) -> RunState:
 def find_problems(
     path: Path, verify: Verify, *, share: slice = slice(None), progress: Callable[[str], None] = lambda file: None
 ) -> list[str]:
-    """Return how a checkpoint differs from its manifest, in a ``share`` of its files; manifest and run state always.
-
-    UnreadableError: the file system cannot be read, or another version wrote the checkpoint.
-    """
+    """Return how a checkpoint differs from its manifest in a ``share`` of its files (UnreadableError: unknown)."""
     try:
         manifest = read_manifest(path)
     except UnreadableError:
@@ -194,10 +191,7 @@ def find_problems(
 def commit(
     partial: Path, final: Path, run_state: RunState, files: list[FileRecord], tensors: list[TensorRecord]
 ) -> None:
-    """Turn a directory that all ranks have written into a complete checkpoint, by one rename.
-
-    OSError: it could not be written, or exists. CheckpointError: not all files are here.
-    """
+    """Make a directory that all ranks have written a complete checkpoint, by one rename (OSError, CheckpointError)."""
     if problems := [problem for file in files if (problem := verify_file(partial, file, content=False))]:
         raise CheckpointError(f"{problems[0]}; all nodes must share the file system of run.root")
     text = json.dumps(dataclasses.asdict(run_state), indent=1).encode()

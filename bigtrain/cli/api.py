@@ -1,6 +1,5 @@
 """The commands as functions, for notebooks and programs of other people; ``import bigtrain`` offers them."""
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from bigtrain.cli import hydra_cli, own_parts
 from bigtrain.config import SetConfig, TrainConfig
 from bigtrain.errors import ConfigError
+from bigtrain.files import read_json
 from bigtrain.processes import STOP_SIGNALS
 
 
@@ -46,8 +46,7 @@ class Run:
         """Return how the newest launch ended: ``code``, ``reason``, ``step``, ``attempt``, ``time``; empty while it runs."""
         from bigtrain.supervise.attempt import EXIT_FILE
 
-        path = self.directory / EXIT_FILE
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(self.directory / EXIT_FILE)
 
 
 def train(*overrides: str, network: Any = None, objective: Any = None, data: Any = None) -> Run:

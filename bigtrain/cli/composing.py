@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from bigtrain.cli import overrides, own_parts, yaml_source
-from bigtrain.cli.groups import CONFIGS, groups
+from bigtrain.cli.settings import CONFIGS, groups
 from bigtrain.config.convert import from_dict, key_types, nearest, nearest_key, value_problems
 from bigtrain.errors import EXIT_USER_ERROR, BigtrainError, ConfigError, raise_problems
 from bigtrain.processes import RankInfo
@@ -76,10 +76,7 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
 
 
 def _quiet_hydra() -> HydraConf:
-    """Return Hydra's own configuration without output directories and logging.
-
-    ``none`` leaves Python's logging alone; Hydra's ``disabled`` would mute existing loggers.
-    """
+    """Return Hydra's configuration without output and logging; ``disabled`` instead of ``none`` would mute loggers."""
     quiet = HydraConf(run=RunDir(dir="."), output_subdir=None)
     silent = {"hydra_logging": "none", "job_logging": "none"}
     quiet.defaults = [{name: silent.get(name, option) for name, option in entry.items()} for entry in quiet.defaults]

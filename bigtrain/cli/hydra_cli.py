@@ -21,8 +21,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from bigtrain.cli import own_parts, std_streams
-from bigtrain.cli.groups import group_options
-from bigtrain.cli.settings import setting_lines
+from bigtrain.cli.settings import group_options, setting_lines
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import RunT, check, check_data, fit_micro_batch, ignored_settings, padding, resolve
@@ -73,10 +72,7 @@ def command(
     reader: Callable[[list[str]], Any] | None = None,
     shown: list[str] | None = None,
 ) -> NoReturn:
-    """Run a command with the settings of ``schema``, of which ``--help`` shows all or those named in ``shown``.
-
-    They stand at ``{settings}`` in the help text, or behind it.
-    """
+    """Run a command with the settings of ``schema``, all or ``shown`` in ``--help``: at ``{settings}``, or behind."""
     if "{settings}" not in help_text:
         help_text += "\nSettings, with their defaults:\n{settings}\n"
     main(
@@ -227,10 +223,7 @@ def rank() -> int:
 
 
 def _exit_with(error: BigtrainError) -> NoReturn:
-    """Print ``error`` and end the process; rank 0 first, which may have the same error.
-
-    torchrun kills all ranks as soon as one has failed: the others give rank 0 time, and print only what it does not.
-    """
+    """Print ``error`` and end, rank 0 first: torchrun kills all ranks as soon as one has failed."""
     message, begin = redact(as_typed(str(error))), time.monotonic()
     number = os.environ.get("RANK") or "0"
     if is_first := number == "0" or not number.isdecimal():

@@ -83,10 +83,7 @@ def _quote_text(arg: str, schema: type) -> str:
 
 
 def _nest(arg: str, schema: type) -> str:
-    """Write a setting of a named section as Hydra merges it, whether the section is new or not.
-
-    ``data.mixture.web.weight=0.3`` -> ``++data.mixture={web:{weight:0.3}}``; likewise for a section that may be null.
-    """
+    """Write ``data.mixture.web.weight=0.3`` as ``++data.mixture={web:{weight:0.3}}``, which Hydra merges."""
     key, equals, value = arg.lstrip("+").partition("=")
     for section in optional_sections(schema):  # OmegaConf merges into what is null only from the section around it
         parent, _, name = section.rpartition(".")

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from bigtrain import log
-from bigtrain.cli import groups, hydra_cli
-from bigtrain.cli.settings import setting_lines
+from bigtrain.cli import hydra_cli
+from bigtrain.cli.settings import group_options, setting_lines
 from bigtrain.config import (
     WITHOUT_TEXT,
     DataConfig,
@@ -130,7 +130,7 @@ def per_parameter(num_tokens: int, model: ModelConfig) -> str:
 def help_page() -> str:
     """Return the text of ``--help``."""
     settings = setting_lines(DataConfig, prefix="data.")
-    return HELP.format(sources=", ".join(groups.group_options("data")), settings=settings)
+    return HELP.format(sources=", ".join(group_options("data")), settings=settings)
 
 
 main = partial(hydra_cli.main, hydra_cli.read_data, run, help_page)

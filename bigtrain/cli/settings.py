@@ -1,4 +1,4 @@
-"""Every setting of a run with its type, default, bound and meaning: ``--help all``, and docs/settings.md.
+"""Every setting of a run with its type, default, bound and meaning (``--help all``, docs/settings.md); config groups.
 
 ``python -m bigtrain.cli.settings > docs/settings.md`` writes the page anew.
 """
@@ -10,7 +10,10 @@ import types
 import typing
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from bigtrain.config import TrainConfig
 from bigtrain.config.bounds import Bound, OnlyIf, metadata
@@ -25,6 +28,9 @@ Every setting of a run: `key` = default (type, bound), and what it means. A key 
 
 Written by `python -m bigtrain.cli.settings > docs/settings.md` from the dataclasses of `bigtrain/config`.
 """
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir())
 
 
 class Setting(NamedTuple):
@@ -115,6 +121,32 @@ def page() -> str:
             text = textwrap.fill(meaning.replace("``", "`"), 118, break_on_hyphens=False)
             lines.append(f"\n{'###' if '.' in key else '##'} {key}\n\n{text}\n")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def groups(config_name: str = "train") -> dict[str, str | None]:
+    """Return the config groups of ``configs/<config_name>.yaml``, with the option in its defaults list or None."""
+    found: dict[str, str | None] = dict.fromkeys(("adapter", "experiment", "model", "recipe"))
+    for entry in yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]:
+        if isinstance(entry, dict):
+            found.update(entry)
+        elif entry == "train":
+            found |= groups()
+    return dict(sorted(found.items()))
+
+
+def group_options(group: str) -> list[str]:
+    """Return the names that ``group=<name>`` accepts."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def group_lines() -> str:
+    """Return one line per config group with its options; defaults are marked with a star."""
+    lines = []
+    for group, default in groups().items():
+        options = [name + "*" * (name == default) for name in group_options(group)]
+        text = f"  {group if default else '+' + group:<12} {'  '.join(options)}"
+        lines.append(textwrap.fill(text, width=110, subsequent_indent=" " * 15, break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from bigtrain.cli import groups, hydra_cli, own_parts
-from bigtrain.cli.settings import setting_lines
+from bigtrain.cli import hydra_cli, own_parts
+from bigtrain.cli.settings import group_options, setting_lines
 from bigtrain.config import Precision, TrainConfig, parts
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
@@ -105,7 +105,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
     keys = {arg: arg.partition("=")[0].lstrip("+") for arg in args}
     hydras = {"--cfg", "-c", "--info", "-i", "--multirun", "-m", "-sc"}
     if "cluster" not in keys.values() and not hydras & set(args):
-        choices = " ".join(f"cluster={name}" for name in groups.group_options("cluster"))
+        choices = " ".join(f"cluster={name}" for name in group_options("cluster"))
         raise ConfigError(f"no cluster is chosen; add one of: {choices}")
     config = hydra_cli.compose_run(SubmitConfig, args, config_name="submit")
     world_size, local_world_size = world(config.cluster)
@@ -275,7 +275,7 @@ def help_page() -> str:
     """Return the text of ``--help``."""
     own = [f"cluster.{f.name}" for f in dataclasses.fields(ClusterConfig)] + ["dry_run"]
     settings = setting_lines(SubmitConfig, own)
-    return HELP.format(clusters=" ".join(groups.group_options("cluster")), settings=settings)
+    return HELP.format(clusters=" ".join(group_options("cluster")), settings=settings)
 
 
 main = partial(hydra_cli.main, read, run, help_page)

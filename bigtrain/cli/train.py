@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from bigtrain.cli import groups, hydra_cli, settings
+from bigtrain.cli import hydra_cli, settings
 from bigtrain.config import TrainConfig
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_RESUMABLE, BigtrainError
 from bigtrain.log import redact
@@ -95,7 +95,7 @@ def _redact_file(path: str | None) -> None:
 
 def help_page() -> str:
     """Return the text of ``--help``."""
-    return HELP.format(groups=groups.group_lines(), settings=settings.setting_lines(TrainConfig, MOST_USED))
+    return HELP.format(groups=settings.group_lines(), settings=settings.setting_lines(TrainConfig, MOST_USED))
 
 
 def main(early_stop: EarlyStop) -> NoReturn:

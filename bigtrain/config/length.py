@@ -46,10 +46,7 @@ def beyond_the_end(config: TrainConfig) -> Iterator[str]:
 def steps_to_train(
     train: TrainingConfig, *, num_samples: int, sequence_length: int | None, step: int, samples: int
 ) -> int:
-    """Return ``train.steps`` of a length in epochs of ``num_samples`` or in tokens, in whole batches.
-
-    The run has reached ``step`` with ``samples``. ConfigError: tokens are wanted of samples that have none.
-    """
+    """Return ``train.steps`` of a length in epochs or tokens, in whole batches, of a run that is at ``step``."""
     if train.epochs is not None:
         total = train.epochs * num_samples
     elif sequence_length:

@@ -61,10 +61,7 @@ def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Chec
 
 
 def materialise(module: nn.Module, device: torch.device, *, buffers: torch.device | None = None) -> None:
-    """Give parameters on the meta device (garbage) memory; move what is real; keep shared parameters shared.
-
-    Buffers, which no engine offloads, go to the device ``buffers``, by default that of the parameters.
-    """
+    """Give meta parameters (garbage) memory and move what is real, buffers to ``buffers``; shared ones stay shared."""
     first_name: dict[nn.Parameter, str] = {}
     aliases = {
         name: first_name[parameter]

@@ -88,10 +88,7 @@ def _is_linear(module: nn.Module) -> bool:
 def adapter_values(
     config: ModelConfig, build: Callable[[], nn.Module], base: Mapping[str, InitialValue], seed: int
 ) -> dict[str, InitialValue]:
-    """Return the initial value of every parameter of the adapters, as peft draws them: such that they change nothing.
-
-    ``build`` builds the network without adapters, of whose ``base`` values DoRA takes the norms of rows.
-    """
+    """Return the initial values of adapters, as peft draws them; DoRA takes norms of rows of the ``base`` values."""
     with torch.device("meta"):
         network = build()
         with Recorder() as recorder, torch.no_grad():

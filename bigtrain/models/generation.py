@@ -29,23 +29,12 @@ def generate(
     generator: torch.Generator | None = None,
     eos_id: int | Collection[int] | None = None,
 ) -> list[int]:
-    """Return a continuation of a prompt, without the token that ends it.
+    """Return a continuation of a prompt of one token or more, without the token that ends it.
 
-    Ends after ``max_new_tokens``, at an ``eos_id``, or at ``model.max_positions``; there is no sliding window.
-
-    Args:
-        model: from ``build_model``, with weights, unsharded.
-        prompt_ids: at least one token.
-        max_new_tokens: longest continuation.
-        temperature: divides the logits; 0 is greedy.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the fewest likeliest tokens with at least this probability together, after temperature and
-            ``top_k`` (nucleus sampling, Holtzman et al. 2020).
-        generator: of the CPU, where sampling happens; by default torch's.
-        eos_id: one or several tokens that end a text.
-
-    Raises:
-        ConfigError: lists every invalid option, or an empty or too long prompt.
+    Ends after ``max_new_tokens``, at an ``eos_id``, or at ``model.max_positions``; there is no sliding window. Tokens
+    are drawn on the CPU: greedily at temperature 0, from the ``top_k`` likeliest, from the fewest that then have at
+    least ``top_p`` together (nucleus sampling, Holtzman et al. 2020). ConfigError: lists every invalid option, or the
+    prompt.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     _check_prompt(model, prompt_ids)

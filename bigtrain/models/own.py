@@ -19,10 +19,7 @@ KEPT_ELEMENTS = 2**22  # larger parameters made with values (``nn.Parameter(torc
 
 
 def build_own(config: ModelConfig) -> nn.Module:
-    """Build the network of an own part: its ``build()``, or what it returns when it is called.
-
-    ConfigError: nothing imported has it; what it builds is no module, or has batch statistics.
-    """
+    """Build an own part: its ``build()``, or a call; ConfigError: it is no module, or has batch statistics."""
     build = _builder(config)
     with parameters_on_meta() if torch.empty(0).is_meta else contextlib.nullcontext():
         network: Any = build()

@@ -90,10 +90,7 @@ def _dry_run(model: HFNetwork, length: int) -> Tensor:
 
 
 def unreached_parameters(model: HFNetwork) -> list[str]:
-    """Return the trainable parameters that the loss does not depend on, such as those of a vision tower.
-
-    The model is one of transformers, on the meta device. NotImplementedError: its control flow depends on numbers.
-    """
+    """Return the parameters without a path to the loss; NotImplementedError if control flow depends on numbers."""
     try:
         run = copy.deepcopy(model)  # some models keep tables for the longest sample that they have seen
         logits_BTV = _dry_run(run, SHORT)

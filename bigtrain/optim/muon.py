@@ -100,10 +100,7 @@ class Workshop:
 
 
 class Muon(torch.optim.AdamW):
-    """Updates parameter groups with ``muon=True`` by Muon and the others by AdamW.
-
-    On one process this is ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``.
-    """
+    """Muon for groups with ``muon=True`` (as torch's with ``adjust_lr_fn="match_rms_adamw"``), AdamW for the others."""
 
     matrices: dict[Tensor, list[Matrix]]  # by parameter of a group with ``muon=True``; set by the engine
     workshop: Workshop  # set by the engine

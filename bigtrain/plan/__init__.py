@@ -14,10 +14,7 @@ __all__ = ["Estimate", "Machine", "Report", "available_bytes", "estimate", "pref
 def preflight(
     config: TrainConfig, *, world_size: int, local_world_size: int, device_type: str, precision: Precision
 ) -> Report:
-    """Estimate the memory of a run and compare it with this machine's; ConfigError if its model cannot be read.
-
-    ``device_type`` is ``cuda`` (the current device is asked) or ``cpu``, ``precision`` what it comes to there.
-    """
+    """Estimate the memory of a run and compare it with this machine's; ConfigError if its model cannot be read."""
     available_host = available_bytes("cpu", local_world_size)
     available = available_host if device_type == "cpu" else available_bytes(device_type, local_world_size)
     machine = Machine(world_size, local_world_size, device_type, available, available_host)

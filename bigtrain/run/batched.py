@@ -73,16 +73,10 @@ def continued(
     is_end: Callable[[list[int]], bool],
     **sampling: Any,
 ) -> list[list[int]]:
-    """Return a continuation of each prompt, up to ``max_new_tokens`` or where ``is_end`` holds of it; all ranks call this.
+    """Return a continuation of each prompt, up to ``max_new_tokens`` or where ``is_end`` holds; all ranks call this.
 
-    Every token costs a pass over all of its text: a network in shards keeps no cache of keys and values.
-
-    Args:
-        engine: of a causal language model.
-        prompts: ids, at least one each; at least one prompt on every rank.
-        max_new_tokens: longest continuation.
-        is_end: given the continuation so far.
-        sampling: as :func:`bigtrain.models.generation.sample` has it; by default ``temperature=0``, the likeliest token.
+    Every token costs a pass over all of its text: a network in shards keeps no cache of keys and values. ``sampling``
+    is as :func:`bigtrain.models.generation.sample` has it; by default the likeliest token.
     """
     sampling = {"temperature": 0, **sampling}
     found: list[list[int]] = [[] for _ in prompts]

@@ -49,10 +49,7 @@ def opened(path: Path, *, batches: int | None = None) -> Iterator[tuple[TrainCon
 
 @contextlib.contextmanager
 def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
-    """Give a configuration with which the ranks of this world compute without training, within a process group.
-
-    ConfigError: it is of no use in this world.
-    """
+    """Give a configuration with which this world's ranks compute in a process group; ConfigError: of no use here."""
     info = RankInfo.from_env()
     device = pick_device(info)
     precision = config.engine.precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)

@@ -167,16 +167,9 @@ def open_tasks(names: tuple[str, ...], directory: str | None) -> TaskManager:
 
 
 def scores(engine: Engine, config: TrainConfig, run: Path, **asked: Any) -> dict[str, float]:
-    """Return the scores of tasks as ``lm_eval/<task>/<metric>``; all ranks call this.
+    """Return the scores of tasks as ``lm_eval/<task>/<metric>``; all ranks call this. ConfigError: an unknown task.
 
-    Args:
-        engine: of a causal language model, with weights.
-        config: of the run.
-        run: its directory, with its tokenizer.
-        asked: as :func:`score_directory` has it.
-
-    Raises:
-        ConfigError: an unknown task.
+    ``config`` is the run's; ``asked`` is as :func:`score_directory` has it.
     """
     with tempfile.TemporaryDirectory() as place:
         write_tokenizer(run, Path(place), read_index(run, check_sizes=False).tokenizer, config)
@@ -190,14 +183,9 @@ def scores(engine: Engine, config: TrainConfig, run: Path, **asked: Any) -> dict
 def score_directory(path: Path, **asked: Any) -> dict[str, float]:
     """Return the scores of a run, one of its checkpoints, or an export, as :func:`scores` does; all ranks call this.
 
-    Args:
-        path: the directory.
-        asked: ``tasks``, names of the harness; ``directory`` with tasks of one's own; ``limit``, documents of each task;
-            ``num_fewshot``, examples before each question.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        ConfigError: an unknown task, or a run that continues no text.
+    ``asked`` are ``tasks``, names of the harness; ``directory`` with tasks of one's own; ``limit``, documents of each
+    task; ``num_fewshot``, examples before each question. CheckpointError: no whole checkpoint. ConfigError: an unknown
+    task, or a run that continues no text.
     """
     if (path / "config.json").is_file():
         device = "cuda" if torch.cuda.is_available() else "cpu"

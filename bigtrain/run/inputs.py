@@ -67,10 +67,7 @@ class Rows:
 
 
 def _encoder(run: Path, length: int, source_first: Callable[[], int | None] | None) -> Callable[[Any], Row]:
-    """Return what makes columns of a text, as :mod:`bigtrain.data.read.documents` has them of a corpus.
-
-    Of a source, ``source_first`` returns the first token of a decoder where it has its own.
-    """
+    """Return what makes columns of a text as of a corpus; ``source_first`` is a decoder's first token, if any."""
     tokenizer, record = load_tokenizer(run), read_index(run, check_sizes=False).tokenizer
     first = source_first() if source_first else None
 

@@ -57,10 +57,7 @@ from bigtrain.telemetry.recorder import NullRecorder, Recorder
 
 
 def run(config: TrainConfig, *, outlived: bool = False) -> int:
-    """Train by rank 0's ``config``, resolved and checked, from the newest checkpoint on; return the exit code.
-
-    An ``outlived`` process goes on after the run and is not watched then.
-    """
+    """Train by rank 0's ``config`` from the newest checkpoint on; return the code. An ``outlived`` process goes on."""
     info = RankInfo.from_env()
     log.setup(info.rank)
     device = pick_device(info)

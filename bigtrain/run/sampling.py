@@ -1,8 +1,7 @@
 """Text from a trained run, in one process, and from one in training, on all ranks."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +14,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
 from bigtrain.errors import ConfigError
+from bigtrain.files import read_json
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.adapters import plain_name
@@ -30,15 +30,7 @@ if TYPE_CHECKING:
 
 
 def sample_run(
-    path: Path,
-    *,
-    prompt: str,
-    num_samples: int = 1,
-    max_new_tokens: int = 50,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = 0.95,
-    seed: int = 0,
+    path: Path, *, prompt: str, num_samples: int = 1, max_new_tokens: int, seed: int = 0, **sampling: Any
 ) -> list[str]:
     """Return continuations of ``prompt`` by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
 
@@ -63,16 +55,7 @@ def sample_run(
     generator = torch.Generator().manual_seed(seed)
     texts, is_full = [], False
     for _ in range(num_samples):
-        new_ids = generate(
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-            eos_id=ends,
-        )
+        new_ids = generate(model, ids, max_new_tokens=max_new_tokens, generator=generator, eos_id=ends, **sampling)
         texts.append(continuation(tokenizer, ids, new_ids))
         is_full |= len(new_ids) < max_new_tokens and len(ids) + len(new_ids) == model.max_positions
     if is_full:
@@ -148,8 +131,7 @@ def end_ids(run: Path, *, is_pretrained: bool) -> set[int]:
     record = read_index(run, check_sizes=False).tokenizer
     ids = {record.eos_id}
     for name in ("config.json", "generation_config.json") if is_pretrained and record.published else ():
-        path = run / MODEL_DIRECTORY / name
-        own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        own = read_json(run / MODEL_DIRECTORY / name).get("eos_token_id")
         ids |= {own} if isinstance(own, int) else set(own or ())
     return ids
 

@@ -31,10 +31,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class EarlyStop:
-    """Ends the process at a stop signal, with the code of a stop, until :class:`StopSignal` listens.
-
-    There is nothing to save, and libraries being imported may swallow exceptions, so it ends with ``os._exit``.
-    """
+    """Ends the process by ``os._exit`` at a stop signal, until :class:`StopSignal` listens: nothing is to be saved."""
 
     def __init__(self) -> None:
         # Records the reason, once it is known where. Only for a single process: to one of several ranks, SIGTERM may be

@@ -41,10 +41,7 @@ class Field(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is minimised, by a frozen dataclass, whose fields are its settings, or a class without state.
-
-    One that predicts is also a :class:`bigtrain.tasks.answers.Predicts`.
-    """
+    """What is minimised: a frozen dataclass, whose fields are its settings, or a class without state."""
 
     counts_by_shape: bool = False  # of elements, if all are targets
 
@@ -70,10 +67,7 @@ class Objective(Protocol):
         """
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return metrics by name, of the mean loss and the sums over the same samples.
-
-        Those that improve by falling are in ``LESS_IS_BETTER`` or in an attribute ``less_is_better``.
-        """
+        """Return metrics of the mean loss and the sums; those that improve by falling are in ``less_is_better``."""
         return {}
 
 

@@ -65,10 +65,7 @@ class Contrastive:
         return rows.new_zeros(len(counted_N), 3).index_put((counted_N,), rows)
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
-        """Return the summed loss in nats and the sums of which metrics are made.
-
-        ``tensors`` are those of a micro-batch completed by :func:`bigtrain.run.step.coupled`, or of a whole step.
-        """
+        """Return the summed loss and sums of ``tensors`` completed by :func:`bigtrain.run.step.coupled`, in nats."""
         counted_B = (tensors[3] != IGNORE_INDEX).any(dim=1)
         if len(tensors) == len(self.fields):
             rows_B3 = self.couple(self.embed(network, *tensors), counted_B)

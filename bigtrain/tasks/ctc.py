@@ -16,10 +16,7 @@ from bigtrain.tasks.inputs import input_fields, require_lengths
 
 
 class CTC:
-    """Negative log-likelihood of a text (Graves et al., "Connectionist Temporal Classification", 2006).
-
-    Token 0 is the blank. A text that is longer than its audio has frames counts as loss 0.
-    """
+    """Negative log-likelihood of a text by CTC (Graves et al. 2006) with blank 0; of one that is too long, 0."""
 
     fields: Mapping[str, Field] = {
         **input_fields(Inputs.audio),

@@ -29,10 +29,7 @@ class Masking:
     def __call__(
         self, tokens_NT: NDArray[np.int64], words_NT: NDArray[np.int64], positions_N: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return inputs and targets, int64 ``(N, T)`` each; at least one target in each sample that has a word.
-
-        ``words_NT`` numbers the words of a sample, which are predicted whole; -1 where nothing may be predicted.
-        """
+        """Return inputs and targets, int64 ``(N, T)``; words, by number in ``words_NT`` or -1, are predicted whole."""
         drawn = np.where(words_NT >= 0, draw(self.seed, _CHOOSE, positions_N, words_NT), np.uint64(2**64 - 1))
         lowest = drawn.min(axis=1, keepdims=True, initial=2**64 - 1)
         is_target = (words_NT >= 0) & ((drawn < bound(self.share)) | (drawn == lowest))

@@ -59,10 +59,7 @@ def one_against_rest(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def scores_of_labels(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Return precision, recall and F1 of each label, ``(C,)`` each; 0 where they are 0/0, as scikit-learn has it.
-
-    The sums of ``counts`` ``(4, C)`` over labels, ``(4, 1)``, give the micro averages.
-    """
+    """Return precision, recall and F1 of each label, ``(C,)``, 0 for 0/0; micro averages of summed counts."""
     hits, false, missed, _ = counts
     return {
         "precision": _ratio(hits, hits + false),

@@ -22,10 +22,7 @@ SPECTROGRAM = {"features": Field(torch.float32, ("F", "S"))}  # speech as Whispe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seq2Seq:
-    """Cross-entropy of the decoder's next token; see :class:`bigtrain.tasks.base.Objective`.
-
-    ``tokens`` are what the decoder reads: its first token, then the targets but for the last one.
-    """
+    """Cross-entropy of the decoder's next token, which reads ``tokens``: its first, then targets but for the last."""
 
     hears: bool = False  # whether the encoder gets speech in place of text
 

@@ -39,14 +39,11 @@ class NullRecorder:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
 
-    def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
-        """See :meth:`Recorder.metrics`."""
+    def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None: ...
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """See :meth:`Recorder.event`."""
+    def event(self, kind: str, **fields: Any) -> None: ...
 
-    def message(self, text: str) -> None:
-        """See :meth:`Recorder.message`."""
+    def message(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -84,10 +81,7 @@ class Recorder(NullRecorder):
             self._own.append(OwnLogger(name, run_directory, self._tell_failed))
 
     def metrics(self, records: list[dict[str, Any]], phases: dict[str, float] | None = None) -> None:
-        """Write a line per step, and show the last one, with phases and gauges, and the interval's mean pace.
-
-        Called before a checkpoint too, so that a kill after the checkpoint loses no line.
-        """
+        """Write a line per step and show the last with phases, gauges and pace; called before each checkpoint too."""
         if not records:
             return
         if self._gauges:

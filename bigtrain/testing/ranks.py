@@ -28,10 +28,7 @@ def run_ranks(
     timeout_seconds: float = 120.0,
     environ: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Call a module-level ``function(*args)`` on ``world_size`` rank processes and return their results in rank order.
-
-    Ranks find themselves in the environment, as under torchrun. RankFailedError: names the first one that failed.
-    """
+    """Return what a module-level ``function(*args)`` returns on each rank process; RankFailedError names the first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, function.__module__])
     with socket.socket() as free:

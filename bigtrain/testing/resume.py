@@ -93,10 +93,7 @@ def verify_resume(
     resume: RunFunction = launching.run,
     say: Callable[[str], None] = print,
 ) -> Verdict:
-    """Train in ``root`` without and with an interruption, and compare; BigtrainError with the first cause of a failure.
-
-    ``config`` is checked for both engines and world sizes; ``resume`` is what the ranks of the resumed launch call.
-    """
+    """Train without and with an interruption, and compare; the ranks of the resumed launch call ``resume``."""
     prepare_data(config.data)
     root.mkdir(parents=True)
     whole, killed, resumed = _launches(config, plan, root)

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigtrain.cli import checkpoints, generate, groups, hydra_cli, report, watch
+from bigtrain.cli import checkpoints, generate, hydra_cli, report, watch
+from bigtrain.cli.settings import group_options
 from bigtrain.config import TrainConfig
 from bigtrain.errors import ConfigError
 
@@ -28,7 +29,7 @@ MAX_IMPORTED_MODULES = 400
 # A launcher like the real ones whose work is a line of Python.
 STUB = """
 import os, sys
-from bigtrain.cli import groups, hydra_cli
+from bigtrain.cli import hydra_cli
 from bigtrain.errors import DataError
 hydra_cli.RANK_0_HEAD_START_SECONDS = {head_start}
 def run(config):
@@ -93,8 +94,8 @@ def test_without_a_model_the_presets_are_listed(tmp_path: Path):
     code, _, err = run("train.py", cwd=tmp_path)
     assert code == 2
     assert "no model is chosen" in err
-    assert groups.group_options("model")
-    assert all(f"+model={preset}" in err for preset in groups.group_options("model"))
+    assert group_options("model")
+    assert all(f"+model={preset}" in err for preset in group_options("model"))
     assert "Traceback" not in err
 
 
@@ -117,7 +118,7 @@ def test_help_names_presets_groups_and_the_most_used_settings(tmp_path: Path):
     _, out, _ = run("train.py", "-h", cwd=tmp_path)
     for text in ("fsdp*", "stdlib*", "+experiment", "train.steps=1000", "optimizer.lr=0.0003", "torchrun", "--cfg job"):
         assert text in out
-    assert all(preset in out for preset in groups.group_options("model"))
+    assert all(preset in out for preset in group_options("model"))
 
 
 def test_hydra_shows_the_composed_configuration(tmp_path: Path):

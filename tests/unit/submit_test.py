@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.cli import groups, submit
+from bigtrain.cli import submit
+from bigtrain.cli.settings import group_options
 from bigtrain.errors import ConfigError, PreflightError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -24,7 +25,7 @@ def problem(*args: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", groups.group_options("cluster"))
+@pytest.mark.parametrize("name", group_options("cluster"))
 def test_every_cluster_composes(name: str):
     config, _ = submit.read(["+model=gpt_nano", f"cluster={name}"])
     assert (config.cluster.gpus_per_node > 0) == (config.cluster.gpu_memory_gib > 0)

@@ -361,10 +361,7 @@ def variables(template: str) -> frozenset[str]:
 
 
 def find_chat(tokenizer: str, chat_template: str | None) -> Chat:
-    """Return how chats are written for a tokenizer; DataError if there is no template, or not a valid one.
-
-    ``chat_template`` is ``data.chat_template``, or what :func:`keep_chat` has written.
-    """
+    """Return how chats are written by a tokenizer's, or the given, template; DataError if there is no valid one."""
     text = read_template(chat_template)
     if text is not None and Path(str(chat_template)).name == CHAT_FILE:
         return Chat(**json.loads(text))
@@ -401,10 +398,7 @@ def read_template(chat_template: str | None) -> str | None:
 
 
 def keep_chat(config: DataConfig, directory: Path) -> DataConfig:
-    """Write the chat template into ``directory`` and return settings that name that file.
-
-    With it all processes write chats alike, even if the tokenizer's own files change.
-    """
+    """Write the template into ``directory``; return settings that name it, by which all processes write chats alike."""
     if not _is_templated(config):
         return config
     chat, path = find_chat(config.tokenizer, config.chat_template), directory / CHAT_FILE

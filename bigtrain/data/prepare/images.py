@@ -37,10 +37,7 @@ class _Shape(NamedTuple):
 
 
 def prepare_images(config: DataConfig, *, progress: bool) -> Path:
-    """Decode the images of a source into ``<data.root>/images-<name>``, unless they are there; return the directory.
-
-    The name follows from files and settings. DataError if there are no images, or one is damaged.
-    """
+    """Return ``<data.root>/images-<name>``, by files and settings, with decoded images; DataError: one is damaged."""
     place = find_images(config.path)
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in place.files for stat in [file.stat()]]
     settings = [config.image_size, config.image_channels, config.validation_fraction, config.on_bad_row.name]

@@ -90,10 +90,7 @@ def number_labels(record: LabelRecord, documents: Sequence[Labels]) -> NDArray[A
 
 
 def number_tokens(names: Sequence[str], labels: Labels, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
-    """Return the label of each token: that of a word for its first token, else :data:`NOT_FIRST`.
-
-    ``offsets`` are the characters of each token, none of those that a tokenizer adds.
-    """
+    """Return the label of each token, by its characters: that of a word for its first one, else :data:`NOT_FIRST`."""
     reached = np.maximum.accumulate([end for _, end in offsets] or [0])
     numbers = np.full(len(reached), NOT_FIRST, dtype=np.int32)
     ids = {name: number for number, name in enumerate(names)}

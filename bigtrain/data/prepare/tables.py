@@ -79,10 +79,7 @@ def csv_record(columns: list[str], values: list[str], where: str) -> dict[str, s
 
 
 def gettext_rows(file: SourceFile, _part: Part, config: DataConfig) -> Rows:
-    """Yield the messages of a compiled catalogue with their translations, without plural forms.
-
-    The format: https://www.gnu.org/software/gettext/manual/html_node/MO-Files.html.
-    """
+    """Yield the messages of a compiled catalogue with their translations, without plural forms."""
     raw = file.path.read_bytes()
     order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(raw[:4])
     try:

@@ -206,10 +206,7 @@ Split = TokenSplit | FileSplit
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int, directory: str | Path | None = None) -> Corpus:
-    """Open what ``prepare`` has prepared in ``directory``, or a corpus that was ``prepared`` before.
-
-    DataError if it is not there, damaged, cannot be reached, or its tokenizer has more than ``vocab_size`` ids.
-    """
+    """Open what was prepared in ``directory``; DataError: missing, damaged, or of more ids than ``vocab_size``."""
     skips = config.on_bad_shard is OnBad.skip
     if config.source is DataSource.prepared and is_url(config.path):
         corpus = _open_remote(config, vocab_size, skips)

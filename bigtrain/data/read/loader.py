@@ -38,10 +38,7 @@ class StepBatch:
 
 
 class TrainLoader:
-    """Iterator over optimizer steps, without end.
-
-    The only state is the cursor: one that starts at the ``after`` of a step continues there, whatever the world size.
-    """
+    """Iterator over optimizer steps, without end; its only state is the cursor, the same at any world size."""
 
     wait_seconds = 0.0  # how long the last step was waited for
 

@@ -16,10 +16,7 @@ _MOST_TOKENS = 500_000_000  # more would be read for too long at every start
 
 
 def seen_in_training(train: SampleStream, measured: SampleStream) -> tuple[list[int], int] | None:
-    """Return which samples of a set have inputs that are trained on too, and how many it has.
-
-    None if the two cannot be compared, or are too large for it: streamed or tokenised while training.
-    """
+    """Return which samples of a set are trained on too, and how many it has; None where that cannot be compared."""
     trained = [part.split for part in train.components.values() if isinstance(part, StoredSamples)]
     own = [part.split for part in measured.components.values() if isinstance(part, StoredSamples)]
     kind = type(own[0]) if own else None

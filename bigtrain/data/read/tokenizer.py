@@ -74,10 +74,7 @@ def build_tokenizer(config: DataConfig, sample: Iterable[str]) -> BuiltTokenizer
 
 
 def load_tokenizer(directory: str | Path, *, reads_special: bool | None = None) -> "Tokenizer":
-    """Load ``tokenizer.json`` from a prepared corpus or a run; DataError if there is none, or it is damaged.
-
-    By default the record in its index says whether the name of a special token in a text is that token.
-    """
+    """Load ``tokenizer.json`` of a prepared corpus or a run; DataError if there is none, or it is damaged."""
     if reads_special is None:
         record = kept_record(directory)
         reads_special = record is not None and record.reads_special

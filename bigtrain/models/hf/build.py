@@ -161,10 +161,7 @@ def has_own_code(name: str) -> bool:
 
 
 def build_hf_model(config: ModelConfig) -> HFNetwork:
-    """Build the architecture of ``config.name``, a hub id or a local directory; attention is ``sdpa`` where it has it.
-
-    ConfigError: the description cannot be had, or transformers has no such network for the task.
-    """
+    """Build the architecture of ``config.name``, with ``sdpa`` where it has it; ConfigError if none is for the task."""
     hf_config, head = read_hf_config(config.name), HEADS[config.head]
     try:
         causal_lm = build_causal_lm(hf_config, config.head, config.num_outputs)
@@ -208,10 +205,7 @@ def published_labels(config: ModelConfig) -> list[str]:
 
 
 def build_causal_lm(hf_config: Any, head: Head = Head.causal_lm, num_outputs: int | None = None) -> PreTrainedModel:
-    """Build the network of a transformers configuration, by default its language model; see :func:`build_hf_model`.
-
-    Any exception: there is none, its code is not transformers' own, or it needs a package that is not installed.
-    """
+    """Build the network of a transformers configuration; any exception if it has none, or none without other code."""
     import transformers
 
     auto = getattr(transformers, HEADS[head].auto)

@@ -27,9 +27,7 @@ class DiskTensors:
 
 
 def disk_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[DiskTensors]:
-    """Return what the tensors ``names`` of a ``PreTrainedModel`` become on disk, in as small groups as possible: alone
-    where converting gives a tensor of the same name.
-    """
+    """Return what tensors of a ``PreTrainedModel`` become on disk, in as small groups as its conversion allows."""
     from transformers.core_model_loading import revert_weight_conversion
 
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,10 +44,7 @@ class StoredTensor:
 
 
 def stored_tensors(name: str, *, setting: str = "model.name") -> dict[str, StoredTensor]:
-    """Return every tensor in the safetensors files of ``name``, a hub id or a local directory, by key.
-
-    ConfigError, with the ``setting``: files are missing, cut off, or at odds with their index.
-    """
+    """Return every tensor in the files of a hub id or directory; ConfigError if one is missing or cut off."""
     stored: dict[str, StoredTensor] = {}
     for path in weight_files(published_directory(name, ["model*.safetensors", INDEX, ADAPTER], setting=setting))[0]:
         for tensor in tensors_of(path):
@@ -75,10 +72,7 @@ def tensors_of(path: Path) -> list[StoredTensor]:
 
 
 def weight_files(directory: Path) -> tuple[list[Path], list[str]]:
-    """Return the files of a model's weights, and the names of other weight files beside them.
-
-    ConfigError: there are none, one is missing, they are at odds with their index, or of an adapter.
-    """
+    """Return a model's weight files, and other ones beside them; ConfigError: none, missing, or of an adapter."""
     refuse_adapter(directory)
     index, names = directory / INDEX, [WEIGHTS]
     if index.exists():

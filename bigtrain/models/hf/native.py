@@ -196,10 +196,7 @@ class Stacked:
 
 
 def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialValue]:
-    """Return every parameter's value from the safetensors files of ``config.init_from``.
-
-    ConfigError: the files cannot be had, or are of another model; lists the differences.
-    """
+    """Return every parameter from the files of ``config.init_from``; ConfigError lists how its model differs."""
     with torch.device("meta"):
         causal_lm = build_causal_lm(_same_model(config))
     stored = published(causal_lm, config.init_from, setting="model.init_from")
@@ -235,10 +232,7 @@ def _same_model(config: ModelConfig) -> Any:
 
 
 def _described(config: Any) -> dict[str, Any]:
-    """Return what decides the function of a GPT-2 or Llama, with the names of :class:`ModelConfig` where it has them.
-
-    Rotary models work at any length, so theirs have no ``max_positions``.
-    """
+    """Return what decides the function of a GPT-2 or Llama, by names of :class:`ModelConfig` where it has them."""
     found = {ours: getattr(config, theirs) for ours, theirs in _SETTINGS[Family[config.model_type]].items()}
     if config.model_type == "gpt2":
         same_function = {"gelu_pytorch_tanh": "gelu_new"}
