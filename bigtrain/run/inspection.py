@@ -143,6 +143,7 @@ def _masked_line(columns: Columns, tokenizer: "Tokenizer | None") -> str:
 
 def _text_lines(columns: Columns, documents: NDArray[np.int64], tokenizer: "Tokenizer | None") -> Iterator[str]:
     tokens, targets = columns["tokens"], columns["targets"]
+    counted = "\x1b[32m{}\x1b[0m" if sys.stdout.isatty() else "{}"
     for places in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(documents)) + 1):
         document = int(documents[places[0]])
         if document < 0:
@@ -154,12 +155,8 @@ def _text_lines(columns: Columns, documents: NDArray[np.int64], tokenizer: "Toke
             # What does not count is known from the input after it.
             target = targets[place] if is_counted else None if is_last else tokens[place + 1]
             text = "…" if target is None else _text(int(target), tokenizer)
-            pieces.append(_highlighted(text) if is_counted else f"⟦{text}⟧")
+            pieces.append((counted if is_counted else "⟦{}⟧").format(text))
         yield f"document {document}: ({_text(int(tokens[places[0]]), tokenizer)}) {'│'.join(pieces)}"
-
-
-def _highlighted(text: str) -> str:
-    return f"\x1b[32m{text}\x1b[0m" if sys.stdout.isatty() else text
 
 
 def _text(token: int, tokenizer: "Tokenizer | None") -> str:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from bigtrain.config import Content, DataConfig, DataSource, ModelConfig, TrainConfig, TrainingConfig, TrainOn
-from bigtrain.data.prepare.corpus import REPORT_FILE
+from bigtrain.data.prepare.corpus import REPORT_FILE, prepare
 from bigtrain.errors import DataError
 from bigtrain.run.inspection import inspect_step
 from tests.unit.data_chat_test import CHAT, documents, prepared, published, rows_in
@@ -141,6 +141,14 @@ def test_forms_are_said_and_kept_in_the_report(tmp_path, caplog):
     assert "; 2 read as ShareGPT; 1 read as Alpaca; 1 read as prompt and completion in text" in caplog.text
     (report,) = (tmp_path / "data").glob(f"*/{REPORT_FILE}")
     assert json.loads(report.read_text())["forms"] == {"ShareGPT": 2, "Alpaca": 1, "prompt and completion in text": 1}
+
+
+def test_on_the_fly_the_form_of_the_first_chat_is_said(tmp_path, caplog):
+    settings = rows_in(tmp_path, [{"conversations": SHARED}, ALPACA])
+    data = DataConfig(content=Content.chat, tokenizer="bytes", on_the_fly=True, **settings)
+    with caplog.at_level(logging.INFO, logger="bigtrain"):
+        prepare(data, progress=False)
+    assert "chats.jsonl: its first chat is read as ShareGPT" in caplog.text
 
 
 def test_columns_of_tables(tmp_path):

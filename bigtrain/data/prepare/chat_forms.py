@@ -1,8 +1,7 @@
 """Forms in which data sets hold conversations, told apart by the fields of a row, and the messages that each stands for.
 
 ``messages`` are OpenAI's. ShareGPT and Alpaca are read as LlamaFactory documents them (``data/README.md`` there), prompt
-and completion as TRL does ("Dataset formats" in its documentation): a completion in text is no chat, and no template
-writes it.
+and completion as TRL does ("Dataset formats"): a completion in text is no chat, and no template writes it.
 """
 
 import json
