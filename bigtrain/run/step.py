@@ -59,12 +59,10 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
 
 
 def coupled(engine: Engine, micro_batches: Sequence[Batch], *, trains: bool) -> Sequence[Batch]:
-    """Return the micro-batches of a step with what of all others their losses depend on.
+    """Return the micro-batches of a step with what their losses depend on of all samples of the step.
 
-    ``mean``: of an objective with ``averaged``, over the step. ``gradients`` of embeddings and ``rows`` of losses and metrics: for losses of a sample that depend on all others of the step: embeddings are computed once without a gradient and
-    gathered; every rank computes the whole loss and its gradient by each embedding, which the second pass
-    backpropagates, a micro-batch at a time (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
-    Limited Setup", 2021). ``trains`` draws the random numbers of that pass. All ranks call this, with as many samples.
+    An objective with ``averaged`` gets a ``mean``; one with ``couple`` what :func:`_embedded` adds. ``trains`` draws the
+    random numbers of a training pass. All ranks call this, with as many samples.
     """
     objective: Any = engine.objective
     if not (hasattr(objective, "couple") or hasattr(objective, "averaged")):
@@ -80,16 +78,26 @@ def coupled(engine: Engine, micro_batches: Sequence[Batch], *, trains: bool) -> 
             return [Batch(batch, mean=mean.expand(len(batch["labels"]))) for batch in batches]
         network = partial(engine.module, predicts=True)
         own = torch.cat([objective.embed(network, *batch.values()) for batch in batches], dim=1)
-    size, mesh = own.shape[1], engine.mesh
+    counts = [objective.count({name: tensor.numpy() for name, tensor in batch.items()}) for batch in micro_batches]
+    counted = torch.cat([torch.from_numpy(count) for count in counts]).to(engine.device)
+    parts = _embedded(engine.mesh, objective, own, counted).split(own.shape[1] // len(batches))
+    return [Batch({**batch, **part}) for batch, part in zip(batches, parts, strict=True)]
+
+
+def _embedded(mesh: Mesh, objective: Any, own: torch.Tensor, counted: torch.Tensor) -> Batch:
+    """Return ``gradients`` by this rank's embeddings ``(2, N, D)`` of the loss of all ranks' together, and its ``rows``.
+
+    Embeddings are computed once without a gradient and gathered; the second pass backpropagates these gradients, a
+    micro-batch at a time (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
+    ``rows`` are losses and metrics by sample; ``counted`` ``(N,)`` says which samples count.
+    """
+    size = own.shape[1]
     mine = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
     whole = own.new_zeros(2, size * mesh.dp_size, own.shape[2])
     whole[:, mine] = own
-    counted = torch.zeros(size * mesh.dp_size, dtype=torch.int64, device=engine.device)
-    counts = [objective.count({name: tensor.numpy() for name, tensor in batch.items()}) for batch in micro_batches]
-    counted[mine] = torch.cat([torch.from_numpy(count) for count in counts]).to(engine.device)
+    everyone = torch.zeros(size * mesh.dp_size, dtype=torch.int64, device=own.device)
+    everyone[mine] = counted
     whole = mesh.total(whole).requires_grad_()
-    rows = objective.couple(whole, mesh.total(counted) > 0)
+    rows = objective.couple(whole, mesh.total(everyone) > 0)
     (gradients,) = torch.autograd.grad(rows[:, 0].sum(), whole)
-    found = Batch(gradients=gradients[:, mine].transpose(0, 1), rows=rows.detach()[mine])
-    parts = found.split(size // len(batches))
-    return [Batch({**batch, **part}) for batch, part in zip(batches, parts, strict=True)]
+    return Batch(gradients=gradients[:, mine].transpose(0, 1), rows=rows.detach()[mine])
