@@ -95,7 +95,7 @@ def test_engines_agree_on_peculiar_models(engines, tmp_path):
         shape = with_hf_shape(ModelConfig(kind=ModelKind.hf, name=str(tmp_path / name)))
         runs[name] = resolve(dataclasses.replace(small_config(), model=shape))
     found = {}
-    for engine in map(EngineKind.__getitem__, engines):
+    for engine in (EngineKind[name] for name in engines):
         configs = [configure(config, Case(engine, 2, 2)) for config in runs.values()]
         found[engine] = dict(zip(runs, run_ranks(_traces, 2, configs, timeout_seconds=200)[0], strict=True))
     for name, config in runs.items():

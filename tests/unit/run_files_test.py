@@ -105,12 +105,12 @@ def test_a_failed_write_leaves_the_old_configuration(config: TrainConfig, monkey
     directory = config.run.directory
     write_config(directory, config)
 
-    def full_disk(self: Path, text: str, **_: str) -> None:
-        with self.open("w") as file:
-            file.write(text[:10])
+    def full_disk(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_config(directory, config)
     assert read_config(directory) == config
