@@ -4,6 +4,7 @@
 # make demo-encoder  hidden tokens of source code, then its packages with many and few labels
 # make demo-seq2seq  names of places from English into Ukrainian, by an encoder and a decoder
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
+# make demo-finetune  a small chat model: text, answers by LoRA, preferences by DPO, exports, a page with all answers
 # make demo-image  a perceptron, a CNN and a ViT on handwritten digits, with a page about their mistakes
 # make lint      formatting, lint and types
 # make bench     install what the benchmarks compare with, too
@@ -24,7 +25,7 @@ TORCH_PIN := torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test test-all demo demo-encoder demo-image demo-seq2seq lint bench
+.PHONY: install test test-all demo demo-encoder demo-finetune demo-image demo-seq2seq lint bench
 
 install: $(INSTALLED)
 
@@ -41,6 +42,9 @@ demo: install
 
 demo-encoder: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_encoder.sh
+
+demo-finetune: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo_finetune.sh
 
 demo-image: install
 	$(BIN)/python -c 'import sklearn' 2>/dev/null || $(BIN)/pip install scikit-learn --constraint $(CONSTRAINTS)
