@@ -44,10 +44,9 @@ from bigtrain.config.tasks import (
     SMALL_NETWORKS,
     WITHOUT_LENGTH,
     check_task,
-    head_of,
-    num_outputs_of,
     packing_of,
     with_inputs,
+    with_outputs,
 )
 from bigtrain.errors import ConfigError
 
@@ -81,8 +80,8 @@ def resolve(config: RunT) -> RunT:
         }
         model = dataclasses.replace(model, **{k: v for k, v in derived.items() if getattr(model, k) is None})
     has_length = model.kind is not ModelKind.own or "max_positions" in model.settings
+    model = with_outputs(model, task)
     if model.kind is ModelKind.hf:
-        model.head, model.num_outputs = head_of(task), num_outputs_of(task)
         has_length = model.head not in WITHOUT_LENGTH
     data = dataclasses.replace(config.data)
     if data.sequence_length is None and (has_length or not are_records(data)):

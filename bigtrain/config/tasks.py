@@ -70,6 +70,15 @@ def num_outputs_of(task: TaskConfig) -> int | None:
     return task.num_labels if task.kind in PREDICT_LABELS else None
 
 
+def with_outputs(model: ModelConfig, task: TaskConfig) -> ModelConfig:
+    """Return a model that ends as the task needs it, where it does not say otherwise."""
+    if model.kind is ModelKind.hf:
+        return dataclasses.replace(model, head=head_of(task), num_outputs=num_outputs_of(task))
+    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and model.settings.get("num_outputs") is None:
+        return dataclasses.replace(model, settings={**model.settings, "num_outputs": num_outputs_of(task)})
+    return model
+
+
 def check_task(config: TrainConfig) -> Iterator[str]:
     """Yield what does not go together of a task, its network and its data."""
     task, model, data = config.task, config.model, config.data
@@ -103,6 +112,9 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not is_by_sample and not embeds:
         predicts = "predicts one label or vector a sample; it is for classification, regression"
         yield f"task={task.kind}: model.name={model.name} {predicts}"
+    given, predicted, is_small = model.settings.get("num_outputs"), num_outputs_of(task), model.name in SMALL_NETWORKS
+    if model.kind is ModelKind.own and is_small and None not in (given, predicted) and given != predicted:
+        yield f"model.settings.num_outputs={given}: task={task.kind} predicts {predicted}; leave num_outputs out"
     if task.kind not in OF_DOCUMENTS:
         if data.packing in (Packing.documents, Packing.preferences):
             yield f"data.packing={data.packing.name}: task={task.kind} reads rows of documents; use concat or best_fit"

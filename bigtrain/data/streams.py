@@ -148,6 +148,10 @@ def _open_records(
         if facts:
             source.normalise_like(facts)
         names, num_labels = source.index.label_names, getattr(objective, "num_labels", None)
+        if num_labels is not None and len(names) == 1 and not facts:  # a set to validate on may be of one
+            raise DataError(
+                f"data.path={data.path}: all images are of the class {names[0]}; there is nothing to tell apart"
+            )
         if num_labels is not None and num_labels < len(names):
             raise DataError(
                 f"data.path={data.path}: has {len(names)} classes ({some(names, 4)}), but task.num_labels={num_labels}; set "

@@ -44,8 +44,8 @@ class MLP:
     """Numbers in a sample, flattened."""
     hidden_dims: Annotated[list[int], Bound(ge=1)] = field(default_factory=lambda: [64, 64])
     """Width of each hidden layer; none makes a linear model."""
-    num_outputs: Annotated[int, Bound(ge=1)] = 10
-    """Logits or values."""
+    num_outputs: Annotated[int | None, Bound(ge=1)] = None
+    """Logits or values; by default as many as the task predicts, else 10."""
     activation: NonLinearity = NonLinearity.relu
     """Between the layers."""
     dropout: Annotated[float, Bound(ge=0, lt=1)] = 0.0
@@ -57,7 +57,7 @@ class MLP:
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(dims):
             layers += [nn.Linear(before, after), self.activation.build(), *_dropout(self.dropout)]
-        return _OfSize((self.num_inputs,), [*layers, nn.Linear(dims[-1], self.num_outputs)])
+        return _OfSize((self.num_inputs,), [*layers, nn.Linear(dims[-1], self.num_outputs or 10)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +78,8 @@ class CNN:
     """Convolutions that are followed by max-pooling."""
     dense_dim: Annotated[int, Bound(ge=1)] = 64
     """Width of the dense layer."""
-    num_outputs: Annotated[int, Bound(ge=1)] = 10
-    """Logits or values."""
+    num_outputs: Annotated[int | None, Bound(ge=1)] = None
+    """Logits or values; by default as many as the task predicts, else 10."""
     group_norm: bool = False
     """Normalise after each convolution, in groups of 8 channels (Wu and He, "Group Normalization", 2018)."""
     dropout: Annotated[float, Bound(ge=0, lt=1)] = 0.0
@@ -121,7 +121,13 @@ class CNN:
             if number <= self.num_pools:
                 layers.append(nn.MaxPool2d(2))
         dense = nn.Linear(dims[-1] * self.last_size() ** 2, self.dense_dim)
-        head = [nn.Flatten(), dense, nn.ReLU(), *_dropout(self.dropout), nn.Linear(self.dense_dim, self.num_outputs)]
+        head = [
+            nn.Flatten(),
+            dense,
+            nn.ReLU(),
+            *_dropout(self.dropout),
+            nn.Linear(self.dense_dim, self.num_outputs or 10),
+        ]
         return _OfSize((self.num_channels, self.image_size, self.image_size), [*layers, *head])
 
 
@@ -139,8 +145,8 @@ class RNN:
     """Width of the state."""
     num_layers: Annotated[int, Bound(ge=1)] = 2
     """Recurrent layers."""
-    num_outputs: Annotated[int, Bound(ge=1)] = 2
-    """Logits or values."""
+    num_outputs: Annotated[int | None, Bound(ge=1)] = None
+    """Logits or values; by default as many as the task predicts, else 2."""
 
     def build(self) -> nn.Module:
         """Build the network on the current default device."""
@@ -173,7 +179,7 @@ class _Recurrent(nn.Module):
         self.embedding = nn.Embedding(shape.vocab_size, shape.num_inputs) if shape.vocab_size else nn.Identity()
         kind = nn.LSTM if shape.cell is Cell.lstm else nn.GRU
         self.recurrence = kind(shape.num_inputs, shape.hidden_dim, shape.num_layers, batch_first=True)
-        self.head = nn.Linear(shape.hidden_dim, shape.num_outputs)
+        self.head = nn.Linear(shape.hidden_dim, shape.num_outputs or 2)
 
     def forward(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Return ``(B, num_outputs)``, read at the last step of each sample."""

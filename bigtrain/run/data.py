@@ -35,7 +35,7 @@ from bigtrain.config import (
 )
 from bigtrain.config.convert import flatten, to_dict
 from bigtrain.config.length import beyond_the_end, steps_to_train
-from bigtrain.config.tasks import BALANCED, PREDICT_LABELS
+from bigtrain.config.tasks import BALANCED, PREDICT_LABELS, with_outputs
 from bigtrain.data.order.cursor import Cursor, DataState
 from bigtrain.data.prepare.corpus import prepare_components
 from bigtrain.data.read.batch import Batch
@@ -113,9 +113,7 @@ def with_num_labels(config: TrainConfig) -> TrainConfig:
     data = with_own_tokenizer(config.data, config.run.directory)
     num_labels = on_rank0(lambda: count_labels(prepare_data(data).values()), patience=PREPARATION)
     task = dataclasses.replace(config.task, num_labels=num_labels)
-    is_hf = config.model.kind is ModelKind.hf
-    model = dataclasses.replace(config.model, num_outputs=num_labels) if is_hf else config.model
-    return dataclasses.replace(config, task=task, model=model)
+    return dataclasses.replace(config, task=task, model=with_outputs(config.model, task))
 
 
 def limit_ids(streams: Iterable[SampleStream], model: ModelConfig) -> None:
@@ -266,7 +264,11 @@ def with_own_tokenizer(data: DataConfig, directory: Path) -> DataConfig:
 
 def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
     """Return warnings about the data of a run."""
-    found = []
+    found, most = [], config.data.max_train_samples
+    if most is not None and stream.num_samples < most:
+        found.append(
+            f"data.max_train_samples={most}: the data has {stream.num_samples} training samples, all are trained on"
+        )
     if config.data.packing is Packing.concat and stream.has_answers:
         found.append(
             "data.packing=concat cuts the text every data.sequence_length tokens, which parts answers from their prompts; "

@@ -343,8 +343,30 @@ def test_labels_and_outputs_that_do_not_fit_are_named(place):
     assert "row 0: labels is -1; it must be from 0 to 9, or -100" in told(labels - 1, "task.num_labels=10")
     assert "row 5: labels is 5; it must be from 0 to 4" in told(labels, "task.num_labels=5")
     assert "none of the" in told(np.full(40, -100), "task.num_labels=10")
-    assert "task.num_labels=12, but the network returns (10) for each sample" in told(labels, "task.num_labels=12")
+    assert "model.settings.num_outputs=10: task=classification predicts 12; leave num_outputs out" in told(
+        labels, "task.num_labels=12", "model.settings.num_outputs=10"
+    )
     assert not watchdogs_left(), "the failed run's would end a program that goes on"
+
+
+def test_data_of_one_class_is_refused_and_fewer_samples_than_wanted_are_said(place, capfd):
+    image = pytest.importorskip("PIL.Image")
+    (place / "one/cat").mkdir(parents=True)
+    for number in range(12):
+        image.fromarray(np.full((8, 8), number, dtype=np.uint8)).save(place / f"one/cat/{number}.png")
+    (place / "one.jsonl").write_text("".join(f'{{"text": "{i} {i}", "label": "cat"}}\n' for i in range(40)))
+    given = [f"run.root={place}/refused", "task=classification", "engine=ddp", *RUN, f"data.root={place}/one_data"]
+    of_text = ["+model=lstm", "model.settings.vocab_size=257", "model.vocab_size=257", "data.tokenizer=bytes"]
+    of_text += ["data=jsonl", "data.content=labelled", "data.sequence_length=8", f"data.path={place}/one.jsonl"]
+    for data in (["+model=cnn_digits", "data=images", f"data.path={place}/one"], of_text):
+        assert re.search("all .* (label|class) cat; there is nothing to tell apart", refused(*given, *data))
+    np.savez(place / "few.npz", features=np.zeros((40, 6), dtype=np.float32), labels=np.arange(40) % 3)
+    few = ["+model=mlp_mnist", "model.settings.num_inputs=6", *RECORDS, "task.num_labels=3", "train.steps=1"]
+    run = bigtrain.train(*given, *few, f"data.path={place}/few.npz", "data.max_train_samples=99", "run.name=few")
+    assert re.search(
+        r"data.max_train_samples=99: the data has \d+ training samples, all are trained on", capfd.readouterr().err
+    )
+    assert len(bigtrain.predict(run, np.load(place / "few.npz"), top_k=3)[0]["labels"]) == 3, "num_outputs follows"
 
 
 def test_numbers_and_code_that_are_wrong_are_a_sentence_with_their_place(place):

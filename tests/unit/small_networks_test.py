@@ -58,6 +58,23 @@ def test_tasks_name_the_data_and_networks_that_are_not_theirs(args, told):
     assert read_run(["+model=mlp_mnist", "task=classification", *RECORDS]).model.name == "mlp"
 
 
+@pytest.mark.parametrize(
+    ("args", "num_outputs"),
+    [
+        ("task=classification task.num_labels=7", 7),
+        ("task=classification task.class_weights=[1,2,3]", 3),
+        ("task=regression task.num_values=2", 2),
+        ("task=regression", 1),
+    ],
+)
+def test_a_network_ends_as_the_task_says(args, num_outputs):
+    given = ["+model=mlp_mnist", *args.split(), *RECORDS]
+    assert read_run(given).model.settings["num_outputs"] == num_outputs
+    assert read_run([*given, f"model.settings.num_outputs={num_outputs}"]) == read_run(given)
+    with pytest.raises(ConfigError, match=rf"num_outputs=9: task=\w+ predicts {num_outputs}; leave num_outputs out"):
+        read_run([*given, "model.settings.num_outputs=9"])
+
+
 def test_samples_of_another_size_are_named():
     for network, shape in ((MLP(num_inputs=6), (2, 5)), (CNN(image_size=8), (2, 1, 9, 9)), (CNN(), (2, 28, 28))):
         with pytest.raises(ConfigError, match=rf"a sample has the shape \({shape[1]},"):
