@@ -5,6 +5,7 @@ from typing import Annotated
 
 from bigtrain.config import TrainConfig
 from bigtrain.config.bounds import Bound
+from bigtrain.config.check import RESUME_WORDS
 from bigtrain.config.choices import Scored
 from bigtrain.config.convert import LocalPath
 
@@ -27,3 +28,9 @@ class ScoreConfig(TrainConfig):
     """Samples of a rank in a forward pass."""
     part_samples: Annotated[int, Bound(ge=1)] = 1024
     """Samples after which a part of the output is on the disk; killed and started again, only the rest is done."""
+
+    @property
+    def scorer(self) -> str | None:
+        """What scores; None if it is the model that a run begins with, with its initial values."""
+        resume = self.checkpoint.resume
+        return self.by or (None if resume in RESUME_WORDS else resume)

@@ -57,6 +57,7 @@ OFFERED = {
     TaskKind.preference.name: (Scored.log_probabilities, Scored.embeddings),
 } | dict.fromkeys((*PREDICT_LABELS, TaskKind.regression.name), (Scored.logits, Scored.embeddings))
 """What is written of a task's samples; the first is the default."""
+WITHOUT_TEACHER = {TaskKind.distillation.name: TaskKind.causal_lm.name}
 
 
 def score_samples(config: ScoreConfig) -> int:
@@ -73,16 +74,12 @@ def score_samples(config: ScoreConfig) -> int:
     if any(is_live(part) for part in component_data(config.data).values()):
         raise ConfigError("data.on_the_fly=true: samples have no numbers before they are trained on; leave it out")
     # The same samples, without what is about to be written.
-    task = (
-        dataclasses.replace(config.task, kind=TaskKind.causal_lm.name)
-        if kind == TaskKind.distillation.name
-        else config.task
-    )
+    task = dataclasses.replace(config.task, kind=WITHOUT_TEACHER.get(kind, kind))
     data = dataclasses.replace(config.data, scores=config.out, augment=AugmentConfig())
     with in_group(dataclasses.replace(config, model=_model_of(config), data=data, task=task)) as run:
         run = with_num_labels(dataclasses.replace(run, data=dataclasses.replace(data, scores=None)))
         streams = open_data(run)
-        engine, origin = _open_model(run, config.by, streams["train"])
+        engine, origin = _open_model(run, config.scorer, streams["train"])
         scorer = _Scorer(engine, run, streams, config, config.what or offered[0])
         weights = hash_of({key: entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)})
         samples = {name: stream.content for name, stream in streams.items()}
@@ -112,17 +109,16 @@ class _Scorer:
 
     def make(self, part: tuple[str, range] | None) -> bytes:
         """Return the columns of a part as an npz file; without a part, only help others to gather weights."""
-        name, samples = part or (next(iter(self.streams)), range(0))
+        of, samples = part or (next(iter(self.streams)), range(0))
         most = min(self.asked.part_samples, max(stream.num_ids for stream in self.streams.values()))
         found: list[dict[str, NDArray]] = []
         for begin in range(0, most, self.asked.batch_size):
             ids = np.array(samples[begin : begin + self.asked.batch_size], dtype=np.int64)
-            columns = self.columns(self.streams[name].gather(ids if len(ids) else np.zeros(1, dtype=np.int64)))
+            columns = self.columns(self.streams[of].gather(ids if len(ids) else np.zeros(1, dtype=np.int64)))
             found += [columns] if len(ids) else []
+        names = found[0] if found else {}
+        whole: dict[str, Any] = {name: np.concatenate([columns[name] for columns in found]) for name in names}
         file = io.BytesIO()
-        whole: dict[str, Any] = (
-            {key: np.concatenate([part[key] for part in found]) for key in found[0]} if found else {}
-        )
         np.savez(file, **whole)
         return file.getvalue()
 
@@ -139,14 +135,13 @@ class _Scorer:
 
 def _model_of(config: ScoreConfig) -> ModelConfig:
     """Return the model that scores."""
-    if config.by is None:
+    by = config.scorer
+    if by is None:
         return dataclasses.replace(config.model, adapter=None, freeze=[])
-    if is_run(config.by):
-        return read_config(locate(Path(config.by))[0]).model
+    if is_run(by):
+        return read_config(locate(Path(by))[0]).model
     head, num_outputs = head_of(config.task), num_outputs_of(config.task)
-    return with_hf_shape(
-        ModelConfig(kind=ModelKind.hf, name=config.by, pretrained=True, head=head, num_outputs=num_outputs)
-    )
+    return with_hf_shape(ModelConfig(kind=ModelKind.hf, name=by, pretrained=True, head=head, num_outputs=num_outputs))
 
 
 def _open_model(config: TrainConfig, by: str | None, train: SampleStream) -> tuple[Engine, str]:

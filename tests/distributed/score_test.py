@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from bigtrain.config import (
+    CheckpointConfig,
     Content,
     DataConfig,
     DataSource,
@@ -182,6 +183,9 @@ def test_what_does_not_fit_is_a_sentence(place):
     )
     with pytest.raises(BigtrainError, match="is not what was written; score again"):
         open_data(config)
+    resumed = dataclasses.replace(config, checkpoint=CheckpointConfig(resume="runs/chat"))
+    found = [asking(one, out="x", by=by).scorer for one, by in ((config, None), (resumed, None), (resumed, "llama"))]
+    assert found == [None, "runs/chat", "llama"], "a run that begins with another one is compared with that"
     for task, told in (("masked_lm", "is written nothing"), ("classification", "is written logits, embeddings")):
         with pytest.raises(BigtrainError, match=told):
             other = dataclasses.replace(config, task=TaskConfig(kind=task))
