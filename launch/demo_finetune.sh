@@ -8,6 +8,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks x threads = cores
 
 files=runs/demo-finetune
 train=(torchrun --standalone --nproc-per-node=2 launch/train.py run.root=$files)
+adapters=(model.pretrained=true +adapter=lora model.adapter.rank=16 model.adapter.alpha=32)
 prompts=(validation.prompts=$files/prompts.txt validation.prompt_tokens=40)
 llama='{vocab_size: 2048, hidden_size: 128, intermediate_size: 384, num_hidden_layers: 4, num_attention_heads: 4, max_position_embeddings: 256, tie_word_embeddings: true}'
 
@@ -23,10 +24,10 @@ step "2. Train on text" "${train[@]}" +model=hf model.architecture=llama "model.
   data=jsonl data.path=$files/texts.jsonl data.tokenizer=$files/tokenizer data.sequence_length=128 "${prompts[@]}" \
   train.steps=600 validation.every_steps=600 run.name=text
 step "3. Export it" python launch/export.py checkpoint=$files/text out=$files/base
-step "4. Train adapters on the answers of chats" "${train[@]}" +model=hf model.name=$files/base model.pretrained=true \
+step "4. Train adapters on the answers of chats" "${train[@]}" +model=hf model.name=$files/base "${adapters[@]}" \
   +experiment=finetune "${prompts[@]}" data.path=$files/chats.jsonl run.name=chats
 step "5. Export them, merged" python launch/export.py checkpoint=$files/chats out=$files/sft
-step "6. Train adapters on pairs of answers" "${train[@]}" +model=hf model.name=$files/sft model.pretrained=true \
+step "6. Train adapters on pairs of answers" "${train[@]}" +model=hf model.name=$files/sft "${adapters[@]}" \
   +experiment=preferences "${prompts[@]}" data.path=$files/pairs.jsonl run.name=pairs
 step "7. Export them, merged" python launch/export.py checkpoint=$files/pairs out=$files/merged
 step "8. Export them alone" python launch/export.py checkpoint=$files/pairs out=$files/adapter merge=false
