@@ -111,11 +111,14 @@ def _document_lines(stream: SampleStream, columns: Columns, tokenizer: "Tokenize
             yield f"{name}: {'│'.join(_text(token, tokenizer) or f'<{token}>' for token in ids.tolist())}"
         return
     if "chosen" in columns:
-        for name in ("chosen", "rejected"):
+        told = {"chosen": "chosen", "rejected": "rejected"}
+        if "labels" in columns:  # of rated answers, which are judged beside the answer to another prompt
+            told = {"chosen": "good" if columns["labels"] else "bad", "rejected": "another prompt's"}
+        for name, what in told.items():
             targets = columns[f"{name}_targets"]
             length = int(np.flatnonzero(targets != IGNORE_INDEX).max(initial=0)) + 1
             answer = {"tokens": columns[name][:length], "targets": targets[:length]}
-            yield from (f"{name}: {line}" for line in _text_lines(answer, np.zeros(length, dtype=np.int64), tokenizer))
+            yield from (f"{what}: {line}" for line in _text_lines(answer, np.zeros(length, dtype=np.int64), tokenizer))
         return
     tokens = columns["tokens"][: columns["lengths"]]
     labels, names = columns.get("labels", columns.get("values")), stream.label_names

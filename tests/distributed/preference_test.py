@@ -9,6 +9,7 @@ from bigtrain.config import AdapterConfig, Content, DataConfig, DataSource, Engi
 from bigtrain.config.check import check, resolve
 from bigtrain.testing.parity import Case, compare, compute, configure, trace
 from bigtrain.testing.ranks import run_ranks
+from tests.distributed.launches import fork
 from tests.distributed.ranks import small_config
 
 pytest.importorskip("peft")
@@ -58,3 +59,20 @@ def test_what_has_no_reference_is_refused(tmp_path):
     assert any("+adapter=lora" in problem for problem in check(config, world_size=1, local_world_size=1))
     text = dataclasses.replace(config, data=dataclasses.replace(config.data, content=Content.chat))
     assert any("data.content=preference" in problem for problem in check(text, world_size=1, local_world_size=1))
+
+
+def test_inspect_data_shows_what_is_compared(tmp_path):
+    rows = [
+        {"prompt": f"say {n}", "chosen": "yes", "rejected": "no", "completion": "yes", "label": True} for n in range(9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["+model=gpt_nano", "model.vocab_size=257", "model.max_positions=96", "task=preference", "data=jsonl"]
+    settings += ["data.path=rows.jsonl", "data.tokenizer=bytes", "train.global_batch_size=1", "samples=1"]
+    for content, loss, told in (
+        ("preference", "orpo", ("chosen", "rejected")),
+        ("rated", "kto", ("good", "another prompt's")),
+    ):
+        more = [f"data.content={content}", f"task.loss={loss}", *(["+adapter=lora"] if loss == "kto" else [])]
+        shown = fork("inspect_data.py", *settings, *more, cwd=tmp_path)
+        assert shown.code == 0, shown.err
+        assert [line.strip().partition(":")[0] for line in shown.out.splitlines()[-2:]] == list(told)
