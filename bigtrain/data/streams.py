@@ -194,7 +194,7 @@ def require_labels(labels: LabelRecord | None, objective: Objective | None, *, w
     if labels is None or labels.kind is not kind:
         found = _TOLD[labels.kind] if labels else "no labels"
         raise DataError(f"{where}: the documents have {found}; the task needs {_TOLD[kind]}")
-    if kind is LabelKind.one and labels.size == 1 and "chosen" not in objective.fields:
+    if kind is LabelKind.one and labels.size == 1:
         raise DataError(f"{where}: all documents have the label {labels.names[0]}; there is nothing to tell apart")
     if labels.size != size:
         what, setting = ("numbers", "num_values") if kind is LabelKind.numbers else ("labels", "num_labels")
