@@ -224,7 +224,8 @@ def _scale_y(axes: Any, log: bool) -> None:
     from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     if not log:
-        axes.set_ylim(bottom=0)
+        if axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

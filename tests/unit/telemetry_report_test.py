@@ -15,6 +15,7 @@ import yaml
 
 from bigtrain.config import TrainConfig
 from bigtrain.config.convert import to_dict
+from bigtrain.telemetry import figures
 from bigtrain.telemetry.history import differences, read_history
 from bigtrain.telemetry.report import render
 
@@ -182,6 +183,16 @@ def test_odd_runs_have_a_page_too(tmp_path: Path):
     assert "not a number" in page and "after step 60" in page
     (tmp_path / "one/metrics.jsonl").write_text(json.dumps(record(7)))
     assert "no loss is finite" in render([read_history(tmp_path / "one")])
+
+
+def test_values_below_0_are_in_the_picture(tmp_path: Path):
+    lines = [json.dumps(record(step) | {"train/up": step, "train/down": -step}) for step in range(1, 9)]
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    with figures.drawing():
+        up, down = (figures.line_figure([read_history(run)], f"train/{name}", name) for name in ("up", "down"))
+    assert up.axes[0].get_ylim()[0] == 0
+    assert down.axes[0].get_ylim()[0] <= -8
 
 
 def test_a_picture_of_the_loss_alone(tmp_path: Path):
