@@ -31,7 +31,7 @@ from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.index import read_index
 from bigtrain.distributed.collectives import broadcast_json
 from bigtrain.engine.base import Engine
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, first_line
 from bigtrain.run.batched import continued, logits_of, shared_out
 from bigtrain.run.evaluation import load_engine, opened
 from bigtrain.run.export import write_tokenizer
@@ -144,6 +144,16 @@ class RunLM(TemplateLM):
         return shared_out(self.engine, rows, answer, length=length, batch_size=self.batch_size)
 
 
+def load_tasks(names: Sequence[str], directory: str | None) -> dict[str, Any]:
+    """Return tasks of the harness, or of a directory, with their data; ConfigError if one is unknown, or cannot be had."""
+    manager = open_tasks(tuple(names), directory)
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # of any library that fetches or reads data
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"lm-evaluation-harness cannot open {', '.join(names)}: {told}") from error
+
+
 @functools.cache
 def open_tasks(names: tuple[str, ...], directory: str | None) -> TaskManager:
     """Return what knows the harness' tasks and those of a directory, after a look at ``names``.
@@ -205,7 +215,7 @@ def _ask(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, float]:
-    loaded = open_tasks(tuple(tasks), directory).load(list(tasks))
+    loaded = load_tasks(tasks, directory)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         task.set_config("num_fewshot", own or 0 if num_fewshot is None or own == 0 else num_fewshot)

@@ -75,9 +75,9 @@ def require_texts(config: TrainConfig, tokenizer: Path | None) -> None:
     if settings.prompts:
         read_prompts(settings.prompts)
     if settings.lm_eval:
-        from bigtrain.run.harness import open_tasks
+        from bigtrain.run.harness import load_tasks
 
-        open_tasks(tuple(settings.lm_eval), settings.lm_eval_tasks).load(settings.lm_eval)
+        load_tasks(settings.lm_eval, settings.lm_eval_tasks)
 
 
 def read_prompts(file: str) -> list[str]:

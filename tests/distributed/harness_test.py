@@ -105,14 +105,18 @@ def test_scores_are_those_of_the_export_at_every_world_size_in_training_and_behi
 def test_mistakes_are_told_before_training(place: Path):
     (place / "code").mkdir()
     (place / "code/own.yaml").write_text("task: own\nprocess_docs: !function ideas.process\n")
+    (place / "gone").mkdir()
+    gone = (place / "tasks/choices.yaml").read_text().replace("rows.jsonl", "gone.jsonl").replace(": choices", ": gone")
+    (place / "gone/gone.yaml").write_text(gone)
     mistakes = {
+        f"validation.lm_eval_tasks={place}/gone validation.lm_eval=[gone]": "cannot open gone: FileNotFoundError",
         "validation.lm_eval=[chioces]": "no task chioces",
         f"validation.lm_eval_tasks={place}/code": "!function would run code",
         "validation.prompts=nowhere.txt": "validation.prompts=nowhere.txt cannot be read",
         "validation.metric=lm_eval": "validation.metric=lm_eval",
     }
     for mistake, told in mistakes.items():
-        done = fork("train.py", *settings(place, "run.name=wrong", mistake), cwd=place)
+        done = fork("train.py", *settings(place, "run.name=wrong", *mistake.split(" ")), cwd=place)
         assert done.code == 2
         assert told in done.out + done.err, (mistake, done.out + done.err)
         assert not (place / "runs/wrong/metrics.jsonl").exists()
