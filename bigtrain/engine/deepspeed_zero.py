@@ -23,6 +23,7 @@ from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, flat_boxes, whole_entry
 from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
@@ -69,7 +70,13 @@ class ZeroEngine(Engine):
         # DeepSpeed averages over the ranks, which the factor dp_size undoes, and would divide by the number of
         # accumulation steps, which scale_wrt_gas=False switches off.
         scale = gradient_scale(loss, self.mesh.dp_size / num_targets)
-        self.module.backward(loss * scale, scale_wrt_gas=False)
+        try:
+            self.module.backward(loss * scale, scale_wrt_gas=False)
+        except RuntimeError as error:
+            if "size of tensor a (0) must match" not in str(error):  # a partition that is gone, in place of a weight
+                raise
+            problem = "DeepSpeed lets go of weights of this model before their gradients are there; use fsdp or zero2"
+            raise of_all_ranks(ConfigError(f"engine=zero3: {problem}")) from error
         return sums
 
     def step(self, lr: float) -> torch.Tensor:
