@@ -3,8 +3,10 @@
 Ranks are forked from a server process that imports torch once, so a call costs a fraction of a second.
 """
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -14,6 +16,7 @@ from typing import Any, cast
 
 from bigtrain.config import parts
 
+_PORTS = random.SystemRandom()
 PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "numpy")
 
 
@@ -31,10 +34,7 @@ def run_ranks(
     """Return what a module-level ``function(*args)`` returns on each rank process; RankFailedError names the first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, function.__module__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, connections = [], []
+    port, processes, connections = free_port(), [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         variables = {**(environ or {}), **_rank_environ(rank, world_size, port)}
@@ -51,6 +51,15 @@ def run_ranks(
         for process in processes:
             process.kill()
             process.join()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, not of those that the system gives to clients: one might take it before us."""
+    while True:
+        port = _PORTS.randrange(10_000, 20_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def _rank_environ(rank: int, world_size: int, port: int) -> dict[str, str]:

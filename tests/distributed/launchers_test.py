@@ -1,7 +1,6 @@
 """Every launcher starts the same script, and the run is the same under all of them."""
 
 import contextlib
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bigtrain.testing.ranks import free_port
 from tests.distributed.launches import (
     SMALL,
     TRAIN,
@@ -31,12 +31,6 @@ ACCELERATE = {
     "accelerate-ddp": ["--multi_gpu", "--num_processes=2"],
 }
 WORLD_SIZES = {"torchrun": 2, "deepspeed": 2, "accelerate": 1, "accelerate-ddp": 2}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def command(launcher: str) -> list[str]:

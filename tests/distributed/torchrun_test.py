@@ -18,16 +18,12 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.distributed import torchrun
 from bigtrain.supervise.attempt import read_exit
+from bigtrain.testing.ranks import free_port
 from tests.distributed.launches import SMALL, TRAIN, Launch, events, fork, program, trajectory
 
 # By default torchrun's agents keep one store for all restarts, and ranks read the addresses of dead ones in it.
 AGENT_VARIABLES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 TRAINING = [*SMALL, "engine=ddp", "train.steps=150", "checkpoint.every_steps=25"]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def rank_processes(agent: Launch) -> list[psutil.Process]:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,9 +73,7 @@ def train(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*local_ranks.PRELOAD, __name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = local_ranks.free_port()
     logs = [cwd / f"{log}-{rank}.log" for rank in range(world_size)]
     own = {key: environment()[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
     processes, begun = [], time.monotonic_ns()

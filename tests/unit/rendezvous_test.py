@@ -26,15 +26,14 @@ from bigtrain.distributed.rendezvous import (
 )
 from bigtrain.errors import BigtrainError, ConfigError, NetworkError
 from bigtrain.processes import RankInfo
+from bigtrain.testing.ranks import free_port
 from tests.distributed.launches import SMALL, TRAIN, Launch
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Let the environment name a free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
+    number = free_port()
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(number))
