@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import logging
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,9 +165,14 @@ def open_tasks(names: tuple[str, ...], directory: str | None) -> TaskManager:
     where = Path(directory) if directory else None
     if where and not where.is_dir():
         raise ConfigError(f"validation.lm_eval_tasks={directory}: no such directory")
-    for file in sorted(where.rglob("*.yaml")) if where else ():
-        if "!function" in file.read_text(encoding="utf-8"):
+    # A file that another one includes may have any name, but lies in the directory.
+    files = [file for file in sorted(where.rglob("*")) if file.suffix in ("", ".yaml", ".yml")] if where else []
+    for file in filter(Path.is_file, files):
+        text = file.read_text(encoding="utf-8")
+        if "!function" in text:
             raise ConfigError(f"{file}: !function would run code that a file names; write the task without it")
+        if re.search(r"""^include:.*(\.\.|[\s'"\[]/)""", text, re.MULTILINE):
+            raise ConfigError(f"{file}: include names a file outside {where}, which may run code; copy it there")
     manager = TaskManager(include_path=directory, include_defaults=False) if where else None
     if manager is None or not set(names) <= set(manager.all_tasks):  # all of the harness' own take seconds to list
         manager = TaskManager(include_path=directory)

@@ -108,7 +108,10 @@ def test_mistakes_are_told_before_training(place: Path):
     (place / "gone").mkdir()
     gone = (place / "tasks/choices.yaml").read_text().replace("rows.jsonl", "gone.jsonl").replace(": choices", ": gone")
     (place / "gone/gone.yaml").write_text(gone)
+    (place / "outside").mkdir()
+    (place / "outside/own.yaml").write_text("include: ../code/own.yaml\ntask: other\n")
     mistakes = {
+        f"validation.lm_eval_tasks={place}/outside": "include names a file outside",
         f"validation.lm_eval_tasks={place}/gone validation.lm_eval=[gone]": "cannot open gone: FileNotFoundError",
         "validation.lm_eval=[chioces]": "no task chioces",
         f"validation.lm_eval_tasks={place}/code": "!function would run code",
