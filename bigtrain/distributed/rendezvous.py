@@ -26,7 +26,8 @@ T = TypeVar("T")
 TELL_SECONDS = 10.0
 RESOLVE_SECONDS = 15.0  # A cluster may publish the name of a node that has just begun a little later
 ANSWER_SECONDS = 6.0  # what accepts a connection and does not answer for so long is no store
-LINGER_SECONDS = 10.0  # so long a rank that cannot begin, or has heard of one, is there for the others to hear
+LINGER_SECONDS = 10.0  # so long rank 0, if some rank cannot begin, serves the store for the others to hear
+TELL_RANK_0_SECONDS = 60.0  # so long another rank that cannot begin waits to tell rank 0, which may still be importing
 _POLL_SECONDS = 0.02
 _NUM_TRIES = 3
 
@@ -83,8 +84,9 @@ def refuse(info: RankInfo, reason: str) -> bool:
     if info.world_size == 1 or dist.is_initialized() or (info.rank == 0 and has_agent_store()):
         return False  # torchrun ends all ranks when rank 0 has ended
     with contextlib.suppress(BigtrainError, RuntimeError, OSError):
-        meet(info, timeout_seconds=LINGER_SECONDS, refusal=reason, quiet=True)
-        return info.rank > 0
+        is_first = info.rank == 0
+        meet(info, timeout_seconds=LINGER_SECONDS if is_first else TELL_RANK_0_SECONDS, refusal=reason, quiet=is_first)
+        return not is_first
     return False
 
 

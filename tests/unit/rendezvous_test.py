@@ -251,7 +251,7 @@ def test_a_wrong_value_on_one_rank_ends_both_and_then_a_stop_ends_the_wait(port:
         first, second = zero.result(), one.result()
     assert (first.code, second.code) == (2, 2)
     assert first.err.startswith(f"rank 1 on {socket.gethostname()}: optimizer.lr=-1.0: ")
-    assert second.err == "", "rank 0 has said it"
+    assert "optimizer.lr" not in second.err, "rank 0 has said it"
     assert not (tmp_path / "runs").exists()
     with Launch(command, tmp_path, **rank_environ(0, port)) as alone:
         alone.wait_until(lambda: accepts(port))
