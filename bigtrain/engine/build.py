@@ -45,7 +45,7 @@ def build_engine(
     def build_task() -> TaskModel:
         model = build_model()
         if isinstance(model, HFNetwork):
-            freeze_unreached(model)
+            freeze_unreached(model, config)
         freeze(model, config.model)
         if precision is Precision.fp8:
             from bigtrain.engine.float8 import use_float8
@@ -64,18 +64,24 @@ def build_engine(
     return engine
 
 
-def freeze_unreached(model: HFNetwork) -> None:
+def freeze_unreached(model: HFNetwork, config: TrainConfig) -> None:
     """Freeze the parameters of a model on the meta device that the loss does not reach.
 
     Otherwise each engine treats them in its own way: DDP waits for their gradients, DeepSpeed lets them decay.
+    ConfigError: the engine would not hear of gradients that the model computes in a backward pass of its own.
     """
-    from bigtrain.models.probe import outermost, unreached_parameters
+    from bigtrain.models.probe import HiddenBackwardError, outermost, unreached_parameters
 
+    kind, names = config.engine.kind, []
     try:
-        names = unreached_parameters(model)
+        names = unreached_parameters(model, config.data.sequence_length)
     except NotImplementedError as error:
         get_logger().warning(f"which parameters the loss reaches cannot be told before training: {error}")
-        return
+    except HiddenBackwardError as error:
+        if not kind.name.startswith("zero"):
+            problem = f"this model computes gradients in a backward pass of its own ({error}), which it does not follow"
+            raise of_all_ranks(ConfigError(f"engine={kind.name}: {problem}; use zero1 or zero2")) from error
+        get_logger().warning(f"which parameters the loss reaches cannot be told: the model has its own {error}")
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     if names:

@@ -32,12 +32,21 @@ _DIRECTIONS = re.compile(r"decoder$|causal|bidirectional|attn_type")
 LONG_ENOUGH = 32  # tokens of a sample in which a model that looks ahead is seen to do so
 
 
+class HiddenBackwardError(Exception):
+    """Parameters get their gradients within a backward pass of the model's own; the message names its function."""
+
+
 class _DryRun(TorchDispatchMode):
     """Computes on the meta device what depends on meta tensors, and for real what does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[Tensor] = set()  # parameters that take part
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
         tensors = list(_tensors((args, kwargs)))
+        self.used.update(tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
         if not any(tensor.is_meta for tensor in tensors):
             on_cpu = functools.partial(
                 tree_map, lambda leaf: torch.device("cpu") if leaf == torch.device("meta") else leaf
@@ -82,20 +91,28 @@ def _check_indices(name: str, args: tuple[Any, ...]) -> None:
             raise IndexError(f"index {int(index.max())} of {args[0].shape[dim]}")
 
 
-def _dry_run(model: HFNetwork, length: int) -> Tensor:
+def _dry_run(model: HFNetwork, length: int, run: _DryRun | None = None) -> Tensor:
     """Return the logits of one sample on the meta device."""
     tensors = model.example(length)
-    with _DryRun(), torch.enable_grad():
+    with run or _DryRun(), torch.enable_grad():
         return next(_tensors(model.train()(*tensors)))
 
 
-def unreached_parameters(model: HFNetwork) -> list[str]:
-    """Return the parameters without a path to the loss; NotImplementedError if control flow depends on numbers."""
-    try:
-        run = copy.deepcopy(model)  # some models keep tables for the longest sample that they have seen
-        logits_BTV = _dry_run(run, SHORT)
-    except Exception as error:
-        raise NotImplementedError(first_line(error)) from error
+def unreached_parameters(model: HFNetwork, length: int | None = None) -> list[str]:
+    """Return the parameters without a path to the loss; ``length`` is that of the samples, if they have one.
+
+    NotImplementedError: control flow depends on numbers. HiddenBackwardError: the graph does not tell, because a
+    function of the model calls ``backward`` by itself (reversible layers, re-entrant checkpoints).
+    """
+    for tokens in (SHORT, length or SHORT):  # some have positions for samples of one length only
+        run, copied = _DryRun(), copy.deepcopy(model)  # some keep tables for the longest sample that they have seen
+        try:
+            logits_BTV = _dry_run(copied, tokens, run)
+            break
+        except Exception as error:
+            problem = error
+    else:
+        raise NotImplementedError(first_line(problem)) from problem
     reached, nodes, seen = set(), [logits_BTV.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -103,7 +120,11 @@ def unreached_parameters(model: HFNetwork) -> list[str]:
             seen.add(node)
             reached.add(getattr(node, "variable", None))
             nodes += [following for following, _ in node.next_functions]
-    return [name for name, parameter in run.named_parameters() if parameter.requires_grad and parameter not in reached]
+    unreached = {name: p for name, p in copied.named_parameters() if p.requires_grad and p not in reached}
+    own = {node.name() for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)}
+    if own and not run.used.isdisjoint(unreached.values()):
+        raise HiddenBackwardError(", ".join(sorted(own)))
+    return list(unreached)
 
 
 def outermost(model: nn.Module, names: list[str]) -> list[str]:

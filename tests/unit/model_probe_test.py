@@ -5,12 +5,19 @@ import pytest
 import torch
 import transformers
 
-from bigtrain.config import DataConfig, EngineConfig, ModelConfig, ModelKind, Precision, TrainConfig
+from bigtrain.config import DataConfig, EngineConfig, EngineKind, ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.engine import build
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import build_causal_lm
-from bigtrain.models.probe import leak, longest_sample, outermost, require_positions, unreached_parameters
+from bigtrain.models.probe import (
+    HiddenBackwardError,
+    leak,
+    longest_sample,
+    outermost,
+    require_positions,
+    unreached_parameters,
+)
 from bigtrain.tasks.base import TaskModel
 from bigtrain.tasks.causal_lm import CausalLM
 
@@ -59,7 +66,7 @@ def test_a_tower_for_images_is_not_reached_and_not_the_blocks(tmp_path):
     of_text = [name for name, _ in model.named_parameters() if ".language_model." in name]
     assert len(names) + len(of_text) == len(list(model.parameters()))
     assert outermost(model, names) == ["causal_lm.model.vision_tower", "causal_lm.model.multi_modal_projector"]
-    build.freeze_unreached(model)
+    build.freeze_unreached(model, TrainConfig())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == names
     assert len(model.blocks) == 2
 
@@ -84,7 +91,24 @@ def test_a_model_that_cannot_be_run_dry_is_said_to_be_so_and_trained(tmp_path, c
         model = Counts(2, 2)
     with pytest.raises(NotImplementedError):
         unreached_parameters(model)
-    build.freeze_unreached(model)
+    build.freeze_unreached(model, TrainConfig())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 4)], ids=["of any length", "of one length"])
+def test_reversible_layers_are_not_taken_for_unreached_ones(shape, tmp_path):
+    settings = dict(SMALL, is_decoder=True, attn_layers=["local", "local"], axial_pos_embds_dim=[16, 16])
+    config = transformers.ReformerConfig(**settings, axial_pos_shape=shape)
+    model, length = on_meta(config, tmp_path), shape[0] * shape[1]
+    with pytest.raises(HiddenBackwardError, match="_ReversibleFunctionBackward"):
+        unreached_parameters(model, length)
+    ddp, zero2 = (
+        TrainConfig(engine=EngineConfig(kind=kind), data=DataConfig(sequence_length=length))
+        for kind in (EngineKind.ddp, EngineKind.zero2)
+    )
+    with pytest.raises(ConfigError, match="engine=ddp: this model computes gradients in a backward pass of its own"):
+        build.freeze_unreached(model, ddp)
+    build.freeze_unreached(model, zero2)
     assert all(p.requires_grad for p in model.parameters())
 
 
