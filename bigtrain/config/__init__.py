@@ -231,15 +231,19 @@ class OptimizerConfig:
     """The update rule."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """``adamw``; ``muon`` for the matrices of the blocks, with AdamW for the rest; or ``sgd`` with Nesterov momentum ``betas[0]`` and decay that is part of the gradient."""
+    """``adamw``; ``muon`` for the matrices of the blocks, with AdamW for the rest; or, with decay that is part of the gradient, ``adam`` and ``sgd`` with momentum ``betas[0]``."""
     lr: Annotated[float, Bound(gt=0)] = 3e-4
     """Peak learning rate."""
     betas: Annotated[list[float], Bound(ge=0, lt=1)] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the two moment estimates."""
     eps: Annotated[float, Bound(ge=1.2e-38), OnlyIf("kind", not_in=("sgd",))] = 1e-8
     """Added to the root of the second moment; what is smaller is 0 in fp32."""
+    nesterov: Annotated[bool, OnlyIf("kind", is_in=("sgd",))] = True
+    """Whether the momentum is Nesterov's, which looks one step ahead, or the plain one."""
     weight_decay: Annotated[float, Bound(ge=0)] = 0.1
-    """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
+    """Decay of matrices, decoupled from the gradient but for ``adam`` and ``sgd``; vectors (biases, norms) are not decayed."""
+    l1: Annotated[float, Bound(ge=0), OnlyIf("kind", not_in=("muon",))] = 0.0
+    """Weight of the L1 norm of matrices: after an update each number moves to 0 by ``lr * l1`` and stops there."""
     grad_clip: Annotated[float, Bound(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     average: Annotated[float | None, Bound(gt=0, lt=1)] = None

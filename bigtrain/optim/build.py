@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bigtrain.config import OptimizerConfig, OptimizerKind
+from bigtrain.distributed.collectives import local_part
 from bigtrain.optim.muon import Muon, is_hidden_matrix
 from bigtrain.tasks.base import canonical_name
 
@@ -26,7 +27,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         (hidden if by_muon else decay if num_dims >= 2 else no_decay if num_dims else scalars).append(parameter)
     groups = [
         {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
-        {"params": decay, "weight_decay": config.weight_decay, "muon": False},
+        {"params": decay, "weight_decay": config.weight_decay, "l1": config.l1, "muon": False},
         {"params": no_decay, "weight_decay": 0.0, "muon": False},
         {"params": scalars, "weight_decay": 0.0, "muon": False},
     ]
@@ -34,12 +35,28 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer over ``groups``; AdamW's fused kernel exists on CPU and GPU."""
+    """Return the optimizer over ``groups``; Adam's fused kernels exist on CPU and GPU."""
     beta1, beta2 = config.betas
+    optimizer: torch.optim.Optimizer
     if config.kind is OptimizerKind.sgd:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=beta1, nesterov=beta1 > 0, foreach=True)
-    rule = Muon if config.kind is OptimizerKind.muon else torch.optim.AdamW
-    return rule(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+        nesterov = config.nesterov and beta1 > 0
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=beta1, nesterov=nesterov, foreach=True)
+    else:
+        rule = {OptimizerKind.muon: Muon, OptimizerKind.adam: torch.optim.Adam}.get(config.kind, torch.optim.AdamW)
+        optimizer = rule(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    if config.l1:
+        optimizer.register_step_post_hook(_shrink)
+    return optimizer
+
+
+@torch.no_grad()
+def _shrink(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Take the proximal step of the L1 norm, soft thresholding (Daubechies et al., 2004), unless the update was skipped."""
+    applied = 1 - getattr(optimizer, "found_inf", 0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("l1") else ():
+            weight = local_part(parameter)
+            weight.copy_(weight.sign() * (weight.abs() - group["lr"] * group["l1"] * applied).clamp(min=0))
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
