@@ -25,6 +25,7 @@ from tests.faults.injection import RUN, train
 from tests.faults.object_store import FaultyStore
 
 LIMIT = 0.5
+STILL_SECONDS = 8.0  # without a new step: the run waits for data
 SETTINGS = ["data.source=prepared", f"data.path={URL}", "data.shuffle_window_shards=1", "model.vocab_size=257"]
 SETTINGS += ["train.steps=150", "supervision.hang_seconds=3", "supervision.first_hang_seconds=30"]
 
@@ -148,12 +149,18 @@ def test_a_run_waits_for_a_slow_store(
     monkeypatch: pytest.MonkeyPatch,
 ):
     def slow_down(_processes: list[object]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while num_steps(tmp_path / RUN) < 10 and time.monotonic() < deadline:
             time.sleep(0.02)
         store.faults += [(r"train-.*\.bin", "500"), (r"train-.*\.bin", "hang")]
+        steps, since = 0, time.monotonic()
+        while time.monotonic() < min(since + STILL_SECONDS, deadline):  # on a busy machine the loader is far ahead
+            if steps != num_steps(tmp_path / RUN):
+                steps, since = num_steps(tmp_path / RUN), time.monotonic()
+            time.sleep(0.1)
+        store.released.set()
 
-    monkeypatch.setattr(store, "hang_seconds", 10.0)
+    monkeypatch.setattr(store, "hang_seconds", 90.0)
     ended = train(tmp_path, *SETTINGS, environ=environ(), prepare=load_step_by_step, meanwhile=slow_down)
     assert ended.codes == [0, 0], ended
     assert not store.faults

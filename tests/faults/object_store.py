@@ -22,6 +22,8 @@ class FaultyStore:
     seen: list[tuple[str, str]] = field(default_factory=list)
     """(path, fault or "") of every download."""
     hang_seconds: float = 5.0
+    released: threading.Event = field(default_factory=threading.Event)
+    """Ends what hangs."""
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -34,7 +36,7 @@ class FaultyStore:
             start_response(f"{fault} Injected", [("Content-Length", "0")])
             return []
         if fault == "hang":
-            time.sleep(self.hang_seconds)
+            self.released.wait(self.hang_seconds)
         body = self.application(environ, start_response)
         if fault == "slow":
             return self._pieces(body, seconds=0.02)
