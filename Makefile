@@ -64,7 +64,7 @@ bench: install
 	$(BIN)/pip install --no-deps --constraint $(CONSTRAINTS) litdata
 	$(BIN)/pip install --no-deps --editable .
 
-# torch first: pip must not choose its build while it resolves the rest. The configured indexes may
+# Another torch may want another setuptools (2.11 an older one). torch first: pip must not choose its build while it resolves the rest. The configured indexes may
 # have the CPU build already; otherwise it comes from PyTorch's own.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -77,7 +77,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  $(BIN)/pip install "$(TORCH_PIN)$(TORCH_BUILD)" --extra-index-url $(TORCH_INDEX); } \
 	  || { echo "no $(TORCH_PIN)$(TORCH_BUILD) to be had; 'make install TORCH_BUILD=' takes PyPI's build" >&2; exit 1; }
 	@echo "2 of 2: bigtrain and the other packages: a minute or two"
-	@sed 's/^torch==.*/$(TORCH_PIN)/' constraints.txt >$(CONSTRAINTS)
+	@sed -e 's/^torch==.*/$(TORCH_PIN)/' $(if $(TORCH),-e '/^setuptools==/d') constraints.txt >$(CONSTRAINTS)
 	@$(BIN)/pip install --editable '.[all]' --constraint $(CONSTRAINTS)
 	@touch $@
 
