@@ -1,6 +1,6 @@
 """Hidden tokens, predicted from both sides."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,28 @@ class MaskedLM:
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         tokens_BT, targets_BT = tensors
-        logits_BTV = network(tokens_BT)
-        chosen_BT = targets_BT != IGNORE_INDEX
-        logits_NV, targets_N = logits_BTV[chosen_BT].float(), targets_BT[chosen_BT]
-        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum")
-        correct = (logits_NV.argmax(dim=-1) == targets_N).sum()
-        return torch.stack([loss, correct.float(), chosen_BT.sum().float()])
+        return sums_of_tokens(network, (tokens_BT,), targets_BT)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         return {"accuracy": float(sums["correct"]) / max(float(sums["targets"]), 1.0)}
+
+
+def sums_of_tokens(network: nn.Module, inputs: Sequence[Tensor], targets_BT: Tensor) -> Tensor:
+    """Return loss, right predictions and number of the targets that are not ignored, fp32 ``(3,)``."""
+    counted_BT = targets_BT != IGNORE_INDEX
+    logits_NV, targets_N = _logits_at(network, inputs, counted_BT).float(), targets_BT[counted_BT]
+    loss = F.cross_entropy(logits_NV, targets_N, reduction="sum")
+    correct = (logits_NV.argmax(dim=-1) == targets_N).sum()
+    return torch.stack([loss, correct.float(), counted_BT.sum().float()])
+
+
+def _logits_at(network: nn.Module, inputs: Sequence[Tensor], places_BT: Tensor) -> Tensor:
+    """Return the logits ``(N, V)`` of some places; a network that names its last layer computes no others."""
+    if (last := getattr(network, "output_layer", None)) is None:
+        return network(*inputs)[places_BT]
+    hook = last.register_forward_pre_hook(lambda _, given: given[0][places_BT])
+    try:
+        logits = network(*inputs)
+    finally:
+        hook.remove()
+    return logits if logits.ndim == 2 else logits[places_BT]  # of a network that multiplies without that layer

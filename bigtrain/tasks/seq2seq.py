@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bigtrain.tasks.answers import Wanted, write_greedily
 from bigtrain.tasks.base import IGNORE_INDEX, Field
 from bigtrain.tasks.causal_lm import perplexity
 from bigtrain.tasks.inputs import require_lengths
+from bigtrain.tasks.masked_lm import sums_of_tokens
 
 SOURCE = {"source": Field(torch.int64, ("S",)), "source_lengths": Field(torch.int64, (), padding=1)}
 """A text; a sample without a token would attend to nothing."""
@@ -46,11 +46,7 @@ class Seq2Seq:
 
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         *inputs, targets_BT = tensors
-        counted_BT = targets_BT != IGNORE_INDEX
-        logits_NV, targets_N = network(*inputs)[counted_BT].float(), targets_BT[counted_BT]
-        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum")
-        correct = (logits_NV.argmax(dim=-1) == targets_N).sum()
-        return torch.stack([loss, correct.float(), counted_BT.sum().float()])
+        return sums_of_tokens(network, inputs, targets_BT)
 
     def answers(self, network: Callable[..., Tensor], *tensors: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
         """Return the ``text`` that is written of each source, at most as long as the tokens that are given."""

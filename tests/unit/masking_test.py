@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from torch import nn
 
+from bigtrain.config import Head
+from bigtrain.models.hf.build import HFCausalLM
+from bigtrain.models.hf.heads import HFNetwork
 from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.masked_lm import sums_of_tokens
 from bigtrain.tasks.masking import Masking, number_words
 
 N, T, V, MASK = 500, 64, 1000, 1000
@@ -71,3 +78,42 @@ def test_all_or_nothing(share):
 def test_words_of_tokens():
     begins = np.array([True, False, True])
     assert number_words(np.array([[0, 1, 1, 2, 0, 1]]), begins).tolist() == [[1, 1, 1, 2, 3, 3]]
+
+
+class Hidden(nn.Module):
+    """A network that does not say what its last layer is."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs):
+        return self.network(*inputs)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "mobilebert"])
+def test_only_targets_are_multiplied_by_the_vocabulary(kind):
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 90, (4, 16))
+    targets = tokens.where(torch.rand(4, 16) < 0.3, IGNORE_INDEX)
+    if kind == "t5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 97}
+        network = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, dropout_rate=0.0))
+        network, inputs = HFNetwork(network, Head.seq2seq_lm), (tokens, torch.full((4,), 16), tokens)
+    else:  # MobileBERT multiplies by its weights without a layer
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 97, "hidden_size": 32}
+        sizes |= {"intermediate_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes |= {"embedding_size": 16} if kind == "mobilebert" else {}
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+        network, inputs = HFCausalLM(transformers.AutoModelForMaskedLM.from_config(config), Head.masked_lm), (tokens,)
+    rows, found = [], []
+    network.output_layer.register_forward_hook(lambda _, given, output: rows.append(output.shape[:-1].numel()))
+    for called in (network, Hidden(network)):
+        network.zero_grad()
+        sums = sums_of_tokens(called, inputs, targets)
+        sums[0].backward()
+        found.append([sums, *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 10
+    for few, all_of_them in zip(*found, strict=True):
+        torch.testing.assert_close(few, all_of_them, rtol=1e-5, atol=1e-6)
+    assert rows == ([] if kind == "mobilebert" else [int((targets != IGNORE_INDEX).sum()), 64])

@@ -121,6 +121,11 @@ class HFNetwork(nn.Module):
         self._padding: int | None = getattr(text_config, "pad_token_id", None)
         self.arguments = set(inspect.signature(network.forward).parameters)
 
+    @property
+    def output_layer(self) -> nn.Module | None:
+        """The layer that makes logits over a vocabulary of states ``(..., D)``."""
+        return self.causal_lm.get_output_embeddings()
+
     def forward(self, inputs: Tensor, *others: Tensor) -> Any:
         """Return logits: ``(B, C)``, or ``(B, T, C)`` of a classifier of tokens or a decoder; or embeddings ``(B, D)``.
 
