@@ -122,7 +122,7 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``gettext`` (catalogues, ``.mo``), ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``gettext`` (catalogues, ``.mo``), ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, a URL of these, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     settings: Annotated[dict[str, Any], OnlyIf("source", is_in=("own",))] = field(default_factory=dict)
     """Settings of an own part."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None

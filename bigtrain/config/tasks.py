@@ -90,6 +90,8 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     if task.kind in OF_HIDDEN_TEXT:
         yield from _check_hidden_text(task, model, data)
     yield from _check_class_weights(task)
+    if task.multi_label and data.augment.mixup:
+        yield "data.augment.mixup: blends one label with another, and task.multi_label has any number; leave it out"
     if task.kind not in TaskKind.__members__:
         return
     is_by_sample = task.kind in (TaskKind.classification.name, TaskKind.regression.name)

@@ -152,6 +152,10 @@ def _open_records(
             raise DataError(
                 f"data.path={data.path}: all images are of the class {names[0]}; there is nothing to tell apart"
             )
+        wanted = objective.fields["labels"].shape if "labels" in objective.fields else source.labels.shape[1:]
+        if len(wanted) != source.labels.ndim - 1:
+            told = "one label; leave task.multi_label out" if wanted else "several labels; set task.multi_label=true"
+            raise DataError(f"data.path={data.path}: each image has {told}")
         if num_labels is not None and num_labels < len(names):
             raise DataError(
                 f"data.path={data.path}: has {len(names)} classes ({some(names, 4)}), but task.num_labels={num_labels}; set "

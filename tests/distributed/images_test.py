@@ -7,9 +7,11 @@ import os
 import numpy as np
 import pytest
 
+import bigtrain
 from bigtrain.cli.hydra_cli import read_run
 from bigtrain.config import EngineKind
 from bigtrain.data.read.images import Augmentation
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.run.directory import label_names
 from bigtrain.run.inspection import inspect_run
 from bigtrain.run.step import train_step
@@ -68,6 +70,29 @@ def test_engines_and_worlds_agree_and_augmentation_of_the_rank_is_seen(given):
 def test_continued_elsewhere_it_is_the_same_run_with_the_same_metrics(given, place):
     assert_continues_elsewhere(given, place)
     assert (place / "runs" / "parts" / "data.json").read_text() == (place / "runs" / "whole" / "data.json").read_text()
+
+
+def test_images_with_several_labels_are_trained_on_and_predicted(place):
+    lines = []
+    for file in sorted((place / "pictures").rglob("*.png")):
+        dark = np.asarray(Image.open(file)).mean() < 127
+        labels = [name for name, holds in (("dark", dark), ("zero", "class0" in str(file))) if holds]
+        lines.append(json.dumps({"file_name": str(file), "labels": labels}))
+    (place / "several").mkdir()
+    (place / "several" / "metadata.jsonl").write_text("\n".join(lines))
+    given = [*(s for s in SETTINGS if "num_" not in s and "mixup" not in s), "task.multi_label=true", "engine=ddp"]
+    given += [f"data.path={place}/several", f"data.root={place}/data", f"run.root={place}/runs", "run.name=several"]
+    run = bigtrain.train(*given)
+    metrics = bigtrain.validate(run)
+    assert 0 <= metrics["f1"] <= 1 and "auc" in metrics and label_names(run.directory) == ["dark", "zero"]
+    answers = bigtrain.predict(run, place / "pictures" / "class1")
+    assert len(answers) == 20 and all(set(answer["labels"]) <= {"dark", "zero"} for answer in answers)
+    with pytest.raises(ConfigError, match=r"data.augment.mixup: .*task.multi_label"):
+        bigtrain.train(*given, "data.augment.mixup=0.4")
+    with pytest.raises(BigtrainError, match="several labels"):
+        bigtrain.train(*(s for s in given if "multi_label" not in s), "run.name=one")
+    with pytest.raises(BigtrainError, match="one label"):
+        bigtrain.train(*given, f"data.path={place}/pictures", "run.name=other")
 
 
 def test_the_last_validation_is_told_and_a_step_is_shown(given, place):

@@ -143,6 +143,60 @@ def test_parquet_of_the_hub_has_the_names_of_its_labels(tmp_path):
         opened(tmp_path, tmp_path / "data")
 
 
+def test_images_are_fetched_from_a_url_once(tmp_path, capfd):
+    fsspec = pytest.importorskip("fsspec")
+    colours = RANDOM.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    for number, pixels in enumerate(colours):
+        save(tmp_path / "in" / "ab"[number % 2] / f"{number}.png", pixels)
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "in"), "/pictures", recursive=True)
+    right = opened(tmp_path / "in", tmp_path / "data")
+    for _ in range(2):
+        found = opened("memory://pictures", tmp_path / "data")
+        assert np.array_equal(found.pixels, right.pixels) and found.index.label_names == ["a", "b"]
+    assert found.index.fingerprint == right.index.fingerprint and len(list((tmp_path / "data").glob("fetched-*"))) == 1
+    with pytest.raises(DataError, match=r"memory://nothing: there is no such file or directory"):
+        opened("memory://nothing", tmp_path / "data")
+    with pytest.raises(DataError, match=r"data.path=odd://x: cannot be fetched"):
+        opened("odd://x", tmp_path / "data")
+
+
+def test_an_image_may_have_several_labels(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lists = [[], ["cat"], ["cat", "dog"], ["dog", "owl"], ["owl"], []]
+    right = np.array([[name in own for name in ("cat", "dog", "owl")] for own in lists])
+    grey = RANDOM.integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    for number, pixels in enumerate(grey):
+        save(tmp_path / "files" / f"{number}.png", pixels)
+    table = tmp_path / "files" / "metadata.jsonl"
+    lines = [json.dumps({"file_name": f"{i}.png", "labels": own}) for i, own in enumerate(lists)]
+    table.write_text("\n".join(lines))
+    images = [{"bytes": (tmp_path / "files" / f"{i}.png").read_bytes()} for i in range(6)]
+    numbers = [[["cat", "dog", "owl"].index(name) for name in own] for own in lists]
+    features = {"image": {}, "labels": {"feature": {"names": ["cat", "dog", "owl"]}, "_type": "List"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    (tmp_path / "table").mkdir()
+    rows = pa.table({"image": images, "labels": pa.array(numbers, pa.list_(pa.int64()))})
+    pq.write_table(rows.replace_schema_metadata(metadata), tmp_path / "table" / "train.parquet")
+    for name in ("files", "table"):
+        found = opened(tmp_path / name, tmp_path / "data")
+        assert np.array_equal(found.labels, right) and found.index.label_names == ["cat", "dog", "owl"]
+        assert np.array_equal(found.pixels[..., 0], grey)
+    table.write_text("\n".join(json.dumps({"file_name": f"{i}.png", "label": i % 2}) for i in range(6)))
+    found = opened(tmp_path / "files", tmp_path / "data")
+    assert found.labels.tolist() == [0, 1] * 3 and found.index.label_names == ["0", "1"]
+    for line, told in (
+        ('{"file_name": "9.png", "label": 1}', r"jsonl:7: there is no file"),
+        ('{"label": 1}', r'jsonl:7: not as {"file_name"'),
+        ('{"file_name": "1.png", "label": []}', "some labels are lists and others are not"),
+    ):
+        table.write_text("\n".join([*(f'{{"file_name": "{i}.png", "label": {i}}}' for i in range(6)), line]))
+        with pytest.raises(DataError, match=told):
+            opened(tmp_path / "files", tmp_path / "data")
+
+
 def test_kinds_of_files_are_read_right_or_named(tmp_path):
     grey = RANDOM.integers(0, 256, (8, 8), dtype=np.uint8)
     colour = RANDOM.integers(0, 256, (8, 8, 3), dtype=np.uint8)

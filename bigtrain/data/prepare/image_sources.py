@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ _FASHION_NAMES = [
     "Ankle boot",
 ]
 _IDX_BYTES, _IDX_RANKS = 0x08, {"images": 3, "labels": 1}
+_TABLE = "metadata.jsonl"  # names files and their labels, as the datasets library has it
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 Raw = NDArray[np.uint8] | Path | bytes  # an image of a source: pixels ``(H, W)``, or what Pillow decodes
@@ -37,7 +39,7 @@ Raw = NDArray[np.uint8] | Path | bytes  # an image of a source: pixels ``(H, W)`
 class Side(NamedTuple):
     """Images to train on, or of a test set."""
 
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64]  # numbers ``(N,)``, or ``(N, C)`` where an image may have several: 1 of those that it has
     read: Callable[[int], Raw]
     where: Callable[[int], str]  # name of an image in messages
 
@@ -71,8 +73,9 @@ def find_images(path: str) -> Place:
         raise DataError(
             f"data.path={path}: data=images reads a directory of images, MNIST's files in one, or .parquet files"
         )
-    idx = _idx_files(root)
-    return Place(list(idx.values()), lambda: _read_idx(idx, path)) if idx else _of_directory(root, path)
+    if idx := _idx_files(root):
+        return Place(list(idx.values()), lambda: _read_idx(idx, path))
+    return _of_table(root / _TABLE) if (root / _TABLE).is_file() else _of_directory(root, path)
 
 
 def _of_package(path: str, name: str) -> Place:
@@ -177,6 +180,30 @@ def _class_files(top: Path, classes: list[str]) -> tuple[list[Path], Side]:
     return files, Side(np.array(labels, dtype=np.int64), lambda i: files[i], lambda i: str(files[i]))
 
 
+def _of_table(file: Path) -> Place:
+    """Return the images that a file of lines ``{"file_name": ..., "label": <a label, or a list of them>}`` names."""
+    images: list[Path] = []
+    labels: list[Any] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            images.append(file.parent / row["file_name"])
+            labels.append(next(row[name] for name in _LABEL_COLUMNS if name in row))
+        except (ValueError, TypeError, KeyError, StopIteration) as error:
+            raise DataError(f'{file}:{number}: not as {{"file_name": "a.png", "label": "cat"}}, or a list') from error
+        if not images[-1].is_file():
+            raise DataError(f"{file}:{number}: there is no file {images[-1]}")
+    several = {isinstance(label, list) for label in labels}
+    if len(several) != 1:
+        raise DataError(f"{file}: some labels are lists and others are not, or there are none; write all alike")
+    lists = [[str(label) for label in own] for own in (labels if several == {True} else [[own] for own in labels])]
+    names = sorted({label for own in lists for label in own})
+    numbers = [[names.index(label) for label in own] for own in lists]
+    found = _as_array(numbers if several == {True} else np.array([own[0] for own in numbers]), len(names), file)
+    side = Side(found, lambda i: images[i], lambda i: str(images[i]))
+    return Place([file, *images], lambda: Source([side], names))
+
+
 def _shown(directory: Path) -> list[Path]:
     return sorted(entry for entry in directory.iterdir() if not entry.name.startswith((".", "__MACOSX")))
 
@@ -191,28 +218,48 @@ def _read_parquet(files: list[Path], path: str) -> Source:
     is_held_out = [file.name.lower().startswith(HELD_OUT) for file in files]
     if all(is_held_out):
         is_held_out = [False] * len(files)
+    columns = [_columns(table, file) for table, file in zip(tables, files, strict=True)]
+    names = _class_names(tables[0].schema, [labels for _, labels in columns])
+    columns = [(images, _as_array(labels, len(names), files[i])) for i, (images, labels) in enumerate(columns)]
     sides = []
     for side in (False, True):
         parts = [i for i, held_out in enumerate(is_held_out) if held_out is side]
         if parts:
-            columns = [_columns(tables[i], files[i]) for i in parts]
-            sides.append(_of_columns(columns, [files[i] for i in parts]))
-    return Source(sides, _class_names(tables[0].schema, sides))
+            sides.append(_of_columns([columns[i] for i in parts], [files[i] for i in parts]))
+    return Source(sides, names)
 
 
-def _columns(table: Any, file: Path) -> tuple[Any, NDArray[np.int64]]:
+def _columns(table: Any, file: Path) -> tuple[Any, Any]:
+    """Return the images of a table and their labels, each a number or a list of them."""
     import pyarrow as pa
+
+    def holds_labels(name: str) -> bool:
+        kind = schema.field(name).type if name in schema.names else pa.null()
+        return pa.types.is_integer(kind) or (pa.types.is_list(kind) and pa.types.is_integer(kind.value_type))
 
     schema = table.schema
     images = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    labels = [name for name in _LABEL_COLUMNS if name in schema.names and pa.types.is_integer(schema.field(name).type)]
+    labels = [name for name in _LABEL_COLUMNS if holds_labels(name)]
     if not images or not labels:
         raise DataError(
             f"{file}: its columns are {', '.join(schema.names)}; data=images reads an image with 'bytes' and a number 'label'"
         )
     if table[labels[0]].null_count:
         raise DataError(f"{file}: {table[labels[0]].null_count} rows have no {labels[0]}")
-    return table[images[0]], table[labels[0]].to_numpy().astype(np.int64)
+    column = table[labels[0]]
+    return table[images[0]], column.to_pylist() if pa.types.is_list(column.type) else column.to_numpy()
+
+
+def _as_array(labels: Any, num_labels: int, file: Path) -> NDArray[np.int64]:
+    """Return labels ``(N,)``, or of lists ``(N, C)`` with 1 for each that is in the list; DataError: one is unknown."""
+    if not isinstance(labels, list):
+        return labels.astype(np.int64)
+    found = np.zeros((len(labels), num_labels), dtype=np.int64)
+    for row, own in enumerate(labels):
+        if wrong := [label for label in own if label is None or not 0 <= label < num_labels]:
+            raise DataError(f"{file}: row {row}: label {wrong[0]}; the classes are 0 to {num_labels - 1}")
+        found[row, own] = 1
+    return found
 
 
 def _of_columns(columns: list[tuple[Any, NDArray[np.int64]]], files: list[Path]) -> Side:
@@ -233,10 +280,14 @@ def _of_columns(columns: list[tuple[Any, NDArray[np.int64]]], files: list[Path])
     return Side(np.concatenate([labels for _, labels in columns]), read, where)
 
 
-def _class_names(schema: Any, sides: list[Side]) -> list[str]:
+def _class_names(schema: Any, labels: list[Any]) -> list[str]:
     """Return the names that datasets has written into the file, or numbers."""
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     for name in _LABEL_COLUMNS:
-        if names := (described.get(name) or {}).get("names"):
+        feature = described.get(name) or {}
+        if names := feature.get("names") or (feature.get("feature") or {}).get("names"):
             return [str(name) for name in names]
-    return [str(label) for label in range(1 + max(int(side.labels.max(initial=0)) for side in sides))]
+    numbers = itertools.chain.from_iterable(
+        itertools.chain.from_iterable(part) if isinstance(part, list) else part for part in labels
+    )
+    return [str(label) for label in range(1 + max(map(int, numbers), default=0))]

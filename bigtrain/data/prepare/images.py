@@ -20,6 +20,7 @@ from bigtrain.config.packages import require
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.prepare.image_sources import Raw, Source, find_images
 from bigtrain.data.read.images import INDEX_FILE, LABELS, PIXELS, ImageIndex
+from bigtrain.data.read.remote import is_url
 from bigtrain.errors import DataError, first_line
 from bigtrain.files import make_directory
 from bigtrain.log import get_logger, reporter
@@ -38,13 +39,43 @@ class _Shape(NamedTuple):
 
 def prepare_images(config: DataConfig, *, progress: bool) -> Path:
     """Return ``<data.root>/images-<name>``, by files and settings, with decoded images; DataError: one is damaged."""
-    place = find_images(config.path)
+    place = find_images(_fetched(config.path, config.root) if is_url(config.path) else config.path)
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in place.files for stat in [file.stat()]]
     settings = [config.image_size, config.image_channels, config.validation_fraction, config.on_bad_row.name]
     identity = hashlib.sha256(json.dumps([_FORMAT, stats, settings]).encode()).hexdigest()
     directory = Path(config.root, f"images-{identity[:12]}")
     make_directory(directory, lambda work: _fill(work, config, place.read(), progress))
     return directory
+
+
+def _fetched(url: str, root: str) -> str:
+    """Copy the files at a URL that fsspec knows below ``root``, once; DataError: there are none, or they cannot be had."""
+    import fsspec
+
+    if url.startswith("s3://"):
+        require(f"data.path={url}", "s3fs", "s3")
+    try:
+        system, place = fsspec.core.url_to_fs(url)
+        files = {name: facts.get("size") for name, facts in sorted(system.find(place, detail=True).items())}
+        identity = hashlib.sha256(json.dumps([url, files]).encode()).hexdigest()
+        directory = Path(root, f"fetched-{identity[:12]}")
+
+        def fill(work: Path) -> None:
+            get_logger().info(f"data.path={url}: fetching {len(files)} files")
+            names = [name.removeprefix(place).strip("/") or Path(name).name for name in files]
+            for name in names:
+                if ".." in Path(name).parts:
+                    raise ValueError(f"{name} leads out of it")
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+            system.get(list(files), [str(work / name) for name in names])
+
+        if files:
+            make_directory(directory, fill)
+    except Exception as error:  # each file system has its own
+        raise DataError(f"data.path={url}: cannot be fetched: {first_line(error)}") from error
+    if not files:
+        raise DataError(f"data.path={url}: there is no such file or directory")
+    return str(directory)
 
 
 def _fill(work: Path, config: DataConfig, source: Source, progress: bool) -> None:
@@ -95,7 +126,7 @@ def _fill(work: Path, config: DataConfig, source: Source, progress: bool) -> Non
 def _require_known(source: Source) -> None:
     names = source.label_names
     for side in source.sides:
-        for i in np.flatnonzero((side.labels < 0) | (side.labels >= len(names)))[:1].tolist():
+        for i in np.argwhere((side.labels < 0) | (side.labels >= len(names)))[:1, 0].tolist():
             raise DataError(f"{side.where(i)}: label {side.labels[i]}; the classes are 0 to {len(names) - 1}")
     if not any(len(side.labels) for side in source.sides):
         raise DataError("data.path: there is no image")
