@@ -171,6 +171,8 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)
     """Names of parameters that are not trained, with ``*`` and ``?``, such as ``[embed_*, blocks.0.*]``; checkpoints do
     not hold them."""
+    freeze_batch_norm: Annotated[bool, OnlyIf("kind", is_in=("hf",))] = False
+    """Batch normalisation uses the means and variances of the weights that the run begins with, in training too."""
     adapter: AdapterConfig | None = None
     """Adapters beside frozen weights; checkpoints hold them alone: ``+adapter=lora``."""
     init_std: Annotated[float, Bound(ge=0)] = 0.02

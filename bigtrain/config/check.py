@@ -91,7 +91,8 @@ def resolve(config: RunT) -> RunT:
     if own_sets(data, "validation"):
         data.validation_fraction = 0.0
     # Pretrained weights know the ids of one tokenizer; one trained on the corpus would be another language.
-    if (origin := model.init_from or (model.name if model.pretrained else None)) and data.tokenizer == "bpe":
+    origin = model.init_from or (model.name if model.pretrained else None)
+    if origin and data.tokenizer == "bpe" and model.head not in WITHOUT_LENGTH:
         data.tokenizer = origin
     name = config.run.name or re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(model.name or "run").name)
     return dataclasses.replace(
@@ -144,11 +145,11 @@ def _check_data(data: DataConfig) -> Iterator[str]:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"data={part.source.name}" if where == "data" else f"{where}.source={part.source.name}"
             yield f"{where}.path: missing; {chosen} needs {where}.path=<{what}>"
-        if part.source not in PATHLESS | {DataSource.prepared} and "://" in (part.path or ""):
+        if part.source not in PATHLESS | {DataSource.prepared, DataSource.images} and "://" in (part.path or ""):
             instead = (
                 "write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine"
             )
-            yield f"{where}.path={part.path}: a URL, which only {where}.source=prepared reads; {instead}"
+            yield f"{where}.path={part.path}: a URL, which only {where}.source=prepared and images read; {instead}"
     meant = difflib.get_close_matches(data.tokenizer.lower(), OWN_TOKENIZERS, n=1, cutoff=0.75)
     if meant and data.tokenizer not in OWN_TOKENIZERS:  # before a hub is asked for it
         other = f"(a directory of that name is data.tokenizer=./{data.tokenizer})"
@@ -296,6 +297,8 @@ def _check_model(model: ModelConfig) -> Iterator[str]:
             )
         if model.settings and not model.architecture:
             yield "model.settings: they are those of model.architecture, which is not set"
+        if model.freeze_batch_norm and not (model.init_from or model.pretrained):
+            yield "model.freeze_batch_norm: from scratch there are no means to keep; add model.pretrained or model.init_from"
         if model.init_from and model.pretrained:
             yield (
                 f"model.init_from={model.init_from!r} gives the trunk, and model.pretrained=true all weights of model.name; "

@@ -1,6 +1,7 @@
 """How a network is built without memory for its parameters, and where its blocks are."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -63,11 +64,27 @@ def find_stacks(network: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
     ]
 
 
+def batch_norms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the batch normalisations of a network with their names."""
+    modules = network.named_modules()
+    return ((name, module) for name, module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+def freeze_batch_statistics(network: nn.Module) -> None:
+    """Let batch normalisation use its stored means and variances in training too; its factors are trained."""
+    for _, module in batch_norms(network):
+        module.eval()
+        module.train = functools.partial(_stay, module)  # type: ignore[method-assign]
+
+
+def _stay(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return module
+
+
 def refuse_batch_statistics(network: nn.Module, where: str, advice: str) -> None:
     """Raise a ConfigError if a network has batch normalisation."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                f"{where}{name} ({type(module).__name__}) takes means over a micro-batch, so the run would depend on how "
-                f"a step is cut; {advice}"
-            )
+    for name, module in batch_norms(network):
+        raise ConfigError(
+            f"{where}{name} ({type(module).__name__}) takes means over a micro-batch, so the run would depend on how "
+            f"a step is cut; {advice}"
+        )

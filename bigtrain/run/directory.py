@@ -40,11 +40,10 @@ from bigtrain.files import CONFIG_FILE, read_json, such_as_runs, write_anew, wri
 from bigtrain.log import redact
 from bigtrain.models.hf.build import build_hf_model, has_own_code, read_hf_config
 from bigtrain.models.hf.files import published_directory, weight_files
-from bigtrain.models.hf.load import BUFFERS_FILE, stored_buffers
+from bigtrain.models.hf.load import BUFFERS_FILE, MODEL_DIRECTORY, stored_buffers
 from bigtrain.supervise.attempt import ATTEMPT_FILE, now, read_exit
 from bigtrain.telemetry.files import EVENTS_FILE, JsonLines, read_jsonl
 
-MODEL_DIRECTORY = "model"
 FACTS_FILE = "data.json"  # what is known of the data, such as the names of labels, mean and deviation of images
 DESCRIPTION_FILES = (
     "config.json",
@@ -96,7 +95,8 @@ def keep_model(directory: Path, model: ModelConfig) -> None:
         if (published / name).is_file():
             shutil.copyfile(published / name, own / name)
     with torch.device("meta"):
-        buffers = dict(stored_buffers(build_hf_model(model).causal_lm)) if model.pretrained else {}
+        has_stored = model.pretrained or model.freeze_batch_norm
+        buffers = dict(stored_buffers(build_hf_model(model).causal_lm)) if has_stored else {}
     if buffers:
         save_file(buffers, own / BUFFERS_FILE)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import bigtrain
 from bigtrain.cli.hydra_cli import read_run
-from bigtrain.config import EngineKind
+from bigtrain.config import EngineKind, Precision
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.run.directory import read_config
+from bigtrain.run.export import export
 from bigtrain.run.inspection import inspect_step
 from bigtrain.testing.parity import Case, compare, configure, trace
 from bigtrain.testing.ranks import run_ranks
@@ -394,6 +397,46 @@ def test_numbers_and_code_that_are_wrong_are_a_sentence_with_their_place(place):
     given = [*settings("regression", place), *given]
     found = refused(*(setting for setting in given if not setting.startswith("data")), data=rows)
     assert "row 20: IndexError" in found and "it had 40 rows, and has 10 now" in found
+
+
+def test_frozen_batch_normalisation_keeps_its_means_under_every_engine(place):
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    base = transformers.ResNetForImageClassification(transformers.ResNetConfig(**shape, num_labels=7))
+    for buffer in filter(torch.is_floating_point, base.buffers()):
+        buffer.uniform_(0.5, 1.5)
+    base.save_pretrained(place / "resnet")
+    told = ", ".join(f"{key}: {value}" for key, value in shape.items())
+    given = ["+model=hf", "model.architecture=resnet", f"model.settings={{{told}}}", "model.freeze_batch_norm=true"]
+    given += [
+        "task=classification",
+        "task.inputs=pixels",
+        "task.num_labels=10",
+        *RECORDS,
+        *RUN,
+        f"run.root={place}/runs",
+    ]
+    given += [f"data.path={place}/images.npz", f"data.root={place}/data"]
+    assert "from scratch there are no means to keep" in refused(*given, "engine=ddp")
+    config = read_run([*given, f"model.init_from={place}/resnet"])
+    cases = Case(EngineKind.zero3, 2, 1), Case(EngineKind.ddp, 1, 7)
+    found, right = (
+        run_ranks(trace, case.world_size, configure(config, case), timeout_seconds=200)[0] for case in cases
+    )
+    assert (difference := compare(found, right)).loss <= 1e-6 and difference.grad_norm <= 1e-5
+    run = bigtrain.train(*given, "engine=ddp", f"model.init_from={place}/resnet", "run.name=frozen")
+    (place / "resnet").rename(place / "gone")
+    again = bigtrain.train(*given, "engine=ddp", f"model.init_from={run.directory}", "run.name=again", "train.steps=1")
+    for directory in (run.directory, again.directory):
+        export(directory, directory / "out", precision=Precision.fp32, max_shard_bytes=2**30)
+        opened = transformers.ResNetForImageClassification.from_pretrained(directory / "out").eval()
+        kept = {name: buffer for name, buffer in base.named_buffers() if buffer.is_floating_point()}
+        assert len(kept) == 12 and all(torch.equal(opened.get_buffer(name), value) for name, value in kept.items())
+        pixels = np.load(place / "images.npz")["pixels"][:5]
+        with torch.no_grad():
+            probabilities = opened(torch.from_numpy(pixels)).logits.softmax(-1).max(-1).values
+        asked = [answer["probability"] for answer in bigtrain.predict(directory, {"pixels": pixels})]
+        assert asked == pytest.approx(probabilities.tolist(), rel=1e-5)
 
 
 def test_what_does_not_go_together_is_a_sentence(place):

@@ -20,7 +20,12 @@ from bigtrain.config.convert import nearest
 from bigtrain.errors import ConfigError, first_line, some
 from bigtrain.files import write_anew
 from bigtrain.log import quiet_torchao
-from bigtrain.models.construction import outermost_lists, parameters_on_meta, refuse_batch_statistics
+from bigtrain.models.construction import (
+    freeze_batch_statistics,
+    outermost_lists,
+    parameters_on_meta,
+    refuse_batch_statistics,
+)
 from bigtrain.models.hf.files import refuse_adapter, unreadable
 from bigtrain.models.hf.heads import HEADS, HFNetwork, PreTrainedModel, prepare_config
 from bigtrain.models.hf.load import read_buffers
@@ -170,12 +175,16 @@ def build_hf_model(config: ModelConfig) -> HFNetwork:
             f"model.name={config.name!r} ({hf_config.model_type}) cannot be trained as a {head.what}: "
             f"{_reason(error)}; choose {head.architectures}, or correct its config.json"
         ) from error
-    if not is_language_model(config):
-        refuse_batch_statistics(
-            causal_lm, f"model.name={config.name!r}: ", "choose convnext or vit, or +model=cnn_mnist"
+    if config.freeze_batch_norm:
+        freeze_batch_statistics(causal_lm)
+    elif not is_language_model(config):
+        advice = (
+            "with trained weights set model.freeze_batch_norm=true; else choose convnext or vit, or +model=cnn_mnist"
         )
+        refuse_batch_statistics(causal_lm, f"model.name={config.name!r}: ", advice)
     if config.pretrained:
         _require_labels(causal_lm, config)
+    if config.pretrained or config.freeze_batch_norm:
         with torch.device("cpu"):
             read_buffers(causal_lm, config)
     return (HFCausalLM if is_language_model(config) else HFNetwork)(causal_lm, config.head)

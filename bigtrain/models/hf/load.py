@@ -21,7 +21,8 @@ from bigtrain.models.hf.files import FLOATS, SHOWN, StoredTensor, stored_tensors
 from bigtrain.models.hf.heads import HEADS, PreTrainedModel, is_of_head
 from bigtrain.models.init import Newest
 
-BUFFERS_FILE = "buffers.safetensors"  # of the model that a run was started from; checkpoints hold parameters
+MODEL_DIRECTORY = "model"  # of a run, what describes its network
+BUFFERS_FILE = "buffers.safetensors"  # in it, of the model that a run was started from; checkpoints hold parameters
 CHUNK_ELEMENTS = 2**22  # elements of two tensors that are compared at a time
 
 
@@ -212,15 +213,16 @@ def _is_derived(tensor: StoredTensor) -> bool:
 
 
 def read_buffers(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Fill the model's stored buffers from the run's own file or the published weights; raises as :func:`published`."""
+    """Fill the model's stored buffers from a run's file of them or published weights; raises as :func:`published`."""
     if buffers := dict(stored_buffers(model)):
-        own = Path(str(config.name), BUFFERS_FILE)
-        of_run = {tensor.key: tensor for tensor in tensors_of(own)} if own.is_file() else None
+        setting, origin = ("model.init_from", config.init_from) if config.init_from else ("model.name", config.name)
+        kept = (Path(str(config.name), BUFFERS_FILE), Path(str(config.init_from), MODEL_DIRECTORY, BUFFERS_FILE))
+        of_run = next(({tensor.key: tensor for tensor in tensors_of(path)} for path in kept if path.is_file()), None)
         in_head = functools.partial(is_of_head, model) if HEADS[config.head].is_fresh else None
-        values = of_run or published(model, config.name, setting="model.name", is_of_head=in_head)
+        values = of_run or published(model, origin, setting=setting, is_of_head=in_head)
         for name in buffers.keys() & values.keys():
             flat = torch.empty(buffers[name].numel(), dtype=torch.float32)
             values[name].fill(0, flat)
             if flat.isnan().any():
-                raise ConfigError(f"model.name={config.name!r}: {name} has numbers that are NaN; download it again")
+                raise ConfigError(f"{setting}={origin!r}: {name} has numbers that are NaN; download it again")
             buffers[name].copy_(flat.view(buffers[name].shape))
