@@ -64,8 +64,8 @@ bench: install
 	$(BIN)/pip install --no-deps --constraint $(CONSTRAINTS) litdata
 	$(BIN)/pip install --no-deps --editable .
 
-# Another torch may want another setuptools (2.11 an older one). torch first: pip must not choose its build while it resolves the rest. The configured indexes may
-# have the CPU build already; otherwise it comes from PyTorch's own.
+# torch first: pip must not choose its build while it resolves the rest. The configured indexes may have the CPU build
+# already; otherwise it comes from PyTorch's own. Another torch may want another setuptools (2.11 an older one).
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "$(PYTHON) is no Python 3.11, 3.12 or 3.13 ($$($(PYTHON) --version 2>&1 | head -n 1)); make install PYTHON=python3.12" >&2; exit 1; }
