@@ -114,6 +114,8 @@ class AdapterConfig:
     also_train: list[str] = field(default_factory=list)
     """Names of parameters that are trained too, such as ``[*norm*]``; the new head of a classifier always is."""
 
+    nf4: bool = False
+    """Keep the frozen linear layers of the blocks in 4 bits (QLoRA), under ``ddp``, ``fsdp`` and ``hsdp``."""
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:

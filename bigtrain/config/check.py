@@ -403,3 +403,7 @@ def check_adapter(config: TrainConfig) -> Iterator[str]:
     if adapter.kind is not AdapterKind.lora and engine.kind is EngineKind.zero3:
         instead = "which engine=zero3 does not gather for it; use engine=fsdp"
         yield f"model.adapter.kind=dora: it reads whole weights, {instead}"
+    if adapter.nf4 and engine.kind not in (EngineKind.ddp, *FSDP_KINDS):
+        yield f"model.adapter.nf4: engine={engine.kind.name} takes no weights in 4 bits; use engine=ddp, fsdp or hsdp"
+    if adapter.nf4 and adapter.kind is not AdapterKind.lora:
+        yield "model.adapter.nf4: kind=dora reads whole weights, which there are none of; use kind=lora"

@@ -39,6 +39,7 @@ OURS = {
     "modules_to_save": "model.adapter.also_train",
     "use_dora": "model.adapter.kind",
     "use_rslora": "model.adapter.rslora",
+    "load_in_4bit": "model.adapter.nf4",
     # nanoGPT, Megatron, torchtitan
     "n_layer": "model.num_layers",
     "n_head": "model.num_heads",

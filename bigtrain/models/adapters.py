@@ -18,6 +18,7 @@ from bigtrain.errors import ConfigError, some
 from bigtrain.log import quiet_torchao
 from bigtrain.models.construction import find_stacks
 from bigtrain.models.init import InitialValue
+from bigtrain.models.nf4 import NF4Linear, Quantised, is_nf4
 from bigtrain.models.programs import Program, Recorder
 
 _MAGNITUDE = ".lora_magnitude_vector.default.weight"
@@ -51,10 +52,15 @@ def peft_config(config: AdapterConfig, modules: list[str]) -> Any:
 def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
     """Add adapters to a network with parameters on the meta device, in place; raises as :func:`adapted_modules`."""
     settings = peft_config(config, adapted_modules(network, config))
+    in_blocks = adapted_modules(network, AdapterConfig()) if config.nf4 else []
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(settings, network)
     network.requires_grad_(True)  # what is frozen is said elsewhere
+    for name in in_blocks:
+        if not any(fnmatchcase(f"{bare(name)}.weight", pattern) for pattern in config.also_train):
+            place = f"{name}.base_layer" if hasattr(network.get_submodule(name), "base_layer") else name
+            network.set_submodule(place, NF4Linear(network.get_submodule(place)))
 
 
 def adapted_modules(network: nn.Module, config: AdapterConfig) -> list[str]:
@@ -88,18 +94,25 @@ def _is_linear(module: nn.Module) -> bool:
 def adapter_values(
     config: ModelConfig, build: Callable[[], nn.Module], base: Mapping[str, InitialValue], seed: int
 ) -> dict[str, InitialValue]:
-    """Return the initial values of adapters, as peft draws them; DoRA takes norms of rows of the ``base`` values."""
+    """Return the initial values of adapters, as peft draws them, and of what follows from the ``base`` values beside them.
+
+    That is the norms of rows for DoRA, and weights in 4 bits.
+    """
     with torch.device("meta"):
         network = build()
         with Recorder() as recorder, torch.no_grad():
             add_adapters(network, config.adapter)
     values: dict[str, InitialValue] = {}
     for name, parameter in network.named_parameters():
-        if name.endswith(_MAGNITUDE):
-            layer = name.removesuffix(_MAGNITUDE)
-            own = network.get_submodule(f"{layer}.base_layer")
+        if is_nf4(name):
+            owner, _, part = name.rpartition(".")
+            layer: Any = network.get_submodule(owner)
+            values[plain_name(name)] = Quantised(base[plain_name(f"{owner}.weight")], layer.shape, part)
+        elif name.endswith(_MAGNITUDE):
+            owner = name.removesuffix(_MAGNITUDE)
+            own = network.get_submodule(f"{owner}.base_layer")
             shape, is_transposed = own.get_parameter("weight").shape, not isinstance(own, nn.Linear)
-            values[name] = RowNorms(base[f"{layer}.weight"], shape, is_transposed=is_transposed)
+            values[name] = RowNorms(base[f"{owner}.weight"], shape, is_transposed=is_transposed)
         elif is_of_adapter(name):
             values[name] = Program(recorder.of(parameter), seed, name)
     return values

@@ -76,7 +76,10 @@ class _Layout:
 
 
 def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
-    """Return the numbers of parameters, and the native shape with the most similar activations, if there is one."""
+    """Return the numbers of parameters, and the native shape with the most similar activations, if there is one.
+
+    Parameters of other types count as as many fp32 ones as take their memory.
+    """
     if model.kind is ModelKind.native and not (model.freeze or model.adapter):
         return model_sizes(model), model
     import torch
@@ -90,13 +93,13 @@ def measure_model(model: ModelConfig) -> tuple[ModelSizes, ModelConfig | None]:
     with torch.device("meta"):
         built = build_model(model)
     parameters = {plain_name(name): parameter for name, parameter in built.named_parameters()}
-    frozen = sum(parameters[name].numel() for name in frozen_names(parameters, model))
+    frozen = sum(parameters[name].nbytes for name in frozen_names(parameters, model)) // 4
     if model.kind is ModelKind.native and not model.adapter:
         return dataclasses.replace(model_sizes(model), frozen=frozen), model
-    total = sum(p.numel() for p in built.parameters())
+    total = sum(p.nbytes for p in built.parameters()) // 4
     blocks = [block for stack in find_stacks(built) for block in stack]
     num_layers = len(blocks) or 1
-    block = sum(p.numel() for block in blocks for p in block.parameters()) // num_layers
+    block = sum(p.nbytes for block in blocks for p in block.parameters()) // 4 // num_layers
     matrices = [p.numel() for block in blocks for p in block.parameters() if p.ndim == 2]
     sizes = ModelSizes(
         root=total - block * num_layers,
@@ -182,6 +185,8 @@ def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, d
     else:
         has_early_gradients = accumulates or world_size > 1 or kind is EngineKind.accelerate
         layout = _ddp_layout(config, sizes, bf16, has_early_gradients)
+    if config.model.adapter and config.model.adapter.nf4:
+        layout.backward += 12 * sizes.largest  # a matrix in fp32, of whose codes two are a byte, and their indices
     if config.optimizer.kind is OptimizerKind.muon:
         is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
         num_owners = ranks.dp_shard if is_sharded else world_size

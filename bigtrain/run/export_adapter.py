@@ -31,7 +31,9 @@ class MergedWeights:
     def __init__(self, reader: WeightReader, model: ModelConfig) -> None:
         self._reader = reader
         with torch.device("meta"):
-            self._network = build_model(model)
+            self._network = build_model(
+                dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, nf4=False))
+            )
         self.keys = [key for key in reader.keys if not is_of_adapter(key)]
 
     def read(self, key: str) -> torch.Tensor:

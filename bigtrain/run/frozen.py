@@ -26,6 +26,7 @@ from bigtrain.models.hf.build import build_hf_model
 from bigtrain.models.hf.heads import is_of_head
 from bigtrain.models.hf.values import trunk_values
 from bigtrain.models.init import InitialValue, Newest, Whole
+from bigtrain.models.nf4 import CODES, SCALES, NF4Linear, dequantise, is_nf4
 from bigtrain.run.directory import find_whole, is_run, own_model
 
 _ODD = 0x1E3779B97F4A7C15
@@ -62,7 +63,7 @@ def hash_of(entries: Mapping[str, Entry]) -> str:
 
 
 def _sum(box: Box, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a sum of the bits of a box's elements, each times a number of its place in the whole tensor, modulo 2^64."""
+    """Return a sum of the bits of a box's elements in fp32, each times a number of its place in the tensor, modulo 2^64."""
     view, offsets = (box.view, box.offsets) if shape else (box.view[None], (0,))
     total, first = torch.zeros((), dtype=torch.int64), offsets[0]
     for rows in view.split(_CHUNK_ROWS):
@@ -71,7 +72,7 @@ def _sum(box: Box, shape: tuple[int, ...]) -> torch.Tensor:
             begin = first if dim == 0 else offsets[dim]
             along = torch.arange(begin, begin + size, device=rows.device).view(-1, *[1] * (rows.ndim - dim - 1))
             place = place * (shape[dim] if shape else 1) + along
-        total += ((2 * place + 1) * _ODD * rows.contiguous().view(torch.int32)).sum().cpu()
+        total += ((2 * place + 1) * _ODD * rows.float().contiguous().view(torch.int32)).sum().cpu()
         first += len(rows)
     return total
 
@@ -98,15 +99,21 @@ def load_state(path: Path, entries: Mapping[str, Entry], *, some_only: bool = Fa
         raise of_all_ranks(CheckpointError(problem))
 
 
-def load_weights(path: Path, entries: Mapping[str, Entry], config: TrainConfig) -> None:
-    """Fill weights from another run's checkpoint; new adapters begin with initial values. All ranks call this."""
+def load_weights(path: Path, entries: Mapping[str, Entry], config: TrainConfig, *, some_only: bool = False) -> None:
+    """Fill weights from another run's checkpoint; new adapters begin with initial values. All ranks call this.
+
+    ``some_only`` is as in :func:`load_state`.
+    """
     model, fresh = config.model, {}
     if model.adapter and read_run_state(path).config["model"].get("adapter") is None:
-        fresh = {key: entry for key, entry in entries.items() if is_of_adapter(key)}
-        base, read = dataclasses.replace(model, adapter=None), Newest(WeightReader(path).read)
-        stored = {key.removeprefix(MODEL): Whole(functools.partial(read, key)) for key in entries.keys() - fresh.keys()}
+        fresh = {key: entry for key, entry in entries.items() if is_of_adapter(key) or is_nf4(key)}
+    if fresh:
+        base, reader = dataclasses.replace(model, adapter=None), WeightReader(path)
+        read = Newest(reader.read)
+        stored = {key.removeprefix(MODEL): Whole(functools.partial(read, key)) for key in reader.keys}
         fill_weights(fresh, adapter_values(model, functools.partial(build_model, base), stored, config.train.seed))
-    load_state(path, {key: entry for key, entry in entries.items() if key not in fresh})
+    kept = {key: entry for key, entry in entries.items() if key not in fresh}
+    load_state(path, kept, some_only=some_only or any(map(is_nf4, fresh)))
 
 
 def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
@@ -114,17 +121,17 @@ def _refill(path: Path, state: RunState, frozen: Mapping[str, Entry]) -> None:
     if origin and not Path(origin).is_dir():
         problem = f"{path} leaves out {len(frozen)} frozen weights, which came from {origin}, and that is gone"
         raise of_all_ranks(CheckpointError(problem))
-    if origin:
-        load_state(Path(origin), frozen, some_only=True)
-        return
     config = from_dict(TrainConfig, state.config)
+    if origin:
+        load_weights(Path(origin), frozen, config, some_only=True)
+        return
     model = config.model if config.model.pretrained else own_model(config.model, path.parent.parent)
     values = starting_values(model, config.train.seed)
     fill_weights(frozen, values)
 
 
 class WeightReader(TensorReader):
-    """Reads whole tensors of a checkpoint, frozen weights too, which are kept in memory."""
+    """Reads whole tensors of a checkpoint, frozen weights too, which are kept in memory; those in 4 bits as fp32."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -133,9 +140,16 @@ class WeightReader(TensorReader):
         if state.frozen:
             model = own_model(from_dict(TrainConfig, state.config).model, path.parent.parent)
             with torch.device("meta"):
-                shapes = {plain_name(name): p.shape for name, p in build_model(model).named_parameters()}
-            self._frozen = {MODEL + name: torch.empty(shapes[name]) for name in state.frozen.names}
+                network = build_model(model)
+            parameters = {plain_name(name): parameter for name, parameter in network.named_parameters()}
+            names = state.frozen.names
+            self._frozen = {MODEL + name: torch.empty_like(parameters[name], device="cpu") for name in names}
             load_state(path, {key: whole_entry(tensor) for key, tensor in self._frozen.items()})
+            for name, module in network.named_modules():
+                if isinstance(module, NF4Linear):
+                    codes, scales = (self._frozen.pop(MODEL + plain_name(f"{name}.{part}")) for part in (CODES, SCALES))
+                    whole = dequantise(codes, scales, module.shape[1])
+                    self._frozen[MODEL + plain_name(f"{name}.weight")] = whole
         self.keys = [*self.records, *self._frozen]
 
     def shape(self, key: str) -> tuple[int, ...]:

@@ -27,7 +27,11 @@ class LayerNorms:
         self._every_steps = every_steps
         self._device = engine.device
         entries = self._state.entries
-        self._weights = {key.removeprefix(MODEL): entry for key, entry in entries.items() if key.startswith(MODEL)}
+        self._weights = {
+            key.removeprefix(MODEL): entry
+            for key, entry in entries.items()
+            if key.startswith(MODEL) and entry.dtype == torch.float32  # which those in 4 bits are not
+        }
         self._layers = list(dict.fromkeys(layer_of(name) for name in self._weights))
         self._parts: dict[tuple[str, int], list[torch.Tensor]] = {}
         self._old: dict[str, list[torch.Tensor]] = {}

@@ -29,12 +29,13 @@ from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.collectives import init_process_group
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
-from bigtrain.models import build_initial_values, build_model
+from bigtrain.models import build_model
 from bigtrain.plan import Machine, Report, estimate, preflight
 from bigtrain.plan.estimate import COMPONENTS, measure_model
 from bigtrain.plan.machine import NO_LIMIT, cgroup_headroom_bytes
 from bigtrain.plan.report import GIB, with_settings
 from bigtrain.processes import RankInfo
+from bigtrain.run.frozen import describe_frozen, starting_values, without_frozen
 from bigtrain.testing.ranks import run_ranks
 
 PRESETS = Path(__file__).parents[2] / "configs/model"
@@ -317,10 +318,11 @@ def peak_bytes_of_real_steps(values):
 
 def run_steps(config, info, device):
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
-    initialise(engine.state, build_initial_values(config.model, 0), num_threads=1)
+    initialise(engine.state, starting_values(config.model, 0), num_threads=1)
     size = (config.train.micro_batch_size, config.data.sequence_length)
     num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * info.world_size)
-    saver = Saver(Path(config.run.root, str(config.model.num_layers)), engine.state.entries, config.checkpoint)
+    kept = without_frozen(engine.state.entries, describe_frozen(engine.state.entries, config.model))
+    saver = Saver(Path(config.run.root, str(config.model.num_layers)), kept, config.checkpoint)
     for step in range(3 if config.engine.kind is EngineKind.ddp else 2):  # DDP arranges its buckets anew in its second
         tokens = [torch.randint(config.model.vocab_size, size) for _ in range(num_micro_batches)]
         micro_batches = [Batch(tokens=t, targets=t) for t in tokens]
@@ -333,6 +335,7 @@ def run_steps(config, info, device):
 
 GPT = {"num_layers": 4, "hidden_dim": 384, "num_heads": 6, "vocab_size": 8192}
 LLAMA = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "num_kv_heads": 2}
+WIDE = {"num_layers": 4, "hidden_dim": 1024, "num_heads": 8, "vocab_size": 2048}
 BF16 = {"precision": "bf16"}
 
 
@@ -347,6 +350,19 @@ BF16 = {"precision": "bf16"}
         ),
         (2, {"kind": "zero3"}),
         pytest.param(2, {"kind": "zero3", **BF16}, marks=pytest.mark.slow),
+        pytest.param(
+            1, {"kind": "ddp", "length": 32, "model": WIDE | {"adapter": {"rank": 8}}}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            1,
+            {"kind": "ddp", "length": 32, "model": WIDE | {"adapter": {"rank": 8, "nf4": True}}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            {"kind": "fsdp", "length": 32, "model": WIDE | {"adapter": {"rank": 8, "nf4": True}}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
