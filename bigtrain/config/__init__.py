@@ -46,6 +46,7 @@ from bigtrain.config.choices import (
 from bigtrain.config.convert import LocalPath
 from bigtrain.config.data import (
     OF_RECORDS,
+    PERPLEXITIES,
     WITHOUT_TEXT,
     AugmentConfig,
     ComponentConfig,
@@ -113,9 +114,9 @@ class AdapterConfig:
     """Names of linear layers that get one, with ``*`` and ``?``, such as ``[*.q_proj, *.v_proj]``; by default all in the blocks."""
     also_train: list[str] = field(default_factory=list)
     """Names of parameters that are trained too, such as ``[*norm*]``; the new head of a classifier always is."""
-
     nf4: bool = False
     """Keep the frozen linear layers of the blocks in 4 bits (QLoRA), under ``ddp``, ``fsdp`` and ``hsdp``."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from bigtrain.config import (
+    PERPLEXITIES,
     WITHOUT_TEXT,
     DataConfig,
     ModelConfig,
@@ -169,8 +170,8 @@ def _check_live(data: DataConfig) -> Iterator[str]:
             "Hugging Face tokenizer by name, or the directory of a corpus or run that has one "
             "(python launch/prepare.py on a part of the text makes one)"
         )
-    if data.max_train_samples is not None:
-        yield "data.max_train_samples: not offered on the fly, where samples are not known before"
+    for name in _chosen(data):
+        yield f"data.{name}: not offered on the fly, where samples are not known before"
     if data.packing is Packing.documents:
         yield "data.on_the_fly=true: data.packing=documents is of prepared text; leave one of them out"
     if data.filters.duplicates is not Duplicates.keep:
@@ -184,6 +185,11 @@ def _check_live(data: DataConfig) -> Iterator[str]:
                 f"data.mixture.{name}.max_epochs: not offered on the fly, where the length of an epoch is unknown; leave it "
                 f"out, or prepare this component before (data.mixture.{name}.on_the_fly=false)"
             )
+
+
+def _chosen(data: DataConfig) -> list[str]:
+    """Return the settings that choose among the samples."""
+    return [name for name in ("max_train_samples", *PERPLEXITIES) if getattr(data, name) is not None]
 
 
 def _check_preparation(data: DataConfig) -> Iterator[str]:
@@ -205,8 +211,8 @@ def _check_preparation(data: DataConfig) -> Iterator[str]:
 
 
 def _check_mixture(data: DataConfig) -> Iterator[str]:
-    if data.mixture and data.max_train_samples is not None:
-        yield "data.max_train_samples: not offered for a mixture; leave it out, or give components max_epochs"
+    for name in _chosen(data) if data.mixture else ():
+        yield f"data.{name}: not offered for a mixture; leave it out, or give components max_epochs"
     for name, component in data.mixture.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             yield f"data.mixture.{name}: a name has letters, digits, '_' and '-' only"

@@ -205,6 +205,10 @@ class DataConfig:
     """Train on no more samples than these, the same ones with every seed; a larger number has them too."""
     scores: LocalPath | None = None
     """Directory of columns that ``bigtrain score`` has written beside the same samples, such as the log-probabilities of a reference or a teacher."""
+    min_perplexity: Annotated[float | None, Bound(ge=1), OnlyIf("scores", not_in=(None,))] = None
+    """Train on samples of which the model that wrote ``scores`` has at least this perplexity, with ``task=causal_lm``."""
+    max_perplexity: Annotated[float | None, Bound(ge=1), OnlyIf("scores", not_in=(None,))] = None
+    """At most this perplexity."""
     shuffle_window_shards: Annotated[int | None, Bound(ge=1)] = None
     """Shuffle within so many shards (on the fly: parts of the source, of 8 MB or a whole compressed file each) at a time; by default 8 for data that has to be fetched, about 64 MB on the fly, everything for prepared local data."""
     mixture: dict[str, ComponentConfig] = field(default_factory=dict)
@@ -218,6 +222,8 @@ class DataConfig:
 
 OF_RECORDS = (DataSource.records, DataSource.images, DataSource.own)
 """Sources whose samples are records of named columns."""
+PERPLEXITIES = ("min_perplexity", "max_perplexity")
+"""Settings of the perplexities of samples that are trained on."""
 WITHOUT_TEXT = (DataSource.synthetic, *OF_RECORDS)
 """Sources of which nothing is tokenised."""
 

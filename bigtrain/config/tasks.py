@@ -4,7 +4,16 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from bigtrain.config import DataConfig, DataSource, ModelConfig, TaskConfig, TrainConfig, are_records, component_data
+from bigtrain.config import (
+    PERPLEXITIES,
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    are_records,
+    component_data,
+)
 from bigtrain.config.choices import Content, Head, Inputs, ModelKind, Packing, PreferenceLoss, TaskKind
 
 BALANCED = "balanced"
@@ -92,6 +101,9 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     yield from _check_class_weights(task)
     if task.multi_label and data.augment.mixup:
         yield "data.augment.mixup: blends one label with another, and task.multi_label has any number; leave it out"
+    for name in PERPLEXITIES if task.kind != TaskKind.causal_lm.name else ():
+        if getattr(data, name) is not None:
+            yield f"data.{name}: only samples of task=causal_lm are chosen by it; leave it out"
     if task.kind not in TaskKind.__members__:
         return
     is_by_sample = task.kind in (TaskKind.classification.name, TaskKind.regression.name)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import (
     OF_RECORDS,
+    PERPLEXITIES,
     WITHOUT_TEXT,
     AugmentConfig,
     DataConfig,
@@ -44,7 +46,7 @@ from bigtrain.data.read.loader import TrainLoader, require_validation_targets, v
 from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.data.read.scores import open_scores
+from bigtrain.data.read.scores import Scores, open_scores
 from bigtrain.data.read.stream import SampleStream, StoredSamples
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import count_labels, open_streams
@@ -57,6 +59,7 @@ from bigtrain.run.collation import build_collation, relabelled
 from bigtrain.run.directory import read_config
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import IGNORE_INDEX
+from bigtrain.tasks.scoring import LOG_PROBABILITIES, NUM_TARGETS
 from bigtrain.telemetry import names
 
 HELD_OUT = "validation"
@@ -153,7 +156,27 @@ def _add_scores(config: TrainConfig, name: str, stream: SampleStream) -> None:
     wanted = [key for key, field in build_objective(config.task).fields.items() if field.is_optional]
     directory, vocab_size = Path(config.data.scores), config.model.vocab_size
     verify = config.data.verify is Verify.full and (not dist.is_initialized() or dist.get_rank() == 0)
-    stream.scored(open_scores(directory, name, stream.content, wanted, vocab_size=vocab_size, verify=verify))
+    read = partial(open_scores, directory, name, stream.content, vocab_size=vocab_size, verify=verify)
+    low, high = (getattr(config.data, name) for name in PERPLEXITIES)
+    if low is None and high is None:
+        stream.scored(read(wanted))
+    elif name == "train":
+        _choose(stream, read((LOG_PROBABILITIES, NUM_TARGETS)), low or 1.0, high or math.inf)
+
+
+def _choose(stream: SampleStream, scores: Scores, low: float, high: float) -> None:
+    """Train on samples within perplexities alone, and say how many others there are."""
+    if scores.columns.keys() != {LOG_PROBABILITIES, NUM_TARGETS}:
+        raise DataError(f"data.scores: has {some(scores.columns, 2)}; score again, with what=log_probabilities")
+    nats = -scores.columns[LOG_PROBABILITIES].astype(np.float64) / np.maximum(scores.columns[NUM_TARGETS], 1)
+    perplexities, told = np.exp(nats), f"perplexities from {low:g} to {high:g}"
+    least, median, most = np.quantile(perplexities, (0, 0.5, 1))
+    left_out = stream.keep((low <= perplexities) & (perplexities <= high), f"{scores.told} {told}")
+    what = f"{told} are {stream.num_samples} of {stream.num_samples + left_out} training samples"
+    found = f"data.scores: {what}; all are between {least:.4g} and {most:.4g}, half of them below {median:.4g}"
+    if not stream.num_samples:
+        raise DataError(f"{found}; choose others")
+    get_logger().info(found)
 
 
 def open_set(

@@ -16,7 +16,7 @@ from bigtrain.config import Scored
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import IGNORE_INDEX
 
-LOG_PROBABILITIES = "log_probabilities"
+LOG_PROBABILITIES, NUM_TARGETS = "log_probabilities", "num_targets"
 TOP_IDS, TOP_LOG_PROBABILITIES = "top_ids", "top_log_probabilities"
 NOTHING = -1e4  # the logarithm of a probability that is 0, finite in fp16
 
@@ -40,7 +40,8 @@ def score(
 ) -> dict[str, Tensor]:
     """Return columns by name, a row per sample of a batch, by a wrapped :class:`bigtrain.tasks.base.TaskModel`.
 
-    ``log_probabilities``: fp32 ``(B,)``, of pairs ``(B, 2)``; see :func:`log_probabilities`. ``logits`` of a language
+    ``log_probabilities``: fp32 ``(B,)``, of pairs ``(B, 2)``; see :func:`log_probabilities`; and ``num_targets``, int32,
+    that they are the sums of. ``logits`` of a language
     model: ``top_ids``, int32 ``(B, T, K)``, and ``top_log_probabilities`` in ``dtype``, ``(B, T, K + 1)``, the last of
     which is that of all other tokens together; both 0 where no target counts. Of a classifier: ``logits`` as it returns
     them. ``embeddings``: its last hidden states, averaged over the tokens of each text, fp32 ``(B, D)``, of pairs
@@ -69,7 +70,8 @@ def score(
     if not is_language_model:
         return {"logits": logits.to(dtype)}
     if what is Scored.log_probabilities:
-        return {LOG_PROBABILITIES: log_probabilities(logits, batch["targets"])}
+        num_targets_B = (batch["targets"] != IGNORE_INDEX).sum(dim=1).int()
+        return {LOG_PROBABILITIES: log_probabilities(logits, batch["targets"]), NUM_TARGETS: num_targets_B}
     ids_BTK = logits.topk(min(top_k, logits.shape[-1])).indices
     counts_BT1 = (batch["targets"] != IGNORE_INDEX)[..., None]
     log_p_BTK = with_rest(logits, ids_BTK).log_softmax(dim=-1)

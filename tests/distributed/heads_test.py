@@ -1,5 +1,6 @@
 """Heads of transformers' networks: a trunk of another run with a fresh head, exports with labels, and the way back."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,12 +9,15 @@ import torch
 import transformers
 
 import bigtrain
-from bigtrain.config import Precision
+from bigtrain.config import Precision, Scored
+from bigtrain.config.score import ScoreConfig
 from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError
-from bigtrain.run.directory import find_whole
+from bigtrain.run.data import open_data
+from bigtrain.run.directory import find_whole, read_config
 from bigtrain.run.export import export
 from bigtrain.run.frozen import WeightReader
+from bigtrain.run.scoring import score_samples
 
 SIZES = "vocab_size: 300, num_attention_heads: 4, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48"
 BERT = [
@@ -53,6 +57,23 @@ def test_a_trunk_of_another_run_is_taken_bit_for_bit_and_its_head_is_not(place):
             *(*settings, "task=masked_lm", "data=synthetic", "run.name=other", f"run.root={place}"),
             *(f"data.root={place}/data", f"model.init_from={place}/masked"),
         )
+
+
+def test_logits_and_embeddings_that_are_scored_are_those_of_transformers(place):
+    config = read_config(place / "labelled")
+    export(place / "labelled", place / "scorer", precision=Precision.fp32, max_shard_bytes=2**30)
+    stream = open_data(config)["train"]
+    batch = stream.gather(np.arange(stream.num_ids))
+    mask = torch.arange(12) < batch["lengths"][:, None]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(place / "scorer")
+    with torch.no_grad():
+        found = model(input_ids=batch["tokens"], attention_mask=mask, output_hidden_states=True)
+    means = (found.hidden_states[-1] * mask[..., None]).sum(dim=1) / batch["lengths"][:, None]
+    asked = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, expected in (("logits", found.logits), ("embeddings", means)):
+        assert mask.sum() < mask.numel() and expected.std(dim=0).min() > 1e-4, "samples differ, in length too"
+        score_samples(ScoreConfig(**asked, out=str(place / name), by=str(place / "labelled"), what=Scored[name]))
+        assert np.abs(np.load(place / name / f"train.{name}.npy") - expected.numpy()).max() <= 1e-5
 
 
 def test_an_export_has_the_labels_and_opens_with_the_same_logits(place):

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 from bigtrain.config import (
     CheckpointConfig,
@@ -18,13 +20,16 @@ from bigtrain.config import (
     EngineKind,
     Packing,
     PreferenceLoss,
+    RunConfig,
     Scored,
     TaskConfig,
 )
 from bigtrain.config.check import check, resolve
 from bigtrain.config.score import ScoreConfig
 from bigtrain.data.read.scores import SCORES_FILE
+from bigtrain.distributed.collectives import shut_down
 from bigtrain.errors import BigtrainError
+from bigtrain.run import data, launching
 from bigtrain.run.data import open_data
 from bigtrain.run.scoring import score_samples
 from bigtrain.tasks.base import IGNORE_INDEX
@@ -33,7 +38,7 @@ from bigtrain.tasks.kto import KTO
 from bigtrain.testing.parity import Case, compare, configure, trace
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import LAUNCH, Launch, fork
-from tests.distributed.ranks import small_config
+from tests.distributed.ranks import small_config, with_engine
 
 STEPS = 3
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
@@ -158,6 +163,80 @@ def test_objectives_that_read_them_are_equal_under_every_engine(place):
                 assert difference.loss <= 1e-5 and difference.grad_norm <= 1e-5, where
     for other, whole in zip(run_ranks(traces_of_others, 2, forward, rated)[0], expected[1::2], strict=True):
         assert compare(other, whole).loss > 1e-3
+
+
+def test_distillation_goes_on_where_it_was_and_with_no_other_teacher(place, tmp_path):
+    config = configuration(place, TaskConfig(kind="distillation"), Content.pairs)
+    for teacher, top_k in (("teacher", 8), ("other", 4)):
+        score_samples(asking(config, out=str(tmp_path / teacher), by=str(place / "llama"), top_k=top_k))
+
+    def losses(root, engine, teacher="teacher", **run):
+        config.checkpoint = CheckpointConfig(every_steps=3)
+        config.data = dataclasses.replace(config.data, scores=str(tmp_path / teacher))
+        config.run = RunConfig(name="run", root=str(tmp_path / root), **run)
+        launching.run(with_engine(config, engine))
+        lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    whole = losses("whole", "ddp")
+    assert len(losses("parts", "fsdp", stop_after_steps=3)) == 3
+    with pytest.raises(BigtrainError, match="step 3 would not have had the samples that the checkpoint has recorded"):
+        losses("parts", "ddp", "other")
+    shut_down()
+    assert losses("parts", "ddp") == pytest.approx(whole, rel=1e-6) and len(whole) == 6
+
+
+def drawn(config, first=0, count=100):
+    """Return the samples of some positions of the run."""
+    return open_data(config)["train"].ids(first, count)
+
+
+def test_samples_are_chosen_by_the_perplexity_that_was_scored(place, monkeypatch):
+    config = configuration(place, TaskConfig(), Content.pairs)
+    assert (
+        score_samples(asking(config, out=str(place / "nats"), by=str(place / "llama")))
+        == open_data(config)["train"].num_ids + open_data(config)["validation"].num_ids
+    )
+    stream = open_data(config)["train"]
+    batch = stream.gather(np.arange(stream.num_ids))
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    with torch.no_grad():
+        logits = model(batch["tokens"]).logits
+    nats = F.cross_entropy(
+        logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    counts = (batch["targets"] != IGNORE_INDEX).sum(dim=1)
+    perplexities = (nats.view_as(batch["targets"]).sum(dim=1) / counts.clamp(min=1)).exp().numpy()
+    low, high = np.quantile(perplexities, (0.25, 0.75)).tolist()
+    right = np.flatnonzero((low <= perplexities) & (perplexities <= high) & (counts > 0).numpy())
+    chosen = dataclasses.replace(config)
+    chosen.data = dataclasses.replace(
+        config.data, scores=str(place / "nats"), min_perplexity=low * (1 - 1e-6), max_perplexity=high * (1 + 1e-6)
+    )
+    assert check(chosen, world_size=1, local_world_size=1) == []
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "get_logger", lambda: SimpleNamespace(info=told.append, warning=told.append))
+        assert set(drawn(chosen)) == set(right) and 0 < len(right) < stream.num_samples
+    (told,) = (line for line in told if "perplexities" in line)
+    assert f"are {len(right)} of {stream.num_samples} training samples; all are between" in told
+    first, *_ = open_data(chosen)["validation"].ids(0, 1), drawn(chosen)
+    assert len(first), "what is held out is not chosen from"
+    other = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, min_perplexity=None))
+    contents = {open_data(each)["train"].content for each in (config, chosen, other)}
+    assert len(contents) == 3, "a run does not continue with others"
+    assert [*drawn(chosen, 3, 9)] == [*drawn(chosen)[3:12]]
+    none = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, min_perplexity=1.0, max_perplexity=1.0))
+    with pytest.raises(BigtrainError, match=r"perplexities from 1 to 1 are 0 of .* choose others"):
+        open_data(none)
+    index = json.loads((place / "nats" / SCORES_FILE).read_text())
+    del index["sets"]["train"]["columns"]["num_targets"]
+    (place / "nats" / SCORES_FILE).write_text(json.dumps(index))
+    with pytest.raises(BigtrainError, match=r"has log_probabilities; score again, with what=log_probabilities"):
+        open_data(chosen)
+    chosen.task = TaskConfig(kind="distillation")
+    problems = check(chosen, world_size=1, local_world_size=1)
+    assert any("data.max_perplexity: only samples of task=causal_lm are chosen by it" in told for told in problems)
 
 
 def test_what_does_not_fit_is_a_sentence(place):

@@ -3,6 +3,7 @@
 A sample of the stream has one number: the components' samples are numbered on end, in the order of their names.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,14 +55,27 @@ class StoredSamples:
             self._answered = _some_of(
                 np.arange(self.num_ids) if self._answered is None else self._answered, most_samples
             )
-        ends = np.cumsum(packed.shard_samples)
-        drawn = (
-            np.diff(np.searchsorted(self._answered, [0, *ends])) if self._answered is not None else packed.shard_samples
-        )
-        self.order = Order(drawn, seed, window)
-        self.num_samples = self.order.num_samples
+        self._ends = np.cumsum(packed.shard_samples)
+        self.order = Order(packed.shard_samples, seed, window)
+        if self._answered is not None:
+            self._draw(self._answered)
         self.gather, self.documents = packed.gather, packed.documents
         self._fetching: list[int] = []
+
+    @property
+    def num_samples(self) -> int:
+        return self.order.num_samples
+
+    def _draw(self, ids: NDArray[np.int64]) -> None:
+        """From now on draw these samples, in ascending order, alone."""
+        self._answered = ids
+        self.order = dataclasses.replace(self.order, shard_samples=np.diff(np.searchsorted(ids, [0, *self._ends])))
+
+    def keep(self, is_kept: NDArray[np.bool_]) -> int:
+        """From now on draw only samples of which ``is_kept``, ``(num_ids,)``, is true; return how many others were drawn."""
+        drawn = np.arange(self.num_ids) if self._answered is None else self._answered
+        self._draw(drawn[is_kept[drawn]])
+        return len(drawn) - self.num_samples
 
     def ids(self, first: int, count: int) -> NDArray[np.int64]:
         ids = self.order.ids(first, count)
@@ -256,6 +270,12 @@ class SampleStream:
         """From now on give these columns with all samples."""
         self.scores = scores
         self.content = f"{self.content} {scores.told}"
+
+    def keep(self, is_kept: NDArray[np.bool_], told: str) -> int:
+        """Draw only the samples of which ``is_kept`` from now on, of one data set; return how many others were drawn."""
+        self.content = f"{self.content} {told}"
+        ((_, part),) = self._stored
+        return part.keep(is_kept)
 
     def prefetch(self, samples: int) -> None:
         counts = self.mixture.counts(self._position(samples)) if self.is_remote else []
