@@ -31,7 +31,7 @@ from bigtrain.tasks.base import IGNORE_INDEX
 
 STEPS, WORLD_SIZE, BATCH, TOKENS = 20, 2, 8, 48
 NUM_DOCUMENTS = 200
-ADAPTERS, PREFERENCES = "adapters", ("dpo", "ipo")
+ADAPTERS, PREFERENCES = "adapters", ("dpo", "ipo", "orpo", "kto", "kto in micro-batches")
 PACKED, SFT = "packed", ("sft", "packed sft")
 CHAT_TEMPLATE = """\
 <s>{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>\
@@ -49,7 +49,7 @@ def prepare(family: str, what: str, directory: Path) -> None:
     if what in ("adapters", *PREFERENCES):
         (directory / ADAPTERS).touch()
     if what in PREFERENCES:
-        write_pairs(directory, what)
+        (write_rated if what.startswith("kto") else write_pairs)(directory, what)
         return
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(50)]
@@ -73,18 +73,29 @@ def prepare(family: str, what: str, directory: Path) -> None:
 
 
 def write_pairs(directory: Path, loss: str) -> None:
-    """Write pairs of answers of several lengths, and the name of the loss that compares them."""
+    """Write pairs of answers, and the name of the loss that compares them."""
+    rows = write_answers(directory, loss, "chosen", "rejected")
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_rated(directory: Path, loss: str) -> None:
+    """Write answers, two of three of which are good, and the name of the loss that judges them."""
+    rows = [row | {"label": n % 3 > 0} for n, row in enumerate(write_answers(directory, loss, "completion"))]
+    (directory / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_answers(directory: Path, loss: str, *names: str) -> list[dict[str, Any]]:
+    """Write a tokenizer and the name of a loss; return prompts with answers of several lengths."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(50)]
     write_tokenizer(directory / "pretrained", words)
+    (directory / "loss").write_text(loss)
 
     def messages(role: str) -> list[dict[str, str]]:
         return [{"role": role, "content": " ".join(draw.choices(words, k=draw.randint(2, 6)))}]
 
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    rows = [{name: messages(role) for name, role in roles.items()} for _ in range(NUM_DOCUMENTS)]
-    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "loss").write_text(loss)
+    roles = {"prompt": "user"} | dict.fromkeys(names, "assistant")
+    return [{name: messages(role) for name, role in roles.items()} for _ in range(NUM_DOCUMENTS)]
 
 
 def write_tokenizer(directory: Path, words: list[str]) -> Any:
@@ -186,11 +197,15 @@ def configuration(directory: Path, engine: EngineKind, *, world_size: int) -> Tr
     elif (directory / "pairs.jsonl").exists():
         data.path, data.tokenizer = str(directory / "pairs.jsonl"), str(directory / "pretrained")
         data.content, data.packing = Content.preference, Packing.preferences
+    elif (directory / "rated.jsonl").exists():
+        data.path, data.tokenizer = str(directory / "rated.jsonl"), str(directory / "pretrained")
+        data.content, data.packing = Content.rated, Packing.preferences
     else:
         data.path, data.tokenizer = str(directory / "text.jsonl"), "bytes"
     train, task = TrainingConfig(steps=STEPS, global_batch_size=BATCH), TaskConfig()
     if (directory / "loss").exists():
-        task = TaskConfig(kind=TaskKind.preference.name, loss=PreferenceLoss[(directory / "loss").read_text()])
+        loss = (directory / "loss").read_text().partition(" ")[0]
+        task = TaskConfig(kind=TaskKind.preference.name, loss=PreferenceLoss[loss])
     adapter = AdapterConfig(rank=4, alpha=8) if (directory / ADAPTERS).exists() else None
     config = run_config(directory, "pretrained", engine, data, train, world_size=world_size, task=task, adapter=adapter)
     config.optimizer.lr = 1e-2 if adapter else config.optimizer.lr

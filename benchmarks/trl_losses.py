@@ -17,8 +17,27 @@ from bigtrain.config import EngineKind, TrainConfig
 
 
 def trl_losses(directory: Path) -> list[float]:
-    """Train the same pairs, which TRL makes ids of by itself, with its DPOTrainer; return the losses."""
-    from trl import DPOConfig, DPOTrainer
+    """Train the same pairs or rated answers, which TRL makes ids of by itself, with its trainer; return the losses.
+
+    The first term of ORPO is the mean log-probability of the chosen answer, as in its paper (Hong et al. 2024, eq. 6);
+    TRL's own is a mean over all tokens of a micro-batch, those of prompts too. For KTO each prompt has the answer of
+    another one that ours has, in place of one of its micro-batch; that is the whole step, unless the loss says otherwise.
+    """
+    loss = (directory / "loss").read_text()
+    settings: dict[str, Any] = {}
+    if loss == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    elif loss.startswith("kto"):
+        from trl import KTOConfig as Config
+        from trl import KTOTrainer as Trainer
+
+        settings["train_sampling_strategy"] = "sequential"
+    else:
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+
+        settings["loss_type"] = [{"dpo": "sigmoid"}.get(loss, loss)]
 
     config = configuration(directory, EngineKind.ddp, world_size=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.data.tokenizer)
@@ -26,20 +45,31 @@ def trl_losses(directory: Path) -> list[float]:
     rows = list_rows(config, tokenizer)
     forget_lone_rank()
 
-    class Recording(Recorded, DPOTrainer):
+    class Recording(Recorded, Trainer):
         pass
 
-    arguments = DPOConfig(
-        **trainer_arguments(config, directory, 2),
+    class OfPaper(Recording):
+        def concatenated_forward(self, *args: Any) -> tuple[Tensor, ...]:
+            found = super().concatenated_forward(*args)
+            return (*found[:4], -found[0].mean())
+
+    arguments = Config(
+        **trainer_arguments(config, directory, 1 if loss == "kto" else 2),
         beta=config.task.beta,
-        loss_type=[{"dpo": "sigmoid"}.get(config.task.loss.name, config.task.loss.name)],
         max_length=TOKENS + 1,
         bf16=False,
         gradient_checkpointing=False,
+        **settings,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32)
     model, rows = with_same_adapters(model, config), Dataset.from_list(rows)
-    trainer = Recording(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    kind = OfPaper if loss == "orpo" else Recording
+    trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    if loss.startswith("kto"):
+        others = [ids for batch in batches(config) for ids in batch["rejected_targets"].tolist()]
+        completions = [[token for token in ids if token >= 0] for ids in others]
+        prepared = trainer.train_dataset.remove_columns("KL_completion_ids")
+        trainer.train_dataset = prepared.add_column("KL_completion_ids", completions)
     trainer.train()
     return trainer.step_losses()
 
@@ -118,9 +148,10 @@ def chats_of(tokens: Tensor, positions: Tensor, known: set[tuple[int, ...]]) -> 
 
 
 def list_rows(config: TrainConfig, tokenizer: Any) -> list[dict[str, Any]]:
-    """Return the rows of the file in the run's order, found by the ids of their chosen answers."""
+    """Return the rows of the file in the run's order, found by the ids of their chosen or only answers."""
     rows = [json.loads(line) for line in Path(config.data.path).read_text().splitlines()]
-    chats = (tokenizer.apply_chat_template(row["prompt"] + row["chosen"], return_dict=False) for row in rows)
+    answers = [row["prompt"] + row.get("chosen", row.get("completion")) for row in rows]
+    chats = (tokenizer.apply_chat_template(messages, return_dict=False) for messages in answers)
     by_ids = {tuple(ids[: TOKENS + 1]): row for ids, row in zip(chats, rows, strict=True)}
     found = []
     for batch in batches(config):
