@@ -1,5 +1,6 @@
 """Samples of every task, with ragged counts, for ``tasks.py``, ``task_matrix.py`` and ``task_networks.py``."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,11 @@ RECORDS = ["data=records", "data.validation_fraction=0.2"]
 OF_TOKENS = [*RECORDS, f"data.sequence_length={TOKENS}"]
 SAMPLES = {
     "causal_lm": TEXT,
+    "distillation": ["task=distillation", *TEXT, "data.scores={}/scores"],
+    "preference": [
+        *("task=preference", "data=jsonl", "data.content=preference", "data.path={}/preference.jsonl"),
+        *("data.tokenizer=bytes", "data.sequence_length=32", "data.validation_fraction=0.2"),
+    ],
     "masked_lm": ["task=masked_lm", *TEXT],
     "texts": ["task=classification", "task.inputs=tokens", "task.num_labels=3", *OF_TOKENS],
     "tags": ["task=token_classification", "task.num_labels=5", *OF_TOKENS],
@@ -37,6 +43,9 @@ def write_samples(directory: Path, *, image_size: int = 8) -> None:
     random = np.random.default_rng(0)
     lines = (f"def function_{n * j % 97}(x): return x + {n + j}" for n in range(40) for j in range(20))
     (directory / "text.txt").write_text("\n".join(lines))
+    answers = {"chosen": "{0}, gladly, and {0}", "rejected": "no, not {0}"}
+    pairs = [{"prompt": f"say {n}"} | {name: text.format(n) for name, text in answers.items()} for n in range(60)]
+    (directory / "preference.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tokens = random.integers(3, VOCABULARY, (NUM_SAMPLES, TOKENS))
     lengths = random.integers(1, TOKENS + 1, NUM_SAMPLES)
     is_token, numbers = np.arange(TOKENS) < lengths[:, None], np.arange(NUM_SAMPLES)

@@ -1,5 +1,6 @@
 """What ``task_matrix.py`` runs, each function on ranks of its own by ``small_runs.call``."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ from typing import Any
 from small_tasks import settings_of
 
 from bigtrain.cli.hydra_cli import read_run
-from bigtrain.config import TrainConfig
+from bigtrain.config import Scored, TrainConfig
+from bigtrain.config.score import ScoreConfig
 from bigtrain.run import launching
+from bigtrain.run.scoring import score_samples
 
 STEPS, SAVED = 6, 4
 _SIZES = "num_attention_heads: 4, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48"
@@ -32,11 +35,14 @@ def _network(architecture: str, settings: str) -> list[str]:
     return ["+model=hf", f"model.architecture={architecture}", f"model.settings={{{settings}}}"]
 
 
+_DECODER = ["+model=gpt_nano", "model.num_layers=2", "model.hidden_dim=32", "model.num_heads=4", "model.vocab_size=272"]
+_LORA = [*_DECODER, "+adapter=lora", "model.adapter.rank=4"]
 TASKS: dict[str, tuple[str, list[str]]] = {
-    "causal_lm": (
-        "causal_lm",
-        ["+model=gpt_nano", "model.num_layers=2", "model.hidden_dim=32", "model.num_heads=4", "model.vocab_size=272"],
-    ),
+    "causal_lm": ("causal_lm", _DECODER),
+    "causal_lm (LoRA)": ("causal_lm", _LORA),
+    "causal_lm (QLoRA)": ("causal_lm", [*_LORA, "model.adapter.nf4=true"]),
+    "preference (DPO, LoRA)": ("preference", _LORA),
+    "distillation": ("distillation", _DECODER),
     "masked_lm": ("masked_lm", _network("bert", f"vocab_size: 272, {_BERT}")),
     "classification": ("texts", _network("bert", f"vocab_size: 97, {_BERT}")),
     "token_classification": ("tags", _network("bert", f"vocab_size: 97, {_BERT}")),
@@ -72,6 +78,14 @@ def configuration(task: str, place: Path, engine: str, name: str) -> TrainConfig
         f"run.name={_slug(name)}",
     ]
     return read_run([*network, *settings_of(kind, place), *run])
+
+
+def write_scores(place: Path) -> None:
+    """Write what a teacher, of the weights of another seed, says of the samples of distillation."""
+    config = configuration("distillation", place, "fsdp", "teacher")
+    config.train.seed += 1
+    parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    score_samples(ScoreConfig(**parts, out=str(config.data.scores), what=Scored.logits, top_k=8))
 
 
 def whole_run(task: str, place: Path, engine: str, name: str) -> None:

@@ -23,7 +23,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 
 from small_runs import call
 from small_tasks import write_samples
-from task_cells import SAVED, TASKS, killed_run, read_records, whole_run
+from task_cells import SAVED, TASKS, killed_run, read_records, whole_run, write_scores
 
 from bigtrain.testing.ranks import RankFailedError
 
@@ -91,13 +91,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="matrix-") as temporary:
         place = Path(temporary)
         write_samples(place)
+        if "distillation" in args.only:
+            call(write_scores, 1, place)
         for task in args.only:
             cells = [(engine, world) for world in args.worlds for engine in args.engines]
             missing = [cell for cell in cells if f"{task} {cell[0]} {cell[1]}" not in results]
             if missing and (refusal := call(whole_run, 1, task, place, "ddp", task)[1]):
                 sys.exit(f"{task}: {refusal}")
             for engine, world_size in missing:
-                then = ENGINES[(ENGINES.index(engine) + 2) % len(ENGINES)]
+                then = args.engines[(args.engines.index(engine) + 2) % len(args.engines)]
                 next_size = world_size % max(WORLDS) + 1
                 found = examine(task, engine, world_size, then, next_size, place)
                 results[f"{task} {engine} {world_size}"] = found

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import trainer_losses
 import transformers
 from small_runs import InOrder, Recorded, batches, trainer_arguments
 from small_tasks import settings_of, write_samples
@@ -36,12 +37,15 @@ class Case:
     """Settings of a network of some ten thousand parameters."""
     larger: dict[str, Any] | None = None
     """Those of one whose step takes a sizeable part of a second, on larger samples."""
+    settings: tuple[str, ...] = ()
+    """Of the run, besides."""
 
 
 _SMALL = {"vocab_size": 288, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_BERT}
 _SMALL |= {"intermediate_size": 48}
 _LARGER = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, **_BERT}
 _LARGER |= {"intermediate_size": 1024}
+_LLAMA = {"num_attention_heads": 4, "max_position_embeddings": 256}
 _T5 = {"dropout_rate": 0.0, "decoder_start_token_id": 0}
 CASES = {
     "BERT, masked LM": Case("masked_lm", "bert", _SMALL, _LARGER),
@@ -52,6 +56,13 @@ CASES = {
         "t5",
         {"vocab_size": 97, "num_heads": 4, "num_layers": 2, "d_model": 32, "d_kv": 8, "d_ff": 48, **_T5},
         {"vocab_size": 8192, "num_heads": 4, "num_layers": 3, "d_model": 256, "d_kv": 64, "d_ff": 1024, **_T5},
+    ),
+    "Llama with LoRA, next token": Case(
+        "causal_lm",
+        "llama",
+        {"vocab_size": 288, **_LLAMA, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        {"vocab_size": 8192, **_LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4},
+        settings=("+adapter=lora", "model.adapter.rank=8"),
     ),
     "ViT, images": Case(
         "images", "vit", {**_SMALL, "image_size": 8, "patch_size": 2}, {**_LARGER, "image_size": 32, "patch_size": 4}
@@ -115,7 +126,8 @@ def configuration(case: str, directory: Path, *args: str, larger: bool = False, 
         "checkpoint.asynchronous=false",
     ]
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    return read_run([*model, *settings_of(CASES[case].samples, directory), *length, *run, *args])
+    case_settings = [*settings_of(CASES[case].samples, directory), *CASES[case].settings]
+    return read_run([*model, *case_settings, *length, *run, *args])
 
 
 def their_class(config: TrainConfig) -> Any:
@@ -188,10 +200,12 @@ def fit(
     begin: Any = None,
 ) -> Any:
     """Train transformers' own network on the samples of a run, in their order; return the Trainer."""
-    samples = list_samples(config)
+    samples = (trainer_losses.list_samples if config.model.adapter else list_samples)(config)
     forget_lone_rank()
     arguments = transformers.TrainingArguments(**trainer_arguments(config, directory, num_micro_batches))
     network = their_class(config).from_pretrained(directory / "network", dtype=torch.float32)
+    if config.model.adapter:
+        network = trainer_losses.with_same_adapters(network, config)
     trained = kind(model=network, args=arguments, train_dataset=samples, callbacks=callbacks)
     if begin:
         begin()
