@@ -23,74 +23,23 @@ SchedulerKind = StrEnum("SchedulerKind", "constant linear cosine wsd inverse_sqr
 Preflight = StrEnum("Preflight", "stop warn")
 Verify = StrEnum("Verify", "full sizes off")  # how much of a checkpoint is compared with its manifest
 WandbMode = StrEnum("WandbMode", "disabled auto online offline")
-
-
-class TaskKind(Enum):
-    causal_lm = "causal_lm"
-    masked_lm = "masked_lm"
-    classification = "classification"
-    token_classification = "token_classification"
-    regression = "regression"
-    seq2seq = "seq2seq"
-    denoise = "denoise"
-    contrastive = "contrastive"
-    ctc = "ctc"
-    speech = "speech"
-    preference = "preference"
-    reward = "reward"
-    distillation = "distillation"
-
-
-class Quantisation(Enum):
-    """Numbers that an export's linear layers have."""
-
-    int8 = "int8"
-    fp8 = "fp8"
-    int4 = "int4"
-
-
-class Scored(Enum):
-    """What ``bigtrain score`` writes of each sample."""
-
-    log_probabilities = "log_probabilities"
-    logits = "logits"
-    embeddings = "embeddings"
-
-
-class Divergence(Enum):
-    """How far a student is from its teacher."""
-
-    forward = "forward"
-    reverse = "reverse"
-
-
-class DataSource(Enum):
-    stdlib = "stdlib"
-    text = "text"
-    jsonl = "jsonl"
-    csv = "csv"
-    gettext = "gettext"
-    parquet = "parquet"
-    arrow = "arrow"
-    datasets = "datasets"
-    prepared = "prepared"
-    synthetic = "synthetic"
-    records = "records"
-    images = "images"
-    own = "own"
-
-
-class Head(Enum):
-    causal_lm = "causal_lm"
-    masked_lm = "masked_lm"
-    sequence_classification = "sequence_classification"
-    token_classification = "token_classification"
-    image_classification = "image_classification"
-    audio_classification = "audio_classification"
-    seq2seq_lm = "seq2seq_lm"
-    ctc = "ctc"
-    embedding = "embedding"
-    speech_seq2seq = "speech_seq2seq"
+TaskKind = StrEnum(
+    "TaskKind",
+    "causal_lm masked_lm classification token_classification regression seq2seq "
+    "denoise contrastive ctc speech preference reward distillation",
+)
+Quantisation = StrEnum("Quantisation", "int8 fp8 int4")  # of an export's linear layers
+Scored = StrEnum("Scored", "log_probabilities logits embeddings")  # of each sample, by ``bigtrain score``
+Divergence = StrEnum("Divergence", "forward reverse")  # of a student from its teacher
+DataSource = StrEnum(
+    "DataSource",
+    "stdlib text jsonl csv gettext parquet arrow datasets prepared synthetic records images own",
+)
+Head = StrEnum(
+    "Head",
+    "causal_lm masked_lm sequence_classification token_classification image_classification "
+    "audio_classification seq2seq_lm ctc embedding speech_seq2seq",
+)
 
 
 class PreferenceLoss(Enum):

@@ -18,22 +18,22 @@ from bigtrain.config.choices import Content, Head, Inputs, ModelKind, Packing, P
 
 BALANCED = "balanced"
 SMALL_NETWORKS = ("mlp", "cnn", "rnn")
-OF_DOCUMENTS = {
-    TaskKind.classification.name: Content.labelled,
-    TaskKind.token_classification.name: Content.tagged,
-    TaskKind.regression.name: Content.numbers,
-    TaskKind.seq2seq.name: Content.seq2seq,
-    TaskKind.preference.name: Content.preference,
-    TaskKind.reward.name: Content.preference,
-    TaskKind.contrastive.name: Content.seq2seq,
+OF_DOCUMENTS: dict[str, Content] = {
+    TaskKind.classification: Content.labelled,
+    TaskKind.token_classification: Content.tagged,
+    TaskKind.regression: Content.numbers,
+    TaskKind.seq2seq: Content.seq2seq,
+    TaskKind.preference: Content.preference,
+    TaskKind.reward: Content.preference,
+    TaskKind.contrastive: Content.seq2seq,
 }
 """Tasks whose samples of text are documents, and what these have to hold."""
-PREDICT_LABELS = (TaskKind.classification.name, TaskKind.token_classification.name)
-OF_NEXT_TOKENS = (TaskKind.causal_lm.name, TaskKind.preference.name, TaskKind.distillation.name)
+PREDICT_LABELS = (TaskKind.classification, TaskKind.token_classification)
+OF_NEXT_TOKENS = (TaskKind.causal_lm, TaskKind.preference, TaskKind.distillation)
 """Tasks of causal language models."""
-OF_HIDDEN_TEXT = (TaskKind.masked_lm.name, TaskKind.denoise.name)
+OF_HIDDEN_TEXT = (TaskKind.masked_lm, TaskKind.denoise)
 """Tasks that hide part of plain text and predict it."""
-WRITES = tuple(kind.name for kind in (TaskKind.seq2seq, TaskKind.denoise, TaskKind.ctc, TaskKind.speech))
+WRITES = (TaskKind.seq2seq, TaskKind.denoise, TaskKind.ctc, TaskKind.speech)
 """Tasks of which texts are written."""
 HEAD_OF_INPUTS = {
     Inputs.pixels: Head.image_classification,
@@ -48,7 +48,7 @@ def with_inputs(task: TaskConfig, data: DataConfig) -> TaskConfig:
     """Return ``task`` with the column that its network gets, and as many labels as a list of weights has."""
     if isinstance(task.class_weights, list) and task.num_labels is None and len(task.class_weights) > 1:
         task = dataclasses.replace(task, num_labels=len(task.class_weights))
-    if task.inputs or task.kind not in (TaskKind.classification.name, TaskKind.regression.name):
+    if task.inputs or task.kind not in (TaskKind.classification, TaskKind.regression):
         return task
     are_images = all(part.source is DataSource.images for part in component_data(data).values())
     usual = Inputs.pixels if are_images else Inputs.features
@@ -57,11 +57,11 @@ def with_inputs(task: TaskConfig, data: DataConfig) -> TaskConfig:
 
 def head_of(task: TaskConfig) -> Head:
     """Return what a model of transformers ends with for a task."""
-    if task.kind in (TaskKind.classification.name, TaskKind.regression.name, TaskKind.reward.name):
+    if task.kind in (TaskKind.classification, TaskKind.regression, TaskKind.reward):
         return HEAD_OF_INPUTS.get(task.inputs, Head.sequence_classification)
     heads = {kind.name: Head[kind.name] for kind in TaskKind if kind.name in Head.__members__}
-    heads |= dict.fromkeys((TaskKind.seq2seq.name, TaskKind.denoise.name), Head.seq2seq_lm)
-    heads |= {TaskKind.speech.name: Head.speech_seq2seq, TaskKind.contrastive.name: Head.embedding}
+    heads |= dict.fromkeys((TaskKind.seq2seq, TaskKind.denoise), Head.seq2seq_lm)
+    heads |= {TaskKind.speech: Head.speech_seq2seq, TaskKind.contrastive: Head.embedding}
     return heads.get(task.kind, Head.causal_lm)
 
 
@@ -72,9 +72,9 @@ def packing_of(task: str) -> Packing:
 
 def num_outputs_of(task: TaskConfig) -> int | None:
     """Return how many labels or values a task predicts; None if those are ids of a tokenizer, or the data decides."""
-    if task.kind == TaskKind.regression.name:
+    if task.kind == TaskKind.regression:
         return task.num_values
-    if task.kind == TaskKind.reward.name:
+    if task.kind == TaskKind.reward:
         return 1
     return task.num_labels if task.kind in PREDICT_LABELS else None
 
@@ -106,23 +106,30 @@ def check_task(config: TrainConfig) -> Iterator[str]:
             yield f"data.{name}: only samples of task=causal_lm are chosen by it; leave it out"
     if task.kind not in TaskKind.__members__:
         return
-    is_by_sample = task.kind in (TaskKind.classification.name, TaskKind.regression.name)
-    if task.kind == TaskKind.distillation.name:
-        yield from _check_distillation(model, data)
-    elif task.kind not in (TaskKind.causal_lm.name, *OF_HIDDEN_TEXT):
+    is_by_sample = task.kind in (TaskKind.classification, TaskKind.regression)
+    if task.kind in (TaskKind.distillation, TaskKind.preference) and model.kind is ModelKind.own:
+        yield f"task={task.kind}: needs a causal language model: bigtrain's own or +model=hf"
+    if task.kind == TaskKind.distillation:
+        if data.scores is None:
+            yield "task=distillation: learns what a teacher said; add data.scores=<what bigtrain score what=logits wrote>"
+    elif task.kind not in (TaskKind.causal_lm, *OF_HIDDEN_TEXT):
         if task.kind in OF_DOCUMENTS and not are_records(data):
-            is_rated = task.kind == TaskKind.preference.name and task.loss is PreferenceLoss.kto
+            is_rated = task.kind == TaskKind.preference and task.loss is PreferenceLoss.kto
             yield from _check_documents(task, data, Content.rated if is_rated else OF_DOCUMENTS[task.kind])
         elif not are_records(data):
             yield f"task={task.kind}: data={data.source.name} has no records; use data=records or your own data"
-        if task.kind == TaskKind.preference.name:
-            yield from _check_preference(task, model, data)
+        if task.kind == TaskKind.preference:
+            if task.loss.has_reference and model.adapter is None and data.scores is None:
+                instead = (
+                    "add +adapter=lora or data.scores=<what bigtrain score wrote>, or choose task.loss=orpo or simpo"
+                )
+                yield f"task.loss={task.loss.name} compares with the model before training: {instead}"
         elif model.kind is ModelKind.native:
             yield f"task={task.kind}: bigtrain's own decoder predicts text only; use +model=hf, a small network or your own"
         if model.kind is ModelKind.hf and is_by_sample and task.inputs is Inputs.features:
             instead = "use tokens, pixels, sequence or audio"
             yield f"task={task.kind}: transformers has no network for task.inputs=features; {instead}"
-    embeds = task.kind == TaskKind.contrastive.name and model.name == "rnn"
+    embeds = task.kind == TaskKind.contrastive and model.name == "rnn"
     if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not is_by_sample and not embeds:
         predicts = "predicts one label or vector a sample; it is for classification, regression"
         yield f"task={task.kind}: model.name={model.name} {predicts}"
@@ -150,22 +157,6 @@ def _check_documents(task: TaskConfig, data: DataConfig, content: Content) -> It
         yield "data.document_mask: a sample is one document; leave it out"
 
 
-def _check_preference(task: TaskConfig, model: ModelConfig, data: DataConfig) -> Iterator[str]:
-    if task.loss.has_reference and model.adapter is None and data.scores is None:
-        instead = "add +adapter=lora or data.scores=<what bigtrain score wrote>, or choose task.loss=orpo or simpo"
-        yield f"task.loss={task.loss.name} compares with the model before training: {instead}"
-    if model.kind is ModelKind.own:
-        yield "task=preference: needs a causal language model: bigtrain's own or +model=hf"
-
-
-def _check_distillation(model: ModelConfig, data: DataConfig) -> Iterator[str]:
-    """Find what no teacher says anything of."""
-    if data.scores is None:
-        yield "task=distillation: learns what a teacher said; add data.scores=<what bigtrain score what=logits wrote>"
-    if model.kind is ModelKind.own:
-        yield "task=distillation: needs a causal language model: bigtrain's own or +model=hf"
-
-
 def _check_class_weights(task: TaskConfig) -> Iterator[str]:
     weights = task.class_weights
     if weights in (None, BALANCED):
@@ -178,7 +169,7 @@ def _check_class_weights(task: TaskConfig) -> Iterator[str]:
 
 def _check_hidden_text(task: TaskConfig, model: ModelConfig, data: DataConfig) -> Iterator[str]:
     """Find what samples of hidden tokens cannot be made of, or predicted by."""
-    is_pair = task.kind == TaskKind.denoise.name
+    is_pair = task.kind == TaskKind.denoise
     if model.kind is ModelKind.native:
         instead = "+model=t5_small, or bart" if is_pair else "+model=bert_mini, or another encoder"
         yield f"task={task.kind}: bigtrain's own decoder sees earlier tokens only; use {instead} with +model=hf"

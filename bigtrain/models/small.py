@@ -6,7 +6,7 @@ None has batch normalisation: its statistics are those of a micro-batch on a ran
 import itertools
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import torch
@@ -15,25 +15,9 @@ from torch import Tensor, nn
 from bigtrain.config.bounds import Bound
 from bigtrain.errors import ConfigError, of_all_ranks
 
-
-class NonLinearity(Enum):
-    """What stands between two layers."""
-
-    relu = "relu"
-    gelu = "gelu"
-    tanh = "tanh"
-    sigmoid = "sigmoid"
-
-    def build(self) -> nn.Module:
-        """Return it as a module."""
-        return {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}[self.value]()
-
-
-class Cell(Enum):
-    """Kind of recurrence."""
-
-    lstm = "lstm"
-    gru = "gru"
+NonLinearity = StrEnum("NonLinearity", "relu gelu tanh sigmoid")
+_NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+Cell = StrEnum("Cell", "lstm gru")  # kind of recurrence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +40,7 @@ class MLP:
         dims = [self.num_inputs, *self.hidden_dims]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(dims):
-            layers += [nn.Linear(before, after), self.activation.build(), *_dropout(self.dropout)]
+            layers += [nn.Linear(before, after), _NON_LINEARITIES[self.activation](), *_dropout(self.dropout)]
         return _OfSize((self.num_inputs,), [*layers, nn.Linear(dims[-1], self.num_outputs or 10)])
 
 

@@ -56,12 +56,12 @@ def mask_id_of(config: TrainConfig, tokenizer: "Tokenizer", directory: Path) -> 
 def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collation | None:
     """Return what ``config.task`` does to samples, if anything; ConfigError if no token is left for hidden ones."""
     match config.task.kind:
-        case TaskKind.seq2seq.name if not are_records(config.data):
+        case TaskKind.seq2seq if not are_records(config.data):
             first = first_token(config.model)
             return None if first is None else _beginning_with(first)
-        case TaskKind.masked_lm.name:
+        case TaskKind.masked_lm:
             return _masked(config, _Ids.of(config, tokenizer_directory))
-        case TaskKind.denoise.name:
+        case TaskKind.denoise:
             noise = _noise(config, _Ids.of(config, tokenizer_directory))
             return Collation(lambda samples, positions: Samples(noise(samples["tokens"], positions)), str(noise))
     return None

@@ -96,7 +96,7 @@ def validate_run(
             sets = open_sets(config, directory, chosen, part)
         engine, checkpoint = load_engine(path, config)
         measured = validate(engine, sets, config, batches=config.validation.batches if is_usual else batches)
-    is_usual &= config.task.kind == TaskKind.causal_lm.name
+    is_usual &= config.task.kind == TaskKind.causal_lm
     if is_usual and sets.get("") and sets[""].tokenizer_directory and not config.data.mixture:
         index = read_index(directory, check_sizes=False)
         if not index.live and index.validation.num_documents:

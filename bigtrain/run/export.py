@@ -53,9 +53,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 ROLES = ("bos_token", "eos_token", "pad_token")
 MOVING = "moving"  # the average that the optimizer has kept
 MASK_TOKEN = "[MASK]"
-PREDICT_OF_DOCUMENTS = tuple(
-    kind.name for kind in (TaskKind.classification, TaskKind.token_classification, TaskKind.regression)
-)
+PREDICT_OF_DOCUMENTS = (TaskKind.classification, TaskKind.token_classification, TaskKind.regression)
 OWN_ROLES = ("bos_token", "eos_token")  # of a tokenizer made by bigtrain: both are the end-of-text token
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -210,7 +208,7 @@ def _of_labels(model: ModelConfig, task: TaskConfig, names: list[str]) -> dict[s
     labels = names if len(names) == model.num_outputs else [f"LABEL_{label}" for label in range(model.num_outputs)]
     described = {"id2label": dict(enumerate(labels)), "label2id": {name: label for label, name in enumerate(labels)}}
     kind = "multi_label_classification" if task.multi_label else "single_label_classification"
-    is_number = task.kind in (TaskKind.regression.name, TaskKind.reward.name)
+    is_number = task.kind in (TaskKind.regression, TaskKind.reward)
     return described | {"problem_type": "regression" if is_number else kind}
 
 
@@ -283,7 +281,7 @@ def write_tokenizer(run: Path, directory: Path, tokenizer: TokenizerRecord, conf
     shutil.copyfile(run / TOKENIZER_FILE, directory / TOKENIZER_FILE)
     if config.task.kind in PREDICT_OF_DOCUMENTS:
         _open_documents(run, directory, tokenizer.eos_id)
-    if config.task.kind == TaskKind.masked_lm.name:
+    if config.task.kind == TaskKind.masked_lm:
         tokens["mask_token"] = _add_mask_token(run, directory, config)
     for name, content in (("special_tokens_map.json", tokens), ("tokenizer_config.json", tokens | behaviour)):
         write_durably(directory / name, [memoryview(_json(content))])

@@ -72,7 +72,7 @@ def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterato
                 f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
             )
         has_settings = wanted.top_k > 1 or wanted.threshold is not None
-        if has_settings and config.task.kind in set(TaskKind.__members__) - {TaskKind.classification.name}:
+        if has_settings and config.task.kind in set(TaskKind.__members__) - {TaskKind.classification}:
             raise ConfigError(f"top_k, threshold: task={config.task.kind} gives no probabilities; leave them out")
         if wanted.top_k > 1 and wanted.threshold is not None:
             raise ConfigError(f"top_k={wanted.top_k}, threshold={wanted.threshold}: leave one of them out")

@@ -51,13 +51,13 @@ from bigtrain.run.recovery import Start, fill_state, published_weights
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.scoring import TOP_IDS, score
 
-OFFERED = {
-    TaskKind.causal_lm.name: (Scored.log_probabilities, Scored.logits, Scored.embeddings),
-    TaskKind.distillation.name: (Scored.logits, Scored.log_probabilities, Scored.embeddings),
-    TaskKind.preference.name: (Scored.log_probabilities, Scored.embeddings),
-} | dict.fromkeys((*PREDICT_LABELS, TaskKind.regression.name), (Scored.logits, Scored.embeddings))
+OFFERED: dict[str, tuple[Scored, ...]] = {
+    TaskKind.causal_lm: (Scored.log_probabilities, Scored.logits, Scored.embeddings),
+    TaskKind.distillation: (Scored.logits, Scored.log_probabilities, Scored.embeddings),
+    TaskKind.preference: (Scored.log_probabilities, Scored.embeddings),
+    **dict.fromkeys((*PREDICT_LABELS, TaskKind.regression), (Scored.logits, Scored.embeddings)),
+}
 """What is written of a task's samples; the first is the default."""
-WITHOUT_TEACHER = {TaskKind.distillation.name: TaskKind.causal_lm.name}
 
 
 def score_samples(config: ScoreConfig) -> int:
@@ -74,7 +74,7 @@ def score_samples(config: ScoreConfig) -> int:
     if any(is_live(part) for part in component_data(config.data).values()):
         raise ConfigError("data.on_the_fly=true: samples have no numbers before they are trained on; leave it out")
     # The same samples, without what is about to be written.
-    task = dataclasses.replace(config.task, kind=WITHOUT_TEACHER.get(kind, kind))
+    task = dataclasses.replace(config.task, kind=TaskKind.causal_lm if kind == TaskKind.distillation else kind)
     data = dataclasses.replace(config.data, scores=config.out, augment=AugmentConfig())
     with in_group(dataclasses.replace(config, model=_model_of(config), data=data, task=task)) as run:
         run = with_num_labels(dataclasses.replace(run, data=dataclasses.replace(data, scores=None)))

@@ -21,36 +21,36 @@ from bigtrain.tasks.token_classification import TokenClassification
 def build_objective(config: TaskConfig) -> Objective:
     """Return the objective that ``config`` chooses; ConfigError if nothing imported has it, or it is none."""
     match config.kind:
-        case TaskKind.causal_lm.name:
+        case TaskKind.causal_lm:
             return CausalLM()
-        case TaskKind.masked_lm.name:
+        case TaskKind.masked_lm:
             return MaskedLM()
-        case TaskKind.classification.name:
+        case TaskKind.classification:
             kind = MultiLabel if config.multi_label else Classification
             # Balanced weights are known when the data is; until then every sample weighs 1.
             weights = config.class_weights if isinstance(config.class_weights, list) else ()
             return kind(
                 inputs=config.inputs, num_labels=config.num_labels or 2, class_weights=tuple(map(float, weights))
             )
-        case TaskKind.token_classification.name:
+        case TaskKind.token_classification:
             return TokenClassification(num_labels=config.num_labels or 2)
-        case TaskKind.seq2seq.name | TaskKind.denoise.name | TaskKind.speech.name:
-            return Seq2Seq(hears=config.kind == TaskKind.speech.name)
-        case TaskKind.preference.name if config.loss is PreferenceLoss.kto:
+        case TaskKind.seq2seq | TaskKind.denoise | TaskKind.speech:
+            return Seq2Seq(hears=config.kind == TaskKind.speech)
+        case TaskKind.preference if config.loss is PreferenceLoss.kto:
             return KTO(beta=config.beta, weights=(config.desirable_weight, config.undesirable_weight))
-        case TaskKind.preference.name:
+        case TaskKind.preference:
             return Preference(loss=config.loss, beta=config.beta, margin=config.margin)
-        case TaskKind.reward.name:
+        case TaskKind.reward:
             return Reward()
-        case TaskKind.distillation.name:
+        case TaskKind.distillation:
             return Distillation(
                 divergence=config.divergence, weight=config.teacher_weight, temperature=config.teacher_temperature
             )
-        case TaskKind.contrastive.name:
+        case TaskKind.contrastive:
             return Contrastive(temperature=config.temperature, is_symmetric=config.symmetric)
-        case TaskKind.ctc.name:
+        case TaskKind.ctc:
             return CTC()
-        case TaskKind.regression.name:
+        case TaskKind.regression:
             return Regression(inputs=config.inputs, num_values=config.num_values)
     objective = parts.instance(config.kind, config.settings, setting="task.kind")
     needed = ("fields", "sums", "count", "counts_by_shape", "metrics")

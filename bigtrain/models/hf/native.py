@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 import torch
@@ -22,14 +22,7 @@ from bigtrain.models.hf.load import Converted, published
 from bigtrain.models.init import Finite, InitialValue, Whole
 from bigtrain.models.transformer import Linear, Transformer
 
-
-class Family(Enum):
-    """An architecture of transformers, by its ``model_type``."""
-
-    gpt2 = "gpt2"
-    llama = "llama"
-
-
+Family = StrEnum("Family", "gpt2 llama")  # architecture of transformers, by its ``model_type``
 _REQUIRED: dict[Family, dict[str, Any]] = {
     Family.gpt2: {"positions": Positions.learned, "norm": Norm.layernorm, "activation": Activation.gelu, "bias": True},
     Family.llama: {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu},
