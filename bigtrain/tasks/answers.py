@@ -70,11 +70,6 @@ def several_label_answers(logits_BC: Tensor, wanted: Wanted) -> list[dict[str, A
     return answers
 
 
-def value_answers(values_BV: Tensor) -> list[dict[str, Any]]:
-    """Return the numbers of each sample: ``value``, or ``values`` where there are several."""
-    return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in values_BV.tolist()]
-
-
 def write_greedily(
     network: Callable[..., Tensor], inputs: Sequence[Tensor], first_B: Tensor, *, num_tokens: int, eos_id: int
 ) -> Tensor:
@@ -89,12 +84,8 @@ def write_greedily(
         next_B = network(*inputs, tokens_BT)[:, -1].argmax(dim=-1).masked_fill(has_ended_B, eos_id)
         tokens_BT = torch.cat([tokens_BT, next_B[:, None]], dim=1)
         has_ended_B = has_ended_B | (next_B == eos_id)
-        if _nobody_writes(~has_ended_B):
+        num_writing = (~has_ended_B).sum()
+        if not (all_reduce_sum(num_writing) if dist.is_initialized() else num_writing):
             break
     written_BT = tokens_BT[:, 1:]
     return torch.nn.functional.pad(written_BT, (0, num_tokens - written_BT.shape[1]), value=eos_id)
-
-
-def _nobody_writes(writes_B: Tensor) -> bool:
-    num_writing = writes_B.sum()
-    return int(all_reduce_sum(num_writing) if dist.is_initialized() else num_writing) == 0

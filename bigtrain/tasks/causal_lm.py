@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 
 
-class CausalLM:
+class CausalLM(Objective):
     """Cross-entropy of the next token; with ``positions``, samples hold documents that each begin at position 0."""
 
     fields: Mapping[str, Field] = {
@@ -20,7 +20,6 @@ class CausalLM:
         "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
         "positions": Field(torch.int64, ("T",), is_optional=True),
     }
-    sums: Mapping[str, tuple[int, ...]] = {}
     counts_by_shape = True
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:

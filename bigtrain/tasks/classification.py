@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.answers import Wanted, label_answers
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import NUM_SCORE_BINS, area_under_roc, confusion_counts, label_metrics, score_counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Classification:
+class Classification(Objective):
     """Cross-entropy of the label; see :class:`bigtrain.tasks.base.Objective`."""
 
     inputs: Inputs = Inputs.tokens  # column that the network gets

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigtrain.tasks.answers import Wanted
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.inputs import require_lengths
 from bigtrain.tasks.seq2seq import Seq2Seq
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contrastive:
+class Contrastive(Objective):
     """InfoNCE (van den Oord et al., 2018) over all pairs of a step; see :class:`bigtrain.tasks.base.Objective`.
 
     Its samples are those of ``seq2seq``, of which ``tokens`` are not used. Shape suffixes: N pairs of all ranks, B pairs
@@ -26,8 +26,6 @@ class Contrastive:
 
     temperature: float = 0.05  # cosines are divided by it
     is_symmetric: bool = False  # find sources by their targets too (CLIP; Radford et al., 2021)
-
-    counts_by_shape = False
 
     @property
     def fields(self) -> Mapping[str, Field]:

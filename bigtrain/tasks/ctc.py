@@ -11,19 +11,17 @@ from torch.nn import functional as F
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.answers import Wanted
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.inputs import input_fields, require_lengths
 
 
-class CTC:
+class CTC(Objective):
     """Negative log-likelihood of a text by CTC (Graves et al. 2006) with blank 0; of one that is too long, 0."""
 
     fields: Mapping[str, Field] = {
         **input_fields(Inputs.audio),
         "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
     }
-    sums: Mapping[str, tuple[int, ...]] = {}
-    counts_by_shape = False
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         require_lengths(samples)
@@ -48,7 +46,3 @@ class CTC:
         rows = zip(logits_BNV.argmax(dim=-1), frames_B.tolist(), strict=True)
         written = (torch.unique_consecutive(row[:frames]).tolist() for row, frames in rows)
         return [{"text": wanted.writing.decode([token for token in row if token])} for row in written]
-
-    def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return nothing beside the loss."""
-        return {}

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigtrain.config import Divergence
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.causal_lm import CausalLM, perplexity
 from bigtrain.tasks.scoring import TOP_IDS, TOP_LOG_PROBABILITIES, log_probabilities, with_rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distillation:
+class Distillation(Objective):
     """Cross-entropy and divergence from a teacher (Hinton et al. 2015); see :class:`bigtrain.tasks.base.Objective`.
 
     Teacher and student are compared in K + 1 events: each of the teacher's K most likely tokens, and all others

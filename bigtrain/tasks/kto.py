@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.preference import Preference, without_adapters
 from bigtrain.tasks.scoring import log_probabilities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KTO:
+class KTO(Objective):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 8); see :class:`bigtrain.tasks.base.Objective`.
 
     ``chosen`` is a prompt with its answer, ``rejected`` with the answer to another one: how much likelier than before
@@ -27,8 +27,6 @@ class KTO:
 
     beta: float = 0.1  # weight of the log-ratio
     weights: tuple[float, float] = (1.0, 1.0)  # of the losses of good and of bad answers
-
-    counts_by_shape = False
 
     @property
     def sums(self) -> Mapping[str, tuple[int, ...]]:

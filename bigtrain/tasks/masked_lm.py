@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 
 
-class MaskedLM:
+class MaskedLM(Objective):
     """Cross-entropy of the tokens that :class:`bigtrain.tasks.masking.Masking` has chosen."""
 
     fields: Mapping[str, Field] = {
@@ -20,7 +20,6 @@ class MaskedLM:
         "targets": Field(torch.int64, ("T",), ignored=IGNORE_INDEX),
     }
     sums: Mapping[str, tuple[int, ...]] = {"correct": (), "targets": ()}
-    counts_by_shape = False
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         return np.count_nonzero(samples["targets"] != IGNORE_INDEX, axis=1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.answers import Wanted, several_label_answers
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import (
     MOST_SCORED_LABELS,
@@ -25,14 +25,12 @@ from bigtrain.tasks.metrics import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MultiLabel:
+class MultiLabel(Objective):
     """Binary cross-entropy, a mean over samples and labels as in transformers; see :class:`Objective`."""
 
     inputs: Inputs = Inputs.tokens  # column that the network gets
     num_labels: int = 2  # C, as many logits as the network returns
     class_weights: tuple[float, ...] = ()  # factors of present labels, ``pos_weight`` of torch
-
-    counts_by_shape = False
 
     @property
     def fields(self) -> Mapping[str, Field]:

@@ -10,20 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigtrain.config import Inputs
-from bigtrain.tasks.answers import Wanted, value_answers
-from bigtrain.tasks.base import Field
+from bigtrain.tasks.answers import Wanted
+from bigtrain.tasks.base import Field, Objective
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import regression_metrics, regression_sums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Regression:
+class Regression(Objective):
     """Squared error of each value that is no NaN, without the factor 1/2; see :class:`Objective`."""
 
     inputs: Inputs = Inputs.features  # column that the network gets
     num_values: int = 1  # values of a sample, as many as the network returns
-
-    counts_by_shape = False
 
     @property
     def fields(self) -> Mapping[str, Field]:
@@ -47,7 +45,9 @@ class Regression:
         return torch.cat([loss.view(1), regression_sums(predicted_BV.detach(), values_BV, counted_BV).flatten()])
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
-        return value_answers(network(*inputs).float())
+        """Return the numbers of each sample: ``value``, or ``values`` where there are several."""
+        rows = network(*inputs).float().tolist()
+        return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in rows]
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         return regression_metrics(sums["errors"])

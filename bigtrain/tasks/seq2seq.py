@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigtrain.tasks.answers import Wanted, write_greedily
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.causal_lm import perplexity
 from bigtrain.tasks.inputs import require_lengths
 from bigtrain.tasks.masked_lm import sums_of_tokens
@@ -21,12 +21,10 @@ SPECTROGRAM = {"features": Field(torch.float32, ("F", "S"))}  # speech as Whispe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seq2Seq:
+class Seq2Seq(Objective):
     """Cross-entropy of the decoder's next token, which reads ``tokens``: its first, then targets but for the last."""
 
     hears: bool = False  # whether the encoder gets speech in place of text
-
-    counts_by_shape = False
 
     @property
     def fields(self) -> Mapping[str, Field]:

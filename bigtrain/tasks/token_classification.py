@@ -12,18 +12,16 @@ from torch.nn import functional as F
 
 from bigtrain.config import Inputs
 from bigtrain.tasks.answers import Wanted
-from bigtrain.tasks.base import IGNORE_INDEX, Field
+from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import confusion_counts, label_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenClassification:
+class TokenClassification(Objective):
     """Cross-entropy of each token's label; see :class:`bigtrain.tasks.base.Objective`."""
 
     num_labels: int = 2  # c: labels are below this, and the network returns as many logits for each token
-
-    counts_by_shape = False
 
     @property
     def fields(self) -> Mapping[str, Field]:
