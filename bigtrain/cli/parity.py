@@ -108,7 +108,9 @@ def run(config: ParityConfig) -> int:
     prepare_data(config.data)  # here, where nobody waits for it in a collective
     train = hydra_cli.training_of(config)
     exact = dataclasses.replace(train, engine=dataclasses.replace(train.engine, precision=Precision.fp32))
-    cases = [_case(Case, config, engine, world) for engine in config.engines for world in config.worlds]
+    micro_batches = {world: fit_micro_batch(config, world).train.micro_batch_size for world in config.worlds}
+    dp_shard = {EngineKind.hsdp: config.engine.dp_shard}
+    cases = [Case(kind, n, micro_batches[n], dp_shard.get(kind)) for kind in config.engines for n in config.worlds]
     if is_own(config.task.kind) and (other := _other_micro_batch(cases, config.train.global_batch_size)):
         cases.append(dataclasses.replace(cases[0], micro_batch_size=other))
     reference = _compute(exact, cases[0], config.steps, "reference")
@@ -161,11 +163,6 @@ def _check_gpus(config: ParityConfig) -> None:
             f"worlds={config.worlds}: this machine has {counted(num_gpus, 'GPU')}, and every process needs one of its own; "
             f"use worlds up to {num_gpus}, or CUDA_VISIBLE_DEVICES= to compare on the CPU"
         )
-
-
-def _case(case_type: type["Case"], config: ParityConfig, engine: EngineKind, world_size: int) -> "Case":
-    dp_shard = config.engine.dp_shard if engine is EngineKind.hsdp else None
-    return case_type(engine, world_size, fit_micro_batch(config, world_size).train.micro_batch_size, dp_shard)
 
 
 def _compute(config: TrainConfig, case: "Case", num_steps: int, label: str) -> "Trajectory | None":

@@ -45,7 +45,7 @@ def run(config: ReportConfig) -> None:
     """Write the report and say where it is."""
     from bigtrain.telemetry import figures, names
     from bigtrain.telemetry.history import read_history
-    from bigtrain.telemetry.report import write_report
+    from bigtrain.telemetry.report import render
 
     histories, out = [read_history(Path(directory)) for directory in config.runs], Path(str(config.out))
     try:
@@ -53,7 +53,8 @@ def run(config: ReportConfig) -> None:
             with figures.drawing():
                 figures.loss_figure(histories, names.STEP).savefig(out, dpi=160, transparent=True)
         else:
-            write_report(histories, out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(render(histories), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written: {error}") from error
     print(out)

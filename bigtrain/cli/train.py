@@ -80,17 +80,11 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
         if is_lost_connection(error):  # it would hide the error of the other rank
             return EXIT_FAULT
         faults.record_exception(error)
-        _redact_file(os.environ.get("TORCHELASTIC_ERROR_FILE"))
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # which torchrun shows
+            Path(path).write_text(json.dumps(redact(json.loads(Path(path).read_text()))))
         raise
     # torchrun and accelerate would report 75 as a failure and restart; nor may they start a renamed run anew.
     return EXIT_FINISHED if only_zero_is_success() else code
-
-
-def _redact_file(path: str | None) -> None:
-    """Redact the error file that torchrun shows."""
-    if path:
-        content = json.loads(Path(path).read_text())
-        Path(path).write_text(json.dumps(redact(content)))
 
 
 def help_page() -> str:

@@ -69,20 +69,17 @@ def _follow(runs: "list[FollowedRun]", every_seconds: float, console: Any) -> No
 def _screen(runs: "list[FollowedRun]") -> Any:
     from rich.console import Group
     from rich.constrain import Constrain
-
-    from bigtrain.telemetry.view import MAX_COLUMNS
-
-    return Constrain(Group(*(_panel(followed) for followed in runs)), MAX_COLUMNS)
-
-
-def _panel(followed: "FollowedRun") -> Any:
-    from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    state, _, why = followed.state().partition(": ")
-    shown = [followed.view.render(show_events=True), *([Text(why)] if why else [])]
-    return Panel(Group(*shown), title=Text(f"{followed.name}: {state}"), title_align="left")
+    from bigtrain.telemetry.view import MAX_COLUMNS
+
+    panels = []
+    for followed in runs:
+        state, _, why = followed.state().partition(": ")
+        shown = [followed.view.render(show_events=True), *([Text(why)] if why else [])]
+        panels.append(Panel(Group(*shown), title=Text(f"{followed.name}: {state}"), title_align="left"))
+    return Constrain(Group(*panels), MAX_COLUMNS)
 
 
 main = partial(hydra_cli.command, WatchConfig, run, HELP, reader=partial(hydra_cli.read_runs, WatchConfig))

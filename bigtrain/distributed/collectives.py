@@ -139,6 +139,12 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[A
     return [json.loads(p[: int(n)].numpy().tobytes()) for p, n in zip(payloads or [], sizes, strict=False)]
 
 
+def differing_rank(value: Any) -> int | None:
+    """Return the first rank whose JSON-able ``value`` is not rank 0's, on every rank; None if all have the same."""
+    found = gather_json(value)
+    return broadcast_json(next((rank for rank, other in enumerate(found) if other != found[0]), None))
+
+
 def on_rank0(function: Callable[[], Any], *, patience: datetime.timedelta | None = None) -> Any:
     """Call ``function`` on rank 0; return its JSON-able value, or raise its BigtrainError, on every rank.
 

@@ -135,7 +135,9 @@ class Report:
                 )
                 config = with_settings(self.config, change)
                 if self._has_room_for(self.estimate_of(config, world_size)):
-                    new = [item for item in change if _value(self.config, item[0]) != item[1]]
+                    new = [
+                        item for item in change if functools.reduce(getattr, item[0].split("."), self.config) != item[1]
+                    ]
                     settings = " ".join(_typed(item) for item in new)
                     return f"No setting makes it fit here. {world_size} ranks with as much memory each would do: {settings}"
         return (
@@ -193,10 +195,6 @@ def with_settings(config: TrainConfig, change: Change) -> TrainConfig:
 def _replace(section: Any, path: list[str], value: Any) -> Any:
     name, *rest = path
     return dataclasses.replace(section, **{name: _replace(getattr(section, name), rest, value) if rest else value})
-
-
-def _value(config: TrainConfig, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
 
 
 def _typed(setting: Setting) -> str:

@@ -50,7 +50,7 @@ from bigtrain.data.read.scores import Scores, open_scores
 from bigtrain.data.read.stream import SampleStream, StoredSamples
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import count_labels, open_streams
-from bigtrain.distributed.collectives import broadcast_json, gather_json, on_rank0
+from bigtrain.distributed.collectives import differing_rank, gather_json, on_rank0
 from bigtrain.engine.base import Engine
 from bigtrain.errors import CheckpointError, DataError, counted, of_all_ranks, some
 from bigtrain.log import get_logger, redact
@@ -250,9 +250,8 @@ def _tell_seen(train: SampleStream, measured: SampleStream) -> None:
 
 def _require_same_rows(stream: SampleStream) -> None:
     """Refuse records that are others on another rank, as those of a random source without a seed are."""
-    found = broadcast_json(gather_json(stream.fingerprint))
-    if others := [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]:
-        problem = f"data: the rows of rank {others[0]} are not those of rank 0; every process has to read the same ones"
+    if (rank := differing_rank(stream.fingerprint)) is not None:
+        problem = f"data: the rows of rank {rank} are not those of rank 0; every process has to read the same ones"
         raise of_all_ranks(DataError(problem))
 
 
@@ -315,10 +314,10 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
             "model.name and model.pretrained begins with a fresh head"
         )
     weights_are_given = config.model.pretrained or config.model.init_from or config.model.kind is ModelKind.own
-    has_spare_rows = config.task.kind == TaskKind.denoise.name  # sentinels
+    has_spare_rows = config.task.kind == TaskKind.denoise  # sentinels
     if stream.tokenizer_directory and not weights_are_given and not has_spare_rows:
         tokenizer = read_index(stream.tokenizer_directory, check_sizes=False).tokenizer
-        num_used = tokenizer.vocab_size + (config.task.kind in (TaskKind.masked_lm.name, TaskKind.seq2seq.name))
+        num_used = tokenizer.vocab_size + (config.task.kind in (TaskKind.masked_lm, TaskKind.seq2seq))
         num_rows, num_enough = config.model.vocab_size, -(-num_used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if num_rows > num_enough:
             found.append(

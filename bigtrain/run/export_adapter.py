@@ -12,10 +12,10 @@ from bigtrain.engine.state import MODEL
 from bigtrain.models import build_model
 from bigtrain.models.adapters import adapted_modules, bare, is_of_adapter, merged, peft_config
 from bigtrain.models.freeze import frozen_names
-from bigtrain.models.hf.native import Family, HFTensor, family_of, hf_tensors
+from bigtrain.models.hf.native import Family, family_of, hf_tensors
 from bigtrain.run.frozen import WeightReader
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _TASKS = {
     Head.causal_lm: "CAUSAL_LM",
@@ -64,7 +64,8 @@ def _as_published(trained: Mapping[str, torch.Tensor], model: ModelConfig) -> It
         layer = f"{published.native.removesuffix('.weight')}.lora_"
         for name, tensor in trained.items():
             if name.startswith(layer) and published.native.endswith(".weight"):
-                rows = slice(published.first_row, published.first_row + _num_outputs(published))
+                num_outputs = published.shape[1 if published.is_transposed else 0]
+                rows = slice(published.first_row, published.first_row + num_outputs)
                 suffix = name.removeprefix(layer)
                 yield (
                     f"{published.name.removesuffix('.weight')}.lora_{suffix}",
@@ -80,10 +81,6 @@ def _linear_layers(model: ModelConfig) -> list[str]:
         return [bare(name) for name in adapted_modules(network, AdapterConfig(targets=["*"]))]
     matrices = [tensor.name for tensor in hf_tensors(model) if len(tensor.shape) == 2]
     return [name.removesuffix(".weight") for name in matrices]
-
-
-def _num_outputs(published: HFTensor) -> int:
-    return published.shape[1] if published.is_transposed else published.shape[0]
 
 
 def adapter_description(

@@ -16,7 +16,7 @@ from bigtrain.data.prepare.tables import csv_lines, csv_record
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.records import Arrays, Records, read_npz
 from bigtrain.data.read.tokenizer import load_tokenizer
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, as_data_error
 from bigtrain.files import read_json
 from bigtrain.run.collation import first_token
 from bigtrain.run.directory import FACTS_FILE
@@ -168,14 +168,12 @@ def _read(path: Path) -> list[Any]:
     if path.suffix not in FORMATS:
         raise DataError(f"{path}: one of {', '.join(FORMATS)} is read, by the name's ending")
     is_table = path.suffix in (".csv", ".tsv")
-    try:
-        with path.open(encoding="utf-8-sig", newline="" if is_table else None) as file:
-            if is_table:
-                (_, columns), *rows = csv_lines(file, path)
-                return [csv_record(columns, values, f"{path}:{line}") for line, values in rows]
-            content = file.read()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    newline = "" if is_table else None
+    with as_data_error(path, OSError, ValueError), path.open(encoding="utf-8-sig", newline=newline) as file:
+        if is_table:
+            (_, columns), *rows = csv_lines(file, path)
+            return [csv_record(columns, values, f"{path}:{line}") for line, values in rows]
+        content = file.read()
     return content.removesuffix("\n").split("\n") if content else []
 
 
@@ -193,7 +191,7 @@ def _reader(
         encode = _encoder(run, data.source_length or data.sequence_length, lambda: first_token(config.model))
     elif "tokens" in wanted and "tokens" not in has:
         encode = _encoder(run, data.sequence_length or 1, None)
-    has_words = encode is not None and config.task.kind == TaskKind.token_classification.name
+    has_words = encode is not None and config.task.kind == TaskKind.token_classification
 
     def text_of(row: Any) -> Any:
         row = json.loads(row) if is_json else row

@@ -20,7 +20,7 @@ from bigtrain.data.read.cache import cache_directory
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import (
     broadcast_json,
-    gather_json,
+    differing_rank,
     init_process_group,
     on_rank0,
     pick_device,
@@ -100,18 +100,20 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
     start = find_start(config)
     state = start.read_state()
     standing = begin_standing(config, state)
-    if config.train.is_open:  # the number of steps follows from the data
+
+    def open_streams() -> Mapping[str, SampleStream]:
         on_rank0(lambda: require_place(config, start))
-        streams = open_data(config, state.data if state else None)
+        return open_data(config, state.data if state else None)
+
+    if config.train.is_open:  # the number of steps follows from the data
+        streams = open_streams()
         config = with_steps(config, streams["train"], state)
     if state and (told := nothing_to_do(config, state, standing)):
         log.get_logger().info(told)
         on_rank0(lambda: repair(directory))
         launch.heartbeat.step = state.step
         return End(EXIT_FINISHED, why_ended(standing, config.validation) or "finished")
-    if not streams:
-        on_rank0(lambda: require_place(config, start))
-        streams = open_data(config, state.data if state else None)
+    streams = streams or open_streams()
     stream, begin = streams["train"], state.cursor if state else Cursor()
     config = with_class_weights(config, stream)
     changes = check_continuation(state, config, stream, info.world_size) if state else []
@@ -191,9 +193,8 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
 
 def require_same_imports(imports: dict[str, str]) -> None:
     """Raise a ConfigError on all ranks if some have imported other contents than rank 0; all ranks call this."""
-    found = gather_json(imports)
-    if differing := broadcast_json([number for number, other in enumerate(found) if other != found[0]]):
-        problem = f"--import: rank {differing[0]} has imported other files than rank 0; copy the same to every node"
+    if (rank := differing_rank(imports)) is not None:
+        problem = f"--import: rank {rank} has imported other files than rank 0; copy the same to every node"
         raise of_all_ranks(ConfigError(problem))
 
 

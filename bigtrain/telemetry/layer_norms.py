@@ -46,13 +46,11 @@ class LayerNorms:
             self._add(name, _GRADIENT, gradient, self._weights[name].num_replicas)
         self._old = {name: [box.view.clone() for box in entry.own_boxes()] for name, entry in self._weights.items()}
 
+    @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Measure weights and update; collective."""
-        if self._is_due(step):
-            self._look_at_weights(step)
-
-    @torch.no_grad()
-    def _look_at_weights(self, step: int) -> None:
+        if not self._is_due(step):
+            return
         for name, entry in self._weights.items():
             for box, old in zip(entry.own_boxes(), self._old.pop(name), strict=True):
                 self._add(name, _WEIGHTS, box.view)

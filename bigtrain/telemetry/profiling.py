@@ -135,22 +135,11 @@ def save_hang(run_directory: Path, name: str) -> None:
     """Write what a hanging rank still knows: its last collectives and what the GPU's allocator holds."""
     directory = run_directory / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
-    for backend, record in last_collectives().items():
-        (directory / f"{name}.{backend}.json").write_bytes(record)
+    # torch's flight recorders, which record unless TORCH_FR_BUFFER_SIZE=0.
+    for backend, function in (("nccl", "_dump_nccl_trace_json"), ("gloo", "_dump_fr_trace_json")):
+        if dump := getattr(torch._C._distributed_c10d, function, None):
+            (directory / f"{name}.{backend}.json").write_bytes(dump())
     save_memory_snapshot(directory, name)
-
-
-def last_collectives() -> dict[str, bytes]:
-    """Return torch's flight recorders as JSON, by backend; they record unless ``TORCH_FR_BUFFER_SIZE=0``."""
-    dumps = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
-    found = {backend: getattr(torch._C._distributed_c10d, dump, None) for backend, dump in dumps.items()}
-    return {backend: dump() for backend, dump in found.items() if dump}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, on a GPU or on the host."""
-    is_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return is_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_facts(device: torch.device) -> dict[str, Any]:
@@ -171,7 +160,8 @@ def explained(config: TrainConfig, directory: Path, info: RankInfo, device: torc
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        is_host = "DefaultCPUAllocator" in str(error)
+        if not (is_host or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
         raise PreflightError(_message(config, directory, info, device, error)) from error
 

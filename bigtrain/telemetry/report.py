@@ -32,14 +32,8 @@ _DETAILED_RUNS = 4  # have pictures of their own
 Table = tuple[list[str], list[list[str]]]  # head and rows
 
 
-def write_report(histories: list[History], path: Path) -> None:
-    """Write the page to ``path``; it needs no network."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(histories), encoding="utf-8")
-
-
 def render(histories: list[History]) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML; it needs no network."""
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     runs = [
         {

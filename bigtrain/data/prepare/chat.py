@@ -76,7 +76,9 @@ class Chat:
             return "", []
         written = _Row(self, messages, self._fields(row.fields, name), name)
         if train_on is TrainOn.all:
-            spans = _between(written.answers([not weight for weight in weights]), len(written.text))
+            left_out = written.answers([not weight for weight in weights])
+            begins, ends = [0, *(end for _, end in left_out)], [*(begin for begin, _ in left_out), len(written.text)]
+            spans = list(zip(begins, ends, strict=True))
         else:
             spans = written.answers(weights)
         written.require_written()
@@ -327,11 +329,6 @@ def _parsed(tools: str) -> Any:
         return json.loads(tools)
     except ValueError as error:
         raise ValueError(f"field 'tools' is neither a list nor JSON: {error}") from error
-
-
-def _between(spans: list[Span], length: int) -> list[Span]:
-    """Return what lies between ranges, in order, of ``length`` characters."""
-    return list(zip([0, *(end for _, end in spans)], [*(begin for begin, _ in spans), length], strict=True))
 
 
 def _marked(message: dict[str, Any], number: int) -> tuple[dict[str, Any], list[str]]:

@@ -56,10 +56,6 @@ class Corpus:
         require_vocab(index, vocab_size, str(directory))
         return cls(LocalFiles(Path(directory), verify=skip_bad_shards), index, skip_bad_shards)
 
-    @property
-    def fingerprint(self) -> str:
-        return self.index.fingerprint
-
     def split(self, name: SplitName) -> "FileSplit":
         return FileSplit(name, getattr(self.index, name), self)
 
@@ -113,7 +109,7 @@ class FileSplit:
 
     def __init__(self, name: str, record: SplitRecord, corpus: Corpus) -> None:
         self.name = name
-        self.fingerprint = corpus.fingerprint
+        self.fingerprint = corpus.index.fingerprint
         self.is_remote = corpus.files.max_bytes is not None  # then :meth:`prefetch`, and keep to few shards at a time
         self.shard_tokens = np.array([shard.num_tokens for shard in record.shards], dtype=np.int64)
         self.shard_documents = np.array([shard.num_documents for shard in record.shards], dtype=np.int64)

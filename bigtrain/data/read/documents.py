@@ -39,6 +39,7 @@ class DocumentSamples(ShardedSamples):
         self.shard_samples = split.shard_documents
         self._kind = split.labels.kind if split.labels else None
         self._labels = lru_cache(maxsize=SHARDS_KEPT)(split.read_labels)
+        self._keeps_end = split.adds_special  # of what is cut
 
     def documents(self, sample_id: int) -> NDArray[np.int64]:
         """Return the number of a sample's document within its shard, int64 ``(1,)``."""
@@ -94,11 +95,10 @@ class DocumentSamples(ShardedSamples):
         rows = self._pool.take(len(begins), length)
         rows[:] = filling
         for place, begin, end in zip(rows, begins.tolist(), ends.tolist(), strict=True):
-            num_taken = min(end - begin, length)
-            place[:num_taken] = row[
-                np.arange(begin, begin + num_taken)
-            ]  # -1 is the end-of-text token of the last document
-            if num_taken < end - begin and self._split.adds_special:
+            num_taken = max(min(end - begin, length), 0)
+            # -1 is the end-of-text token of the last document.
+            place[:num_taken] = row[np.arange(begin, begin + num_taken)]
+            if num_taken < end - begin and self._keeps_end:
                 place[num_taken - 1] = row[end - 1]
         return rows
 
@@ -156,7 +156,7 @@ class PreferenceSamples(DocumentSamples):
 
     def __init__(self, split: FileSplit, sequence_length: int) -> None:
         super().__init__(split, sequence_length)
-        self._bounds = lru_cache(maxsize=SHARDS_KEPT)(self._find_bounds)
+        self._bounds, self._keeps_end = lru_cache(maxsize=SHARDS_KEPT)(self._find_bounds), False
 
     def _find_bounds(self, shard: int) -> NDArray[np.int64]:
         """Return where both texts and their answers begin, and the end: int64 ``(documents, 5)``."""
@@ -181,20 +181,12 @@ class PreferenceSamples(DocumentSamples):
         samples = Samples()
         for name, first in (("chosen", 0), ("rejected", 2)):
             begins, answers, ends = bounds[:, first : first + 3].T
-            samples[name] = self._from(row, begins, ends - 1)
-            targets = self._from(row, begins + 1, ends, filling=IGNORE_INDEX)
+            samples[name] = self._rows(row, begins, ends - 1, self.sequence_length)
+            targets = self._rows(row, begins + 1, ends, self.sequence_length, filling=IGNORE_INDEX)
             in_prompt = np.arange(self.sequence_length) < (answers - begins - 1)[:, None]
             targets[in_prompt] = IGNORE_INDEX
             samples[f"{name}_targets"] = targets
         return samples
-
-    def _from(self, row: NDArray[Any], begins: NDArray, ends: NDArray, *, filling: int = 0) -> NDArray[np.int64]:
-        rows = self._pool.take(len(begins), self.sequence_length)
-        rows[:] = filling
-        for place, begin, end in zip(rows, begins.tolist(), ends.tolist(), strict=True):
-            taken = row[begin : min(end, begin + self.sequence_length)]
-            place[: len(taken)] = taken
-        return rows
 
     def _any_counted(self, shard: int, counted: NDArray[np.uint8]) -> NDArray[np.bool_]:
         begins, answers, seconds, others, _ = self._bounds(shard).T
