@@ -50,7 +50,6 @@ class Formatter(logging.Formatter):
 
 
 def get_logger() -> logging.Logger:
-    """Return the project's logger."""
     return logging.getLogger("bigtrain")
 
 

@@ -40,8 +40,6 @@ class Chunk:
 
 @dataclass(kw_only=True, slots=True)
 class TensorRecord:
-    """One tensor of the state."""
-
     key: str  # ``model.<name>`` or ``optim.state.<name>.<key>``
     dtype: str  # safetensors' name of the element type, such as ``F32``
     shape: list[int]  # shape of the whole tensor

@@ -101,7 +101,6 @@ class RunState:
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
-    """Return where a run keeps its checkpoints."""
     return run_directory / "checkpoints"
 
 

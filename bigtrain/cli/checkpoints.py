@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointsConfig:
-    """What is listed, and how far it is trusted."""
-
     run: LocalPath
     """Directory of the run, or of one of its checkpoints; ``run=`` may be left out."""
     verify: Verify = Verify.full
@@ -72,7 +70,6 @@ def run(config: CheckpointsConfig) -> None:
 
 
 def row(item: "Listed", verify: Verify) -> str:
-    """Return the line of a checkpoint."""
     state, written_by, loss = item.run_state, "", ""
     if state:
         written_by = f"{state.config.get('engine', {}).get('kind', 'unknown')} x {state.world_size}"

@@ -11,8 +11,6 @@ from bigtrain.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class DashboardConfig:
-    """Where the dashboard goes."""
-
     project: str | None = None
     """Weights & Biases project, as in ``logging.wandb_project``; by default that of ``WANDB_PROJECT``, or ``bigtrain``."""
     entity: str | None = None
@@ -31,7 +29,6 @@ the metrics that every run of bigtrain has. It prints the workspace's address.
 
 
 def read(args: list[str]) -> DashboardConfig:
-    """Return the configuration."""
     config = hydra_cli.read(DashboardConfig, args)
     config.entity = config.entity or os.environ.get("WANDB_ENTITY")
     if not config.entity:
@@ -40,7 +37,6 @@ def read(args: list[str]) -> DashboardConfig:
 
 
 def run(config: DashboardConfig) -> None:
-    """Build the workspace and save it."""
     require("dashboard", "wandb_workspaces", "dashboard")
     from bigtrain.telemetry.wandb_dashboard import build_dashboard
     from bigtrain.telemetry.wandb_logger import default_project, has_api_key

@@ -13,8 +13,6 @@ from bigtrain.config.convert import LocalPath
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """What is scored, and by what."""
-
     checkpoint: LocalPath
     """Directory of a run, of one of its checkpoints, or of an export or another model of transformers."""
     tasks: list[str] = field(default_factory=list)
@@ -43,7 +41,6 @@ every validation.
 
 
 def run(config: EvaluateConfig) -> None:
-    """Score and print the results."""
     from bigtrain.config.packages import require
     from bigtrain.errors import ConfigError
 

@@ -13,8 +13,6 @@ from bigtrain.config.convert import LocalPath
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
-    """What is written, and how."""
-
     checkpoint: LocalPath
     """Directory of a run (its newest checkpoint that verifies is taken), or of one of its checkpoints."""
     out: LocalPath
@@ -47,7 +45,6 @@ The way back: +model=<preset of the same shape> model.init_from=<directory or hu
 
 
 def run(config: ExportConfig) -> None:
-    """Export and say what was written."""
     from bigtrain import log
     from bigtrain.checkpoint.store import step_of
     from bigtrain.errors import ConfigError

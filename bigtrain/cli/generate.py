@@ -12,8 +12,6 @@ from bigtrain.config.convert import LocalPath, MaybeEmpty, to_dict
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig:
-    """What is generated, from what."""
-
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     prompt: MaybeEmpty
@@ -41,7 +39,6 @@ Continue a prompt with a trained model.
 
 
 def run(config: GenerateConfig) -> None:
-    """Generate and print the texts."""
     from bigtrain.data.prepare.records import decode
     from bigtrain.log import get_logger
     from bigtrain.run.sampling import sample_run

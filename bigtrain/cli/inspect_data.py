@@ -14,8 +14,6 @@ from bigtrain.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class InspectConfig:
-    """Which step, and how much of it."""
-
     directory: LocalPath | None = None
     """Directory of a run; without one, the settings of launch/train.py say which data."""
     step: Annotated[int, Bound(ge=1)] = 1
@@ -48,7 +46,6 @@ def read(args: list[str]) -> tuple[InspectConfig, TrainConfig | None]:
 
 
 def run(chosen: tuple[InspectConfig, TrainConfig | None]) -> None:
-    """Print the samples."""
     from bigtrain.run.inspection import inspect_run, inspect_step
 
     config, train = chosen

@@ -12,8 +12,6 @@ from bigtrain.config.convert import LocalPath
 
 @dataclass(kw_only=True, slots=True)
 class PredictConfig:
-    """What is predicted, from what, and where it is written."""
-
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     inputs: LocalPath
@@ -39,7 +37,6 @@ Write what a trained network says of new inputs: labels with probabilities, or n
 
 
 def run(config: PredictConfig) -> None:
-    """Predict and say where it is."""
     from bigtrain.run.prediction import predict_file
     from bigtrain.tasks.answers import Wanted
 

@@ -71,7 +71,6 @@ def run(config: TrainConfig) -> None:
 
 
 def describe_images(directory: Path) -> None:
-    """Print what a directory of prepared images holds."""
     from bigtrain.data.read.images import read_image_index
 
     index = read_image_index(directory)
@@ -128,7 +127,6 @@ def per_parameter(num_tokens: int, model: ModelConfig) -> str:
 
 
 def help_page() -> str:
-    """Return the text of ``--help``."""
     settings = setting_lines(DataConfig, prefix="data.")
     return HELP.format(sources=", ".join(group_options("data")), settings=settings)
 

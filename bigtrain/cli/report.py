@@ -12,8 +12,6 @@ from bigtrain.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """Which runs, and where the report goes."""
-
     runs: list[LocalPath] = field(default_factory=list)
     """Directories of runs; ``runs=`` is left out."""
     out: LocalPath | None = None
@@ -42,7 +40,6 @@ def read(args: list[str]) -> ReportConfig:
 
 
 def run(config: ReportConfig) -> None:
-    """Write the report and say where it is."""
     from bigtrain.telemetry import figures, names
     from bigtrain.telemetry.history import read_history
     from bigtrain.telemetry.report import render

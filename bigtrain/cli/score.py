@@ -31,7 +31,6 @@ def read(args: list[str]) -> ScoreConfig:
 
 
 def run(config: ScoreConfig) -> None:
-    """Score and say where it is."""
     from bigtrain.run.scoring import score_samples
 
     count = score_samples(config)

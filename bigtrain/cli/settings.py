@@ -101,7 +101,6 @@ def setting_lines(schema: type, keys: list[str] | None = None, *, prefix: str = 
 
 
 def lines(schema: type = TrainConfig, prefix: str = "") -> str:
-    """Return the settings of ``schema`` for a terminal."""
     return "\n".join(
         f"{prefix}{key}={default}  ({kind})\n{textwrap.indent(textwrap.fill(meaning, 110), '      ')}"
         if kind

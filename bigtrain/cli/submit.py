@@ -74,8 +74,6 @@ class ClusterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SubmitConfig(TrainConfig):
-    """A training run, and where it is submitted."""
-
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The cluster."""
     dry_run: bool = False
@@ -272,7 +270,6 @@ job {number}: {config.run.name} on {config.cluster.num_nodes} x {per_node} = {wo
 
 
 def help_page() -> str:
-    """Return the text of ``--help``."""
     own = [f"cluster.{f.name}" for f in dataclasses.fields(ClusterConfig)] + ["dry_run"]
     settings = setting_lines(SubmitConfig, own)
     return HELP.format(clusters=" ".join(group_options("cluster")), settings=settings)

@@ -88,7 +88,6 @@ def run(config: TrainConfig, early_stop: EarlyStop | None = None) -> int:
 
 
 def help_page() -> str:
-    """Return the text of ``--help``."""
     return HELP.format(groups=settings.group_lines(), settings=settings.setting_lines(TrainConfig, MOST_USED))
 
 

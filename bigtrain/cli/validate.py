@@ -14,8 +14,6 @@ from bigtrain.config.convert import LocalPath
 
 @dataclass(kw_only=True, slots=True)
 class ValidateConfig:
-    """What is validated, and on how much."""
-
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
     batches: Annotated[int | None, Bound(ge=1, le=10**6)] = None
@@ -40,7 +38,6 @@ MOST_SHOWN_LABELS = 20
 
 
 def run(config: ValidateConfig) -> None:
-    """Validate and print the result."""
     from bigtrain.run.directory import label_names, locate
     from bigtrain.run.evaluation import validate_run
 

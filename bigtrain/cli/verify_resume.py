@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class VerifyResumeConfig(TrainConfig):
-    """A training run, and how it is interrupted."""
-
     before: Annotated[int, Bound(ge=2)] = 6
     """Steps before the checkpoint that is resumed from."""
     after: Annotated[int, Bound(ge=2)] = 6
@@ -61,7 +59,6 @@ Exit codes: 0 the same, 1 not the same, 2 it could not be found out.
 
 
 def run(config: VerifyResumeConfig) -> int:
-    """Verify, and show what was compared."""
     from bigtrain import log
     from bigtrain.testing.resume import verify_resume
 

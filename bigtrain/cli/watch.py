@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class WatchConfig:
-    """Which runs, and how often they are looked at."""
-
     runs: list[LocalPath] = field(default_factory=list)
     """Directories of runs; ``runs=`` is left out."""
     every_seconds: Annotated[float, Bound(gt=0, le=10**6)] = 2.0

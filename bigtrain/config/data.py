@@ -234,7 +234,6 @@ def is_live(data: DataConfig) -> bool:
 
 
 def are_records(data: DataConfig) -> bool:
-    """Return whether all samples are records."""
     return all(part.source in OF_RECORDS for part in component_data(data).values())
 
 

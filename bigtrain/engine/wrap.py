@@ -22,7 +22,6 @@ from bigtrain.tasks.base import TaskModel
 
 
 def find_blocks(model: TaskModel) -> list[nn.Module]:
-    """Return the blocks of all stacks."""
     return [block for stack in find_stacks(model.network) for block in stack]
 
 

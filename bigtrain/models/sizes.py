@@ -39,7 +39,6 @@ class ModelSizes:
 
 
 def model_sizes(model: ModelConfig) -> ModelSizes:
-    """Return the number of parameters of a resolved native model."""
     hidden, bias = model.hidden_dim, int(model.bias)
     norm = hidden * (1 + int(model.bias and model.norm is Norm.layernorm))
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim

@@ -37,7 +37,6 @@ class Rectangle(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return self.rows * self.columns
 
     def of(self, matrix: Tensor) -> Tensor:

@@ -69,8 +69,6 @@ def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Co
 
 @dataclass(frozen=True, slots=True)
 class _Ids:
-    """Which ids a tokenizer uses."""
-
     num_used: int
     mask_id: int | None
     eos_id: int

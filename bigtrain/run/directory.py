@@ -70,7 +70,6 @@ def write_run_files(config: TrainConfig, tokenizer: Path | None, facts: Mapping[
 
 
 def write_config(directory: Path, config: TrainConfig) -> None:
-    """Save the configuration of this launch."""
     directory.mkdir(parents=True, exist_ok=True)
     write_anew(directory / CONFIG_FILE, yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
 

@@ -60,8 +60,6 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor to be written."""
-
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype  # in the file
@@ -70,8 +68,6 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written."""
-
     checkpoint: Path  # the source
     num_parameters: int  # elements of all tensors
     has_tokenizer: bool  # false for synthetic data

@@ -123,7 +123,6 @@ class _Scorer:
         return file.getvalue()
 
     def columns(self, batch: Batch) -> dict[str, NDArray]:
-        """Return the columns of some samples."""
         fields, is_of_tokens = build_objective(self.config.task).fields, self.config.task.kind in OF_NEXT_TOKENS
         read = {name: tensor for name, tensor in batch.items() if is_of_tokens or fields[name].is_input}
         dtype = torch.float16 if self.asked.fp16 else torch.float32
@@ -134,7 +133,6 @@ class _Scorer:
 
 
 def _model_of(config: ScoreConfig) -> ModelConfig:
-    """Return the model that scores."""
     by = config.scorer
     if by is None:
         return dataclasses.replace(config.model, adapter=None, freeze=[])

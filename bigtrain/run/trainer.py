@@ -57,8 +57,6 @@ GC_EVERY_STEPS = 1000  # Python's garbage collector runs on all ranks at the sam
 
 @dataclass(slots=True)
 class Run:
-    """The parts of a run on this rank."""
-
     config: TrainConfig
     launch: Launch
     engine: Engine
@@ -85,8 +83,6 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a launch ended."""
-
     code: int
     reason: str
 
@@ -243,7 +239,6 @@ def _follow(run: Run) -> str:
 
 
 def record_save(run: Run, report: SaveReport | None) -> None:
-    """Record the end of a save, if one has ended."""
     if report is None:
         return
     run.launch.heartbeat.took("checkpoint", report.seconds)

@@ -31,8 +31,6 @@ _CONNECTION_WORDS = ("gloo/transport", "connection closed by peer", "connection 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How one rank failed."""
-
     kind: str  # exception, hang, died (killed or crashed) or connection (to a rank that is gone)
     rank: int
     phase: str

@@ -38,8 +38,6 @@ _ENDING_SECONDS = 60.0  # ranks wait there until rank 0 has closed its files and
 
 
 class Heartbeat:
-    """The heartbeat of this rank."""
-
     def __init__(
         self, path: Path | None = None, *, rank: int = 0, hang_seconds: float = 60.0, first_hang_seconds: float = 1800.0
     ) -> None:

@@ -19,8 +19,6 @@ _SIZES = {"cpu": 192, "cuda": 4096}
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """A slow rank."""
-
     rank: int
     why: str
 

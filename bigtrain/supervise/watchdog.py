@@ -37,8 +37,6 @@ _STOPPED, _DEAD = "Tt", "ZX"
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Arguments of a watchdog."""
-
     beats: str  # directory of the heartbeats of this node
     run: str  # directory of the run
     attempt: int

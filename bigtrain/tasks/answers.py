@@ -35,8 +35,6 @@ class Wanted:
 
 @runtime_checkable
 class Predicts(Protocol):
-    """An objective that predicts."""
-
     def answers(self, network: Callable[..., Any], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
         """Return plain data, a mapping for each sample, of what the objective's fields without ``ignored`` hold."""
 

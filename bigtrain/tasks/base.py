@@ -138,7 +138,6 @@ def sums_by_name(objective: Objective, *, held_out: bool) -> Mapping[str, tuple[
 
 
 def num_sums(objective: Objective, *, held_out: bool) -> int:
-    """Return how many numbers these are."""
     return sum(math.prod(shape) for shape in sums_by_name(objective, held_out=held_out).values())
 
 

@@ -21,7 +21,6 @@ _COMMAND = (sys.executable, "-m", "bigtrain.telemetry.tensorboard_logger")
 
 
 def start_tensorboard(run_directory: Path) -> Companion:
-    """Start the companion of a run."""
     return Companion("tensorboard", _COMMAND, request_for(run_directory, "tensorboard"))
 
 

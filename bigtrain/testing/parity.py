@@ -53,8 +53,6 @@ ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """What a case computed."""
-
     losses: list[float]
     grad_norms: list[float]
     parameters: dict[str, np.ndarray]  # final fp32 weights by name, in natural shape
@@ -98,7 +96,6 @@ def compute(
 
 
 def configure(config: TrainConfig, case: Case) -> TrainConfig:
-    """Return ``config`` with the engine and the micro-batches of ``case``."""
     engine = dataclasses.replace(config.engine, kind=case.engine, dp_shard=case.dp_shard)
     train = dataclasses.replace(config.train, micro_batch_size=case.micro_batch_size)
     return dataclasses.replace(config, engine=engine, train=train)

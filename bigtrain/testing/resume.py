@@ -73,8 +73,6 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of the comparison."""
-
     checks: list[Check]
     first_difference: str | None  # the earliest difference that is not allowed
     is_bitwise: bool  # whether engine and world size were the same, so that no difference at all is allowed
@@ -219,8 +217,6 @@ def _die(config: TrainConfig, root: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run leaves."""
-
     metrics: dict[int, dict[str, Any]]  # records of ``metrics.jsonl``, and the samples, by step
     state: RunState
     tensors: TensorReader  # of the last checkpoint

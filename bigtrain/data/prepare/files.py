@@ -44,8 +44,6 @@ _THIS_NAME = "matched as a pattern, but there is something of this very name"
 
 
 class SourceFile(NamedTuple):
-    """One file of a source."""
-
     name: str  # path relative to the root of the source, with '/' on every system
     path: Path
 

@@ -193,7 +193,6 @@ def kept_documents(config: DataConfig, part: Part, kept: NDArray[np.bool_]) -> I
 
 
 def survey_part(config: DataConfig, part: Part) -> PartSurvey:
-    """Read one part of the source."""
     found = PartSurvey()
     sizes, hashes, places = [], [], []
     duplicates = config.filters.duplicates

@@ -88,7 +88,6 @@ def tokenise_part(
 
 
 def part_directory(work: Path, number: int) -> Path:
-    """Return the directory of a part's tokens."""
     return work / PARTS_DIRECTORY / f"{number:06}"
 
 
@@ -155,8 +154,6 @@ def _append(directory: Path, split: str, buffer: TokenBuffer) -> None:
 
 
 class ShardPlan(NamedTuple):
-    """One shard to be written."""
-
     name: str  # ``train-00000`` and so on
     lengths: NDArray[np.int64]  # tokens of each of its documents
     ranges: list[tuple[int, int, int]]  # (part, first token, end) in order

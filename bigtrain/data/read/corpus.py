@@ -38,8 +38,6 @@ class LocalFiles:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A prepared corpus."""
-
     files: LocalFiles | ShardCache  # where it lies
     index: CorpusIndex  # what is in it
     skip_bad_shards: bool = False  # go on without shards that are missing or damaged for good

@@ -31,8 +31,6 @@ class LabelKind(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class LabelRecord:
-    """The labels of a corpus."""
-
     kind: LabelKind  # what a document has
     size: int  # different labels, or numbers of a document
     names: list[str]  # of the labels, in the order of their numbers; none of numbers
@@ -56,8 +54,6 @@ class ShardRecord:
 
 @dataclass(kw_only=True, slots=True)
 class SplitRecord:
-    """One split of a corpus."""
-
     shards: list[ShardRecord]
     num_tokens: int  # with end-of-text tokens
     num_documents: int  # empty ones are left out
@@ -69,8 +65,6 @@ class SplitRecord:
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerRecord:
-    """The tokenizer of a corpus."""
-
     name: str  # ``bpe``, ``bytes``, or the Hugging Face name
     file: FileRecord  # ``tokenizer.json``
     vocab_size: int  # largest token id plus one

@@ -42,8 +42,6 @@ _INDEX_BITS = 28  # of a sample id: its number in the window; above them the win
 
 
 class PartTokens(NamedTuple):
-    """One split of a part."""
-
     tokens: NDArray[np.unsignedinteger]  # all documents on end, each with its end-of-text token, ``(n,)``
     lengths: NDArray[np.int64]  # tokens of each document
     counted: NDArray[np.uint8] | None  # 1 where a token counts as a target, ``(n,)``; None when all do
@@ -53,8 +51,6 @@ class PartTokens(NamedTuple):
 
 
 class LiveParts:
-    """The parts of a source as tokens."""
-
     def __init__(
         self,
         make: Callable[[int, str, NodeCache], None],
