@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bigtrain.models.init import InitialValue
 
 BLOCK = 64
+_CHUNK_ELEMENTS = 2**18  # that are quantised at a time
 _MARK = "nf4_"
 CODES, SCALES = f"{_MARK}codes", f"{_MARK}scales"
 # fmt: off
@@ -36,7 +37,7 @@ def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(rows, (0, -rows.shape[1] % BLOCK)).view(len(rows), -1, BLOCK)
     scales = blocks.abs().amax(-1).bfloat16()
     relative = blocks / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    codes = torch.bucketize(relative, (_LEVELS[1:] + _LEVELS[:-1]) / 2).view(len(rows), -1, 2)
+    codes = torch.bucketize(relative, (_LEVELS[1:] + _LEVELS[:-1]) / 2, out_int32=True).view(len(rows), -1, 2)
     return (16 * codes[..., 0] + codes[..., 1]).to(torch.uint8), scales
 
 
@@ -93,9 +94,11 @@ class Quantised:
     def fill(self, start: int, out: Tensor) -> None:
         num_blocks, columns = -(-self.shape[1] // BLOCK), self.shape[1]
         width = num_blocks if self.part == SCALES else num_blocks * BLOCK // 2
-        first, last = start // width, -(-(start + len(out)) // width)
-        rows = torch.empty((last - first) * columns, device="cpu")
-        self.matrix.fill(first * columns, rows)
-        codes, scales = quantise(rows.view(-1, columns))
-        part = scales if self.part == SCALES else codes
-        out.copy_(part.flatten()[start - first * width :][: len(out)])
+        for chunk in out.split(width * max(_CHUNK_ELEMENTS // columns, 1)):
+            first, last = start // width, -(-(start + len(chunk)) // width)
+            rows = torch.empty((last - first) * columns, device="cpu")
+            self.matrix.fill(first * columns, rows)
+            codes, scales = quantise(rows.view(-1, columns))
+            part = scales if self.part == SCALES else codes
+            chunk.copy_(part.flatten()[start - first * width :][: len(chunk)])
+            start += len(chunk)
