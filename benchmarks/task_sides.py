@@ -111,7 +111,7 @@ def write_larger(samples: str, directory: Path) -> None:
     if samples in columns:
         np.savez(directory / f"{samples}.npz", **columns[samples])
     else:
-        (directory / "text.txt").write_text(" ".join(f"word{n % 977} {n}" for n in range(60_000)))
+        (directory / "text.txt").write_text("\n".join(f"word{n % 977} {n}" for n in range(60_000)))
 
 
 def configuration(case: str, directory: Path, *args: str, larger: bool = False, world_size: int = 1) -> TrainConfig:
@@ -159,7 +159,16 @@ def our_turns(case: str, directory: Path, args: list[str], pacer: Pacer) -> None
         return engine
 
     launching.build_engine = build_paced
-    launching.run(configuration(case, directory, *args, "supervision.hang_seconds=36000", larger=True))
+    launching.run(
+        configuration(
+            case,
+            directory,
+            *args,
+            "supervision.hang_seconds=36000",
+            "supervision.first_hang_seconds=36000",
+            larger=True,
+        )
+    )
 
 
 # Theirs
