@@ -57,10 +57,10 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "regression": ("table", ["+model=mlp_mnist", "model.settings.num_inputs=6", "model.settings.num_outputs=2"]),
     "sequences (LSTM)": ("sequences", ["+model=lstm", "model.settings.hidden_dim=8"]),
     "seq2seq": ("pairs", [*_network("t5", _T5), "optimizer.eps=1e-4"]),
-    "ctc": ("ctc", _network("wav2vec2", _WAV2VEC2)),
+    "ctc": ("ctc", [*_network("wav2vec2", _WAV2VEC2), "optimizer.eps=1e-4"]),
     "speech": ("speech", _network("whisper", _WHISPER)),
 }
-"""Kind of samples and network by task. T5's queries have gradients as small as Adam's usual eps."""
+"""Kind of samples and network by task. T5 and wav2vec2 have gradients as small as Adam's usual eps."""
 
 
 def configuration(task: str, place: Path, engine: str, name: str) -> TrainConfig:

@@ -71,7 +71,11 @@ def test_a_difference_of_cells_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert largest_difference([step], [step]) == 0 < largest_difference([step | {"loss": 2.00004}], [step]) < 3e-5
     others = step | {"data_digest": "b"}, step | {"loss": float("nan")}, {"step": 1}
     assert all(largest_difference([other], [step]) == float("inf") for other in others)
-    assert is_equal({"before": 9e-6, "after": 9e-7}) and not is_equal({"before": 0.0, "after": 2e-6})
+    norms = [step | {"grad_norm": 3.0}], [step | {"grad_norm": 3.00003}]
+    assert largest_difference(*norms) == 0 < largest_difference(*norms, of_norms=True) < 2e-5
+    assert is_equal({"before": 9e-6, "after": 9e-7, "norms": 9e-6})
+    assert not is_equal({"before": 0.0, "after": 2e-6, "norms": 0.0})
+    assert not is_equal({"before": 0.0, "after": 0.0, "norms": 2e-5})
     assert not is_equal({"failed": "KeyError"})
 
 
