@@ -119,6 +119,7 @@ def generate(
     run: Run | str | PathLike[str],
     prompt: str,
     *,
+    chat: bool = False,
     num_samples: int = 1,
     max_new_tokens: int = 50,
     temperature: float = 0.8,
@@ -132,6 +133,7 @@ def generate(
     return sample_run(
         _path(run),
         prompt=prompt,
+        chat=chat,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -16,6 +16,8 @@ class GenerateConfig:
     """Directory of the run, or of one of its checkpoints."""
     prompt: MaybeEmpty
     """Text to continue; taken as it is, without quoting for Hydra."""
+    chat: bool = False
+    """Let the chat template write the prompt as a user's message, and ask for an answer."""
     num_samples: Annotated[int, Bound(ge=1, le=10_000)] = 5
     """Number of texts."""
     max_new_tokens: Annotated[int, Bound(ge=1, le=10**6)] = 50
@@ -35,6 +37,7 @@ Continue a prompt with a trained model.
 
   python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("
   python launch/generate.py checkpoint=runs/gpt_nano prompt="Once upon a time, " num_samples=1 max_new_tokens=200
+  python launch/generate.py checkpoint=runs/my_chats prompt="What is a list?" chat=true temperature=0 num_samples=1
 """
 
 
@@ -50,7 +53,7 @@ def run(config: GenerateConfig) -> None:
     settings = to_dict(config) | {"prompt": prompt}
     texts = sample_run(Path(settings.pop("checkpoint")), **settings)
     for number, text in enumerate(texts, start=1):
-        print(f"--- {number} of {len(texts)} ---\n{prompt}{text}")
+        print(f"--- {number} of {len(texts)} ---\n{'' if config.chat else prompt}{text}")
 
 
 main = partial(hydra_cli.command, GenerateConfig, run, HELP)

@@ -8,8 +8,9 @@ import torch
 from bigtrain.checkpoint.store import step_of
 from bigtrain.config import TaskKind, TrainConfig
 from bigtrain.config.tasks import OF_NEXT_TOKENS
+from bigtrain.data.prepare.chat import find_chat
 from bigtrain.data.read.index import read_index
-from bigtrain.data.read.tokenizer import load_tokenizer
+from bigtrain.data.read.tokenizer import is_ours, load_tokenizer
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, whole_entry
 from bigtrain.engine.wrap import materialise
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 
 
 def sample_run(
-    path: Path, *, prompt: str, num_samples: int = 1, max_new_tokens: int, seed: int = 0, **sampling: Any
+    path: Path,
+    *,
+    prompt: str,
+    chat: bool = False,
+    num_samples: int = 1,
+    max_new_tokens: int,
+    seed: int = 0,
+    **sampling: Any,
 ) -> list[str]:
     """Return continuations of ``prompt`` by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
 
@@ -50,7 +58,10 @@ def sample_run(
     model = network if isinstance(network, LanguageModel) else Uncached(network, config.model)
     model.eval()
     adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
-    ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)
+    if chat:
+        ids = tokenizer.encode(asked(run, config, prompt), add_special_tokens=False).ids
+    else:
+        ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)
     ends = end_ids(run, is_pretrained=config.model.pretrained)
     generator = torch.Generator().manual_seed(seed)
     texts, is_full = [], False
@@ -64,6 +75,13 @@ def sample_run(
         )
     _keep(run, step_of(checkpoint), prompt, texts)
     return texts
+
+
+def asked(run: Path, config: TrainConfig, prompt: str) -> str:
+    """Return what the run's chat template writes to ask for an answer to ``prompt``. DataError: it has none."""
+    template = config.data.chat_template if is_ours(str(run)) else None  # others are kept with the tokenizer
+    text, _ = find_chat(str(run), template).render([{"role": "user", "content": prompt}], {}, asks=True)
+    return text
 
 
 def require_texts(config: TrainConfig, tokenizer: Path | None) -> None:
