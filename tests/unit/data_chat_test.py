@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bigtrain.config import Content, DataConfig, DataSource
+from bigtrain.config import Content, DataConfig, DataSource, TrainConfig
 from bigtrain.data.prepare.chat import chat_of
 from bigtrain.data.prepare.chat_forms import read_row
 from bigtrain.data.prepare.corpus import prepare
@@ -234,6 +234,16 @@ def test_what_a_template_would_drop_is_refused(tmp_path, style, row, problem):
         documents(tmp_path, published(tmp_path / "model", style), [{"messages": [CHAT[0], ANSWER]}, row])
 
 
+def test_ids_that_tie_a_result_to_its_call_need_not_be_written(tmp_path):
+    calls = ANSWER | {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "cold"}
+    rows = [{"messages": [CHAT[0], calls, other, ANSWER]} for other in (result, result | {"note": "x"})]
+    tokenizer = published(tmp_path / "model", "qwen")
+    assert "cold" in documents(tmp_path, tokenizer, rows[:1])[0].text
+    with pytest.raises(DataError, match=r"message 2: .*does not write its note; remove it, or"):
+        documents(tmp_path, tokenizer, rows[1:])
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
@@ -355,3 +365,23 @@ def test_a_pretrained_model_ends_a_text_as_its_own_settings_say(tmp_path):
     (run / "model" / "config.json").write_text(json.dumps({"eos_token_id": 1}))
     (run / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
     assert end_ids(run, is_pretrained=True) == {1, 4} and end_ids(run, is_pretrained=False) == {1}
+
+
+def test_a_question_to_a_run_is_what_its_template_writes(tmp_path):
+    from transformers import AutoTokenizer
+
+    from bigtrain.run.sampling import asked
+
+    def question(tokenizer, **data):
+        prepared(
+            tmp_path, tokenizer, [{"messages": CHAT}, {"messages": CHAT[:2]}], root=str(tmp_path / tokenizer), **data
+        )
+        (run,) = (path.parent for path in (tmp_path / tokenizer).glob("*/index.json"))
+        return asked(run, TrainConfig(data=DataConfig(tokenizer=tokenizer, **data)), "what is it")
+
+    base, own = published(tmp_path / "base", "llama"), tmp_path / "own.jinja"
+    messages = [{"role": "user", "content": "what is it"}]
+    wrapper = AutoTokenizer.from_pretrained(base)
+    assert question(base) == wrapper.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    own.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert question("bytes", chat_template=str(own)) == "user: what is it\n"

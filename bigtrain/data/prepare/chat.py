@@ -36,6 +36,7 @@ _ROLES = ("system", "user", ANSWERING_ROLE, "tool", "developer", "function", "ip
 _OF_A_CHAT = ("tools", "functions", "documents", "system", "chat_template_kwargs")
 """Fields of a row beside its messages that are, by convention, part of what the model is to see."""
 _LABELS = ("id", "type", "index")  # keys inside a field, such as in a tool call, that a template may do without
+_OF_A_MESSAGE = ("role", "tool_call_id")  # the role is the template's own; the id refers to one of a call
 _CHATML = """\
 {% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}\
 {% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '<|im_end|>\n' }}{% endgeneration %}\
@@ -168,7 +169,7 @@ class _Row:
         text = self._try([message for message, _ in marked], self._fields)
         for number, message in enumerate(self._messages):
             for key, value in message.items():
-                if key == "role" or not _says_something(value):
+                if key in _OF_A_MESSAGE or not _says_something(value):
                     continue
                 where = f"field '{self._name}', message {number}"
                 if isinstance(value, list) and any(repr(part) in self.text for part in value):
@@ -220,7 +221,10 @@ class _Row:
             whole, part = (self._try(messages[: number + 1], self._fields) for messages in (self._messages, changed))
             if whole == part:
                 what = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
-                raise ValueError(f"{where}: the chat template does not write its {what}")
+                raise ValueError(
+                    f"{where}: the chat template does not write its {what}; remove it, or name a template that does "
+                    "(data.chat_template=FILE)"
+                )
 
     def _try(self, messages: list[dict[str, Any]], fields: dict[str, Any]) -> str:
         try:
