@@ -54,6 +54,16 @@ def form_of(names: Collection[str], messages_field: str) -> Form:
     return found
 
 
+def advice_without_text(names: Collection[str], messages_field: str) -> str:
+    """Return what to add to a message about a row without a text field: the setting that reads chats, where it is one."""
+    if "chosen" in names and "rejected" in names:
+        return "; data.content=preference reads 'chosen' and 'rejected'"
+    try:
+        return f"; data.content=chat reads this row, as {form_of(names, messages_field).name}"
+    except ValueError:
+        return ""
+
+
 def read_row(record: dict[str, Any], messages_field: str) -> Row:
     """Return the conversation in a record; ValueError if it has none."""
     form = form_of(record, messages_field)

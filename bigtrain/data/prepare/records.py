@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bigtrain.config import Content, DataConfig, DataSource, TrainOn
 from bigtrain.data.prepare.chat import PAIR_FIELDS, RATED_FIELDS, chat_of, without_null
-from bigtrain.data.prepare.chat_forms import form_of, read_row
+from bigtrain.data.prepare.chat_forms import advice_without_text, form_of, read_row
 from bigtrain.data.read.index import LabelKind, LabelRecord
 
 MOST_LABELS = 100_000
@@ -180,7 +180,8 @@ def record_document(config: DataConfig, document_id: str, record: dict[str, Any]
     fields = document_fields(config)
     for setting, name in fields.items():
         if name not in record:
-            raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}")
+            advice = advice_without_text(record, config.messages_field) if config.content is Content.text else ""
+            raise ValueError(f"no field '{name}'; set data.{setting} to one of {sorted(record)}{advice}")
     if config.content in (Content.preference, Content.rated):
         return _compared_document(config, document_id, record, is_repaired)
     if config.content.has_labels:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bigtrain.config import Content, DataConfig
+from bigtrain.data.prepare.chat_forms import advice_without_text
 from bigtrain.data.prepare.files import Part, SourceFile, choose_split, open_lines, read_state, split_name
 from bigtrain.data.prepare.formats import foreign_format
 from bigtrain.data.prepare.records import (
@@ -185,7 +186,9 @@ def _require_columns(config: DataConfig, columns: list[str], where: str) -> list
     for name in fields.values():
         if name not in columns:
             setting = next(key for key, value in fields.items() if value == name)
-            told = "; columns of csv are separated by commas, of tsv by tabs" if len(columns) == 1 else ""
+            told = advice_without_text(columns, config.messages_field) if config.content is Content.text else ""
+            if len(columns) == 1 and not told:
+                told = "; columns of csv are separated by commas, of tsv by tabs"
             raise DataError(f"{where}: no column '{name}'; set data.{setting} to one of {sorted(columns)}{told}")
     try:
         return columns_to_read(config, columns)
