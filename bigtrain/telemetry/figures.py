@@ -21,6 +21,7 @@ _LABEL_WIDTH = 0.035  # of vertical text, as a share of the figure's
 _LEGEND_CHARACTERS = 72  # that fit above a picture
 _NAME_CHARACTERS = 36
 _UNMARKED_EVENTS = ("start", "validation", "checkpoint", "profile")
+_PER_TOKEN = ("causal_lm", "masked_lm", "denoise", "seq2seq", "speech")  # tasks whose loss is a cross-entropy of tokens
 _INCHES = (5.4, 3.1)  # half the page on a desktop, all of it on a phone
 _STYLE: Any = {
     "font.size": 10,
@@ -37,7 +38,8 @@ _STYLE: Any = {
 
 def loss_figure(histories: list[History], axis: str) -> Any:
     """Return training loss (thin: range, thick: running mean), validation and unigram loss over ``axis``."""
-    figure, axes = _figure(f"loss (nats per {names.unit_of(histories[0].records[-1])[:-1]})", axis)
+    is_of_tokens = all(history.config.get("task.kind", _PER_TOKEN[0]) in _PER_TOKEN for history in histories)
+    figure, axes = _figure("loss (nats per token)" if is_of_tokens else "loss", axis)
     shown = _draw_runs(axes, histories, names.LOSS, axis, smooth=True, validated=names.LOSS)
     for loss in sorted({history.unigram_loss for history in histories} - {None}):
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
@@ -78,7 +80,7 @@ def _draw_runs(
     for history, colour in zip(histories, _colours(histories), strict=True):
         records, values = history.series(key)
         x, y = [record.get(axis, math.nan) for record in records], [value * scale for value in values]
-        shown += _finite(y[max(len(y) // 50, min(10, len(y) - 1)) :])  # the first ones would flatten the rest
+        shown += _finite(y[max(len(y) // 50, min(10, len(y) // 10)) :])  # the first ones would flatten the rest
         if smooth:
             _draw_range(axes, x, y, colour)
             y = running_mean(y)
@@ -191,15 +193,16 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 def _figure(label: str, axis: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
     figure = Figure(figsize=_INCHES, layout="constrained")
     axes = figure.subplots()
     axes.set_ylabel(label)
     axes.set_xlabel("optimizer step" if axis == names.STEP else axis)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if label.startswith((names.TOKENS, names.SAMPLES)):
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    is_count = label.startswith((names.TOKENS, names.SAMPLES))
+    # A common factor of ticks (1e-7) would lie under the legend.
+    axes.yaxis.set_major_formatter(EngFormatter(sep="") if is_count else StrMethodFormatter("{x:g}"))
     axes.margins(x=0.01)
     axes.grid(color=GREY, alpha=0.2, linewidth=0.7)
     axes.spines[:].set_visible(False)

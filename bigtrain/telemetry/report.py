@@ -144,6 +144,7 @@ def _facts(history: History) -> dict[str, str]:
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
     return {
         "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
+        "task": str(config.get("task.kind", "")),
         "model": str(config.get("model.name", "")),
         unit: format_count(number(last, unit)),
         "last loss": _number(number(last, names.LOSS)),

@@ -195,6 +195,14 @@ def test_values_below_0_are_in_the_picture(tmp_path: Path):
     assert down.axes[0].get_ylim()[0] <= -8
 
 
+def test_the_loss_of_a_short_run_is_in_the_picture(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(record(step) | {"loss": 9 - step}) for step in range(1, 9)))
+    with figures.drawing():
+        (axes,) = figures.loss_figure([read_history(run)], "step").axes
+    assert axes.get_ylim()[1] > 8
+
+
 def test_a_picture_of_the_loss_alone(tmp_path: Path):
     run = make_run(tmp_path / "run")
     assert report(run, "out=loss.svg", cwd=tmp_path).returncode == 0
