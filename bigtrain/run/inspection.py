@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +159,12 @@ def _text_lines(columns: Columns, documents: NDArray[np.int64], tokenizer: "Toke
             # What does not count is known from the input after it.
             target = targets[place] if is_counted else None if is_last else tokens[place + 1]
             text = "…" if target is None else _text(int(target), tokenizer)
-            pieces.append((counted if is_counted else "⟦{}⟧").format(text))
-        yield f"document {document}: ({_text(int(tokens[places[0]]), tokenizer)}) {'│'.join(pieces)}"
+            pieces.append((is_counted, text))
+        runs = [
+            (counted if is_counted else "⟦{}⟧").format("│".join(text for _, text in run))
+            for is_counted, run in itertools.groupby(pieces, key=itemgetter(0))
+        ]
+        yield f"document {document}: ({_text(int(tokens[places[0]]), tokenizer)}) {'│'.join(runs)}"
 
 
 def _text(token: int, tokenizer: "Tokenizer | None") -> str:
