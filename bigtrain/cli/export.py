@@ -65,6 +65,8 @@ def run(config: ExportConfig) -> None:
         quantised=config.quantise,
     )
     print(f"checkpoint  {exported.checkpoint}")
+    if exported.averaged:
+        print(f"mean of     {', '.join(path.name for path in exported.averaged)}")
     print(f"weights     {exported.num_parameters:,} numbers in {config.dtype.name}")
     print(f"tokenizer   {'the one of the run' if exported.has_tokenizer else 'none: the data were synthetic'}")
     if exported.losses:

@@ -69,6 +69,7 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Exported:
     checkpoint: Path  # the source
+    averaged: list[Path]  # those whose mean it is, with more than one
     num_parameters: int  # elements of all tensors
     has_tokenizer: bool  # false for synthetic data
     losses: list[float]  # on held-out text, before and after it was quantised
@@ -110,7 +111,8 @@ def export(
         require_quantisation(quantised)
         if config.task.kind not in OF_NEXT_TOKENS or not merge:
             raise ConfigError(f"quantise={quantised.name}: is for whole causal language models; leave it out")
-    reader = MovingAverage(checkpoint) if average == MOVING else AveragedWeights(_newest(checkpoint, int(average)))
+    averaged = _newest(checkpoint, int(average)) if average not in (1, "1", MOVING) else []
+    reader = MovingAverage(checkpoint) if average == MOVING else AveragedWeights(averaged or [checkpoint])
     if merge:
         describe = _native if model.kind is ModelKind.native else _hugging_face
         whole = MergedWeights(reader, model) if model.adapter else reader
@@ -138,7 +140,7 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     num_parameters = sum(math.prod(part.shape) for part in parts)
-    return Exported(checkpoint, num_parameters, has_tokenizer=tokenizer is not None, losses=losses)
+    return Exported(checkpoint, averaged, num_parameters, has_tokenizer=tokenizer is not None, losses=losses)
 
 
 def _newest(checkpoint: Path, count: int) -> list[Path]:
