@@ -40,6 +40,12 @@ OURS = {
     "use_dora": "model.adapter.kind",
     "use_rslora": "model.adapter.rslora",
     "load_in_4bit": "model.adapter.nf4",
+    # axolotl
+    "base_model": "model.name",
+    "lora_target_modules": "model.adapter.targets",
+    "val_set_size": "data.validation_fraction",
+    "train_on_inputs": "data.train_on",
+    "assistant_only_loss": "data.train_on",
     # nanoGPT, Megatron, torchtitan
     "n_layer": "model.num_layers",
     "n_head": "model.num_heads",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bigtrain.checkpoint.manifest import MANIFEST_FILE, hash_file
 from bigtrain.config import TaskKind
+from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.read.batch import build_batch
 from bigtrain.data.read.records import Records
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
@@ -68,9 +69,10 @@ def _opened(path: Path, inputs: Any, wanted: Wanted, batch_size: int) -> Iterato
     with opened(path) as (config, run):
         objective = build_objective(config.task)
         if not isinstance(objective, Predicts):
-            raise ConfigError(
-                f"task={config.task.kind} predicts nothing of inputs; an objective that does has 'answers'"
-            )
+            way = "an objective that does has 'answers'"
+            if config.task.kind in OF_NEXT_TOKENS:
+                way = "bigtrain generate continues a prompt"
+            raise ConfigError(f"task={config.task.kind} predicts nothing of inputs; {way}")
         has_settings = wanted.top_k > 1 or wanted.threshold is not None
         if has_settings and config.task.kind in set(TaskKind.__members__) - {TaskKind.classification}:
             raise ConfigError(f"top_k, threshold: task={config.task.kind} gives no probabilities; leave them out")

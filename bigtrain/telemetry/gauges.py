@@ -77,7 +77,7 @@ class Gauges:
 
     def sentence(self) -> str:
         if self.flops is None:
-            return "no MFU: the operations of this model cannot be counted from its shape"
+            return "no MFU: operations are counted of decoders of a known shape, without adapters"
         counted = (
             f"6 W + 12 Q P / T = {self.flops.causal:.4g} operations per token with causal attention, "
             f"{self.flops.full_attention:.4g} with full"

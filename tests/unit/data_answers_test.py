@@ -166,7 +166,7 @@ def test_an_answer_that_ends_with_the_sample_is_whole():
 
 
 def test_long_chats_are_refused_and_are_in_the_digest(tmp_path):
-    said = r"9 chats of the train split have more than data\.sequence_length=16 tokens; use a larger one"
+    said = r"9 chats of more than data\.sequence_length=16 tokens in the train split; use a larger one"
     prompts = {"prompts": [3] * 12 + [40] * 10, "packing": None}
     with pytest.raises(DataError, match=said):
         open_in(tmp_path, long_chats=LongChats.refuse, **prompts)

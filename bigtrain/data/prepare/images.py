@@ -21,7 +21,7 @@ from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.prepare.image_sources import Raw, Source, find_images
 from bigtrain.data.read.images import INDEX_FILE, LABELS, PIXELS, ImageIndex
 from bigtrain.data.read.remote import is_url
-from bigtrain.errors import DataError, first_line
+from bigtrain.errors import DataError, counted, first_line
 from bigtrain.files import make_directory
 from bigtrain.log import get_logger, reporter
 
@@ -115,7 +115,7 @@ def _fill(work: Path, config: DataConfig, source: Source, progress: bool) -> Non
     (work / INDEX_FILE).write_text(json.dumps(asdict(index), indent=1))
     if index.num_left_out:
         get_logger().warning(
-            f"data.path={config.path}: {index.num_left_out} images that cannot be decoded are left out"
+            f"data.path={config.path}: {counted(index.num_left_out, 'image')} left out that cannot be decoded"
         )
     if num_in_both:
         get_logger().warning(

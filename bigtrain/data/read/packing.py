@@ -25,7 +25,7 @@ from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.read.batch import ArrayPool, Samples, gather_groups
 from bigtrain.data.read.corpus import Split
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, counted
 from bigtrain.tasks.base import IGNORE_INDEX
 
 SHARDS_KEPT = 64  # shards whose documents are remembered
@@ -192,8 +192,8 @@ class BestFitSamples(ShardedSamples):
         self._long_chats = long_chats if split.has_answers else LongChats.split
         if long_chats is LongChats.refuse and (num_long := self.num_cut()):
             raise DataError(
-                f"{num_long} chats of the {split.name} split have more than data.sequence_length={sequence_length} tokens; use a "
-                "larger one, or data.long_chats=cut or drop"
+                f"{counted(num_long, 'chat')} of more than data.sequence_length={sequence_length} tokens in the {split.name} "
+                "split; use a larger one, or data.long_chats=cut, drop or split"
             )
         self._plan = lru_cache(maxsize=SHARDS_KEPT)(self._pack)
         num_shards = len(split.shard_tokens)
