@@ -192,7 +192,7 @@ def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, d
         num_owners = ranks.dp_shard if is_sharded else world_size
         layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_owners, is_sharded)
     if config.logging.layer_norms_every_steps and config.engine.offload is Offload.none:
-        layout.update += 4 * -(-sizes.total // world_size)  # the weights before the update
+        layout.update += 4 * -(-sizes.trained // world_size)  # the weights before the update
     return layout
 
 

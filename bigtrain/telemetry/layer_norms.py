@@ -44,7 +44,9 @@ class LayerNorms:
         self._parts = {(layer, column): [] for layer in self._layers for column in range(3)}
         for name, gradient in self._state.gradients():
             self._add(name, _GRADIENT, gradient, self._weights[name].num_replicas)
-        self._old = {name: [box.view.clone() for box in entry.own_boxes()] for name, entry in self._weights.items()}
+        self._old = {
+            name: [box.view.clone() for box in self._weights[name].own_boxes()] for name in self._state.holders
+        }
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -52,8 +54,10 @@ class LayerNorms:
         if not self._is_due(step):
             return
         for name, entry in self._weights.items():
-            for box, old in zip(entry.own_boxes(), self._old.pop(name), strict=True):
+            boxes = entry.own_boxes()
+            for box in boxes:
                 self._add(name, _WEIGHTS, box.view)
+            for box, old in zip(boxes, self._old.pop(name, ()), strict=False):  # frozen weights have none
                 self._add(name, _UPDATE, old.sub_(box.view))
         nothing = torch.zeros((), dtype=torch.float64, device=self._device)
         sums = torch.stack([torch.stack([nothing, *parts]).sum() for parts in self._parts.values()])
