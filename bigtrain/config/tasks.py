@@ -120,9 +120,8 @@ def check_task(config: TrainConfig) -> Iterator[str]:
             yield f"task={task.kind}: data={data.source.name} has no records; use data=records or your own data"
         if task.kind == TaskKind.preference:
             if task.loss.has_reference and model.adapter is None and data.scores is None:
-                instead = (
-                    "add +adapter=lora or data.scores=<what bigtrain score wrote>, or choose task.loss=orpo or simpo"
-                )
+                others = "" if task.loss is PreferenceLoss.kto else ", or choose task.loss=orpo or simpo"
+                instead = f"add +adapter=lora or data.scores=<what bigtrain score wrote>{others}"
                 yield f"task.loss={task.loss.name} compares with the model before training: {instead}"
         elif model.kind is ModelKind.native:
             yield f"task={task.kind}: bigtrain's own decoder predicts text only; use +model=hf, a small network or your own"
