@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 from bigtrain.testing import ranks as local_ranks
@@ -38,3 +40,12 @@ if not shutil.which("nvidia-smi"):
         *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3"),
         *("deepspeed.module_inject.auto_ep_layer", "setuptools"),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_watchdog_is_left() -> Iterator[None]:
+    """A run in this process leaves one that ends all tests minutes later, unless the process is said to outlive it."""
+    yield
+    from tests.distributed.launches import watchdogs_left
+
+    assert not watchdogs_left(), "a run in this process: launching.run(..., outlived=True), or run_ranks"

@@ -174,7 +174,7 @@ def test_distillation_goes_on_where_it_was_and_with_no_other_teacher(place, tmp_
         config.checkpoint = CheckpointConfig(every_steps=3)
         config.data = dataclasses.replace(config.data, scores=str(tmp_path / teacher))
         config.run = RunConfig(name="run", root=str(tmp_path / root), **run)
-        launching.run(with_engine(config, engine))
+        launching.run(with_engine(config, engine), outlived=True)
         lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
