@@ -14,7 +14,7 @@ SAMPLES = {
     "distillation": ["task=distillation", *TEXT, "data.scores={}/scores"],
     "preference": [
         *("task=preference", "data=jsonl", "data.content=preference", "data.path={}/preference.jsonl"),
-        *("data.tokenizer=bytes", "data.sequence_length=32", "data.validation_fraction=0.2"),
+        *("data.tokenizer=bytes", "data.sequence_length=128", "data.validation_fraction=0.2"),
     ],
     "masked_lm": ["task=masked_lm", *TEXT],
     "texts": ["task=classification", "task.inputs=tokens", "task.num_labels=3", *OF_TOKENS],
