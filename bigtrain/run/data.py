@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import (
     OF_RECORDS,
-    PERPLEXITIES,
     WITHOUT_TEXT,
     AugmentConfig,
     DataConfig,
@@ -30,7 +28,6 @@ from bigtrain.config import (
     TaskConfig,
     TaskKind,
     TrainConfig,
-    Verify,
     are_records,
     component_data,
     own_sets,
@@ -46,7 +43,6 @@ from bigtrain.data.read.loader import TrainLoader, require_validation_targets, v
 from bigtrain.data.read.overlap import seen_in_training
 from bigtrain.data.read.packing import unanswered
 from bigtrain.data.read.records import RecordSplit
-from bigtrain.data.read.scores import Scores, open_scores
 from bigtrain.data.read.stream import SampleStream, StoredSamples
 from bigtrain.data.read.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, load_tokenizer
 from bigtrain.data.streams import count_labels, open_streams
@@ -57,9 +53,9 @@ from bigtrain.log import get_logger, redact
 from bigtrain.models.hf.build import published_labels
 from bigtrain.run.collation import build_collation, relabelled
 from bigtrain.run.directory import read_config
+from bigtrain.run.scored import add_scores
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import IGNORE_INDEX
-from bigtrain.tasks.scoring import LOG_PROBABILITIES, NUM_TARGETS
 from bigtrain.telemetry import names
 
 HELD_OUT = "validation"
@@ -93,7 +89,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
         for part in streams.values():
             part.collated(collation)
     for name, part in streams.items():
-        _add_scores(config, name, part)
+        add_scores(config, name, part)
     streams |= open_own_sets(config, stream)
     if validation.every_steps and config.data.on_bad_shard is not OnBad.skip:
         sizes = {"batches": validation.batches, "global_batch_size": train.global_batch_size}
@@ -149,36 +145,6 @@ def open_own_sets(config: TrainConfig, train: SampleStream) -> dict[str, SampleS
     return found
 
 
-def _add_scores(config: TrainConfig, name: str, stream: SampleStream) -> None:
-    """Give a set of samples the columns of ``data.scores`` that the task reads."""
-    if config.data.scores is None:
-        return
-    wanted = [key for key, field in build_objective(config.task).fields.items() if field.is_optional]
-    directory, vocab_size = Path(config.data.scores), config.model.vocab_size
-    verify = config.data.verify is Verify.full and (not dist.is_initialized() or dist.get_rank() == 0)
-    read = partial(open_scores, directory, name, stream.content, vocab_size=vocab_size, verify=verify)
-    low, high = (getattr(config.data, name) for name in PERPLEXITIES)
-    if low is None and high is None:
-        stream.scored(read(wanted))
-    elif name == "train":
-        _choose(stream, read((LOG_PROBABILITIES, NUM_TARGETS)), low or 1.0, high or math.inf)
-
-
-def _choose(stream: SampleStream, scores: Scores, low: float, high: float) -> None:
-    """Train on samples within perplexities alone, and say how many others there are."""
-    if scores.columns.keys() != {LOG_PROBABILITIES, NUM_TARGETS}:
-        raise DataError(f"data.scores: has {some(scores.columns, 2)}; score again, with what=log_probabilities")
-    nats = -scores.columns[LOG_PROBABILITIES].astype(np.float64) / np.maximum(scores.columns[NUM_TARGETS], 1)
-    perplexities, told = np.exp(nats), f"perplexities from {low:g} to {high:g}"
-    least, median, most = np.quantile(perplexities, (0, 0.5, 1))
-    left_out = stream.keep((low <= perplexities) & (perplexities <= high), f"{scores.told} {told}")
-    what = f"{told} are {stream.num_samples} of {stream.num_samples + left_out} training samples"
-    found = f"data.scores: {what}; all are between {least:.4g} and {most:.4g}, half of them below {median:.4g}"
-    if not stream.num_samples:
-        raise DataError(f"{found}; choose others")
-    get_logger().info(found)
-
-
 def open_set(
     config: TrainConfig,
     data: DataConfig,
@@ -227,7 +193,7 @@ def open_set(
         stream.collated(relabelled(list(stream.label_names), label_names, are_several=are_several))
     if collation := build_collation(config, stream.tokenizer_directory):
         stream.collated(collation)
-    _add_scores(config, where.removeprefix("data.").replace(".sets.", "/"), stream)
+    add_scores(config, where.removeprefix("data.").replace(".sets.", "/"), stream)
     return stream
 
 

@@ -29,7 +29,7 @@ from bigtrain.config.score import ScoreConfig
 from bigtrain.data.read.scores import SCORES_FILE
 from bigtrain.distributed.collectives import shut_down
 from bigtrain.errors import BigtrainError
-from bigtrain.run import data, launching
+from bigtrain.run import launching, scored
 from bigtrain.run.data import open_data
 from bigtrain.run.scoring import score_samples
 from bigtrain.tasks.base import IGNORE_INDEX
@@ -216,7 +216,7 @@ def test_samples_are_chosen_by_the_perplexity_that_was_scored(place, monkeypatch
     assert check(chosen, world_size=1, local_world_size=1) == []
     told = []
     with monkeypatch.context() as patch:
-        patch.setattr(data, "get_logger", lambda: SimpleNamespace(info=told.append, warning=told.append))
+        patch.setattr(scored, "get_logger", lambda: SimpleNamespace(info=told.append, warning=told.append))
         assert set(drawn(chosen)) == set(right) and 0 < len(right) < stream.num_samples
     (told,) = (line for line in told if "perplexities" in line)
     assert f"are {len(right)} of {stream.num_samples} training samples; all are between" in told
