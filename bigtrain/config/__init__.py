@@ -36,6 +36,7 @@ from bigtrain.config.choices import (
     PreferenceLoss,
     Preflight,
     Quantisation,
+    RouterScores,
     SchedulerKind,
     Scored,
     TaskKind,
@@ -61,6 +62,7 @@ from bigtrain.config.data import (
     own_sets,
     set_data,
 )
+from bigtrain.config.moe import MoeConfig
 from bigtrain.config.task import TaskConfig
 
 
@@ -165,6 +167,10 @@ class ModelConfig:
     """Epsilon of the normalisation layers."""
     activation: Activation = Activation.gelu
     """Feed-forward non-linearity."""
+    moe: Annotated[MoeConfig | None, OnlyIf("kind", is_in=("native",))] = None
+    """A mixture of experts in place of the feed-forward layers."""
+    qk_norm: Annotated[bool, OnlyIf("kind", is_in=("native",))] = False
+    """Normalise the queries and keys of each head, before they are rotated, by an RMSNorm (Qwen3)."""
     bias: bool = True
     """Biases in linear and normalisation layers."""
     tie_embeddings: bool = True

@@ -24,6 +24,7 @@ from bigtrain.config import (
 )
 from bigtrain.config.bounds import out_of_bounds, without_effect
 from bigtrain.config.choices import (
+    Activation,
     AdapterKind,
     Content,
     DataSource,
@@ -289,6 +290,22 @@ def _check_parts(config: TrainConfig) -> Iterator[str]:
             yield str(error)
 
 
+def _check_mixture_of_experts(model: ModelConfig) -> Iterator[str]:
+    if (moe := model.moe) is None:
+        return
+    if model.activation is not Activation.swiglu or model.bias:
+        yield "model.moe: experts are SwiGLU networks without biases; add model.activation=swiglu model.bias=false"
+    for name, width in (("hidden_dim", model.hidden_dim), ("moe.expert_dim", moe.expert_dim)):
+        if width % 8:
+            yield f"model.{name}={width}: grouped products want a multiple of 8, {width + -width % 8} for example"
+    if moe.experts_per_token > moe.num_experts:
+        yield f"model.moe.experts_per_token={moe.experts_per_token}: there are model.moe.num_experts={moe.num_experts}"
+    if moe.dense_layers >= model.num_layers:
+        yield f"model.moe.dense_layers={moe.dense_layers}: no mixture is left of model.num_layers={model.num_layers}"
+    if model.adapter and moe.balance_speed:
+        yield "model.adapter: it leaves the weights as they are, and so the experts' balance: model.moe.balance_speed=0"
+
+
 def _check_model(model: ModelConfig) -> Iterator[str]:
     if model.kind is ModelKind.hf:
         if not model.name:
@@ -312,6 +329,7 @@ def _check_model(model: ModelConfig) -> Iterator[str]:
             )
     if model.kind is not ModelKind.native or out_of_bounds(model):  # which are told already
         return
+    yield from _check_mixture_of_experts(model)
     if model.hidden_dim % model.num_heads and model.head_dim == max(model.hidden_dim // model.num_heads, 1):
         yield (
             f"model.hidden_dim={model.hidden_dim} does not divide by model.num_heads={model.num_heads}; "

@@ -8,6 +8,7 @@ Inputs = StrEnum("Inputs", "tokens pixels features sequence audio")
 Positions = StrEnum("Positions", "learned rope")
 Norm = StrEnum("Norm", "layernorm rmsnorm")
 Activation = StrEnum("Activation", "gelu swiglu")
+RouterScores = StrEnum("RouterScores", "softmax sigmoid")  # of experts
 Packing = StrEnum("Packing", "concat best_fit documents preferences")
 TrainOn = StrEnum("TrainOn", "answers last_answer all")  # turns of a chat that count in the loss
 LongChats = StrEnum("LongChats", "cut drop refuse split")  # than a sample

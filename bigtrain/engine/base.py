@@ -8,6 +8,7 @@ from torch import nn
 
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.mesh import Mesh
+from bigtrain.engine.balance import Balance
 from bigtrain.engine.state import EngineState
 from bigtrain.tasks.base import Objective, sums_of
 
@@ -25,6 +26,8 @@ class Engine:
     average_decay: float = 0.0  # of a moving average of the weights, if there is one
     averages: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # its pieces on this rank, and the weights'
     state: EngineState  # master weights and optimizer state on this rank
+    averages_over: int = 1  # ranks over which it averages gradients, which the scale of the loss undoes
+    balance: Balance | None = None  # of the experts, if there are some
 
     def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
         """Run forward and backward of all micro-batches of an optimizer step; the gradients are complete then.
@@ -35,6 +38,8 @@ class Engine:
         """
         if not self.module.training:
             self.module.train()
+        if self.balance:
+            self.balance.scale_losses(self.averages_over / num_targets)
         total = None
         for number, micro_batch in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)

@@ -10,6 +10,7 @@ from bigtrain.config import EngineKind, Head, ModelKind, OptimizerKind, Precisio
 from bigtrain.config.layout import layout_of
 from bigtrain.distributed.collectives import broadcast_json
 from bigtrain.distributed.mesh import build_mesh
+from bigtrain.engine.balance import balance_of
 from bigtrain.engine.base import Engine
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.engine.state import add_averages
@@ -56,6 +57,7 @@ def build_engine(
     minimised = objective or build_objective(config.task)
     engine = _build(config, build_task, info=info, device=device)
     engine.objective = minimised
+    engine.balance = balance_of(engine.module, engine.state, engine.mesh)
     if config.optimizer.kind is OptimizerKind.muon:
         dtype = torch.float32 if precision in (Precision.fp32, Precision.tf32) else torch.bfloat16
         hand_over_matrices(engine, getattr(engine, "shard_group", None), dtype)

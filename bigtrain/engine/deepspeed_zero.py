@@ -52,7 +52,7 @@ class ZeroEngine(Engine):
         self.module = module
         self.optimizer: torch.optim.Optimizer = module.optimizer.optimizer
         self.device = device
-        self.mesh = mesh
+        self.mesh, self.averages_over = mesh, mesh.dp_size
         if module.zero_optimization_stage() == 3:
             hide_gathering(module)
             self.state = Zero3State(module, mesh)
@@ -69,7 +69,7 @@ class ZeroEngine(Engine):
         loss = loss_of(sums)
         # DeepSpeed averages over the ranks, which the factor dp_size undoes, and would divide by the number of
         # accumulation steps, which scale_wrt_gas=False switches off.
-        scale = gradient_scale(loss, self.mesh.dp_size / num_targets)
+        scale = gradient_scale(loss, self.averages_over / num_targets)
         try:
             self.module.backward(loss * scale, scale_wrt_gas=False)
         except RuntimeError as error:
@@ -83,7 +83,10 @@ class ZeroEngine(Engine):
         # DeepSpeed clips, and leaves out bad steps, inside its own step.
         set_lr(self.module.optimizer, lr)
         self.module.step()
-        return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
+        norm = torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
+        if self.balance:
+            self.balance.update(norm)
+        return norm
 
 
 class Zero12State:

@@ -1,6 +1,6 @@
 """Which rectangles of which matrices lie in the memory of the optimizer's parameters: what Muon is told by an engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,9 @@ def hand_over_matrices(engine: Engine, ranks: dist.ProcessGroup | None, dtype: t
     for name, holder in state.holders.items():
         entry = state.entries[MODEL + name]
         if is_hidden_matrix(name, len(entry.shape)):
-            rows = fused.get(name, entry.shape[:1])
-            found += [(holder, entry.shape[1], *part) for part in _parts(holder, entry.boxes, rows)]
+            rows = fused.get(name, entry.shape[-2:-1] * (entry.shape[0] if len(entry.shape) == 3 else 1))
+            boxes = [_of_rows(box, entry.shape) for box in entry.boxes]
+            found += [(holder, entry.shape[-1], *part) for part in _parts(holder, boxes, rows)]
     if not found:
         raise ConfigError("optimizer=muon is for the matrices of numbered blocks, and this model has none: use adamw")
     own = torch.zeros(len(found), MOST_RECTANGLES, len(Rectangle._fields), dtype=torch.int64)
@@ -54,8 +55,17 @@ def hand_over_matrices(engine: Engine, ranks: dist.ProcessGroup | None, dtype: t
         optimizer.matrices.setdefault(holder, []).append(matrix)
 
 
+def _of_rows(box: Box, shape: tuple[int, ...]) -> Box:
+    """Return a box of matrices side by side as one of the rows of all of them, one matrix below the other."""
+    if len(shape) == 2:
+        return box
+    first, row, column = box.offsets
+    assert len(box.view) == 1 or box.view.shape[1] == shape[1], "several matrices are held whole"
+    return Box((first * shape[1] + row, column), box.view.flatten(0, 1))
+
+
 def _parts(
-    holder: torch.Tensor, boxes: tuple[Box, ...], fused_rows: tuple[int, ...]
+    holder: torch.Tensor, boxes: Sequence[Box], fused_rows: tuple[int, ...]
 ) -> Iterator[tuple[int, int, list[Rectangle]]]:
     """Yield what ``boxes`` hold of each matrix that a parameter consists of: its rows, where that begins, rectangles."""
     first = 0

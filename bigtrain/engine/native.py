@@ -53,7 +53,7 @@ class NativeEngine(Engine):
         self._scalars = {p for p in self._parameters if isinstance(module, FSDPModule) and not p.ndim}
         self._counts_scalars = mesh.ranks["dp_shard"].get_local_rank() == 0
         # DDP averages gradients over the ranks, which this factor turns into the sum; FSDP is told to sum.
-        self._averages_over = mesh.dp_size if isinstance(module, DistributedDataParallel) else 1
+        self.averages_over = mesh.dp_size if isinstance(module, DistributedDataParallel) else 1
         self._communicates_as_last: bool | None = None
         # A sum of two is the same in any order, and only DDP has buckets.
         self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.size <= 2
@@ -66,7 +66,7 @@ class NativeEngine(Engine):
         with self._communicate(last=is_last):
             with self.autocast():
                 sums = sums_of(self.module, batch)
-            sums.backward(gradient_scale(sums, self._averages_over / num_targets))
+            sums.backward(gradient_scale(sums, self.averages_over / num_targets))
         for scalar in self._scalars if is_last else ():
             if scalar.grad is not None:
                 dist.all_reduce(scalar.grad)
@@ -88,6 +88,8 @@ class NativeEngine(Engine):
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
         update_unless_bad(self.optimizer, norm, ask_host=self._parameters[0].device.type == "cpu")
+        if self.balance:
+            self.balance.update(norm)
         self._forget_gradients()
         return norm
 

@@ -6,6 +6,7 @@ from torch import nn
 from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.models.adapters import add_adapters
 from bigtrain.models.init import InitialValue, native_value
+from bigtrain.models.moe import balances
 from bigtrain.models.own import build_own, own_values
 from bigtrain.models.transformer import Transformer
 
@@ -47,7 +48,8 @@ def initial_values(model: nn.Module, config: ModelConfig, seed: int) -> dict[str
     if config.kind is ModelKind.own:
         return own_values(model, config, seed)
     if config.kind is ModelKind.native:
-        return {name: native_value(name, config, seed) for name, _ in model.named_parameters()}
+        names = [name for name, _ in model.named_parameters()] + list(balances(model))
+        return {name: native_value(name, config, seed) for name in names}
     from bigtrain.models.hf.heads import HFNetwork
     from bigtrain.models.hf.values import fresh_values, published_values
 

@@ -4,7 +4,8 @@ Counted are the matmuls with weights and of attention, a multiply-add as two ope
 forward pass. Not counted: recomputation (activation checkpointing, flash attention's backward pass), embedding
 look-ups, norms, activations, softmax and the optimizer, together below 1 % for models worth a GPU. With
 
-    W   weights of the matrices that a token is multiplied with: per block (attention, feed-forward), and the output
+    W   weights of the matrices that a token is multiplied with: per block (attention, feed-forward or the experts
+        that it visits), and the output
     Q   query heads x head width, all layers together: num_layers * num_heads * head_dim
     P   pairs (query, key) that attention computes, in one head of one layer
 
@@ -25,12 +26,12 @@ the first and 5.1e10 by the second.
 from dataclasses import dataclass
 
 from bigtrain.config import ModelConfig
-from bigtrain.models.sizes import model_sizes
+from bigtrain.models.sizes import visited_weights
 
 
 def matrix_weights(model: ModelConfig) -> int:
     """Return W of a resolved native model."""
-    return model.num_layers * model_sizes(model).matrices + model.vocab_size * model.hidden_dim
+    return visited_weights(model) + model.vocab_size * model.hidden_dim
 
 
 def causal_pairs(sequence_length: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigtrain.config import ModelConfig
 from bigtrain.errors import ConfigError
+from bigtrain.models.moe import BALANCE
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
@@ -131,10 +132,10 @@ def generator_of(seed: int, fqn: str, block: int) -> torch.Generator:
 
 def native_value(name: str, config: ModelConfig, seed: int) -> InitialValue:
     """Return the initial value of a parameter of the native model: see :func:`bigtrain.models.initial_values`."""
-    if name.endswith("bias"):
+    if name.endswith(("bias", BALANCE)):
         return Constant(0.0)
     if name.endswith("norm.weight"):
         return Constant(1.0)
-    to_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+    to_residual = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if to_residual else config.init_std
     return Normal(std, seed, name)

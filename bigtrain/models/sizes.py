@@ -28,10 +28,11 @@ class ModelSizes:
     matrices: int  # in the matrices of one block
     largest: int  # in the largest of them
     frozen: int = 0  # anywhere, by ``model.freeze``
+    missing: int = 0  # what blocks without a mixture of experts have less, all together
 
     @property
     def total(self) -> int:
-        return self.root + self.num_layers * self.block
+        return self.root + self.num_layers * self.block - self.missing
 
     @property
     def trained(self) -> int:
@@ -43,17 +44,35 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
     norm = hidden * (1 + int(model.bias and model.norm is Norm.layernorm))
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     num_inner = 2 if model.activation is Activation.swiglu else 1
-    matrices = hidden * (2 * query + 2 * key_value + (num_inner + 1) * model.ffn_dim)
+    dense = hidden * (num_inner + 1) * model.ffn_dim
+    inner = _expert_weights(model) * (model.moe.num_experts + model.moe.num_shared_experts) if model.moe else dense
+    inner += hidden * model.moe.num_experts if model.moe else 0  # the router
+    matrices = hidden * (2 * query + 2 * key_value) + inner
     biases = bias * (query + 2 * key_value + hidden + num_inner * model.ffn_dim + hidden)
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
     positions = model.max_positions * hidden if model.positions is Positions.learned else 0
     return ModelSizes(
         root=embeddings + positions + norm,
-        block=2 * norm + matrices + biases,
+        block=2 * norm + matrices + biases + (2 * model.head_dim if model.qk_norm else 0),
         num_layers=model.num_layers,
         matrices=matrices,
         largest=hidden * max(query, model.ffn_dim),
+        missing=model.moe.dense_layers * (inner - dense) if model.moe else 0,
     )
+
+
+def visited_weights(model: ModelConfig) -> int:
+    """Return the weights of the blocks' matrices that a token is multiplied with, of a resolved native model."""
+    sizes = model_sizes(model)
+    weights = sizes.num_layers * sizes.matrices - sizes.missing
+    if model.moe is None:
+        return weights
+    unvisited = _expert_weights(model) * (model.moe.num_experts - model.moe.experts_per_token)
+    return weights - unvisited * (model.num_layers - model.moe.dense_layers)
+
+
+def _expert_weights(model: ModelConfig) -> int:
+    return 3 * model.hidden_dim * model.moe.expert_dim if model.moe else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +225,10 @@ def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: N
     # in elementary operations, which keep three more.
     num_inner = 4 if gated else 5 if model.kind is ModelKind.hf else 2
     inner = element * num_inner * (model.ffn_dim or 4 * hidden)
+    if model.moe:  # of each visited expert the input and output too, which are copies; of scores, logits and shares
+        visited = model.moe.experts_per_token
+        inner = element * num_inner * (visited + model.moe.num_shared_experts) * model.moe.expert_dim
+        inner += element * 2 * visited * hidden + 4 * 3 * model.moe.num_experts
     return norms + attention + inner + 2 * _mask_bytes_per_token(model, numerics)
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models.document_mask import attend, build_document_mask
 from bigtrain.models.loss import sum_cross_entropy
+from bigtrain.models.moe import MixtureOfExperts
+from bigtrain.tasks.base import IGNORE_INDEX
 
 
 class Linear(nn.Linear):
@@ -93,6 +95,8 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_dim, width + 2 * self.num_kv_heads * self.head_dim, bias=config.bias)
         self.qkv.fused_rows = (width, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim)
         self.out = Linear(width, config.hidden_dim, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self, x_BTD: Tensor, rope: Tensor | None = None, cache: LayerCache | None = None, mask: Any = None
@@ -100,6 +104,8 @@ class Attention(nn.Module):
         """Return the attention output ``(B, T, D)``; with a cache the new tokens follow the stored ones."""
         qkv_BTXK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = qkv_BTXK.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        if self.q_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rope), rotate(k_BTGK, rope)
         q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
@@ -115,9 +121,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Position-wise network: ``down(gelu(up(x)))`` or ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ffn_dim: int | None = None):
         super().__init__()
-        ffn_dim = config.ffn_dim or 4 * config.hidden_dim
+        ffn_dim = ffn_dim or config.ffn_dim or 4 * config.hidden_dim
         gated = config.activation is Activation.swiglu
         self.gate = Linear(config.hidden_dim, ffn_dim, bias=config.bias) if gated else None
         self.up = Linear(config.hidden_dim, ffn_dim, bias=config.bias)
@@ -131,21 +137,32 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, or a mixture of experts, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, is_mixture: bool = False):
         super().__init__()
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
         self.feed_forward_norm = build_norm(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = build_mixture(config) if is_mixture else FeedForward(config)
 
     def forward(
-        self, x_BTD: Tensor, rope: Tensor | None = None, cache: LayerCache | None = None, mask: Any = None
+        self,
+        x_BTD: Tensor,
+        rope: Tensor | None = None,
+        cache: LayerCache | None = None,
+        mask: Any = None,
+        num_targets_B: Tensor | None = None,
     ) -> Tensor:
-        """Return the residual stream ``(B, T, D)`` after this block; ``rope`` is ``(T, K)`` or ``(B, T, K)``."""
+        """Return the residual stream ``(B, T, D)`` after this block; ``rope`` is ``(T, K)`` or ``(B, T, K)``.
+
+        A mixture is told the number of targets of each sequence in training.
+        """
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache, mask)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        normed = self.feed_forward_norm(x_BTD)
+        if num_targets_B is not None and isinstance(self.feed_forward, MixtureOfExperts):
+            return x_BTD + self.feed_forward(normed, num_targets_B)
+        return x_BTD + self.feed_forward(normed)
 
 
 class Transformer(nn.Module):
@@ -159,7 +176,8 @@ class Transformer(nn.Module):
         learned = config.positions is Positions.learned
         self.embed_tokens = Vocabulary(config.vocab_size, config.hidden_dim)
         self.embed_positions = Embedding(config.max_positions, config.hidden_dim) if learned else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        num_dense = config.moe.dense_layers if config.moe else config.num_layers
+        self.blocks = nn.ModuleList(Block(config, is_mixture=i >= num_dense) for i in range(config.num_layers))
         self.final_norm = build_norm(config)
         self.output = None if config.tie_embeddings else Vocabulary(config.vocab_size, config.hidden_dim)
 
@@ -192,13 +210,21 @@ class Transformer(nn.Module):
         else:
             rope = rope_table(self.config, positions)
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        more = () if self.config.moe is None or targets_BT is None else ((targets_BT != IGNORE_INDEX).sum(1),)
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope, None if cache is None else cache[i], mask)
+            x_BTD = block(x_BTD, rope, None if cache is None else cache[i], mask, *more)
         output = self.embed_tokens if self.output is None else self.output
         return output(self.final_norm(x_BTD), targets_BT)
 
     def new_cache(self, capacity_tokens: int) -> list[LayerCache]:
         return [LayerCache(capacity_tokens) for _ in self.blocks]
+
+
+def build_mixture(config: ModelConfig) -> MixtureOfExperts:
+    moe = config.moe
+    assert moe is not None
+    shared = FeedForward(config, moe.num_shared_experts * moe.expert_dim) if moe.num_shared_experts else None
+    return MixtureOfExperts(config.hidden_dim, moe, config.dropout, shared)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

@@ -83,8 +83,13 @@ class Matrix:
 
 
 def is_hidden_matrix(name: str, num_dims: int) -> bool:
-    """Return whether Muon is for the parameter of this name in the network: a matrix in a numbered block, hence no embedding and no head."""
-    return num_dims == 2 and re.search(r"\.\d+\..*weight$", name) is not None
+    """Return whether Muon is for the parameter of this name in the network: a matrix in a numbered block, hence no embedding and no head.
+
+    Experts ``(E, rows, columns)`` are E matrices; a router, whose rows are directions of choices, is like a head.
+    """
+    if num_dims == 3:
+        return re.search(r"\.\d+\..*experts\.\w+$", name) is not None
+    return num_dims == 2 and re.search(r"\.\d+\.(?!.*router).*weight$", name) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

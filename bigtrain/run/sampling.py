@@ -20,6 +20,7 @@ from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.adapters import plain_name
 from bigtrain.models.generation import LanguageModel, generate
+from bigtrain.models.moe import balances
 from bigtrain.models.own import Uncached
 from bigtrain.run.batched import continued, shared_out
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
@@ -54,7 +55,8 @@ def sample_run(
     with torch.device("meta"):
         network = build_model(config.model)
     materialise(network, device)
-    load_state(checkpoint, {MODEL + plain_name(name): whole_entry(p) for name, p in network.named_parameters()})
+    weights = {plain_name(name): p for name, p in network.named_parameters()} | balances(network)
+    load_state(checkpoint, {MODEL + name: whole_entry(tensor) for name, tensor in weights.items()})
     model = network if isinstance(network, LanguageModel) else Uncached(network, config.model)
     model.eval()
     adds_special = read_index(run, check_sizes=False).tokenizer.adds_special

@@ -13,6 +13,7 @@ from bigtrain.data.read.loader import StepBatch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
 from bigtrain.tasks.base import Objective, split_sums
+from bigtrain.telemetry import names
 
 
 def train_step(
@@ -47,6 +48,13 @@ def read_back(pending: list[dict[str, Any]], objective: Objective, mesh: Mesh) -
         records.append({**record, "loss": loss, "grad_norm": norm, **train})
     pending.clear()
     return records
+
+
+def expert_load(engine: Engine) -> dict[str, float]:
+    """Return how uneven the last step's tokens were spread over the experts of a mixture, if there is one."""
+    if engine.balance is None or (load := engine.balance.load) is None:
+        return {}
+    return {names.EXPERT_LOAD: (load.amax(1) / load.mean(1)).max().item()}
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:

@@ -39,7 +39,7 @@ from bigtrain.run.data import count_skipped_shards, sets_of, train_loader
 from bigtrain.run.directory import write_run_files
 from bigtrain.run.recovery import explain_end, why_ended
 from bigtrain.run.sampling import continue_prompts
-from bigtrain.run.step import read_back, seed_step, train_step
+from bigtrain.run.step import expert_load, read_back, seed_step, train_step
 from bigtrain.run.validation import Measured, score_tasks, validate, write_classification
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
@@ -130,7 +130,7 @@ def train(run: Run) -> End | RollBack:
             validating = _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps)
             if saving or validating or step % config.train.log_every_steps == 0:
                 records = norms.merge(read_back(pending, objective, engine.mesh))
-                records[-1] |= count_skipped_shards(run.streams["train"], config)
+                records[-1] |= count_skipped_shards(run.streams["train"], config) | expert_load(engine)
                 run.recorder.metrics(records, meter.phases())
                 for slow in stragglers.check(step, heartbeat.seconds_in("data")):
                     told = f"rank {slow.rank} keeps the others waiting: it {slow.why}"

@@ -19,6 +19,7 @@ DATA_WAIT_SECONDS = "data_wait_seconds"  # part of step_seconds in which rank 0 
 DATA_DIGEST = "data_digest"  # hash of all sample ids up to this step, over all ranks
 
 TRAIN_PERPLEXITY = "train/perplexity"
+EXPERT_LOAD = "train/expert_load"  # tokens of the busiest expert by the mean of its block, in the worst block
 TIME = "time"  # of a logging step, ISO 8601, UTC
 
 # Mean seconds per step.

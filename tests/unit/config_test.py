@@ -411,7 +411,7 @@ def test_a_prompt_may_be_empty():
 
 def test_every_whole_number_has_bounds():
     keys = [key for key, hint in key_types(TrainConfig).items() if hint in (int, int | None) and "*" not in key]
-    scaling = {"model": {"rope_scaling": {"factor": 8.0}, "adapter": {}}}
+    scaling = {"model": {"rope_scaling": {"factor": 8.0}, "adapter": {}, "moe": {"num_experts": 2, "expert_dim": 8}}}
     for key in keys:
         for number, bound in ((10**20, r"at most \d+"), (-1, r"at least \d+")):
             config = from_dict(TrainConfig, scaling)

@@ -29,6 +29,10 @@ EXACT = {
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "llama3_405b": 405_853_388_800,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_235b_a22b": 235_093_634_560,
+    "moe_nano": 2_265_728,
 }
 # BERT's masked language model as released; Keras' and PyTorch's counts of the other shapes.
 OTHERS = {

@@ -1,4 +1,4 @@
-"""The native model as a GPT-2 or Llama of transformers: configuration, tensors, and initial values from their files.
+"""The native model as a GPT-2, Llama, Qwen3 or Mixtral of transformers: configuration, tensors, and initial values from their files.
 
 The functions are the same, the storage differs: GPT-2's matrices are transposed (its ``Conv1D``), Llama's query, key
 and value projections are three matrices. Rotary channels are paired alike, so no rows are permuted.
@@ -14,20 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigtrain.config import Activation, ModelConfig, Norm, Positions
+from bigtrain.config import Activation, ModelConfig, Norm, Positions, RouterScores
+from bigtrain.config.moe import MoeConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf.build import build_causal_lm, read_hf_config
-from bigtrain.models.hf.files import StoredTensor
+from bigtrain.models.hf.files import StoredTensor, stored_tensors
 from bigtrain.models.hf.load import Converted, published
-from bigtrain.models.init import Finite, InitialValue, Whole
+from bigtrain.models.init import Constant, Finite, InitialValue, Whole
+from bigtrain.models.moe import balances
 from bigtrain.models.transformer import Linear, Transformer
 
-Family = StrEnum("Family", "gpt2 llama")  # architecture of transformers, by its ``model_type``
+Family = StrEnum("Family", "gpt2 llama qwen3 mixtral qwen3_moe")  # architecture of transformers, by its ``model_type``
+OF_EXPERTS = (Family.mixtral, Family.qwen3_moe)
+_LIKE_LLAMA = {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu}
 _REQUIRED: dict[Family, dict[str, Any]] = {
     Family.gpt2: {"positions": Positions.learned, "norm": Norm.layernorm, "activation": Activation.gelu, "bias": True},
-    Family.llama: {"positions": Positions.rope, "norm": Norm.rmsnorm, "activation": Activation.swiglu},
+    Family.llama: _LIKE_LLAMA,
+    Family.qwen3: _LIKE_LLAMA | {"bias": False},
+    Family.mixtral: _LIKE_LLAMA | {"bias": False},
+    Family.qwen3_moe: _LIKE_LLAMA | {"bias": False},
+}
+_CLASSES = {
+    Family.llama: "LlamaForCausalLM",
+    Family.qwen3: "Qwen3ForCausalLM",
+    Family.mixtral: "MixtralForCausalLM",
+    Family.qwen3_moe: "Qwen3MoeForCausalLM",
 }
 # Settings that both configurations have: our name and transformers'.
+_LLAMA_SETTINGS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "hidden_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
 _SETTINGS = {
     Family.gpt2: {
         "vocab_size": "vocab_size",
@@ -39,19 +62,38 @@ _SETTINGS = {
         "norm_eps": "layer_norm_epsilon",
         "tie_embeddings": "tie_word_embeddings",
     },
-    Family.llama: {
-        "vocab_size": "vocab_size",
-        "num_layers": "num_hidden_layers",
-        "hidden_dim": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "ffn_dim": "intermediate_size",
-        "norm_eps": "rms_norm_eps",
-        "tie_embeddings": "tie_word_embeddings",
+    Family.mixtral: _LLAMA_SETTINGS,
+    **dict.fromkeys(("llama", "qwen3", "qwen3_moe"), _LLAMA_SETTINGS | {"ffn_dim": "intermediate_size"}),
+}
+# The same of ``model.moe``.
+_EXPERT_SETTINGS = {
+    Family.mixtral: {
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_dim": "intermediate_size",
+    },
+    Family.qwen3_moe: {
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_dim": "moe_intermediate_size",
     },
 }
 # Modules: our name, within a block without the block's, and transformers'.
+_LLAMA_MODULES = {
+    "embed_tokens": ["model.embed_tokens"],
+    "blocks": ["model.layers"],
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
+    "attention.out": ["self_attn.o_proj"],
+    "feed_forward_norm": ["post_attention_layernorm"],
+    "feed_forward.gate": ["mlp.gate_proj"],
+    "feed_forward.up": ["mlp.up_proj"],
+    "feed_forward.down": ["mlp.down_proj"],
+    "final_norm": ["model.norm"],
+    "output": ["lm_head"],
+}
 _MODULES = {
     Family.gpt2: {
         "embed_tokens": ["transformer.wte"],
@@ -66,26 +108,24 @@ _MODULES = {
         "final_norm": ["transformer.ln_f"],
         "output": ["lm_head"],
     },
-    Family.llama: {
-        "embed_tokens": ["model.embed_tokens"],
-        "blocks": ["model.layers"],
-        "attention_norm": ["input_layernorm"],
-        "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "attention.out": ["self_attn.o_proj"],
-        "feed_forward_norm": ["post_attention_layernorm"],
-        "feed_forward.gate": ["mlp.gate_proj"],
-        "feed_forward.up": ["mlp.up_proj"],
-        "feed_forward.down": ["mlp.down_proj"],
-        "final_norm": ["model.norm"],
-        "output": ["lm_head"],
-    },
+    **dict.fromkeys(("llama", "qwen3"), _LLAMA_MODULES),
+    Family.mixtral: _LLAMA_MODULES | {"feed_forward.router": ["block_sparse_moe.gate"]},
+    Family.qwen3_moe: _LLAMA_MODULES | {"feed_forward.router": ["mlp.gate"]},
+}
+_W = {"gate": "w1", "down": "w2", "up": "w3"}  # of Mixtral
+# Matrices of one expert in the files, by our name of them all.
+_EXPERTS = {
+    Family.mixtral: {name: f"block_sparse_moe.experts.{{}}.{theirs}.weight" for name, theirs in _W.items()},
+    Family.qwen3_moe: {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in _W},
 }
 
 
 def family_of(model: ModelConfig) -> Family:
     """Return the architecture of a resolved native model; ConfigError lists what differs from the nearest one."""
-    problems = {family: list(_problems(model, family)) for family in Family}
-    nearest = min(Family, key=lambda family: len(problems[family]))
+    problems = {
+        family: list(_problems(model, family)) for family in Family if (family in OF_EXPERTS) == bool(model.moe)
+    }
+    nearest = min(problems, key=lambda family: len(problems[family]))
     if problems[nearest]:
         raise ConfigError(
             f"transformers has no counterpart of this model; the nearest architecture is {nearest.name}, but\n  "
@@ -100,12 +140,27 @@ def _problems(model: ModelConfig, family: Family) -> Iterator[str]:
         if found != needed:
             found, needed = (v.name if isinstance(v, Enum) else str(v).lower() for v in (found, needed))
             yield f"model.{setting}={found}: {family.name} has {needed}"
+    if model.qk_norm is not (family in (Family.qwen3, Family.qwen3_moe)):
+        yield f"model.qk_norm={str(model.qk_norm).lower()}: {family.name} has {str(not model.qk_norm).lower()}"
+    if model.moe:
+        yield from _expert_problems(model.moe, family)
     if family is Family.gpt2 and model.num_kv_heads != model.num_heads:
         yield f"model.num_kv_heads={model.num_kv_heads}: gpt2 has as many as model.num_heads={model.num_heads}"
     if family is Family.gpt2 and model.head_dim * model.num_heads != model.hidden_dim:
         yield f"model.head_dim={model.head_dim}: gpt2 has model.hidden_dim / model.num_heads"
     if family is Family.llama and model.hidden_dim % model.num_heads:
         yield f"model.hidden_dim={model.hidden_dim}: llama has a multiple of model.num_heads={model.num_heads}"
+
+
+def _expert_problems(moe: MoeConfig, family: Family) -> Iterator[str]:
+    if moe.dense_layers and family is Family.mixtral:
+        yield f"model.moe.dense_layers={moe.dense_layers}: mixtral has a mixture in each block"
+    if moe.num_shared_experts:
+        yield f"model.moe.num_shared_experts={moe.num_shared_experts}: {family.name} has none"
+    if moe.scores is not RouterScores.softmax:
+        yield f"model.moe.scores={moe.scores.name}: {family.name} has softmax"
+    if moe.balance_speed:
+        yield f"model.moe.balance_speed={moe.balance_speed}: {family.name} has no biases of the choice, only a loss"
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
@@ -122,16 +177,24 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(model.rope_scaling)}
     if scaling:
         scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
-    return common | {
-        "architectures": ["LlamaForCausalLM"],
+    common |= {
+        "architectures": [_CLASSES[family]],
         "max_position_embeddings": model.max_positions,
         "hidden_act": "silu",
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
         "attention_dropout": model.dropout,
     }
+    if family is not Family.mixtral:
+        common["attention_bias"] = model.bias
+    if family is Family.llama:
+        common["mlp_bias"] = model.bias
+    if moe := model.moe:
+        common |= {theirs: getattr(moe, ours) for ours, theirs in _EXPERT_SETTINGS[family].items()}
+        common["router_aux_loss_coef"] = moe.sequence_balance
+    if moe and family is Family.qwen3_moe:
+        common |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": list(range(moe.dense_layers))}
+    return common
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +206,12 @@ class HFTensor:
     native: str  # name of the native parameter
     first_row: int  # row of the native parameter at which it begins
     is_transposed: bool  # ``(inputs, outputs)`` instead of the native ``(outputs, inputs)``
+    expert: int | None = None  # whose matrix it is, of a native parameter that holds those of all
 
     def cut_from(self, parameter: Tensor) -> Tensor:
         """Return the tensor as a view of the whole native parameter."""
+        if self.expert is not None:
+            return parameter[self.expert]
         return parameter.t() if self.is_transposed else parameter[self.first_row : self.first_row + self.shape[0]]
 
 
@@ -159,6 +225,11 @@ def hf_tensors(model: ModelConfig) -> list[HFTensor]:
         path, _, kind = name.rpartition(".")
         number, _, in_block = path.removeprefix("blocks.").partition(".")
         prefix = f"{modules['blocks'][0]}.{number}." if in_block else ""
+        if in_block.endswith(".experts"):
+            target, shape = _EXPERTS[family][kind], tuple(parameter.shape[1:])
+            names = [f"{prefix}{target.format(expert)}" for expert in range(len(parameter))]
+            tensors += [HFTensor(own, shape, name, 0, False, expert) for expert, own in enumerate(names)]
+            continue
         targets = modules[in_block or path]
         is_transposed = family is Family.gpt2 and bool(in_block) and parameter.ndim == 2
         rows: tuple[int, ...] = (len(parameter),)
@@ -192,7 +263,9 @@ def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialV
     """Return every parameter from the files of ``config.init_from``; ConfigError lists how its model differs."""
     with torch.device("meta"):
         causal_lm = build_causal_lm(_same_model(config))
-    stored = published(causal_lm, config.init_from, setting="model.init_from")
+    # Experts are one tensor in transformers' memory, and many in the files.
+    stored: dict[str, StoredTensor | Converted] = {**stored_tensors(config.init_from, setting="model.init_from")}
+    stored |= published(causal_lm, config.init_from, setting="model.init_from")
     parts: dict[str, list[HFTensor]] = {}
     for tensor in hf_tensors(config):
         parts.setdefault(tensor.native, []).append(tensor)
@@ -203,7 +276,8 @@ def imported_values(model: nn.Module, config: ModelConfig) -> dict[str, InitialV
         whole = Whole(lambda: files[0].read().t()) if tensors[0].is_transposed else Stacked(files)
         return Finite(whole, f"model.init_from={config.init_from!r}: {' or '.join(names)}")
 
-    return {name: value(parts[name]) for name, _ in model.named_parameters()}
+    values = {name: value(parts[name]) for name, _ in model.named_parameters()}
+    return values | dict.fromkeys(balances(model), Constant(0.0))
 
 
 def _same_model(config: ModelConfig) -> Any:
@@ -226,14 +300,18 @@ def _same_model(config: ModelConfig) -> Any:
 
 def _described(config: Any) -> dict[str, Any]:
     """Return what decides the function of a GPT-2 or Llama, by names of :class:`ModelConfig` where it has them."""
-    found = {ours: getattr(config, theirs) for ours, theirs in _SETTINGS[Family[config.model_type]].items()}
+    family = Family[config.model_type]
+    found = {ours: getattr(config, theirs) for ours, theirs in _SETTINGS[family].items()}
+    of_experts = _EXPERT_SETTINGS.get(family, {})
+    found |= {f"moe.{ours}": getattr(config, theirs) for ours, theirs in of_experts.items()}
     if config.model_type == "gpt2":
         same_function = {"gelu_pytorch_tanh": "gelu_new"}
         found["ffn_dim"] = config.n_inner or 4 * config.n_embd
         found["activation"] = same_function.get(config.activation_function, config.activation_function)
-        others = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+        names = ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
     else:
         rope = dict(config.rope_parameters)
         found |= {"activation": config.hidden_act, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-        others = ("attention_bias", "mlp_bias")
-    return found | {name: getattr(config, name) for name in others}
+        names = ["attention_bias", "mlp_bias", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"]
+        names += ["sliding_window"]
+    return found | {name: getattr(config, name) for name in names if hasattr(config, name)}
