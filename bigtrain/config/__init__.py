@@ -36,6 +36,7 @@ from bigtrain.config.choices import (
     PreferenceLoss,
     Preflight,
     Quantisation,
+    RopeKind,
     RouterScores,
     SchedulerKind,
     Scored,
@@ -86,15 +87,17 @@ class RunConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RopeScalingConfig:
-    """Llama-3.1 frequency scaling of rotary positions (``rope_type: llama3`` in transformers)."""
+    """Scaling of rotary frequencies for contexts longer than those of the original pre-training."""
 
+    kind: RopeKind = RopeKind.llama3
+    """``llama3`` stretches long wavelengths, ``linear`` all, ``yarn`` all but those that turn often in the original context."""
     factor: Annotated[float, Bound(ge=1)]
     """Context extension factor."""
-    low_freq_factor: Annotated[float, Bound(gt=0)] = 1.0
+    low_freq_factor: Annotated[float, Bound(gt=0), OnlyIf("kind", is_in=("llama3",))] = 1.0
     """Wavelengths above ``original_max_positions / low_freq_factor`` are scaled fully."""
-    high_freq_factor: Annotated[float, Bound(gt=0)] = 4.0
+    high_freq_factor: Annotated[float, Bound(gt=0), OnlyIf("kind", is_in=("llama3",))] = 4.0
     """Wavelengths below ``original_max_positions / high_freq_factor`` are left alone."""
-    original_max_positions: Annotated[int, Bound(ge=1)] = 8192
+    original_max_positions: Annotated[int, Bound(ge=1), OnlyIf("kind", not_in=("linear",))] = 8192
     """Context length of the original pre-training."""
 
 

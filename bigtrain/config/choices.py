@@ -6,6 +6,7 @@ ModelKind = StrEnum("ModelKind", "native hf own")
 Noise = StrEnum("Noise", "spans infilling")  # of a text that is to be restored
 Inputs = StrEnum("Inputs", "tokens pixels features sequence audio")
 Positions = StrEnum("Positions", "learned rope")
+RopeKind = StrEnum("RopeKind", "llama3 linear yarn")
 Norm = StrEnum("Norm", "layernorm rmsnorm")
 Activation = StrEnum("Activation", "gelu swiglu")
 RouterScores = StrEnum("RouterScores", "softmax sigmoid")  # of experts

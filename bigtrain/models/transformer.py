@@ -9,7 +9,6 @@ Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query
 V vocabulary, X heads of any kind.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models.document_mask import attend, build_document_mask
 from bigtrain.models.loss import sum_cross_entropy
 from bigtrain.models.moe import MixtureOfExperts
+from bigtrain.models.rope import rope_table, rotate
 from bigtrain.tasks.base import IGNORE_INDEX
 
 
@@ -232,38 +232,6 @@ def build_norm(config: ModelConfig) -> nn.Module:
     if config.norm is Norm.rmsnorm:
         return nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_dim, eps=config.norm_eps, bias=config.bias)
-
-
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Return the angle per position of each pair of channels, fp32 ``(K / 2,)``.
-
-    Rotary embedding (Su et al. 2021, eq. 15), optionally with Llama 3.1's scaling: long wavelengths are stretched by
-    ``factor``, short ones kept, those between blended linearly in the periods that the original context held.
-    """
-    head_dim = config.head_dim or config.hidden_dim // config.num_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    periods = scaling.original_max_positions * frequencies / (2 * math.pi)
-    kept = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def rope_table(config: ModelConfig, positions: Tensor) -> Tensor:
-    """Return cosines and sines of the angles of positions ``(..., T)``, side by side, fp32 ``(..., T, K)``."""
-    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def rotate(x_BTXK: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the channel pairs ``(i, i + K / 2)`` of every head, in fp32, by :func:`rope_table`'s angles."""
-    cos, sin = rope.unsqueeze(-2).chunk(2, dim=-1)
-    first, second = x_BTXK.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x_BTXK.dtype)
 
 
 def _mask_after_cached(q_BHTK: Tensor, num_cached: int) -> Tensor | None:

@@ -46,6 +46,8 @@ MODELS = {
     "gpt2 tied": shape(ffn_dim=40),
     "gpt2 untied": shape(tie_embeddings=False, dropout=0.1),
     "llama untied grouped": shape(**LLAMA, tie_embeddings=False, num_heads=4, num_kv_heads=2, ffn_dim=40),
+    "llama linear": shape(**LLAMA, rope_scaling={"kind": "linear", "factor": 4.0}),
+    "llama yarn": shape(**LLAMA, rope_scaling={"kind": "yarn", "factor": 4.0, "original_max_positions": 8}),
     "llama tied scaled": shape(**LLAMA, rope_scaling=SCALING, num_heads=4, num_kv_heads=1),
     "llama wide heads and biases": shape(**{**LLAMA, "bias": True}, head_dim=12),
 }

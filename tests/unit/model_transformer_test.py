@@ -10,7 +10,7 @@ from bigtrain.config import Activation, ModelConfig, Norm, Positions, RopeScalin
 from bigtrain.data.read.batch import Batch
 from bigtrain.models import build_model, initial_values
 from bigtrain.models.loss import sum_cross_entropy
-from bigtrain.models.transformer import rope_table, rotate
+from bigtrain.models.rope import rope_table, rotate
 from bigtrain.tasks.base import TaskModel, sums_of
 from bigtrain.tasks.causal_lm import CausalLM
 from tests.modules import initialise

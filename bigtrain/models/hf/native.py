@@ -4,7 +4,6 @@ The functions are the same, the storage differs: GPT-2's matrices are transposed
 and value projections are three matrices. Rotary channels are paired alike, so no rows are permuted.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigtrain.config import Activation, ModelConfig, Norm, Positions, RouterScores
+from bigtrain.config import Activation, ModelConfig, Norm, Positions, RopeKind, RopeScalingConfig, RouterScores
 from bigtrain.config.moe import MoeConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.hf.build import build_causal_lm, read_hf_config
@@ -22,6 +21,7 @@ from bigtrain.models.hf.files import StoredTensor, stored_tensors
 from bigtrain.models.hf.load import Converted, published
 from bigtrain.models.init import Constant, Finite, InitialValue, Whole
 from bigtrain.models.moe import balances
+from bigtrain.models.rope import FAST_TURNS, SLOW_TURNS
 from bigtrain.models.transformer import Linear, Transformer
 
 Family = StrEnum("Family", "gpt2 llama qwen3 mixtral qwen3_moe")  # architecture of transformers, by its ``model_type``
@@ -152,6 +152,15 @@ def _problems(model: ModelConfig, family: Family) -> Iterator[str]:
         yield f"model.hidden_dim={model.hidden_dim}: llama has a multiple of model.num_heads={model.num_heads}"
 
 
+def _rope_scaling(scaling: RopeScalingConfig) -> dict[str, Any]:
+    described: dict[str, Any] = {"rope_type": scaling.kind.name, "factor": scaling.factor}
+    if scaling.kind is RopeKind.llama3:
+        described |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
+    if scaling.kind is not RopeKind.linear:
+        described["original_max_position_embeddings"] = scaling.original_max_positions
+    return described
+
+
 def _expert_problems(moe: MoeConfig, family: Family) -> Iterator[str]:
     if moe.dense_layers and family is Family.mixtral:
         yield f"model.moe.dense_layers={moe.dense_layers}: mixtral has a mixture in each block"
@@ -174,9 +183,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
             "activation_function": "gelu_new",
             **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.dropout),
         }
-    scaling = model.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(model.rope_scaling)}
-    if scaling:
-        scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
+    scaling = model.rope_scaling and _rope_scaling(model.rope_scaling)
     common |= {
         "architectures": [_CLASSES[family]],
         "max_position_embeddings": model.max_positions,
@@ -310,7 +317,8 @@ def _described(config: Any) -> dict[str, Any]:
         found["activation"] = same_function.get(config.activation_function, config.activation_function)
         names = ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
     else:
-        rope = dict(config.rope_parameters)
+        defaults = {"beta_fast": FAST_TURNS, "beta_slow": SLOW_TURNS}  # which files may spell out
+        rope = {key: value for key, value in config.rope_parameters.items() if defaults.get(key) != value}
         found |= {"activation": config.hidden_act, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
         names = ["attention_bias", "mlp_bias", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"]
         names += ["sliding_window"]
