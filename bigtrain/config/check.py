@@ -147,6 +147,8 @@ def _check_data(data: DataConfig) -> Iterator[str]:
             what = WHAT_PATH_IS.get(part.source, "file, directory or glob")
             chosen = f"data={part.source.name}" if where == "data" else f"{where}.source={part.source.name}"
             yield f"{where}.path: missing; {chosen} needs {where}.path=<{what}>"
+        if part.source is DataSource.tokens and part.tokenizer in OWN_TOKENIZERS:
+            yield f"{where}.tokenizer={part.tokenizer}: ids mean something to the tokenizer that made them alone; name it"
         if part.source not in PATHLESS | {DataSource.prepared, DataSource.images} and "://" in (part.path or ""):
             instead = (
                 "write the name of the dataset" if part.source is DataSource.datasets else "copy it to this machine"

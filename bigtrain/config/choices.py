@@ -35,7 +35,7 @@ Scored = StrEnum("Scored", "log_probabilities logits embeddings")  # of each sam
 Divergence = StrEnum("Divergence", "forward reverse")  # of a student from its teacher
 DataSource = StrEnum(
     "DataSource",
-    "stdlib text jsonl csv gettext parquet arrow datasets prepared synthetic records images own",
+    "stdlib text jsonl csv gettext parquet arrow datasets prepared synthetic records images own tokens",
 )
 Head = StrEnum(
     "Head",

@@ -9,7 +9,7 @@ from bigtrain.config.convert import LocalPath, PathOrUrl
 
 _WITH_RECORDS = ("jsonl", "csv", "parquet", "arrow", "datasets")
 WITH_LABELS = ("labelled", "numbers", "tagged", "rated")
-_TO_PREPARE = OnlyIf("source", not_in=("prepared", "records", "images", "own"))
+_TO_PREPARE = OnlyIf("source", not_in=("prepared", "tokens", "records", "images", "own"))
 """What was prepared has been prepared with its own; records are no text."""
 _OF_IMAGES = OnlyIf("source", is_in=("images",))
 
@@ -122,7 +122,7 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     """``stdlib`` is the embedded corpus: the Python standard library's source on this machine."""
     path: Annotated[PathOrUrl | None, OnlyIf("source", not_in=("stdlib", "synthetic"))] = None
-    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``gettext`` (catalogues, ``.mo``), ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, a URL of these, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
+    """File, directory or glob for ``text``, ``jsonl``, ``csv``, ``gettext`` (catalogues, ``.mo``), ``parquet`` and ``arrow``; ``.npz`` file with an array per column for ``records``; for ``images`` a directory with one of images per class, MNIST's files, parquet with image bytes, a URL of these, ``package:digits`` or ``package:fashion_mnist``; for ``own`` the name of an own part, such as ``ideas.stars``; dataset name or directory for ``datasets``; for ``tokens`` files of ids by Megatron-LM, datatrove, nanoGPT, llm.c and others; for ``prepared`` a corpus that was prepared before, as a directory or URL (``s3://``, ``gs://``, ``hf://``, ``https://`` and all that fsspec knows)."""
     settings: Annotated[dict[str, Any], OnlyIf("source", is_in=("own",))] = field(default_factory=dict)
     """Settings of an own part."""
     subset: Annotated[str | None, OnlyIf("source", is_in=("datasets",))] = None
@@ -131,7 +131,9 @@ class DataConfig:
     """Of ``datasets`` and ``arrow``, and of ``parquet`` and ``jsonl`` files named as ``train-00000-of-00002.parquet`` or ``train.jsonl``: the split; by default the only one, of ``datasets`` train."""
     streaming: Annotated[bool, OnlyIf("source", is_in=("datasets",))] = False
     """Read the rows as they arrive instead of downloading the dataset first."""
-    on_the_fly: Annotated[bool, OnlyIf("source", not_in=("prepared", "synthetic", "records", "images", "own"))] = False
+    on_the_fly: Annotated[
+        bool, OnlyIf("source", not_in=("prepared", "tokens", "synthetic", "records", "images", "own"))
+    ] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
     """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; ``preference`` (messages ``chosen`` and ``rejected``, behind the same beginning or a ``prompt``) or ``rated`` (``prompt``, ``completion``, and whether it is good as a label); or for tasks on documents ``labelled`` (a text with its label, or a list of labels; of ``text`` the name of its directory, of ``stdlib`` that of its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes)."""
@@ -175,7 +177,7 @@ class DataConfig:
     """Prepared shards end with the document by which they hold so many tokens."""
     prepare_processes: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """Processes that prepare a corpus, by default one per core; with ``on_the_fly`` of each rank, by default 2."""
-    validation_fraction: Annotated[float, Bound(ge=0, lt=1), OnlyIf("source", not_in=("prepared",))] = 0.02
+    validation_fraction: Annotated[float, Bound(ge=0, lt=1), OnlyIf("source", not_in=("prepared", "tokens"))] = 0.02
     """Share of the documents or records that is kept for validation; 0 where ``validation`` names others."""
     validation: HeldOutConfig = field(default_factory=HeldOutConfig)
     """Sets of your own that are validated on, in place of a share of the training data."""
@@ -187,7 +189,7 @@ class DataConfig:
     """Size of that cache; what was not used for longest makes room."""
     verify: Verify = Verify.full
     """``full`` compares local shards with their hashes before a run, ``sizes`` only their sizes; from a URL they are always hashed."""
-    on_bad_row: Annotated[OnBad, OnlyIf("source", not_in=("prepared", "records", "own"))] = OnBad.stop
+    on_bad_row: Annotated[OnBad, OnlyIf("source", not_in=("prepared", "tokens", "records", "own"))] = OnBad.stop
     """``skip`` leaves out rows that are no documents, images that cannot be decoded, and files that cannot be read to their end, and counts them."""
     on_bad_shard: OnBad = OnBad.stop
     """``skip`` goes on when a shard is missing or damaged for good: the order stays, its tokens do not count in the loss."""
@@ -230,7 +232,7 @@ WITHOUT_TEXT = (DataSource.synthetic, *OF_RECORDS)
 
 def is_live(data: DataConfig) -> bool:
     """Return whether a data set is tokenised while training."""
-    return data.on_the_fly and data.source not in (DataSource.prepared, *WITHOUT_TEXT)
+    return data.on_the_fly and data.source not in (DataSource.prepared, DataSource.tokens, *WITHOUT_TEXT)
 
 
 def are_records(data: DataConfig) -> bool:

@@ -29,6 +29,7 @@ from bigtrain.data.prepare.live import PLAN_FILE, write_plan
 from bigtrain.data.prepare.records import Document, document_fields
 from bigtrain.data.prepare.sources import read_part, source_fingerprint, source_parts
 from bigtrain.data.prepare.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
+from bigtrain.data.prepare.token_files import fill_tokens
 from bigtrain.data.prepare.tokenise import (
     PARTS_DIRECTORY,
     SPLIT_BY,
@@ -88,6 +89,8 @@ def prepare(config: DataConfig, *, progress: bool) -> Path:
         return _check(Path(config.path), config)
     target = _locate(config)
     fill = _fill_live if is_live(config) else partial(_fill, progress=progress)
+    if config.source is DataSource.tokens:
+        fill = partial(_fill_tokens, progress=progress)
     make_directory(target.directory, lambda work: write_index(work, fill(work, config, target)))
     return _check(target.directory, config, target.identity)
 
@@ -209,6 +212,16 @@ def _fill_live(work: Path, config: DataConfig, target: _Target) -> CorpusIndex:
     is_fast = _is_fast_exact(config, built, [read_part(config, parts[i]) for i in (0, -1)])
     fingerprint = write_plan(work, config, parts, index.tokenizer.file.xxh3 + coding_hash(config, built), is_fast)
     return dataclasses.replace(index, live=LiveRecord(plan=record_file(work / PLAN_FILE), fingerprint=fingerprint))
+
+
+def _fill_tokens(work: Path, config: DataConfig, target: _Target, progress: bool) -> CorpusIndex:
+    """Write what describes ids that lie elsewhere, and return their index."""
+    _report_files(config)
+    index = _begin(work, config, target, build_coding(config, ()))
+    num_bytes = sum(file.path.stat().st_size for file in find_files(config).files)
+    with reporter("reading ids", num_bytes, progress) as advance:
+        fill_tokens(work, config, index, advance)
+    return index
 
 
 def _begin(work: Path, config: DataConfig, target: _Target, built: BuiltTokenizer) -> CorpusIndex:

@@ -37,7 +37,9 @@ _SUFFIXES = {
     DataSource.gettext: (".mo",),
     DataSource.parquet: (".parquet",),
     DataSource.arrow: (".arrow",),
+    DataSource.tokens: (".bin", ".ds", ".npy", ".parquet"),
 }
+_OF_TOKENS = (".idx", ".index", ".metadata")  # what lies beside files of ids
 _PACKING = re.compile(r"\.(gz|zst)$", re.IGNORECASE)
 _MOST_NAMES = 8
 _THIS_NAME = "matched as a pattern, but there is something of this very name"
@@ -261,6 +263,8 @@ def _files_below(
         for name in names:
             path = os.path.join(directory, name)
             if suffixes == _SUFFIXES[DataSource.arrow] and name in DESCRIPTIONS:
+                continue
+            if suffixes == _SUFFIXES[DataSource.tokens] and name.endswith(_OF_TOKENS):
                 continue
             if not name.lower().endswith(suffixes):
                 left_out[f"not *{suffixes[0]} or the like"].append(prefix + name)

@@ -194,7 +194,7 @@ class SampleStream:
         split = self._stored[0][1].split if len(self._list) == len(self._stored) == 1 else None
         if not isinstance(split, FileSplit) or split.has_answers or split.may_skip:
             return None
-        return split.bytes_per_token
+        return split.bytes_per_token or None  # of ids alone it is not known
 
     @property
     def num_samples(self) -> int:
