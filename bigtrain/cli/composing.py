@@ -37,8 +37,8 @@ def compose(schema: type[T], args: list[str], *, config_name: str | None = None)
     """
     if {"-m", "--multirun"} & set(args):
         raise ConfigError(
-            "--multirun is not offered: one command is one run. A sweep is a loop of the shell: "
-            "for lr in 1e-4 3e-4; do <this command> optimizer.lr=$lr run.name=lr-$lr; done"
+            "--multirun is not offered: one command is one run. A sweep is a command of its own: "
+            "bigtrain sweep <these settings> optimizer.lr=1e-4,3e-4 validation.every_steps=100"
         )
     args = own_parts.with_own_parts(args)
     twice = overrides.repeated(args)

@@ -92,7 +92,7 @@ Settings of its own, with their defaults:
 {settings}
 
 All others are those of training (python launch/train.py --help). A run that cannot fit the memory that the cluster's
-preset declares is refused. A sweep is a loop of the shell around this command, each run with a run.name of its own.
+preset declares is refused. Of a sweep, sweep.launcher='srun ...' makes each trial a job (bigtrain sweep --help).
 
 Exit codes: 0, 2 something to change in the command, 1 sbatch has refused the job.
 """

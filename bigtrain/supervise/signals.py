@@ -28,6 +28,8 @@ REASONS = (
 STOP_FILE = "STOP"
 FORCE_AFTER_SECONDS = 2.0  # A launcher repeats the terminal's Ctrl-C at once; a later one is the user's second
 _PR_SET_PDEATHSIG = 1
+STOP_WITH_PARENT = "BIGTRAIN_STOP_WITH_PARENT"
+"""In the environment of a launch that is not to outlive the process that has started it."""
 
 
 class EarlyStop:
@@ -57,8 +59,8 @@ class EarlyStop:
 
 
 def _stop_with_torchrun() -> None:
-    """Ask for SIGTERM when torchrun is killed (kill -9, SIGUSR1): its ranks would train on."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    """Ask for SIGTERM when torchrun, or a sweep, is killed (kill -9, SIGUSR1): its ranks would train on."""
+    if {"TORCHELASTIC_RUN_ID", STOP_WITH_PARENT} & os.environ.keys() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

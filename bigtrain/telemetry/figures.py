@@ -1,6 +1,7 @@
 """Figures of the report, drawn by matplotlib as SVG with text as text and lines thinned."""
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ _LEGEND_CHARACTERS = 72  # that fit above a picture
 _NAME_CHARACTERS = 36
 _UNMARKED_EVENTS = ("start", "validation", "checkpoint", "profile")
 _PER_TOKEN = ("causal_lm", "masked_lm", "denoise", "seq2seq", "speech")  # tasks whose loss is a cross-entropy of tokens
+_FEW_VALUES = 8  # of a setting, which have even distances
 _INCHES = (5.4, 3.1)  # half the page on a desktop, all of it on a phone
 _STYLE: Any = {
     "font.size": 10,
@@ -166,6 +168,76 @@ def to_svg(figure: Any, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)  # the page sizes it
+
+
+def parallel_figure(names: Sequence[str], lines: Sequence[Sequence[str | float]], *, log: Sequence[bool]) -> Any:
+    """Return parallel coordinates, a vertical axis a name: each line has a place on each, and its colour is the last one.
+
+    The best line is the first one. An axis of numbers is linear, or with ``log`` logarithmic; any other has its values
+    in even distances.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 * _INCHES[0], _INCHES[1]), layout="constrained")
+    axes = figure.subplots()
+    places = []
+    for column, is_log in enumerate([*log, False]):
+        values = [line[column] for line in lines]
+        known = list(dict.fromkeys(sorted(values, key=_as_number)))
+        numbers = [_as_number(value) for value in known]
+        if not all(map(math.isfinite, numbers)) or (column < len(log) and len(known) <= _FEW_VALUES):
+            numbers = [float(place) for place in range(len(known))]
+        elif is_log:
+            numbers = [math.log(number) for number in numbers]
+        low, width = min(numbers), max(numbers) - min(numbers) or 1.0
+        at = {
+            value: (number - low) / width if len(known) > 1 else 0.5
+            for value, number in zip(known, numbers, strict=True)
+        }
+        places.append([at[value] for value in values])
+        axes.axvline(column, color=GREY, linewidth=0.8, alpha=0.6)
+        shown = known if len(known) <= _FEW_VALUES else [known[0], known[-1]]
+        for value in shown:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            _note(axes, text, xy=(column, at[value]), xycoords="data", xytext=(4, 2), fontsize=9)
+    for place, line in reversed(list(enumerate(zip(*places, strict=True)))):
+        colour = colormaps["viridis"](0.9 * place / max(len(lines) - 1, 1))
+        axes.plot(
+            range(len(names)), line, color=colour, linewidth=2.5 if place == 0 else 1, alpha=1 if place == 0 else 0.6
+        )
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.1, len(names) - 0.8)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def several_figure(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    across: str,
+    up: str,
+    *,
+    dots: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Any:
+    """Return curves by name over common places; with ``dots``, what they were fitted to, over the logarithm of these."""
+    figure, axes = _figure(up, across)
+    for colour, (name, y) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
+        axes.plot(x, y, color=colour, marker=None if dots else "o", markersize=4, linewidth=1.7, label=name)
+        if dots:
+            axes.plot(*zip(*dots[name], strict=True), color=colour, marker="o", linestyle="none")
+    if dots:
+        axes.set_xscale("log")
+    _legend(axes)
+    return figure
+
+
+def _as_number(value: str | float) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return math.inf
 
 
 def drawing() -> Any:

@@ -50,6 +50,7 @@ HOST_RSS_BYTES = "memory/host_rss_bytes"
 
 UTILISATION_PERCENT = "system/gpu_utilisation_percent"
 POWER_WATTS = "system/gpu_power_watts"
+ENERGY_JOULES = "system/gpu_energy_joules"  # of this launch so far
 TEMPERATURE_CELSIUS = "system/gpu_temperature_celsius"
 
 # Followed by /<name>, that of a component of data.mixture; of a single data set it is "data".

@@ -2,9 +2,11 @@
 
 import base64
 import io
+import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,19 @@ _DETAILED_RUNS = 4  # have pictures of their own
 Table = tuple[list[str], list[list[str]]]  # head and rows
 
 
-def render(histories: list[History]) -> str:
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What a command has found out, in front of the report of runs."""
+
+    heading: str
+    text: str = ""
+    command: str = ""
+    table: Table | None = None
+    draw: Callable[[], dict[str, Any]] = dict  # figures by caption
+    markup: str = ""  # HTML of our own
+
+
+def render(histories: list[History], *, title: str = "", ahead: Sequence[Section] = ()) -> str:
     """Return the page as HTML; it needs no network."""
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     runs = [
@@ -45,26 +59,34 @@ def render(histories: list[History]) -> str:
         }
         for history in histories
     ]
-    pictures = []
+    pictures, drawn_ahead = [], []
     with figures.drawing():
+        for place, section in enumerate(ahead):
+            drawing = section.draw().items()
+            drawn_ahead.append(
+                [(figures.to_svg(one, f"ahead-{place}-{i}"), text) for i, (text, one) in enumerate(drawing)]
+            )
         for place, (heading, drawn) in enumerate(_pictures(histories)):
             known = ((caption, figure) for caption, figure in drawn.items() if figure is not None)
             shown = [(figures.to_svg(figure, f"figure-{place}-{i}"), text) for i, (text, figure) in enumerate(known)]
             pictures.append((heading, shown))
     return pages.get_template("report.html").render(
-        title=", ".join(history.name for history in histories),
+        title=title or ", ".join(history.name for history in histories),
+        ahead=list(zip(ahead, drawn_ahead, strict=True)),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         runs=runs,
-        summary=_summary(histories),
+        summary=_summary(histories) if histories else None,
         pictures=pictures,
-        sources=_sources(histories),
-        answers=_answers(histories),
+        sources=_sources(histories) if histories else ([], []),
+        answers=_answers(histories) if histories else ([], []),
         differences=_differences(histories),
     )
 
 
 def _pictures(histories: list[History]) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yield headings with their figures, or None, by caption."""
+    if not histories:
+        return
     line, family = figures.line_figure, figures.family_figure
     unit = names.unit_of(histories[0].records[-1])
     over_steps = (
@@ -157,6 +179,7 @@ def _facts(history: History) -> dict[str, str]:
         "waiting for data": f"{waited / train_seconds:.1%} of that" if train_seconds else "",
         "communication": describe_communication(profiles[-1]).removeprefix("communication ") if profiles else "",
         "goodput": goodput,
+        "energy": _energy(history, launch.get("world_size", 1)),
         "launches": str(len(launches) or ""),
         "engine": str(config.get("engine.kind", "")),
         "devices": f"{launch.get('world_size')} x {environment['device']}" if "device" in environment else "",
@@ -168,6 +191,14 @@ def _facts(history: History) -> dict[str, str]:
 def _median(history: History, key: str) -> float:
     values = [value for value in history.series(key)[1] if math.isfinite(value)]
     return statistics.median(values) if values else math.nan
+
+
+def _energy(history: History, world_size: int) -> str:
+    """Return what rank 0's device has used in all launches, each of which counts from 0; empty if none has said so."""
+    _, joules = history.series(names.ENERGY_JOULES)
+    used = sum(after - before if after >= before else after for before, after in itertools.pairwise([0.0, *joules]))
+    others = f"; {used * world_size / 1e3:.4g} kJ if all {world_size} are alike" if world_size > 1 else ""
+    return f"{used / 1e3:.4g} kJ of rank 0's device{others}" if joules else ""
 
 
 def _sources(histories: list[History]) -> Table:

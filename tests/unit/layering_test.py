@@ -30,7 +30,7 @@ FLOOR_OF = {unit: number for number, row in enumerate(FLOORS) for unit in row}
 # Slow, large or optional: imported by the function that needs them, or at the top of a module which
 # itself is imported that way.
 LAZY = [
-    *("accelerate", "datasets", "deepspeed", "fsspec", "matplotlib", "pyarrow", "rensa", "s3fs", "tiktoken"),
+    *("accelerate", "datasets", "deepspeed", "fsspec", "matplotlib", "optuna", "pyarrow", "rensa", "s3fs", "tiktoken"),
     *("PIL", "tensorboardX", "tokenizers", "transformers", "wandb", "wandb_workspaces"),
 ]
 WITHOUT_TORCH = [
