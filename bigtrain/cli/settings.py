@@ -124,7 +124,7 @@ def page() -> str:
 
 def groups(config_name: str = "train") -> dict[str, str | None]:
     """Return the config groups of ``configs/<config_name>.yaml``, with the option in its defaults list or None."""
-    found: dict[str, str | None] = dict.fromkeys(("adapter", "experiment", "model", "recipe"))
+    found: dict[str, str | None] = dict.fromkeys(("adapter", "articles", "experiment", "model", "recipe"))
     for entry in yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]:
         if isinstance(entry, dict):
             found.update(entry)

@@ -101,6 +101,12 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     yield from _check_class_weights(task)
     if task.multi_label and data.augment.mixup:
         yield "data.augment.mixup: blends one label with another, and task.multi_label has any number; leave it out"
+    if task.group_by and (task.multi_label or not are_records(data) or data.source is DataSource.images):
+        yield f"task.group_by={task.group_by}: a column of data=records or your own data, with one label a sample"
+    if config.validation.fgsm and (
+        task.kind != TaskKind.classification or task.inputs is not Inputs.pixels or task.multi_label
+    ):
+        yield "validation.fgsm: changes pixels against a label; it is for task=classification of images, with one label"
     for name in PERPLEXITIES if task.kind != TaskKind.causal_lm.name else ():
         if getattr(data, name) is not None:
             yield f"data.{name}: only samples of task=causal_lm are chosen by it; leave it out"
@@ -129,8 +135,10 @@ def check_task(config: TrainConfig) -> Iterator[str]:
             instead = "use tokens, pixels, sequence or audio"
             yield f"task={task.kind}: transformers has no network for task.inputs=features; {instead}"
     embeds = task.kind == TaskKind.contrastive and model.name == "rnn"
-    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not is_by_sample and not embeds:
+    continues = task.kind == TaskKind.causal_lm and model.settings.get("predicts_next", False)
+    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not (is_by_sample or embeds or continues):
         predicts = "predicts one label or vector a sample; it is for classification, regression"
+        predicts += ", with model.settings.predicts_next=true for causal_lm" if model.name == "rnn" else ""
         yield f"task={task.kind}: model.name={model.name} {predicts}"
     given, predicted, is_small = model.settings.get("num_outputs"), num_outputs_of(task), model.name in SMALL_NETWORKS
     if model.kind is ModelKind.own and is_small and None not in (given, predicted) and given != predicted:

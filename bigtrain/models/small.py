@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigtrain.config.bounds import Bound
 from bigtrain.errors import ConfigError, of_all_ranks
+from bigtrain.models.loss import sum_cross_entropy_of_logits
 
 NonLinearity = StrEnum("NonLinearity", "relu gelu tanh sigmoid")
 _NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -117,7 +118,7 @@ class CNN:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RNN:
-    """A recurrent network read at its last step: ``(B, T)`` ids or ``(B, T, num_inputs)`` to ``(B, num_outputs)``."""
+    """A recurrent network: ``(B, T)`` ids or ``(B, T, num_inputs)``, read at its last step, to ``(B, num_outputs)``."""
 
     cell: Cell = Cell.lstm
     """Kind of recurrence."""
@@ -131,10 +132,16 @@ class RNN:
     """Recurrent layers."""
     num_outputs: Annotated[int | None, Bound(ge=1)] = None
     """Logits or values; by default as many as the task predicts, else 2."""
+    predicts_next: bool = False
+    """With ``task=causal_lm``: read at every step, to predict the next id."""
+
+    def __post_init__(self) -> None:
+        if self.predicts_next and not self.vocab_size:
+            raise ConfigError("model.settings.predicts_next=true: of how many ids? set model.settings.vocab_size")
 
     def build(self) -> nn.Module:
         """Build the network on the current default device."""
-        return _Recurrent(self)
+        return _RecurrentLM(self) if self.predicts_next else _Recurrent(self)
 
 
 class _OfSize(nn.Sequential):
@@ -163,7 +170,8 @@ class _Recurrent(nn.Module):
         self.embedding = nn.Embedding(shape.vocab_size, shape.num_inputs) if shape.vocab_size else nn.Identity()
         kind = nn.LSTM if shape.cell is Cell.lstm else nn.GRU
         self.recurrence = kind(shape.num_inputs, shape.hidden_dim, shape.num_layers, batch_first=True)
-        self.head = nn.Linear(shape.hidden_dim, shape.num_outputs or 2)
+        num_outputs = shape.vocab_size if shape.predicts_next else shape.num_outputs or 2
+        self.head = nn.Linear(shape.hidden_dim, num_outputs)
 
     def forward(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Return ``(B, num_outputs)``, read at the last step of each sample."""
@@ -176,6 +184,14 @@ class _Recurrent(nn.Module):
             return self.head(states_BTD[:, -1])
         rows = torch.arange(len(lengths_B), device=lengths_B.device)
         return self.head(states_BTD[rows, lengths_B - 1])
+
+
+class _RecurrentLM(_Recurrent):
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Return the logits of the next ids, ``(B, T, vocab_size)``, or the cross-entropy summed over targets."""
+        states_BTD, _ = self.recurrence(self.embedding(tokens_BT))
+        logits_BTV = self.head(states_BTD)
+        return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
 
 
 def _dropout(share: float) -> list[nn.Module]:

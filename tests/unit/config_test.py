@@ -50,7 +50,7 @@ def problems(*, world_size: int = 1, local_world_size: int = 1, **values: Any) -
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in (REPOSITORY / "configs").glob("*/*.yaml"))
 CHOICES = [choice for choice in CHOICES if not choice.startswith("cluster=")]  # of another schema
 PLAIN_CHOICES = [
-    choice for choice in CHOICES if not choice.startswith(("model=", "adapter=", "experiment=", "recipe="))
+    choice for choice in CHOICES if not choice.startswith(("model=", "adapter=", "articles=", "experiment=", "recipe="))
 ]
 
 

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from bigtrain.cli.hydra_cli import read_run
+from bigtrain.cli.settings import group_options
 from bigtrain.config import Head, ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.check import resolve
 from bigtrain.config.convert import from_dict
@@ -132,6 +133,29 @@ def test_a_recipe_goes_with_its_preset(recipe, tmp_path):
         config.scheduler.warmup_steps, peak_lr=config.optimizer.lr, num_steps=10**7, config=config.scheduler
     )  # the first step at the peak
     assert top == pytest.approx(peak, rel=0.01)
+
+
+ARTICLES = {
+    "a0_gpt2_generate": (None, ["model.architecture=gpt2", "model.name=null", "model.pretrained=false"]),
+    "a0_gru": (20000 * 512 + 3 * 1024 * (512 + 1024 + 2) + 20000 * (1024 + 1), []),
+    "a1_mlp_mnist": (784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10, ["data.path=mnist"]),
+    "a2_transformer": (None, ["data.path=names"]),
+    "a3_lstm": (4 * 50 * (1 + 50 + 2) + 4 * 50 * (50 + 50 + 2) + 2 * (50 + 1), ["data.path=rows.npz"]),
+    "a4_cnn_mnist": (93322, ["data.path=mnist"]),  # as Keras counts it
+}
+
+
+@pytest.mark.parametrize("article", ARTICLES)
+def test_a_program_of_an_article_has_its_shape_and_its_optimizer(article, tmp_path):
+    parameters, data = ARTICLES[article]
+    config = read_run([f"+articles={article}", f"data.root={tmp_path}", *data])
+    assert parameters in (None, count_parameters(config.model))
+    assert (config.scheduler.kind.name, config.scheduler.warmup_steps) == ("constant", 0)
+    assert article == "a0_gpt2_generate" or (config.optimizer.kind.name, config.optimizer.weight_decay) == ("adam", 0)
+
+
+def test_every_program_of_an_article_is_tested():
+    assert sorted(ARTICLES) == group_options("articles")
 
 
 def test_a_wrong_shape_is_noticed():
