@@ -51,6 +51,8 @@ class TaskConfig:
     """A sample has any number of labels: text with a list of them, records with a 0 or 1 for each."""
     class_weights: Annotated[Any, OnlyIf("kind", is_in=("classification",))] = None
     """Factor of the loss of each label, such as ``[1.0,5.0]`` (with ``multi_label`` of where it is there); ``balanced`` weighs all labels alike on the training side."""
+    group_by: Annotated[str | None, OnlyIf("kind", is_in=("classification",))] = None
+    """Column of ``data=records`` with the group of each sample, from 0 to 15 (-1: none): validations have accuracy and F1 of each, and the largest gap."""
     temperature: Annotated[float, Bound(gt=0), OnlyIf("kind", is_in=("contrastive",))] = 0.05
     """Cosines of embeddings are divided by it."""
     symmetric: Annotated[bool, OnlyIf("kind", is_in=("contrastive",))] = False

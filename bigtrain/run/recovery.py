@@ -159,6 +159,7 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
         known += ["bits_per_byte"] if isinstance(objective, CausalLM) else []
         known += WRITTEN_METRICS if config.validation.written_samples else ()
         known += [f"{name}/{other}" for name in own_sets(config.data, "validation") if name for other in known]
+    known += [f"fgsm_{size:g}/accuracy" for size in config.validation.fgsm]
     known += [f"lm_eval/{task}/..." for task in config.validation.lm_eval]  # whose metrics the harness knows
     if metric not in known and not (metric.startswith("lm_eval/") and config.validation.lm_eval):
         raise ConfigError(f"validation.metric={metric}: task={config.task.kind} has {', '.join(known)}")

@@ -38,6 +38,7 @@ from bigtrain.optim.schedule import lr_at
 from bigtrain.run.data import count_skipped_shards, sets_of, train_loader
 from bigtrain.run.directory import write_run_files
 from bigtrain.run.recovery import explain_end, why_ended
+from bigtrain.run.robustness import fgsm_accuracy
 from bigtrain.run.sampling import continue_prompts
 from bigtrain.run.step import expert_load, read_back, seed_step, train_step
 from bigtrain.run.validation import Measured, score_tasks, validate, write_classification
@@ -190,6 +191,7 @@ def _validate(run: Run, done: Cursor) -> Measured:
     settings, metric = run.config.validation, run.standing.metric
     measured = validate(run.engine, sets_of(run.streams, "validation"), run.config, batches=settings.batches)
     metrics = measured.metrics | score_tasks(run.engine, run.config, run.launch.directory)
+    metrics |= fgsm_accuracy(run.engine, sets_of(run.streams, "validation"), run.config)
     if metric not in metrics:
         problem = f"validation.metric={metric}: these data have none; they have {', '.join(metrics)}"
         raise of_all_ranks(ConfigError(problem))

@@ -1,5 +1,7 @@
 """What a run minimises and measures, one module a task."""
 
+from functools import partial
+
 from bigtrain.config import PreferenceLoss, TaskConfig, TaskKind, parts
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.base import Objective
@@ -26,7 +28,7 @@ def build_objective(config: TaskConfig) -> Objective:
         case TaskKind.masked_lm:
             return MaskedLM()
         case TaskKind.classification:
-            kind = MultiLabel if config.multi_label else Classification
+            kind = MultiLabel if config.multi_label else partial(Classification, group_by=config.group_by)
             # Balanced weights are known when the data is; until then every sample weighs 1.
             weights = config.class_weights if isinstance(config.class_weights, list) else ()
             return kind(

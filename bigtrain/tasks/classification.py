@@ -17,6 +17,8 @@ from bigtrain.tasks.base import IGNORE_INDEX, Field, Objective
 from bigtrain.tasks.inputs import input_fields, require_lengths, require_size
 from bigtrain.tasks.metrics import NUM_SCORE_BINS, area_under_roc, confusion_counts, label_metrics, score_counts
 
+MAX_GROUPS = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classification(Objective):
@@ -25,6 +27,7 @@ class Classification(Objective):
     inputs: Inputs = Inputs.tokens  # column that the network gets
     num_labels: int = 2  # c: labels are below this, and the network returns as many logits
     class_weights: tuple[float, ...] = ()  # of each label, normalised by their sum over samples, as torch does
+    group_by: str | None = None  # column with the group of each sample, of which metrics are measured apart
 
     counts_by_shape = True
 
@@ -36,6 +39,7 @@ class Classification(Objective):
             # Of samples that are blends of two: the label of the other one, and how much of the loss is the first's.
             "mixed_labels": Field(torch.int64, (), ignored=IGNORE_INDEX, below=self.num_labels, is_optional=True),
             "shares": Field(torch.float32, (), ignored=0.0, is_optional=True),
+            **({self.group_by: Field(torch.int64, (), ignored=-1, below=MAX_GROUPS)} if self.group_by else {}),
         }
 
     @property
@@ -44,7 +48,8 @@ class Classification(Objective):
 
     @property
     def held_out_sums(self) -> Mapping[str, tuple[int, ...]]:
-        return {"scores": (2, NUM_SCORE_BINS)} if self.num_labels == 2 else {}
+        scores = {"scores": (2, NUM_SCORE_BINS)} if self.num_labels == 2 else {}
+        return scores | ({"by_group": (MAX_GROUPS, self.num_labels, self.num_labels)} if self.group_by else {})
 
     def count(self, samples: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """Return 1, or the weight of its label, for each sample with a label, else 0."""
@@ -64,6 +69,7 @@ class Classification(Objective):
     def __call__(self, network: nn.Module, *tensors: Tensor) -> Tensor:
         """Return the summed cross-entropy in nats and the confusion matrix, a row per true label."""
         num_inputs = len(input_fields(self.inputs))
+        tensors, groups_B = (tensors[:-1], tensors[-1]) if self.group_by else (tensors, tensors[0])
         inputs, (labels_B, *mixed) = tensors[:num_inputs], tensors[num_inputs:]
         logits_BC = network(*inputs).float()
         require_size(logits_BC, self.num_labels, "task.num_labels")
@@ -75,16 +81,26 @@ class Classification(Objective):
             loss = (shares_B * losses[0] + (1 - shares_B) * losses[1]).sum()
         else:
             loss = cross_entropy(labels_B, reduction="sum")
-        confusion = confusion_counts(logits_BC.argmax(dim=-1), labels_B, self.num_labels, ignored=IGNORE_INDEX)
-        sums = [loss.view(1), confusion.flatten()]
-        if self.held_out_sums and not network.training:
+        count = partial(confusion_counts, logits_BC.argmax(dim=-1), num_labels=self.num_labels, ignored=IGNORE_INDEX)
+        sums = [loss.view(1), count(labels_B).flatten()]
+        if network.training:
+            return torch.cat(sums)
+        if self.num_labels == 2:
             scores_B = logits_BC[:, 1] - logits_BC[:, 0]
             sums.append(score_counts(scores_B, labels_B == 1, labels_B != IGNORE_INDEX).flatten())
+        if self.group_by:
+            sums += [count(labels_B.where(groups_B == g, IGNORE_INDEX)).flatten() for g in range(MAX_GROUPS)]
         return torch.cat(sums)
 
     def answers(self, network: Callable[..., Tensor], *inputs: Tensor, wanted: Wanted) -> list[dict[str, Any]]:
         return label_answers(network(*inputs).float(), wanted)
 
     def metrics(self, loss: float, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
-        found = label_metrics(sums["confusion"])
-        return found | ({"auc": area_under_roc(sums["scores"])} if "scores" in sums else {})
+        found = label_metrics(sums["confusion"]) | ({"auc": area_under_roc(sums["scores"])} if "scores" in sums else {})
+        by_group = {g: label_metrics(counts) for g, counts in enumerate(sums.get("by_group", ())) if counts.any()}
+        for group, metrics in by_group.items():
+            found |= {f"{self.group_by}_{group}/{name}": metrics[name] for name in ("accuracy", "f1")}
+        if by_group:
+            accuracies = [metrics["accuracy"] for metrics in by_group.values()]
+            found[f"{self.group_by}_gap"] = max(accuracies) - min(accuracies)
+        return found

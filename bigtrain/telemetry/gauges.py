@@ -63,6 +63,7 @@ class Gauges:
         self._rss_bytes, self._rss_read_at = 0, -math.inf
         self._sensors: dict[str, float] = {}
         self._sensors_read_at = -math.inf
+        self._joules, self._power = 0.0, (0.0, 0.0)  # the last reading: when, and watts
         self.flops = find_flops(config.model, config.data.sequence_length, num_parameters)
         self.peak = find_peak(device, config.engine.precision or Precision.fp32) if self.flops else None
 
@@ -135,14 +136,24 @@ class Gauges:
 
     def _read_sensors(self) -> None:
         try:
+            watts = torch.cuda.power_draw(self._device) / 1000
             self._sensors = {
                 names.UTILISATION_PERCENT: torch.cuda.utilization(self._device),
-                names.POWER_WATTS: torch.cuda.power_draw(self._device) / 1000,
+                names.POWER_WATTS: watts,
+                names.ENERGY_JOULES: self._add_energy(time.monotonic(), watts),
                 names.TEMPERATURE_CELSIUS: torch.cuda.temperature(self._device),
             }
             self._sensors_read_at = time.monotonic()
         except Exception as error:  # no driver library, no permission, a sensor that a device lacks
             get_logger().info(f"the GPU's sensors cannot be read: {error}")
+
+    def _add_energy(self, now: float, watts: float) -> float:
+        """Return the energy between the first reading and this one, by the mean power of readings that follow each other."""
+        before, watts_before = self._power
+        if watts_before:
+            self._joules += (now - before) * (watts + watts_before) / 2
+        self._power = now, watts
+        return self._joules
 
 
 def find_flops(model: ModelConfig, sequence_length: int | None, num_parameters: int) -> TokenFlops | None:

@@ -1,5 +1,6 @@
 """The report: one page from the files of runs alone, read by a real browser."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,9 +16,10 @@ import yaml
 
 from bigtrain.config import TrainConfig
 from bigtrain.config.convert import to_dict
-from bigtrain.telemetry import figures
-from bigtrain.telemetry.history import differences, read_history
-from bigtrain.telemetry.report import render
+from bigtrain.telemetry import figures, names
+from bigtrain.telemetry.gauges import Gauges
+from bigtrain.telemetry.history import History, differences, read_history
+from bigtrain.telemetry.report import _energy, render
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "report.py"
 SECRET = "hf_" + "SECRET" * 4
@@ -252,3 +254,14 @@ def test_who_gives_no_sign_any_more_has_ended(tmp_path: Path, last: str | None, 
 def test_differences_leave_out_names(tmp_path: Path):
     histories = [read_history(make_run(tmp_path / name, lr=lr)) for name, lr in (("a", 1.0), ("b", 2.0))]
     assert differences(histories) == [("optimizer.lr", [1.0, 2.0])]
+
+
+def test_energy_is_the_sum_of_all_launches():
+    gauges = object.__new__(Gauges)
+    gauges._joules, gauges._power = 0.0, (0.0, 0.0)
+    assert [gauges._add_energy(*reading) for reading in ((10.0, 100.0), (12.0, 200.0), (13.0, 200.0))] == [0, 300, 500]
+    records = [{"step": n, names.ENERGY_JOULES: joules} for n, joules in enumerate((0.0, 300.0, 500.0, 0.0, 250.0), 1)]
+    history = History(name="a", directory=Path("a"), records=records, events=[], state="finished")
+    assert _energy(history, 1) == "0.75 kJ of rank 0's device"
+    assert _energy(history, 4) == "0.75 kJ of rank 0's device; 3 kJ if all 4 are alike"
+    assert _energy(dataclasses.replace(history, records=records[:0]), 1) == ""
