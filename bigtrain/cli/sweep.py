@@ -15,6 +15,7 @@ from bigtrain.config.convert import key_types
 from bigtrain.config.packages import require
 from bigtrain.config.sweep import Axis, Sampler, SweepConfig
 from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, ConfigError, raise_problems
+from bigtrain.processes import RankInfo
 
 if TYPE_CHECKING:
     from bigtrain.run.sweep import Sweep
@@ -95,6 +96,8 @@ def _corners(axes: list[Axis]) -> Iterator[list[str]]:
 
 def _problems(config: SweepConfig, axes: list[Axis]) -> Iterator[str]:
     settings, keys = config.sweep, [axis.name for axis in axes]
+    if RankInfo.from_env().world_size > 1:
+        yield "bigtrain sweep is one process that starts others: for several ranks a trial, sweep.launcher='torchrun ... -m'"
     if not axes:
         yield "a sweep needs several values of a setting, such as optimizer.lr=1e-3,2e-3"
     yield from (
@@ -197,7 +200,7 @@ def _places(config: SweepConfig) -> list[dict[str, str]]:
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
         return [{"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} for n in range(settings.parallel or len(gpus))]
-    one = hydra_cli.training_of(fit_micro_batch(dataclasses.replace(config), 1))
+    one = hydra_cli.training_of(fit_micro_batch(config, 1))
     report = preflight(one, world_size=1, local_world_size=1, device_type="cpu", precision=Precision.fp32)
     fitting = report.machine.available_bytes // report.needed_bytes(report.estimate)[0]
     number = settings.parallel or max(min(len(os.sched_getaffinity(0)), fitting), 1)

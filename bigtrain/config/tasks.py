@@ -103,10 +103,9 @@ def check_task(config: TrainConfig) -> Iterator[str]:
         yield "data.augment.mixup: blends one label with another, and task.multi_label has any number; leave it out"
     if task.group_by and (task.multi_label or not are_records(data) or data.source is DataSource.images):
         yield f"task.group_by={task.group_by}: a column of data=records or your own data, with one label a sample"
-    if config.validation.fgsm and (
-        task.kind != TaskKind.classification or task.inputs is not Inputs.pixels or task.multi_label
-    ):
-        yield "validation.fgsm: changes pixels against a label; it is for task=classification of images, with one label"
+    are_images = all(part.source is DataSource.images for part in component_data(data).values())
+    if config.validation.fgsm and (task.kind != TaskKind.classification or task.multi_label or not are_images):
+        yield "validation.fgsm: it is for task=classification of data=images, with one label a sample; leave it out"
     for name in PERPLEXITIES if task.kind != TaskKind.causal_lm.name else ():
         if getattr(data, name) is not None:
             yield f"data.{name}: only samples of task=causal_lm are chosen by it; leave it out"

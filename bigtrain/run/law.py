@@ -1,7 +1,7 @@
 """How the loss falls with the size of model and data: Chinchilla's law L(N, D) = E + A / N^alpha + B / D^beta.
 
 Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, section 3.3 and appendix D.3: the logarithm of the
-law is fitted to that of the losses by L-BFGS, with Huber's loss, from several starts.
+law is fitted to that of the losses, with Huber's loss, from several starts.
 """
 
 import itertools
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from bigtrain.errors import DataError
 from bigtrain.plan.estimate import measure_model
@@ -22,6 +21,8 @@ from bigtrain.telemetry.history import read_history
 
 HUBER = 1e-3  # beyond which a residual of the logarithm counts linearly
 RESAMPLED = 200  # bootstrap samples
+ITERATIONS = 300
+Array = NDArray[np.float64]
 _STARTS = ((-1.0, 0.0, 1.0), (0.0, 5.0, 10.0), (0.2, 0.6, 1.2), (0.0, 5.0, 10.0), (0.2, 0.6, 1.2))
 
 
@@ -59,6 +60,8 @@ class Law:
         product = compute / 6 / passes
         if not self.A or not self.B:
             return (like.parameters, product / like.parameters) if self.B else (product / like.size, like.size)
+        if self.alpha <= 0 or self.beta <= 0:  # in a sample of runs that do not show one of them
+            return math.nan, math.nan
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         parameters = ratio * product ** (self.beta / (self.alpha + self.beta))
         return parameters, product / parameters
@@ -87,46 +90,53 @@ def fit(points: Sequence[Point]) -> tuple[Law, list[Law]]:
     if not any(varies) or len(points) < 2 + 2 * sum(varies):
         needed = "sizes of model and data" if not any(varies) else f"{2 + 2 * sum(varies)} runs or more"
         raise DataError(f"a law needs {needed}: data.max_train_samples=1000,2000,4000,8000 makes nested sizes of data")
-    x, y = torch.from_numpy(sizes), torch.from_numpy(losses)
     grid = [start if used else (0.0,) for start, used in zip(_STARTS, [True, *np.repeat(varies, 2)], strict=True)]
-    starts = torch.tensor(list(itertools.product(*grid)), dtype=torch.float64)
-    best = _minimised(starts, x[None].expand(len(starts), -1, -1), y[None].expand(len(starts), -1), varies)
+    starts = np.array(list(itertools.product(*grid)))
+    found, costs = _minimised(starts, sizes[None], losses[None], varies)
+    best = found[costs.argmin()]
     rows = np.random.default_rng(0).integers(0, len(points), (RESAMPLED, len(points)))
-    again = _minimised(best[:1].expand(RESAMPLED, -1).clone(), x[rows], y[rows], varies)
-    return _law(best[0], varies), [_law(row, varies) for row in again]
+    again, _ = _minimised(np.tile(best, (RESAMPLED, 1)), sizes[rows], losses[rows], varies)
+    return _law(best, varies), [_law(values, varies) for values in again]
 
 
-def _minimised(start: Tensor, x: Tensor, y: Tensor, varies: list[bool]) -> Tensor:
-    """Return the parameters ``(S, 5)``, e, a, alpha, b, beta, of S problems, the best first if all are of one."""
-    values = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([values], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+def _minimised(values: Array, x: Array, y: Array, varies: list[bool]) -> tuple[Array, Array]:
+    """Return e, a, alpha, b, beta ``(S, 5)`` of S problems with R runs, and their costs, by Levenberg's method.
 
-    def residuals() -> Tensor:
-        e, a, alpha, b, beta = values.unbind(1)
-        terms = [e[:, None].expand_as(y)]
-        terms += [a[:, None] - alpha[:, None] * x[..., 0]] if varies[0] else []
-        terms += [b[:, None] - beta[:, None] * x[..., 1]] if varies[1] else []
-        found = torch.stack(terms).logsumexp(dim=0)
-        return torch.nn.functional.huber_loss(found, y, delta=HUBER, reduction="none").sum(dim=1)
+    ``x`` are logarithms of N and D, ``(S, R, 2)``, ``y`` those of losses. Residuals beyond ``HUBER`` weigh less in each
+    iteration, so that they count linearly.
+    """
+    used = np.array([0.0, *(0.0 if used else -np.inf for used in varies)])
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        total = residuals().sum()
-        total.backward()
-        return total
+    def at(values: Array) -> tuple[Array, Array, Array]:
+        e, a, alpha, b, beta = (column[:, None] for column in values.T)
+        terms = np.stack(np.broadcast_arrays(e, a - alpha * x[..., 0], b - beta * x[..., 1]), axis=-1) + used
+        shares = np.exp(terms - (total := np.logaddexp.reduce(terms, axis=-1))[..., None])
+        of_model, of_data = shares[..., 1], shares[..., 2]
+        slopes = (shares[..., 0], of_model, -of_model * x[..., 0], of_data, -of_data * x[..., 1])
+        size = abs(total - y)
+        cost = np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum(axis=1)
+        return total - y, np.stack(np.broadcast_arrays(*slopes), axis=-1), cost
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        is_one = bool((y == y[0]).all())
-        return values.detach()[residuals().argsort()] if is_one else values.detach()
+    damping = np.full(len(values), 1e-2)
+    for _ in range(ITERATIONS):
+        residual, slope, cost = at(values)
+        weighted = slope * np.minimum(1.0, HUBER / np.maximum(abs(residual), 1e-300))[..., None]
+        curvature = np.einsum("srp,srq->spq", weighted, slope)
+        steep = np.einsum("srp,sr->sp", weighted, residual)
+        ridge = damping[:, None] * np.einsum("spp->sp", curvature) + 1e-15
+        step = np.linalg.solve(curvature + ridge[..., None] * np.eye(5), steep[..., None])[..., 0]
+        is_better = at(values - step)[2] < cost
+        values = np.where(is_better[:, None], values - step, values)
+        damping = np.clip(np.where(is_better, damping / 3, damping * 4), 1e-12, 1e12)
+    return values, at(values)[2]
 
 
-def _law(values: Tensor, varies: list[bool]) -> Law:
+def _law(values: Array, varies: list[bool]) -> Law:
     e, a, alpha, b, beta = values.tolist()
     return Law(math.exp(e), math.exp(a) * varies[0], alpha, math.exp(b) * varies[1], beta)
 
 
 def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """Return the 5th and the 95th percentile."""
-    low, high = np.percentile(numbers, [5, 95])
+    """Return the 5th and the 95th percentile of those that are numbers."""
+    low, high = np.nanpercentile(numbers, [5, 95])
     return float(low), float(high)

@@ -21,8 +21,10 @@ def fgsm_accuracy(engine: Engine, sets: Mapping[str, SampleStream], config: Trai
     that size, for pixels from 0 to 1, along the sign of the gradient of the loss, cut to what pixels can be.
     """
     sizes = config.validation.fgsm
+    if not sizes:
+        return {}
     right = torch.zeros(1 + len(sizes), dtype=torch.float64)
-    for stream in sets.values() if sizes else ():
+    for stream in sets.values():
         for step in held_out_batches(stream, config, engine, batches=config.validation.batches):
             for batch in step:
                 right += _right(engine, batch.to(engine.device), sizes, stream.facts)
@@ -34,14 +36,13 @@ def _right(engine: Engine, batch: Batch, sizes: list[float], facts: Mapping[str,
     """Return how many samples count, and how many are right after a step of each size: fp64 ``(1 + sizes,)``."""
     labels_B, pixels_BCHW = batch["labels"], batch["pixels"].detach().requires_grad_()
     # Without what wraps it for training: a reducer would wait for the gradients of the weights.
-    module: Any = getattr(engine.module.eval(), "module", engine.module)
+    engine.module.eval()
+    module: Any = getattr(engine.module, "module", engine.module)
     with torch.enable_grad(), engine.autocast():
         logits_BC = module(pixels_BCHW, predicts=True).float()
         loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, pixels_BCHW)
-    mean, deviation = (
-        pixels_BCHW.new_tensor(facts.get(n, d)).view(1, -1, 1, 1) for n, d in (("mean", 0), ("deviation", 255))
-    )
+    mean, deviation = (pixels_BCHW.new_tensor(facts[name]).view(1, -1, 1, 1) for name in ("mean", "deviation"))
     counted = [(labels_B != IGNORE_INDEX).sum()]
     for size in sizes:
         moved = (pixels_BCHW.detach() * deviation + mean + 255 * size * gradient.sign()).clamp(0, 255)
