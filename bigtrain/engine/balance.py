@@ -15,7 +15,8 @@ class Balance:
         named = list(routers(model))
         self._routers = [router for _, router in named]
         self._mesh = mesh
-        self._speeds = torch.tensor([router.moe.balance_speed for router in self._routers])[:, None]
+        speeds = [router.moe.balance_speed * router.weight.requires_grad for router in self._routers]
+        self._speeds = torch.tensor(speeds)[:, None]  # a frozen router stays as it is
         self.load: torch.Tensor | None = None  # tokens of the last step by router and expert, fp32 (R, E)
         for name, router in named:
             entry = whole_entry(router.balance, replica=mesh.rank, num_replicas=mesh.size)

@@ -26,6 +26,7 @@ from bigtrain.models.hf.build import build_hf_model
 from bigtrain.models.hf.heads import is_of_head
 from bigtrain.models.hf.values import trunk_values
 from bigtrain.models.init import InitialValue, Newest, Whole
+from bigtrain.models.moe import BALANCE
 from bigtrain.models.nf4 import CODES, SCALES, NF4Linear, dequantise, is_nf4
 from bigtrain.run.directory import find_whole, is_run, own_model
 
@@ -35,7 +36,7 @@ _CHUNK_ROWS = 4096
 
 def parameters_of(entries: Mapping[str, Entry]) -> list[str]:
     """Return the names of a state's parameters."""
-    return [key.removeprefix(MODEL) for key in entries if key.startswith(MODEL)]
+    return [key.removeprefix(MODEL) for key in entries if key.startswith(MODEL) and not key.endswith(BALANCE)]
 
 
 def describe_frozen(entries: Mapping[str, Entry], model: ModelConfig) -> Frozen | None:

@@ -44,7 +44,7 @@ from bigtrain.run.data import (
     with_steps,
 )
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
-from bigtrain.run.frozen import describe_frozen, without_frozen
+from bigtrain.run.frozen import describe_frozen, parameters_of, without_frozen
 from bigtrain.run.recovery import Start, begin_standing, fill_state, find_start, go_back, nothing_to_do, why_ended
 from bigtrain.run.sampling import require_texts
 from bigtrain.run.trainer import End, Run, train
@@ -179,7 +179,8 @@ def open_recorder(config: TrainConfig, first_step: int, engine: Engine, stream: 
     # Rows say their own length where data.sequence_length does not.
     data = dataclasses.replace(config.data, sequence_length=config.data.sequence_length or stream.sequence_length)
     described = dataclasses.replace(config, model=continued_model(config.model, directory), data=data)
-    num_parameters = sum(math.prod(e.shape) for key, e in engine.state.entries.items() if key.startswith(MODEL))
+    entries = engine.state.entries
+    num_parameters = sum(math.prod(entries[MODEL + name].shape) for name in parameters_of(entries))
 
     def open_files() -> None:
         nonlocal recorder

@@ -13,6 +13,7 @@ import torch
 from bigtrain.distributed.collectives import all_reduce_sum
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL
+from bigtrain.models.moe import BALANCE
 from bigtrain.telemetry import names
 
 _CHUNK_ELEMENTS = 1 << 24  # in temporary tensors
@@ -30,7 +31,8 @@ class LayerNorms:
         self._weights = {
             key.removeprefix(MODEL): entry
             for key, entry in entries.items()
-            if key.startswith(MODEL) and entry.dtype == torch.float32  # which those in 4 bits are not
+            # Weights in 4 bits are of another type, and biases of a router's choice no weights.
+            if key.startswith(MODEL) and entry.dtype == torch.float32 and not key.endswith(BALANCE)
         }
         self._layers = list(dict.fromkeys(layer_of(name) for name in self._weights))
         self._parts: dict[tuple[str, int], list[torch.Tensor]] = {}

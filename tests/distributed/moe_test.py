@@ -28,6 +28,8 @@ def config(variant, world_size):
     fields = {"dp_shard": min(world_size, 2)} if engine == "hsdp" else {}
     if change == "recomputed":
         fields["activation_checkpointing"] = ActivationCheckpointing.full
+    if change == "frozen":
+        made.model.freeze = ["blocks.1.*"]
     if change == "muon":
         made.optimizer = dataclasses.replace(made.optimizer, kind=OptimizerKind.muon)
     return with_engine(made, engine, **fields)
@@ -53,7 +55,7 @@ def _update_alone(self, norm, _update=balance.Balance.update):
 
 @pytest.fixture(scope="module")
 def alone():
-    return run_ranks(partial(trace_all, 1), 1, ("ddp", "ddp muon"), timeout_seconds=200)[0]
+    return run_ranks(partial(trace_all, 1), 1, ("ddp", "ddp muon", "ddp frozen"), timeout_seconds=200)[0]
 
 
 VARIANTS = {
@@ -82,3 +84,8 @@ def test_counts_of_one_rank_alone_would_be_noticed(alone):
     found = run_ranks(trace_with_own_counts, 2, timeout_seconds=200)[0]
     names = [name for name in found.parameters if name.endswith("balance")]
     assert any(not np.array_equal(found.parameters[name], alone["ddp"].parameters[name]) for name in names)
+
+
+def test_a_frozen_router_stays_as_it_is(alone):
+    first, second = (alone["ddp frozen"].parameters[f"blocks.{i}.feed_forward.router.balance"] for i in (1, 2))
+    assert not first.any() and second.any()
