@@ -57,6 +57,7 @@ def test_inputs_of_a_file_are_explained_without_their_labels(digits: Path, tmp_p
     assert result.code == 2 and "for encoders of text of transformers" in result.err
 
 
+@pytest.mark.slow
 def test_words_that_decide_are_found_and_attention_is_that_of_the_last_layer(tmp_path: Path):
     """A text is of one kind if it has the word ``good``; the rest of it are words of both kinds."""
     random = np.random.default_rng(0)

@@ -61,7 +61,10 @@ def test_groups_and_steps_have_their_accuracy(whole: tuple[dict[str, float], dic
     assert attacked["fgsm_0.2/accuracy"] < attacked["fgsm_0.01/accuracy"] <= attacked["accuracy"]
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("fsdp", 3), ("zero2", 2), ("zero3", 2)])
+LATER = [pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp", 3), ("zero2", 2))]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("zero3", 2), *LATER])
 def test_they_are_equal_under_all_engines(
     engine: str, world_size: int, place: Path, whole: tuple[dict[str, float], dict[str, float]]
 ):
