@@ -15,6 +15,7 @@ from bigtrain.config.convert import key_types
 from bigtrain.config.packages import require
 from bigtrain.config.sweep import Axis, Sampler, SweepConfig
 from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, ConfigError, raise_problems
+from bigtrain.processes import num_usable_cpus
 from bigtrain.processes import RankInfo
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _places(config: SweepConfig) -> list[dict[str, str]]:
     one = hydra_cli.training_of(fit_micro_batch(config, 1))
     report = preflight(one, world_size=1, local_world_size=1, device_type="cpu", precision=Precision.fp32)
     fitting = report.machine.available_bytes // report.needed_bytes(report.estimate)[0]
-    number = settings.parallel or max(min(len(os.sched_getaffinity(0)), fitting), 1)
+    number = settings.parallel or max(min(num_usable_cpus(), fitting), 1)
     # One thread each, as torchrun has it: sums in another order are other numbers.
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}] * number
 
