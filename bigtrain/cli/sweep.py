@@ -15,8 +15,7 @@ from bigtrain.config.convert import key_types
 from bigtrain.config.packages import require
 from bigtrain.config.sweep import Axis, Sampler, SweepConfig
 from bigtrain.errors import EXIT_FINISHED, EXIT_NO_RESTART, ConfigError, raise_problems
-from bigtrain.processes import num_usable_cpus
-from bigtrain.processes import RankInfo
+from bigtrain.processes import RankInfo, num_usable_cpus
 
 if TYPE_CHECKING:
     from bigtrain.run.sweep import Sweep
