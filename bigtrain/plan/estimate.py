@@ -226,7 +226,7 @@ def _ddp_layout(config: TrainConfig, sizes: ModelSizes, bf16: bool, has_early_gr
         state={"parameters": whole, "gradients": trained, "optimizer moments": moments},
         early_gradients=trained if has_early_gradients else 0,
         gathered=2 * (sizes.root + num_cast * sizes.block) if bf16 else 0,
-        backward=4 * sizes.root,  # a tied embedding's gradient waits for its second half
+        backward=4 * min(sizes.root, sizes.trained),  # a tied embedding's gradient waits for its second half
     )
 
 
@@ -242,11 +242,13 @@ def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumu
     num_gathered = (
         1 + config.engine.fsdp.prefetch_blocks if config.engine.fsdp.reshard_after_forward else sizes.num_layers
     )
+    largest = max(sizes.root, sizes.block)
     return _Layout(
         state=here,
         early_gradients=here.get("gradients", 0) if accumulates else 0,
         gathered=element * (sizes.root + min(num_gathered, sizes.num_layers) * sizes.block),
-        backward=(element + 4) * max(sizes.root, sizes.block),  # a group's gradient, and in fp32 to be reduced
+        # A group's gradient, and in fp32 to be reduced; or what is being gathered, before it is copied to its place.
+        backward=max(element * largest, (element + 4) * min(largest, sizes.trained)),
         host=host,
     )
 

@@ -351,9 +351,6 @@ BF16 = {"precision": "bf16"}
         (2, {"kind": "zero3"}),
         pytest.param(2, {"kind": "zero3", **BF16}, marks=pytest.mark.slow),
         pytest.param(
-            1, {"kind": "ddp", "length": 32, "model": WIDE | {"adapter": {"rank": 8}}}, marks=pytest.mark.slow
-        ),
-        pytest.param(
             1,
             {"kind": "ddp", "length": 32, "model": WIDE | {"adapter": {"rank": 8, "nf4": True}}},
             marks=pytest.mark.slow,
@@ -367,7 +364,21 @@ BF16 = {"precision": "bf16"}
     ids=str,
 )
 def test_the_estimate_is_near_real_steps(num_ranks, settings, tmp_path):
+    # Seen: -17 % to -1 %. Libraries load code while they train, which the margin is for.
     config = run_config("gpt_nano", **{"model": GPT, "batch": 4 * num_ranks} | settings)
+    compare_with_real_steps(config, num_ranks, tmp_path, margin=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "num_ranks"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize("frozen", [{"adapter": {"rank": 8}}, {"freeze": ["embed_*", "blocks.0.*"]}], ids=str)
+def test_the_estimate_is_nearer_where_weights_are_frozen(kind, num_ranks, frozen, tmp_path):
+    config = run_config("gpt_nano", kind=kind, length=32, model=WIDE | frozen, batch=4 * num_ranks)
+    config.logging.layer_norms_every_steps = 0  # for which the weights before the update are copied, not by these steps
+    compare_with_real_steps(config, num_ranks, tmp_path, margin=0.1)
+
+
+def compare_with_real_steps(config, num_ranks, tmp_path, *, margin):
     config.run.root = str(tmp_path)
     measured = max(run_ranks(peak_bytes_of_real_steps, num_ranks, to_dict(config), timeout_seconds=240))
     estimate = guess(config, num_ranks, device_type="cpu")
@@ -375,5 +386,4 @@ def test_the_estimate_is_near_real_steps(num_ranks, settings, tmp_path):
     print(
         f"estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB, {estimated / measured - 1:+.1%}"
     )
-    # Seen: -17 % to -1 %. Libraries load code while they train, which the margin is for.
-    assert estimated == pytest.approx(measured, rel=0.25)
+    assert estimated == pytest.approx(measured, rel=margin)
