@@ -11,6 +11,7 @@ from bigtrain.config import (
     WITHOUT_TEXT,
     DataConfig,
     DataSource,
+    LongChats,
     ModelConfig,
     ModelKind,
     TrainConfig,
@@ -56,7 +57,7 @@ def run(config: TrainConfig) -> None:
     for warning in ignored_settings(config):
         if warning.startswith("data."):
             log.get_logger().warning(f"warning: {warning}")
-    num_tokens = 0
+    num_tokens, there_before = 0, set(Path(config.data.root).glob("*"))
     for name, directory in prepare_components(config.data, progress=True):
         if config.data.mixture:
             print(f"component   {name}")
@@ -65,7 +66,8 @@ def run(config: TrainConfig) -> None:
         elif is_live(components[name]):
             print("tokenised while training")
         else:
-            num_tokens += describe(directory)
+            num_tokens += describe(directory, tells_bad_rows=directory in there_before)
+            _refuse_long_chats(components[name], directory)
     if config.model.name and config.model.kind is ModelKind.native:
         print(f"enough?     {per_parameter(num_tokens, config.model)}")
 
@@ -80,8 +82,27 @@ def describe_images(directory: Path) -> None:
     print(f"validation  {counted(index.num_validation, 'image')}")
 
 
-def describe(directory: Path) -> int:
-    """Print what a corpus holds and what was left out of it; return the tokens to train on."""
+def _refuse_long_chats(data: DataConfig, directory: Path) -> None:
+    """Raise what a training would, where data.long_chats=refuse."""
+    from bigtrain.data.read.corpus import open_corpus
+    from bigtrain.data.read.index import SPLITS
+    from bigtrain.data.read.packing import build_packing
+
+    if data.long_chats is not LongChats.refuse:
+        return
+    if data.sequence_length is None:
+        log.get_logger().warning("data.long_chats=refuse: data.sequence_length says what is long; the training looks")
+        return
+    corpus = open_corpus(data, vocab_size=2**31, directory=directory)
+    for split in map(corpus.split, SPLITS):
+        build_packing(split, data.sequence_length, data.packing, data.document_mask, data.long_chats)
+
+
+def describe(directory: Path, *, tells_bad_rows: bool = True) -> int:
+    """Print what a corpus holds and what was left out of it; return the tokens to train on.
+
+    Bad rows are named by who prepares it, too.
+    """
     from bigtrain.data.prepare.corpus import REPORT_FILE
     from bigtrain.data.prepare.files import tell_left_out
     from bigtrain.data.read.index import read_index
@@ -106,7 +127,7 @@ def describe(directory: Path) -> int:
                 f"left out    {reason}: {counted(dropped['documents'], 'document')}, {dropped['text_bytes'] / 1e6:.1f} MB, "
                 f"such as {examples}"
             )
-        if "bad_rows" in report:
+        if "bad_rows" in report and tells_bad_rows:
             print(
                 f"left out    {report['bad_rows']['count']:,} bad rows or files: {'; '.join(report['bad_rows']['examples'])}"
             )

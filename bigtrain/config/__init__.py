@@ -327,7 +327,7 @@ class ValidationConfig:
     fgsm: Annotated[list[float], Bound(gt=0, le=1), OnlyIf("every_steps", not_in=(0,))] = field(default_factory=list)
     """Of images, also the accuracy when each pixel is moved so far against the label (fast gradient sign), as a share of the range from black to white, such as ``[0.01, 0.1]``."""
     prompts: Annotated[LocalPath | None, OnlyIf("every_steps", not_in=(0,))] = None
-    """Text file with a prompt a line, each of which a causal language model continues; the texts are in the report and wandb."""
+    """Text file with a prompt a line, each of which a causal language model continues as it stands, without a chat template; the texts are in the report and wandb."""
     prompt_tokens: Annotated[int, Bound(ge=1, le=10**5), OnlyIf("prompts", not_in=(None,))] = 50
     """Longest continuation of a prompt, by the likeliest tokens."""
     lm_eval: Annotated[list[str], OnlyIf("every_steps", not_in=(0,))] = field(default_factory=list)

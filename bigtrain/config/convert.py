@@ -15,7 +15,7 @@ import typing
 from enum import Enum
 from typing import Annotated, Any, TypeVar
 
-from bigtrain.config.foreign import OURS
+from bigtrain.config.foreign import OTHERWISE, OURS
 from bigtrain.errors import ConfigError
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ PathOrUrl = Annotated[str, PathMark.any]
 MaybeEmpty = Annotated[str, "may be empty"]
 """Text of which none is some."""
 
+SEVERAL = "several are a pattern that matches them, or a mixture of sources (data=mixture)"
+"""What to do in place of a list of paths."""
 MAX_NAME_BYTES = 255
 """Of a file, on the usual file systems."""
 _MAX_PATH_BYTES = 4095 - 200  # what a run, a corpus and a checkpoint put below it fits, too
@@ -200,8 +202,10 @@ def nearest_key(key: str, valid: list[str]) -> str:
         last = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
         return (whole + last) / 2
 
-    ours = OURS.get(key.rpartition(".")[2].replace("-", "_"))
-    if ours in valid:
+    theirs = key.rpartition(".")[2].replace("-", "_")
+    if theirs in OTHERWISE:
+        return OTHERWISE[theirs]
+    if (ours := OURS.get(theirs)) in valid:
         return f"here that is '{ours}'"
     best = max(valid, key=likeness)
     if likeness(best) >= 0.6:
@@ -259,6 +263,10 @@ class _Builder:
             return value
         if typing.get_origin(hint) is Annotated:
             marks = [mark for mark in hint.__metadata__ if isinstance(mark, PathMark)]
+            if PathMark.any in marks and isinstance(value, list):
+                return self._problem(
+                    f"{path}: one path, directory or pattern ('*.jsonl') is meant, got {value!r}; {SEVERAL}"
+                )
             converted = self.convert(hint.__origin__, value, path)
             return self._path(marks[0], converted, path) if marks and self.from_user else converted
         if dataclasses.is_dataclass(hint):

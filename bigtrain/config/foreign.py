@@ -8,7 +8,6 @@ OURS = {
     "max_steps": "train.steps",
     "learning_rate": "optimizer.lr",
     "lr_scheduler_type": "scheduler.kind",
-    "warmup_ratio": "scheduler.warmup_steps",
     "max_grad_norm": "optimizer.grad_clip",
     "adam_beta1": "optimizer.betas",
     "adam_beta2": "optimizer.betas",
@@ -62,3 +61,13 @@ OURS = {
     "lr_warmup_iters": "scheduler.warmup_steps",
 }
 """Setting of this project by the other's name, without its section."""
+
+OTHERWISE = {
+    "warmup_ratio": "here that is 'scheduler.warmup_steps', a number of steps: the ratio times train.steps",
+    "eval_strategy": "here 'validation.every_steps' says when, 0 for never",
+    "evaluation_strategy": "here 'validation.every_steps' says when, 0 for never",
+    "save_strategy": "here 'checkpoint.every_steps' says when",
+    "logging_strategy": "here 'train.log_every_steps' says when",
+    "neftune_noise_alpha": "noise on embeddings is not offered; leave it out",
+}
+"""What to say of those that no setting stands for as it is."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigtrain.checkpoint.store import step_of
-from bigtrain.config import TaskKind, TrainConfig
+from bigtrain.config import TaskKind, TrainConfig, component_data
 from bigtrain.config.tasks import OF_NEXT_TOKENS
 from bigtrain.data.prepare.chat import find_chat
 from bigtrain.data.read.index import read_index
@@ -94,6 +94,10 @@ def require_texts(config: TrainConfig, tokenizer: Path | None) -> None:
         raise ConfigError(f"validation.{name}: data.source={config.data.source.name} has no tokenizer; leave it out")
     if settings.prompts:
         read_prompts(settings.prompts)
+        if any(part.content.is_chat for part in component_data(config.data).values()):
+            get_logger().warning(
+                "validation.prompts are continued as they stand; a model of chats answers what its chat template writes"
+            )
     if settings.lm_eval:
         from bigtrain.run.harness import load_tasks
 

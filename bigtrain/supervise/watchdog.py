@@ -188,7 +188,8 @@ def _end_hung(watch: Watch, suspect: Beat, living: list[Beat], *, stopped: bool)
         time.sleep(0.1)
         before, sizes = sizes, [path.stat().st_size for path in paths if path.exists()]
     how = "stopped (SIGSTOP)" if stopped else "hung"
-    error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s (supervision.hang_seconds); all ranks of the node are ended"
+    ended = "all ranks of the node are ended" if len(living) > 1 else "the process is ended"
+    error = f"{how}: in this phase for {seconds:.0f} s, the limit is {limit:.0f} s (supervision.hang_seconds); {ended}"
     stacks = "\n".join(f"rank {beat.rank}:\n{_read(stacks_path(place, beat.rank))}" for beat in living)
     for beat in living:
         _send(beat.pid, signal.SIGKILL)

@@ -24,8 +24,9 @@ from bigtrain.config.convert import (
     type_hints,
     value_problems,
 )
-from bigtrain.config.foreign import OURS
-from bigtrain.errors import ConfigError
+from bigtrain.config.foreign import OTHERWISE, OURS
+from bigtrain.data.prepare.files import find_files
+from bigtrain.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -553,3 +554,17 @@ def test_names_of_other_programs_are_understood_in_errors():
     ):
         with pytest.raises(ConfigError, match=f"unknown key; here that is '{ours}'"):
             compose(given)
+    assert not OTHERWISE.keys() & (key_types(TrainConfig).keys() | OURS.keys())
+    for name, told in OTHERWISE.items():
+        with pytest.raises(ConfigError, match=f"{name}: unknown key; {re.escape(told)}"):
+            compose(f"+train.{name}=0.1")
+
+
+def test_several_paths_are_a_pattern_or_a_mixture():
+    told = r"data\.path: one path, .* is meant, got \['a\.jsonl', 'b\.jsonl'\]; several are a pattern"
+    with pytest.raises(ConfigError, match=told):
+        from_dict(TrainConfig, {"data": {"path": ["a.jsonl", "b.jsonl"]}})
+    for path in ("[a.jsonl,b.jsonl]", "{a,b}.jsonl", "part-?.jsonl"):
+        with pytest.raises(DataError, match="no such file") as raised:
+            find_files(compose("data=jsonl", f"data.path={path}").data)
+        assert ("several are a pattern" in str(raised.value)) is ("part" not in path)

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from bigtrain.cli.prepare import describe
 from bigtrain.config import Content, DataConfig, DataSource, OnBad, TrainConfig
 from bigtrain.config.check import ignored_settings
 from bigtrain.data.prepare import live
@@ -159,7 +160,8 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, line, problem, number, end):
     lines = [json.dumps({"text": f"good {i}"}) for i in range(4)]
     lines.insert(number - 1, line)
     path = write(tmp_path / "a.jsonl", "".join(line + end for line in lines))
-    assert refusal("jsonl", path).startswith(f"{path}:{number}: {problem}")
+    told = refusal("jsonl", path)
+    assert told.startswith(f"{path}:{number}: {problem}") and told.endswith("; or leave such out: data.on_bad_row=skip")
     texts, bad = skipped("jsonl", path)
     assert texts == [f"good {i}" for i in range(4)] and bad.documents == 1
     assert bad.examples[0].startswith(f"{path}:{number}: {problem}")
@@ -268,7 +270,7 @@ def test_files_without_the_right_to_read_are_left_out_when_the_source_is_looked_
 # The corpus knows of it
 
 
-def test_a_corpus_without_bad_rows_is_another_one_and_says_what_it_lacks(tmp_path, caplog):
+def test_a_corpus_without_bad_rows_is_another_one_and_says_what_it_lacks(tmp_path, caplog, capsys):
     lines = [json.dumps({"text": f"good {i}"}) for i in range(30)]
     for number in (4, 9, 14, 19):
         lines[number] = "bad"
@@ -281,6 +283,10 @@ def test_a_corpus_without_bad_rows_is_another_one_and_says_what_it_lacks(tmp_pat
     assert report["documents"] == 26 and report["bad_rows"]["count"] == 4
     assert [f"a.jsonl:{n}: " in told for n, told in zip((5, 10, 15), report["bad_rows"]["examples"], strict=True)]
     assert "data.on_bad_row=skip: 4 bad rows or files left out: " in caplog.text
+    describe(directory, tells_bad_rows=False)
+    assert "bad rows" not in capsys.readouterr().out
+    describe(directory)
+    assert "4 bad rows or files: " in capsys.readouterr().out
     write(tmp_path / "in" / "a.jsonl", "\n".join(line for line in lines if line != "bad"))
     clean = prepare(config, progress=False)
     assert "bad_rows" not in json.loads((clean / "report.json").read_text())

@@ -1,11 +1,13 @@
 """Chats through their templates: ids and masks are those of transformers, and nothing of a row is dropped."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from bigtrain.config import Content, DataConfig, DataSource, TrainConfig
+from bigtrain.cli.prepare import run as prepare_by_hand
+from bigtrain.config import Content, DataConfig, DataSource, LongChats, TrainConfig
 from bigtrain.data.prepare.chat import chat_of
 from bigtrain.data.prepare.chat_forms import read_row
 from bigtrain.data.prepare.corpus import prepare
@@ -305,6 +307,33 @@ def test_nothing_that_counts_is_said(tmp_path):
     with pytest.raises(DataError, match=r"chats\.jsonl: no target that counts: nothing is answered \(by the assistant"):
         prepared(tmp_path, published(tmp_path / "model", "qwen"), rows)
     assert documents(tmp_path, "bytes", [{"messages": None}])[0].text == ""
+
+
+def test_empty_answers_that_count_are_counted_and_named(tmp_path, caplog):
+    caplog.set_level("INFO", logger="bigtrain")
+
+    def chat(answer, i):
+        return {"messages": [CHAT[0] | {"content": f"question {i}"}, answer]}
+
+    caplog.set_level("INFO", logger="bigtrain")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    answers = [ANSWER, ANSWER | {"content": " "}, ANSWER | {"content": "", "weight": 0}, call, ANSWER | {"content": ""}]
+    prepared(tmp_path, published(tmp_path / "model", "qwen"), [chat(answer, i) for i, answer in enumerate(answers)])
+    assert "2 chats with an empty answer that counts, such as chats.jsonl:2: only what ends it is learnt" in caplog.text
+    assert "1 document without an answer that counts left out, such as chats.jsonl:3" in caplog.text
+    (report,) = tmp_path.glob("data/*/report.json")
+    assert json.loads(report.read_text())["empty_answers"]["documents"] == 2
+
+
+def test_chats_that_are_too_long_are_refused_when_they_are_prepared(tmp_path):
+    rows = [{"messages": [CHAT[0] | {"content": f"question {i} " * 20}, ANSWER]} for i in range(4)]
+    source = rows_in(tmp_path, rows)
+    config = DataConfig(
+        content=Content.chat, tokenizer="bytes", long_chats=LongChats.refuse, sequence_length=64, **source
+    )
+    with pytest.raises(DataError, match=r"chats? of more than data\.sequence_length=64 tokens in the train"):
+        prepare_by_hand(TrainConfig(data=config))
+    prepare_by_hand(TrainConfig(data=dataclasses.replace(config, sequence_length=1024)))
 
 
 def test_pairs_and_texts_have_the_ids_of_the_whole(tmp_path):

@@ -138,6 +138,11 @@ def test_parquet_of_the_hub_has_the_names_of_its_labels(tmp_path):
     assert images.index.label_names == ["ship", "frog"] and np.array_equal(images.pixels, colours)
     assert len(images.validation()) == 2 and images.train().gather(np.array([1]), np.array([0]))["labels"] == [1]
     assert opened(tmp_path, tmp_path / "data", image_channels=1, image_size=8).pixels.shape == (8, 8, 8, 1)
+    lists = pa.table({"img": [encoded(colours[0])], "label": [[0, 1]]})
+    pq.write_table(lists, tmp_path / "train-00001-of-00001.parquet")
+    told = "labels are lists in train-00001-of-00001.parquet and numbers in t.*parquet; write all alike"
+    with pytest.raises(DataError, match=told):
+        opened(tmp_path, tmp_path / "data")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "train-00001-of-00001.parquet")
     with pytest.raises(DataError, match="its columns are text; data=images reads an image with 'bytes'"):
         opened(tmp_path, tmp_path / "data")
@@ -248,6 +253,7 @@ def test_a_file_that_is_no_image_of_the_set_is_named_or_left_out(content, told, 
     with pytest.raises(DataError, match=told) as error:
         opened(folder, tmp_path / "data")
     assert "dog/x.png" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("; or leave such out: data.on_bad_row=skip")
     left = opened(folder, tmp_path / "data", on_bad_row=OnBad.skip)
     assert left.index.num_left_out == 1 and len(left.train()) + len(left.validation()) == 45
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import DataConfig, TrainOn
-from bigtrain.data.prepare.chat_forms import Row, read_message
+from bigtrain.data.prepare.chat_forms import Row, check_content, read_message
 from bigtrain.data.read.tokenizer import (
     END_OF_TEXT,
     OURS,
@@ -68,12 +68,8 @@ class Chat:
         ValueError if the row is no conversation, or the template cannot write it or drops some of it.
         """
         name = row.form.fields[-1]
-        messages, weights = _read_messages(row.messages, name)
-        answers = [number for number, message in enumerate(messages) if message["role"] == ANSWERING_ROLE]
-        last = answers[-1:] if train_on is TrainOn.last_answer else answers
-        for number in answers:
-            weights[number] &= number in last and (train_on is TrainOn.all or number >= row.num_given)
-        if train_on is not TrainOn.all and not any(weights[number] for number in answers):
+        messages, weights = _weighed(row, train_on)
+        if train_on is not TrainOn.all and not _answers(messages, weights):
             return "", []
         written = _Row(self, messages, self._fields(row.fields, name), name)
         if train_on is TrainOn.all:
@@ -233,6 +229,27 @@ class _Row:
             return ""
 
 
+def has_empty_answer(row: Row, train_on: TrainOn) -> bool:
+    """Return whether an answer that counts says nothing, so that only what ends it is learnt."""
+    answers = _answers(*_weighed(row, train_on))
+    said = ([v.strip() if isinstance(v, str) else v for k, v in m.items() if k != "role"] for m in answers)
+    return not all(any(map(_says_something, values)) for values in said)
+
+
+def _answers(messages: list[dict[str, Any]], weights: list[bool]) -> list[dict[str, Any]]:
+    return [m for m, weight in zip(messages, weights, strict=True) if weight and m["role"] == ANSWERING_ROLE]
+
+
+def _weighed(row: Row, train_on: TrainOn) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Return the messages of a row, and which of them count if their role does."""
+    messages, weights = _read_messages(row.messages, row.form.fields[-1])
+    answers = [number for number, message in enumerate(messages) if message["role"] == ANSWERING_ROLE]
+    last = answers[-1:] if train_on is TrainOn.last_answer else answers
+    for number in answers:
+        weights[number] &= number in last and (train_on is TrainOn.all or number >= row.num_given)
+    return messages, weights
+
+
 def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list[bool]]:
     """Return messages in the form that templates read, without nulls, and which of them may count."""
     if not isinstance(messages, list):
@@ -248,7 +265,7 @@ def _read_messages(messages: Any, name: str) -> tuple[list[dict[str, Any]], list
             raise ValueError(f"{where}: expected an object with role and content")
         if message["role"] not in _ROLES:
             raise ValueError(f"{where}: role {message['role']!r} is none of {', '.join(_ROLES)}")
-        _check_content(message.get("content"), f"{name}[{number}].content")
+        check_content(message.get("content"), f"{name}[{number}].content")
         if not any(value is not None for key, value in message.items() if key not in ("role", "weight")):
             raise ValueError(f"{where} has no content")
         weight = message.get("weight")
@@ -288,17 +305,6 @@ def _read_answers(
     return prompt, answers
 
 
-def _check_content(content: Any, where: str) -> None:
-    if not isinstance(content, str | list | None):
-        raise ValueError(f"field '{where}' is {type(content).__name__}, not text")
-    for number, part in enumerate(content if isinstance(content, list) else []):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text":
-            raise ValueError(f"field '{where}[{number}]' is {kind}, and only text can be trained on")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError(f"field '{where}[{number}]' has {sorted(part)}; expected type and text")
-
-
 def _says_something(value: Any) -> bool:
     return value is not None and value not in ("", [], {})
 
@@ -319,13 +325,6 @@ def _without(value: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
         place = place[key]
     del place[path[-1]]
     return value
-
-
-def without_null(value: Any) -> Any:
-    """Return a row of a table without nulls, which may only mean that other rows have a field."""
-    if isinstance(value, dict):
-        return {key: without_null(item) for key, item in value.items() if item is not None}
-    return [without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _parsed(tools: str) -> Any:

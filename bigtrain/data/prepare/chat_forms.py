@@ -115,3 +115,22 @@ def read_message(message: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("what function_call says is not JSON") from error
     calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
     return {"role": "assistant", "tool_calls": calls} | others
+
+
+def check_content(content: Any, where: str) -> None:
+    """Refuse a content that is neither text nor parts of text."""
+    if not isinstance(content, str | list | None):
+        raise ValueError(f"field '{where}' is {type(content).__name__}, not text")
+    for number, part in enumerate(content if isinstance(content, list) else []):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"field '{where}[{number}]' is {kind}, and only text can be trained on")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError(f"field '{where}[{number}]' has {sorted(part)}; expected type and text")
+
+
+def without_null(value: Any) -> Any:
+    """Return a row of a table without nulls, which may only mean that other rows have a field."""
+    if isinstance(value, dict):
+        return {key: without_null(item) for key, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value

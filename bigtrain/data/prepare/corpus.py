@@ -27,7 +27,7 @@ from bigtrain.data.prepare.files import LeftOut, Part, find_files, tell_left_out
 from bigtrain.data.prepare.images import prepare_images
 from bigtrain.data.prepare.live import PLAN_FILE, write_plan
 from bigtrain.data.prepare.records import Document, document_fields
-from bigtrain.data.prepare.sources import read_part, source_fingerprint, source_parts
+from bigtrain.data.prepare.sources import read_part, row_name, source_fingerprint, source_parts
 from bigtrain.data.prepare.survey import Piece, Survey, combine, kept_documents, sample_texts, survey_part
 from bigtrain.data.prepare.token_files import fill_tokens
 from bigtrain.data.prepare.tokenise import (
@@ -163,6 +163,7 @@ def _fill(work: Path, config: DataConfig, target: _Target, progress: bool) -> Co
     parts = source_parts(config)
     with workers(_num_processes(config, parts)) as run:
         survey = _survey(config, parts, progress, run)
+        _report_survey(survey, config.content)
         built = build_coding(config, _read_sample(config, parts, survey, run))
         index = _begin(work, given, target, built)
         _begin_parts(work, parts, index.tokenizer.file.xxh3 + coding_hash(config, built))
@@ -259,7 +260,8 @@ def _num_processes(config: DataConfig, parts: list[Part]) -> int:
 def _survey(config: DataConfig, parts: list[Part], progress: bool, run: Run) -> Survey:
     with reporter("reading", None, progress) as advance:
         survey = combine(config, run(survey_part, ((config, part) for part in parts)), advance)
-    _report_survey(survey, config.content)
+    for dropped in (survey.empty, survey.empty_answers, *survey.dropped.values()):
+        dropped.examples = [row_name(config, example) for example in dropped.examples]
     return survey
 
 
@@ -353,6 +355,8 @@ def _write_report(work: Path, survey: Survey, left_out: LeftOut, train: SplitRec
     }
     report |= {"forms": survey.forms} if survey.forms else {}
     report |= {"files_left_out": left_out} if left_out else {}
+    if survey.empty_answers.documents:
+        report |= {"empty_answers": dataclasses.asdict(survey.empty_answers)}
     if bad := survey.bad.documents:
         report |= {"bad_rows": {"count": bad, "examples": survey.bad.examples}}
     (work / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -374,6 +378,11 @@ def _report_survey(survey: Survey, content: Content) -> None:
     get_logger().info("; ".join(remarks))
     if survey.bad.documents:
         get_logger().warning(tell_bad_rows(survey.bad))
+    if num_empty := survey.empty_answers.documents:
+        get_logger().warning(
+            f"{counted(num_empty, 'chat')} with an empty answer that counts, such as {survey.empty_answers.examples[0]}: only "
+            "what ends it is learnt; give it weight 0, or leave the chat out"
+        )
 
 
 def _report_files(config: DataConfig) -> LeftOut:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.config import DataConfig, DataSource, OnBad
+from bigtrain.config.convert import SEVERAL
 from bigtrain.errors import DataError, as_data_error, some
 
 DICTIONARY = "dataset_dict.json"
@@ -251,6 +252,8 @@ def _nothing(config: DataConfig, path: Path, left_out: LeftOut) -> str:
         what = f"{path}: no file {endings} in this directory or below it"
     else:
         what = f"data.path={config.path}: no such file or directory, and no file matches it as a pattern"
+        given = str(config.path)
+        what += f"; lists and braces name no files: {SEVERAL}" * ("{" in given or given.startswith("["))
     told = tell_left_out(left_out)
     return f"{what}; not read: {told}; others are read by a pattern such as data.path='*.json'" if told else what
 

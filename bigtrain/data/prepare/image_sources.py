@@ -219,6 +219,14 @@ def _read_parquet(files: list[Path], path: str) -> Source:
     if all(is_held_out):
         is_held_out = [False] * len(files)
     columns = [_columns(table, file) for table, file in zip(tables, files, strict=True)]
+    if len({isinstance(labels, list) for _, labels in columns}) > 1:
+        (lists, *_), (numbers, *_) = (
+            [file for file, (_, labels) in zip(files, columns, strict=True) if isinstance(labels, list) is is_list]
+            for is_list in (True, False)
+        )
+        raise DataError(
+            f"data.path={path}: labels are lists in {lists.name} and numbers in {numbers.name}; write all alike"
+        )
     names = _class_names(tables[0].schema, [labels for _, labels in columns])
     columns = [(images, _as_array(labels, len(names), files[i])) for i, (images, labels) in enumerate(columns)]
     sides = []

@@ -19,6 +19,7 @@ from bigtrain.config import DataConfig, OnBad
 from bigtrain.config.packages import require
 from bigtrain.data.order.permutation import derive_key, mix64
 from bigtrain.data.prepare.image_sources import Raw, Source, find_images
+from bigtrain.data.read.dropped import SKIPS
 from bigtrain.data.read.images import INDEX_FILE, LABELS, PIXELS, ImageIndex
 from bigtrain.data.read.remote import is_url
 from bigtrain.errors import DataError, counted, first_line
@@ -163,10 +164,10 @@ def _decoded(source: Source, config: DataConfig, shape: _Shape) -> Iterator[NDAr
         side, i = source.sides[place[0]], place[1]
         try:
             return _pixels(side.read(i), shape, side.where(i))
-        except DataError:
+        except DataError as error:
             if config.on_bad_row is OnBad.skip:
                 return None
-            raise
+            raise DataError(f"{error}; {SKIPS}") from error
 
     places = ((number, i) for number, side in enumerate(source.sides) for i in range(len(side.labels)))
     with ThreadPoolExecutor(config.prepare_processes) as pool:  # Pillow decodes without Python's lock

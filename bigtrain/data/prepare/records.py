@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config import Content, DataConfig, DataSource, TrainOn
-from bigtrain.data.prepare.chat import PAIR_FIELDS, RATED_FIELDS, chat_of, without_null
-from bigtrain.data.prepare.chat_forms import advice_without_text, form_of, read_row
+from bigtrain.data.prepare.chat import PAIR_FIELDS, RATED_FIELDS, chat_of, has_empty_answer
+from bigtrain.data.prepare.chat_forms import advice_without_text, form_of, read_row, without_null
 from bigtrain.data.read.index import LabelKind, LabelRecord
 
 MOST_LABELS = 100_000
@@ -30,7 +30,7 @@ class Labels(NamedTuple):
 def read_labels(content: Content, value: Any, field: str) -> Labels:
     """Return the labels in a field of a record; ValueError if it holds something else."""
     if value in (None, ""):
-        raise ValueError(f"field '{field}' is empty: a document without a label; data.on_bad_row=skip leaves it out")
+        raise ValueError(f"field '{field}' is empty: a document without a label")
     if content is Content.numbers:
         numbers = value if isinstance(value, list | tuple) else [value]
         if not numbers or not all(_is_number(number) for number in numbers):
@@ -130,6 +130,7 @@ class Document(NamedTuple):
     is_templated: bool = False  # by a chat template, with all special tokens; what ends it does not count
     second: int | None = None  # character at which the second of two texts begins, which are encoded by themselves
     form: str = ""  # in which a conversation was found
+    has_empty_answer: bool = False  # of a conversation: only what ends it is learnt
 
 
 class BadRow(NamedTuple):
@@ -227,15 +228,17 @@ def _chat_document(config: DataConfig, document_id: str, record: dict[str, Any],
     is_repaired |= repaired != record
     row = read_row(_of_row(config, repaired), config.messages_field)
     if row.is_text:
+        is_empty = False
         text, begin = "".join(row.messages), len(row.messages[0]) * (config.train_on is not TrainOn.all)
         answers, is_templated = [(begin, len(text))] * bool(row.messages[1]), False
     else:
         chat = chat_of(config.tokenizer, config.chat_template)
         text, answers = chat.write(row, config.train_on)
-        is_templated = not chat.is_plain
+        is_templated, is_empty = not chat.is_plain, has_empty_answer(row, config.train_on)
     form = f"{row.form.name} in text" if row.is_text else row.form.name
     text = text if answers else ""
-    return Document(document_id, text, is_repaired, tuple(answers), is_templated=is_templated, form=form)
+    found = Document(document_id, text, is_repaired, tuple(answers), is_templated=is_templated, form=form)
+    return found._replace(has_empty_answer=is_empty)
 
 
 def _compared_document(config: DataConfig, document_id: str, record: dict[str, Any], is_repaired: bool) -> Document:

@@ -28,7 +28,7 @@ from bigtrain.data.prepare.files import Part, SourceFile, find_files, open_lines
 from bigtrain.data.prepare.formats import SeveralLinesError, foreign_format, foreign_json, parse_object
 from bigtrain.data.prepare.records import BadRow, Document, Labels, Rows, decode, record_document
 from bigtrain.data.prepare.tables import arrow_rows, csv_rows, dataset_parts, dataset_rows, gettext_rows, parquet_rows
-from bigtrain.data.read.dropped import Dropped
+from bigtrain.data.read.dropped import SKIPS, Dropped
 from bigtrain.errors import DataError
 
 _PART_BYTES = 8 << 20
@@ -86,7 +86,7 @@ def read_part(config: DataConfig, part: Part, bad: Dropped | None = None) -> Ite
         if isinstance(row, Document):
             yield row
         elif not skips:
-            raise DataError(row.problem)
+            raise DataError(f"{row.problem}; {SKIPS}")
         elif bad is not None:
             bad.add(row.problem, 0)
 
@@ -250,6 +250,15 @@ def _jsonl_rows(file: SourceFile, part: Part, config: DataConfig) -> Rows:
                 yield BadRow(problem)
             is_first = is_first and not line.strip()
             offset += len(raw)
+
+
+def row_name(config: DataConfig, document_id: str) -> str:
+    """Return where a document is, as people look for it: of JSON lines, file and line."""
+    name, _, offset = document_id.rpartition("@")
+    if config.source is not DataSource.jsonl or not name:
+        return document_id
+    path = next(file.path for file in find_files(config).files if file.name == name)
+    return f"{name}:{_num_lines(path, int(offset)) + 1}"
 
 
 def _next_line(lines: io.BufferedReader | gzip.GzipFile, start: int) -> int:

@@ -118,12 +118,14 @@ class Tally:
     empty: Dropped = field(default_factory=Dropped)  # without text
     dropped: dict[str, Dropped] = field(default_factory=dict)  # by filters and as duplicates, by reason
     bad: Dropped = field(default_factory=Dropped)  # by ``data.on_bad_row=skip``
+    empty_answers: Dropped = field(default_factory=Dropped)  # conversations with one that counts; they are kept
     num_repaired: int = 0  # with text that was not valid UTF-8
     forms: Counter[str] = field(default_factory=Counter)  # conversations by the form in which they were found
 
     def add(self, other: "Tally") -> None:
         self.empty.merge(other.empty)
         self.bad.merge(other.bad)
+        self.empty_answers.merge(other.empty_answers)
         self.num_repaired += other.num_repaired
         self.forms.update(other.forms)
         for reason, dropped in other.dropped.items():
@@ -174,6 +176,8 @@ def candidates(config: DataConfig, part: Part, tally: Tally) -> Iterator[Documen
     for document in read_part(config, part, tally.bad):
         tally.num_repaired += document.is_repaired
         tally.forms.update([document.form] if document.form else [])
+        if document.has_empty_answer:
+            tally.empty_answers.add(document.id, 0)
         if not document.text:
             tally.empty.add(document.id, 0)
         elif reason := rejection(document.text, config.filters):

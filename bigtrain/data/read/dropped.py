@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 _NUM_EXAMPLES = 3
+SKIPS = "or leave such out: data.on_bad_row=skip"
+"""What to advise besides, where a row or an image cannot be used."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -196,11 +196,11 @@ def _require_labels(network: nn.Module, config: ModelConfig) -> None:
     if config.num_outputs is None or type(network).__name__ not in (published.architectures or []):
         return
     if published.num_labels != config.num_outputs:
-        names = some([str(name) for name in published.id2label.values()], 6)
+        names, trunk = published_labels(config), f"model.init_from={config.name} without model.pretrained"
+        ways = f"set task.num_labels={published.num_labels}, or keep its trunk alone: {trunk}"
         raise ConfigError(
-            f"model.name={config.name!r} has {published.num_labels} labels ({names}), but the task has {config.num_outputs}; "
-            f"set task.num_labels={published.num_labels}, or keep its trunk alone: model.init_from={config.name} without "
-            "model.pretrained"
+            f"model.name={config.name!r} has {published.num_labels} labels ({some(names, 6) or 'without names'}), but the "
+            f"task has {config.num_outputs}; {ways if names else f'keep its trunk alone, with a fresh head: {trunk}'}"
         )
 
 
