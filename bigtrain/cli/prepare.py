@@ -94,8 +94,8 @@ def _refuse_long_chats(data: DataConfig, directory: Path) -> None:
         log.get_logger().warning("data.long_chats=refuse: data.sequence_length says what is long; the training looks")
         return
     corpus = open_corpus(data, vocab_size=2**31, directory=directory)
-    for split in map(corpus.split, SPLITS):
-        build_packing(split, data.sequence_length, data.packing, data.document_mask, data.long_chats)
+    for name in SPLITS:
+        build_packing(corpus.split(name), data.sequence_length, data.packing, data.document_mask, data.long_chats)
 
 
 def describe(directory: Path, *, tells_bad_rows: bool = True) -> int:
