@@ -1,7 +1,7 @@
 # make install   the project, its extras and the tested versions of all packages into .venv (quick when nothing has changed)
 # make test      the tests that a change needs: a quarter of an hour on two cores
 # make test-all  every test, for a night
-# make demo-encoder  hidden tokens of source code, then its packages with many and few labels
+# make demo-encoder  hidden tokens and neighbours in source code, then its packages with many and few labels
 # make demo-seq2seq  names of places from English into Ukrainian, by an encoder and a decoder
 # make demo      prepare a corpus, train, stop, resume, validate, generate: minutes on two CPU cores
 # make demo-finetune  a small chat model: text, answers by LoRA, preferences by DPO, exports, a page with all answers

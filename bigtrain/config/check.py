@@ -205,8 +205,9 @@ def _check_preparation(data: DataConfig) -> Iterator[str]:
         yield f"data.filters.max_characters={filters.max_characters}: must not be less than data.filters.min_characters"
     if data.source is DataSource.gettext and data.content is not Content.seq2seq:
         yield "data=gettext: messages and their translations are data.content=seq2seq"
-    has_no_records = data.source in (DataSource.text, DataSource.stdlib)
-    if has_no_records and data.content not in (Content.text, Content.labelled):
+    of_files = {DataSource.text: (), DataSource.stdlib: (Content.seq2seq,)}
+    offered = of_files.get(data.source)
+    if offered is not None and data.content not in (Content.text, Content.labelled, *offered):
         yield (
             f"data.content={data.content.name}: data={data.source.name} has no records; "
             "use jsonl, csv, parquet, arrow or datasets"

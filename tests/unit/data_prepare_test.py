@@ -443,7 +443,8 @@ def test_prepare_tells_what_there_is_and_whether_it_is_enough(config, tmp_path):
     assert done.returncode == 0, done.stderr
     train = re.search(r"train +(\d+) documents, .* ([\d,]+) tokens in 1 shard", done.stdout)
     assert train and "left out    exact_duplicate: 1 document, 0.0 MB, such as 00b.txt" in done.stdout
-    assert "bad rows or files: " in done.stdout and "bad.bin: has zero bytes" in done.stdout
+    assert "bad rows or files" in done.stderr and "bad.bin: has zero bytes" in done.stderr
+    assert "bad rows or files" not in done.stdout, "said once"
     assert "not read    .hidden (hidden)" in done.stdout and "data.split is ignored by data=text" in done.stderr
     found = re.search(r"enough\? +([\d.]+) tokens per parameter of gpt_nano \(([\d,]+)\)", done.stdout)
     num_tokens, num_parameters = (int(text.replace(",", "")) for text in (train[2], found[2]))

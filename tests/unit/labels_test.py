@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,16 @@ def test_the_standard_library_is_labelled_by_package_and_split_by_file(tmp_path)
     assert all(document.group == document.id.partition("#")[0] for document in documents)
     lengths = [len(document.text) for document in documents]
     assert 400 < np.median(lengths) < 700
+
+
+def test_pairs_of_the_standard_library_are_neighbours_in_a_file():
+    given = DataConfig(content=Content.seq2seq)
+    documents = [document for document in iterate_documents(given) if document.group == "json/decoder.py"]
+    assert len(documents) > 10 and all(document.is_parted for document in documents)
+    for one, other in pairwise(documents):
+        ((middle, end),) = one.answers
+        assert end == len(one.text) and 400 < middle < 1000
+        assert one.text[middle:] == other.text[: other.answers[0][0]], "a target is the next source"
 
 
 def test_several_labels_and_numbers(tmp_path):

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _PART_BYTES = 8 << 20
 _SMALLEST_PIECE_CHARACTERS = 1024
 _HEAD_BYTES = 4096
 _BLOCK_BYTES = 1 << 20
-_LABELLED_CHARACTERS = 500
+_PIECE_CHARACTERS = 500
 _PACKAGE_BYTES = 120_000
 
 
@@ -159,6 +160,8 @@ def _python_documents(file: SourceFile, _part: Part, config: DataConfig) -> Iter
         text, is_repaired = decode(raw)
     if config.content is Content.labelled:
         yield from _labelled_pieces(file, text, is_repaired)
+    elif config.content is Content.seq2seq:
+        yield from _neighbours(file, text, is_repaired)
     else:
         yield Document(file.name, text, is_repaired)
 
@@ -167,9 +170,16 @@ def _labelled_pieces(file: SourceFile, text: str, is_repaired: bool) -> Iterator
     """Yield pieces of a module of the standard library, labelled with its package, if that is one of some size."""
     package = file.name.partition("/")[0]
     if package in _large_packages():
-        for start, end in _pieces(text, _LABELLED_CHARACTERS):
+        for start, end in _pieces(text, _PIECE_CHARACTERS):
             labels = Labels((package,))
             yield Document(f"{file.name}#{start}", text[start:end], is_repaired, labels=labels, group=file.name)
+
+
+def _neighbours(file: SourceFile, text: str, is_repaired: bool) -> Iterator[Document]:
+    """Yield each piece of a module with the piece behind it."""
+    for (start, middle), (_, end) in pairwise(_pieces(text, _PIECE_CHARACTERS)):
+        answers, pair = ((middle - start, end - start),), text[start:end]
+        yield Document(f"{file.name}#{start}", pair, is_repaired, answers, group=file.name, is_parted=True)
 
 
 @cache
