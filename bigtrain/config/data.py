@@ -136,7 +136,7 @@ class DataConfig:
     ] = False
     """Tokenise while training, without preparing a corpus first; the order is as exact, but shuffled by windows."""
     content: Annotated[Content, _TO_PREPARE] = Content.text
-    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; ``preference`` (messages ``chosen`` and ``rejected``, behind the same beginning or a ``prompt``) or ``rated`` (``prompt``, ``completion``, and a label that says if it is good); or for tasks on documents ``labelled`` (a text with a label, or a list of them; of ``text`` its directory, of ``stdlib`` its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes; of ``stdlib`` a piece and the next)."""
+    """``text``; or for supervised fine-tuning ``chat`` (messages with role and content) or ``pairs`` (prompt and answer), of which only the answers count in the loss; ``preference`` (messages ``chosen`` and ``rejected``, behind the same beginning or a ``prompt``) or ``rated`` (``prompt``, ``completion``, and a label that says if it is good); or for tasks on documents ``labelled`` (a text with a label, or a list of them; of ``text`` its directory, of ``stdlib`` its package), ``numbers`` (a text with a number, or a list of them) ``tagged`` (a list of words with a list of labels) or ``seq2seq`` (a text and what it becomes; of ``stdlib`` pieces in twos)."""
     text_field: Annotated[
         str,
         OnlyIf("source", is_in=_WITH_RECORDS),

@@ -29,7 +29,7 @@ from bigtrain.checkpoint.store import (
     set_aside,
     step_of,
 )
-from bigtrain.config import AdapterConfig, Load, ModelConfig, ModelKind, TrainConfig, Verify
+from bigtrain.config import AdapterConfig, Load, ModelConfig, ModelKind, RopeScalingConfig, TrainConfig, Verify
 from bigtrain.config.check import RESUME_WORDS
 from bigtrain.config.convert import from_dict, to_dict
 from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
@@ -300,6 +300,8 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
     old, new = to_dict(ModelConfig()) | saved.get("model", {}), to_dict(config.model)
     if old["adapter"]:
         old["adapter"] = to_dict(AdapterConfig()) | old["adapter"]
+    if old["rope_scaling"]:
+        old["rope_scaling"] = to_dict(RopeScalingConfig(factor=1.0)) | old["rope_scaling"]
     ignored = {"name", "pretrained", "architecture", "settings", "init_from", "dropout", "init_std", "freeze"}
     if load is Load.weights and old["adapter"] is None:  # adapters are added to it
         ignored.add("adapter")

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bigtrain.config import (
     Load,
     ModelConfig,
     OptimizerKind,
+    RopeScalingConfig,
     RunConfig,
     TrainConfig,
 )
@@ -374,6 +376,20 @@ def test_another_shape_is_refused_with_all_differences(config: TrainConfig):
         "  model.num_layers: 4 in the checkpoint, 7 now",
         "  model.bias: True in the checkpoint, False now",
     ]
+
+
+def test_scaled_positions_of_before_they_had_a_kind_are_the_same(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    def scaled(factor: float) -> TrainConfig:
+        model = dataclasses.replace(config.model, rope_scaling=RopeScalingConfig(factor=factor))
+        return dataclasses.replace(config, model=model)
+
+    older = to_dict(scaled(8.0))
+    del older["model"]["rope_scaling"]["kind"]
+    monkeypatch.setattr(sys.modules[__name__], "to_dict", lambda _: older)
+    (path,) = save(config, 5)
+    assert find_resume(scaled(8.0)) == path
+    with pytest.raises(CheckpointError, match=r"model\.rope_scaling: "):
+        find_resume(scaled(9.0))
 
 
 def test_configuration_files_are_yaml_of_plain_values(config: TrainConfig):

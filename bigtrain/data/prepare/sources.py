@@ -20,7 +20,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +175,9 @@ def _labelled_pieces(file: SourceFile, text: str, is_repaired: bool) -> Iterator
 
 
 def _neighbours(file: SourceFile, text: str, is_repaired: bool) -> Iterator[Document]:
-    """Yield each piece of a module with the piece behind it."""
-    for (start, middle), (_, end) in pairwise(_pieces(text, _PIECE_CHARACTERS)):
+    """Yield the pieces of a module in twos: of overlapping pairs one's target would be the other's source."""
+    pieces = list(_pieces(text, _PIECE_CHARACTERS))
+    for (start, middle), (_, end) in zip(pieces[::2], pieces[1::2], strict=False):
         answers, pair = ((middle - start, end - start),), text[start:end]
         yield Document(f"{file.name}#{start}", pair, is_repaired, answers, group=file.name, is_parted=True)
 
