@@ -269,7 +269,7 @@ def remarks(config: TrainConfig, stream: SampleStream) -> list[str]:
         )
     elif stream.num_cut:
         found.append(
-            f"{stream.num_cut} of {stream.num_samples} documents are longer than data.sequence_length={stream.sequence_length} "
+            f"{stream.num_cut} of {stream.num_ids} documents are longer than data.sequence_length={stream.sequence_length} "
             "tokens, of which the first are used"
         )
     theirs = published_labels(config.model) if config.model.pretrained and stream.label_names else []
