@@ -26,6 +26,7 @@ from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
 from bigtrain.config.check import RunT, check, check_data, fit_micro_batch, ignored_settings, padding, resolve
 from bigtrain.config.convert import from_dict
+from bigtrain.config.layout import data_ranks, layout_warnings
 from bigtrain.config.length import with_typed_length
 from bigtrain.config.packages import missing_data_packages, missing_packages
 from bigtrain.errors import BigtrainError, ConfigError, raise_problems
@@ -108,7 +109,7 @@ def read_run(args: list[str]) -> TrainConfig:
     config = fit_micro_batch(compose_run(TrainConfig, args), info.world_size)
     raise_problems(check(config, world_size=info.world_size, local_world_size=info.local_world_size))
     check_machine(config)
-    warn(config, info.world_size)
+    warn(config, info.world_size, info.local_world_size)
     return config
 
 
@@ -122,9 +123,10 @@ def check_machine(config: TrainConfig) -> None:
         require_positions(continued_model(config.model, config.run.directory), config.data.sequence_length)
 
 
-def warn(config: TrainConfig, world_size: int) -> None:
-    """Say on rank 0 what has no effect, and what is padding."""
-    warnings = ignored_settings(config) + padding(config.train, world_size)
+def warn(config: TrainConfig, world_size: int, local_world_size: int) -> None:
+    """Say on rank 0 what has no effect, what is padding, and what is slow."""
+    warnings = ignored_settings(config) + layout_warnings(config, local_world_size)
+    warnings += padding(config.train, data_ranks(config.parallel, world_size))
     if config.model.kind is ModelKind.hf or config.model.init_from:
         from bigtrain.run.directory import unused_of_model
 

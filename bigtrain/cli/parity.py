@@ -14,6 +14,7 @@ from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineConfig, EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.config.layout import TP_KINDS
 from bigtrain.config.parts import is_own
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted, raise_problems
 
@@ -44,10 +45,13 @@ and final weights with those of the first one. The same numbers mean that the en
   python launch/parity.py +model=gpt_nano 'engines=[ddp,fsdp,zero2]' 'worlds=[1,2]' steps=20
   python launch/parity.py +model=gpt_nano 'engines=[fsdp,zero3]' engine.precision=bf16 train.global_batch_size=8
   python launch/parity.py --import ./ideas.py +model=gpt_nano task=ideas.focal 'engines=[ddp]'
+  python launch/parity.py +model=gpt_nano parallel.tp=2 'engines=[ddp,fsdp]' 'worlds=[2,4]'
   python launch/parity.py +model=hf model.name=gpt2 data=synthetic data.sequence_length=64 'worlds=[2]'
 
 It starts the processes of each case by itself on this machine: no torchrun. Every rank puts the whole model together
 at the end, so it has to fit.
+
+With parallel.tp all cases share their matrices so, and are compared with one process that does not.
 
 With an objective of your own, micro-batches of another size are compared too: one that takes a mean over them differs.
 
@@ -73,13 +77,16 @@ def read(args: list[str]) -> ParityConfig:
         )
     config = hydra_cli.compose_run(ParityConfig, args)  # where the micro-batch is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
+    if (tp := config.parallel.tp) > 1:
+        config.engines = config.engines if "engines" in keys.values() else list(TP_KINDS)
+        config.worlds = config.worlds if "worlds" in keys.values() else [tp]
     raise_problems(out_of_bounds(config))
     if config.steps > config.train.steps:
         raise ConfigError(f"steps={config.steps}: must be at most train.steps={config.train.steps}")
     raise_problems(_problems(config))
     some_case = dataclasses.replace(fit_micro_batch(config, 1), engine=EngineConfig())
     hydra_cli.check_machine(some_case)
-    hydra_cli.warn(some_case, 1)
+    hydra_cli.warn(some_case, 1, max(config.worlds))
     return config
 
 
@@ -94,7 +101,8 @@ def _problems(config: ParityConfig) -> Iterator[str]:
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
     for problem, cases in cases_by_problem.items():
         yield problem if len(cases) == len(config.engines) * len(config.worlds) else f"{', '.join(cases)}: {problem}"
-    if len(config.engines) * len(config.worlds) < 2 and not is_own(config.task.kind):
+    num_cases = len(config.engines) * len(config.worlds) + (config.parallel.tp > 1)  # the one process
+    if num_cases < 2 and not is_own(config.task.kind):
         yield "nothing to compare: name several engines=[...] or worlds=[...]"
 
 
@@ -110,7 +118,13 @@ def run(config: ParityConfig) -> int:
     exact = dataclasses.replace(train, engine=dataclasses.replace(train.engine, precision=Precision.fp32))
     micro_batches = {world: fit_micro_batch(config, world).train.micro_batch_size for world in config.worlds}
     dp_shard = {EngineKind.hsdp: config.engine.dp_shard}
-    cases = [Case(kind, n, micro_batches[n], dp_shard.get(kind)) for kind in config.engines for n in config.worlds]
+    cases = [
+        Case(kind, n, micro_batches[n], dp_shard.get(kind), tp=config.parallel.tp)
+        for kind in config.engines
+        for n in config.worlds
+    ]
+    if config.parallel.tp > 1:
+        cases.insert(0, Case(EngineKind.ddp, 1, micro_batches[config.worlds[0]]))
     if is_own(config.task.kind) and (other := _other_micro_batch(cases, config.train.global_batch_size)):
         cases.append(dataclasses.replace(cases[0], micro_batch_size=other))
     reference = _compute(exact, cases[0], config.steps, "reference")

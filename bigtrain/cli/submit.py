@@ -117,7 +117,7 @@ def read(args: list[str]) -> tuple[SubmitConfig, list[str]]:
         if redact(arg) != arg
     ]
     raise_problems(problems or check(config, world_size=world_size, local_world_size=local_world_size))
-    hydra_cli.warn(config, world_size)
+    hydra_cli.warn(config, world_size, local_world_size)
     return config, training_args
 
 

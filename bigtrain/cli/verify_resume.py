@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from bigtrain.cli import hydra_cli
-from bigtrain.config import EngineKind, TrainConfig
+from bigtrain.config import EngineKind, ParallelConfig, TrainConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, raise_problems
@@ -33,6 +33,8 @@ class VerifyResumeConfig(TrainConfig):
     """Ranks of the resumed launch; by default as many."""
     resume_engine: EngineKind | None = None
     """Engine of the resumed launch; by default the same."""
+    resume_tp: Annotated[int | None, Bound(ge=1, le=1024)] = None
+    """``parallel.tp`` of the resumed launch; by default the same."""
 
 
 HELP = """\
@@ -40,11 +42,12 @@ Is your training, killed and resumed, the training that was never interrupted? T
 
   python launch/verify_resume.py +model=gpt_nano
   python launch/verify_resume.py +model=gpt_nano engine=fsdp resume_engine=zero2 resume_world=1
+  python launch/verify_resume.py +model=gpt_nano parallel.tp=2 resume_tp=1 resume_world=1
   python launch/verify_resume.py +model=llama3_1b engine=zero3 world=8 before=20 after=20
 
 Trains before + after steps without an interruption; then again, with kill -9 to all ranks in the middle of the second
 step after the checkpoint; then resumes. Compares the samples, the learning rates, the losses and the gradient norms of
-every step, and the final weights. Under the same engine and world size all of them, and the optimizer's state, must
+every step, and the final weights. Under the same engine, layout and world size all of them, and the optimizer's state, must
 be the same bit by bit, with dropout too. Otherwise losses may differ by 1e-6 (fp32) or 2e-3 (bf16) relative, gradient
 norms and weights by ten times that. Dropout draws its numbers per rank: to change the world size, switch it off.
 
@@ -97,13 +100,14 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
     from bigtrain.testing.resume import Plan
 
     num_gpus = torch.cuda.device_count()
-    world_size = (num_gpus or 2) if config.world is None else config.world
+    world_size = (num_gpus or max(2, config.parallel.tp)) if config.world is None else config.world
     plan = Plan(
         before=config.before,
         after=config.after,
         world_size=world_size,
         resume_world_size=world_size if config.resume_world is None else config.resume_world,
         resume_engine=config.resume_engine or config.engine.kind,
+        resume_tp=config.resume_tp or config.parallel.tp,
     )
     raise_problems(dict.fromkeys(_problems(config, plan, num_gpus)))
     return plan
@@ -114,12 +118,14 @@ def _problems(config: VerifyResumeConfig, plan: "Plan", num_gpus: int) -> Iterat
         yield "start this command once, without torchrun: it starts world=<number> ranks by itself"
     if config.checkpoint.resume != "auto":
         yield f"checkpoint.resume={config.checkpoint.resume}: leave it out; what is verified are runs of their own"
-    if plan.world_size != plan.resume_world_size and config.model.dropout:
+    moves = (plan.world_size, config.parallel.tp) != (plan.resume_world_size, plan.resume_tp)
+    if moves and config.model.dropout:
         yield (
             f"model.dropout={config.model.dropout}: every rank draws its own random numbers, so another world size "
-            "cannot give the same losses; add model.dropout=0, or keep the world size"
+            "or layout cannot give the same losses; add model.dropout=0, or keep them"
         )
-    resumed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=plan.resume_engine))
+    engine, parallel = dataclasses.replace(config.engine, kind=plan.resume_engine), ParallelConfig(tp=plan.resume_tp)
+    resumed = dataclasses.replace(config, engine=engine, parallel=parallel)
     for run_config, world_size in ((config, plan.world_size), (resumed, plan.resume_world_size)):
         yield from check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))
     if 0 < num_gpus < max(plan.world_size, plan.resume_world_size):
@@ -132,5 +138,5 @@ main = partial(
     run,
     HELP,
     reader=partial(hydra_cli.compose_run, VerifyResumeConfig),
-    shown=["before", "after", "world", "resume_world", "resume_engine"],
+    shown=["before", "after", "world", "resume_world", "resume_engine", "resume_tp"],
 )

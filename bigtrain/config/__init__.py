@@ -241,6 +241,14 @@ class EngineConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How ranks share the computing of one model, besides the engine."""
+
+    tp: Annotated[int, Bound(ge=1, le=1024)] = 1
+    """Ranks that share every matrix and, between blocks, every sequence (tensor and sequence parallelism); within a node."""
+
+
+@dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """The update rule."""
 
@@ -423,6 +431,7 @@ class TrainConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)

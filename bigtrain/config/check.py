@@ -40,6 +40,7 @@ from bigtrain.config.choices import (
     TaskKind,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
+from bigtrain.config.layout import data_ranks, tensor_problems
 from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.tasks import (
     OF_DOCUMENTS,
@@ -106,7 +107,7 @@ def fit_micro_batch(config: RunT, world_size: int) -> RunT:
     """Return ``config`` with a micro-batch, unless it has one: up to 4, the largest that needs the least padding."""
     if config.train.micro_batch_size is not None:
         return config
-    per_rank = math.ceil(config.train.global_batch_size / world_size)
+    per_rank = math.ceil(config.train.global_batch_size / data_ranks(config.parallel, world_size))
     fitting = min(range(DEFAULT_MICRO_BATCH_SIZE, 0, -1), key=lambda size: -per_rank % size)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=fitting))
 
@@ -124,6 +125,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model_and_data(config),
         *check_task(config),
         *_check_engine(config, world_size, local_world_size),
+        *tensor_problems(config, world_size),
         *check_adapter(config),
         *bounds,
         *_check_training(config),
@@ -369,22 +371,24 @@ def _check_model_and_data(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def padding(train: TrainingConfig, world_size: int) -> list[str]:
+def padding(train: TrainingConfig, dp_size: int) -> list[str]:
     """Return a warning with the share of the computing that is padding, where it is more than 1 %."""
-    places = train.micro_batches(world_size) * train.micro_batch_size * world_size
+    places = train.micro_batches(dp_size) * train.micro_batch_size * dp_size
     if places <= 1.01 * train.global_batch_size:
         return []
     return [
-        f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {world_size} ranks with micro-batches of "
+        f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {dp_size} ranks with micro-batches of "
         f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
     ]
 
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
     engine, kind = config.engine, config.engine.kind
-    dp_shard = local_world_size if engine.dp_shard is None else engine.dp_shard
-    if kind is EngineKind.hsdp and dp_shard >= 1 and world_size % dp_shard:
-        yield f"engine.dp_shard={dp_shard} does not divide the world size {world_size}"
+    dp_size, tp = data_ranks(config.parallel, world_size), config.parallel.tp
+    dp_shard = data_ranks(config.parallel, local_world_size) if engine.dp_shard is None else engine.dp_shard
+    if kind is EngineKind.hsdp and dp_shard >= 1 and dp_size % dp_shard:
+        shared = "" if tp == 1 else f" / parallel.tp={tp}"
+        yield f"engine.dp_shard={dp_shard} does not divide the world size {world_size}{shared}"
     if engine.offload is Offload.cpu and kind in (EngineKind.ddp, EngineKind.accelerate):
         yield f"engine.offload=cpu is not offered by engine={kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
     if engine.precision is not Precision.fp8:

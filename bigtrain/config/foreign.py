@@ -59,6 +59,11 @@ OURS = {
     "eval_interval": "validation.every_steps",
     "save_interval": "checkpoint.every_steps",
     "lr_warmup_iters": "scheduler.warmup_steps",
+    "tensor_parallel": "parallel.tp",
+    "tensor_parallel_size": "parallel.tp",
+    "tensor_parallel_degree": "parallel.tp",
+    "tensor_model_parallel_size": "parallel.tp",
+    "tp_size": "parallel.tp",
 }
 """Setting of this project by the other's name, without its section."""
 

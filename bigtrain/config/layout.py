@@ -2,9 +2,22 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bigtrain.config import EngineConfig, EngineKind
+from bigtrain.config import (
+    EngineConfig,
+    EngineKind,
+    ModelKind,
+    Offload,
+    ParallelConfig,
+    Precision,
+    TaskKind,
+    TrainConfig,
+)
+
+TP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp, EngineKind.zero1, EngineKind.zero2)
+"""Engines under which ranks can share matrices; the others own whole parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +27,9 @@ class Layout:
     dp_replicate: int = 1
     """Copies of the state."""
     dp_shard: int = 1
-    """Ranks that share one copy of the state."""
+    """Ranks that share one copy of the state, by whole samples."""
+    tp: int = 1
+    """Ranks that share every matrix, and load the same samples."""
 
     @property
     def axes(self) -> dict[str, int]:
@@ -35,11 +50,70 @@ class Layout:
         return self.world_size // self.dp_size
 
 
-def layout_of(engine: EngineConfig, *, world_size: int, local_world_size: int) -> Layout:
+def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int, local_world_size: int) -> Layout:
     """Return the layout of a checked configuration: ``fsdp`` and ZeRO share one copy of the state among all ranks."""
-    dp_shard = world_size
+    dp_size = world_size // parallel.tp
+    dp_shard = dp_size
     if engine.kind in (EngineKind.ddp, EngineKind.accelerate):
         dp_shard = 1
     elif engine.kind is EngineKind.hsdp:
-        dp_shard = engine.dp_shard or local_world_size
-    return Layout(dp_replicate=world_size // dp_shard, dp_shard=dp_shard)
+        dp_shard = engine.dp_shard or data_ranks(parallel, local_world_size)
+    return Layout(dp_replicate=dp_size // dp_shard, dp_shard=dp_shard, tp=parallel.tp)
+
+
+def data_ranks(parallel: ParallelConfig, world_size: int) -> int:
+    """Return how many ranks load different samples, also of a configuration that is not checked yet."""
+    return max(world_size // max(parallel.tp, 1), 1)
+
+
+def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """Yield what stands against sharing the matrices of a resolved configuration, each with what to change."""
+    engine, model, kind, tp = config.engine, config.model, config.engine.kind, config.parallel.tp
+    set_to = f"parallel.tp={tp}"
+    if tp <= 1:
+        return
+    if world_size % tp:
+        below, above = world_size // tp * tp, -(-world_size // tp) * tp
+        instead = f"use {above} ranks" if not below else f"use {below} or {above} ranks"
+        yield f"{set_to} does not divide the world size {world_size}; {instead}"
+    if kind not in TP_KINDS:
+        yield f"{set_to}: engine={kind.name} owns whole parameters; use engine=fsdp"
+    if model.kind is not ModelKind.native:
+        yield f"{set_to}: only bigtrain's own models are cut; leave it out with +model={model.kind.name}"
+        return
+    if model.num_kv_heads % tp:
+        fitting = [n for n in range(1, model.num_kv_heads + 1) if model.num_kv_heads % n == 0]
+        yield f"{set_to}: the model has {model.num_kv_heads} key/value heads; use a tp of {', '.join(map(str, fitting))}"
+    if (length := config.data.sequence_length or tp) % tp:
+        longer = -(-length // tp) * tp
+        yield f"{set_to}: data.sequence_length={length} does not divide by it; use data.sequence_length={longer}"
+    if smaller := [name for name in ("vocab_size", "ffn_dim") if getattr(model, name) < tp]:
+        yield f"{set_to}: model.{smaller[0]}={getattr(model, smaller[0])} is less than a row for each rank"
+    elif kind in (EngineKind.zero1, EngineKind.zero2):
+        for name in ("vocab_size", "ffn_dim"):
+            if (size := getattr(model, name)) % tp:
+                instead = f"use engine=fsdp, or model.{name}={-(-size // tp) * tp}"
+                yield f"{set_to}: model.{name}={size} does not divide by it, as engine={kind.name} needs; {instead}"
+        if engine.offload is not Offload.none:
+            yield f"{set_to}: engine.offload=cpu is not offered with engine={kind.name}; use engine=fsdp"
+    if config.task.kind != TaskKind.causal_lm:
+        yield f"{set_to}: task={config.task.kind} reads whole logits, of which each rank has a part; use task=causal_lm"
+    if model.moe:
+        yield f"{set_to}: model.moe is not offered with it; use engine=fsdp without"
+    if model.adapter:
+        yield f"{set_to}: model.adapter is not offered with it; leave one of them out"
+    if engine.precision is Precision.fp8:
+        yield f"{set_to}: engine.precision=fp8 is not offered with it; use bf16"
+    for name in ("prompts", "lm_eval"):
+        if getattr(config.validation, name) and model.max_positions % tp:
+            instead = f"use model.max_positions={-(-model.max_positions // tp) * tp}"
+            yield f"{set_to}: validation.{name} pads texts to a multiple of it; {instead}"
+
+
+def layout_warnings(config: TrainConfig, local_world_size: int) -> list[str]:
+    """Return a warning where every block would wait for the network between nodes."""
+    if config.parallel.tp <= local_world_size:
+        return []
+    return [
+        f"parallel.tp={config.parallel.tp} reaches over nodes of {local_world_size} ranks: every block waits for the network"
+    ]

@@ -9,6 +9,7 @@ from torch import nn
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.balance import Balance
+from bigtrain.engine.exchange import add_up
 from bigtrain.engine.state import EngineState
 from bigtrain.tasks.base import Objective, sums_of
 
@@ -45,6 +46,10 @@ class Engine:
             is_last = number == len(micro_batches)
             sums = self.backward(micro_batch.to(self.device), num_targets, is_last=is_last).detach()
             total = sums if total is None else total + sums
+        if self.mesh.tp_size > 1:
+            # Of what every rank has whole (norms, biases of row-parallel layers) each rank has seen its tokens alone.
+            cuts, gradients = self.state.cuts, self.state.gradients()
+            add_up((part for name, part in gradients if name not in cuts), self.mesh.tp, self.device)
         return total
 
     def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:

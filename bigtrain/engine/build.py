@@ -9,15 +9,18 @@ from torch import nn
 from bigtrain.config import EngineKind, Head, ModelKind, OptimizerKind, Precision, TrainConfig
 from bigtrain.config.layout import layout_of
 from bigtrain.distributed.collectives import broadcast_json
-from bigtrain.distributed.mesh import build_mesh
+from bigtrain.distributed.mesh import Mesh, build_mesh
 from bigtrain.engine.balance import balance_of
 from bigtrain.engine.base import Engine
+from bigtrain.engine.exchange import TensorExchange
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.engine.state import add_averages
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
 from bigtrain.models.freeze import freeze
 from bigtrain.models.hf.heads import HFNetwork
+from bigtrain.models.partition import cut
+from bigtrain.models.transformer import Transformer
 from bigtrain.processes import RankInfo
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import Objective, TaskModel
@@ -43,11 +46,19 @@ def build_engine(
     # Explicit, because containers change the default of a whole process by environment variables.
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
 
+    layout = layout_of(
+        config.engine, config.parallel, world_size=info.world_size, local_world_size=info.local_world_size
+    )
+    mesh = build_mesh(device, layout)
+
     def build_task() -> TaskModel:
         model = build_model()
         if isinstance(model, HFNetwork):
             freeze_unreached(model, config)
         freeze(model, config.model)
+        if layout.tp > 1:
+            assert isinstance(model, Transformer)
+            cut(model, TensorExchange(mesh.tp))
         if precision is Precision.fp8:
             from bigtrain.engine.float8 import use_float8
 
@@ -55,7 +66,7 @@ def build_engine(
         return TaskModel(model, minimised)
 
     minimised = objective or build_objective(config.task)
-    engine = _build(config, build_task, info=info, device=device)
+    engine = _build(config, build_task, info=info, mesh=mesh, device=device)
     engine.objective = minimised
     engine.balance = balance_of(engine.module, engine.state, engine.mesh)
     if config.optimizer.kind is OptimizerKind.muon:
@@ -126,12 +137,10 @@ def require_causal(engine: Engine, config: TrainConfig) -> None:
 
 
 def _build(
-    config: TrainConfig, build_model: Callable[[], TaskModel], *, info: RankInfo, device: torch.device
+    config: TrainConfig, build_model: Callable[[], TaskModel], *, info: RankInfo, mesh: Mesh, device: torch.device
 ) -> Engine:
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind
-    layout = layout_of(config.engine, world_size=info.world_size, local_world_size=info.local_world_size)
-    mesh = build_mesh(device, layout)
     if kind in (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp):
         from bigtrain.engine.native import build_native
 

@@ -21,9 +21,19 @@ from bigtrain.config import EngineKind, Offload, Precision, TrainConfig
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
-from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, flat_boxes, whole_entry
+from bigtrain.engine.state import (
+    MODEL,
+    OPTIMIZER,
+    Box,
+    Entry,
+    create_optimizer_state,
+    flat_boxes,
+    in_whole,
+    whole_entry,
+)
 from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.errors import ConfigError, of_all_ranks
+from bigtrain.models.partition import Cut, cuts_of
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.processes import RankInfo
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
@@ -94,19 +104,22 @@ class Zero12State:
 
     def __init__(self, module: "DeepSpeedEngine", mesh: Mesh) -> None:
         self._zero = module.optimizer
+        self.cuts = cuts_of(module)
         create_optimizer_state(self._zero.optimizer)
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
         self.holders: dict[str, torch.Tensor] = {}
         for parameter, name in self._names.items():
             if not parameter.requires_grad:
-                self.entries[MODEL + name] = whole_entry(parameter, replica=mesh.rank, num_replicas=mesh.size)
+                entry = whole_entry(parameter, replica=mesh.dp_rank, num_replicas=mesh.dp_size)
+                self.entries[MODEL + name] = in_whole(entry, self.cuts.get(name), rank=mesh.tp_rank, size=mesh.tp_size)
         for group in range(len(self._zero.bit16_groups)):
             flat = self._zero.single_partition_of_fp32_groups[group]
             for parameter, start, begin, end in self._slices(group, flat.numel()):
                 name, place = self._names[parameter], _Place(flat, begin, start, end - begin)
                 self.holders[name] = flat
-                self.entries |= _entries(name, tuple(parameter.shape), place, self._zero.optimizer.state[flat], mesh)
+                state, cut = self._zero.optimizer.state[flat], self.cuts.get(name)
+                self.entries |= _entries(name, tuple(parameter.shape), place, state, mesh, cut)
 
     def _slices(self, group: int, partition_numel: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         """Yield (parameter, first element held, begin, end), by address: DeepSpeed orders parameters in its own way."""
@@ -141,6 +154,7 @@ class Zero3State:
         self._zero = module.optimizer
         self._names = {parameter: canonical_name(name) for name, parameter in module.module.named_parameters()}
         self.entries: dict[str, Entry] = {}
+        self.cuts: dict[str, Cut] = {}
         self.holders: dict[str, torch.Tensor] = {}
 
         def add(parameter: Any, holder: torch.Tensor, begin: int, state: dict[str, torch.Tensor]) -> None:
@@ -182,14 +196,24 @@ class Zero3State:
 
 
 def _entries(
-    name: str, shape: tuple[int, ...], place: _Place, state: dict[str, torch.Tensor], mesh: Mesh
+    name: str,
+    shape: tuple[int, ...],
+    place: _Place,
+    state: dict[str, torch.Tensor],
+    mesh: Mesh,
+    cut: Cut | None = None,
 ) -> Iterator[tuple[str, Entry]]:
     """Yield key and entry of the master weight and the optimizer state at the place of a parameter."""
     flat, end = place.holder.detach(), place.begin + place.numel
-    yield MODEL + name, Entry(shape, flat.dtype, flat_boxes(shape, place.start, flat[place.begin : end]))
+
+    def part_of(values: torch.Tensor) -> Entry:
+        entry = Entry(shape, values.dtype, flat_boxes(shape, place.start, values[place.begin : end]))
+        return in_whole(entry, cut, rank=mesh.tp_rank, size=mesh.tp_size)
+
+    yield MODEL + name, part_of(flat)
     for key, value in state.items():
         if value.shape == flat.shape:
-            entry = Entry(shape, value.dtype, flat_boxes(shape, place.start, value[place.begin : end]))
+            entry = part_of(value)
         else:  # one number for the whole group, such as the step
             entry = Entry((), value.dtype, (Box((), value),), mesh.rank, mesh.size)
         yield f"{OPTIMIZER}{name}.{key}", entry
@@ -202,8 +226,39 @@ def build_deepspeed(
     deepspeed = import_deepspeed(info, device)
     settings = deepspeed_settings(config, dp_size=mesh.dp_size, device=device)
     model, optimizer = build_for_deepspeed(deepspeed, build_model, config, settings=settings, device=device)
-    module, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    for name, parameter in model.named_parameters():
+        if canonical_name(name) in cuts_of(model):  # of others DeepSpeed counts the first rank's in the norm
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+    mpu = _ModelParallel(mesh) if mesh.tp_size > 1 else None
+    module, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False, mpu=mpu
+    )
     return ZeroEngine(module, mesh=mesh, device=device)
+
+
+class _ModelParallel:
+    """What DeepSpeed asks an ``mpu``: which ranks share the matrices, and which load different samples."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.tp
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp_size
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp_rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.ranks.get_group("dp_shard")
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
 
 
 def build_for_deepspeed(

@@ -19,8 +19,9 @@ from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.collectives import local_part
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
-from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, whole_entry
+from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, in_whole, whole_entry
 from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
+from bigtrain.models.partition import Cut, cuts_of
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
 
@@ -47,18 +48,19 @@ class NativeEngine(Engine):
         self.keep_gradients = keep_gradients
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self._parameters = list(module.parameters())  # to walk the modules for them takes longer than to clip them
-        is_sharded = isinstance(module, FSDPModule) and mesh.ranks["dp_shard"].size() > 1
-        self.shard_group = mesh.ranks.get_group("dp_shard") if is_sharded else None
+        self.shard_group = mesh.state
         # Under FSDP every rank holds them, and the first one of a shard group counts them in the norm.
         self._scalars = {p for p in self._parameters if isinstance(module, FSDPModule) and not p.ndim}
-        self._counts_scalars = mesh.ranks["dp_shard"].get_local_rank() == 0
+        self._uncounted = set(self._scalars) if mesh.ranks["dp_shard"].get_local_rank() else set()
         # DDP averages gradients over the ranks, which this factor turns into the sum; FSDP is told to sum.
         self.averages_over = mesh.dp_size if isinstance(module, DistributedDataParallel) else 1
         self._communicates_as_last: bool | None = None
         # A sum of two is the same in any order, and only DDP has buckets.
-        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.size <= 2
+        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.dp_size <= 2
         create_optimizer_state(optimizer)
-        self.state = NativeState(module, optimizer, mesh)
+        self.state = state = NativeState(module, optimizer, mesh)
+        if mesh.tp_rank:  # what is whole on all ranks that share matrices, the first one counts
+            self._uncounted |= {p for name, p in state.parameters.items() if name not in state.cuts}
 
     def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
         if not self._has_final_buckets:
@@ -80,9 +82,7 @@ class NativeEngine(Engine):
     def step(self, lr: float) -> torch.Tensor:
         parameters = [p for p in self._parameters if p.grad is not None]
         gradients = [local_part(p.grad) for p in parameters]
-        norm = self._global_norm(
-            [g for p, g in zip(parameters, gradients, strict=True) if self._counts_scalars or p not in self._scalars]
-        )
+        norm = self._global_norm([g for p, g in zip(parameters, gradients, strict=True) if p not in self._uncounted])
         if self.grad_clip and gradients:
             factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
@@ -163,26 +163,33 @@ class NativeState:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.entries: dict[str, Entry] = {}
+        self.cuts = cuts_of(module)
         self.holders: dict[str, torch.Tensor] = {}
-        self._parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
-        for name, parameter in self._parameters.items():
-            self.entries[MODEL + name] = _entry(parameter, mesh)
+        self.parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+        for name, parameter in self.parameters.items():
+            self.entries[MODEL + name] = _entry(parameter, mesh, self.cuts.get(name))
             if not parameter.requires_grad:
                 continue
             self.holders[name] = parameter
             for key, value in optimizer.state[parameter].items():
-                self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh)
+                cut = self.cuts.get(name) if value.shape == parameter.shape else None
+                self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh, cut)
 
     def commit(self) -> None:
         """Nothing to refresh: the boxes are views of the parameters themselves."""
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, local_part(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
+        return ((name, local_part(p.grad)) for name, p in self.parameters.items() if p.grad is not None)
 
 
-def _entry(tensor: torch.Tensor, mesh: Mesh) -> Entry:
-    if not isinstance(tensor, DTensor):
-        return whole_entry(tensor, replica=mesh.rank, num_replicas=mesh.size)
+def _entry(tensor: torch.Tensor, mesh: Mesh, cut: Cut | None) -> Entry:
+    entry = _sharded_entry(tensor) if isinstance(tensor, DTensor) else None
+    if entry is None:
+        entry = whole_entry(tensor, replica=mesh.dp_rank, num_replicas=mesh.dp_size)
+    return in_whole(entry, cut, rank=mesh.tp_rank, size=mesh.tp_size)
+
+
+def _sharded_entry(tensor: DTensor) -> Entry:
     shape, local = tuple(tensor.shape), tensor.to_local().detach()
     _, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     boxes = (Box(tuple(offsets), local),) if local.numel() else ()
@@ -214,12 +221,12 @@ def build_native(
     module: nn.Module = model
     materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
     # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
-    if not is_sharded and (wrap or mesh.size > 1):
+    if not is_sharded and (wrap or mesh.dp_size > 1):
         for parameter in module.parameters():
             # Of these DDP makes views of its buckets. Gradients that wait for more micro-batches would else lie outside.
             if accumulates and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        module = parallel = wrap(module) if wrap else _data_parallel(module, device)
+        module = parallel = wrap(module) if wrap else _data_parallel(module, mesh, device)
         parallel.broadcast_buffers = False  # all ranks compute tables alike; the argument's name depends on the version
     return NativeEngine(
         module,
@@ -233,10 +240,13 @@ def build_native(
     )
 
 
-def _data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+def _data_parallel(model: nn.Module, mesh: Mesh, device: torch.device) -> DistributedDataParallel:
     device_ids = [device.index] if device.type == "cuda" else None
+    group = mesh.ranks.get_group("dp_replicate") if mesh.tp_size > 1 else None
     # init_sync would broadcast weights that are overwritten right afterwards.
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, process_group=group, gradient_as_bucket_view=True, init_sync=False
+    )
 
 
 def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> None:

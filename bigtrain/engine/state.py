@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from bigtrain.models.init import InitialValue
+from bigtrain.models.partition import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class EngineState(Protocol):
     holders: dict[str, torch.Tensor]
     """By name of each trained parameter the optimizer's parameter, which may hold others too, in whose memory the boxes
     of ``model.<name>`` lie, one after the other."""
+    cuts: dict[str, Cut]
+    """By name of each parameter whose matrix ranks share, which part this rank has."""
 
     def commit(self) -> None:
         """Take over values that were written into the boxes (refresh low-precision and gathered copies)."""
@@ -56,7 +59,7 @@ class EngineState(Protocol):
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and this rank's part of the gradient of every parameter that has one here.
 
-        Only between the last micro-batch of a step and the update. Ranks with the same boxes of ``model.<name>``
+        Only between the last micro-batch of a step and the update; the part can be written. Ranks with the same boxes of ``model.<name>``
         have the same part; together the parts are the whole gradient, in no particular shape.
         """
 
@@ -65,6 +68,30 @@ def whole_entry(tensor: torch.Tensor, *, replica: int = 0, num_replicas: int = 1
     """Return the entry of a tensor that this rank holds whole."""
     shape = tuple(tensor.shape)
     return Entry(shape, tensor.dtype, (Box((0,) * len(shape), tensor.detach()),), replica, num_replicas)
+
+
+def in_whole(entry: Entry, cut: Cut | None, *, rank: int, size: int) -> Entry:
+    """Return the entry of a tensor as one of the whole tensor, of which rank ``rank`` of ``size`` has the part ``cut``.
+
+    Without a cut all these ranks have the same.
+    """
+    if cut is None:
+        replicas = entry.replica * size + rank, entry.num_replicas * size
+        return dataclasses.replace(entry, replica=replicas[0], num_replicas=replicas[1])
+    boxes = tuple(piece for box in entry.boxes for piece in _place(box, cut))
+    return dataclasses.replace(entry, shape=cut.whole(entry.shape), boxes=boxes)
+
+
+def _place(box: Box, cut: Cut) -> Iterator[Box]:
+    """Yield a box of a rank's part as boxes of the whole tensor, one for each run of indices that it meets."""
+    begin, first = box.offsets[cut.dim], 0
+    stop = begin + box.view.shape[cut.dim]
+    for run in cut.runs:
+        low, high = max(begin, first), min(stop, first + len(run))
+        if low < high:
+            offsets = (*box.offsets[: cut.dim], run.start + low - first, *box.offsets[cut.dim + 1 :])
+            yield Box(offsets, box.view.narrow(cut.dim, low - begin, high - low))
+        first += len(run)
 
 
 _CHUNK_ELEMENTS = 2**22  # of rows that are made at a time where a box holds a part of each

@@ -4,6 +4,7 @@ In formulas, hidden is the width of the residual stream, query that of all query
 key (or value) heads, inner that of the feed-forward layer.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +76,21 @@ def _expert_weights(model: ModelConfig) -> int:
     return 3 * model.hidden_dim * model.moe.expert_dim if model.moe else 0
 
 
+def part_of_rank(model: ModelConfig, tp: int) -> ModelConfig:
+    """Return the shape of the largest part of a resolved native model that one of ``tp`` ranks has of its matrices."""
+    cut = {name: -(-getattr(model, name) // tp) for name in ("vocab_size", "num_heads", "num_kv_heads", "ffn_dim")}
+    return dataclasses.replace(model, **cut)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
-    """Element sizes of activations, and the kernels that compute them."""
+    """Element sizes of activations, the kernels that compute them, and how many ranks share them."""
 
     element_bytes: int  # per element of a matmul's operands and result
     residual_bytes: int  # per element of the residual stream: 4 under autocast, where only matmuls are in bf16
     on_cpu: bool  # CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix
     compiled: bool = False  # whether ``torch.compile`` fuses what lies between matmuls
+    tp: int = 1  # ranks that share the tokens of the residual stream, and the heads
 
     @property
     def autocast(self) -> bool:
@@ -162,7 +170,7 @@ def activation_bytes(
     kept = {
         ActivationCheckpointing.none: whole,
         ActivationCheckpointing.selective: _selective_bytes_per_token(model, numerics),
-        ActivationCheckpointing.full: model.hidden_dim * numerics.residual_bytes,
+        ActivationCheckpointing.full: model.hidden_dim * numerics.residual_bytes // numerics.tp,
     }[checkpointing]
     num_checkpointed = -(-model.num_layers // every)
     per_token = num_checkpointed * kept + (model.num_layers - num_checkpointed) * whole
@@ -238,20 +246,21 @@ def _selective_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
     num_inner = 2 if model.activation is Activation.swiglu else 1
     results = (query + 2 * key_value) + query + num_inner * (model.ffn_dim or 4 * model.hidden_dim)
     results += 2 * model.hidden_dim  # of the two products that write to the residual stream
-    return model.hidden_dim * numerics.residual_bytes + results * numerics.element_bytes + 4 * model.num_heads
+    kept = model.hidden_dim * numerics.residual_bytes // numerics.tp
+    return kept + results * numerics.element_bytes + 4 * model.num_heads
 
 
 def _norm_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
-    """Return what a norm keeps: its input (the residual stream) and its output (a matmul's input)."""
-    kept = numerics.residual_bytes + numerics.element_bytes
+    """Return what a norm keeps: its input (the residual stream) and its output (a matmul's input, of all tokens)."""
+    kept = numerics.residual_bytes
     if model.norm is Norm.rmsnorm and numerics.on_cpu:
         kept += 4 if numerics.residual_bytes == 4 else 6  # the normalised input, and the fp32 input of a bf16 one
-    return kept * model.hidden_dim
+    return kept * model.hidden_dim // numerics.tp + numerics.element_bytes * model.hidden_dim
 
 
 def _mask_bytes_per_token(model: ModelConfig, numerics: Numerics) -> int:
     """Return what dropout of a hidden vector keeps: bools on a GPU, numbers on a CPU."""
-    return model.hidden_dim * (numerics.element_bytes if numerics.on_cpu else 1) if model.dropout else 0
+    return model.hidden_dim * (numerics.element_bytes if numerics.on_cpu else 1) // numerics.tp if model.dropout else 0
 
 
 def _attention_widths(model: ModelConfig) -> tuple[int, int]:

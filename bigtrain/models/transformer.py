@@ -9,7 +9,7 @@ Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query
 V vocabulary, X heads of any kind.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models.document_mask import attend, build_document_mask
-from bigtrain.models.loss import sum_cross_entropy
+from bigtrain.models.exchange import ALONE
+from bigtrain.models.loss import Place, sum_cross_entropy
 from bigtrain.models.moe import MixtureOfExperts
 from bigtrain.models.rope import rope_table, rotate
 from bigtrain.tasks.base import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from bigtrain.models.partition import Cut
 
 
 class Linear(nn.Linear):
@@ -29,6 +33,19 @@ class Linear(nn.Linear):
     fused_rows: tuple[int, ...] = ()  # rows of each matrix, where several are stacked for a single product
 
     def reset_parameters(self) -> None: ...
+
+
+class RowLinear(Linear):
+    """A linear layer whose inputs, the columns of its weight, ranks may share."""
+
+    exchange = ALONE
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the sum of what the ranks' columns give, and once, after that, the bias."""
+        if self.exchange.size == 1:
+            return super().forward(x_BTD)
+        y_BTD = self.exchange.collect(F.linear(x_BTD, self.weight))
+        return y_BTD if self.bias is None else y_BTD + self.bias
 
 
 class Embedding(nn.Embedding):
@@ -45,18 +62,39 @@ class Vocabulary(nn.Module):
     """
 
     compiles_loss = False  # whether the loss, but for its matmuls, is compiled
+    exchange = ALONE
+    first_row = 0  # of the whole vocabulary, that this rank holds
 
     def __init__(self, vocab_size: int, hidden_dim: int):
         super().__init__()
+        self.vocab_size = vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_dim))
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Return vectors for tokens ``(B, T)``; for hidden states ``(B, T, D)`` logits or, with targets, their loss."""
+        if self.exchange.size > 1:
+            return self._share(x, targets_BT)
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if targets_BT is None:
             return F.linear(x, self.weight)
         return sum_cross_entropy(x, self.weight, targets_BT, compiled=self.compiles_loss)
+
+    def _share(self, x: Tensor, targets_BT: Tensor | None) -> Tensor:
+        """Do the same with this rank's rows of the weight and, of vectors, its part of the tokens."""
+        if not x.is_floating_point():
+            rows_BT = x - self.first_row
+            is_here_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
+            vectors_BTD = F.embedding(rows_BT.where(is_here_BT, 0), self.weight)
+            return self.exchange.collect(vectors_BTD * is_here_BT[..., None])
+        x = self.exchange.spread(x)
+        if targets_BT is not None:
+            place = Place(self.exchange, self.first_row, self.vocab_size)
+            return sum_cross_entropy(x, self.weight, targets_BT, place=place)
+        logits_BTR = F.linear(x, self.weight)
+        logits_BTV = logits_BTR.new_zeros(*logits_BTR.shape[:-1], self.vocab_size)
+        logits_BTV[..., self.first_row : self.first_row + len(self.weight)] = logits_BTR
+        return self.exchange.total(logits_BTV)
 
 
 class LayerCache:
@@ -85,6 +123,8 @@ class LayerCache:
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads; ``qkv`` holds the rows of q, then k, then v."""
 
+    exchange = ALONE
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_heads = config.num_heads
@@ -94,7 +134,7 @@ class Attention(nn.Module):
         width = self.num_heads * self.head_dim
         self.qkv = Linear(config.hidden_dim, width + 2 * self.num_kv_heads * self.head_dim, bias=config.bias)
         self.qkv.fused_rows = (width, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim)
-        self.out = Linear(width, config.hidden_dim, bias=config.bias)
+        self.out = RowLinear(width, config.hidden_dim, bias=config.bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -102,7 +142,7 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, rope: Tensor | None = None, cache: LayerCache | None = None, mask: Any = None
     ) -> Tensor:
         """Return the attention output ``(B, T, D)``; with a cache the new tokens follow the stored ones."""
-        qkv_BTXK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        qkv_BTXK = self.qkv(self.exchange.spread(x_BTD)).unflatten(-1, (-1, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = qkv_BTXK.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.q_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
@@ -121,16 +161,19 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Position-wise network: ``down(gelu(up(x)))`` or ``down(silu(gate(x)) * up(x))``."""
 
+    exchange = ALONE
+
     def __init__(self, config: ModelConfig, ffn_dim: int | None = None):
         super().__init__()
         ffn_dim = ffn_dim or config.ffn_dim or 4 * config.hidden_dim
         gated = config.activation is Activation.swiglu
         self.gate = Linear(config.hidden_dim, ffn_dim, bias=config.bias) if gated else None
         self.up = Linear(config.hidden_dim, ffn_dim, bias=config.bias)
-        self.down = Linear(ffn_dim, config.hidden_dim, bias=config.bias)
+        self.down = RowLinear(ffn_dim, config.hidden_dim, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.exchange.spread(x_BTD)
         up = self.up(x_BTD)
         inner = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x_BTD)) * up
         return F.dropout(self.down(inner), self.dropout, self.training)
@@ -168,9 +211,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model; engines shard, checkpoint and compile its ``blocks`` one by one."""
 
+    exchange = ALONE
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.cuts: dict[str, Cut] = {}  # what this rank holds of parameters that ranks share
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_positions
         learned = config.positions is Positions.learned
@@ -206,7 +252,7 @@ class Transformer(nn.Module):
         x_BTD = self.embed_tokens(tokens_BT)
         rope = None
         if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(positions)
+            x_BTD = x_BTD + self.embed_positions(self.exchange.own(positions))
         else:
             rope = rope_table(self.config, positions)
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)

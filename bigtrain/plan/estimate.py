@@ -29,6 +29,7 @@ from bigtrain.models.sizes import (
     loss_bytes,
     model_sizes,
     native_shape,
+    part_of_rank,
 )
 
 COMPONENTS = (
@@ -133,7 +134,10 @@ def estimate(
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     bf16 = precision.base is Precision.bf16
-    ranks = layout_of(engine, world_size=world_size, local_world_size=local_world_size or world_size)
+    ranks = layout_of(engine, config.parallel, world_size=world_size, local_world_size=local_world_size or world_size)
+    if ranks.tp > 1:
+        shape = part_of_rank(config.model, ranks.tp)
+        sizes = dataclasses.replace(model_sizes(shape), frozen=sizes.frozen // ranks.tp)
     layout = _layout(config, sizes, ranks, bf16, device_type)
     numerics = Numerics(
         element_bytes=2 if bf16 else 4,
@@ -141,6 +145,7 @@ def estimate(
         residual_bytes=2 if bf16 and engine.kind in FSDP_KINDS else 4,
         on_cpu=device_type == "cpu",
         compiled=engine.compile,
+        tp=ranks.tp,
     )
     activations, loss = ActivationBytes(0, 0), 0
     if shape:
@@ -168,31 +173,31 @@ def estimate(
     # Saving copies the rank's share of the state to the host first, into memory that is kept.
     is_copied = config.checkpoint.asynchronous or device_type != "cpu"
     saved = 4 * sizes.trained + _moment_bytes(config.optimizer, sizes)
-    staged = {"checkpoint copy": -(-saved // world_size) if is_copied else 0}
+    staged = {"checkpoint copy": -(-saved // ranks.dp_size) if is_copied else 0}
     host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(device, host, not_at_once=sum(device.values()) - peak)
 
 
 def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, device_type: str) -> _Layout:
-    kind, world_size = config.engine.kind, ranks.world_size
-    accumulates = config.train.micro_batches(ranks.dp_size) > 1
+    kind, dp_size = config.engine.kind, ranks.dp_size
+    accumulates = config.train.micro_batches(dp_size) > 1
     if kind in FSDP_KINDS:
         layout = _fsdp_layout(config, sizes, ranks.dp_shard, accumulates, bf16)
     elif kind is EngineKind.zero3:
-        layout = _zero3_layout(config, sizes, world_size, bf16)
+        layout = _zero3_layout(config, sizes, dp_size, bf16)
     elif kind in (EngineKind.zero1, EngineKind.zero2):
-        layout = _zero12_layout(config, sizes, world_size, accumulates, bf16, device_type)
+        layout = _zero12_layout(config, sizes, dp_size, accumulates, bf16, device_type)
     else:
-        has_early_gradients = accumulates or world_size > 1 or kind is EngineKind.accelerate
+        has_early_gradients = accumulates or dp_size > 1 or kind is EngineKind.accelerate
         layout = _ddp_layout(config, sizes, bf16, has_early_gradients)
     if config.model.adapter and config.model.adapter.nf4:
         layout.backward += 12 * sizes.largest  # a matrix in fp32, of whose codes two are a byte, and their indices
     if config.optimizer.kind is OptimizerKind.muon:
-        is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS)
-        num_owners = ranks.dp_shard if is_sharded else world_size
+        is_sharded = kind in (*FSDP_KINDS, *ZERO_KINDS) or ranks.tp > 1
+        num_owners = ranks.dp_shard if is_sharded else dp_size
         layout.update += (2 if bf16 else 4) * _muon_elements(sizes, num_owners, is_sharded)
     if config.logging.layer_norms_every_steps and config.engine.offload is Offload.none:
-        layout.update += 4 * -(-sizes.trained // world_size)  # the weights before the update
+        layout.update += 4 * -(-sizes.trained // dp_size)  # the weights before the update
     return layout
 
 
@@ -254,12 +259,12 @@ def _fsdp_layout(config: TrainConfig, sizes: ModelSizes, num_shards: int, accumu
 
 
 def _zero12_layout(
-    config: TrainConfig, sizes: ModelSizes, world_size: int, accumulates: bool, bf16: bool, device_type: str
+    config: TrainConfig, sizes: ModelSizes, dp_size: int, accumulates: bool, bf16: bool, device_type: str
 ) -> _Layout:
     """Whole fp32 parameters, and the rank's part of masters, moments and (stage 2) gradients."""
-    part = -(-sizes.trained // world_size)
+    part = -(-sizes.trained // dp_size)
     stage2 = config.engine.kind is EngineKind.zero2
-    moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
+    moments = -(-_moment_bytes(config.optimizer, sizes) // dp_size)
     state = {"gradients": 4 * part, "master weights": 4 * part, "optimizer moments": moments}
     offload = config.engine.offload is Offload.cpu
     here = {"parameters": 4 * sizes.total} | ({} if offload else state)
@@ -278,14 +283,14 @@ def _zero12_layout(
     )
 
 
-def _zero3_layout(config: TrainConfig, sizes: ModelSizes, world_size: int, bf16: bool) -> _Layout:
+def _zero3_layout(config: TrainConfig, sizes: ModelSizes, dp_size: int, bf16: bool) -> _Layout:
     """The rank's part of everything; gathered fp32 parameters stay while no more than a limit are live."""
-    part = -(-sizes.trained // world_size)
+    part = -(-sizes.trained // dp_size)
     offload = config.engine.offload is Offload.cpu
-    moments = -(-_moment_bytes(config.optimizer, sizes) // world_size)
-    state = {"parameters": 4 * -(-sizes.total // world_size), "gradients": 4 * part, "master weights": 4 * part}
+    moments = -(-_moment_bytes(config.optimizer, sizes) // dp_size)
+    state = {"parameters": 4 * -(-sizes.total // dp_size), "gradients": 4 * part, "master weights": 4 * part}
     state["optimizer moments"] = moments
-    live = min(sizes.total, max(ZERO3_LIVE_PARAMETERS, sizes.root + 2 * sizes.block)) if world_size > 1 else 0
+    live = min(sizes.total, max(ZERO3_LIVE_PARAMETERS, sizes.root + 2 * sizes.block)) if dp_size > 1 else 0
     return _Layout(
         state={} if offload else state,
         early_gradients=0 if offload else state["gradients"],

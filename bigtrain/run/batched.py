@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,9 +39,10 @@ def shared_out(
     batch.
     """
     order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))
-    own, answers = order[engine.mesh.rank :: engine.mesh.size], []
+    mesh, answers = engine.mesh, list[Any]()
+    own = order[mesh.dp_rank :: mesh.dp_size]
     begun = said = time.monotonic()
-    most = math.ceil(len(rows) / engine.mesh.size)
+    most = math.ceil(len(rows) / mesh.dp_size)
     for first in range(0, most, batch_size):
         batch = [rows[place] for place in own[first : first + batch_size]]
         answers += answer(batch or [rows[0]])[: len(batch)]
@@ -61,6 +63,7 @@ def logits_of(engine: Engine, rows: Sequence[list[int]]) -> list[Tensor]:
     """
     engine.module.eval()
     tokens_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(engine.device)
+    tokens_BT = F.pad(tokens_BT, (0, -tokens_BT.shape[1] % engine.mesh.tp_size))  # each rank has as many of them
     logits_BTV = engine.module(tokens_BT, predicts=True)
     return [logits[: len(row)] for logits, row in zip(logits_BTV, rows, strict=True)]
 
@@ -83,9 +86,11 @@ def continued(
     is_over = [False for _ in prompts]
     for _ in range(max_new_tokens):
         logits = logits_of(engine, [prompt + text for prompt, text in zip(prompts, found, strict=True)])
+        drawn = [0 if over else sample(own[-1], **sampling) for over, own in zip(is_over, logits, strict=True)]
+        drawn = engine.mesh.of_first(torch.tensor(drawn, device=engine.device)).tolist()
         for place, text in enumerate(found):
             if not is_over[place]:
-                text.append(sample(logits[place][-1], **sampling))
+                text.append(drawn[place])
                 is_over[place] = is_end(text)
         if not engine.mesh.total(torch.tensor([float(not all(is_over))])).item():
             break

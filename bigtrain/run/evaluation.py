@@ -9,7 +9,17 @@ import torch.distributed as dist
 
 from bigtrain import log
 from bigtrain.checkpoint.store import read_run_state
-from bigtrain.config import EngineKind, Offload, Precision, SetConfig, TaskKind, TrainConfig, own_sets, set_data
+from bigtrain.config import (
+    EngineKind,
+    Offload,
+    ParallelConfig,
+    Precision,
+    SetConfig,
+    TaskKind,
+    TrainConfig,
+    own_sets,
+    set_data,
+)
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.data.read.index import read_index
 from bigtrain.data.read.stream import SampleStream
@@ -57,7 +67,8 @@ def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
     engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     engine.precision = precision
     train = dataclasses.replace(config.train, micro_batch_size=None)
-    config = fit_micro_batch(dataclasses.replace(config, engine=engine, train=train), info.world_size)
+    whole = dataclasses.replace(config, engine=engine, parallel=ParallelConfig(), train=train)
+    config = fit_micro_batch(whole, info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
     if not dist.is_initialized():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bigtrain.config import EngineKind, Precision, TrainConfig
+from bigtrain.config import EngineKind, ParallelConfig, Precision, TrainConfig
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device
@@ -41,10 +41,12 @@ class Case:
     micro_batch_size: int
     dp_shard: int | None = None  # ``hsdp`` only
     environ: dict[str, str] = field(default_factory=dict)  # what ``accelerate launch`` would set
+    tp: int = 1  # ranks that share every matrix
 
     def __str__(self) -> str:
         extra = f" shard {self.dp_shard}" if self.dp_shard else ""
         extra += f" zero{self.environ[ZERO_STAGE]}" if ZERO_STAGE in self.environ else ""
+        extra += f" tp {self.tp}" if self.tp > 1 else ""
         return f"{self.engine.name}{extra} world {self.world_size} micro {self.micro_batch_size}"
 
 
@@ -98,7 +100,7 @@ def compute(
 def configure(config: TrainConfig, case: Case) -> TrainConfig:
     engine = dataclasses.replace(config.engine, kind=case.engine, dp_shard=case.dp_shard)
     train = dataclasses.replace(config.train, micro_batch_size=case.micro_batch_size)
-    return dataclasses.replace(config, engine=engine, train=train)
+    return dataclasses.replace(config, engine=engine, parallel=ParallelConfig(tp=case.tp), train=train)
 
 
 def compare(trajectory: Trajectory, reference: Trajectory) -> Difference:

@@ -55,6 +55,7 @@ class Plan:
     world_size: int  # ranks of the uninterrupted and of the killed launch
     resume_world_size: int  # ranks of the resumed launch
     resume_engine: EngineKind  # engine of the resumed launch
+    resume_tp: int | None = None  # ranks that share every matrix in the resumed launch; by default as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def verify_resume(
         Outcome.read(whole.run.directory, whole_samples, last),
         Outcome.read(resumed.run.directory, resumed_samples, last),
         plan,
-        is_bitwise=(plan.resume_engine, plan.resume_world_size) == (config.engine.kind, plan.world_size),
+        is_bitwise=_layout(resumed, plan.resume_world_size) == _layout(whole, plan.world_size),
     )
 
 
@@ -114,7 +115,7 @@ def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig,
     """Return the configurations of the three launches; the schedule stays that of the user's run."""
     last = plan.before + plan.after
 
-    def launch(name: str, engine: EngineKind, steps: int, every_steps: int, resume: str) -> TrainConfig:
+    def launch(name: str, engine: EngineKind, tp: int, steps: int, every_steps: int, resume: str) -> TrainConfig:
         changes = {
             "train.steps": max(config.train.steps, last),
             "train.epochs": None,
@@ -124,20 +125,27 @@ def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig,
             "run.name": name,
             "run.stop_after_steps": steps,
             "engine.kind": engine,
+            "parallel.tp": tp,
             "checkpoint.every_steps": every_steps,
             "checkpoint.resume": resume,
         }
         return with_settings(config, tuple(changes.items()))
 
+    tp = config.parallel.tp
     return (
-        launch("whole", config.engine.kind, last, 0, "never"),
-        launch("parts", config.engine.kind, last, plan.before, "never"),
-        launch("parts", plan.resume_engine, plan.after, 0, "must"),
+        launch("whole", config.engine.kind, tp, last, 0, "never"),
+        launch("parts", config.engine.kind, tp, last, plan.before, "never"),
+        launch("parts", plan.resume_engine, plan.resume_tp or tp, plan.after, 0, "must"),
     )
 
 
+def _layout(config: TrainConfig, world_size: int) -> tuple[EngineKind, int, int]:
+    return config.engine.kind, config.parallel.tp, world_size
+
+
 def _where(config: TrainConfig, world_size: int) -> str:
-    return f"{config.engine.kind.name} on {world_size} {'rank' if world_size == 1 else 'ranks'}"
+    shared = f" with tp={config.parallel.tp}" if config.parallel.tp > 1 else ""
+    return f"{config.engine.kind.name}{shared} on {world_size} {'rank' if world_size == 1 else 'ranks'}"
 
 
 def _launch(
@@ -153,6 +161,7 @@ def _launch(
         parts = run_ranks(_train, world_size, config, run, kill_in_step, log, timeout_seconds=TIMEOUT_SECONDS)
     except RankFailedError as error:
         raise BigtrainError(f"{_where(config, world_size)}: the training failed (more in {log}):\n{error}") from error
+    parts = parts[:: config.parallel.tp]  # ranks that share matrices follow each other, and load the same
     return {step: sorted(sample for part in parts for sample in part[step]) for step in parts[0]}
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigtrain.config import ParallelConfig
 from bigtrain.config.layout import layout_of
 from bigtrain.data.read.batch import Batch
 from bigtrain.testing.ranks import run_ranks
@@ -57,7 +58,7 @@ def totals():
     """Return sums of two ranks that load the same samples, and of two that do not."""
     mesh = start_engine(small_config("ddp")).mesh
     copies = dataclasses.replace(mesh, dp_rank=0, dp_size=1, copies=2)
-    whole = layout_of(small_config("fsdp").engine, world_size=2, local_world_size=2)
+    whole = layout_of(small_config("fsdp").engine, ParallelConfig(), world_size=2, local_world_size=2)
     assert (mesh.dp_rank, mesh.dp_size, mesh.copies) == (mesh.rank, 2, 1) == (mesh.rank, whole.dp_size, whole.copies)
     count = 2**24 + 1  # more than fp32 can tell from its neighbour
     return [(m.total(torch.tensor(count)).item(), m.total(torch.tensor([1.5])).item()) for m in (copies, mesh)]

@@ -1,0 +1,239 @@
+"""Ranks that share every matrix compute the run of one process, and each classic mistake would be seen."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from bigtrain.checkpoint.loader import load_checkpoint
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.checkpoint.store import RunState, checkpoint_path
+from bigtrain.config import ActivationCheckpointing, CheckpointConfig, EngineKind, ModelConfig, Offload, OptimizerKind
+from bigtrain.config.check import check, resolve
+from bigtrain.engine import base
+from bigtrain.engine.state import MODEL
+from bigtrain.models import partition
+from bigtrain.models.partition import Cut
+from bigtrain.models.transformer import RowLinear
+from bigtrain.run.step import train_step
+from bigtrain.testing.parity import Case, compare, configure, trace
+from bigtrain.testing.ranks import run_ranks
+from tests.distributed.checkpoint_test import run_steps, state_hashes
+from tests.distributed.parity_test import gate_config, llama_config
+from tests.distributed.ranks import small_config, start_engine
+
+STEPS = 10
+GPT = {"vocab_size": 512, "num_layers": 2, "hidden_dim": 64, "num_heads": 4, "max_positions": 64}
+LLAMA = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 4, "bias": False}
+LLAMA |= {"tie_embeddings": False, "vocab_size": 257, "num_layers": 2, "hidden_dim": 48, "num_heads": 8, "head_dim": 8}
+LLAMA |= {"ffn_dim": 101}  # neither this nor the vocabulary divides by the ranks
+
+
+NETWORKS = {"gpt": GPT, "llama": LLAMA, "even": LLAMA | {"vocab_size": 256, "ffn_dim": 96}, "muon": GPT}
+
+
+def run_config(network):
+    """Ragged targets, and gradients that are clipped in every step."""
+    config = resolve(dataclasses.replace(gate_config(), model=ModelConfig(**NETWORKS[network])))
+    config.train.steps, config.optimizer.grad_clip = STEPS, 0.5
+    if network == "muon":
+        config.optimizer.kind = OptimizerKind.muon
+    return config
+
+
+def shared(config, engine, world_size, *, tp=2, dp_shard=None, micro=2, **fields):
+    """Return the configuration of a case, which would be accepted."""
+    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, tp=tp))
+    found = dataclasses.replace(found, engine=dataclasses.replace(found.engine, **fields))
+    assert check(found, world_size=world_size, local_world_size=world_size) == []
+    return found
+
+
+def watched(config):
+    """Return the trajectory, the shape of this rank's memory of each weight, and what differs between copies."""
+    engines = []
+
+    def step(engine, batch, lr):
+        engines.append(engine)
+        return train_step(engine, batch, lr)
+
+    trajectory, engine = trace(config, step), engines[0]
+    entries = {key.removeprefix(MODEL): entry for key, entry in engine.state.entries.items() if key.startswith(MODEL)}
+    held = {name: sum(box.view.numel() for box in entry.boxes) for name, entry in entries.items()}
+    return trajectory, held, different_copies(engine)
+
+
+def different_copies(engine):
+    """Return the names of weights that are whole on the ranks of a tensor-parallel group, and not the same bit by bit."""
+    found = []
+    for key, entry in engine.state.entries.items():
+        name = key.removeprefix(MODEL)
+        if key == name or name in engine.state.cuts:
+            continue
+        own = torch.cat([box.view.reshape(-1) for box in entry.boxes] or [torch.zeros(0)])
+        others = [torch.empty_like(own) for _ in range(engine.mesh.tp_size)]
+        dist.all_gather(others, own.contiguous(), group=engine.mesh.tp)
+        if not all(torch.equal(other.view(torch.int32), own.view(torch.int32)) for other in others):
+            found.append(name)
+    return found
+
+
+def trace_all(configs):
+    return [watched(config) for config in configs]
+
+
+def run_all(world_size, configs):
+    return run_ranks(trace_all, world_size, configs, timeout_seconds=280)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process computes of each network."""
+    configs = {name: run_config(name) for name in NETWORKS}
+    configs["documents"] = llama_config(tmp_path_factory.mktemp("documents"))
+    configs["documents"] = resolve(dataclasses.replace(configs["documents"], model=ModelConfig(**LLAMA)))
+    cases = [configure(config, Case(EngineKind.ddp, 1, 8)) for config in configs.values()]
+    trajectories = run_ranks(trace_plain, 1, cases, timeout_seconds=280)[0]
+    assert min(trajectories[0].grad_norms) > configs["gpt"].optimizer.grad_clip, "gradients are clipped"
+    return {name: (configs[name], found) for name, found in zip(configs, trajectories, strict=True)}
+
+
+def trace_plain(configs):
+    return [trace(config) for config in configs]
+
+
+def assert_same(found, reference, what):
+    difference = compare(found, reference)
+    print(what, difference)
+    assert max(difference.loss, difference.grad_norm) <= 1e-5, what
+    assert difference.parameters <= 1e-4, what
+
+
+FULL = {"activation_checkpointing": ActivationCheckpointing.full}
+SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
+CASES = {
+    2: [
+        ("gpt", "ddp", {}),
+        ("llama", "ddp", {}),
+        ("documents", "fsdp", {}),
+        ("gpt", "ddp", FULL),
+        ("documents", "fsdp", SELECTIVE | {"offload": Offload.cpu}),
+        ("muon", "ddp", {}),
+        ("gpt", "zero1", {}),
+        ("even", "zero2", FULL),
+    ],
+    4: [
+        ("gpt", "fsdp", {}),
+        ("llama", "ddp", {}),
+        ("llama", "hsdp", {"dp_shard": 1}),
+        ("gpt", "hsdp", {"dp_shard": 2}),
+        ("llama", "ddp", {"tp": 4}),
+        ("gpt", "fsdp", {"tp": 4}),
+        ("muon", "fsdp", {}),
+        ("even", "zero1", {}),
+        ("gpt", "zero2", {}),
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_every_layout_computes_what_one_process_does(world_size, one_process):
+    configs = [shared(one_process[name][0], engine, world_size, **how) for name, engine, how in CASES[world_size]]
+    ranks = run_all(world_size, configs)
+    for number, (name, engine, how) in enumerate(CASES[world_size]):
+        what, tp = f"{name} {engine} {how} on {world_size}", how.get("tp", 2)
+        assert_same(ranks[0][number][0], one_process[name][1], what)
+        assert all(rank[number][2] == [] for rank in ranks), "copies drift"
+        # Which layout ran: what is cut is there once in each copy of the state, all else once for each of its ranks.
+        shards = {"ddp": 1, "hsdp": how.get("dp_shard", 1)}.get(engine, world_size // tp)
+        for parameter, whole in one_process[name][1].parameters.items():
+            held = [rank[number][1][parameter] for rank in ranks]
+            is_cut = "norm" not in parameter and "positions" not in parameter
+            is_cut &= not parameter.endswith(("out.bias", "down.bias"))
+            assert sum(held) == whole.size * world_size // (shards * (tp if is_cut else 1)), (what, parameter)
+            assert is_cut <= (max(held) <= -(-whole.size // tp) + whole.shape[-1]), (what, parameter)
+
+
+def uncounted_twice(engine, batch, lr):
+    """What is whole on both ranks counts on both in the gradient's norm."""
+    engine._uncounted.clear()
+    return train_step(engine, batch, lr)
+
+
+def bias_before_the_sum(layer, x_BTD):
+    return layer.exchange.collect(F.linear(x_BTD, layer.weight, layer.bias))
+
+
+def fused_as_one(model, size, rank):
+    """The rows of q, k and v are cut as those of one matrix."""
+    found = partition_cuts(model, size, rank)
+    for name, cut in found.items():
+        if ".qkv." in name:
+            found[name] = Cut(0, cut.size, (range(rank * cut.length, (rank + 1) * cut.length),))
+    return found
+
+
+partition_cuts = partition.cuts
+MISTAKES = {
+    "norms are not summed": ({"target": base, "attribute": "add_up", "new": lambda *_: None}, train_step),
+    "whole gradients count twice": (None, uncounted_twice),
+    "bias before the sum": ({"target": RowLinear, "attribute": "forward", "new": bias_before_the_sum}, train_step),
+    "fused rows as one": ({"target": partition, "attribute": "cuts", "new": fused_as_one}, train_step),
+}
+
+
+def trace_mistakes(config):
+    found = {}
+    for name, (patch, step) in MISTAKES.items():
+        with mock.patch.object(**patch) if patch else contextlib.nullcontext():
+            found[name] = trace(config, step)
+    return found
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    return run_ranks(trace_mistakes, 2, shared(run_config("gpt"), "ddp", 2), timeout_seconds=280)[0]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_gate_catches_the_classic_mistakes(mistake, mistaken, one_process):
+    difference = compare(mistaken[mistake], one_process["gpt"][1])
+    print(mistake, difference)
+    assert difference.grad_norm > 1e-4
+
+
+def leg(config, root, first, last):
+    """Go on from the checkpoint of step ``first``, if there is one, and save at ``last``; return hashes and losses."""
+    engine = start_engine(config)
+    if first:
+        load_checkpoint(checkpoint_path(root, first), engine.state.entries)
+        engine.state.commit()
+    begun, losses = state_hashes(engine), run_steps(engine, config, first, last)
+    saver = Saver(root, engine.state.entries, CheckpointConfig())
+    saver.save(RunState(last, 0, 0, "synthetic", {}, {}, engine.mesh.size))
+    saver.wait_until_staged()
+    ended = state_hashes(engine)
+    assert saver.finish().error is None
+    return begun, ended, losses
+
+
+CHAIN = [("ddp", 2, 2), ("fsdp", 2, 1), ("ddp", 1, 1), ("fsdp", 4, 2)]
+
+
+def test_a_checkpoint_goes_from_layout_to_layout(tmp_path):
+    config = small_config(model={"num_heads": 2, "ffn_dim": 45})
+    config.train.steps = 12
+    *_, expected = run_ranks(leg, 1, config, tmp_path / "whole", 0, 12, timeout_seconds=100)[0]
+    before = None
+    for number, (engine, world_size, tp) in enumerate(CHAIN):
+        first, last = 3 * number, 3 * number + 3
+        case = shared(config, engine, world_size, tp=tp, micro=1)
+        begun, ended, losses = run_ranks(leg, world_size, case, tmp_path / "chain", first, last, timeout_seconds=100)[0]
+        assert before in (None, begun), f"{engine} tp {tp}: what was loaded is not what was saved"
+        print(engine, tp, [abs(a / b - 1) for a, b in zip(losses, expected[first:last], strict=True)])
+        assert losses == pytest.approx(expected[first:last], rel=1e-6)
+        before = ended
