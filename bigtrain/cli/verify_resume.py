@@ -107,7 +107,7 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
         world_size=world_size,
         resume_world_size=world_size if config.resume_world is None else config.resume_world,
         resume_engine=config.resume_engine or config.engine.kind,
-        resume_tp=config.resume_tp or config.parallel.tp,
+        resume_tp=config.resume_tp,
     )
     raise_problems(dict.fromkeys(_problems(config, plan, num_gpus)))
     return plan
@@ -118,13 +118,14 @@ def _problems(config: VerifyResumeConfig, plan: "Plan", num_gpus: int) -> Iterat
         yield "start this command once, without torchrun: it starts world=<number> ranks by itself"
     if config.checkpoint.resume != "auto":
         yield f"checkpoint.resume={config.checkpoint.resume}: leave it out; what is verified are runs of their own"
-    moves = (plan.world_size, config.parallel.tp) != (plan.resume_world_size, plan.resume_tp)
+    tp = plan.resume_tp or config.parallel.tp
+    moves = (plan.world_size, config.parallel.tp) != (plan.resume_world_size, tp)
     if moves and config.model.dropout:
         yield (
             f"model.dropout={config.model.dropout}: every rank draws its own random numbers, so another world size "
             "or layout cannot give the same losses; add model.dropout=0, or keep them"
         )
-    engine, parallel = dataclasses.replace(config.engine, kind=plan.resume_engine), ParallelConfig(tp=plan.resume_tp)
+    engine, parallel = dataclasses.replace(config.engine, kind=plan.resume_engine), ParallelConfig(tp=tp)
     resumed = dataclasses.replace(config, engine=engine, parallel=parallel)
     for run_config, world_size in ((config, plan.world_size), (resumed, plan.resume_world_size)):
         yield from check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))
