@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigtrain.models.exchange import Exchange
 
@@ -51,7 +50,6 @@ class _Spread(torch.autograd.Function):
         return gather_tokens(x_BTD, group, size)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None]:
         return scatter_tokens(grad_BTD, *ctx.ranks), None, None
 
@@ -63,7 +61,6 @@ class _Collect(torch.autograd.Function):
         return scatter_tokens(x_BTD, group, size)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None]:
         return gather_tokens(grad_BTD, *ctx.ranks), None, None
 

@@ -54,6 +54,23 @@ def test_a_micro_batch_communicates_no_more_than_it_has_to():
     assert "broadcast_" not in ddp, "buffers are alike on all ranks"
 
 
+def exchanged(config):
+    """Return how many collectives of each kind a micro-batch begins that is not the last one."""
+    engine, tokens = start_engine(config), torch.arange(16)[None]
+    with Collectives() as mode:
+        engine.backward(Batch(tokens=tokens, targets=tokens), 32, is_last=False)
+    return mode.counts
+
+
+def test_ranks_that_share_matrices_exchange_tokens_twice_a_block_and_direction():
+    config = small_config("ddp", model={"num_layers": LAYERS, "num_heads": 2})
+    config.parallel.tp = 2
+    counts = run_ranks(exchanged, 2, config, timeout_seconds=100)[0]
+    # In front of attention, feed-forward and head, and behind attention, feed-forward and embedding; and back.
+    each = 2 * (2 * LAYERS + 1)
+    assert counts == {"_allgather_base_": each, "_reduce_scatter_base_": each, "allreduce_": 2}, "two for the loss"
+
+
 def totals():
     """Return sums of two ranks that load the same samples, and of two that do not."""
     mesh = start_engine(small_config("ddp")).mesh

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -27,6 +28,7 @@ from bigtrain.engine.state import MODEL
 from bigtrain.models import partition
 from bigtrain.models.partition import Cut
 from bigtrain.models.transformer import RowLinear
+from bigtrain.run.batched import continued, logits_of
 from bigtrain.run.step import train_step
 from bigtrain.testing.parity import TOLERANCES, Case, compare, configure, trace
 from bigtrain.testing.ranks import run_ranks
@@ -51,6 +53,8 @@ def run_config(network):
     """Ragged targets, and gradients that are clipped in every step."""
     config = resolve(dataclasses.replace(gate_config(), model=ModelConfig(**NETWORKS[network])))
     config.train.steps, config.optimizer.grad_clip = STEPS, 0.5
+    if network == "dropout":
+        config.train.steps = 20
     if network == "muon":
         config.optimizer.kind = OptimizerKind.muon
     return config
@@ -126,40 +130,53 @@ def assert_same(found, reference, precision, what):
 
 FULL = {"activation_checkpointing": ActivationCheckpointing.full}
 SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
+BF16 = {"precision": Precision.bf16}
 CASES = {
     2: [
         ("gpt", "ddp", {}),
         ("llama", "ddp", {}),
-        ("documents", "fsdp", {}),
-        ("gpt", "ddp", FULL),
         ("documents", "fsdp", SELECTIVE | {"offload": Offload.cpu}),
-        ("muon", "ddp", {}),
-        ("gpt", "zero1", {}),
-        ("even", "zero2", FULL),
-        ("gpt", "fsdp", {"precision": Precision.bf16}),
-        ("llama", "ddp", {"precision": Precision.bf16}),
-        ("even", "zero1", {"precision": Precision.bf16}),
+        ("muon", "ddp", FULL),
+        ("even", "zero2", {}),
+        ("gpt", "fsdp", BF16),
         ("dropout", "ddp", {}),
     ],
     4: [
         ("gpt", "fsdp", {}),
-        ("llama", "ddp", {}),
         ("llama", "hsdp", {"dp_shard": 1}),
-        ("gpt", "hsdp", {"dp_shard": 2}),
         ("llama", "ddp", {"tp": 4}),
         ("gpt", "fsdp", {"tp": 4}),
+    ],
+}
+MORE = {
+    2: [
+        ("documents", "fsdp", FULL),
+        ("gpt", "zero1", {}),
+        ("even", "zero2", SELECTIVE),
+        ("llama", "ddp", BF16),
+        ("even", "zero1", BF16),
+        ("llama", "fsdp", {"compile": True}),
+    ],
+    4: [
+        ("llama", "ddp", {}),
+        ("gpt", "hsdp", {"dp_shard": 2}),
         ("muon", "fsdp", {}),
+        ("muon", "zero1", {}),
         ("even", "zero1", {}),
         ("gpt", "zero2", {}),
     ],
 }
 
 
-@pytest.mark.parametrize("world_size", CASES)
-def test_every_layout_computes_what_one_process_does(world_size, one_process):
-    configs = [shared(one_process[name][0], engine, world_size, **how) for name, engine, how in CASES[world_size]]
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [*CASES.items(), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE.items())],
+    ids=["2", "4", "2 more", "4 more"],
+)
+def test_every_layout_computes_what_one_process_does(world_size, cases, one_process):
+    configs = [shared(one_process[name][0], engine, world_size, **how) for name, engine, how in cases]
     ranks = run_all(world_size, configs)
-    for number, (name, engine, how) in enumerate(CASES[world_size]):
+    for number, (name, engine, how) in enumerate(cases):
         what, tp = f"{name} {engine} {how} on {world_size}", how.get("tp", 2)
         if name != "dropout":  # which draws other numbers on every rank
             assert_same(ranks[0][number][0], one_process[name][1], configs[number].engine.precision, what)
@@ -222,8 +239,14 @@ def test_the_gate_catches_the_classic_mistakes(mistake, mistaken, one_process):
     assert difference.grad_norm > 1e-4
 
 
+ROWS = [[1, 2, 3], [4, 5, 6, 7, 8]]  # their lengths do not divide by the ranks
+
+
 def leg(config, root, first, last):
-    """Go on from the checkpoint of step ``first``, if there is one, and save at ``last``; return hashes and losses."""
+    """Go on from the checkpoint of step ``first``, if there is one, and save at ``last``.
+
+    Return hashes before and after, losses, and then logits of :data:`ROWS`, their continuations, and drawn ones.
+    """
     engine = start_engine(config)
     if first:
         load_checkpoint(checkpoint_path(root, first), engine.state.entries)
@@ -234,7 +257,10 @@ def leg(config, root, first, last):
     saver.wait_until_staged()
     ended = state_hashes(engine)
     assert saver.finish().error is None
-    return begun, ended, losses
+    logits = [row.numpy() for row in logits_of(engine, ROWS)]
+    continue_rows = partial(continued, engine, ROWS, max_new_tokens=4, is_end=lambda ids: False)
+    torch.manual_seed(engine.mesh.rank)
+    return begun, ended, losses, logits, continue_rows(), continue_rows(temperature=1.0)
 
 
 CHAIN = [("ddp", 2, 2), ("fsdp", 2, 1), ("ddp", 1, 1), ("fsdp", 4, 2)]
@@ -243,16 +269,23 @@ CHAIN = [("ddp", 2, 2), ("fsdp", 2, 1), ("ddp", 1, 1), ("fsdp", 4, 2)]
 def test_a_checkpoint_goes_from_layout_to_layout(tmp_path):
     config = small_config(model={"num_heads": 2, "ffn_dim": 45})
     config.train.steps = 12
-    *_, expected = run_ranks(leg, 1, config, tmp_path / "whole", 0, 12, timeout_seconds=100)[0]
+    whole = run_ranks(leg, 1, config, tmp_path / "whole", 0, 12, timeout_seconds=100)[0]
     before = None
     for number, (engine, world_size, tp) in enumerate(CHAIN):
         first, last = 3 * number, 3 * number + 3
         case = shared(config, engine, world_size, tp=tp, micro=1)
-        begun, ended, losses = run_ranks(leg, world_size, case, tmp_path / "chain", first, last, timeout_seconds=100)[0]
+        ranks = run_ranks(leg, world_size, case, tmp_path / "chain", first, last, timeout_seconds=100)
+        begun, ended, losses, logits, texts, _ = ranks[0]
         assert before in (None, begun), f"{engine} tp {tp}: what was loaded is not what was saved"
-        print(engine, tp, [abs(a / b - 1) for a, b in zip(losses, expected[first:last], strict=True)])
-        assert losses == pytest.approx(expected[first:last], rel=1e-6)
+        print(engine, tp, [abs(a / b - 1) for a, b in zip(losses, whole[2][first:last], strict=True)])
+        assert losses == pytest.approx(whole[2][first:last], rel=1e-6)
         before = ended
+    for found, expected in zip(logits, whole[3], strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    assert texts == whole[4]
+    drawn = [rank[5] for rank in ranks]
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3], "ranks that share matrices go on with the same tokens"
+    assert drawn[0] != drawn[2]
 
 
 def test_the_command_trains_validates_and_measures_what_one_process_does(tmp_path):

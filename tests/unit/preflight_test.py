@@ -19,6 +19,7 @@ from bigtrain.config import (
     EngineKind,
     ModelConfig,
     OptimizerKind,
+    ParallelConfig,
     Precision,
     TrainConfig,
     TrainingConfig,
@@ -41,12 +42,13 @@ from bigtrain.testing.ranks import run_ranks
 PRESETS = Path(__file__).parents[2] / "configs/model"
 
 
-def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, **engine):
+def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, tp=1, **engine):
     values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | (model or {})
     return resolve(
         TrainConfig(
             model=from_dict(ModelConfig, values),
             engine=from_dict(EngineConfig, {"kind": "ddp", "precision": "fp32"} | engine),
+            parallel=ParallelConfig(tp=tp),
             train=TrainingConfig(global_batch_size=batch, micro_batch_size=micro_batch),
             data=DataConfig(sequence_length=length),
         )
@@ -115,6 +117,21 @@ def test_optimizers_by_hand():
     assert guess(config).device["engine buffers"] == 5 * 2**24 * 4
     config.logging.layer_norms_every_steps = 100  # the weights before the update
     assert guess(config).device["engine buffers"] == 5 * 2**24 * 4 + 4 * num_parameters
+
+
+def test_a_part_of_every_matrix_by_hand():
+    width, num_tokens, whole = 768, 4 * 1024, 2 * 768 * 25 + 768 * (1024 + 24)
+    part = (124_439_808 - whole) // 2 + whole  # norms, positions, and biases of out and down are on both ranks
+    for kind, num_ranks in (("ddp", 2), ("fsdp", 2), ("fsdp", 8)):
+        config = run_config(batch=4 * num_ranks // 2, kind=kind, tp=2)
+        device = guess(config, num_ranks).device
+        shards = num_ranks // 2 if kind == "fsdp" else 1
+        assert device["parameters"] == 4 * -(-(part + 384) // shards), "odd rows of the vocabulary"
+        # Of a block: half of the residual stream, of qkv, attention and feed-forward; both gathered inputs whole.
+        kept = 12 * ((1 + 2 + (3 + 1 + 8) // 2) * width + 6) + (width // 2 + width)
+        assert device["activations"] == 4 * num_tokens * kept
+    report_of_it = report(config, 80, world_size=8)
+    assert "engine=fsdp parallel.tp=2 in fp32, world size 8" in report_of_it.table()
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
@@ -320,7 +337,7 @@ def run_steps(config, info, device):
     engine = build_engine(config, lambda: build_model(config.model), info=info, device=device)
     initialise(engine.state, starting_values(config.model, 0), num_threads=1)
     size = (config.train.micro_batch_size, config.data.sequence_length)
-    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * info.world_size)
+    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * engine.mesh.dp_size)
     kept = without_frozen(engine.state.entries, describe_frozen(engine.state.entries, config.model))
     saver = Saver(Path(config.run.root, str(config.model.num_layers)), kept, config.checkpoint)
     for step in range(3 if config.engine.kind is EngineKind.ddp else 2):  # DDP arranges its buckets anew in its second
@@ -349,6 +366,8 @@ BF16 = {"precision": "bf16"}
             2, {"kind": "fsdp", **BF16, "batch": 16, "activation_checkpointing": "full"}, marks=pytest.mark.slow
         ),
         (2, {"kind": "zero3"}),
+        pytest.param(2, {"kind": "ddp", "tp": 2, "model": GPT | {"num_layers": 8}}, marks=pytest.mark.slow),
+        pytest.param(2, {"kind": "fsdp", **BF16, "tp": 2, "model": GPT | LLAMA}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "zero3", **BF16}, marks=pytest.mark.slow),
         pytest.param(
             1,
