@@ -99,7 +99,7 @@ def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     if config.task.kind != TaskKind.causal_lm:
         yield f"{set_to}: task={config.task.kind} reads whole logits, of which each rank has a part; use task=causal_lm"
     if model.moe:
-        yield f"{set_to}: model.moe is not offered with it; use engine=fsdp without"
+        yield f"{set_to}: model.moe is not offered with it; leave one of them out"
     if model.adapter:
         yield f"{set_to}: model.adapter is not offered with it; leave one of them out"
     if engine.precision is Precision.fp8:

@@ -42,7 +42,7 @@ STEPS = 10
 GPT = {"vocab_size": 512, "num_layers": 2, "hidden_dim": 64, "num_heads": 4, "max_positions": 64}
 LLAMA = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 4, "bias": False}
 LLAMA |= {"tie_embeddings": False, "vocab_size": 257, "num_layers": 2, "hidden_dim": 48, "num_heads": 8, "head_dim": 8}
-LLAMA |= {"ffn_dim": 101}  # neither this nor the vocabulary divides by the ranks
+LLAMA |= {"qk_norm": True, "ffn_dim": 101}  # neither this nor the vocabulary divides by the ranks
 
 
 NETWORKS = {"gpt": GPT, "llama": LLAMA, "even": LLAMA | {"vocab_size": 256, "ffn_dim": 96}, "muon": GPT}

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from bigtrain.config import (
+    Activation,
     AdapterConfig,
     DataConfig,
     DataSource,
@@ -12,6 +13,7 @@ from bigtrain.config import (
     EngineKind,
     ModelConfig,
     ModelKind,
+    MoeConfig,
     Offload,
     ParallelConfig,
     Precision,
@@ -41,6 +43,7 @@ def test_what_can_be_shared_is_accepted(kind):
 
 
 ADAPTER = ("model.adapter", AdapterConfig())
+NO_BIAS = ("model.bias", False)
 REFUSED = [
     ((), {"world_size": 3}, "parallel.tp=2 does not divide the world size 3; use 2 or 4 ranks"),
     ((), {"world_size": 1}, "parallel.tp=2 does not divide the world size 1; use 2 ranks"),
@@ -70,6 +73,11 @@ REFUSED = [
         "parallel.tp=2: engine.offload=cpu is not offered with engine=zero2; use engine=fsdp",
     ),
     ((("model.ffn_dim", 1),), {}, "parallel.tp=2: model.ffn_dim=1 is less than a row for each rank"),
+    (
+        (("model.moe", MoeConfig(num_experts=4, expert_dim=8)), ("model.activation", Activation.swiglu), NO_BIAS),
+        {},
+        "parallel.tp=2: model.moe is not offered with it; leave one of them out",
+    ),
     ((ADAPTER,), {}, "parallel.tp=2: model.adapter is not offered with it; leave one of them out"),
     (
         (("task.kind", "distillation"), ("data.scores", "scores")),
