@@ -49,9 +49,22 @@ def test_settings_of_the_run_arrive():
     )
 
 
+def test_layouts_are_compared_under_the_engines_that_have_them():
+    config = parity.read([*SMALL, "parallel.tp=2"])
+    assert config.engines == [EngineKind[kind] for kind in ("ddp", "fsdp", "hsdp", "zero1", "zero2")]
+    assert config.worlds == [2]
+    config = parity.read([*SMALL, "parallel.tp=2", "engines=[fsdp]", "worlds=[4]"])
+    assert (config.engines, config.worlds) == ([EngineKind.fsdp], [4]), "and with one process"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (
+            ["parallel.tp=2", "worlds=[2,3]", "engines=[ddp]"],
+            "ddp world 3: parallel.tp=2 does not divide the world size 3; use 2 or 4 ranks",
+        ),
+        (["parallel.tp=2", "engines=[fsdp,zero3]"], "zero3 world 2: parallel.tp=2: engine=zero3 owns whole parameters"),
         (
             ["worlds=[2,3]", "engines=[ddp,hsdp]", "engine.dp_shard=2"],
             "hsdp world 3: engine.dp_shard=2 does not divide the world size 3",
