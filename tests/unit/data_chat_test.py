@@ -13,6 +13,7 @@ from bigtrain.data.prepare.chat_forms import read_row
 from bigtrain.data.prepare.corpus import prepare
 from bigtrain.data.read.index import read_index
 from bigtrain.errors import DataError
+from bigtrain.run.sampling import require_texts
 from tests.documents import iterate_documents
 
 SAMPLE = ["the cat sat on a mat", "what is the weather", "it is cold", "user assistant system model", "seven eggs"] * 9
@@ -323,6 +324,15 @@ def test_empty_answers_that_count_are_counted_and_named(tmp_path, caplog):
     assert "1 document without an answer that counts left out, such as chats.jsonl:3" in caplog.text
     (report,) = tmp_path.glob("data/*/report.json")
     assert json.loads(report.read_text())["empty_answers"]["documents"] == 2
+
+
+@pytest.mark.parametrize("content", [Content.chat, Content.text])
+def test_prompts_to_a_model_of_chats_are_continued_as_they_stand_which_is_said(content, tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("what is the weather\n")
+    config = TrainConfig(data=DataConfig(content=content))
+    config.validation.prompts = str(tmp_path / "prompts.txt")
+    require_texts(config, tmp_path)
+    assert ("validation.prompts are continued as they stand" in caplog.text) is (content is Content.chat)
 
 
 def test_chats_that_are_too_long_are_refused_when_they_are_prepared(tmp_path):

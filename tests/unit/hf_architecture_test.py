@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bigtrain.cli import hydra_cli
+from bigtrain.config import ModelConfig, ModelKind
 from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
+from bigtrain.models.hf.build import _require_labels
 from bigtrain.models.probe import unreached_parameters
 
 LLAMA = [
@@ -71,3 +74,12 @@ def test_the_first_of_several_classes_that_an_architecture_has_for_a_task_is_bui
         model = build_model(config.model)
     assert type(model.causal_lm).__name__ == "DeiTForImageClassification"
     assert model.causal_lm.classifier.out_features == 3 and not unreached_parameters(model)
+
+
+def test_a_head_without_names_of_another_size_is_no_reason_for_its_number_of_labels(tmp_path: Path):
+    settings = {"architectures": ["BertForSequenceClassification"], "hidden_size": 8, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **settings}))
+    config = ModelConfig(kind=ModelKind.hf, name=str(tmp_path), pretrained=True, num_outputs=3)
+    network = type("BertForSequenceClassification", (nn.Module,), {})()
+    with pytest.raises(ConfigError, match=r"has 2 labels \(without names\), but the task has 3; keep its trunk alone"):
+        _require_labels(network, config)
