@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "evaluate": "score a run or an export on tasks of lm-evaluation-harness",
     "export": "write the weights for transformers",
+    "prune": "set the smallest weights of a run to 0",
     "watch": "look at runs while they run",
     "report": "write a page about runs",
     "checkpoints": "list and verify the checkpoints of a run",

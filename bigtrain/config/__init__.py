@@ -267,6 +267,8 @@ class OptimizerConfig:
     l1: Annotated[float, Bound(ge=0), OnlyIf("kind", not_in=("muon",))] = 0.0
     """Weight of the L1 norm of matrices: after an update each number moves to 0 by ``lr * l1`` and stops there."""
     grad_clip: Annotated[float, Bound(ge=0)] = 1.0
+    keep_zeros: bool = False
+    """Numbers of matrices that are 0 stay 0, so that a pruned model is trained on: ``bigtrain prune``."""
     """Largest global gradient norm; 0 switches clipping off."""
     average: Annotated[float | None, Bound(gt=0, lt=1)] = None
     """Decay per step of a moving average of the weights, such as 0.999: part of the state, in fp32; ``bigtrain export average=moving`` writes it."""

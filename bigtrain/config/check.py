@@ -431,6 +431,8 @@ def check_adapter(config: TrainConfig) -> Iterator[str]:
         yield "model.adapter: optimizer=muon is for whole matrices, not for their factors; use optimizer=adamw"
     if engine.precision is Precision.fp8:
         yield "model.adapter: not offered with engine.precision=fp8; use bf16"
+    if config.optimizer.keep_zeros:
+        yield "optimizer.keep_zeros: adapters begin with a factor of zeros, which would stay; leave one of them out"
     if adapter.kind is not AdapterKind.lora and engine.kind is EngineKind.zero3:
         instead = "which engine=zero3 does not gather for it; use engine=fsdp"
         yield f"model.adapter.kind=dora: it reads whole weights, {instead}"

@@ -165,6 +165,7 @@ class NativeState:
         self.entries: dict[str, Entry] = {}
         self.cuts = cuts_of(module)
         self.holders: dict[str, torch.Tensor] = {}
+        self._units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
         self.parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         for name, parameter in self.parameters.items():
             self.entries[MODEL + name] = _entry(parameter, mesh, self.cuts.get(name))
@@ -176,7 +177,9 @@ class NativeState:
                 self.entries[f"{OPTIMIZER}{name}.{key}"] = _entry(value, mesh, cut)
 
     def commit(self) -> None:
-        """Nothing to refresh: the boxes are views of the parameters themselves."""
+        """Let go of gathered copies, which an evaluation leaves; the boxes are views of the parameters themselves."""
+        for unit in self._units:
+            unit.reshard()
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, local_part(p.grad)) for name, p in self.parameters.items() if p.grad is not None)

@@ -65,7 +65,7 @@ def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
 
 def adapted_modules(network: nn.Module, config: AdapterConfig) -> list[str]:
     """Return the linear layers of ``config.targets``, by default all in blocks; ConfigError: a pattern has none."""
-    linear = {name: bare(name) for name, module in network.named_modules() if _is_linear(module)}
+    linear = {name: bare(name) for name, module in network.named_modules() if is_linear(module)}
     if not config.targets:
         in_blocks = {layer for stack in find_stacks(network) for layer in stack.modules()}
         return [name for name, module in network.named_modules() if name in linear and module in in_blocks]
@@ -87,7 +87,8 @@ def bare(name: str) -> str:
     return name.removeprefix("causal_lm.")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, also as GPT-2 of transformers has it."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

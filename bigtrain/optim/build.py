@@ -26,8 +26,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         by_muon = config.kind is OptimizerKind.muon and is_hidden_matrix(canonical_name(name), num_dims)
         (hidden if by_muon else decay if num_dims >= 2 else no_decay if num_dims else scalars).append(parameter)
     groups = [
-        {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
-        {"params": decay, "weight_decay": config.weight_decay, "l1": config.l1, "muon": False},
+        {"params": hidden, "weight_decay": config.weight_decay, "muon": True, "matrices": True},
+        {"params": decay, "weight_decay": config.weight_decay, "l1": config.l1, "muon": False, "matrices": True},
         {"params": no_decay, "weight_decay": 0.0, "muon": False},
         {"params": scalars, "weight_decay": 0.0, "muon": False},
     ]
@@ -46,6 +46,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
         optimizer = rule(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
     if config.l1:
         optimizer.register_step_post_hook(_shrink)
+    if config.keep_zeros:
+        _keep_zeros(optimizer)
     return optimizer
 
 
@@ -57,6 +59,26 @@ def _shrink(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter in group["params"] if group.get("l1") else ():
             weight = local_part(parameter)
             weight.copy_(weight.sign() * (weight.abs() - group["lr"] * group["l1"] * applied).clamp(min=0))
+
+
+def _keep_zeros(optimizer: torch.optim.Optimizer) -> None:
+    """Let numbers of matrices that are 0 before an update be 0 after it: the zeros themselves are the mask."""
+    zeros: dict[torch.Tensor, torch.Tensor] = {}
+
+    def matrices() -> list[torch.Tensor]:
+        return [p for group in optimizer.param_groups if group.get("matrices") for p in group["params"]]
+
+    def remember(*_: Any) -> None:
+        zeros.update({p: local_part(p.detach()) == 0 for p in matrices()})
+
+    @torch.no_grad()
+    def restore(*_: Any) -> None:
+        for p in matrices():
+            if p in zeros:  # Muon's step has one of AdamW's inside, with hooks of its own
+                local_part(p).masked_fill_(zeros.pop(p), 0.0)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(restore)
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

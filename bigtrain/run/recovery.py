@@ -24,6 +24,7 @@ from bigtrain.models.freeze import frozen_names
 from bigtrain.processes import RankInfo
 from bigtrain.run.directory import find_resume, last_saved_step, newest_whole
 from bigtrain.run.frozen import load_state, load_weights, parameters_of, starting_values
+from bigtrain.run.pruning import require_zeros
 from bigtrain.run.validation import WRITTEN_METRICS
 from bigtrain.supervise.bad_numbers import RollBack
 from bigtrain.tasks import build_objective
@@ -85,6 +86,7 @@ def fill_state(config: TrainConfig, engine: Engine, start: Start, info: RankInfo
             load_weights(start.checkpoint, entries, config)
         engine.state.commit()
     require_causal(engine, config)
+    require_zeros(engine, config)
     return state.cursor if state else Cursor()
 
 

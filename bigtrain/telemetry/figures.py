@@ -96,6 +96,17 @@ def _draw_runs(
     return shown
 
 
+def curve_figure(points: Sequence[tuple[float, float]], axis: str, label: str) -> Any:
+    """Return a line through some points, which are marked."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure, axes = _figure(label, axis)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    (line,) = axes.plot(*zip(*points, strict=True), color=COLOURS[0], marker="o", markersize=5)
+    line.set_gid("curve")
+    return figure
+
+
 def memory_figure(history: History) -> Any:
     """Return device and host memory over steps, or None."""
     kinds = {
