@@ -336,6 +336,8 @@ class ValidationConfig:
     """With ``task=seq2seq``, ``denoise``, ``ctc`` and ``speech``: for so many samples a text is written, and compared with the target (exact, BLEU, chrF, ROUGE-L, word and character error rates)."""
     fgsm: Annotated[list[float], Bound(gt=0, le=1), OnlyIf("every_steps", not_in=(0,))] = field(default_factory=list)
     """Of images, also the accuracy when each pixel is moved so far against the label (fast gradient sign), as a share of the range from black to white, such as ``[0.01, 0.1]``."""
+    frechet: Annotated[LocalPath | None, OnlyIf("every_steps", not_in=(0,))] = None
+    """With ``task=gan``: run of a classifier of the same images, by whose features the Fréchet distance of what is made from what is held out is measured."""
     prompts: Annotated[LocalPath | None, OnlyIf("every_steps", not_in=(0,))] = None
     """Text file with a prompt a line, each of which a causal language model continues as it stands, without a chat template; the texts are in the report and wandb."""
     prompt_tokens: Annotated[int, Bound(ge=1, le=10**5), OnlyIf("prompts", not_in=(None,))] = 50

@@ -28,7 +28,7 @@ WandbMode = StrEnum("WandbMode", "disabled auto online offline")
 TaskKind = StrEnum(
     "TaskKind",
     "causal_lm masked_lm classification token_classification regression seq2seq "
-    "denoise contrastive ctc speech preference reward distillation",
+    "denoise contrastive ctc speech preference reward distillation gan",
 )
 Quantisation = StrEnum("Quantisation", "int8 fp8 int4")  # of an export's linear layers
 Scored = StrEnum("Scored", "log_probabilities logits embeddings")  # of each sample, by ``bigtrain score``

@@ -12,7 +12,7 @@ class TaskConfig:
     """What the run minimises and measures."""
 
     kind: str = TaskKind.causal_lm.name
-    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``reward``: a number for each of two answers; ``distillation``: the next token and what a teacher says of it; ``ctc`` and ``speech``: a text from audio; or the name of an own part, such as ``ideas.focal``."""
+    """``causal_lm``: the next token; ``masked_lm``: hidden tokens; ``classification``: one label per sample; ``token_classification``: one per token; ``regression``: numbers per sample; ``seq2seq``: a text from a text; ``denoise``: a text from one with gaps; ``contrastive``: which two texts are a pair; ``preference``: which of two answers; ``reward``: a number for each of two answers; ``distillation``: the next token and what a teacher says of it; ``ctc`` and ``speech``: a text from audio; ``gan``: images like those of the data, from noise; or the name of an own part, such as ``ideas.focal``."""
     settings: Annotated[dict[str, Any], OnlyIf("kind", not_in=tuple(TaskKind.__members__))] = field(
         default_factory=dict
     )
@@ -57,5 +57,7 @@ class TaskConfig:
     """Cosines of embeddings are divided by it."""
     symmetric: Annotated[bool, OnlyIf("kind", is_in=("contrastive",))] = False
     """Sources are to be found by their targets, too, with half of the loss (CLIP)."""
+    noise_dim: Annotated[int, Bound(ge=1, le=10**5), OnlyIf("kind", is_in=("gan",))] = 64
+    """Normal numbers that an image is made from."""
     num_values: Annotated[int, Bound(ge=1), OnlyIf("kind", is_in=("regression",))] = 1
     """Numbers of a sample that are predicted, as many as the network returns."""

@@ -17,7 +17,7 @@ from bigtrain.config import (
 from bigtrain.config.choices import Content, Head, Inputs, ModelKind, Packing, PreferenceLoss, TaskKind
 
 BALANCED = "balanced"
-SMALL_NETWORKS = ("mlp", "cnn", "rnn")
+SMALL_NETWORKS = ("mlp", "cnn", "rnn", "gan")
 OF_DOCUMENTS: dict[str, Content] = {
     TaskKind.classification: Content.labelled,
     TaskKind.token_classification: Content.tagged,
@@ -83,6 +83,9 @@ def with_outputs(model: ModelConfig, task: TaskConfig) -> ModelConfig:
     """Return a model that ends as the task needs it, where it does not say otherwise."""
     if model.kind is ModelKind.hf:
         return dataclasses.replace(model, head=head_of(task), num_outputs=num_outputs_of(task))
+    if model.kind is ModelKind.own and model.name == TaskKind.gan.name:
+        num_inputs = model.settings.get("num_inputs") or task.noise_dim
+        return dataclasses.replace(model, settings={**model.settings, "num_inputs": num_inputs})
     if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and model.settings.get("num_outputs") is None:
         return dataclasses.replace(model, settings={**model.settings, "num_outputs": num_outputs_of(task)})
     return model
@@ -93,6 +96,9 @@ def check_task(config: TrainConfig) -> Iterator[str]:
     task, model, data = config.task, config.model, config.data
     if config.validation.written_samples and task.kind not in WRITES:
         yield f"validation.written_samples: task={task.kind} writes no texts; leave it out"
+    if config.validation.frechet and task.kind != TaskKind.gan:
+        yield f"validation.frechet: task={task.kind} makes no images; leave it out"
+    yield from _check_gan(task, model)
     for name in ("prompts", "lm_eval"):
         if getattr(config.validation, name) and task.kind not in OF_NEXT_TOKENS:
             yield f"validation.{name}: task={task.kind} continues no text; leave it out"
@@ -128,14 +134,15 @@ def check_task(config: TrainConfig) -> Iterator[str]:
                 others = "" if task.loss is PreferenceLoss.kto else ", or choose task.loss=orpo or simpo"
                 instead = f"add +adapter=lora or data.scores=<what bigtrain score wrote>{others}"
                 yield f"task.loss={task.loss.name} compares with the model before training: {instead}"
-        elif model.kind is ModelKind.native:
+        elif model.kind is ModelKind.native and task.kind != TaskKind.gan:
             yield f"task={task.kind}: bigtrain's own decoder predicts text only; use +model=hf, a small network or your own"
         if model.kind is ModelKind.hf and is_by_sample and task.inputs is Inputs.features:
             instead = "use tokens, pixels, sequence or audio"
             yield f"task={task.kind}: transformers has no network for task.inputs=features; {instead}"
     embeds = task.kind == TaskKind.contrastive and model.name == "rnn"
     continues = task.kind == TaskKind.causal_lm and model.settings.get("predicts_next", False)
-    if model.kind is ModelKind.own and model.name in SMALL_NETWORKS and not (is_by_sample or embeds or continues):
+    predicts_samples = model.kind is ModelKind.own and model.name in SMALL_NETWORKS and model.name != TaskKind.gan
+    if predicts_samples and not (is_by_sample or embeds or continues):
         predicts = "predicts one label or vector a sample; it is for classification, regression"
         predicts += ", with model.settings.predicts_next=true for causal_lm" if model.name == "rnn" else ""
         yield f"task={task.kind}: model.name={model.name} {predicts}"
@@ -148,6 +155,16 @@ def check_task(config: TrainConfig) -> Iterator[str]:
         for content in (part.content for part in component_data(data).values()):
             if content.has_labels:
                 yield f"data.content={content.name}: task={task.kind} predicts no labels; use data.content=text"
+
+
+def _check_gan(task: TaskConfig, model: ModelConfig) -> Iterator[str]:
+    is_gan = model.kind is ModelKind.own and model.name == TaskKind.gan.name
+    if task.kind == TaskKind.gan and model.kind is not ModelKind.own:
+        yield "task=gan: needs a generator and a discriminator: +model=gan_digits, or your own network with both"
+    if is_gan and task.kind != TaskKind.gan:
+        yield f"task={task.kind}: model.name=gan makes images; it is for task=gan"
+    elif is_gan and (given := model.settings["num_inputs"]) != task.noise_dim:
+        yield f"model.settings.num_inputs={given}: is task.noise_dim={task.noise_dim}; leave it out"
 
 
 def _check_documents(task: TaskConfig, data: DataConfig, content: Content) -> Iterator[str]:

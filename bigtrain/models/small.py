@@ -1,4 +1,4 @@
-"""Small networks that transformers does not have: a perceptron, a convolutional and a recurrent network.
+"""Small networks that transformers does not have: a perceptron, a convolutional and a recurrent network, and two adversaries.
 
 None has batch normalisation: its statistics are those of a micro-batch on a rank, so they depend on how a step is cut.
 """
@@ -144,6 +144,31 @@ class RNN:
         return _RecurrentLM(self) if self.predicts_next else _Recurrent(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GAN:
+    """A generator, noise ``(B, num_inputs)`` to images from -1 to 1, and a discriminator, ``(B, C, H, W)`` to logits ``(B, 1)``."""
+
+    num_inputs: Annotated[int | None, Bound(ge=1)] = None
+    """Numbers of the noise; by default ``task.noise_dim``, else 64."""
+    num_channels: Annotated[int, Bound(ge=1)] = 1
+    """C."""
+    image_size: Annotated[int, Bound(ge=1)] = 8
+    """H and W in pixels."""
+    channels: Annotated[list[int], Bound(ge=1)] = field(default_factory=lambda: [128, 64])
+    """Of the generator's layers, each of which doubles the size of the image; the discriminator has them in reverse."""
+
+    def __post_init__(self) -> None:
+        if not self.channels or self.image_size % 2 ** len(self.channels):
+            raise ConfigError(
+                f"model.settings.image_size={self.image_size}: is not {2 ** len(self.channels)} times a whole number, as "
+                f"often as channels={self.channels} double it"
+            )
+
+    def build(self) -> nn.Module:
+        """Build both networks on the current default device."""
+        return _Adversaries(self)
+
+
 class _OfSize(nn.Sequential):
     """Layers that take samples of one size: ``(C, H, W)``, or ``(N,)`` numbers of any shape."""
 
@@ -194,9 +219,30 @@ class _RecurrentLM(_Recurrent):
         return logits_BTV if targets_BT is None else sum_cross_entropy_of_logits(logits_BTV, targets_BT)
 
 
+class _Adversaries(nn.Module):
+    def __init__(self, shape: GAN) -> None:
+        super().__init__()
+        size, dims = shape.image_size // 2 ** len(shape.channels), [*shape.channels, shape.num_channels]
+        makes: list[nn.Module] = [
+            nn.Linear(shape.num_inputs or 64, dims[0] * size**2),
+            nn.Unflatten(1, (dims[0], size, size)),
+        ]
+        judges: list[nn.Module] = []
+        for before, after in itertools.pairwise(dims):
+            makes += [nn.LeakyReLU(0.2), nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
+        for before, after in itertools.pairwise(dims[::-1]):
+            judges += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.generator = nn.Sequential(*makes, nn.Tanh())
+        judges += [nn.Flatten(), nn.Linear(dims[0] * size**2, 1)]
+        self.discriminator = _OfSize((shape.num_channels, shape.image_size, shape.image_size), judges)
+
+    def forward(self, noise_BZ: Tensor) -> Tensor:
+        return self.generator(noise_BZ)
+
+
 def _dropout(share: float) -> list[nn.Module]:
     return [nn.Dropout(share)] if share else []
 
 
-NETWORKS: dict[str, type[MLP] | type[CNN] | type[RNN]] = {"mlp": MLP, "cnn": CNN, "rnn": RNN}
+NETWORKS: dict[str, type[MLP] | type[CNN] | type[RNN] | type[GAN]] = {"mlp": MLP, "cnn": CNN, "rnn": RNN, "gan": GAN}
 """By ``model.name``."""

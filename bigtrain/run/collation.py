@@ -1,6 +1,6 @@
 """What a task does to samples between the corpus and the network: a function of the samples and their places in the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from bigtrain.data.read.index import read_index
 from bigtrain.data.read.tokenizer import load_tokenizer, mask_token_id, num_ids, special_ids, starts_word
 from bigtrain.errors import ConfigError
 from bigtrain.tasks.denoising import SpanCorruption, TextInfilling, num_spans_of
+from bigtrain.tasks.gan import HALF, normal_noise
 from bigtrain.tasks.masking import Masking, number_words
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def mask_id_of(config: TrainConfig, tokenizer: "Tokenizer", directory: Path) -> 
     return num_ids(tokenizer) if own is None else own
 
 
-def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Collation | None:
-    """Return what ``config.task`` does to samples, if anything; ConfigError if no token is left for hidden ones."""
+def build_collation(
+    config: TrainConfig, tokenizer_directory: Path | None, facts: Mapping[str, Any]
+) -> Collation | None:
+    """Return what ``config.task`` does to samples, if anything; ConfigError if no token is left for hidden ones.
+
+    ``facts`` are those of the data, such as mean and deviation of images.
+    """
     match config.task.kind:
         case TaskKind.seq2seq if not are_records(config.data):
             first = first_token(config.model)
@@ -64,6 +70,8 @@ def build_collation(config: TrainConfig, tokenizer_directory: Path | None) -> Co
         case TaskKind.denoise:
             noise = _noise(config, _Ids.of(config, tokenizer_directory))
             return Collation(lambda samples, positions: Samples(noise(samples["tokens"], positions)), str(noise))
+        case TaskKind.gan:
+            return _with_noise(config, facts)
     return None
 
 
@@ -125,6 +133,22 @@ def _beginning_with(token: int) -> Collation:
         return samples
 
     return Collation(begin, f"first token {token}")
+
+
+def _with_noise(config: TrainConfig, facts: Mapping[str, Any]) -> Collation:
+    """Add noise to images, which are from -1 to 1 afterwards; those of records are so already."""
+    size, seed = config.task.noise_dim, config.train.seed
+    known = (np.array(facts.get(name, 1.0), dtype=np.float32) for name in ("mean", "deviation"))
+    mean, deviation = (values.reshape(-1, 1, 1) for values in known)
+
+    def add(samples: Samples, positions: NDArray[np.int64]) -> Samples:
+        noise = normal_noise(positions, size, seed)
+        if "mean" not in facts:
+            return Samples({**samples, "noise": noise})
+        pixels = (samples["pixels"] * deviation + mean) / np.float32(HALF) - 1
+        return Samples({**samples, "pixels": pixels, "noise": noise})
+
+    return Collation(add, f"noise {size} seed {seed}")
 
 
 def _masked(config: TrainConfig, ids: _Ids) -> Collation:

@@ -85,7 +85,7 @@ def open_data(config: TrainConfig, previous: DataState | None = None) -> Mapping
     )
     stream = streams["train"]
     limit_ids(streams.values(), config.model)
-    if collation := build_collation(config, stream.tokenizer_directory):
+    if collation := build_collation(config, stream.tokenizer_directory, stream.facts):
         for part in streams.values():
             part.collated(collation)
     for name, part in streams.items():
@@ -191,7 +191,7 @@ def open_set(
     if stream.label_names != label_names and stream.label_names:
         are_several = objective.fields["labels"].shape not in ((), ("T",))
         stream.collated(relabelled(list(stream.label_names), label_names, are_several=are_several))
-    if collation := build_collation(config, stream.tokenizer_directory):
+    if collation := build_collation(config, stream.tokenizer_directory, facts):
         stream.collated(collation)
     add_scores(config, where.removeprefix("data.").replace(".sets.", "/"), stream)
     return stream

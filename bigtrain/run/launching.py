@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ from bigtrain.run.data import (
 )
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
 from bigtrain.run.frozen import describe_frozen, parameters_of, without_frozen
+from bigtrain.run.generated import open_classifier
 from bigtrain.run.recovery import Start, begin_standing, fill_state, find_start, go_back, nothing_to_do, why_ended
 from bigtrain.run.sampling import require_texts
 from bigtrain.run.trainer import End, Run, train
@@ -122,6 +124,8 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
     stream.require_steps(begin, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: require_texts(config, stream.tokenizer_directory))
     model = continued_model(config.model, directory)
+    if config.validation.frechet:
+        open_classifier(Path(config.validation.frechet))
     on_rank0(lambda: write_run_files(config, stream.tokenizer_directory, stream.facts))
     launch.claim(reached_step)
     cache = cache_directory(config.data) if stream.is_remote or stream.is_live else None

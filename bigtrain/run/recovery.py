@@ -160,6 +160,7 @@ def begin_standing(config: TrainConfig, state: RunState | None) -> Standing:
         known += objective.metrics(1.0, ones)
         known += ["bits_per_byte"] if isinstance(objective, CausalLM) else []
         known += WRITTEN_METRICS if config.validation.written_samples else ()
+        known += ["frechet"] if config.validation.frechet else []
         known += [f"{name}/{other}" for name in own_sets(config.data, "validation") if name for other in known]
     known += [f"fgsm_{size:g}/accuracy" for size in config.validation.fgsm]
     known += [f"lm_eval/{task}/..." for task in config.validation.lm_eval]  # whose metrics the harness knows

@@ -37,6 +37,7 @@ from bigtrain.log import redact
 from bigtrain.optim.schedule import lr_at
 from bigtrain.run.data import count_skipped_shards, sets_of, train_loader
 from bigtrain.run.directory import write_run_files
+from bigtrain.run.generated import keep_images
 from bigtrain.run.recovery import explain_end, why_ended
 from bigtrain.run.robustness import fgsm_accuracy
 from bigtrain.run.sampling import continue_prompts
@@ -206,6 +207,7 @@ def _validate(run: Run, done: Cursor) -> Measured:
 
 def save(run: Run, batch: StepBatch, measured: Measured | None, *, last: bool) -> None:
     """Begin to save a checkpoint of the step of ``batch``; the last one follows a renamed directory."""
+    keep_images(run.engine, run.config, run.launch.directory, step=done.step)
     record_save(run, run.saver.finish())
     stream, cursor = run.streams["train"], batch.after
     if last:

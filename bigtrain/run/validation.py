@@ -26,6 +26,7 @@ from bigtrain.distributed.collectives import broadcast_json, gather_json
 from bigtrain.engine.base import Engine
 from bigtrain.files import write_anew
 from bigtrain.run.data import HELD_OUT, held_out_batches, sets_of
+from bigtrain.run.generated import frechet
 from bigtrain.run.step import coupled
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.answers import Predicts, Wanted, Writing
@@ -79,6 +80,8 @@ def validate(engine: Engine, sets: Mapping[str, SampleStream], config: TrainConf
         return metrics, sums
 
     metrics, sums = measure(list(sets))
+    if config.validation.frechet:
+        metrics["frechet"] = frechet(engine, sets.values(), config, batches=batches)
     for name in filter(None, sets):
         metrics |= {f"{name}/{key}": value for key, value in measure([name])[0].items()}
     by_label = {name: values.tolist() for name, values in scores_by_label(sums).items()}

@@ -10,6 +10,7 @@ from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.contrastive import Contrastive
 from bigtrain.tasks.ctc import CTC
 from bigtrain.tasks.distillation import Distillation
+from bigtrain.tasks.gan import GAN
 from bigtrain.tasks.kto import KTO
 from bigtrain.tasks.masked_lm import MaskedLM
 from bigtrain.tasks.multi_label import MultiLabel
@@ -52,6 +53,8 @@ def build_objective(config: TaskConfig) -> Objective:
             return Contrastive(temperature=config.temperature, is_symmetric=config.symmetric)
         case TaskKind.ctc:
             return CTC()
+        case TaskKind.gan:
+            return GAN()
         case TaskKind.regression:
             return Regression(inputs=config.inputs, num_values=config.num_values)
     objective = parts.instance(config.kind, config.settings, setting="task.kind")

@@ -14,6 +14,7 @@ from torch import Tensor
 LESS_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "wer", "cer"}) | {
     "word_perplexity",
     "byte_perplexity",
+    "frechet",
 }
 """Metrics that improve by falling; of all others more is better."""
 NUM_SCORE_BINS = 2**16  # one per bf16 number: AUC is exact for scores rounded to bf16, ties included

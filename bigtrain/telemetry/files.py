@@ -14,6 +14,7 @@ from bigtrain.log import get_logger
 METRICS_FILE = "metrics.jsonl"  # one object per optimizer step
 EVENTS_FILE = "events.jsonl"  # all other events
 SAMPLES_FILE = "samples.jsonl"  # texts that were generated from checkpoints of the run
+IMAGES_FILE = "images.json"  # what a generator made at validations
 CLASSIFICATION_FILE = "classification.json"  # confusion matrix and wrong images of the last validation
 
 _MAX_PENDING_LINES = 100_000  # kept in memory while writes fail

@@ -18,6 +18,7 @@ from bigtrain.telemetry import names
 from bigtrain.telemetry.files import (
     CLASSIFICATION_FILE,
     EVENTS_FILE,
+    IMAGES_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
     only_steps,
@@ -43,6 +44,7 @@ class History:
     samples: list[dict[str, Any]] = field(default_factory=list)  # generated texts: ``step``, ``prompt``, ``text``
     standing: dict[str, Any] = field(default_factory=dict)  # of the newest checkpoint: the best validation
     classification: dict[str, Any] = field(default_factory=dict)  # ``labels``, ``confusion``, ``wrong``; empty without
+    images: list[dict[str, Any]] = field(default_factory=list)  # pictures: ``step``, ``shape``, ``pixels`` in base64
     unigram_loss: float | None = None  # validation loss of a model that knows only the frequency of each token
 
     def series(self, key: str) -> tuple[list[dict[str, Any]], list[float]]:
@@ -93,6 +95,7 @@ def read_history(directory: Path) -> History:
         samples=read_jsonl(directory / SAMPLES_FILE),
         standing=_best_validation(directory),
         classification=read_json(directory / CLASSIFICATION_FILE),
+        images=read_json(directory / IMAGES_FILE).get("pictures", []),
         # From the index that a run keeps beside its tokenizer.
         unigram_loss=read_json(directory / "index.json").get("validation", {}).get("unigram_nats_per_token") or None,
     )

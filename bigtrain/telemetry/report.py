@@ -55,6 +55,7 @@ def render(histories: list[History], *, title: str = "", ahead: Sequence[Section
             "classification": _classification(history.classification),
             "events": _events(history),
             "samples": history.samples[-_MAX_SAMPLES:],
+            "images": [(picture["step"], _png(picture)) for picture in history.images],
             "written": next(iter(history.events_of("written")[-1:]), {}),
         }
         for history in histories

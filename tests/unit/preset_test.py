@@ -56,6 +56,9 @@ OTHERS = {
     "cnn_mnist": 93_322,
     "cnn_cifar": 3 * 32 * 9 + 32 + 32 * 64 * 9 + 64 + 64 * 64 * 128 + 128 + 128 * 10 + 10,
     "lstm": 4 * 50 * (1 + 50 + 2) + 4 * 50 * (50 + 50 + 2) + 102,
+    # Generator and discriminator have the same matrices, turned around, but for the first and last dense ones.
+    "gan_digits": (64 + 1) * 512 + 512 + 1 + 2 * 9 * (128 * 64 + 64) + 64 + 1 + 64 + 128,
+    "gan_mnist": (64 + 1) * 6272 + 6272 + 1 + 2 * 9 * (128 * 64 + 64) + 64 + 1 + 64 + 128,
     "gru": 3 * 50 * (1 + 50 + 2) + 3 * 50 * (50 + 50 + 2) + 102,
 }
 PRINTED = {
