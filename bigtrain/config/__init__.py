@@ -64,6 +64,7 @@ from bigtrain.config.data import (
     set_data,
 )
 from bigtrain.config.moe import MoeConfig
+from bigtrain.config.privacy import PrivacyConfig
 from bigtrain.config.task import TaskConfig
 
 
@@ -266,9 +267,9 @@ class OptimizerConfig:
     """Decay of matrices, decoupled from the gradient but for ``adam`` and ``sgd``; vectors (biases, norms) are not decayed."""
     l1: Annotated[float, Bound(ge=0), OnlyIf("kind", not_in=("muon",))] = 0.0
     """Weight of the L1 norm of matrices: after an update each number moves to 0 by ``lr * l1`` and stops there."""
-    grad_clip: Annotated[float, Bound(ge=0)] = 1.0
     keep_zeros: bool = False
     """Numbers of matrices that are 0 stay 0, so that a pruned model is trained on: ``bigtrain prune``."""
+    grad_clip: Annotated[float, Bound(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     average: Annotated[float | None, Bound(gt=0, lt=1)] = None
     """Decay per step of a moving average of the weights, such as 0.999: part of the state, in fp32; ``bigtrain export average=moving`` writes it."""
@@ -439,6 +440,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)

@@ -42,6 +42,7 @@ from bigtrain.config.choices import (
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
 from bigtrain.config.layout import data_ranks, tensor_problems
 from bigtrain.config.length import beyond_the_end, length_problems
+from bigtrain.config.privacy import check_privacy
 from bigtrain.config.tasks import (
     OF_DOCUMENTS,
     SMALL_NETWORKS,
@@ -127,6 +128,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_engine(config, world_size, local_world_size),
         *tensor_problems(config, world_size),
         *check_adapter(config),
+        *check_privacy(config),
         *bounds,
         *_check_training(config),
         *length_problems(config),
@@ -429,10 +431,10 @@ def check_adapter(config: TrainConfig) -> Iterator[str]:
         return
     if config.optimizer.kind is OptimizerKind.muon:
         yield "model.adapter: optimizer=muon is for whole matrices, not for their factors; use optimizer=adamw"
-    if engine.precision is Precision.fp8:
-        yield "model.adapter: not offered with engine.precision=fp8; use bf16"
     if config.optimizer.keep_zeros:
         yield "optimizer.keep_zeros: adapters begin with a factor of zeros, which would stay; leave one of them out"
+    if engine.precision is Precision.fp8:
+        yield "model.adapter: not offered with engine.precision=fp8; use bf16"
     if adapter.kind is not AdapterKind.lora and engine.kind is EngineKind.zero3:
         instead = "which engine=zero3 does not gather for it; use engine=fsdp"
         yield f"model.adapter.kind=dora: it reads whole weights, {instead}"

@@ -29,6 +29,8 @@ def missing_packages(config: TrainConfig) -> Iterator[str]:
         yield f"engine={kind.name} needs the package deepspeed, which is for Linux; use ddp, fsdp or hsdp"
     if config.model.adapter:
         yield from lacking("model.adapter", "peft", "adapters")
+    if config.privacy.max_grad_norm:
+        yield from lacking("privacy.max_grad_norm", "opacus", "privacy")
     if config.validation.written_samples:
         yield from lacking("validation.written_samples", "sacrebleu", "metrics")
     if config.validation.lm_eval:

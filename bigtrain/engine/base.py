@@ -56,6 +56,9 @@ class Engine:
         """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients; return sums."""
         raise NotImplementedError
 
+    def add_noise(self, step: int) -> None:
+        """Add what differential privacy asks for to the gradient of a step, from 0, if the run is private."""
+
     def step(self, lr: float) -> torch.Tensor:
         """Clip the gradient, update the weights, forget the gradient; return its global norm before clipping, 0-d.
 

@@ -141,6 +141,10 @@ def _build(
 ) -> Engine:
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind
+    if config.privacy.max_grad_norm:
+        from bigtrain.engine.private import build_private
+
+        return build_private(build_model, config, mesh=mesh, device=device)
     if kind in (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp):
         from bigtrain.engine.native import build_native
 

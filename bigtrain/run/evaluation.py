@@ -14,6 +14,7 @@ from bigtrain.config import (
     Offload,
     ParallelConfig,
     Precision,
+    PrivacyConfig,
     SetConfig,
     TaskKind,
     TrainConfig,
@@ -67,7 +68,7 @@ def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
     engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     engine.precision = precision
     train = dataclasses.replace(config.train, micro_batch_size=None)
-    whole = dataclasses.replace(config, engine=engine, parallel=ParallelConfig(), train=train)
+    whole = dataclasses.replace(config, engine=engine, parallel=ParallelConfig(), train=train, privacy=PrivacyConfig())
     config = fit_micro_batch(whole, info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))

@@ -47,6 +47,7 @@ from bigtrain.run.data import (
 from bigtrain.run.directory import continued_model, is_run, reached_step, write_run_files
 from bigtrain.run.frozen import describe_frozen, parameters_of, without_frozen
 from bigtrain.run.generated import open_classifier
+from bigtrain.run.privacy import open_account
 from bigtrain.run.recovery import Start, begin_standing, fill_state, find_start, go_back, nothing_to_do, why_ended
 from bigtrain.run.sampling import require_texts
 from bigtrain.run.trainer import End, Run, train
@@ -119,13 +120,14 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
     stream, begin = streams["train"], state.cursor if state else Cursor()
     config = with_class_weights(config, stream)
     changes = check_continuation(state, config, stream, info.world_size) if state else []
+    account = open_account(config, stream, state)
     if start.checkpoint:
         on_rank0(lambda: require_tokenizer(start.checkpoint, stream))
     stream.require_steps(begin, config.train.steps, config.train.global_batch_size)
     on_rank0(lambda: require_texts(config, stream.tokenizer_directory))
-    model = continued_model(config.model, directory)
     if config.validation.frechet:
         open_classifier(Path(config.validation.frechet))
+    model = continued_model(config.model, directory)
     on_rank0(lambda: write_run_files(config, stream.tokenizer_directory, stream.facts))
     launch.claim(reached_step)
     cache = cache_directory(config.data) if stream.is_remote or stream.is_live else None
@@ -146,6 +148,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
         origin=start.origin,
         standing=standing,
         frozen=frozen,
+        account=account,
         rollbacks=state.rollbacks if state else 0,
         limits=StopLimits(directory, config.run.max_minutes, started=launch.started) if info.rank == 0 else None,
     )

@@ -30,6 +30,7 @@ def train_step(
         num_targets = num_targets.where(num_targets > 0, 1)
     micro_batches = coupled(engine, batch.micro_batches, trains=True)
     sums = engine.forward_backward(micro_batches, num_targets=num_targets)
+    engine.add_noise(batch.step)
     before_update()
     grad_norm = engine.step(lr)
     if engine.averages[0]:

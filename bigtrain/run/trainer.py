@@ -38,6 +38,7 @@ from bigtrain.optim.schedule import lr_at
 from bigtrain.run.data import count_skipped_shards, sets_of, train_loader
 from bigtrain.run.directory import write_run_files
 from bigtrain.run.generated import keep_images
+from bigtrain.run.privacy import Account
 from bigtrain.run.recovery import explain_end, why_ended
 from bigtrain.run.robustness import fgsm_accuracy
 from bigtrain.run.sampling import continue_prompts
@@ -68,6 +69,7 @@ class Run:
     start: Cursor  # of this launch, or after a rollback
     origin: Origin = field(default_factory=Origin)  # of the run
     standing: Standing = field(default_factory=lambda: Standing("loss", less_is_better=True))  # by its validations
+    account: Account | None = None  # of a private run
     frozen: Frozen | None = None  # what checkpoints leave out
     rollbacks: int = 0  # because of bad numbers
     limits: StopLimits | None = None  # on rank 0
@@ -77,6 +79,10 @@ class Run:
         """What is counted, tokens or samples, and how many of them a sample is."""
         length = self.streams["train"].sequence_length
         return (names.TOKENS, length) if length else (names.SAMPLES, 1)
+
+    def spent(self, step: int) -> dict[str, float]:
+        """Return the metrics of a private run after some steps."""
+        return self.account.metrics(step) if self.account else {}
 
     def tell(self, message: str, kind: str, **facts: Any) -> None:
         self.recorder.event(kind, **facts)
@@ -132,7 +138,8 @@ def train(run: Run) -> End | RollBack:
             validating = _is_due(step, config.validation.every_steps) or (finished and config.validation.every_steps)
             if saving or validating or step % config.train.log_every_steps == 0:
                 records = norms.merge(read_back(pending, objective, engine.mesh))
-                records[-1] |= count_skipped_shards(run.streams["train"], config) | expert_load(engine)
+                skipped = count_skipped_shards(run.streams["train"], config)
+                records[-1] |= skipped | expert_load(engine) | run.spent(step)
                 run.recorder.metrics(records, meter.phases())
                 for slow in stragglers.check(step, heartbeat.seconds_in("data")):
                     told = f"rank {slow.rank} keeps the others waiting: it {slow.why}"
@@ -202,12 +209,12 @@ def _validate(run: Run, done: Cursor) -> Measured:
     if settings.written_samples:
         run.recorder.event("written", step=done.step, samples=measured.texts)
     continue_prompts(run.engine, run.config, run.launch.directory, step=done.step)
+    keep_images(run.engine, run.config, run.launch.directory, step=done.step)
     return measured
 
 
 def save(run: Run, batch: StepBatch, measured: Measured | None, *, last: bool) -> None:
     """Begin to save a checkpoint of the step of ``batch``; the last one follows a renamed directory."""
-    keep_images(run.engine, run.config, run.launch.directory, step=done.step)
     record_save(run, run.saver.finish())
     stream, cursor = run.streams["train"], batch.after
     if last:
