@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bigtrain.models.adapters import bare, is_linear, matching
 from bigtrain.models.construction import find_stacks
+from bigtrain.models.moe import Router
 
 TWO_OF_FOUR = "2:4"
 
@@ -14,17 +15,17 @@ TWO_OF_FOUR = "2:4"
 def prunable(network: nn.Module, targets: Sequence[str], *, frozen: Sequence[str] = ()) -> list[str]:
     """Return the names of the trained matrices, tensors of two or more dimensions, that ``targets`` name.
 
-    By default those of the blocks, or, where there are none, all but the last, which is the head; embeddings are left
-    alone. ConfigError: a pattern matches none.
+    By default those of the blocks, or, where there are none, all but the last, which is the head; embeddings, and routers
+    of a mixture of experts, are left alone. ConfigError: a pattern matches none.
     """
     matrices = {name: bare(name) for name, p in network.named_parameters() if p.ndim >= 2 and name not in frozen}
     if targets:
         return matching(matrices, targets, "targets", "matrix")
     stacks = [module for stack in find_stacks(network) for module in stack.modules()]
-    embeddings = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    spared = {id(p) for m in network.modules() if isinstance(m, nn.Embedding | Router) for p in m.parameters()}
     in_blocks = {id(p) for module in stacks for p in module.parameters()}
     parameters = {name: id(network.get_parameter(name)) for name in matrices}
-    names = [name for name, key in parameters.items() if key not in embeddings and (key in in_blocks or not stacks)]
+    names = [name for name, key in parameters.items() if key not in spared and (key in in_blocks or not stacks)]
     return names if stacks else names[:-1]
 
 

@@ -36,17 +36,22 @@ def given(place):
     return [*GIVEN, f"data.path={place}/pictures", f"data.root={place}/data", f"run.root={place}/runs"]
 
 
-def test_engines_and_worlds_agree(given):
-    config = read_run(given)
-    reference, other = run_ranks(traces, 1, [config, read_run([*given, "train.seed=1"])], timeout_seconds=100)[0]
+@pytest.fixture(scope="module")
+def alone(given):
+    """What one process computes, and with another seed."""
+    return run_ranks(traces, 1, [read_run(given), read_run([*given, "train.seed=1"])], timeout_seconds=100)[0]
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_engines_and_worlds_agree(world_size, given, alone):
+    reference, other = alone
     assert len(set(reference.losses)) == 4 and compare(other, reference).loss > 1e-4
-    for world_size, kinds in KINDS.items():
-        cases = [Case(EngineKind[kind], world_size, 1 if kind == "fsdp" else 2) for kind in kinds]
-        found = run_ranks(traces, world_size, [configure(config, case) for case in cases], timeout_seconds=200)[0]
-        for case, trajectory in zip(cases, found, strict=True):
-            difference = compare(trajectory, reference)
-            print(case, difference)
-            assert max(difference.loss, difference.grad_norm) <= 1e-5, case
+    cases = [Case(EngineKind[kind], world_size, 1 if kind == "fsdp" else 2) for kind in KINDS[world_size]]
+    configs = [configure(read_run(given), case) for case in cases]
+    for case, found in zip(cases, run_ranks(traces, world_size, configs, timeout_seconds=200)[0], strict=True):
+        difference = compare(found, reference)
+        print(case, difference)
+        assert max(difference.loss, difference.grad_norm) <= 1e-5, case
 
 
 def test_stopped_and_continued_elsewhere_it_makes_the_same_images(given, place):
