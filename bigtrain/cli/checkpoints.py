@@ -73,8 +73,8 @@ def row(item: "Listed", verify: Verify) -> str:
     state, written_by, loss = item.run_state, "", ""
     if state:
         written_by = f"{state.config.get('engine', {}).get('kind', 'unknown')} x {state.world_size}"
-        if (tp := state.config.get("parallel", {}).get("tp", 1)) > 1:
-            written_by += f", tp {tp}"
+        parallel = state.config.get("parallel", {})
+        written_by += "".join(f", {name} {size}" for name in ("tp", "cp") if (size := parallel.get(name, 1)) > 1)
         loss = "" if state.measured is None else f"{state.measured.value:.4f}"
     condition = "DAMAGED" if item.problems else TRUST[verify]
     if item.status == "set aside":

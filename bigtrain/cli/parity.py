@@ -14,7 +14,7 @@ from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineConfig, EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
-from bigtrain.config.layout import TP_KINDS
+from bigtrain.config.layout import CP_KINDS, TP_KINDS, copies
 from bigtrain.config.parts import is_own
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted, raise_problems
 
@@ -51,7 +51,8 @@ and final weights with those of the first one. The same numbers mean that the en
 It starts the processes of each case by itself on this machine: no torchrun. Every rank puts the whole model together
 at the end, so it has to fit.
 
-With parallel.tp all cases share their matrices so, and are compared with one process that does not.
+With parallel.tp or parallel.cp all cases share their matrices or sequences so, and are compared with one process that
+does not.
 
 With an objective of your own, micro-batches of another size are compared too: one that takes a mean over them differs.
 
@@ -77,9 +78,10 @@ def read(args: list[str]) -> ParityConfig:
         )
     config = hydra_cli.compose_run(ParityConfig, args)  # where the micro-batch is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
-    if (tp := config.parallel.tp) > 1:
-        config.engines = config.engines if "engines" in keys.values() else list(TP_KINDS)
-        config.worlds = config.worlds if "worlds" in keys.values() else [tp]
+    if (num_copies := copies(config.parallel)) > 1:
+        kinds = CP_KINDS if config.parallel.cp > 1 else TP_KINDS
+        config.engines = config.engines if "engines" in keys.values() else list(kinds)
+        config.worlds = config.worlds if "worlds" in keys.values() else [num_copies]
     raise_problems(out_of_bounds(config))
     if config.steps > config.train.steps:
         raise ConfigError(f"steps={config.steps}: must be at most train.steps={config.train.steps}")
@@ -101,7 +103,7 @@ def _problems(config: ParityConfig) -> Iterator[str]:
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
     for problem, cases in cases_by_problem.items():
         yield problem if len(cases) == len(config.engines) * len(config.worlds) else f"{', '.join(cases)}: {problem}"
-    num_cases = len(config.engines) * len(config.worlds) + (config.parallel.tp > 1)  # the one process
+    num_cases = len(config.engines) * len(config.worlds) + (copies(config.parallel) > 1)  # the one process
     if num_cases < 2 and not is_own(config.task.kind):
         yield "nothing to compare: name several engines=[...] or worlds=[...]"
 
@@ -119,11 +121,11 @@ def run(config: ParityConfig) -> int:
     micro_batches = {world: fit_micro_batch(config, world).train.micro_batch_size for world in config.worlds}
     dp_shard = {EngineKind.hsdp: config.engine.dp_shard}
     cases = [
-        Case(kind, n, micro_batches[n], dp_shard.get(kind), tp=config.parallel.tp)
+        Case(kind, n, micro_batches[n], dp_shard.get(kind), parallel=config.parallel)
         for kind in config.engines
         for n in config.worlds
     ]
-    if config.parallel.tp > 1:
+    if copies(config.parallel) > 1:
         cases.insert(0, Case(EngineKind.ddp, 1, micro_batches[config.worlds[0]]))
     if is_own(config.task.kind) and (other := _other_micro_batch(cases, config.train.global_batch_size)):
         cases.append(dataclasses.replace(cases[0], micro_batch_size=other))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from bigtrain.cli import hydra_cli
-from bigtrain.config import EngineKind, ParallelConfig, TrainConfig
+from bigtrain.config import EngineKind, TrainConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.check import check, fit_micro_batch
+from bigtrain.config.layout import copies
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, raise_problems
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
     from bigtrain.testing.resume import Plan
 
     num_gpus = torch.cuda.device_count()
-    world_size = (num_gpus or max(2, config.parallel.tp)) if config.world is None else config.world
+    world_size = (num_gpus or max(2, copies(config.parallel))) if config.world is None else config.world
     plan = Plan(
         before=config.before,
         after=config.after,
@@ -125,7 +126,8 @@ def _problems(config: VerifyResumeConfig, plan: "Plan", num_gpus: int) -> Iterat
             f"model.dropout={config.model.dropout}: every rank draws its own random numbers, so another world size "
             "or layout cannot give the same losses; add model.dropout=0, or keep them"
         )
-    engine, parallel = dataclasses.replace(config.engine, kind=plan.resume_engine), ParallelConfig(tp=tp)
+    engine = dataclasses.replace(config.engine, kind=plan.resume_engine)
+    parallel = dataclasses.replace(config.parallel, tp=tp)
     resumed = dataclasses.replace(config, engine=engine, parallel=parallel)
     for run_config, world_size in ((config, plan.world_size), (resumed, plan.resume_world_size)):
         yield from check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))

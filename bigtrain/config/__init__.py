@@ -16,6 +16,7 @@ from bigtrain.config.choices import (
     ActivationCheckpointing,
     AdapterKind,
     Content,
+    CpMethod,
     DataSource,
     Divergence,
     Duplicates,
@@ -247,6 +248,10 @@ class ParallelConfig:
 
     tp: Annotated[int, Bound(ge=1, le=1024)] = 1
     """Ranks that share every matrix and, between blocks, every sequence (tensor and sequence parallelism); within a node."""
+    cp: Annotated[int, Bound(ge=1, le=1024)] = 1
+    """Ranks that share every sequence: each has some of its tokens, which attend to all of them (context parallelism)."""
+    cp_method: Annotated[CpMethod, OnlyIf("cp", not_in=(1,))] = CpMethod.gather
+    """How: ``gather`` the keys and values of all tokens, or ``ulysses``, where a rank attends with some of the heads."""
 
 
 @dataclass(kw_only=True, slots=True)

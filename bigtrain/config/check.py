@@ -40,7 +40,7 @@ from bigtrain.config.choices import (
     TaskKind,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
-from bigtrain.config.layout import data_ranks, tensor_problems
+from bigtrain.config.layout import context_problems, data_ranks, shared, tensor_problems
 from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.privacy import check_privacy
 from bigtrain.config.tasks import (
@@ -127,6 +127,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *check_task(config),
         *_check_engine(config, world_size, local_world_size),
         *tensor_problems(config, world_size),
+        *context_problems(config, world_size),
         *check_adapter(config),
         *check_privacy(config),
         *bounds,
@@ -386,11 +387,11 @@ def padding(train: TrainingConfig, dp_size: int) -> list[str]:
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
     engine, kind = config.engine, config.engine.kind
-    dp_size, tp = data_ranks(config.parallel, world_size), config.parallel.tp
+    dp_size = data_ranks(config.parallel, world_size)
     dp_shard = data_ranks(config.parallel, local_world_size) if engine.dp_shard is None else engine.dp_shard
     if kind is EngineKind.hsdp and dp_shard >= 1 and dp_size % dp_shard:
-        shared = "" if tp == 1 else f" / parallel.tp={tp}"
-        yield f"engine.dp_shard={dp_shard} does not divide the world size {world_size}{shared}"
+        divided = "".join(f" / {setting}" for setting in shared(config.parallel))
+        yield f"engine.dp_shard={dp_shard} does not divide the world size {world_size}{divided}"
     if engine.offload is Offload.cpu and kind in (EngineKind.ddp, EngineKind.accelerate):
         yield f"engine.offload=cpu is not offered by engine={kind.name}; use fsdp, hsdp, zero1, zero2 or zero3"
     if engine.precision is not Precision.fp8:

@@ -100,3 +100,10 @@ class Precision(Enum):
     def base(self) -> "Precision":
         """What is computed outside of the matrix products that are in ``tf32`` or ``fp8``."""
         return {Precision.tf32: Precision.fp32, Precision.fp8: Precision.bf16}.get(self, self)
+
+
+class CpMethod(Enum):
+    """How ranks that share sequences attend to each other's tokens."""
+
+    gather = "gather"
+    ulysses = "ulysses"

@@ -64,6 +64,9 @@ OURS = {
     "tensor_parallel_degree": "parallel.tp",
     "tensor_model_parallel_size": "parallel.tp",
     "tp_size": "parallel.tp",
+    "context_parallel_size": "parallel.cp",
+    "context_parallel_degree": "parallel.cp",
+    "cp_size": "parallel.cp",
 }
 """Setting of this project by the other's name, without its section."""
 

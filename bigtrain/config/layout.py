@@ -1,11 +1,11 @@
 """How the ranks of a run are laid out: the sizes of the mesh's axes as integers, which need no process group."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bigtrain.config import (
+    CpMethod,
     EngineConfig,
     EngineKind,
     ModelKind,
@@ -19,6 +19,9 @@ from bigtrain.config import (
 TP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp, EngineKind.zero1, EngineKind.zero2)
 """Engines under which ranks can share matrices; the others own whole parameters."""
 
+CP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp)
+"""Engines under which ranks can share sequences."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -30,10 +33,13 @@ class Layout:
     """Ranks that share one copy of the state, by whole samples."""
     tp: int = 1
     """Ranks that share every matrix, and load the same samples."""
+    cp: int = 1
+    """Ranks that share every sequence, and load the same samples; no axis of its own for the state: they are among those
+    of ``dp_shard``, or of ``dp_replicate`` where each rank has a copy of it."""
 
     @property
     def axes(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+        return {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
 
     @property
     def world_size(self) -> int:
@@ -42,28 +48,96 @@ class Layout:
     @property
     def dp_size(self) -> int:
         """Ranks that load different samples."""
+        return self.num_holders // self.cp
+
+    @property
+    def num_holders(self) -> int:
+        """Ranks among which what a rank holds of the matrices is spread or copied."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def copies(self) -> int:
         """Ranks that load the same samples."""
-        return self.world_size // self.dp_size
+        return self.cp * self.tp
+
+    @property
+    def token_multiple(self) -> int:
+        """What the length of a sequence divides by: ranks that share it have two runs of it each."""
+        return token_multiple(self.tp, self.cp)
 
 
 def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int, local_world_size: int) -> Layout:
     """Return the layout of a checked configuration: ``fsdp`` and ZeRO share one copy of the state among all ranks."""
-    dp_size = world_size // parallel.tp
-    dp_shard = dp_size
+    num_holders = world_size // parallel.tp
+    dp_shard = num_holders
     if engine.kind in (EngineKind.ddp, EngineKind.accelerate):
         dp_shard = 1
     elif engine.kind is EngineKind.hsdp:
-        dp_shard = engine.dp_shard or data_ranks(parallel, local_world_size)
-    return Layout(dp_replicate=dp_size // dp_shard, dp_shard=dp_shard, tp=parallel.tp)
+        dp_shard = (engine.dp_shard or data_ranks(parallel, local_world_size)) * parallel.cp
+    return Layout(dp_replicate=num_holders // dp_shard, dp_shard=dp_shard, tp=parallel.tp, cp=parallel.cp)
 
 
 def data_ranks(parallel: ParallelConfig, world_size: int) -> int:
     """Return how many ranks load different samples, also of a configuration that is not checked yet."""
-    return max(world_size // max(parallel.tp, 1), 1)
+    return max(world_size // max(copies(parallel), 1), 1)
+
+
+def copies(parallel: ParallelConfig) -> int:
+    """Return how many ranks load the same samples."""
+    return parallel.tp * parallel.cp
+
+
+def shared(parallel: ParallelConfig) -> list[str]:
+    """Return the settings by which ranks share something, as they are typed."""
+    return [f"parallel.{name}={size}" for name, size in (("tp", parallel.tp), ("cp", parallel.cp)) if size > 1]
+
+
+def token_multiple(tp: int, cp: int) -> int:
+    """Return what the length of a sequence has to divide by."""
+    return cp * math.lcm(tp, 2) if cp > 1 else tp
+
+
+def context_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """Yield what stands against sharing the sequences of a resolved configuration, each with what to change."""
+    engine, model, tp, cp = config.engine, config.model, config.parallel.tp, config.parallel.cp
+    set_to = f"parallel.cp={cp}"
+    if cp <= 1 or tp < 1:
+        return
+    if world_size % (tp * cp):
+        product = " x ".join(shared(config.parallel))
+        yield f"{product} does not divide the world size {world_size}; {_other_worlds(world_size, tp * cp)}"
+    if engine.kind not in CP_KINDS:
+        yield f"{set_to}: not offered by engine={engine.kind.name}; use engine=ddp, fsdp or hsdp"
+    if model.kind is not ModelKind.native:
+        yield f"{set_to}: only bigtrain's own models share sequences; leave it out with +model={model.kind.name}"
+        return
+    if (length := config.data.sequence_length or 0) % (multiple := token_multiple(tp, cp)):
+        longer = -(-length // multiple) * multiple
+        yield (
+            f"{set_to}: data.sequence_length={length} does not divide by {multiple}, two runs of tokens for each rank; "
+            f"use data.sequence_length={longer}"
+        )
+    if config.parallel.cp_method is CpMethod.ulysses:
+        heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
+        if heads % cp or not kv_heads or (kv_heads % cp and cp % kv_heads):
+            ours = f"{heads} heads and {kv_heads} of keys and values" + (" of a rank" if tp > 1 else "")
+            yield f"{set_to}: parallel.cp_method=ulysses cannot deal out {ours}; use parallel.cp_method=gather"
+    if config.task.kind != TaskKind.causal_lm:
+        yield f"{set_to}: task={config.task.kind} reads whole sequences; use task=causal_lm"
+    if engine.precision is Precision.fp8:
+        yield f"{set_to}: engine.precision=fp8 is not offered with it; use bf16"
+    for name in ("moe", "adapter"):
+        if getattr(model, name):
+            yield f"{set_to}: model.{name} is not offered with it; leave one of them out"
+    for name in ("prompts", "lm_eval"):
+        if getattr(config.validation, name) and model.max_positions % multiple:
+            instead = f"use model.max_positions={-(-model.max_positions // multiple) * multiple}"
+            yield f"{set_to}: validation.{name} pads texts to a multiple of {multiple}; {instead}"
+
+
+def _other_worlds(world_size: int, number: int) -> str:
+    below = world_size // number * number
+    return f"use {below} or {below + number} ranks" if below else f"use {number} ranks"
 
 
 def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
@@ -72,10 +146,8 @@ def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     set_to = f"parallel.tp={tp}"
     if tp <= 1:
         return
-    if world_size % tp:
-        below, above = world_size // tp * tp, -(-world_size // tp) * tp
-        instead = f"use {above} ranks" if not below else f"use {below} or {above} ranks"
-        yield f"{set_to} does not divide the world size {world_size}; {instead}"
+    if world_size % tp and config.parallel.cp == 1:  # else with those that share sequences
+        yield f"{set_to} does not divide the world size {world_size}; {_other_worlds(world_size, tp)}"
     if kind not in TP_KINDS:
         yield f"{set_to}: engine={kind.name} owns whole parameters; use engine=fsdp"
     if model.kind is not ModelKind.native:
@@ -84,7 +156,7 @@ def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     if model.num_kv_heads % tp:
         fitting = [n for n in range(1, model.num_kv_heads + 1) if model.num_kv_heads % n == 0]
         yield f"{set_to}: the model has {model.num_kv_heads} key/value heads; use a tp of {', '.join(map(str, fitting))}"
-    if (length := config.data.sequence_length or tp) % tp:
+    if (length := config.data.sequence_length or tp) % tp and config.parallel.cp == 1:
         longer = -(-length // tp) * tp
         yield f"{set_to}: data.sequence_length={length} does not divide by it; use data.sequence_length={longer}"
     if smaller := [name for name in ("vocab_size", "ffn_dim") if getattr(model, name) < tp]:
@@ -105,7 +177,7 @@ def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     if engine.precision is Precision.fp8:
         yield f"{set_to}: engine.precision=fp8 is not offered with it; use bf16"
     for name in ("prompts", "lm_eval"):
-        if getattr(config.validation, name) and model.max_positions % tp:
+        if getattr(config.validation, name) and model.max_positions % tp and config.parallel.cp == 1:
             instead = f"use model.max_positions={-(-model.max_positions // tp) * tp}"
             yield f"{set_to}: validation.{name} pads texts to a multiple of it; {instead}"
 

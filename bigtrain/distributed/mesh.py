@@ -22,6 +22,8 @@ class Mesh:
     tp_rank: int = 0  # which part of every shared matrix this rank holds
     tp_size: int = 1  # into how many parts such a matrix is cut
     state: ProcessGroup | None = None  # the ranks that hold one copy of the state together; None where it is one rank
+    cp: ProcessGroup | None = None  # the ranks that share every sequence; None where it is one rank
+    token_multiple: int = 1  # what the length of a sequence divides by
 
     @property
     def rank(self) -> int:
@@ -36,6 +38,21 @@ class Mesh:
         """The ranks that share every matrix."""
         return self.ranks.get_group("tp")
 
+    @property
+    def replica(self) -> int:
+        """Which of the ranks with the same part of every matrix this is."""
+        return self.rank // self.tp_size
+
+    @property
+    def num_replicas(self) -> int:
+        return self.size // self.tp_size
+
+    def of_sequences(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return sums over whole sequences, of which each rank gives those of its own tokens, in place."""
+        if self.cp is not None:
+            dist.all_reduce(sums, group=self.cp)
+        return sums
+
     def total(self, sums: torch.Tensor) -> torch.Tensor:
         """Return sums over samples, of which each rank gives those of its own, added up over the ranks, in place."""
         total = all_reduce_sum(sums)
@@ -45,8 +62,9 @@ class Mesh:
 
     def of_first(self, values: torch.Tensor) -> torch.Tensor:
         """Return values of the first of the ranks that load the same samples, in place."""
-        if self.copies > 1:
-            dist.broadcast(values, group=self.tp, group_src=0)
+        for group in (self.cp, self.tp if self.tp_size > 1 else None):
+            if group is not None:
+                dist.broadcast(values, group=group, group_src=0)
         return values
 
 
@@ -54,11 +72,23 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
     """Build the mesh; all ranks call this."""
     axes = layout.axes
     ranks = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    dp_rank = ranks.get_local_rank("dp_replicate") * layout.dp_shard + ranks.get_local_rank("dp_shard")
-    num_holders, state = layout.dp_shard * layout.tp, None
+    num_holders, state, cp = layout.dp_shard * layout.tp, None, None
     if layout.tp == 1 and num_holders > 1:
         state = ranks.get_group("dp_shard")
     elif num_holders > 1:  # one group, for sums one after the other would give replicas other last bits
         copies = init_device_mesh(device.type, (layout.dp_replicate, num_holders), mesh_dim_names=("copies", "state"))
         state = copies.get_group("state")
-    return Mesh(ranks, dp_rank, layout.dp_size, layout.copies, ranks.get_local_rank("tp"), layout.tp, state)
+    if layout.cp > 1:
+        sizes = layout.dp_size, layout.cp, layout.tp
+        cp = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp", "tp")).get_group("cp")
+    return Mesh(
+        ranks,
+        dp_rank=ranks.get_rank() // layout.copies,
+        dp_size=layout.dp_size,
+        copies=layout.copies,
+        tp_rank=ranks.get_local_rank("tp"),
+        tp_size=layout.tp,
+        state=state,
+        cp=cp,
+        token_multiple=layout.token_multiple,
+    )

@@ -50,7 +50,7 @@ class Engine:
             # Of what every rank has whole (norms, biases of row-parallel layers) each rank has seen its tokens alone.
             cuts, gradients = self.state.cuts, self.state.gradients()
             add_up((part for name, part in gradients if name not in cuts), self.mesh.tp, self.device)
-        return total
+        return self.mesh.of_sequences(total)
 
     def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
         """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients; return sums."""
@@ -73,7 +73,7 @@ class Engine:
         self.module.eval()
         with self.autocast():
             sums = torch.stack([sums_of(self.module, batch.to(self.device)) for batch in micro_batches])
-        return sums.view(len(sums), -1)
+        return self.mesh.of_sequences(sums).view(len(sums), -1)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return what the model computes in, besides what wraps it."""

@@ -29,7 +29,7 @@ class TensorExchange(Exchange):
         return x_BT.chunk(self.size, dim=-1)[self.rank]
 
     def spread(self, x_BTD: Tensor) -> Tensor:
-        return _Spread.apply(x_BTD, self.group, self.size)
+        return spread(x_BTD, self.group, self.size)
 
     def collect(self, x_BTD: Tensor) -> Tensor:
         return _Collect.apply(x_BTD, self.group, self.size)
@@ -41,6 +41,11 @@ class TensorExchange(Exchange):
     def total(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self.group)
         return x
+
+
+def spread(x_BTD: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+    """Return the tokens of all ranks; their gradients are summed, and each rank gets its part."""
+    return _Spread.apply(x_BTD, group, size)
 
 
 class _Spread(torch.autograd.Function):

@@ -53,10 +53,10 @@ class NativeEngine(Engine):
         self._scalars = {p for p in self._parameters if isinstance(module, FSDPModule) and not p.ndim}
         self._uncounted = set(self._scalars) if mesh.ranks["dp_shard"].get_local_rank() else set()
         # DDP averages gradients over the ranks, which this factor turns into the sum; FSDP is told to sum.
-        self.averages_over = mesh.dp_size if isinstance(module, DistributedDataParallel) else 1
+        self.averages_over = mesh.num_replicas if isinstance(module, DistributedDataParallel) else 1
         self._communicates_as_last: bool | None = None
         # A sum of two is the same in any order, and only DDP has buckets.
-        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.dp_size <= 2
+        self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.num_replicas <= 2
         create_optimizer_state(optimizer)
         self.state = state = NativeState(module, optimizer, mesh)
         if mesh.tp_rank:  # what is whole on all ranks that share matrices, the first one counts
@@ -188,7 +188,7 @@ class NativeState:
 def _entry(tensor: torch.Tensor, mesh: Mesh, cut: Cut | None) -> Entry:
     entry = _sharded_entry(tensor) if isinstance(tensor, DTensor) else None
     if entry is None:
-        entry = whole_entry(tensor, replica=mesh.dp_rank, num_replicas=mesh.dp_size)
+        entry = whole_entry(tensor, replica=mesh.replica, num_replicas=mesh.num_replicas)
     return in_whole(entry, cut, rank=mesh.tp_rank, size=mesh.tp_size)
 
 
@@ -224,7 +224,7 @@ def build_native(
     module: nn.Module = model
     materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
     # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
-    if not is_sharded and (wrap or mesh.dp_size > 1):
+    if not is_sharded and (wrap or mesh.num_replicas > 1):
         for parameter in module.parameters():
             # Of these DDP makes views of its buckets. Gradients that wait for more micro-batches would else lie outside.
             if accumulates and parameter.requires_grad:

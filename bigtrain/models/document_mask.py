@@ -19,34 +19,48 @@ BLOCK_TOKENS = 128  # what FlexAttention's kernels skip or compute as a whole
 _compile_once = functools.cache(torch.compile)
 
 
-def build_document_mask(positions_BT: Tensor, *, flex: bool) -> "Tensor | BlockMask":
-    """Return a causal mask within documents, bool ``(B, 1, T, S)`` or a ``BlockMask``; positions begin at 0 in each."""
-    documents_BT = (positions_BT == 0).cumsum(dim=1)
+def build_document_mask(positions_BS: Tensor, *, flex: bool, rows: Tensor | None = None) -> "Tensor | BlockMask":
+    """Return a causal mask within documents, bool ``(B, 1, T, S)`` or a ``BlockMask``; positions begin at 0 in each.
+
+    The queries are those at the places ``rows`` ``(T,)``, ascending, by default all.
+    """
+    documents_BS = (positions_BS == 0).cumsum(dim=1)
     if flex:
-        return _block_mask(documents_BT)
-    same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return same_BTS.tril()[:, None]
+        return _block_mask(documents_BS, rows)
+    if rows is None:
+        return (documents_BS[:, :, None] == documents_BS[:, None, :]).tril()[:, None]
+    is_earlier_TS = rows[:, None] >= torch.arange(documents_BS.shape[1], device=rows.device)
+    return ((documents_BS[:, rows, None] == documents_BS[:, None, :]) & is_earlier_TS)[:, None]
 
 
-def _block_mask(documents_BT: Tensor) -> "BlockMask":
-    """Build the block mask from the first and last document of each block, without a T x T matrix."""
+def _block_mask(documents_BS: Tensor, rows: Tensor | None) -> "BlockMask":
+    """Build the block mask from the first and last document of each block, without a T x S matrix."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(b: Tensor, _h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (documents_BT[b, t] == documents_BT[b, s]) & (t >= s)
+        place = t if rows is None else rows[t]
+        return (documents_BS[b, place] == documents_BS[b, s]) & (place >= s)
 
-    length = documents_BT.shape[1]
+    length = documents_BS.shape[1]
+    places_T = torch.arange(length, device=documents_BS.device) if rows is None else rows
     # Padding of the last block is a document of its own, later than all others.
-    blocks = F.pad(documents_BT, (0, -length % BLOCK_TOKENS), value=length + 1).unflatten(1, (-1, BLOCK_TOKENS))
-    first_BN, last_BN = blocks[..., 0], blocks[..., -1]
-    earlier_NM = documents_BT.new_ones(2 * first_BN.shape[1:], dtype=torch.bool).tril(-1)
-    meet_BNM = (last_BN[:, None, :] >= first_BN[:, :, None]) & earlier_NM
-    whole_BNM = (first_BN[:, None, :] == last_BN[:, :, None]) & earlier_NM  # one and the same document in both
-    itself_NM = torch.eye(len(earlier_NM), dtype=torch.bool, device=documents_BT.device)
-    partial = _numbered(meet_BNM & ~whole_BNM | itself_NM)
+    first_BM, last_BM = _ends(documents_BS, padding=length + 1)
+    low_BN, high_BN = (ends[..., None] for ends in _ends(documents_BS[:, places_T], padding=length + 1))
+    begin_N, end_N = (ends[..., None] for ends in _ends(places_T, padding=length - 1))
+    starts_M = torch.arange(first_BM.shape[1], device=documents_BS.device) * BLOCK_TOKENS
+    meet_BNM = (last_BM[:, None] >= low_BN) & (first_BM[:, None] <= high_BN) & (starts_M <= end_N)
+    # One and the same document in both blocks, and all queries are later than all keys.
+    whole_BNM = (first_BM[:, None] == high_BN) & (last_BM[:, None] == low_BN) & (starts_M + BLOCK_TOKENS <= begin_N)
+    partial = _numbered(meet_BNM & ~whole_BNM)
     return BlockMask.from_kv_blocks(
-        *partial, *_numbered(whole_BNM), BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees, seq_lengths=(length, length)
+        *partial, *_numbered(whole_BNM), BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees, seq_lengths=(len(places_T), length)
     )
+
+
+def _ends(ascending: Tensor, *, padding: int) -> tuple[Tensor, Tensor]:
+    """Return the first and the last number of each block ``(..., N)``."""
+    blocks = F.pad(ascending, (0, -ascending.shape[-1] % BLOCK_TOKENS), value=padding).unflatten(-1, (-1, BLOCK_TOKENS))
+    return blocks[..., 0], blocks[..., -1]
 
 
 def _numbered(seen_BNM: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
-"""What a network asks of the ranks that share its matrices, without knowing how they talk.
+"""What a network asks of the ranks that share its matrices or its sequences, without knowing how they talk.
 
-Between blocks each of them has its part of every sequence, and within a block all tokens but its own heads, inner
+Of those that share matrices, between blocks each has its part of every sequence, and within a block all tokens but its own heads, inner
 channels or rows of the vocabulary: tensor parallelism with sequence parallelism (Korthikanti et al. 2022, section 4.2.2).
 
-Shape suffixes: B batch, T tokens, D hidden width, N tokens of the batch.
+Those that share sequences have some of their tokens each, in attention too: context parallelism.
+
+Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query heads, G key/value heads, K head width.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -36,4 +39,31 @@ class Exchange:
         return x
 
 
+class Context:
+    """One rank, which has whole sequences; engines hand out others."""
+
+    size = 1  # ranks that share the sequences
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """Return this rank's tokens ``(..., T / size)`` of all of them."""
+        return x_BT
+
+    def whole(self, x_BTD: Tensor) -> Tensor:
+        """Return all tokens, in order, from the ranks' parts; the gradients of all ranks are summed, each gets its part."""
+        return x_BTD
+
+    def mask_rows(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Return the places ``(T / size,)`` of the queries that :meth:`to_attention` leaves here; None: all, in order."""
+        return None
+
+    def to_attention(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what this rank attends with, from the ranks' tokens: queries, and keys and values of all tokens."""
+        return q_BTHK, k_BTGK, v_BTGK
+
+    def from_attention(self, y_BTHK: Tensor) -> Tensor:
+        """Return all heads of this rank's tokens, of what the ranks have attended with."""
+        return y_BTHK
+
+
 ALONE = Exchange()
+WHOLE = Context()

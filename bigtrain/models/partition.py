@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bigtrain.models.exchange import Exchange
+from bigtrain.models.exchange import Context, Exchange
 from bigtrain.models.transformer import Attention, FeedForward, RowLinear, Transformer, Vocabulary
 
 
@@ -75,6 +75,13 @@ def cut(model: Transformer, exchange: Exchange) -> None:
             module.first_row = model.cuts[f"{name}.weight"].runs[0].start
         if isinstance(module, Attention | FeedForward | RowLinear | Vocabulary | Transformer):
             module.exchange = exchange
+
+
+def share_sequences(model: Transformer, context: Context) -> None:
+    """Let a model, whose parameters stay as they are, compute some of the tokens of each sequence."""
+    for module in model.modules():
+        if isinstance(module, Attention | Transformer):
+            module.context = context
 
 
 def cuts_of(module: nn.Module) -> dict[str, Cut]:

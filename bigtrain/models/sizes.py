@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from bigtrain.config import Activation, ActivationCheckpointing, Head, ModelConfig, ModelKind, Norm, Positions
+from bigtrain.config import Activation, ActivationCheckpointing, CpMethod, Head, ModelConfig, ModelKind, Norm, Positions
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Logits of the training loss that exist at a time, by device: enough for efficient matrix products. On a CPU that is
@@ -91,6 +91,8 @@ class Numerics:
     on_cpu: bool  # CPU kernels keep more: RMSNorm is not fused, and dropout in attention makes the T x T matrix
     compiled: bool = False  # whether ``torch.compile`` fuses what lies between matmuls
     tp: int = 1  # ranks that share the tokens of the residual stream, and the heads
+    cp: int = 1  # ranks that share the tokens of everything
+    cp_method: CpMethod = CpMethod.gather
 
     @property
     def autocast(self) -> bool:
@@ -165,7 +167,7 @@ def activation_bytes(
     numerics: Numerics,
 ) -> ActivationBytes:
     """Return what the blocks and the final norm keep for the backward pass of a micro-batch."""
-    num_tokens = num_sequences * sequence_length
+    num_tokens = num_sequences * sequence_length // numerics.cp
     whole = _block_bytes_per_token(model, sequence_length, numerics)
     kept = {
         ActivationCheckpointing.none: whole,
@@ -226,6 +228,9 @@ def _block_bytes_per_token(model: ModelConfig, sequence_length: int, numerics: N
     # Rotated queries and keys are copies; v, a view, keeps the whole product alive.
     rotated = query + key_value if model.positions is Positions.rope else 0
     attention = element * (query + 2 * key_value + rotated + query) + 4 * model.num_heads
+    if numerics.cp > 1:  # and what it attends with, from other ranks
+        from_others = 2 * numerics.cp * key_value
+        attention += element * (from_others if numerics.cp_method is CpMethod.gather else 2 * query + 2 * key_value)
     # torch falls back on unfused attention: on a CPU with dropout; on a GPU, by its documentation, grouped heads in fp32.
     if model.dropout > 0 if numerics.on_cpu else query != key_value and element == 4:
         attention += 12 * model.num_heads * sequence_length  # probabilities, their mask, their product; in fp32

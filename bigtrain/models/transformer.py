@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import Activation, ModelConfig, Norm, Positions
 from bigtrain.models.document_mask import attend, build_document_mask
-from bigtrain.models.exchange import ALONE
+from bigtrain.models.exchange import ALONE, WHOLE
 from bigtrain.models.loss import Place, sum_cross_entropy
 from bigtrain.models.moe import MixtureOfExperts
 from bigtrain.models.rope import rope_table, rotate
@@ -124,6 +124,7 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads; ``qkv`` holds the rows of q, then k, then v."""
 
     exchange = ALONE
+    context = WHOLE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -148,13 +149,14 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rope), rotate(k_BTGK, rope)
-        q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
+        q_BTHK, k_BSGK, v_BSGK = self.context.to_attention(q_BTHK, k_BTGK, v_BTGK)
+        q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGK))
         dropout, gqa = self.dropout if self.training else 0.0, self.num_kv_heads != self.num_heads
         if cache is not None:
             mask = _mask_after_cached(q_BHTK, cache.length)
             k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK)
         y_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout=dropout, gqa=gqa)
-        y_BTD = self.out(y_BHTK.transpose(1, 2).flatten(2))
+        y_BTD = self.out(self.context.from_attention(y_BHTK.transpose(1, 2)).flatten(2))
         return F.dropout(y_BTD, self.dropout, self.training)
 
 
@@ -212,6 +214,7 @@ class Transformer(nn.Module):
     """Decoder-only language model; engines shard, checkpoint and compile its ``blocks`` one by one."""
 
     exchange = ALONE
+    context = WHOLE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -237,6 +240,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits ``(B, T, V)``, or the cross-entropy summed over targets in nats, an fp32 scalar.
 
+        Of ranks that share sequences, each is given whole ones and returns the loss of its own targets.
         Targets of -100 do not count. Attention stays within documents, in each of which positions count from 0; by
         default a row is one. ``cache``, for generation, is of the tokens before; the new ones are appended.
         """
@@ -244,11 +248,9 @@ class Transformer(nn.Module):
         end = start + tokens_BT.shape[1]
         assert end <= self.max_positions, f"{end} tokens are more than max_positions={self.max_positions}"
         assert positions_BT is None or cache is None, "generation continues one document"
-        mask = None
-        if positions_BT is not None:
-            flex = positions_BT.is_cuda and not self.config.dropout
-            mask = build_document_mask(positions_BT, flex=flex)
+        mask = self._mask(tokens_BT, positions_BT)
         positions = torch.arange(start, end, device=tokens_BT.device) if positions_BT is None else positions_BT
+        tokens_BT, positions = self.context.own(tokens_BT), self.context.own(positions)
         x_BTD = self.embed_tokens(tokens_BT)
         rope = None
         if self.embed_positions is not None:
@@ -260,7 +262,19 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, None if cache is None else cache[i], mask, *more)
         output = self.embed_tokens if self.output is None else self.output
-        return output(self.final_norm(x_BTD), targets_BT)
+        if targets_BT is None:
+            return self.context.whole(output(self.final_norm(x_BTD)))
+        return output(self.final_norm(x_BTD), self.context.own(targets_BT))
+
+    def _mask(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Any:
+        """Return the mask of this rank's queries; None where the causal one of whole sequences will do."""
+        rows = self.context.mask_rows(tokens_BT.shape[1], tokens_BT.device)
+        if positions_BT is None and rows is None:
+            return None
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        flex = tokens_BT.is_cuda and not self.config.dropout
+        return build_document_mask(positions_BT, flex=flex, rows=rows)
 
     def new_cache(self, capacity_tokens: int) -> list[LayerCache]:
         return [LayerCache(capacity_tokens) for _ in self.blocks]

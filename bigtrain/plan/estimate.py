@@ -146,10 +146,12 @@ def estimate(
         on_cpu=device_type == "cpu",
         compiled=engine.compile,
         tp=ranks.tp,
+        cp=ranks.cp,
+        cp_method=config.parallel.cp_method,
     )
     activations, loss = ActivationBytes(0, 0), 0
     if shape:
-        loss = loss_bytes(shape, num_tokens=num_sequences * length, numerics=numerics)
+        loss = loss_bytes(shape, num_tokens=num_sequences * length // ranks.cp, numerics=numerics)
         activations = activation_bytes(
             shape,
             num_sequences=num_sequences,
@@ -173,14 +175,14 @@ def estimate(
     # Saving copies the rank's share of the state to the host first, into memory that is kept.
     is_copied = config.checkpoint.asynchronous or device_type != "cpu"
     saved = 4 * sizes.trained + _moment_bytes(config.optimizer, sizes)
-    staged = {"checkpoint copy": -(-saved // ranks.dp_size) if is_copied else 0}
+    staged = {"checkpoint copy": -(-saved // ranks.num_holders) if is_copied else 0}
     host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(device, host, not_at_once=sum(device.values()) - peak)
 
 
 def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, device_type: str) -> _Layout:
-    kind, dp_size = config.engine.kind, ranks.dp_size
-    accumulates = config.train.micro_batches(dp_size) > 1
+    kind, dp_size = config.engine.kind, ranks.num_holders
+    accumulates = config.train.micro_batches(ranks.dp_size) > 1
     if kind in FSDP_KINDS:
         layout = _fsdp_layout(config, sizes, ranks.dp_shard, accumulates, bf16)
     elif kind is EngineKind.zero3:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bigtrain.config import ActivationCheckpointing, EngineKind, ModelConfig, ModelKind, Offload, Preflight, TrainConfig
 from bigtrain.config.check import FSDP_KINDS, check
+from bigtrain.config.layout import copies, shared
 from bigtrain.errors import PreflightError
 from bigtrain.log import get_logger
 from bigtrain.models.sizes import ModelSizes, is_language_model
@@ -123,7 +124,7 @@ class Report:
         batch = self.config.train.global_batch_size
         divisors = [n for n in range(self.machine.world_size + 1, batch + 1) if batch % n == 0]
         multiples = itertools.takewhile(lambda n: n <= MAX_RANKS, (batch * 2**i for i in range(1, 32)))
-        for world_size in [n for n in [*divisors, *multiples] if n % self.config.parallel.tp == 0]:
+        for world_size in [n for n in [*divisors, *multiples] if n % copies(self.config.parallel) == 0]:
             for kind in (EngineKind.fsdp, EngineKind.zero3):
                 change: Change = (
                     ("engine.kind", kind),
@@ -147,10 +148,10 @@ class Report:
 
     def _title(self) -> str:
         config, length = self.config, self.config.data.sequence_length
-        shared = f" parallel.tp={config.parallel.tp}" if config.parallel.tp > 1 else ""
+        layout = "".join(f" {setting}" for setting in shared(config.parallel))
         return (
             f"{config.model.name} {'fits' if self.fits else 'does not fit'}. Estimated memory per rank with "
-            f"engine={config.engine.kind.name}{shared} in {config.engine.precision.name}, world size {self.machine.world_size}, "
+            f"engine={config.engine.kind.name}{layout} in {config.engine.precision.name}, world size {self.machine.world_size}, "
             f"micro-batches of {config.train.micro_batch_size}{f' x {length} tokens' if length else ''}:"
         )
 

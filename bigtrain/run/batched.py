@@ -63,7 +63,7 @@ def logits_of(engine: Engine, rows: Sequence[list[int]]) -> list[Tensor]:
     """
     engine.module.eval()
     tokens_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(engine.device)
-    tokens_BT = F.pad(tokens_BT, (0, -tokens_BT.shape[1] % engine.mesh.tp_size))  # each rank has as many of them
+    tokens_BT = F.pad(tokens_BT, (0, -tokens_BT.shape[1] % engine.mesh.token_multiple))  # for all ranks
     logits_BTV = engine.module(tokens_BT, predicts=True)
     return [logits[: len(row)] for logits, row in zip(logits_BTV, rows, strict=True)]
 

@@ -165,7 +165,7 @@ def _facts(history: History) -> dict[str, str]:
     profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
-    tp = config.get("parallel.tp", 1)
+    shared = [f", parallel.{name}={size}" for name in ("tp", "cp") if (size := config.get(f"parallel.{name}", 1)) > 1]
     return {
         "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
         "task": str(config.get("task.kind", "")),
@@ -183,7 +183,7 @@ def _facts(history: History) -> dict[str, str]:
         "goodput": goodput,
         "energy": _energy(history, launch.get("world_size", 1)),
         "launches": str(len(launches) or ""),
-        "engine": f"{config.get('engine.kind', '')}{f', parallel.tp={tp}' if tp > 1 else ''}",
+        "engine": f"{config.get('engine.kind', '')}{''.join(shared)}",
         "devices": f"{launch.get('world_size')} x {environment['device']}" if "device" in environment else "",
         "commit": f"{commit[:12]}{'+' * commit.endswith('+')}",
         "packages": ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bigtrain.config import EngineKind, ParallelConfig, Precision, TrainConfig
+from bigtrain.config.layout import shared
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device
@@ -41,12 +42,12 @@ class Case:
     micro_batch_size: int
     dp_shard: int | None = None  # ``hsdp`` only
     environ: dict[str, str] = field(default_factory=dict)  # what ``accelerate launch`` would set
-    tp: int = 1  # ranks that share every matrix
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # what ranks share
 
     def __str__(self) -> str:
         extra = f" shard {self.dp_shard}" if self.dp_shard else ""
         extra += f" zero{self.environ[ZERO_STAGE]}" if ZERO_STAGE in self.environ else ""
-        extra += f" tp {self.tp}" if self.tp > 1 else ""
+        extra += "".join(f" {setting.removeprefix('parallel.')}" for setting in shared(self.parallel))
         return f"{self.engine.name}{extra} world {self.world_size} micro {self.micro_batch_size}"
 
 
@@ -100,7 +101,7 @@ def compute(
 def configure(config: TrainConfig, case: Case) -> TrainConfig:
     engine = dataclasses.replace(config.engine, kind=case.engine, dp_shard=case.dp_shard)
     train = dataclasses.replace(config.train, micro_batch_size=case.micro_batch_size)
-    return dataclasses.replace(config, engine=engine, parallel=ParallelConfig(tp=case.tp), train=train)
+    return dataclasses.replace(config, engine=engine, parallel=case.parallel, train=train)
 
 
 def compare(trajectory: Trajectory, reference: Trajectory) -> Difference:

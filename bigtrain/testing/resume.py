@@ -24,7 +24,8 @@ import torch
 
 from bigtrain.checkpoint.shard import TensorReader
 from bigtrain.checkpoint.store import RunState, checkpoint_path, find_checkpoints, read_run_state
-from bigtrain.config import EngineKind, Precision, TrainConfig, WandbMode
+from bigtrain.config import EngineKind, ParallelConfig, Precision, TrainConfig, WandbMode
+from bigtrain.config.layout import copies, shared
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER
@@ -139,13 +140,13 @@ def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig,
     )
 
 
-def _layout(config: TrainConfig, world_size: int) -> tuple[EngineKind, int, int]:
-    return config.engine.kind, config.parallel.tp, world_size
+def _layout(config: TrainConfig, world_size: int) -> tuple[EngineKind, ParallelConfig, int]:
+    return config.engine.kind, config.parallel, world_size
 
 
 def _where(config: TrainConfig, world_size: int) -> str:
-    shared = f" with tp={config.parallel.tp}" if config.parallel.tp > 1 else ""
-    return f"{config.engine.kind.name}{shared} on {world_size} {'rank' if world_size == 1 else 'ranks'}"
+    layout = "".join(f" with {setting.removeprefix('parallel.')}" for setting in shared(config.parallel))
+    return f"{config.engine.kind.name}{layout} on {world_size} {'rank' if world_size == 1 else 'ranks'}"
 
 
 def _launch(
@@ -161,7 +162,7 @@ def _launch(
         parts = run_ranks(_train, world_size, config, run, kill_in_step, log, timeout_seconds=TIMEOUT_SECONDS)
     except RankFailedError as error:
         raise BigtrainError(f"{_where(config, world_size)}: the training failed (more in {log}):\n{error}") from error
-    parts = parts[:: config.parallel.tp]  # ranks that share matrices follow each other, and load the same
+    parts = parts[:: copies(config.parallel)]  # ranks that load the same follow each other
     return {step: sorted(sample for part in parts for sample in part[step]) for step in parts[0]}
 
 

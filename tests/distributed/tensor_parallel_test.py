@@ -20,6 +20,7 @@ from bigtrain.config import (
     ModelConfig,
     Offload,
     OptimizerKind,
+    ParallelConfig,
     Precision,
 )
 from bigtrain.config.check import check, resolve
@@ -62,7 +63,7 @@ def run_config(network):
 
 def shared(config, engine, world_size, *, tp=2, dp_shard=None, micro=2, **fields):
     """Return the configuration of a case, which would be accepted."""
-    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, tp=tp))
+    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, parallel=ParallelConfig(tp=tp)))
     found = dataclasses.replace(found, engine=dataclasses.replace(found.engine, **fields))
     assert check(found, world_size=world_size, local_world_size=world_size) == []
     return found

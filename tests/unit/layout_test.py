@@ -7,6 +7,7 @@ import pytest
 from bigtrain.config import (
     Activation,
     AdapterConfig,
+    CpMethod,
     DataConfig,
     DataSource,
     EngineConfig,
@@ -19,22 +20,22 @@ from bigtrain.config import (
     Precision,
     TrainConfig,
 )
-from bigtrain.config.check import check, fit_micro_batch, resolve
+from bigtrain.config.check import check, fit_micro_batch, ignored_settings, resolve
 from bigtrain.config.layout import Layout, layout_of, layout_warnings
 from bigtrain.plan.report import with_settings
 
 MODEL = {"name": "small", "vocab_size": 64, "num_layers": 1, "hidden_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 
 
-def run_config(*changes, tp=2, **engine):
+def run_config(*changes, tp=2, cp=1, **engine):
     model = ModelConfig(**MODEL, max_positions=64, positions="rope")
     data = DataConfig(source=DataSource.synthetic)
-    config = TrainConfig(model=model, data=data, engine=EngineConfig(**engine), parallel=ParallelConfig(tp=tp))
+    config = TrainConfig(model=model, data=data, engine=EngineConfig(**engine), parallel=ParallelConfig(tp=tp, cp=cp))
     return fit_micro_batch(resolve(with_settings(config, changes)), 2)
 
 
-def problems(*changes, world_size=2, tp=2, **engine):
-    return check(run_config(*changes, tp=tp, **engine), world_size=world_size, local_world_size=world_size)
+def problems(*changes, world_size=2, tp=2, cp=1, **engine):
+    return check(run_config(*changes, tp=tp, cp=cp, **engine), world_size=world_size, local_world_size=world_size)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp", "zero1", "zero2"])
@@ -114,6 +115,91 @@ def test_what_cannot_be_shared_is_one_sentence(changes, how, sentence):
     assert problems(*changes, **how) == [sentence]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_sequences_can_be_shared_too(kind, tp):
+    assert problems(kind=EngineKind[kind], tp=tp, cp=2, world_size=4) == []
+    assert problems(("parallel.cp_method", CpMethod.ulysses), tp=tp, cp=2, world_size=4) == []
+
+
+CP = {"tp": 1, "cp": 2}
+SEQUENCES_REFUSED = [
+    ((), CP | {"world_size": 3}, "parallel.cp=2 does not divide the world size 3; use 2 or 4 ranks"),
+    ((), CP | {"tp": 2}, "parallel.tp=2 x parallel.cp=2 does not divide the world size 2; use 4 ranks"),
+    (
+        (("data.sequence_length", 62),),
+        CP,
+        "parallel.cp=2: data.sequence_length=62 does not divide by 4, two runs of tokens for each rank; "
+        "use data.sequence_length=64",
+    ),
+    *(
+        (
+            (),
+            CP | {"kind": EngineKind[kind]},
+            f"parallel.cp=2: not offered by engine={kind}; use engine=ddp, fsdp or hsdp",
+        )
+        for kind in ("zero1", "zero2", "zero3", "accelerate")
+    ),
+    (
+        (("model.kind", ModelKind.hf), ("model.name", "gpt2")),
+        CP,
+        "parallel.cp=2: only bigtrain's own models share sequences; leave it out with +model=hf",
+    ),
+    (
+        (("parallel.cp_method", CpMethod.ulysses), ("data.sequence_length", 48)),
+        {"tp": 1, "cp": 3, "world_size": 3},
+        "parallel.cp=3: parallel.cp_method=ulysses cannot deal out 4 heads and 2 of keys and values; "
+        "use parallel.cp_method=gather",
+    ),
+    (
+        (("parallel.cp_method", CpMethod.ulysses),),
+        {"cp": 4, "world_size": 8},
+        "parallel.cp=4: parallel.cp_method=ulysses cannot deal out 2 heads and 1 of keys and values of a rank; "
+        "use parallel.cp_method=gather",
+    ),
+    (
+        (("task.kind", "distillation"), ("data.scores", "scores")),
+        CP,
+        "parallel.cp=2: task=distillation reads whole sequences; use task=causal_lm",
+    ),
+    (
+        (("model.moe", MoeConfig(num_experts=4, expert_dim=8)), ("model.activation", Activation.swiglu), NO_BIAS),
+        CP,
+        "parallel.cp=2: model.moe is not offered with it; leave one of them out",
+    ),
+    ((ADAPTER,), CP, "parallel.cp=2: model.adapter is not offered with it; leave one of them out"),
+    (
+        (),
+        CP | {"precision": Precision.fp8, "compile": True},
+        "parallel.cp=2: engine.precision=fp8 is not offered with it; use bf16",
+    ),
+    (
+        (("validation.every_steps", 1), ("validation.prompts", "p.txt"), ("model.max_positions", 66)),
+        CP,
+        "parallel.cp=2: validation.prompts pads texts to a multiple of 4; use model.max_positions=68",
+    ),
+    (
+        (),
+        {"cp": 2, "kind": EngineKind.hsdp, "dp_shard": 3, "world_size": 16},
+        "engine.dp_shard=3 does not divide the world size 16 / parallel.tp=2 / parallel.cp=2",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "sentence"), SEQUENCES_REFUSED, ids=[sentence[:60] for *_, sentence in SEQUENCES_REFUSED]
+)
+def test_sequences_that_cannot_be_shared_are_one_sentence(changes, how, sentence):
+    if ("model.max_positions", 66) in changes:
+        changes = (*changes, ("data.sequence_length", 64))
+    assert problems(*changes, **how) == [sentence]
+
+
+def test_a_method_without_ranks_that_share_sequences_is_named():
+    ulysses = run_config(("parallel.cp_method", CpMethod.ulysses))
+    assert [said for said in ignored_settings(ulysses) if "cp_method" in said]
+
+
 def test_a_group_that_reaches_over_nodes_is_a_warning():
     assert layout_warnings(run_config(), 2) == []
     assert layout_warnings(run_config(tp=4), 2)[0].startswith("parallel.tp=4 reaches over nodes of 2 ranks")
@@ -127,6 +213,17 @@ def test_ranks_that_share_matrices_load_the_same_samples():
     assert list(found.axes) == ["dp_replicate", "dp_shard", "tp"], "neighbours share matrices"
     fsdp = dataclasses.replace(config.engine, kind=EngineKind.fsdp)
     assert layout_of(fsdp, config.parallel, world_size=8, local_world_size=8) == Layout(dp_shard=4, tp=2)
+
+
+def test_ranks_that_share_sequences_share_the_state_or_have_copies():
+    config = run_config(kind=EngineKind.hsdp, cp=2)
+    found = layout_of(config.engine, config.parallel, world_size=16, local_world_size=8)
+    assert found == Layout(dp_replicate=2, dp_shard=4, tp=2, cp=2), "the default shard group is a node"
+    assert (found.dp_size, found.copies, found.world_size) == (4, 4, 16)
+    for kind, expected in (("fsdp", Layout(dp_shard=8, tp=2, cp=2)), ("ddp", Layout(dp_replicate=8, tp=2, cp=2))):
+        engine = dataclasses.replace(config.engine, kind=EngineKind[kind])
+        found = layout_of(engine, config.parallel, world_size=16, local_world_size=8)
+        assert (found, found.dp_size) == (expected, 4)
 
 
 def test_a_micro_batch_is_fitted_to_the_ranks_that_load_different_samples():

@@ -100,6 +100,28 @@ def test_only_blocks_that_hold_a_pair_are_computed(lengths):
     assert mask.full_kv_num_blocks.sum() == blocks.all(3).all(1).sum()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("lengths", [[1200], [500, 300, 400], [3, 700, 497]], ids=str)
+@pytest.mark.parametrize("runs", [(0, 3), (1, 2)], ids=str)
+def test_queries_of_some_tokens_see_what_they_see_among_all(lengths, runs):
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    whole = build_document_mask(positions, flex=False)
+    rows = torch.cat([torch.arange(positions.shape[1]).chunk(4)[run] for run in runs])
+    pairs = build_document_mask(positions, flex=False, rows=rows)
+    assert torch.equal(pairs, whole[:, :, rows])
+    blocks = F.pad(pairs[0, 0], (0, -1200 % BLOCK_TOKENS, 0, -600 % BLOCK_TOKENS))
+    blocks = blocks.unflatten(0, (-1, BLOCK_TOKENS)).unflatten(2, (-1, BLOCK_TOKENS))
+    mask = build_document_mask(positions, flex=True, rows=rows)
+    computed = mask.to_dense()[0, 0].bool()
+    assert (computed >= blocks.any(3).any(1)).all(), "no pair is left out"
+    assert mask.full_kv_num_blocks.sum() <= blocks.all(3).all(1).sum()
+    assert computed.sum() < computed.numel(), "and later blocks are"
+    q, k, v = torch.randn(3, 1, 4, 1200, 8, generator=torch.Generator().manual_seed(2))
+    exact = attend(q[:, :, rows], k[:, :2], v[:, :2], pairs, dropout=0.0, gqa=True)
+    flexible = attend(q[:, :, rows], k[:, :2], v[:, :2], mask, dropout=0.0, gqa=True)
+    torch.testing.assert_close(flexible, exact, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()  # FlexAttention has no backward pass on a CPU
 def test_compiled_blocks_share_one_graph_whatever_the_documents_are():
     from torch._dynamo.utils import counters

@@ -55,6 +55,8 @@ def test_layouts_are_compared_under_the_engines_that_have_them():
     assert config.worlds == [2]
     config = parity.read([*SMALL, "parallel.tp=2", "engines=[fsdp]", "worlds=[4]"])
     assert (config.engines, config.worlds) == ([EngineKind.fsdp], [4]), "and with one process"
+    config = parity.read([*SMALL, "parallel.tp=2", "parallel.cp=2"])
+    assert (config.engines, config.worlds) == ([EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp], [4])
 
 
 @pytest.mark.parametrize(

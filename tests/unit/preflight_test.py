@@ -14,6 +14,7 @@ import yaml
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import (
+    CpMethod,
     DataConfig,
     EngineConfig,
     EngineKind,
@@ -42,13 +43,13 @@ from bigtrain.testing.ranks import run_ranks
 PRESETS = Path(__file__).parents[2] / "configs/model"
 
 
-def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, tp=1, **engine):
+def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, tp=1, cp=1, **engine):
     values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | (model or {})
     return resolve(
         TrainConfig(
             model=from_dict(ModelConfig, values),
             engine=from_dict(EngineConfig, {"kind": "ddp", "precision": "fp32"} | engine),
-            parallel=ParallelConfig(tp=tp),
+            parallel=ParallelConfig(tp=tp, cp=cp),
             train=TrainingConfig(global_batch_size=batch, micro_batch_size=micro_batch),
             data=DataConfig(sequence_length=length),
         )
@@ -132,6 +133,19 @@ def test_a_part_of_every_matrix_by_hand():
         assert device["activations"] == 4 * num_tokens * kept
     report_of_it = report(config, 80, world_size=8)
     assert "engine=fsdp parallel.tp=2 in fp32, world size 8" in report_of_it.table()
+
+
+@pytest.mark.parametrize("method", CpMethod)
+def test_some_tokens_of_every_sequence_by_hand(method):
+    width, num_tokens, num_parameters = 768, 4 * 1024, 124_439_808
+    attended = (2 * 2 if method is CpMethod.gather else 2 + 2) * width  # keys and values of all; or in other order
+    for kind, shards in (("ddp", 1), ("fsdp", 2)):
+        config = run_config(batch=4, kind=kind)
+        config.parallel = ParallelConfig(cp=2, cp_method=method)
+        device = guess(config, 2).device
+        assert device["parameters"] == 4 * num_parameters // shards
+        assert device["activations"] == 4 * num_tokens // 2 * (12 * (16 * width + attended + 12) + 2 * width)
+    assert "engine=fsdp parallel.cp=2 in fp32, world size 8" in report(config, 80, world_size=8).table()
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
@@ -368,6 +382,7 @@ BF16 = {"precision": "bf16"}
         (2, {"kind": "zero3"}),
         pytest.param(2, {"kind": "ddp", "tp": 2, "model": GPT | {"num_layers": 8}}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "fsdp", **BF16, "tp": 2, "model": GPT | LLAMA}, marks=pytest.mark.slow),
+        pytest.param(2, {"kind": "fsdp", "cp": 2, "model": GPT | LLAMA}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "zero3", **BF16}, marks=pytest.mark.slow),
         pytest.param(
             1,
