@@ -1,8 +1,7 @@
 """The configuration of a run: plain dataclasses, one docstring under each field.
 
 Hydra composes them; nothing below ``cli`` knows about Hydra. ``convert.py`` builds them strictly from plain data, and
-``check.py`` fills in derived values and finds contradictions. The section about the data is in ``data.py``, that of the
-task in ``task.py``.
+``check.py`` fills in derived values and finds contradictions. ``data.py`` and ``task.py`` have these two sections.
 """
 
 import math
@@ -183,8 +182,7 @@ class ModelConfig:
     dropout: Annotated[float, Bound(ge=0, lt=1), OnlyIf("kind", is_in=("native",))] = 0.0
     """Dropout probability on embeddings, attention and residual branches."""
     freeze: list[str] = field(default_factory=list)
-    """Names of parameters that are not trained, with ``*`` and ``?``, such as ``[embed_*, blocks.0.*]``; checkpoints do
-    not hold them."""
+    """Names of parameters that are neither trained nor saved, with ``*`` and ``?``, such as ``[embed_*, blocks.0.*]``."""
     freeze_batch_norm: Annotated[bool, OnlyIf("kind", is_in=("hf",))] = False
     """Batch normalisation uses the means and variances of the weights that the run begins with, in training too."""
     adapter: AdapterConfig | None = None
