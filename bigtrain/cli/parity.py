@@ -14,7 +14,8 @@ from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineConfig, EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
-from bigtrain.config.layout import CP_KINDS, TP_KINDS, copies
+from bigtrain.config.layout import CP_KINDS, TP_KINDS
+from bigtrain.config.parallel import copies
 from bigtrain.config.parts import is_own
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted, raise_problems
 

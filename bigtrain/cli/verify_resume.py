@@ -15,7 +15,7 @@ from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, TrainConfig
 from bigtrain.config.bounds import Bound
 from bigtrain.config.check import check, fit_micro_batch
-from bigtrain.config.layout import copies
+from bigtrain.config.parallel import copies
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, raise_problems
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The configuration of a run: plain dataclasses, one docstring under each field.
 
 Hydra composes them; nothing below ``cli`` knows about Hydra. ``convert.py`` builds them strictly from plain data, and
-``check.py`` fills in derived values and finds contradictions. ``data.py`` and ``task.py`` have these two sections.
+``check.py`` fills in derived values and finds contradictions. Some sections have a module of their own.
 """
 
 import math
@@ -64,6 +64,7 @@ from bigtrain.config.data import (
     set_data,
 )
 from bigtrain.config.moe import MoeConfig
+from bigtrain.config.parallel import ParallelConfig
 from bigtrain.config.privacy import PrivacyConfig
 from bigtrain.config.task import TaskConfig
 
@@ -238,18 +239,6 @@ class EngineConfig:
         default_factory=DeepSpeedConfig
     )
     """Settings of ``zero1``, ``zero2`` and ``zero3``."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ParallelConfig:
-    """How ranks share the computing of one model, besides the engine."""
-
-    tp: Annotated[int, Bound(ge=1, le=1024)] = 1
-    """Ranks that share every matrix and, between blocks, every sequence (tensor and sequence parallelism); within a node."""
-    cp: Annotated[int, Bound(ge=1, le=1024)] = 1
-    """Ranks that share every sequence: each has some of its tokens, which attend to all of them (context parallelism)."""
-    cp_method: Annotated[CpMethod, OnlyIf("cp", not_in=(1,))] = CpMethod.gather
-    """How: ``gather`` the keys and values of all tokens, or ``ulysses``, where a rank attends with some of the heads."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -40,8 +40,9 @@ from bigtrain.config.choices import (
     TaskKind,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
-from bigtrain.config.layout import context_problems, data_ranks, shared, tensor_problems
+from bigtrain.config.layout import context_problems, data_ranks, tensor_problems
 from bigtrain.config.length import beyond_the_end, length_problems
+from bigtrain.config.parallel import shared
 from bigtrain.config.privacy import check_privacy
 from bigtrain.config.tasks import (
     OF_DOCUMENTS,

@@ -15,6 +15,7 @@ from bigtrain.config import (
     TaskKind,
     TrainConfig,
 )
+from bigtrain.config.parallel import copies, shared
 
 TP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp, EngineKind.zero1, EngineKind.zero2)
 """Engines under which ranks can share matrices; the others own whole parameters."""
@@ -80,16 +81,6 @@ def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int
 def data_ranks(parallel: ParallelConfig, world_size: int) -> int:
     """Return how many ranks load different samples, also of a configuration that is not checked yet."""
     return max(world_size // max(copies(parallel), 1), 1)
-
-
-def copies(parallel: ParallelConfig) -> int:
-    """Return how many ranks load the same samples."""
-    return parallel.tp * parallel.cp
-
-
-def shared(parallel: ParallelConfig) -> list[str]:
-    """Return the settings by which ranks share something, as they are typed."""
-    return [f"parallel.{name}={size}" for name, size in (("tp", parallel.tp), ("cp", parallel.cp)) if size > 1]
 
 
 def token_multiple(tp: int, cp: int) -> int:

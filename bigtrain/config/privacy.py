@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import EngineKind, PreferenceLoss, TaskKind
+from bigtrain.config.parallel import shared
 
 if TYPE_CHECKING:
     from bigtrain.config import TrainConfig
@@ -35,8 +36,8 @@ def check_privacy(config: "TrainConfig") -> Iterator[str]:
         yield f"{where}: engine={config.engine.kind.name} sums gradients as they come, and {instead}"
     if task.kind == TaskKind.contrastive or (task.kind == TaskKind.preference and task.loss is PreferenceLoss.kto):
         yield f"{where}: the loss of a sample depends on others with task={task.kind}; nothing bounds what one of them does"
-    if config.parallel.tp > 1:
-        yield f"{where}: a rank has to have the whole gradient of a sample; leave parallel.tp out"
+    for setting in shared(config.parallel):
+        yield f"{where}: a rank has to have the whole gradient of a sample; leave {setting.partition('=')[0]} out"
     if config.model.moe is not None:
         yield f"{where}: the balance of experts follows from the tokens of all samples; leave model.moe out"
     if task.class_weights is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bigtrain.config import ActivationCheckpointing, EngineKind, ModelConfig, ModelKind, Offload, Preflight, TrainConfig
 from bigtrain.config.check import FSDP_KINDS, check
-from bigtrain.config.layout import copies, shared
+from bigtrain.config.parallel import copies, shared
 from bigtrain.errors import PreflightError
 from bigtrain.log import get_logger
 from bigtrain.models.sizes import ModelSizes, is_language_model

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bigtrain.config import EngineKind, ParallelConfig, Precision, TrainConfig
-from bigtrain.config.layout import shared
+from bigtrain.config.parallel import shared
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.distributed.collectives import all_reduce_sum, init_process_group, pick_device

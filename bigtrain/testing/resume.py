@@ -25,7 +25,7 @@ import torch
 from bigtrain.checkpoint.shard import TensorReader
 from bigtrain.checkpoint.store import RunState, checkpoint_path, find_checkpoints, read_run_state
 from bigtrain.config import EngineKind, ParallelConfig, Precision, TrainConfig, WandbMode
-from bigtrain.config.layout import copies, shared
+from bigtrain.config.parallel import copies, shared
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER
