@@ -66,7 +66,6 @@ CASES = {
         ("llama", "fsdp", ULYSSES),
         ("documents", "ddp", ULYSSES | FULL),
         ("gpt", "fsdp", {"precision": Precision.bf16}),
-        ("dropout", "ddp", {}),
     ],
     4: [
         ("gpt", "fsdp", {}),
@@ -81,6 +80,7 @@ MORE = {
         ("llama", "fsdp", {}),
         ("documents", "ddp", FULL),
         ("muon", "ddp", {}),
+        ("dropout", "ddp", {}),
         ("gpt", "ddp", ULYSSES),
         ("documents", "ddp", {"compile": True}),
         ("llama", "fsdp", {"compile": True} | ULYSSES),
