@@ -20,6 +20,7 @@ def run(script: str, *args: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_sides_of_a_step_take_turns_and_do_the_same_work(tmp_path: Path):
     small = ["--model=gpt_nano", "--sequence-length=32", "--batch=2", "--ranks=2", "--turns=2", "--steps=1"]
     output = run("step.py", *small, "--sides", "nanogpt", "--together=2", f"--json={tmp_path / 'figures'}")

@@ -99,7 +99,7 @@ MORE = {
 
 @pytest.mark.parametrize(
     ("world_size", "cases"),
-    [*CASES.items(), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE.items())],
+    [(2, CASES[2]), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((4, CASES[4]), *MORE.items()))],
     ids=["2", "4", "2 more", "4 more"],
 )
 def test_every_layout_computes_what_one_process_does(world_size, cases, one_process):

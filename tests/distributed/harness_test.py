@@ -77,6 +77,7 @@ def evaluated(place: Path, path: str, world_size: int = 1) -> dict[str, float]:
     return json.loads(done.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_export_at_every_world_size_in_training_and_behind(place: Path):
     for engine, world_size in (("zero3", 3), ("ddp", 1)):
         run = fork(

@@ -109,7 +109,8 @@ def alone():
     return {name: steps for name, (steps, *_) in zip(UNEVEN, results, strict=True)}
 
 
-@pytest.mark.parametrize("world_size", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [3, 5])
 def test_any_number_of_ranks_agrees_on_experts_states_and_encoders(world_size, alone):
     kinds = ("ddp", "fsdp", "zero2", "zero3") if world_size == 3 else ("fsdp", "zero3")
     results = iter(run_ranks(train_all, world_size, kinds, *UNEVEN, timeout_seconds=280)[0])

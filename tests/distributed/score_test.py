@@ -139,6 +139,7 @@ def traces_of_others(distillation, rated):
     return [trace(configure(config, Case(EngineKind.ddp, 2, 1)), num_steps=STEPS) for config in (distillation, rated)]
 
 
+@pytest.mark.slow
 def test_objectives_that_read_them_are_equal_under_every_engine(place):
     reference = configuration(place, TaskConfig(kind="preference"), Content.preference)
     forward = configuration(place, TaskConfig(kind="distillation"), Content.pairs)
