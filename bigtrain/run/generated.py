@@ -60,8 +60,8 @@ def tiled(images_NCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
 def frechet(engine: Engine, sets: Iterable[SampleStream], config: TrainConfig, *, batches: int | None) -> float:
     """Return the Fréchet distance of made images from real ones, by the features of ``validation.frechet``.
 
-    Features are what the last layer of that classifier gets. All ranks call this, and get the same at any world size. ConfigError: the run is no classifier
-    of images of this shape. CheckpointError: it has no whole checkpoint.
+    Features are what the last layer of that classifier gets. All ranks call this, and get the same at any world size.
+    ConfigError: the run is no classifier of images of this shape. CheckpointError: it has no whole checkpoint.
     """
     features_of, totals = _features(Path(str(config.validation.frechet)), engine.device), None
     engine.module.eval()
