@@ -96,7 +96,8 @@ class Saver:
             self._pending.exception()
 
     def wait_until_staged(self) -> None:
-        self._staged.wait()
+        if not self._staged.is_set():  # to wait takes a lock
+            self._staged.wait()
 
     def poll(self) -> SaveReport | None:
         """Return the report of a save that has ended since the last call, if any."""

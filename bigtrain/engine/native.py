@@ -84,7 +84,7 @@ class NativeEngine(Engine):
         gradients = [local_part(p.grad) for p in parameters]
         norm = self._global_norm([g for p, g in zip(parameters, gradients, strict=True) if p not in self._uncounted])
         if self.grad_clip and gradients:
-            factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            factor = (norm + 1e-6).reciprocal_().mul_(self.grad_clip).clamp_(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded ones are on the host
         set_lr(self.optimizer, lr)
         update_unless_bad(self.optimizer, norm, ask_host=self._parameters[0].device.type == "cpu")

@@ -11,11 +11,12 @@ class StopAgreement:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
+        self._is_alone = dist.get_world_size() == 1
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self, reason: str | None) -> str | None:
         """Return any rank's stop request, one of :data:`REASONS`, at the previous call; all ranks call this."""
-        if dist.get_world_size() == 1:
+        if self._is_alone:
             return reason
         agreed = self.settle()
         wish = torch.tensor([0 if reason is None else 1 + REASONS.index(reason)])

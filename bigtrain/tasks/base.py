@@ -78,6 +78,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.network = network
         self.objective = objective
+        self._sizes = {training: 1 + num_sums(objective, held_out=not training) for training in (True, False)}
 
     def forward(self, *tensors: Tensor, predicts: bool = False) -> Any:
         """Return the vector of sums, or what the network itself says to ``tensors``."""
@@ -93,7 +94,7 @@ class TaskModel(nn.Module):
             what = sums.dtype if isinstance(sums, Tensor) else type(sums).__name__
             told = f"{type(self.objective).__name__} returns {what}; an objective returns a tensor of fractions, fp32"
             raise of_all_ranks(ConfigError(told))
-        size = 1 + num_sums(self.objective, held_out=not self.training)
+        size = self._sizes[self.training]
         if sums.shape != (size,) and (sums.ndim or size > 1):
             raise of_all_ranks(
                 ConfigError(

@@ -27,7 +27,6 @@ from bigtrain.tasks import build_objective
 from bigtrain.tasks.causal_lm import CausalLM, perplexity
 from bigtrain.telemetry import names
 from bigtrain.telemetry.peak import Peak, find_peak
-from bigtrain.telemetry.text import pace
 
 _GIT_SECONDS = 5
 _SENSOR_SECONDS = 5.0  # between readings of the GPU's driver
@@ -87,9 +86,14 @@ class Gauges:
             return f"no MFU: the peak of this device is not known; {counted}"
         return f"MFU: {counted}; of {self.peak.flops_per_second / 1e12:.4g} TFLOP/s ({self.peak.source})"
 
-    def read(self, records: list[dict[str, Any]], phases: dict[str, float]) -> dict[str, Any]:
-        """Return the sectioned metrics of the interval of ``records``; ``phases`` are its mean seconds per step."""
-        unit, (step_seconds, rate) = names.unit_of(records[-1]), pace(records)
+    def read(
+        self, records: list[dict[str, Any]], phases: dict[str, float], *, step_seconds: float, rate: float
+    ) -> dict[str, Any]:
+        """Return the sectioned metrics of the interval of ``records``.
+
+        ``phases`` and ``step_seconds`` are means of its steps; ``rate`` is of all ranks, in units per second.
+        """
+        unit = names.unit_of(records[-1])
         rate /= self._world_size
         stalled = phases.get(names.CHECKPOINT_STALL_SECONDS, 0.0) + phases.get(names.LOGGING_SECONDS, 0.0)
         self._useful_seconds += (step_seconds - stalled) * len(records)

@@ -84,14 +84,15 @@ class Recorder(NullRecorder):
         """Write a line per step and show the last with phases, gauges and pace; called before each checkpoint too."""
         if not records:
             return
+        step_seconds, rate = pace(records)
         if self._gauges:
-            records = [*records[:-1], records[-1] | self._gauges.read(records, phases or {})]
+            read = self._gauges.read(records, phases or {}, step_seconds=step_seconds, rate=rate)
+            records = [*records[:-1], records[-1] | read]
         for record in records:
             self._compare(record)
             self._metrics.write(record)
         self._last_step = records[-1][names.STEP]
         self._metrics.flush()
-        step_seconds, rate = pace(records)
         self._console.metrics({**records[-1], names.STEP_SECONDS: step_seconds, names.rate_of(records[-1]): rate})
         for logger in self._own:
             logger.call("metrics", records)

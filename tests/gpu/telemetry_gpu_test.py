@@ -51,7 +51,7 @@ def test_gauges_know_memory_and_a_known_device_has_mfu():
     held = torch.zeros(2**20, device=device)
     gauges = Gauges(config, device, 1, model_sizes(config.model).total)
     record = {"step": 1, "tokens": 1000, "loss": 2.0, "step_seconds": 0.1, "tokens_per_second": 1e6}
-    read = gauges.read([record], {})
+    read = gauges.read([record], {}, step_seconds=0.1, rate=1e6)
     assert read[names.PEAK_BYTES] >= read[names.ALLOCATED_BYTES] >= held.nbytes
     assert read[names.RESERVED_BYTES] >= read[names.ALLOCATED_BYTES]
     assert (names.MFU_CAUSAL in read) == (gauges.peak is not None)

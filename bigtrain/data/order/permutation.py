@@ -9,7 +9,7 @@ windows of some shards, so that reading along needs one window at a time, and ea
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int
     return values.astype(np.int64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Order:
     """The order in which the samples of one data set are drawn, epoch after epoch, without end."""
 
@@ -63,7 +63,7 @@ class Order:
     seed: int
     window_shards: int | None = None  # shuffle within so many shards at a time; None shuffles everything at once
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         return int(self.shard_samples.sum())
 
