@@ -84,6 +84,22 @@ def test_a_run_that_cannot_fit_the_cluster_is_refused(capsys: pytest.CaptureFixt
     assert submit.run(submit.read([*too_large, *nodes, "engine.activation_checkpointing=full"])) == 0
 
 
+SIZED = [name for name in group_options("recipe") if name.endswith("xh100")]
+
+
+@pytest.mark.parametrize("recipe", SIZED)
+def test_a_recipe_with_a_number_of_gpus_fits_them(recipe: str):
+    num_gpus = int(recipe.rpartition("_")[2].removesuffix("xh100"))
+    job = [f"+recipe={recipe}", "cluster=slurm_h100", "data=text", "data.path=texts", "dry_run=true"]
+    assert submit.run(submit.read([*job, f"cluster.num_nodes={num_gpus // 8}"])) == 0
+
+
+def test_a_recipe_does_not_fit_fewer_gpus():
+    job = ["+recipe=llama3_405b_512xh100", "cluster=slurm_h100", "cluster.num_nodes=8", "dry_run=true"]
+    with pytest.raises(PreflightError, match="does not fit"):
+        submit.run(submit.read(job))
+
+
 def test_the_settings_are_checked_for_the_world_of_the_job():
     hsdp = ["engine=hsdp", "engine.dp_shard=16"]
     assert "dp_shard=16 does not divide the world size 24" in problem("cluster.num_nodes=3", *hsdp)
