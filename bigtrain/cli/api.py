@@ -132,7 +132,7 @@ def generate(
 
     return sample_run(
         _path(run),
-        prompt=prompt,
+        [prompt],
         chat=chat,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,

@@ -8,14 +8,17 @@ from typing import Annotated
 from bigtrain.cli import hydra_cli
 from bigtrain.config.bounds import Bound
 from bigtrain.config.convert import LocalPath, MaybeEmpty, to_dict
+from bigtrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     checkpoint: LocalPath
     """Directory of the run, or of one of its checkpoints."""
-    prompt: MaybeEmpty
-    """Text to continue; taken as it is, without quoting for Hydra."""
+    prompt: MaybeEmpty = ""
+    """Text to continue, by default none; taken as it is, without quoting for Hydra."""
+    prompts: LocalPath | None = None
+    """In place of it, a file with a prompt a line."""
     chat: bool = False
     """Let the chat template write the prompt as a user's message, and ask for an answer."""
     num_samples: Annotated[int, Bound(ge=1, le=10_000)] = 5
@@ -30,6 +33,8 @@ class GenerateConfig:
     """Draw from the likeliest tokens that together have this probability; null = from all."""
     seed: Annotated[int, Bound(ge=0, le=2**63 - 1)] = 0
     """The same seed gives the same texts."""
+    tp: Annotated[int, Bound(ge=1, le=1024)] = 1
+    """Under torchrun, ranks that share every matrix (``parallel.tp``); without, each has shards of all."""
 
 
 HELP = """\
@@ -37,23 +42,45 @@ Continue a prompt with a trained model.
 
   python launch/generate.py checkpoint=runs/gpt_nano prompt="def main("
   python launch/generate.py checkpoint=runs/gpt_nano prompt="Once upon a time, " num_samples=1 max_new_tokens=200
+  torchrun --nproc-per-node=8 launch/generate.py checkpoint=runs/llama3_70b prompts=prompts.txt tp=8
   python launch/generate.py checkpoint=runs/my_chats prompt="What is a list?" chat=true temperature=0 num_samples=1
 """
 
 
 def run(config: GenerateConfig) -> None:
+    from bigtrain.run.sampling import read_prompts, sample_run
+
+    if config.prompt and config.prompts:
+        raise ConfigError(f"prompt and prompts={config.prompts}: leave one of them out")
+    prompts = read_prompts(config.prompts, "prompts") if config.prompts else [_whole(config.prompt)]
+    settings = to_dict(config) | {"prompts": prompts}
+    del settings["prompt"]
+    total, shown = len(prompts) * config.num_samples, (-1, "")
+
+    def say(number: int, text: str) -> None:
+        nonlocal shown
+        if number != shown[0]:
+            prompt = "" if config.chat else prompts[number // config.num_samples]
+            print(end="\n" if number else "")
+            print(f"--- {number + 1} of {total} ---\n{prompt}", end="", flush=True)
+            shown = number, ""
+        print(text[len(shown[1]) :], end="", flush=True)
+        shown = number, text
+
+    sample_run(Path(settings.pop("checkpoint")), say=say, **settings)
+    if hydra_cli.rank() == 0:
+        print()
+
+
+def _whole(prompt: str) -> str:
+    """Return the prompt of a command line, whose bytes that are not valid UTF-8 are lone surrogates."""
     from bigtrain.data.prepare.records import decode
     from bigtrain.log import get_logger
-    from bigtrain.run.sampling import sample_run
 
-    # The bytes of a command line that are not valid UTF-8 are lone surrogates here.
-    prompt, is_repaired = decode(config.prompt.encode("utf-8", "surrogateescape"), "utf-8")
+    text, is_repaired = decode(prompt.encode("utf-8", "surrogateescape"), "utf-8")
     if is_repaired:
         get_logger().warning("prompt: it is not valid UTF-8; each bad sequence is taken as U+FFFD")
-    settings = to_dict(config) | {"prompt": prompt}
-    texts = sample_run(Path(settings.pop("checkpoint")), **settings)
-    for number, text in enumerate(texts, start=1):
-        print(f"--- {number} of {len(texts)} ---\n{'' if config.chat else prompt}{text}")
+    return text
 
 
 main = partial(hydra_cli.command, GenerateConfig, run, HELP)

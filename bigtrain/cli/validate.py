@@ -22,6 +22,8 @@ class ValidateConfig:
     """``validation`` or ``test``; or one of their sets, such as ``test/news``."""
     data: SetConfig = field(default_factory=SetConfig)
     """Another set, of the kind that the run was trained on."""
+    tp: Annotated[int, Bound(ge=1, le=1024)] = 1
+    """Ranks that share every matrix (``parallel.tp``), for a model that does not fit one device in shards either."""
     json: bool = False
     """Print one JSON object, with the confusion matrix and the scores of each label."""
 
@@ -43,7 +45,7 @@ def run(config: ValidateConfig) -> None:
 
     part = None if config.data == SetConfig() else config.data
     path = Path(config.checkpoint)
-    measured = validate_run(path, batches=config.batches, chosen=config.set, part=part)
+    measured = validate_run(path, batches=config.batches, chosen=config.set, part=part, tp=config.tp)
     if hydra_cli.rank() != 0:
         return
     confusion, names = measured.confusion, label_names(locate(path)[0])

@@ -4,7 +4,7 @@ Shape suffixes: V vocabulary.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -28,16 +28,17 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     eos_id: int | Collection[int] | None = None,
+    heard: Callable[[int], object] = lambda token: None,
 ) -> list[int]:
     """Return a continuation of a prompt of one token or more, without the token that ends it.
 
-    Ends after ``max_new_tokens``, at an ``eos_id``, or at ``model.max_positions``; there is no sliding window. Tokens
+    ``heard`` is called with each token as it is drawn. Ends after ``max_new_tokens``, at an ``eos_id``, or at ``model.max_positions``; there is no sliding window. Tokens
     are drawn on the CPU: greedily at temperature 0, from the ``top_k`` likeliest, from the fewest that then have at
     least ``top_p`` together (nucleus sampling, Holtzman et al. 2020). ConfigError: lists every invalid option, or the
     prompt.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    _check_prompt(model, prompt_ids)
+    check_prompt(prompt_ids, model.vocab_size, model.max_positions)
     limit = len(prompt_ids) + max_new_tokens
     if model.max_positions is not None:
         limit = min(limit, model.max_positions)
@@ -54,6 +55,7 @@ def generate(
             if token in ends:
                 break
             ids.append(token)
+            heard(token)
     finally:
         model.train(was_training)
     return ids[len(prompt_ids) :]
@@ -104,17 +106,18 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None
         raise ConfigError("\n".join(problems))
 
 
-def _check_prompt(model: LanguageModel, prompt_ids: list[int]) -> None:
+def check_prompt(prompt_ids: list[int], vocab_size: int, max_positions: int | None) -> None:
+    """Raise a ConfigError if a model cannot continue a prompt."""
     if not prompt_ids:
-        raise ConfigError("the prompt has no tokens; give some text, or start from the tokenizer's first token")
-    strangers = [token for token in prompt_ids if not 0 <= token < model.vocab_size]
+        raise ConfigError("the prompt has no tokens, and the tokenizer begins texts with none; give some text")
+    strangers = [token for token in prompt_ids if not 0 <= token < vocab_size]
     if strangers:
         raise ConfigError(
-            f"the prompt has token {strangers[0]}, but the model knows 0 to {model.vocab_size - 1}; "
+            f"the prompt has token {strangers[0]}, but the model knows 0 to {vocab_size - 1}; "
             "use the tokenizer that the model was trained with"
         )
-    if model.max_positions is not None and len(prompt_ids) >= model.max_positions:
+    if max_positions is not None and len(prompt_ids) >= max_positions:
         raise ConfigError(
-            f"the prompt has {len(prompt_ids)} tokens and the model takes {model.max_positions} in all; "
-            f"shorten it to {model.max_positions - 1} or fewer"
+            f"the prompt has {len(prompt_ids)} tokens and the model takes {max_positions} in all; "
+            f"shorten it to {max_positions - 1} or fewer"
         )

@@ -73,25 +73,31 @@ def continued(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    is_end: Callable[[list[int]], bool],
+    is_end: Callable[[list[int], list[int]], bool],
+    generators: Sequence[torch.Generator] | None = None,
     **sampling: Any,
 ) -> list[list[int]]:
     """Return a continuation of each prompt, up to ``max_new_tokens`` or where ``is_end`` holds; all ranks call this.
 
-    Every token costs a pass over all of its text: a network in shards keeps no cache of keys and values. ``sampling``
-    is as :func:`bigtrain.models.generation.sample` has it; by default the likeliest token.
+    ``is_end`` is asked about a prompt and what was written after it. Every token costs a pass over all of its text: a
+    network in shards keeps no cache of keys and values. ``sampling`` is as :func:`bigtrain.models.generation.sample`
+    has it, with a generator for each prompt; by default the likeliest token.
     """
     sampling = {"temperature": 0, **sampling}
+    sources = generators or [None] * len(prompts)
     found: list[list[int]] = [[] for _ in prompts]
     is_over = [False for _ in prompts]
     for _ in range(max_new_tokens):
         logits = logits_of(engine, [prompt + text for prompt, text in zip(prompts, found, strict=True)])
-        drawn = [0 if over else sample(own[-1], **sampling) for over, own in zip(is_over, logits, strict=True)]
+        drawn = [
+            0 if over else sample(own[-1], generator=source, **sampling)
+            for over, own, source in zip(is_over, logits, sources, strict=True)
+        ]
         drawn = engine.mesh.of_first(torch.tensor(drawn, device=engine.device)).tolist()
         for place, text in enumerate(found):
             if not is_over[place]:
                 text.append(drawn[place])
-                is_over[place] = is_end(text)
+                is_over[place] = is_end(prompts[place], text)
         if not engine.mesh.total(torch.tensor([float(not all(is_over))])).item():
             break
     return found

@@ -42,10 +42,10 @@ SETS = (HELD_OUT, "test")
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, batches: int | None = None) -> Iterator[tuple[TrainConfig, Path]]:
+def opened(path: Path, *, batches: int | None = None, tp: int = 1) -> Iterator[tuple[TrainConfig, Path]]:
     """Give the configuration of a run for the ranks of this world, and its directory, within a process group.
 
-    Validations have ``batches`` global batches, by default as many as the run's own. CheckpointError: no checkpoint.
+    ``tp`` ranks share every matrix. Validations have ``batches`` global batches, by default as many as the run's own. CheckpointError: no checkpoint.
     ConfigError: it is of no use in this world.
     """
     log.setup(RankInfo.from_env().rank)
@@ -54,12 +54,12 @@ def opened(path: Path, *, batches: int | None = None) -> Iterator[tuple[TrainCon
     every_steps, batches = config.validation.every_steps or 1, batches or config.validation.batches
     validation = dataclasses.replace(config.validation, batches=batches, every_steps=every_steps)
     config = dataclasses.replace(config, validation=validation)
-    with in_group(config) as fitted:
+    with in_group(config, tp=tp) as fitted:
         yield fitted, directory
 
 
 @contextlib.contextmanager
-def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
+def in_group(config: TrainConfig, *, tp: int = 1) -> Iterator[TrainConfig]:
     """Give a configuration with which this world's ranks compute in a process group; ConfigError: of no use here."""
     info = RankInfo.from_env()
     device = pick_device(info)
@@ -68,7 +68,8 @@ def in_group(config: TrainConfig) -> Iterator[TrainConfig]:
     engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     engine.precision = precision
     train = dataclasses.replace(config.train, micro_batch_size=None)
-    whole = dataclasses.replace(config, engine=engine, parallel=ParallelConfig(), train=train, privacy=PrivacyConfig())
+    parallel = ParallelConfig(tp=tp)
+    whole = dataclasses.replace(config, engine=engine, parallel=parallel, train=train, privacy=PrivacyConfig())
     config = fit_micro_batch(whole, info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))
@@ -94,16 +95,16 @@ def load_engine(path: Path, config: TrainConfig) -> tuple[Engine, Path]:
 
 
 def validate_run(
-    path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None
+    path: Path, *, batches: int | None = None, chosen: str = HELD_OUT, part: SetConfig | None = None, tp: int = 1
 ) -> Measured:
     """Return what a run, or one of its checkpoints, reaches on a set, with its ``step``, on all ranks of this world.
 
     ``chosen`` is ``validation`` or ``test``, or one of their sets such as ``test/news``; ``part`` another set in its
-    place. By default ``batches`` are those of the run's own validations, and all of other sets. CheckpointError: no
-    whole checkpoint. ConfigError: the run has no such set.
+    place. ``tp`` ranks share every matrix. By default ``batches`` are those of the run's own validations, and all of
+    other sets. CheckpointError: no whole checkpoint. ConfigError: the run has no such set.
     """
     is_usual = chosen == HELD_OUT and part is None
-    with opened(path, batches=batches) as (config, directory):
+    with opened(path, batches=batches, tp=tp) as (config, directory):
         with elsewhere(config.data):
             sets = open_sets(config, directory, chosen, part)
         engine, checkpoint = load_engine(path, config)

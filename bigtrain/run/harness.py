@@ -129,7 +129,7 @@ class RunLM(TemplateLM):
             raise ConfigError(told)
         sampling = {key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings}
 
-        def is_end(ids: list[int]) -> bool:
+        def is_end(prompt: list[int], ids: list[int]) -> bool:
             text = self.tokenizer.decode(ids)
             return ids[-1] == self.eot_token_id or any(end and end in text for end in ends)
 

@@ -1,5 +1,6 @@
-"""Text from a trained run, in one process, and from one in training, on all ranks."""
+"""Text from a trained run, and from one in training, on all ranks."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from bigtrain.files import read_json
 from bigtrain.log import get_logger
 from bigtrain.models import build_model
 from bigtrain.models.adapters import plain_name
-from bigtrain.models.generation import LanguageModel, generate
+from bigtrain.models.generation import LanguageModel, check_prompt, check_sampling, generate
 from bigtrain.models.moe import balances
 from bigtrain.models.own import Uncached
+from bigtrain.processes import RankInfo
 from bigtrain.run.batched import continued, shared_out
 from bigtrain.run.directory import MODEL_DIRECTORY, find_whole, read_config
+from bigtrain.run.evaluation import load_engine, opened
 from bigtrain.run.frozen import load_state
 from bigtrain.telemetry.files import SAMPLES_FILE, JsonLines
 
@@ -33,24 +36,73 @@ if TYPE_CHECKING:
 
 def sample_run(
     path: Path,
+    prompts: Sequence[str],
     *,
-    prompt: str,
     chat: bool = False,
     num_samples: int = 1,
     max_new_tokens: int,
     seed: int = 0,
+    tp: int = 1,
+    say: Callable[[int, str], object] = lambda number, text: None,
     **sampling: Any,
 ) -> list[str]:
-    """Return continuations of ``prompt`` by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
+    """Return continuations of each prompt by a run or one of its checkpoints, and keep them in its ``samples.jsonl``.
 
-    The settings are those of :class:`bigtrain.cli.generate.GenerateConfig`. CheckpointError: no whole checkpoint.
-    DataError: the run was trained without a tokenizer. ConfigError: a prompt or a setting that the model cannot serve.
+    The settings are those of :class:`bigtrain.cli.generate.GenerateConfig`. The ranks of a world hold the weights in
+    shards, of matrices that ``tp`` of them share; the texts are those of one process. ``say`` is called with the number
+    of a text from 0 and the text: as it grows in one process, else when it is whole. CheckpointError: no whole
+    checkpoint. DataError: the run was trained without a tokenizer. ConfigError: a prompt or a setting that the model
+    cannot serve.
     """
+    check_sampling(max_new_tokens=max_new_tokens, **sampling)
     run, checkpoint = find_whole(path)
     config = read_config(run)
     if config.task.kind in set(TaskKind.__members__) - set(OF_NEXT_TOKENS):
         raise ConfigError(f"{run}: task={config.task.kind} writes no text; only a causal language model does")
     tokenizer = load_tokenizer(run)
+    adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
+    rows = []
+    for prompt in prompts:
+        if chat:
+            ids = tokenizer.encode(asked(run, config, prompt), add_special_tokens=False).ids
+        else:
+            ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)
+        rows += [ids] * num_samples
+    generators = [torch.Generator().manual_seed((seed + number % num_samples) % 2**63) for number in range(len(rows))]
+    sampling |= {"max_new_tokens": max_new_tokens}
+    ends = end_ids(run, is_pretrained=config.model.pretrained)
+    info = RankInfo.from_env()
+    if info.world_size == 1:
+        found, max_positions = _write_alone(config, checkpoint, tokenizer, rows, generators, ends, say, sampling)
+    else:
+        found, max_positions = _write_on_all_ranks(path, rows, generators, ends, tp, sampling)
+    texts = [continuation(tokenizer, ids, new_ids) for ids, new_ids in zip(rows, found, strict=True)]
+    if info.rank != 0:
+        return texts
+    for number, text in enumerate(texts) if info.world_size > 1 else ():
+        say(number, text)
+    for ids, new_ids in zip(rows, found, strict=True):
+        if len(new_ids) < max_new_tokens and len(ids) + len(new_ids) == max_positions:
+            get_logger().warning(
+                f"a text ends where the model does: it takes {max_positions} tokens in all, and the prompt has {len(ids)}"
+            )
+            break
+    for number, prompt in enumerate(prompts):
+        _keep(run, step_of(checkpoint), prompt, texts[number * num_samples :][:num_samples])
+    return texts
+
+
+def _write_alone(
+    config: TrainConfig,
+    checkpoint: Path,
+    tokenizer: "Tokenizer",
+    rows: list[list[int]],
+    generators: list[torch.Generator],
+    ends: set[int],
+    say: Callable[[int, str], object],
+    sampling: dict[str, Any],
+) -> tuple[list[list[int]], int | None]:
+    """Return what one process writes after each row, with a cache, and the positions that the model has."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         network = build_model(config.model)
@@ -58,25 +110,46 @@ def sample_run(
     weights = {plain_name(name): p for name, p in network.named_parameters()} | balances(network)
     load_state(checkpoint, {MODEL + name: whole_entry(tensor) for name, tensor in weights.items()})
     model = network if isinstance(network, LanguageModel) else Uncached(network, config.model)
-    model.eval()
-    adds_special = read_index(run, check_sizes=False).tokenizer.adds_special
-    if chat:
-        ids = tokenizer.encode(asked(run, config, prompt), add_special_tokens=False).ids
-    else:
-        ids = prompt_ids(tokenizer, prompt, adds_special=adds_special)
-    ends = end_ids(run, is_pretrained=config.model.pretrained)
-    generator = torch.Generator().manual_seed(seed)
-    texts, is_full = [], False
-    for _ in range(num_samples):
-        new_ids = generate(model, ids, max_new_tokens=max_new_tokens, generator=generator, eos_id=ends, **sampling)
-        texts.append(continuation(tokenizer, ids, new_ids))
-        is_full |= len(new_ids) < max_new_tokens and len(ids) + len(new_ids) == model.max_positions
-    if is_full:
-        get_logger().warning(
-            f"a text ends where the model does: it takes {model.max_positions} tokens in all, and the prompt has {len(ids)}"
-        )
-    _keep(run, step_of(checkpoint), prompt, texts)
-    return texts
+    found: list[list[int]] = []
+
+    def heard(token: int) -> None:
+        found[-1].append(token)
+        text = continuation(tokenizer, rows[len(found) - 1], found[-1])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character
+            say(len(found) - 1, text)
+
+    for number, (ids, generator) in enumerate(zip(rows, generators, strict=True)):
+        found.append([])
+        generate(model, ids, generator=generator, eos_id=ends, heard=heard, **sampling)
+        say(number, continuation(tokenizer, ids, found[-1]))
+    return found, model.max_positions
+
+
+def _write_on_all_ranks(
+    path: Path,
+    rows: list[list[int]],
+    generators: list[torch.Generator],
+    ends: set[int],
+    tp: int,
+    sampling: dict[str, Any],
+) -> tuple[list[list[int]], int | None]:
+    """Return what this world's ranks write after each row, and the positions that the model has."""
+    with opened(path, tp=tp) as (config, _):
+        most = config.model.max_positions
+        for ids in rows:
+            check_prompt(ids, config.model.vocab_size, most)
+        engine, _ = load_engine(path, config)
+
+        def is_end(ids: list[int], new_ids: list[int]) -> bool:
+            return new_ids[-1] in ends or len(ids) + len(new_ids) == most
+
+        def write(numbers: list[int]) -> list[list[int]]:
+            chosen, drawn = [rows[number] for number in numbers], [generators[number] for number in numbers]
+            return continued(engine, chosen, is_end=is_end, generators=drawn, **sampling)
+
+        size = config.train.micro_batch_size
+        found = shared_out(engine, range(len(rows)), write, length=lambda number: len(rows[number]), batch_size=size)
+    return [ids[:-1] if ids and ids[-1] in ends else ids for ids in found], most
 
 
 def asked(run: Path, config: TrainConfig, prompt: str) -> str:
@@ -104,14 +177,14 @@ def require_texts(config: TrainConfig, tokenizer: Path | None) -> None:
         load_tasks(settings.lm_eval, settings.lm_eval_tasks)
 
 
-def read_prompts(file: str) -> list[str]:
-    """Return the lines of ``validation.prompts``. ConfigError: it cannot be read, or has none."""
+def read_prompts(file: str, setting: str = "validation.prompts") -> list[str]:
+    """Return the lines of a file of prompts. ConfigError: it cannot be read, or has none."""
     try:
         prompts = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"validation.prompts={file} cannot be read: {error}") from error
+        raise ConfigError(f"{setting}={file} cannot be read: {error}") from error
     if not prompts:
-        raise ConfigError(f"validation.prompts={file}: no line has text; write a prompt a line")
+        raise ConfigError(f"{setting}={file}: no line has text; write a prompt a line")
     return prompts
 
 
@@ -125,7 +198,7 @@ def continue_prompts(engine: Engine, config: TrainConfig, run: Path, *, step: in
 
     def write(rows: list[list[int]]) -> list[list[int]]:
         limit = config.validation.prompt_tokens
-        return continued(engine, rows, max_new_tokens=limit, is_end=lambda ids: ids[-1] in ends)
+        return continued(engine, rows, max_new_tokens=limit, is_end=lambda prompt, ids: ids[-1] in ends)
 
     rows = [prompt_ids(tokenizer, prompt, adds_special=adds_special) for prompt in prompts]
     found = shared_out(engine, rows, write, length=len, batch_size=config.train.micro_batch_size)

@@ -59,7 +59,7 @@ def test_a_run_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.chdir(tmp_path)
     path = Path("second/moved/x")
-    assert sample_run(path, prompt="text", num_samples=1, max_new_tokens=4, temperature=0, **ALL_TOKENS)
+    assert sample_run(path, ["text"], num_samples=1, max_new_tokens=4, temperature=0, **ALL_TOKENS)
     assert validate_run(path).metrics["loss"] > 0
     export(path, Path("out"), precision=Precision.fp32, max_shard_bytes=10**9)
     assert differences(Path("gone"), Path("out"), same_values=True) == []

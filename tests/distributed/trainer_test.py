@@ -339,7 +339,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (cwd / f"texts/{number}.txt").write_text(text)
     result = train(
         cwd,
-        *["data=text", "data.path=texts", "data.tokenizer=bytes", "model.vocab_size=257"],
+        *["data=text", "data.path=texts", "data.tokenizer=bytes", "model.vocab_size=257", "model.num_heads=2"],
         *["train.global_batch_size=64", "validation.every_steps=8", "validation.batches=3"],
         world_size=2,
     )
@@ -384,6 +384,19 @@ def test_the_generate_command_continues_a_prompt(text_run: Path):
     assert "--- 2 of 2 ---\nthe quick " in result.out
     assert fork("generate.py", *args, cwd=text_run).out == result.out
     assert fork("generate.py", *args, "seed=1", cwd=text_run).out != result.out
+
+
+def test_ranks_that_share_the_weights_write_the_texts_of_one_process(text_run: Path):
+    (text_run / "prompts.txt").write_text("the qui\nfox\n\nbrown fox\n")
+    args = [f"checkpoint={RUN}", "prompts=prompts.txt", "num_samples=2", "max_new_tokens=9"]
+    alone = fork("generate.py", *args, cwd=text_run)
+    assert alone.code == 0, alone.err
+    assert [line for line in alone.out.splitlines() if line.startswith("---")][-1] == "--- 6 of 6 ---"
+    for world_size, tp in ((2, 1), (2, 2)):
+        shared = fork("generate.py", *args, f"tp={tp}", cwd=text_run, world_size=world_size)
+        assert (shared.code, shared.out) == (0, alone.out), shared.err
+    validated = fork("validate.py", f"checkpoint={RUN}", "tp=2", cwd=text_run, world_size=2)
+    assert validated.out == fork("validate.py", f"checkpoint={RUN}", cwd=text_run).out
 
 
 @pytest.mark.parametrize("command", [["validate.py"], ["generate.py", "prompt=x"]], ids=lambda c: c[0])

@@ -228,7 +228,7 @@ def test_a_text_that_ends_where_the_model_does_is_told(tmp_path: Path, caplog: p
     settings = "data=jsonl data.path=a.jsonl data.tokenizer=bytes engine=ddp model.max_positions=16 train.steps=1"
     done = launch("+model=gpt_nano", *settings.split(), "train.global_batch_size=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    options = {"prompt": "text", "num_samples": 1, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
+    options = {"prompts": ["text"], "num_samples": 1, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
     for length, told in (
         (3, []),
         (40, ["a text ends where the model does: it takes 16 tokens in all, and the prompt has 4"]),
