@@ -39,3 +39,9 @@ def test_the_loss_in_chunks_is_that_of_all_logits_in_less_memory():
     )
     ratio = re.search(r"of all logits +[\d.]+ +[\d.]+x +[\d,]+ +([\d.]+)x", output)
     assert float(ratio[1]) < 1, output
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_sends_what_the_formula_says_and_does_the_work_of_dtensor():
+    output = run("tensor_parallel.py", "--width=64", "--heads=4", "--layers=2", "--length=32", "--batch=4")
+    assert float(re.search(r"DTensor / bigtrain +median ([\d.]+)", output)[1]) > 0, output
