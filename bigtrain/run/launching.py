@@ -34,8 +34,9 @@ from bigtrain.errors import EXIT_FINISHED, ConfigError, of_all_ranks
 from bigtrain.files import writing
 from bigtrain.models import build_model
 from bigtrain.models.hf.files import stored_tensors
-from bigtrain.plan import preflight
+from bigtrain.plan import Report, preflight
 from bigtrain.processes import RankInfo
+from bigtrain.run.banner import banner
 from bigtrain.run.data import (
     check_continuation,
     open_data,
@@ -82,7 +83,7 @@ def run(config: TrainConfig, *, outlived: bool = False) -> int:
     launch = Launch(config.run.directory, info.rank, config.supervision)
     try:
         with launch, explained(config, config.run.directory, info, device):
-            end = _run(config, info, device, launch)
+            end = _run(config, info, device, launch, report)
             launch.end(end.code, end.reason)
         # Some launchers end all ranks as soon as one has ended: all wait until rank 0 has written everything. Not after
         # a failure, when a collective could wait for ever for ranks that are gone.
@@ -94,7 +95,7 @@ def run(config: TrainConfig, *, outlived: bool = False) -> int:
     return code
 
 
-def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch) -> End:
+def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Launch, report: Report) -> End:
     directory = launch.directory
     streams: Mapping[str, SampleStream] = {}
     if on_rank0(directory.is_dir):
@@ -153,10 +154,10 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
         limits=StopLimits(directory, config.run.max_minutes, started=launch.started) if info.rank == 0 else None,
     )
     facts = {"world_size": info.world_size, "attempt": launch.attempt, "after": launch.previous_failure()}
-    return _train(parts, start, info, facts | ({"changed": changes} if changes else {}))
+    return _train(parts, start, info, report, facts | ({"changed": changes} if changes else {}))
 
 
-def _train(run: Run, start: Start, info: RankInfo, facts: dict[str, object]) -> End:
+def _train(run: Run, start: Start, info: RankInfo, report: Report, facts: dict[str, object]) -> End:
     """Train, after each rollback again, until the run ends or stops."""
     config, launch, stream = run.config, run.launch, run.streams["train"]
     launch.signal.at_once = False
@@ -165,7 +166,11 @@ def _train(run: Run, start: Start, info: RankInfo, facts: dict[str, object]) -> 
         with run.recorder:
             kind = "resume" if start.read_state() else "start"
             loaded = {"load": Load.weights.name} if start.weights_only else {}
-            run.recorder.event(kind, step=run.start.step, checkpoint=str(start.checkpoint or ""), **loaded, **facts)
+            lines = banner(run, report, run.recorder.peak)
+            run.recorder.message("\n".join(lines))
+            run.recorder.event(
+                kind, step=run.start.step, checkpoint=str(start.checkpoint or ""), banner=lines, **loaded, **facts
+            )
             end = train(run)
             if isinstance(end, End):
                 return end

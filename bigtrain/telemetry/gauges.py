@@ -75,17 +75,6 @@ class Gauges:
             described |= {"peak_flops_per_second": self.peak.flops_per_second, "peak_source": self.peak.source}
         return described
 
-    def sentence(self) -> str:
-        if self.flops is None:
-            return "no MFU: operations are counted of decoders of a known shape, without adapters"
-        counted = (
-            f"6 W + 12 Q P / T = {self.flops.causal:.4g} operations per token with causal attention, "
-            f"{self.flops.full_attention:.4g} with full"
-        )
-        if self.peak is None:
-            return f"no MFU: the peak of this device is not known; {counted}"
-        return f"MFU: {counted}; of {self.peak.flops_per_second / 1e12:.4g} TFLOP/s ({self.peak.source})"
-
     def read(
         self, records: list[dict[str, Any]], phases: dict[str, float], *, step_seconds: float, rate: float
     ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from bigtrain.config import SupervisionConfig, TrainConfig, WandbMode, parts
+from bigtrain.config import TrainConfig, WandbMode, parts
 from bigtrain.log import redact
 from bigtrain.telemetry import names, tensorboard_logger, wandb_logger
 from bigtrain.telemetry.companion import Companion
@@ -22,6 +22,7 @@ from bigtrain.telemetry.text import describe_communication, describe_metrics, nu
 
 if TYPE_CHECKING:  # it imports torch
     from bigtrain.telemetry.gauges import Gauges
+    from bigtrain.telemetry.peak import Peak
 
 LOG_FILE = "log/train.log"
 
@@ -32,6 +33,8 @@ _DURABLE_EVENTS = ("checkpoint", "rollback", "finished", "stop", "fault")
 
 class NullRecorder:
     """No-op recorder for ranks other than 0."""
+
+    peak: "Peak | None" = None  # of this rank's device
 
     def __enter__(self) -> Self:
         return self
@@ -68,11 +71,7 @@ class Recorder(NullRecorder):
         )
         self._console = Console(config.train.steps, run_directory / LOG_FILE).__enter__()
         if gauges:
-            self._console.message(gauges.sentence())
-            samples, length = config.train.global_batch_size, config.data.sequence_length
-            tokens = f" of {length:,} tokens: {samples * length:,}" if length else ""
-            self._console.message(f"a step is {samples:,} samples{tokens}")
-            self._console.message(_watched(config.supervision))
+            self.peak = gauges.peak
             self._facts |= gauges.describe()
         self._dashboards = _start_dashboards(config, run_directory, is_new=resume_step == 0)
         self._is_closed = False
@@ -191,15 +190,6 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str | None:
             why = fields.get("reason")
             return f"finished after step {step}{f': {why}' if why else ''}"
     return None
-
-
-def _watched(config: SupervisionConfig) -> str:
-    if config.hang_seconds == 0:
-        return "hangs are not looked for: supervision.hang_seconds=0"
-    return (
-        f"a rank that is in one phase of a step for {config.hang_seconds:g} s (supervision.hang_seconds), and for three times "
-        f"the longest before, hangs; {config.first_hang_seconds:g} s until the phase was seen three times"
-    )
 
 
 def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:

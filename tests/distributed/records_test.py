@@ -93,7 +93,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (cwd / "ideas.py").write_text(IDEAS)
     result = fork("train.py", *ARGS, "engine=ddp", "run.name=whole", cwd=cwd)
     assert result.code == 0, result.err
-    assert "a step is 7 samples\n" in result.out and " samples/s" in result.out and "perplexity" not in result.out
+    assert (
+        "step        7 samples = 2 x " in result.out and " samples/s" in result.out and "perplexity" not in result.out
+    )
     return cwd
 
 

@@ -349,6 +349,17 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd
 
 
+def test_a_launch_says_what_will_run(text_run: Path):
+    (start,) = events(text_run / RUN, "start")
+    lines = start["banner"]
+    assert len(lines) <= 12 and max(map(len, lines)) <= 80
+    assert "step        64 samples = 2 x 16 micro-batches x 2 ranks; 1,024 tokens" in lines
+    assert any("only 2 documents: a noisy loss" in line for line in lines), "two validation documents"
+    assert "\n".join(line[:12].strip() for line in lines if line[0] != " ").split() == [
+        *["run", "model", "data", "validation", "machine", "step", "length", "memory", "watchdog"]
+    ]
+
+
 def validate_in(cwd: Path) -> dict[str, float]:
     os.chdir(cwd)
     return validate_run(RUN).metrics

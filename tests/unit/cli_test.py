@@ -274,7 +274,7 @@ def test_a_preset_of_the_users_own_names_the_run(tmp_path: Path):
 def test_what_is_missing_is_asked_for():
     with pytest.raises(ConfigError, match=r"^checkpoint: missing; write checkpoint=\.\.\.$"):
         hydra_cli.read(generate.GenerateConfig, [])
-    with pytest.raises(ConfigError, match="^prompt and prompts=a.txt: leave one of them out"):
+    with pytest.raises(ConfigError, match=r"^prompt and prompts=a\.txt: leave one of them out"):
         generate.run(hydra_cli.read(generate.GenerateConfig, ["checkpoint=x", "prompt=a", "prompts=a.txt"]))
 
 

@@ -219,7 +219,7 @@ def test_a_run_of_which_every_step_was_bad_has_not_finished(tmp_path: Path):
     done = launch("+model=gpt_nano", *settings.split(), cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "all 2 steps of runs/gpt_nano have bad numbers, so nothing was learnt" in done.stderr
-    assert "a step is 2 samples of 256 tokens: 512" in done.stdout + done.stderr
+    assert "2 samples = 2 x 1 micro-batches x 1 ranks; 512 tokens" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
