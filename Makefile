@@ -7,6 +7,7 @@
 # make demo-finetune  a small chat model: text, answers by LoRA, preferences by DPO, exports, a page with all answers
 # make demo-image  a perceptron, a CNN and a ViT on handwritten digits, with a page about their mistakes
 # make lint      formatting, lint and types
+# make docs      the pages as a site, into site/: index.html opens in a browser, nothing comes from a network
 # make bench     install what the benchmarks compare with, too
 #
 # PYTHON=python3.12      another interpreter, 3.11 to 3.13
@@ -25,7 +26,7 @@ TORCH_PIN := torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname)),+cpu))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install test test-all demo demo-encoder demo-finetune demo-image demo-seq2seq lint bench
+.PHONY: install test test-all demo demo-encoder demo-finetune demo-image demo-seq2seq lint docs bench
 
 install: $(INSTALLED)
 
@@ -58,6 +59,10 @@ lint: $(TEST_TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/pip install --editable '.[all,docs]' --constraint $(CONSTRAINTS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/pip install '.[bench]' --constraint $(CONSTRAINTS)
