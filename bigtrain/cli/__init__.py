@@ -11,6 +11,7 @@ from pathlib import Path
 from bigtrain.errors import EXIT_USER_ERROR
 
 COMMANDS = {
+    "doctor": "say what this machine has, and what it lacks",
     "train": "train a Transformer",
     "prepare": "prepare a corpus ahead of the training",
     "validate": "validate a checkpoint",

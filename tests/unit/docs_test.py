@@ -102,3 +102,27 @@ def test_missing_modules_and_tests_are_found():
     page = "`engine/state.py` and `engine/states.py`, `slurm/train.sbatch`, `docs_test.py`, `gone_test.py: test_missing_pages_…`"
     assert missing_paths(page) == ["engine/states.py", "gone_test.py"]
     assert missing_tests(page) == ["test_missing_pages_"]
+
+
+def unknown_settings(page: str) -> list[str]:
+    """Return the keys in code of a page that look like settings and are none; whole sections are named as well."""
+    known = {part for key in key_types(TrainConfig) for part in (key, key.rpartition(".")[0])}
+    patterns = [re.compile(re.escape(key).replace(r"\*", r"[\w<>]+")) for key in known]
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    code = re.findall(r"`([^`\n]+)`", page) + re.findall(r"^```(?:bash)?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    named = re.findall(rf"(?<![\w./`-])((?:{sections})\.\w[\w.]*)(?==|\s|$|`|,)", "\n".join(code))
+    own = r".*\.(bin|npy|safetensors|py|jsonl?|sbatch)|(model|task|data)\.settings\..*"
+    return [key for key in named if not (re.fullmatch(own, key) or any(p.fullmatch(key) for p in patterns))]
+
+
+OTHERS = {"moving.md", "architecture.md"}  # name keys of other programs, packages, and a misspelt one
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in OTHERS], ids=lambda page: page.stem)
+def test_pages_name_settings_that_exist(page: Path):
+    assert unknown_settings(page.read_text()) == []
+
+
+def test_unknown_settings_are_found():
+    page = "`data.mixture.web.weight=2 train.stpes=1`, `model.settings.width`, `engine.fsdp`\n```\nx data.pth=a\n```\n"
+    assert unknown_settings(page) == ["train.stpes", "data.pth"]
