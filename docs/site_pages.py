@@ -19,10 +19,11 @@ from bigtrain.cli import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(?=[)#])")
+BARE = "---\nhide: [navigation]\n---\n"
 API = {
     "Running": [f"bigtrain.cli.api.{name}" for name in ("train", "load_run", "Run", "validate", "predict", "generate")],
     "Parts of your own": ["bigtrain.tasks.base.Objective", "bigtrain.tasks.base.Field", "bigtrain.config.bounds.Bound"],
-    "Errors": ["bigtrain.errors"],
+    "Errors": [f"bigtrain.errors.{name}Error" for name in ("Bigtrain", "Config", "Data", "Checkpoint", "Preflight")],
 }
 API_HEAD = """\
 # Python
@@ -34,7 +35,7 @@ API_HEAD = """\
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are written here, and the files of the checkout that pages link to."""
-    made = {"index.md": (REPOSITORY / "README.md").read_text(), "commands.md": _commands(), "api.md": _api()}
+    made = {"index.md": f"{BARE}{(REPOSITORY / 'README.md').read_text()}", "commands.md": _commands(), "api.md": _api()}
     made |= {_place(path): path.read_text() for path in sorted(_linked())}
     for place, content in made.items():
         files.append(File.generated(config, place, content=content))
@@ -50,6 +51,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return posixpath.relpath(_place(target), here or ".") if target.exists() else link[0]
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Leave out the roles of docstrings, which are Sphinx's."""
+    return re.sub(r":(class|func|mod):(?=<code>)", "", html)
 
 
 def _linked() -> set[Path]:
@@ -95,9 +101,9 @@ def _source(place: str) -> Path:
 
 def _commands() -> str:
     def page(name: str) -> str:
-        asked = [sys.executable, "-c", "from bigtrain.cli import main; main()", name, "--help"]
+        asked = [sys.executable, "-m", "bigtrain", name, "--help"]
         said = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
-        return f"## bigtrain {name.replace('_', '-')}\n\n```text\n{said.strip()}\n```\n"
+        return f"## bigtrain {name.replace('_', '-')}\n\n```console\n{said.strip()}\n```\n"
 
     with ThreadPoolExecutor(4) as pool:
         return "\n".join(["# Commands\n\nWhat `bigtrain <command> --help` says.\n", *pool.map(page, COMMANDS)])

@@ -11,7 +11,6 @@ from pathlib import Path
 from bigtrain.errors import EXIT_USER_ERROR
 
 COMMANDS = {
-    "doctor": "say what this machine has, and what it lacks",
     "train": "train a Transformer",
     "prepare": "prepare a corpus ahead of the training",
     "validate": "validate a checkpoint",
@@ -32,6 +31,7 @@ COMMANDS = {
     "submit": "submit a training run to Slurm",
     "parity": "compare engines and world sizes on a run of your own",
     "verify_resume": "kill and resume a training, and compare",
+    "doctor": "say what this machine has, and what it lacks",
     "dashboard": "make a dashboard in a Weights & Biases project",
 }
 

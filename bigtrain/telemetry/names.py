@@ -1,7 +1,7 @@
 """Names of the metrics: the keys of ``metrics.jsonl`` and their sections on a dashboard.
 
 Every record has the plain names. The sectioned ones are in the records of logging steps (every
-``train.log_every_steps``) and describe the steps since the last one; ``docs/monitoring.md`` lists them.
+``train.log_every_steps``) and describe the steps since the last one; ``docs/metrics.md`` lists them.
 """
 
 from typing import Any

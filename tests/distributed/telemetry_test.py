@@ -41,7 +41,7 @@ COMMAND = [
     "engine=ddp",
     "profile.steps=[11,12]",
 ]
-DOCUMENT = Path(__file__).parents[2] / "docs/monitoring.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 SAMPLE = {"step": 25, "prompt": "Once", "text": " upon a time"}
 
 
