@@ -118,7 +118,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
     """Return every problem of a resolved ``config`` for this world, each with what to change."""
     bounds = out_of_bounds(config)
     if config.model.kind is not ModelKind.native:  # the shape of another model is what its files say
-        bounds = [problem for problem in bounds if not problem.startswith("model.")]
+        bounds = [p for p in bounds if p.startswith("model.adapter.") or not p.startswith("model.")]
     return [
         *_check_run(config),
         *_check_parts(config),

@@ -5,6 +5,7 @@ Parameters of an adapted layer ``x`` are ``x.weight``, as without adapters, and 
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -50,8 +51,13 @@ def peft_config(config: AdapterConfig, modules: list[str]) -> Any:
 
 
 def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
-    """Add adapters to a network with parameters on the meta device, in place; raises as :func:`adapted_modules`."""
-    settings = peft_config(config, adapted_modules(network, config))
+    """Add adapters to a network with parameters on the meta device, in place; ConfigError as :func:`adapted_modules`."""
+    modules = adapted_modules(network, config)
+    owners = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    if tied := [name for name in modules if owners[id(network.get_submodule(name).weight)] > 1]:
+        problem = f"model.adapter.targets: {bare(tied[0])} shares its weights with the token embedding"
+        raise ConfigError(f"{problem}, so what it learnt could not be merged; name other layers")
+    settings = peft_config(config, modules)
     in_blocks = adapted_modules(network, AdapterConfig()) if config.nf4 else []
     from peft import inject_adapter_in_model
 

@@ -9,6 +9,7 @@ import torch
 from bigtrain.checkpoint.store import Origin
 from bigtrain.config import AdapterConfig, Head, ModelConfig, ModelKind
 from bigtrain.engine.state import MODEL
+from bigtrain.errors import ConfigError
 from bigtrain.models import build_model
 from bigtrain.models.adapters import adapted_modules, bare, is_of_adapter, merged, peft_config
 from bigtrain.models.freeze import frozen_names
@@ -45,7 +46,23 @@ def adapter_tensors(reader: WeightReader, model: ModelConfig) -> dict[str, torch
     names = [key.removeprefix(MODEL) for key in reader.keys if key.startswith(MODEL)]
     frozen = set(frozen_names(names, model))
     trained = {name: reader.read(MODEL + name) for name in names if name not in frozen}
-    return {_PREFIX + _in_file(name): tensor for name, tensor in _as_published(trained, model)}
+    found = dict(_as_published(trained, model))
+    found |= {name: found[first] for name, first in _tied(model) if first in found}  # peft would part them
+    return {_PREFIX + _in_file(name): tensor for name, tensor in found.items()}
+
+
+def _tied(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Yield further names in transformers of parameters, each with the one that a checkpoint has."""
+    if model.kind is ModelKind.native:
+        if model.tie_embeddings:
+            yield "lm_head.weight", next(t.name for t in hf_tensors(model) if t.native == "embed_tokens.weight")
+        return
+    with torch.device("meta"):
+        network = build_model(dataclasses.replace(model, adapter=None))
+    first = dict[int, str]()
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) != name:
+            yield bare(name), bare(known)
 
 
 def _in_file(name: str) -> str:
@@ -86,9 +103,15 @@ def _linear_layers(model: ModelConfig) -> list[str]:
 def adapter_description(
     tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: Origin | None
 ) -> dict[str, Any]:
-    """Return the content of ``adapter_config.json`` for ``tensors`` of :func:`adapter_tensors` and the run's origin."""
+    """Return the content of ``adapter_config.json`` for ``tensors`` of :func:`adapter_tensors` and the run's origin.
+
+    ConfigError: a layer and its adapter are both trained.
+    """
     layers = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors if is_of_adapter(name)})
     others = sorted({name.removeprefix(_PREFIX).rpartition(".")[0] for name in tensors if not is_of_adapter(name)})
+    if both := set(layers) & set(others):
+        problem = f"merge=false: model.adapter.also_train has changed {min(both)} itself, beside its adapter"
+        raise ConfigError(f"{problem}, and peft holds one of the two; leave merge=false out")
     last = sorted({layer.rpartition(".")[2] for layer in layers})
     covers = all(layer in layers for layer in _linear_layers(model) if layer.rpartition(".")[2] in last)
     described = peft_config(model.adapter, layers).to_dict() | {

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import bigtrain
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import find_checkpoints
 from bigtrain.config import (
@@ -20,6 +21,7 @@ from bigtrain.config import (
     RunConfig,
 )
 from bigtrain.config.check import check
+from bigtrain.errors import ConfigError
 from bigtrain.models.adapters import is_of_adapter
 from bigtrain.plan.estimate import measure_model
 from bigtrain.run import launching
@@ -109,6 +111,47 @@ def test_adapters_of_a_run_continue_elsewhere_and_are_exported_both_ways(tmp_pat
         beside = peft.PeftModel.from_pretrained(opened, str(tmp_path / "hf_adapter")).eval()(tokens).logits
         assert (merged(tokens).logits - beside).abs().max() <= 1e-5
         assert (without - beside).abs().max() > 1e-3, "the adapters do something"
+
+
+def apart(base, merged, adapter):
+    """Return by how much logits of a merged export differ from those of peft, and from those of the base."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    of_base, of_merged = (transformers.AutoModelForCausalLM.from_pretrained(path).eval() for path in (base, merged))
+    tokens = torch.arange(30).view(2, 15)
+    with torch.no_grad():
+        before, after = of_base(tokens).logits, of_merged(tokens).logits
+        beside = peft.PeftModel.from_pretrained(of_base, str(adapter)).eval()(tokens).logits
+    return float((after - beside).abs().max()), float((after - before).abs().max())
+
+
+def test_what_is_trained_beside_adapters_is_exported_whole_or_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 257, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads)).save_pretrained(tmp_path / "base")
+    options = {"precision": Precision.fp32, "max_shard_bytes": 10**9}
+
+    def train(name, *settings):
+        return bigtrain.train(
+            *("+model=hf", f"model.name={tmp_path}/base", "model.pretrained=true", "+adapter=lora", "data=synthetic"),
+            *("data.tokenizer=bytes", "data.sequence_length=16", f"data.root={tmp_path}/data", f"run.root={tmp_path}"),
+            *("train.steps=2", "train.global_batch_size=4", "optimizer.lr=1e-2", "scheduler.warmup_steps=0"),
+            *(f"run.name={name}", *settings),
+        ).directory
+
+    run = train("embeddings", "model.adapter.also_train=['*embed_tokens*']")
+    export(run, tmp_path / "merged", **options)
+    export(run, tmp_path / "adapter", merge=False, **options)
+    difference, change = apart(tmp_path / "base", tmp_path / "merged", tmp_path / "adapter")
+    assert difference <= 1e-5 < 1e-2 < change, "the head is the embedding, in peft too"
+
+    run = train("both", "model.adapter.also_train=['*q_proj.weight']")
+    with pytest.raises(ConfigError, match=r"also_train has changed model\.layers\.0\.self_attn\.q_proj itself"):
+        export(run, tmp_path / "parted", merge=False, **options)
+    with pytest.raises(ConfigError, match=r"targets: lm_head shares its weights with the token embedding"):
+        train("head", "model.adapter.targets=[lm_head]")
+    with pytest.raises(ConfigError, match=r"model\.adapter\.rank=0: must be at least 1"):
+        train("none", "model.adapter.rank=0")
 
 
 def test_what_does_not_go_together_is_said_and_memory_counts_what_is_trained():
