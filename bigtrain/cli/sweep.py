@@ -20,6 +20,8 @@ from bigtrain.processes import RankInfo, num_usable_cpus
 if TYPE_CHECKING:
     from bigtrain.run.sweep import Sweep
 
+_MOST_TRIALS = 10_000
+
 HELP = """\
 Train with several values of some settings, each combination a run of its own below runs/<sweep.name>, and rank them by
 validation.metric.
@@ -109,6 +111,11 @@ def _problems(config: SweepConfig, axes: list[Axis]) -> Iterator[str]:
         yield f"run.name={config.run.name}: trials have names of their own, and their directory is sweep.name"
     if settings.sampler is Sampler.grid and (between := [axis.name for axis in axes if not axis.values]):
         yield f"{', '.join(between)}: a grid needs values, as choice(a,b,c); an interval needs sweep.sampler=random or tpe"
+    combinations = math.prod(len(axis.values) for axis in axes) if all(axis.values for axis in axes) else math.inf
+    if settings.sampler is Sampler.grid and combinations > _MOST_TRIALS:
+        yield f"a grid of {combinations:,} trials, of {_MOST_TRIALS:,} at most; name fewer values, or sweep.sampler=random"
+    if settings.sampler is Sampler.random and combinations <= settings.trials:
+        yield f"sweep.sampler=random would draw {combinations} combinations {settings.trials} times; sweep.sampler=grid has all"
     if not settings.halving:
         return
     if settings.sampler is Sampler.tpe:

@@ -30,7 +30,11 @@ def check_privacy(config: "TrainConfig") -> Iterator[str]:
     """Yield what a private run cannot be combined with."""
     task, where = config.task, "privacy.max_grad_norm"
     if config.privacy.max_grad_norm is None:
+        if config.privacy != PrivacyConfig():
+            yield f"{where}: missing, and without it nothing is private; set it, or leave privacy.* out"
         return
+    if config.data.allow_change:
+        yield f"{where}: of other samples there is no account; leave data.allow_change out"
     if config.engine.kind is not EngineKind.ddp:
         instead = "only engine=ddp has the whole gradient of a sample; use that"
         yield f"{where}: engine={config.engine.kind.name} sums gradients as they come, and {instead}"

@@ -31,7 +31,7 @@ from bigtrain.checkpoint.store import (
 )
 from bigtrain.config import AdapterConfig, Load, ModelConfig, ModelKind, RopeScalingConfig, TrainConfig, Verify
 from bigtrain.config.check import RESUME_WORDS
-from bigtrain.config.convert import from_dict, to_dict
+from bigtrain.config.convert import flatten, from_dict, to_dict
 from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
 from bigtrain.data.read.tokenizer import TOKENIZER_FILE
 from bigtrain.distributed.collectives import on_rank0
@@ -307,8 +307,11 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
         ignored.add("adapter")
     keys = [key for key in new if key not in ignored and old.get(key) != new[key]]
     if keys:
-        differences = [f"model.{key}: {old.get(key)} in the checkpoint, {new[key]} now" for key in keys]
-        problem = f"{path} holds another model; choose another run.name or the model of the checkpoint:"
+        was, now = (flatten({key: values.get(key) for key in keys}) for values in (old, new))
+        names = [name for name in was | now if was.get(name) != now.get(name)]
+        differences = [f"model.{name}: {was.get(name)} in the checkpoint, {now.get(name)} now" for name in names]
+        way_out = "choose another run.name" if load is Load.all else "merge its adapters (bigtrain export)"
+        problem = f"{path} holds another model; restore that, or {way_out}:"
         raise CheckpointError("\n  ".join([problem, *differences]))
     new = to_dict(config.optimizer)
     old, difference = new | saved.get("optimizer", {}), None

@@ -121,7 +121,7 @@ def _run(config: TrainConfig, info: RankInfo, device: torch.device, launch: Laun
     stream, begin = streams["train"], state.cursor if state else Cursor()
     config = with_class_weights(config, stream)
     changes = check_continuation(state, config, stream, info.world_size) if state else []
-    account = open_account(config, stream, state)
+    account = open_account(config, stream, state, start.checkpoint)
     if start.checkpoint:
         on_rank0(lambda: require_tokenizer(start.checkpoint, stream))
     stream.require_steps(begin, config.train.steps, config.train.global_batch_size)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from bigtrain.checkpoint.store import RunState
 from bigtrain.config import PrivacyConfig, TrainConfig
@@ -56,8 +57,10 @@ class Account:
         return low
 
 
-def open_account(config: TrainConfig, stream: SampleStream, state: RunState | None) -> Account | None:
-    """Return the account of a private run, None of another one; say what it spends.
+def open_account(
+    config: TrainConfig, stream: SampleStream, state: RunState | None, checkpoint: Path | None
+) -> Account | None:
+    """Return the account of a private run, None of another one; say what it spends, and what is not in it.
 
     ConfigError: more than ``privacy.max_epsilon``; or the run was begun with other settings, of which it has no account.
     """
@@ -86,4 +89,7 @@ def open_account(config: TrainConfig, stream: SampleStream, state: RunState | No
     any_order = f"{account.epsilon_any_order(steps):.4g} in whatever order they come"
     told = f"epsilon {spent:.4g} after {steps} steps, as if batches were drawn at random (Poisson); {any_order}"
     get_logger().info(f"privacy: {told}; delta {privacy.delta:g}, a sample each")
+    if checkpoint and not state:
+        left_out = "what they hold of these samples already is in no epsilon here; add what that run has spent on them"
+        get_logger().warning(f"privacy: beginning with the weights of {checkpoint}: {left_out}")
     return account

@@ -136,7 +136,7 @@ def _model_of(config: ScoreConfig) -> ModelConfig:
     by = config.scorer
     if by is None:
         return dataclasses.replace(config.model, adapter=None, freeze=[])
-    if is_run(by):
+    if is_run(by) or Path(by).is_relative_to(config.run.root):  # which says so where there is none
         return read_config(locate(Path(by))[0]).model
     head, num_outputs = head_of(config.task), num_outputs_of(config.task)
     return with_hf_shape(ModelConfig(kind=ModelKind.hf, name=by, pretrained=True, head=head, num_outputs=num_outputs))

@@ -37,7 +37,8 @@ class Preference:
     def fields(self) -> Mapping[str, Field]:
         tokens, targets = Field(torch.int64, ("T",)), Field(torch.int64, ("T",), ignored=IGNORE_INDEX)
         pair = {"chosen": tokens, "chosen_targets": targets, "rejected": tokens, "rejected_targets": targets}
-        return {**pair, LOG_PROBABILITIES: Field(torch.float32, (2,), is_optional=True)}  # of the reference
+        scored = {LOG_PROBABILITIES: Field(torch.float32, (2,), is_optional=True)} if self.loss.has_reference else {}
+        return pair | scored
 
     @property
     def sums(self) -> Mapping[str, tuple[int, ...]]:

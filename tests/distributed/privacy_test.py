@@ -172,6 +172,8 @@ def test_a_run_says_what_it_spends_and_is_refused_before_it_spends_more(tmp_path
         "was begun with privacy.noise_multiplier: 1.0"
         in train("run.name=less", "privacy.noise_multiplier=9", "train.steps=6", code=2).err
     )
+    begun = train("run.name=begun", "checkpoint.resume=runs/whole", "checkpoint.load=weights", "train.steps=1")
+    assert "is in no epsilon here" in begun.out + begun.err
     assert "privacy.delta=0.5: must be less than 1 /" in train("run.name=half", "privacy.delta=0.5", code=2).err
 
 
@@ -183,6 +185,8 @@ def test_a_run_says_what_it_spends_and_is_refused_before_it_spends_more(tmp_path
         ("task=contrastive", "the loss of a sample depends on others"),
         ("data=stdlib data.on_the_fly=true", "use one prepared data set"),
         ("privacy.max_epsilon=-1", "must be more than 0"),
+        ("privacy.max_grad_norm=null privacy.max_epsilon=1", "missing, and without it nothing is private"),
+        ("data.allow_change=true", "of other samples there is no account"),
     ],
 )
 def test_what_cannot_be_private_is_refused(settings, told):

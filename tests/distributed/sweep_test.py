@@ -157,6 +157,8 @@ MISTAKES: dict[str, list[str]] = {
     "sweep.parallel=1,2: one value, please": ["sweep.parallel=1,2"],
     "optimizer.lr: a grid needs values": ["optimizer.lr=interval(1e-3,1e-2)"],
     "the first number must be less than the second and more than 0": ["optimizer.lr=tag(log,interval(0,1))"],
+    "a grid of 90,000 trials": ["optimizer.lr=range(1,301)", "train.seed=range(0,300)"],
+    "random would draw 2 combinations 16 times": ["optimizer.lr=1,2", "sweep.sampler=random"],
     "model.num_heads=5: .*does not divide by model.num_heads=5": ["model.num_heads=3,5"],
     "validation.every_steps=0: trials are compared": ["optimizer.lr=1,2", "validation.every_steps=0"],
     "the first after about 2 of train.steps=8": ["optimizer.lr=1,2,3,4", "validation.every_steps=8", "sweep.halving=2"],

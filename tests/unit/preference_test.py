@@ -18,7 +18,7 @@ from bigtrain.data.read.tokenizer import load_tokenizer
 from bigtrain.errors import DataError
 from bigtrain.tasks import build_objective
 from bigtrain.tasks.base import split_sums
-from bigtrain.tasks.preference import without_adapters
+from bigtrain.tasks.preference import Preference, without_adapters
 
 OF_PAIRS = [loss for loss in PreferenceLoss if loss is not PreferenceLoss.kto]
 QUESTION = {"role": "user", "content": "say a"}
@@ -76,13 +76,22 @@ def test_pairs_whose_answer_does_not_begin_within_a_sample_are_not_drawn(tmp_pat
             {"prompt": "x", "chosen": [QUESTION, answer("a")], "rejected": [QUESTION, answer("b")]},
             "field 'prompt': it is",
         ),
-        ({"chosen": [QUESTION], "rejected": [QUESTION]}, "field 'chosen': behind the prompt comes no answer"),
+        (
+            {"chosen": [QUESTION], "rejected": [QUESTION, answer("a")]},
+            "field 'chosen': behind the prompt comes no answer",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same"),
         ({"prompt": "q", "chosen": [answer("a") | {"mood": "x"}], "rejected": "b"}, "does not write its mood"),
     ],
 )
 def test_what_is_no_pair_is_refused(row, problem):
     with pytest.raises(ValueError, match=problem):
         find_chat("bytes", None).write_answers(row, ("chosen", "rejected"))
+
+
+def test_only_losses_with_a_reference_read_one():
+    reads = [loss for loss in PreferenceLoss if "log_probabilities" in Preference(loss=loss).fields]
+    assert reads == [loss for loss in PreferenceLoss if loss.has_reference] and PreferenceLoss.orpo not in reads
 
 
 def test_a_template_that_writes_the_prompt_otherwise_is_refused():

@@ -291,6 +291,8 @@ def _read_answers(
         _read_messages([{"role": ANSWERING_ROLE, "content": value}] if isinstance(value, str) else value, name)[0]
         for name, value in ((name, record[name]) for name in names)
     ]
+    if len(both) > 1 and both[0] == both[1]:
+        raise ValueError("fields 'chosen' and 'rejected' are the same; of such a pair nothing is learnt")
     differs = (i for i, found in enumerate(zip(*both, strict=False)) if found[0] != found[-1])
     common = next(differs, min(map(len, both))) if len(both) > 1 else 0
     if common and prompt and both[0][:common] != prompt:

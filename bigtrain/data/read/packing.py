@@ -69,7 +69,8 @@ def unanswered(num_left_out: int, num_samples: int, where: str = "") -> str:
     """Return what to say of samples that are left out."""
     return (
         f"{num_left_out} of {num_samples} training samples{where} have no target that counts (long prompts "
-        "without their answers) and are left out; a larger data.sequence_length or data.packing=best_fit has fewer of them"
+        "without their answers) and are left out; a larger data.sequence_length has fewer of them, as has "
+        "data.packing=best_fit in place of concat"
     )
 
 
