@@ -78,6 +78,8 @@ def test_every_extra_that_is_named_exists():
         assert any(need.startswith(package.replace("_", "-")) for need in extras[extra]), (package, extra)
         assert extra in re.search(r"\[(.*)\]", extras["all"][0])[1].split(",")
     require("this", "torch", "none")
+    page = (ROOT / "docs/installation.md").read_text()
+    assert [extra for extra in extras if f"`{extra}`" not in page.partition("## Extras")[2]] == []
 
 
 def test_without_tiktoken_ids_are_the_same(tmp_path, monkeypatch):
