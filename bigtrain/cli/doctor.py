@@ -53,7 +53,7 @@ def _programs() -> Iterator[Line]:
     from bigtrain.distributed.collectives import unused_gpus
     from bigtrain.distributed.rendezvous import require_interfaces
 
-    present = {entry.metadata["Name"].lower(): entry.version for entry in metadata.distributions()}
+    present = {str(entry.metadata["Name"]).lower(): entry.version for entry in metadata.distributions()}
     names = ("bigtrain", "torch", "transformers", "deepspeed", "accelerate", "datasets")
     yield "versions", ", ".join(f"{name} {present.get(name, 'not there')}" for name in names), ""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

@@ -112,17 +112,18 @@ def unknown_settings(page: str) -> list[str]:
     code = re.findall(r"`([^`\n]+)`", page) + re.findall(r"^```(?:bash)?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     named = re.findall(rf"(?<![\w./`-])((?:{sections})\.\w[\w.]*)(?==|\s|$|`|,)", "\n".join(code))
     own = r".*\.(bin|npy|safetensors|py|jsonl?|sbatch)|(model|task|data)\.settings\..*"
+    own += r"|data\.(order|prepare|read)|train\.stpes"  # packages, and a mistake that is shown
     return [key for key in named if not (re.fullmatch(own, key) or any(p.fullmatch(key) for p in patterns))]
 
 
-OTHERS = {"moving.md", "architecture.md"}  # name keys of other programs, packages, and a misspelt one
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in OTHERS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_pages_name_settings_that_exist(page: Path):
-    assert unknown_settings(page.read_text()) == []
+    text = page.read_text()
+    if page.name == "moving.md":  # whose first columns are the settings of other programs
+        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
+    assert unknown_settings(text) == []
 
 
 def test_unknown_settings_are_found():
-    page = "`data.mixture.web.weight=2 train.stpes=1`, `model.settings.width`, `engine.fsdp`\n```\nx data.pth=a\n```\n"
-    assert unknown_settings(page) == ["train.stpes", "data.pth"]
+    page = "`data.mixture.web.weight=2 train.stps=1`, `model.settings.width`, `engine.fsdp`\n```\nx data.pth=a\n```\n"
+    assert unknown_settings(page) == ["train.stps", "data.pth"]
