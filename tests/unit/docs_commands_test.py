@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from safetensors.numpy import save_file
 from bigtrain.cli import hydra_cli
 from bigtrain.config import TrainConfig
 from bigtrain.errors import ConfigError
-from tests.unit.docs_test import PAGES
+from tests.unit.docs_test import PAGES, REPOSITORY
 
 BLOCK = re.compile(r"^```(?:bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"(?:python )?(?:\S*/)?launch/(\w+)\.py|(?:-m )?bigtrain ([\w-]+)|slurm/(train)\.sbatch")
@@ -114,3 +117,33 @@ python launch/train.py ... data.tokeniser=bpe
         with pytest.raises(ConfigError):
             read(command)
     read(right)
+
+
+SHORTER = {"train.steps=300": "train.steps=4", "every_steps=100": "every_steps=2", "train.steps=200": "train.steps=2"}
+
+
+def shorter(blocks: list[str]) -> str:
+    code = "\n".join(blocks)
+    for long, short in SHORTER.items():
+        code = code.replace(long, short)
+    return code
+
+
+@pytest.mark.slow
+def test_the_first_page_and_the_python_of_the_readme_work_as_they_stand(tmp_path: Path):
+    page = (REPOSITORY / "docs/start.md").read_text()
+    typed = shorter(BLOCK.findall(page[page.index("## 2.") :]))
+    python = shorter(
+        re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    )
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    call = partial(subprocess.run, cwd=tmp_path, env=env, check=True, timeout=240, capture_output=True, text=True)
+    call(["bash", "-euo", "pipefail", "-c", typed])
+    assert (tmp_path / "runs/mine/report.html").stat().st_size > 100_000
+    assert json.loads((tmp_path / "exported/config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+    texts = (tmp_path / "mine.txt").read_text().split("\n\n")
+    (tmp_path / "books").mkdir()
+    for number in range(40):
+        (tmp_path / "books" / f"{number}.txt").write_text("\n\n".join(texts[number::40]))
+    said = call([sys.executable, "-c", python]).stdout
+    assert "'code': 0" in said and "'loss'" in said
