@@ -134,6 +134,9 @@ def check_task(config: TrainConfig) -> Iterator[str]:
                 others = "" if task.loss is PreferenceLoss.kto else ", or choose task.loss=orpo or simpo"
                 instead = f"add +adapter=lora or data.scores=<what bigtrain score wrote>{others}"
                 yield f"task.loss={task.loss.name} compares with the model before training: {instead}"
+            if task.loss.has_reference and model.adapter and model.adapter.also_train and data.scores is None:
+                instead = "leave it out, or add data.scores=<what bigtrain score wrote>"
+                yield f"model.adapter.also_train: task.loss={task.loss.name} compares with these as they were; {instead}"
         elif model.kind is ModelKind.native and task.kind != TaskKind.gan:
             yield f"task={task.kind}: bigtrain's own decoder predicts text only; use +model=hf, a small network or your own"
         if model.kind is ModelKind.hf and is_by_sample and task.inputs is Inputs.features:

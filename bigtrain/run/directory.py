@@ -29,7 +29,16 @@ from bigtrain.checkpoint.store import (
     set_aside,
     step_of,
 )
-from bigtrain.config import AdapterConfig, Load, ModelConfig, ModelKind, RopeScalingConfig, TrainConfig, Verify
+from bigtrain.config import (
+    AdapterConfig,
+    Load,
+    ModelConfig,
+    ModelKind,
+    RopeScalingConfig,
+    TaskKind,
+    TrainConfig,
+    Verify,
+)
 from bigtrain.config.check import RESUME_WORDS
 from bigtrain.config.convert import flatten, from_dict, to_dict
 from bigtrain.data.read.index import INDEX_FILE, PUBLISHED_DIRECTORY
@@ -313,6 +322,12 @@ def _fitting(config: TrainConfig, path: Path, load: Load) -> Path:
         way_out = "choose another run.name" if load is Load.all else "merge its adapters (bigtrain export)"
         problem = f"{path} holds another model; restore that, or {way_out}:"
         raise CheckpointError("\n  ".join([problem, *differences]))
+    compares = config.task.kind == TaskKind.preference and config.task.loss.has_reference and not config.data.scores
+    if load is Load.weights and old["adapter"] and compares:
+        problem = (
+            f"checkpoint.resume={path} has adapters, which task.loss={config.task.loss.name} would compare without"
+        )
+        raise ConfigError(f"{problem}; begin with what bigtrain export has merged, or give data.scores of that run")
     new = to_dict(config.optimizer)
     old, difference = new | saved.get("optimizer", {}), None
     if old["kind"] != new["kind"]:

@@ -18,6 +18,7 @@ from bigtrain.engine.state import MODEL
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.files import read_json, write_anew
 from bigtrain.models import build_model
+from bigtrain.models.adapters import plain_name
 from bigtrain.run.data import held_out_batches
 from bigtrain.run.directory import FACTS_FILE, find_whole, read_config
 from bigtrain.run.frozen import WeightReader
@@ -92,7 +93,7 @@ def _features(run: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     config, checkpoint, facts = open_classifier(run)
     network, reader = build_model(config.model).eval().to(device), WeightReader(checkpoint)
     for name, parameter in network.named_parameters():
-        parameter.copy_(reader.read(MODEL + name))
+        parameter.copy_(reader.read(MODEL + plain_name(name)))
     seen: list[Tensor] = []
     *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
     last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

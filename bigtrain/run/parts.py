@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from bigtrain.distributed.collectives import on_rank0
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, as_data_error
 from bigtrain.files import read_json, write_anew
 from bigtrain.log import get_logger
 from bigtrain.telemetry.text import format_duration
@@ -28,7 +28,7 @@ def make_parts(
 
     ``parts`` says what each file, all in one directory, is made of: ``make`` returns its content, and is called equally
     often on all ranks, with None where no part is left. ConfigError: ``out``, which the parts are of, exists or cannot
-    be written, or there are parts of another ``request``, which decides their content.
+    be written, or there are parts of another ``request``, which decides their content. DataError: a part cannot be written.
     """
     paths, rank, world_size = list(parts), dist.get_rank(), dist.get_world_size()
     todo = on_rank0(partial(_begin, out, paths, request))
@@ -38,7 +38,8 @@ def make_parts(
         mine = paths[now[rank]] if rank < len(now) else None
         content = make(parts[mine] if mine else None)
         if mine:
-            write_anew(mine, content)
+            with as_data_error(mine, problem="cannot be written", advice="; make room, the same command goes on"):
+                write_anew(mine, content)
         if time.monotonic() - said > _SAY_EVERY_SECONDS:
             said, num_done = time.monotonic(), first + len(now)
             left = format_duration((len(todo) - num_done) * (said - begin) / num_done)

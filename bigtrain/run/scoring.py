@@ -37,7 +37,7 @@ from bigtrain.distributed.collectives import on_rank0, pick_device
 from bigtrain.engine.base import Engine
 from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import MODEL
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, as_data_error
 from bigtrain.files import sync, write_anew
 from bigtrain.models import build_model
 from bigtrain.models.hf.build import with_hf_shape
@@ -86,7 +86,8 @@ def score_samples(config: ScoreConfig) -> int:
         request = {"what": scorer.what.name, "weights": weights, "samples": str(samples)}
         request |= {name: str(getattr(config, name)) for name in ("top_k", "fp16", "batch_size", "part_samples")}
         make_parts(Path(config.out), scorer.parts(), request, scorer.make)
-        on_rank0(partial(_join, scorer, {"origin": origin, "weights": weights}))
+        join = as_data_error(config.out, problem="cannot be written")(_join)
+        on_rank0(partial(join, scorer, {"origin": origin, "weights": weights}))
         return sum(stream.num_ids for stream in streams.values())
 
 

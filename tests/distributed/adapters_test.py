@@ -145,6 +145,13 @@ def test_what_is_trained_beside_adapters_is_exported_whole_or_refused(tmp_path):
     difference, change = apart(tmp_path / "base", tmp_path / "merged", tmp_path / "adapter")
     assert difference <= 1e-5 < 1e-2 < change, "the head is the embedding, in peft too"
 
+    pairs = ["task=preference", "data=jsonl", "data.content=preference", "data.path=pairs.jsonl"]
+    begin = [f"checkpoint.resume={train('plain')}", "checkpoint.load=weights"]
+    with pytest.raises(ConfigError, match=r"has adapters, which task\.loss=dpo would compare without"):
+        train("pairs", *pairs, *begin)
+    with pytest.raises(ConfigError, match=r"also_train: task\.loss=dpo compares with these as they were"):
+        train("pairs", *pairs, "model.adapter.also_train=['*norm*']")
+
     run = train("both", "model.adapter.also_train=['*q_proj.weight']")
     with pytest.raises(ConfigError, match=r"also_train has changed model\.layers\.0\.self_attn\.q_proj itself"):
         export(run, tmp_path / "parted", merge=False, **options)

@@ -115,6 +115,7 @@ def test_a_file_that_changes_afterwards_is_noticed(tokenizer: str, tmp_path: Pat
     ("content", "sentence"),
     [
         ({"x.bin": np.array([5, 300, 7], "<u2").tobytes()}, "holds the id 300, but the tokenizer .* has 257 ids"),
+        ({"x.jsonl": b"abcd"}, "no file of ids by its name"),
         ({"x.bin": b"abc"}, "3 bytes are no whole number of ids of 2 bytes"),
         ({"x.ds": b"abcd", "x.ds.index": np.array([3], "<u8").tobytes()}, "are not the ids that x.ds.index counts"),
         ({"x.bin": b"abcd", "x.idx": b"something else"}, "is no index of Megatron-LM"),

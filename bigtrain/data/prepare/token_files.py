@@ -92,6 +92,10 @@ def open_tokens(path: Path, vocab_size: int) -> TokenFile:
             return _open_megatron(path, index)
         if path.suffix == ".bin" and np.fromfile(path, "<i4", count=1).tolist() == [_OF_LLM_C]:
             return TokenFile(np.memmap(path, "<u2", mode="r", offset=_LLM_C_BYTES), None)
+        if path.suffix not in (".bin", ".ds"):
+            raise DataError(
+                f"{path}: no file of ids by its name (.bin, .ds, .npy, .parquet); text is read by data=jsonl, text"
+            )
         dtype, ends = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4"), None
         if (index := Path(f"{path}.index")).is_file():
             ends = np.fromfile(index, "<u8").astype(np.int64)
