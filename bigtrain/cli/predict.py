@@ -1,4 +1,4 @@
-"""Predict with a trained run: ``python launch/predict.py checkpoint=runs/cnn_mnist inputs=new.npz out=labels.jsonl``."""
+"""Predict with a trained run: ``python launch/predict.py checkpoint=runs/cnn inputs=new.npz out=labels.jsonl``."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ class PredictConfig:
 HELP = """\
 Write what a trained network says of new inputs: labels with probabilities, or numbers.
 
-  python launch/predict.py checkpoint=runs/cnn_mnist inputs=new.npz out=labels.jsonl top_k=3
+  python launch/predict.py checkpoint=runs/cnn inputs=new.npz out=labels.jsonl top_k=3
   torchrun --nproc-per-node=8 launch/predict.py checkpoint=runs/table inputs=rows.csv out=values.csv
 """
 

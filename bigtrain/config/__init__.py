@@ -74,7 +74,7 @@ class RunConfig:
     """Identity and place of the run."""
 
     name: str | None = None
-    """Directory of the run below ``root``; by default the name of the model preset."""
+    """Directory of the run below ``root``; by default that of the model, `model.name`."""
     root: LocalPath = "runs"
     """Directory that holds the runs."""
     stop_after_steps: Annotated[int | None, Bound(ge=1)] = None
