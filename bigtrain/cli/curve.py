@@ -49,6 +49,10 @@ def run(config: CurveConfig) -> None:
     from bigtrain.telemetry.report import Section, render
 
     points = [read_point(Path(directory)) for directory in config.runs]
+    if len({point.unit for point in points}) > 1:
+        raise ConfigError(
+            "these runs count tokens and samples, and their losses are of different things; give one kind"
+        )
     if config.compute and points[0].unit != "tokens":
         raise ConfigError("compute: operations are counted of tokens, and these runs have samples; leave it out")
     law, again = fit(points)

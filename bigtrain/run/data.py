@@ -301,7 +301,8 @@ def with_steps(config: TrainConfig, stream: SampleStream, state: RunState | None
     steps = steps_to_train(config.train, **sizes, **done)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     length = f"{config.train.epochs:g} epochs" if config.train.epochs is not None else f"{config.train.tokens:,} tokens"
-    get_logger().info(f"{length} of {stream.num_samples:,} samples are {steps:,} steps")
+    are = f"are done, at step {steps:,}" if state and steps == state.step else f"are {steps:,} steps"
+    get_logger().info(f"{length} of {stream.num_samples:,} samples {are}")
     for warning in beyond_the_end(config):
         get_logger().warning(warning)
     return config

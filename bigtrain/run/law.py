@@ -73,10 +73,12 @@ def read_point(directory: Path) -> Point:
     validations, last = history.events_of("validation"), history.records[-1]
     if not validations:
         raise DataError(f"{directory}: it has no validation; validation.every_steps says how often there is one")
+    if (loss := validations[-1][names.LOSS]) is None:
+        raise DataError(f"{directory}: the loss of its last validation is no number; leave this run out")
     unit = names.unit_of(last)
     passes = max([1.0, *(history.series(key)[1][-1] for key in history.family(names.SOURCE_EPOCHS))])
     parameters = measure_model(read_config(directory).model)[0].total
-    return Point(history.name, parameters, last[unit] / passes, passes, float(validations[-1][names.LOSS]), unit)
+    return Point(history.name, parameters, last[unit] / passes, passes, float(loss), unit)
 
 
 def fit(points: Sequence[Point]) -> tuple[Law, list[Law]]:

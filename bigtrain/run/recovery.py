@@ -13,6 +13,7 @@ from bigtrain.checkpoint.store import Origin, RunState, Standing, checkpoints_di
 from bigtrain.config import Load, TrainConfig, ValidationConfig, own_sets
 from bigtrain.config.check import RESUME_WORDS
 from bigtrain.config.convert import to_dict
+from bigtrain.config.length import LENGTHS
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.stream import SampleStream
 from bigtrain.distributed.collectives import on_rank0
@@ -202,4 +203,5 @@ def nothing_to_do(config: TrainConfig, state: RunState, standing: Standing) -> s
         return ended and f"{directory} is finished at step {step}: {explain_end(standing, ended)}"
     if step > wanted_steps:
         return f"{directory} is at step {step} already, beyond train.steps={wanted_steps}: nothing is trained"
-    return f"{directory} is finished at step {step}; a larger train.steps trains on, another run.name starts anew"
+    length = next(name for name in reversed(LENGTHS) if getattr(config.train, name) is not None)
+    return f"{directory} is finished at step {step}; a larger train.{length} trains on, another run.name starts anew"

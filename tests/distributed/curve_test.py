@@ -1,12 +1,14 @@
 """The law of losses by size: found again in numbers that follow it, and in runs of nested sizes."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bigtrain.errors import DataError
+from bigtrain.cli import curve
+from bigtrain.errors import ConfigError, DataError
 from bigtrain.run.law import Law, Point, fit, interval
 from tests.distributed.launches import SMALL, fork
 
@@ -68,3 +70,16 @@ def test_runs_of_nested_sizes_are_read(tmp_path: Path):
     assert "are for want of data" in result.out
     page = (tmp_path / "curve.html").read_text()
     assert "2,048" in page and "Loss by size" in page, "128 samples of 16 tokens"
+    events = tmp_path / "runs/sizes/of-16/events.jsonl"
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    lines = [line | {"loss": None} if line["event"] == "validation" else line for line in lines]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = fork("curve.py", *runs, cwd=tmp_path)
+    assert result.code == 2 and "of-16: the loss of its last validation is no number" in result.err
+
+
+def test_losses_of_two_kinds_make_no_law(monkeypatch: pytest.MonkeyPatch):
+    found = iter([Point("a", 1, 1.0, 1.0, 1.0, "tokens"), Point("b", 1, 1.0, 1.0, 1.0, "samples")])
+    monkeypatch.setattr("bigtrain.run.law.read_point", lambda _: next(found))
+    with pytest.raises(ConfigError, match="these runs count tokens and samples"):
+        curve.run(curve.CurveConfig(runs=["a", "b"]))

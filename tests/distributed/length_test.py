@@ -37,7 +37,8 @@ def test_epochs_are_as_many_steps_and_a_run_goes_on_with_more(place: Path):
     assert same.code == 0 and trajectory(run) == trajectory(place / "runs/steps") and len(metrics(run)) == 13
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 13
     again = fork("train.py", *TABLE, "train.epochs=2", "run.name=epochs", cwd=place)
-    assert again.code == 0 and "is finished at step 13" in again.out + again.err and len(metrics(run)) == 13
+    assert again.code == 0 and "is finished at step 13; a larger train.epochs trains on" in again.out + again.err
+    assert "2 epochs of 100 samples are done, at step 13" in again.out + again.err and len(metrics(run)) == 13
     more = fork("train.py", *TABLE, "train.epochs=2.5", "run.name=epochs", cwd=place, world_size=2)
     assert more.code == 0 and len(metrics(run)) == 16 and "train.epochs: 2.0 -> 2.5" in more.out, more.err
 
