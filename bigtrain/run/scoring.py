@@ -1,5 +1,6 @@
 """What a network says of the samples of a run, as columns that other runs read: on all ranks, a part at a time."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -170,18 +171,18 @@ def _join(scorer: _Scorer, model: dict[str, str]) -> None:
     partial_out.mkdir()
     index = ScoresIndex(format=FORMAT, model=model, id_bound=0, sets={})
     for name, stream in scorer.streams.items():
-        files, columns = [path for path, (of, _) in parts.items() if of == name], {}
-        for path in files:
-            with np.load(path, allow_pickle=False) as part:
-                for key, rows in part.items():
-                    if path is files[0]:
-                        file, shape = partial_out / f"{_plain(name)}.{key}.npy", (stream.num_ids, *rows.shape[1:])
-                        columns[key] = np.lib.format.open_memmap(file, "w+", rows.dtype, shape)
-                    columns[key][parts[path][1].start : parts[path][1].stop] = rows
-        for column in columns.values():
-            column.flush()
-        if TOP_IDS in columns:
-            index.id_bound = max(index.id_bound, int(columns[TOP_IDS].max()) + 1)
+        columns: dict[str, Any] = {}
+        with contextlib.ExitStack() as opened:
+            for path in (path for path, (of, _) in parts.items() if of == name):
+                for key, rows in opened.enter_context(np.load(path, allow_pickle=False)).items():
+                    if key not in columns:
+                        columns[key] = opened.enter_context((partial_out / f"{_plain(name)}.{key}.npy").open("wb"))
+                        whole = np.broadcast_to(rows[:1], (stream.num_ids, *rows.shape[1:]))
+                        header = np.lib.format.header_data_from_array_1_0(whole) | {"fortran_order": False}
+                        np.lib.format.write_array_header_1_0(columns[key], header)
+                    columns[key].write(rows.tobytes())  # not mapped: a full disk is then an error, no signal
+                    if key == TOP_IDS:
+                        index.id_bound = max(index.id_bound, int(rows.max()) + 1)
         records = {key: record_file(partial_out / f"{_plain(name)}.{key}.npy") for key in columns}
         index.sets[name] = ScoredSet(content=stream.content, num_samples=stream.num_ids, columns=records)
     write_anew(partial_out / SCORES_FILE, json.dumps(to_dict(index), indent=1))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import struct
 import sys
 import warnings
@@ -284,6 +285,12 @@ def test_what_is_missing_is_said(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setattr("bigtrain.config.packages.find_spec", lambda name: None)
     assert "pip install 'bigtrain[images]'" in told(folder, ConfigError)
+
+
+def test_images_that_do_not_fit_the_disk_are_a_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(DataError, match=r"cannot be written: decoded images take 0\.0 MiB, and fewer are free"):
+        opened(folder, tmp_path / "full")
 
 
 def test_fewer_labels_than_classes_are_refused(folder, tmp_path):

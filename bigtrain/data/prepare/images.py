@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,8 @@ def _fill(work: Path, config: DataConfig, source: Source, progress: bool) -> Non
     pixels = np.lib.format.open_memmap(
         work / PIXELS, mode="w+", dtype=np.uint8, shape=(len(labels), shape.size, shape.size, shape.channels)
     )
+    if shutil.disk_usage(work).free < pixels.nbytes:  # to a mapped file a full disk is a signal, no error
+        raise OSError(f"decoded images take {pixels.nbytes / 2**20:.1f} MiB, and fewer are free")
     hashes = np.zeros(len(labels), dtype=np.uint64)
     is_good = np.ones(len(labels), dtype=np.bool_)
     with reporter("decoding images", pixels.nbytes, progress) as advance:
