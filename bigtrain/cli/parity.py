@@ -80,7 +80,7 @@ def read(args: list[str]) -> ParityConfig:
     config = hydra_cli.compose_run(ParityConfig, args)  # where the micro-batch is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
     if (num_copies := copies(config.parallel)) > 1:
-        kinds = CP_KINDS if config.parallel.cp > 1 else TP_KINDS
+        kinds = TP_KINDS if config.parallel.tp == num_copies else CP_KINDS
         config.engines = config.engines if "engines" in keys.values() else list(kinds)
         config.worlds = config.worlds if "worlds" in keys.values() else [num_copies]
     raise_problems(out_of_bounds(config))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from bigtrain.cli import hydra_cli
 from bigtrain.config import EngineKind, TrainConfig
@@ -36,6 +36,10 @@ class VerifyResumeConfig(TrainConfig):
     """Engine of the resumed launch; by default the same."""
     resume_tp: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """``parallel.tp`` of the resumed launch; by default the same."""
+    resume_cp: Annotated[int | None, Bound(ge=1, le=1024)] = None
+    """``parallel.cp`` of the resumed launch; by default the same."""
+    resume_pp: Annotated[int | None, Bound(ge=1, le=1024)] = None
+    """``parallel.pp`` of the resumed launch; by default the same."""
 
 
 HELP = """\
@@ -102,13 +106,15 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
 
     num_gpus = torch.cuda.device_count()
     world_size = (num_gpus or max(2, copies(config.parallel))) if config.world is None else config.world
+    asked = {"tp": config.resume_tp, "cp": config.resume_cp, "pp": config.resume_pp}
+    changes: dict[str, Any] = {name: size for name, size in asked.items() if size is not None}
     plan = Plan(
         before=config.before,
         after=config.after,
         world_size=world_size,
         resume_world_size=world_size if config.resume_world is None else config.resume_world,
         resume_engine=config.resume_engine or config.engine.kind,
-        resume_tp=config.resume_tp,
+        resume_parallel=dataclasses.replace(config.parallel, **changes),
     )
     raise_problems(dict.fromkeys(_problems(config, plan, num_gpus)))
     return plan
@@ -119,16 +125,14 @@ def _problems(config: VerifyResumeConfig, plan: "Plan", num_gpus: int) -> Iterat
         yield "start this command once, without torchrun: it starts world=<number> ranks by itself"
     if config.checkpoint.resume != "auto":
         yield f"checkpoint.resume={config.checkpoint.resume}: leave it out; what is verified are runs of their own"
-    tp = plan.resume_tp or config.parallel.tp
-    moves = (plan.world_size, config.parallel.tp) != (plan.resume_world_size, tp)
+    moves = (plan.world_size, config.parallel) != (plan.resume_world_size, plan.resume_parallel)
     if moves and config.model.dropout:
         yield (
             f"model.dropout={config.model.dropout}: every rank draws its own random numbers, so another world size "
             "or layout cannot give the same losses; add model.dropout=0, or keep them"
         )
     engine = dataclasses.replace(config.engine, kind=plan.resume_engine)
-    parallel = dataclasses.replace(config.parallel, tp=tp)
-    resumed = dataclasses.replace(config, engine=engine, parallel=parallel)
+    resumed = dataclasses.replace(config, engine=engine, parallel=plan.resume_parallel)
     for run_config, world_size in ((config, plan.world_size), (resumed, plan.resume_world_size)):
         yield from check(run_config, world_size=max(world_size, 1), local_world_size=max(world_size, 1))
     if 0 < num_gpus < max(plan.world_size, plan.resume_world_size):
@@ -141,5 +145,5 @@ main = partial(
     run,
     HELP,
     reader=partial(hydra_cli.compose_run, VerifyResumeConfig),
-    shown=["before", "after", "world", "resume_world", "resume_engine", "resume_tp"],
+    shown=["before", "after", "world", "resume_world", "resume_engine", "resume_tp", "resume_cp", "resume_pp"],
 )

@@ -32,6 +32,7 @@ from bigtrain.config.choices import (
     OptimizerKind,
     Packing,
     Positions,
+    PpSchedule,
     Precision,
     PreferenceLoss,
     Preflight,

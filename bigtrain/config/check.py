@@ -40,7 +40,7 @@ from bigtrain.config.choices import (
     TaskKind,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
-from bigtrain.config.layout import context_problems, data_ranks, tensor_problems
+from bigtrain.config.layout import data_ranks, layout_problems
 from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.parallel import shared
 from bigtrain.config.privacy import check_privacy
@@ -127,8 +127,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model_and_data(config),
         *check_task(config),
         *_check_engine(config, world_size, local_world_size),
-        *tensor_problems(config, world_size),
-        *context_problems(config, world_size),
+        *layout_problems(config, world_size),
         *check_adapter(config),
         *check_privacy(config),
         *bounds,

@@ -102,6 +102,13 @@ class Precision(Enum):
         return {Precision.tf32: Precision.fp32, Precision.fp8: Precision.bf16}.get(self, self)
 
 
+class PpSchedule(Enum):
+    """In which order the stages of a pipeline compute the micro-batches of a step."""
+
+    one_f_one_b = "one_f_one_b"
+    interleaved = "interleaved"
+
+
 class CpMethod(Enum):
     """How ranks that share sequences attend to each other's tokens."""
 

@@ -10,7 +10,9 @@ from bigtrain.config import (
     EngineKind,
     ModelKind,
     Offload,
+    OptimizerKind,
     ParallelConfig,
+    PpSchedule,
     Precision,
     TaskKind,
     TrainConfig,
@@ -23,11 +25,16 @@ TP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp, EngineKind.zero1, 
 CP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp)
 """Engines under which ranks can share sequences."""
 
+PP_KINDS = CP_KINDS
+"""Engines under which ranks can be stages."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """The axes of the mesh, the slowest network first."""
 
+    pp: int = 1
+    """Ranks that have some blocks each, and load the same samples."""
     dp_replicate: int = 1
     """Copies of the state."""
     dp_shard: int = 1
@@ -40,7 +47,8 @@ class Layout:
 
     @property
     def axes(self) -> dict[str, int]:
-        return {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
+        stages = {"pp": self.pp} if self.pp > 1 else {}
+        return stages | {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
 
     @property
     def world_size(self) -> int:
@@ -53,13 +61,13 @@ class Layout:
 
     @property
     def num_holders(self) -> int:
-        """Ranks among which what a rank holds of the matrices is spread or copied."""
+        """Ranks of a stage among which what a rank holds of the matrices is spread or copied."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def copies(self) -> int:
         """Ranks that load the same samples."""
-        return self.cp * self.tp
+        return self.pp * self.cp * self.tp
 
     @property
     def token_multiple(self) -> int:
@@ -69,13 +77,14 @@ class Layout:
 
 def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int, local_world_size: int) -> Layout:
     """Return the layout of a checked configuration: ``fsdp`` and ZeRO share one copy of the state among all ranks."""
-    num_holders = world_size // parallel.tp
+    num_holders = world_size // (parallel.tp * parallel.pp)
     dp_shard = num_holders
     if engine.kind in (EngineKind.ddp, EngineKind.accelerate):
         dp_shard = 1
     elif engine.kind is EngineKind.hsdp:
         dp_shard = (engine.dp_shard or data_ranks(parallel, local_world_size)) * parallel.cp
-    return Layout(dp_replicate=num_holders // dp_shard, dp_shard=dp_shard, tp=parallel.tp, cp=parallel.cp)
+    shares = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp}
+    return Layout(dp_replicate=num_holders // dp_shard, dp_shard=dp_shard, **shares)
 
 
 def data_ranks(parallel: ParallelConfig, world_size: int) -> int:
@@ -88,15 +97,85 @@ def token_multiple(tp: int, cp: int) -> int:
     return cp * math.lcm(tp, 2) if cp > 1 else tp
 
 
-def context_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+def share(number: int, size: int, rank: int) -> range:
+    """Return a rank's part of ``number`` things; the parts of ``size`` ranks differ by one at most."""
+    return range(number * rank // size, number * (rank + 1) // size)
+
+
+def stage_blocks(num_blocks: int, number: int, num_stages: int) -> range:
+    """Return the blocks of a stage; embedding and head count as a block each where no stage is left without one."""
+    for extra in (1, 0):
+        parts = [share(num_blocks + 2 * extra, num_stages, stage) for stage in range(num_stages)]
+        blocks = [range(max(part.start - extra, 0), min(part.stop - extra, num_blocks)) for part in parts]
+        if all(blocks):
+            break
+    return blocks[number]
+
+
+def layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """Yield what stands against the layout of a resolved configuration, each with what to change."""
+    parallel = config.parallel
+    if min(parallel.tp, parallel.cp, parallel.pp) < 1:
+        return  # out of bounds
+    if (number := copies(parallel)) > 1 and world_size % number:
+        product = " x ".join(shared(parallel))
+        yield f"{product} does not divide the world size {world_size}; {_other_worlds(world_size, number)}"
+    yield from tensor_problems(config)
+    yield from context_problems(config)
+    yield from pipeline_problems(config, world_size)
+
+
+def pipeline_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """Yield what stands against stages, each with what to change."""
+    engine, model, parallel = config.engine, config.model, config.parallel
+    set_to, num_stages = f"parallel.pp={parallel.pp}", parallel.num_stages
+    if parallel.pp <= 1:
+        return
+    if engine.kind not in PP_KINDS:
+        yield f"{set_to}: not offered by engine={engine.kind.name}; use engine=ddp, fsdp or hsdp"
+    if model.kind is not ModelKind.native:
+        yield f"{set_to}: only bigtrain's own models have stages; leave it out with +model={model.kind.name}"
+        return
+    if model.num_layers < num_stages:
+        yield f"{set_to}: {num_stages} stages need as many blocks, and model.num_layers={model.num_layers}"
+    train, dp_size = config.train, data_ranks(parallel, world_size)
+    number = train.micro_batches(dp_size) if train.micro_batch_size else parallel.pp
+    if number < parallel.pp or (parallel.pp_schedule is PpSchedule.interleaved and number % parallel.pp):
+        wanted = -(-max(number, parallel.pp) // parallel.pp) * parallel.pp
+        kind = (
+            f"a multiple of {parallel.pp}"
+            if parallel.pp_schedule is PpSchedule.interleaved
+            else f"{parallel.pp} or more"
+        )
+        instead = f"train.global_batch_size={wanted * dp_size * (train.micro_batch_size or 1)}"
+        yield (
+            f"{set_to}: a step has {number} micro-batches on each rank, and parallel.pp_schedule="
+            f"{parallel.pp_schedule.name} needs {kind}; use {instead}, or a smaller train.micro_batch_size"
+        )
+    if config.task.kind != TaskKind.causal_lm:
+        yield f"{set_to}: task={config.task.kind} is not offered with it; use task=causal_lm"
+    if config.optimizer.kind is OptimizerKind.muon:
+        yield f"{set_to}: optimizer=muon is not offered with it; use optimizer=adamw"
+    for name, value, is_off in (
+        ("engine.offload", engine.offload.name, engine.offload is Offload.none),
+        ("engine.precision", "fp8", engine.precision is not Precision.fp8),
+    ):
+        if not is_off:
+            yield f"{set_to}: {name}={value} is not offered with it; leave it out"
+    for name in ("moe", "adapter"):
+        if getattr(model, name):
+            yield f"{set_to}: model.{name} is not offered with it; leave one of them out"
+    for name in ("prompts", "lm_eval"):
+        if getattr(config.validation, name):
+            yield f"{set_to}: validation.{name} is not offered with it; leave it out"
+
+
+def context_problems(config: TrainConfig) -> Iterator[str]:
     """Yield what stands against sharing the sequences of a resolved configuration, each with what to change."""
     engine, model, tp, cp = config.engine, config.model, config.parallel.tp, config.parallel.cp
     set_to = f"parallel.cp={cp}"
     if cp <= 1 or tp < 1:
         return
-    if world_size % (tp * cp):
-        product = " x ".join(shared(config.parallel))
-        yield f"{product} does not divide the world size {world_size}; {_other_worlds(world_size, tp * cp)}"
     if engine.kind not in CP_KINDS:
         yield f"{set_to}: not offered by engine={engine.kind.name}; use engine=ddp, fsdp or hsdp"
     if model.kind is not ModelKind.native:
@@ -131,14 +210,12 @@ def _other_worlds(world_size: int, number: int) -> str:
     return f"use {below} or {below + number} ranks" if below else f"use {number} ranks"
 
 
-def tensor_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+def tensor_problems(config: TrainConfig) -> Iterator[str]:
     """Yield what stands against sharing the matrices of a resolved configuration, each with what to change."""
     engine, model, kind, tp = config.engine, config.model, config.engine.kind, config.parallel.tp
     set_to = f"parallel.tp={tp}"
     if tp <= 1:
         return
-    if world_size % tp and config.parallel.cp == 1:  # else with those that share sequences
-        yield f"{set_to} does not divide the world size {world_size}; {_other_worlds(world_size, tp)}"
     if kind not in TP_KINDS:
         yield f"{set_to}: engine={kind.name} owns whole parameters; use engine=fsdp"
     if model.kind is not ModelKind.native:

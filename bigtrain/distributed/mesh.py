@@ -24,6 +24,8 @@ class Mesh:
     state: ProcessGroup | None = None  # the ranks that hold one copy of the state together; None where it is one rank
     cp: ProcessGroup | None = None  # the ranks that share every sequence; None where it is one rank
     token_multiple: int = 1  # what the length of a sequence divides by
+    pp_rank: int = 0  # which of the ranks that have some blocks each this is
+    pp_size: int = 1  # among how many ranks the blocks are dealt out
 
     @property
     def rank(self) -> int:
@@ -39,18 +41,24 @@ class Mesh:
         return self.ranks.get_group("tp")
 
     @property
+    def pp(self) -> ProcessGroup:
+        """The ranks that have some blocks each."""
+        return self.ranks.get_group("pp")
+
+    @property
     def replica(self) -> int:
         """Which of the ranks with the same part of every matrix this is."""
-        return self.rank // self.tp_size
+        return self.rank % (self.size // self.pp_size) // self.tp_size
 
     @property
     def num_replicas(self) -> int:
-        return self.size // self.tp_size
+        return self.size // self.pp_size // self.tp_size
 
     def of_sequences(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return sums over whole sequences, of which each rank gives those of its own tokens, in place."""
-        if self.cp is not None:
-            dist.all_reduce(sums, group=self.cp)
+        """Return sums over whole sequences, of which each rank gives what it has computed of them, in place."""
+        for group in (self.cp, self.pp if self.pp_size > 1 else None):
+            if group is not None:
+                dist.all_reduce(sums, group=group)
         return sums
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
@@ -73,17 +81,19 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
     axes = layout.axes
     ranks = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     num_holders, state, cp = layout.dp_shard * layout.tp, None, None
-    if layout.tp == 1 and num_holders > 1:
+    if layout.tp == layout.pp == 1 and num_holders > 1:
         state = ranks.get_group("dp_shard")
-    elif num_holders > 1:  # one group, for sums one after the other would give replicas other last bits
-        copies = init_device_mesh(device.type, (layout.dp_replicate, num_holders), mesh_dim_names=("copies", "state"))
-        state = copies.get_group("state")
+    elif num_holders * layout.pp > 1:  # one group, for sums one after the other would give replicas other last bits
+        places = torch.arange(layout.world_size).view(layout.pp, layout.dp_replicate, num_holders)
+        places = places.transpose(0, 1).reshape(layout.dp_replicate, -1)
+        state = DeviceMesh(device.type, places, mesh_dim_names=("copies", "state")).get_group("state")
     if layout.cp > 1:
-        sizes = layout.dp_size, layout.cp, layout.tp
-        cp = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp", "tp")).get_group("cp")
+        sizes = layout.pp, layout.dp_size, layout.cp, layout.tp
+        cp = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp", "cp", "tp")).get_group("cp")
+    stage_size = layout.world_size // layout.pp
     return Mesh(
         ranks,
-        dp_rank=ranks.get_rank() // layout.copies,
+        dp_rank=ranks.get_rank() % stage_size // (layout.cp * layout.tp),
         dp_size=layout.dp_size,
         copies=layout.copies,
         tp_rank=ranks.get_local_rank("tp"),
@@ -91,4 +101,6 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
         state=state,
         cp=cp,
         token_multiple=layout.token_multiple,
+        pp_rank=ranks.get_rank() // stage_size,
+        pp_size=layout.pp,
     )

@@ -149,6 +149,10 @@ def _build(
         from bigtrain.engine.private import build_private
 
         return build_private(build_model, config, mesh=mesh, device=device)
+    if config.parallel.pp > 1:
+        from bigtrain.engine.pipeline import build_pipeline
+
+        return build_pipeline(build_model, config, mesh=mesh, device=device)
     if kind in (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp):
         from bigtrain.engine.native import build_native
 

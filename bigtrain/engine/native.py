@@ -220,7 +220,7 @@ def build_native(
         model = build_model()
     wrap_blocks(model, engine)
     if is_sharded:
-        _fully_shard(model, engine, mesh)
+        fully_shard_blocks(model, engine, mesh)
     module: nn.Module = model
     materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
     # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
@@ -252,7 +252,8 @@ def _data_parallel(model: nn.Module, mesh: Mesh, device: torch.device) -> Distri
     )
 
 
-def _fully_shard(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> None:
+def fully_shard_blocks(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> None:
+    """Shard a model on the meta device, each block by itself, over the ranks that the engine's kind says."""
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # rotary tables stay fp32
     if engine.precision.base is Precision.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

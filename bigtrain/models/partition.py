@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bigtrain.config.layout import share, stage_blocks
 from bigtrain.models.exchange import Context, Exchange
 from bigtrain.models.transformer import Attention, FeedForward, RowLinear, Transformer, Vocabulary
 
@@ -29,11 +30,6 @@ class Cut:
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the whole parameter, from that of a rank's part."""
         return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
-
-
-def share(number: int, size: int, rank: int) -> range:
-    """Return a rank's part of ``number`` things; the parts of ``size`` ranks differ by one at most."""
-    return range(number * rank // size, number * (rank + 1) // size)
 
 
 def cuts(model: Transformer, size: int, rank: int) -> dict[str, Cut]:
@@ -75,6 +71,24 @@ def cut(model: Transformer, exchange: Exchange) -> None:
             module.first_row = model.cuts[f"{name}.weight"].runs[0].start
         if isinstance(module, Attention | FeedForward | RowLinear | Vocabulary | Transformer):
             module.exchange = exchange
+
+
+def take_stage(model: Transformer, number: int, num_stages: int) -> None:
+    """Leave of a model what a stage of a pipeline holds, in place; names stay those of the whole.
+
+    Tied embeddings are held by the first stage and the last.
+    """
+    is_last, is_tied = number == num_stages - 1, model.output is None
+    blocks = nn.ModuleList()
+    for place in stage_blocks(len(model.blocks), number, num_stages):
+        blocks.add_module(str(place), model.blocks[place])
+    model.blocks = blocks
+    if number > 0:
+        model.embed_positions = None
+        if not (is_last and is_tied):
+            model.embed_tokens = None
+    if not is_last:
+        model.final_norm = model.output = None
 
 
 def share_sequences(model: Transformer, context: Context) -> None:

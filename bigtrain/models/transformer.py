@@ -237,8 +237,11 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         *,
         cache: list[LayerCache] | None = None,
+        hidden_BTD: Tensor | None = None,
     ) -> Tensor:
         """Return logits ``(B, T, V)``, or the cross-entropy summed over targets in nats, an fp32 scalar.
+
+        A stage of a pipeline is given ``hidden_BTD``, what the one before it returns in place of these.
 
         Of ranks that share sequences, each is given whole ones and returns the loss of its own targets.
         Targets of -100 do not count. Attention stays within documents, in each of which positions count from 0; by
@@ -251,20 +254,23 @@ class Transformer(nn.Module):
         mask = self._mask(tokens_BT, positions_BT)
         positions = torch.arange(start, end, device=tokens_BT.device) if positions_BT is None else positions_BT
         tokens_BT, positions = self.context.own(tokens_BT), self.context.own(positions)
-        x_BTD = self.embed_tokens(tokens_BT)
-        rope = None
-        if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(self.exchange.own(positions))
-        else:
-            rope = rope_table(self.config, positions)
-        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        rope = None if self.config.positions is Positions.learned else rope_table(self.config, positions)
+        x_BTD = self._embed(tokens_BT, positions) if hidden_BTD is None else hidden_BTD
         more = () if self.config.moe is None or targets_BT is None else ((targets_BT != IGNORE_INDEX).sum(1),)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, None if cache is None else cache[i], mask, *more)
+        if self.final_norm is None:
+            return x_BTD
         output = self.embed_tokens if self.output is None else self.output
         if targets_BT is None:
             return self.context.whole(output(self.final_norm(x_BTD)))
         return output(self.final_norm(x_BTD), self.context.own(targets_BT))
+
+    def _embed(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(self.exchange.own(positions))
+        return F.dropout(x_BTD, self.config.dropout, self.training)
 
     def _mask(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Any:
         """Return the mask of this rank's queries; None where the causal one of whole sequences will do."""

@@ -6,6 +6,7 @@ was compared with the peak memory of real steps on a CPU.
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from bigtrain.config import (
     ActivationCheckpointing,
@@ -19,7 +20,7 @@ from bigtrain.config import (
     TrainConfig,
 )
 from bigtrain.config.check import FSDP_KINDS, ZERO_KINDS
-from bigtrain.config.layout import Layout, layout_of
+from bigtrain.config.layout import Layout, layout_of, stage_blocks
 from bigtrain.models.sizes import (
     ActivationBytes,
     ModelSizes,
@@ -125,12 +126,22 @@ def estimate(
     local_world_size: int | None = None,
     device_type: str = "cuda",
     measured: tuple[ModelSizes, ModelConfig | None] | None = None,
+    pp_rank: int | None = None,
 ) -> Estimate:
     """Estimate the memory of one rank in training with a resolved configuration.
+
+    Of a pipeline that is the rank ``pp_rank``, by default the one of the first and the last that needs more.
 
     ``local_world_size`` is the default shard group of ``hsdp``, by default all ranks; ``measured`` is of
     :func:`measure_model`.
     """
+    if config.parallel.pp > 1 and pp_rank is None:
+        given: dict[str, Any] = {"local_world_size": local_world_size, "device_type": device_type, "measured": measured}
+        both = [
+            estimate(config, world_size=world_size, precision=precision, pp_rank=rank, **given)
+            for rank in (0, config.parallel.pp - 1)
+        ]
+        return max(both, key=lambda found: found.device_bytes)
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     bf16 = precision.base is Precision.bf16
@@ -138,6 +149,13 @@ def estimate(
     if ranks.tp > 1:
         shape = part_of_rank(config.model, ranks.tp)
         sizes = dataclasses.replace(model_sizes(shape), frozen=sizes.frozen // ranks.tp)
+    in_flight = 1.0
+    if ranks.pp > 1:
+        shape, in_flight = _of_stages(shape, config, ranks, pp_rank)
+        sizes = dataclasses.replace(model_sizes(shape), frozen=sizes.frozen // ranks.pp)
+        # The schedule keeps its weights gathered, and their gradients whole, until the last micro-batch.
+        whole = dataclasses.replace(engine.fsdp, reshard_after_forward=False, accumulate_whole_gradients=True)
+        config = dataclasses.replace(config, engine=dataclasses.replace(engine, fsdp=whole))
     layout = _layout(config, sizes, ranks, bf16, device_type)
     numerics = Numerics(
         element_bytes=2 if bf16 else 4,
@@ -151,7 +169,8 @@ def estimate(
     )
     activations, loss = ActivationBytes(0, 0), 0
     if shape:
-        loss = loss_bytes(shape, num_tokens=num_sequences * length // ranks.cp, numerics=numerics)
+        has_loss = pp_rank in (None, config.parallel.pp - 1)
+        loss = has_loss * loss_bytes(shape, num_tokens=num_sequences * length // ranks.cp, numerics=numerics)
         activations = activation_bytes(
             shape,
             num_sequences=num_sequences,
@@ -160,6 +179,7 @@ def estimate(
             every=engine.activation_checkpointing_every,
             numerics=numerics,
         )
+        activations = dataclasses.replace(activations, saved=int(activations.saved * in_flight))
     device = dict.fromkeys(COMPONENTS, 0) | layout.state
     device["activations"] = activations.saved + activations.recomputed
     device["loss buffers"] = loss
@@ -178,6 +198,23 @@ def estimate(
     staged = {"checkpoint copy": -(-saved // ranks.num_holders) if is_copied else 0}
     host = {name: (layout.host | staged).get(name, 0) for name in COMPONENTS}
     return Estimate(device, host, not_at_once=sum(device.values()) - peak)
+
+
+def _of_stages(shape: ModelConfig, config: TrainConfig, ranks: Layout, pp_rank: int) -> tuple[ModelConfig, float]:
+    """Return the shape of what a rank of a pipeline holds, and how often its activations exist at a time.
+
+    In ``one_f_one_b`` a rank has a micro-batch in flight for itself and each rank behind it; interleaved, as many
+    stages' as it begins with (Narayanan et al. 2021, section 2.2, with torch's twice as long warm-up).
+    """
+    parallel, num_micro_batches = config.parallel, config.train.micro_batches(ranks.dp_size)
+    per_rank = parallel.num_stages // parallel.pp
+    stages = range(pp_rank, parallel.num_stages, parallel.pp)
+    num_layers = sum(len(stage_blocks(shape.num_layers, stage, parallel.num_stages)) for stage in stages)
+    begun = min(parallel.pp - pp_rank, num_micro_batches)
+    if per_rank > 1:
+        warm_up = 2 * (parallel.pp - pp_rank - 1) + (per_rank - 1) * parallel.pp
+        begun = min(warm_up + 1, num_micro_batches * per_rank)
+    return dataclasses.replace(shape, num_layers=num_layers, tie_embeddings=True), begun / per_rank
 
 
 def _layout(config: TrainConfig, sizes: ModelSizes, ranks: Layout, bf16: bool, device_type: str) -> _Layout:

@@ -6,6 +6,7 @@ into pieces. There is no place for a mean over a micro-batch, for it would.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -111,6 +112,7 @@ def canonical_name(name: str) -> str:
     """Return the name within the network of a parameter of a wrapped :class:`TaskModel`."""
     name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
     name = name.replace(".base_layer.", ".")  # of peft, around a layer with an adapter
+    name = re.sub(r"^stage\d+\.", "", name)  # of a pipeline
     return name.removeprefix("module.").removeprefix("network.")
 
 

@@ -165,7 +165,9 @@ def _facts(history: History) -> dict[str, str]:
     profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
-    shared = [f", parallel.{name}={size}" for name in ("tp", "cp") if (size := config.get(f"parallel.{name}", 1)) > 1]
+    shared = [
+        f", parallel.{name}={size}" for name in ("tp", "cp", "pp") if (size := config.get(f"parallel.{name}", 1)) > 1
+    ]
     return {
         "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
         "task": str(config.get("task.kind", "")),

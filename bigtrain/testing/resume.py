@@ -25,7 +25,7 @@ import torch
 from bigtrain.checkpoint.shard import TensorReader
 from bigtrain.checkpoint.store import RunState, checkpoint_path, find_checkpoints, read_run_state
 from bigtrain.config import EngineKind, ParallelConfig, Precision, TrainConfig, WandbMode
-from bigtrain.config.parallel import copies, shared
+from bigtrain.config.parallel import shared
 from bigtrain.data.read.loader import StepBatch
 from bigtrain.engine.base import Engine
 from bigtrain.engine.state import MODEL, OPTIMIZER
@@ -56,7 +56,7 @@ class Plan:
     world_size: int  # ranks of the uninterrupted and of the killed launch
     resume_world_size: int  # ranks of the resumed launch
     resume_engine: EngineKind  # engine of the resumed launch
-    resume_tp: int | None = None  # ranks that share every matrix in the resumed launch; by default as many
+    resume_parallel: ParallelConfig  # layout of the resumed launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,9 @@ def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig,
     """Return the configurations of the three launches; the schedule stays that of the user's run."""
     last = plan.before + plan.after
 
-    def launch(name: str, engine: EngineKind, tp: int, steps: int, every_steps: int, resume: str) -> TrainConfig:
+    def launch(
+        name: str, engine: EngineKind, parallel: ParallelConfig, steps: int, every_steps: int, resume: str
+    ) -> TrainConfig:
         changes = {
             "train.steps": max(config.train.steps, last),
             "train.epochs": None,
@@ -126,17 +128,17 @@ def _launches(config: TrainConfig, plan: Plan, root: Path) -> tuple[TrainConfig,
             "run.name": name,
             "run.stop_after_steps": steps,
             "engine.kind": engine,
-            "parallel.tp": tp,
+            "parallel": parallel,
             "checkpoint.every_steps": every_steps,
             "checkpoint.resume": resume,
         }
         return with_settings(config, tuple(changes.items()))
 
-    tp = config.parallel.tp
+    kind, parallel = config.engine.kind, config.parallel
     return (
-        launch("whole", config.engine.kind, tp, last, 0, "never"),
-        launch("parts", config.engine.kind, tp, last, plan.before, "never"),
-        launch("parts", plan.resume_engine, plan.resume_tp or tp, plan.after, 0, "must"),
+        launch("whole", kind, parallel, last, 0, "never"),
+        launch("parts", kind, parallel, last, plan.before, "never"),
+        launch("parts", plan.resume_engine, plan.resume_parallel, plan.after, 0, "must"),
     )
 
 
@@ -162,7 +164,8 @@ def _launch(
         parts = run_ranks(_train, world_size, config, run, kill_in_step, log, timeout_seconds=TIMEOUT_SECONDS)
     except RankFailedError as error:
         raise BigtrainError(f"{_where(config, world_size)}: the training failed (more in {log}):\n{error}") from error
-    parts = parts[:: copies(config.parallel)]  # ranks that load the same follow each other
+    parallel = config.parallel
+    parts = parts[: world_size // parallel.pp : parallel.tp * parallel.cp]  # the others of a data rank load the same
     return {step: sorted(sample for part in parts for sample in part[step]) for step in parts[0]}
 
 

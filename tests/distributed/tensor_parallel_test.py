@@ -259,7 +259,7 @@ def leg(config, root, first, last):
     ended = state_hashes(engine)
     assert saver.finish().error is None
     logits = [row.numpy() for row in logits_of(engine, ROWS)]
-    continue_rows = partial(continued, engine, ROWS, max_new_tokens=4, is_end=lambda ids: False)
+    continue_rows = partial(continued, engine, ROWS, max_new_tokens=4, is_end=lambda prompt, ids: False)
     torch.manual_seed(engine.mesh.rank)
     return begun, ended, losses, logits, continue_rows(), continue_rows(temperature=1.0)
 
@@ -313,7 +313,7 @@ def test_the_command_trains_validates_and_measures_what_one_process_does(tmp_pat
     ("engine", "plan"),
     [
         pytest.param("fsdp", {}, marks=pytest.mark.slow),
-        ("ddp", {"resume_tp": 1, "resume_world_size": 1, "resume_engine": EngineKind.fsdp}),
+        ("ddp", {"resume_parallel": ParallelConfig(), "resume_world_size": 1, "resume_engine": EngineKind.fsdp}),
     ],
 )
 def test_a_killed_run_goes_on_in_the_same_layout_bit_by_bit_and_in_another_one_within_rounding(tmp_path, engine, plan):

@@ -11,7 +11,7 @@ import pytest
 from bigtrain.checkpoint.loader import load_checkpoint
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
-from bigtrain.config import CheckpointConfig, EngineKind, TrainConfig
+from bigtrain.config import CheckpointConfig, EngineKind, ParallelConfig, TrainConfig
 from bigtrain.data.order.cursor import Cursor
 from bigtrain.data.read.loader import StepBatch, TrainLoader
 from bigtrain.engine.base import Engine
@@ -29,7 +29,7 @@ from tests.distributed.ranks import small_config, start_engine
 
 def verify(tmp_path: Path, config: TrainConfig, *, after: int = 4, world: int, **plan: Any) -> Verdict:
     resume = plan.pop("resume", launching.run)
-    defaults = {"resume_world_size": world, "resume_engine": config.engine.kind}
+    defaults = {"resume_world_size": world, "resume_engine": config.engine.kind, "resume_parallel": config.parallel}
     whole_plan = Plan(before=3, after=after, world_size=world, **{**defaults, **plan})
     return verify_resume(config, whole_plan, tmp_path / "root", resume=resume)
 
@@ -256,7 +256,10 @@ def test_what_holds_for_the_worlds_asked_for_is_accepted():
     from bigtrain.cli import verify_resume
 
     plan = verify_resume.plan_of(read("engine=hsdp", "engine.dp_shard=2", "world=2", "resume_engine=ddp"))
-    assert plan == Plan(before=6, after=6, world_size=2, resume_world_size=2, resume_engine=EngineKind.ddp)
+    same = {"resume_engine": EngineKind.ddp, "resume_parallel": ParallelConfig()}
+    assert plan == Plan(before=6, after=6, world_size=2, resume_world_size=2, **same)
+    plan = verify_resume.plan_of(read("parallel.pp=2", "world=2", "resume_tp=2", "resume_pp=1"))
+    assert plan.resume_parallel == ParallelConfig(tp=2)
 
 
 def test_misspelt_settings_are_named():

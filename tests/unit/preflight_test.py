@@ -43,13 +43,13 @@ from bigtrain.testing.ranks import run_ranks
 PRESETS = Path(__file__).parents[2] / "configs/model"
 
 
-def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, tp=1, cp=1, **engine):
+def run_config(preset="gpt2_124m", *, batch=32, micro_batch=4, length=None, model=None, tp=1, cp=1, pp=1, **engine):
     values = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()) | (model or {})
     return resolve(
         TrainConfig(
             model=from_dict(ModelConfig, values),
             engine=from_dict(EngineConfig, {"kind": "ddp", "precision": "fp32"} | engine),
-            parallel=ParallelConfig(tp=tp, cp=cp),
+            parallel=ParallelConfig(tp=tp, cp=cp, pp=pp),
             train=TrainingConfig(global_batch_size=batch, micro_batch_size=micro_batch),
             data=DataConfig(sequence_length=length),
         )
@@ -339,7 +339,9 @@ def peak_bytes_of_real_steps(values):
     config = from_dict(TrainConfig, values)
     info, device = RankInfo.from_env(), torch.device("cpu")
     init_process_group(info, device)
-    tiny = with_settings(config, (("model.num_layers", 1), ("model.vocab_size", 64), ("data.sequence_length", 16)))
+    tiny = with_settings(
+        config, (("model.num_layers", config.parallel.pp), ("model.vocab_size", 64), ("data.sequence_length", 16))
+    )
     run_steps(tiny, info, device)  # loads the libraries
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -383,6 +385,10 @@ BF16 = {"precision": "bf16"}
         pytest.param(2, {"kind": "ddp", "tp": 2, "model": GPT | {"num_layers": 8}}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "fsdp", **BF16, "tp": 2, "model": GPT | LLAMA}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "fsdp", "cp": 2, "model": GPT | LLAMA}, marks=pytest.mark.slow),
+        pytest.param(
+            2, {"kind": "ddp", "pp": 2, "model": GPT | {"num_layers": 8}, "batch": 16}, marks=pytest.mark.slow
+        ),
+        pytest.param(2, {"kind": "fsdp", "pp": 2, "model": GPT | LLAMA, "batch": 16}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "zero3", **BF16}, marks=pytest.mark.slow),
         pytest.param(
             1,
