@@ -15,7 +15,7 @@ from bigtrain.config import EngineConfig, EngineKind, Precision, TrainConfig
 from bigtrain.config.bounds import Bound, out_of_bounds
 from bigtrain.config.check import check, fit_micro_batch
 from bigtrain.config.layout import CP_KINDS, TP_KINDS
-from bigtrain.config.parallel import copies
+from bigtrain.config.parallel import copies, shared
 from bigtrain.config.parts import is_own
 from bigtrain.errors import EXIT_FAULT, EXIT_FINISHED, ConfigError, counted, raise_problems
 
@@ -79,7 +79,7 @@ def read(args: list[str]) -> ParityConfig:
         )
     config = hydra_cli.compose_run(ParityConfig, args)  # where the micro-batch is open, each world has its own
     config.engine.precision = config.engine.precision or Precision.fp32
-    if (num_copies := copies(config.parallel)) > 1:
+    if (num_copies := copies(config.parallel) * config.parallel.ep) > 1:
         kinds = TP_KINDS if config.parallel.tp == num_copies else CP_KINDS
         config.engines = config.engines if "engines" in keys.values() else list(kinds)
         config.worlds = config.worlds if "worlds" in keys.values() else [num_copies]
@@ -104,7 +104,7 @@ def _problems(config: ParityConfig) -> Iterator[str]:
                 cases_by_problem.setdefault(problem, []).append(f"{engine.name} world {world_size}")
     for problem, cases in cases_by_problem.items():
         yield problem if len(cases) == len(config.engines) * len(config.worlds) else f"{', '.join(cases)}: {problem}"
-    num_cases = len(config.engines) * len(config.worlds) + (copies(config.parallel) > 1)  # the one process
+    num_cases = len(config.engines) * len(config.worlds) + bool(shared(config.parallel))  # the one process
     if num_cases < 2 and not is_own(config.task.kind):
         yield "nothing to compare: name several engines=[...] or worlds=[...]"
 
@@ -126,7 +126,7 @@ def run(config: ParityConfig) -> int:
         for kind in config.engines
         for n in config.worlds
     ]
-    if copies(config.parallel) > 1:
+    if shared(config.parallel):
         cases.insert(0, Case(EngineKind.ddp, 1, micro_batches[config.worlds[0]]))
     if is_own(config.task.kind) and (other := _other_micro_batch(cases, config.train.global_batch_size)):
         cases.append(dataclasses.replace(cases[0], micro_batch_size=other))

@@ -38,6 +38,8 @@ class VerifyResumeConfig(TrainConfig):
     """``parallel.tp`` of the resumed launch; by default the same."""
     resume_cp: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """``parallel.cp`` of the resumed launch; by default the same."""
+    resume_ep: Annotated[int | None, Bound(ge=1, le=1024)] = None
+    """``parallel.ep`` of the resumed launch; by default the same."""
     resume_pp: Annotated[int | None, Bound(ge=1, le=1024)] = None
     """``parallel.pp`` of the resumed launch; by default the same."""
 
@@ -105,8 +107,10 @@ def plan_of(config: VerifyResumeConfig) -> "Plan":
     from bigtrain.testing.resume import Plan
 
     num_gpus = torch.cuda.device_count()
-    world_size = (num_gpus or max(2, copies(config.parallel))) if config.world is None else config.world
-    asked = {"tp": config.resume_tp, "cp": config.resume_cp, "pp": config.resume_pp}
+    world_size = (
+        (num_gpus or max(2, copies(config.parallel) * config.parallel.ep)) if config.world is None else config.world
+    )
+    asked = {"tp": config.resume_tp, "cp": config.resume_cp, "ep": config.resume_ep, "pp": config.resume_pp}
     changes: dict[str, Any] = {name: size for name, size in asked.items() if size is not None}
     plan = Plan(
         before=config.before,
@@ -145,5 +149,15 @@ main = partial(
     run,
     HELP,
     reader=partial(hydra_cli.compose_run, VerifyResumeConfig),
-    shown=["before", "after", "world", "resume_world", "resume_engine", "resume_tp", "resume_cp", "resume_pp"],
+    shown=[
+        "before",
+        "after",
+        "world",
+        "resume_world",
+        "resume_engine",
+        "resume_tp",
+        "resume_cp",
+        "resume_ep",
+        "resume_pp",
+    ],
 )

@@ -41,6 +41,8 @@ class Layout:
     """Ranks that share one copy of the state, by whole samples."""
     tp: int = 1
     """Ranks that share every matrix, and load the same samples."""
+    ep: int = 1
+    """Ranks that share out the experts; no axis of their own either, and they load different samples."""
     cp: int = 1
     """Ranks that share every sequence, and load the same samples; no axis of its own for the state: they are among those
     of ``dp_shard``, or of ``dp_replicate`` where each rank has a copy of it."""
@@ -65,6 +67,13 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def expert_axes(self) -> dict[str, int]:
+        """The same ranks, as those that hold the same experts and those that hold others."""
+        if self.dp_shard == 1:
+            return {"replicate": self.dp_replicate // self.ep, "efsdp": 1, "ep": self.ep}
+        return {"replicate": self.dp_replicate, "efsdp": self.dp_shard // self.ep, "ep": self.ep}
+
+    @property
     def copies(self) -> int:
         """Ranks that load the same samples."""
         return self.pp * self.cp * self.tp
@@ -83,7 +92,7 @@ def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int
         dp_shard = 1
     elif engine.kind is EngineKind.hsdp:
         dp_shard = (engine.dp_shard or data_ranks(parallel, local_world_size)) * parallel.cp
-    shares = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp}
+    shares = {"tp": parallel.tp, "cp": parallel.cp, "ep": parallel.ep, "pp": parallel.pp}
     return Layout(dp_replicate=num_holders // dp_shard, dp_shard=dp_shard, **shares)
 
 
@@ -115,14 +124,39 @@ def stage_blocks(num_blocks: int, number: int, num_stages: int) -> range:
 def layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     """Yield what stands against the layout of a resolved configuration, each with what to change."""
     parallel = config.parallel
-    if min(parallel.tp, parallel.cp, parallel.pp) < 1:
+    if min(parallel.tp, parallel.cp, parallel.ep, parallel.pp) < 1:
         return  # out of bounds
     if (number := copies(parallel)) > 1 and world_size % number:
-        product = " x ".join(shared(parallel))
+        product = " x ".join(setting for setting in shared(parallel) if ".ep=" not in setting)
         yield f"{product} does not divide the world size {world_size}; {_other_worlds(world_size, number)}"
     yield from tensor_problems(config)
     yield from context_problems(config)
     yield from pipeline_problems(config, world_size)
+    yield from expert_problems(config, world_size)
+
+
+def expert_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """Yield what stands against sharing out experts, each with what to change."""
+    engine, model, ep = config.engine, config.model, config.parallel.ep
+    set_to = f"parallel.ep={ep}"
+    if ep <= 1:
+        return
+    if engine.kind not in CP_KINDS:
+        yield f"{set_to}: not offered by engine={engine.kind.name}; use engine=ddp, fsdp or hsdp"
+    if model.kind is not ModelKind.native or model.moe is None:
+        yield f"{set_to}: {model.name} has no experts of bigtrain's own; leave it out, or choose a model with model.moe"
+        return
+    if model.moe.num_experts % ep:
+        fitting = [n for n in range(1, model.moe.num_experts + 1) if model.moe.num_experts % n == 0]
+        yield f"{set_to}: the model has {model.moe.num_experts} experts; use one of {', '.join(map(str, fitting))}"
+    number = engine.dp_shard if engine.kind is EngineKind.hsdp and engine.dp_shard else world_size
+    if number % ep:
+        of = "engine.dp_shard" if number != world_size else "the world size"
+        yield f"{set_to} does not divide {of} {number}; {_other_worlds(number, ep)}"
+    if config.optimizer.kind is OptimizerKind.muon:
+        yield f"{set_to}: optimizer=muon is not offered with it; use optimizer=adamw"
+    if engine.offload is not Offload.none:
+        yield f"{set_to}: engine.offload=cpu is not offered with it; leave it out"
 
 
 def pipeline_problems(config: TrainConfig, world_size: int) -> Iterator[str]:

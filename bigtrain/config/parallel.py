@@ -17,6 +17,8 @@ class ParallelConfig:
     """Ranks that share every sequence: each has some of its tokens, which attend to all of them (context parallelism)."""
     cp_method: Annotated[CpMethod, OnlyIf("cp", not_in=(1,))] = CpMethod.gather
     """How: ``gather`` the keys and values of all tokens, or ``ulysses``, where a rank attends with some of the heads."""
+    ep: Annotated[int, Bound(ge=1, le=1024)] = 1
+    """Ranks, of those that load different samples, that share out the experts of a mixture; tokens travel to them."""
     pp: Annotated[int, Bound(ge=1, le=1024)] = 1
     """Ranks that have some blocks each, through which the micro-batches of a step go one after the other."""
     pp_schedule: Annotated[PpSchedule, OnlyIf("pp", not_in=(1,))] = PpSchedule.one_f_one_b
@@ -37,5 +39,5 @@ def copies(parallel: ParallelConfig) -> int:
 
 def shared(parallel: ParallelConfig) -> list[str]:
     """Return the settings by which ranks share something, as they are typed."""
-    sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp}
+    sizes = {"tp": parallel.tp, "cp": parallel.cp, "ep": parallel.ep, "pp": parallel.pp}
     return [f"parallel.{name}={size}" for name, size in sizes.items() if size > 1]

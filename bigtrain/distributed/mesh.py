@@ -24,6 +24,9 @@ class Mesh:
     state: ProcessGroup | None = None  # the ranks that hold one copy of the state together; None where it is one rank
     cp: ProcessGroup | None = None  # the ranks that share every sequence; None where it is one rank
     token_multiple: int = 1  # what the length of a sequence divides by
+    experts: DeviceMesh | None = (
+        None  # the same ranks as ``replicate``, ``efsdp``, ``ep``, where experts are shared out
+    )
     pp_rank: int = 0  # which of the ranks that have some blocks each this is
     pp_size: int = 1  # among how many ranks the blocks are dealt out
 
@@ -44,6 +47,14 @@ class Mesh:
     def pp(self) -> ProcessGroup:
         """The ranks that have some blocks each."""
         return self.ranks.get_group("pp")
+
+    def replica_of(self, *, is_expert: bool) -> tuple[int, int]:
+        """Return which of the ranks with the same part of a whole tensor this is, and how many there are."""
+        if self.experts is None or not is_expert:
+            return self.replica, self.num_replicas
+        sizes = self.experts.size(0), self.experts.size(1)
+        place = self.experts.get_local_rank("replicate"), self.experts.get_local_rank("efsdp")
+        return place[0] * sizes[1] + place[1], sizes[0] * sizes[1]
 
     @property
     def replica(self) -> int:
@@ -90,6 +101,11 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
     if layout.cp > 1:
         sizes = layout.pp, layout.dp_size, layout.cp, layout.tp
         cp = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp", "cp", "tp")).get_group("cp")
+    experts = None
+    if layout.ep > 1:
+        axes = layout.expert_axes
+        experts = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        state = state or experts.get_group("ep")
     stage_size = layout.world_size // layout.pp
     return Mesh(
         ranks,
@@ -101,6 +117,7 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
         state=state,
         cp=cp,
         token_multiple=layout.token_multiple,
+        experts=experts,
         pp_rank=ranks.get_rank() // stage_size,
         pp_size=layout.pp,
     )

@@ -13,14 +13,14 @@ from bigtrain.distributed.mesh import Mesh, build_mesh
 from bigtrain.engine.balance import balance_of
 from bigtrain.engine.base import Engine
 from bigtrain.engine.context import CONTEXTS
-from bigtrain.engine.exchange import TensorExchange
+from bigtrain.engine.exchange import TensorExchange, TokenExchange
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.engine.state import add_averages
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
 from bigtrain.models.freeze import freeze
 from bigtrain.models.hf.heads import HFNetwork
-from bigtrain.models.partition import cut, share_sequences
+from bigtrain.models.partition import cut, share_experts, share_sequences
 from bigtrain.models.transformer import Transformer
 from bigtrain.processes import RankInfo
 from bigtrain.tasks import build_objective
@@ -60,6 +60,9 @@ def build_engine(
         if layout.tp > 1:
             assert isinstance(model, Transformer)
             cut(model, TensorExchange(mesh.tp))
+        if mesh.experts is not None:
+            assert isinstance(model, Transformer)
+            share_experts(model, TokenExchange(mesh.experts.get_group("ep")))
         if mesh.cp is not None:
             assert isinstance(model, Transformer)
             share_sequences(model, CONTEXTS[config.parallel.cp_method](mesh.cp))

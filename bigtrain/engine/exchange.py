@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigtrain.models.exchange import Exchange
+from bigtrain.models.exchange import Exchange, ExpertExchange
 
 # torch 2.13 has deprecated the names of 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -95,3 +95,45 @@ def add_up(parts: Iterable[Tensor], group: dist.ProcessGroup, device: torch.devi
     dist.all_reduce(flat, group=group)
     for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
         part.copy_(total.view_as(part))
+
+
+class TokenExchange(ExpertExchange):
+    """The ranks of a group have some experts each, and send each other tokens."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def to_experts(self, rows: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Any]:
+        sent = counts_E.view(self.size, -1)
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=self.group)
+        num_sent, num_got = sent.sum(1).tolist(), got.sum(1).tolist()  # on a GPU the host waits here
+        rows = _Travel.apply(rows, num_got, num_sent, self.group)
+        # They lie by sender, and those of a sender by expert.
+        experts = torch.arange(got.shape[1], device=got.device).repeat(self.size).repeat_interleave(got.flatten())
+        order = experts.argsort(stable=True)
+        return rows[order], got.sum(0), (order, num_got, num_sent)
+
+    def back(self, rows: Tensor, way: Any) -> Tensor:
+        order, num_got, num_sent = way
+        rows = torch.empty_like(rows).index_copy(0, order, rows)
+        return _Travel.apply(rows, num_sent, num_got, self.group)
+
+
+class _Travel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, num_got: list[int], num_sent: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way = num_got, num_sent, group
+        return _travel(rows, num_got, num_sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        num_got, num_sent, group = ctx.way
+        return _travel(gradient, num_sent, num_got, group), None, None, None
+
+
+def _travel(rows: Tensor, num_got: list[int], num_sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    found = rows.new_empty((sum(num_got), *rows.shape[1:]))
+    dist.all_to_all_single(found, rows.contiguous(), num_got, num_sent, group=group)
+    return found

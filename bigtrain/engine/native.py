@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,8 +19,10 @@ from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.collectives import local_part
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.base import Engine
+from bigtrain.engine.exchange import add_up
 from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, in_whole, whole_entry
 from bigtrain.engine.wrap import find_blocks, materialise, wrap_blocks
+from bigtrain.models.moe import Experts
 from bigtrain.models.partition import Cut, cuts_of
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
@@ -59,6 +61,9 @@ class NativeEngine(Engine):
         self._has_final_buckets = not isinstance(module, DistributedDataParallel) or mesh.num_replicas <= 2
         create_optimizer_state(optimizer)
         self.state = state = NativeState(module, optimizer, mesh)
+        shares_experts = mesh.experts is not None and mesh.experts.get_local_rank("ep") > 0
+        if shares_experts and not isinstance(module, FSDPModule):
+            self._uncounted |= {p for name, p in state.parameters.items() if name not in state.cuts}
         if mesh.tp_rank:  # what is whole on all ranks that share matrices, the first one counts
             self._uncounted |= {p for name, p in state.parameters.items() if name not in state.cuts}
 
@@ -116,6 +121,16 @@ class NativeEngine(Engine):
         if self.shard_group is not None:
             dist.all_reduce(total, group=self.shard_group)
         return total.sqrt()
+
+    def forward_backward(self, micro_batches: Sequence[Batch], *, num_targets: torch.Tensor | int) -> torch.Tensor:
+        sums = super().forward_backward(micro_batches, num_targets=num_targets)
+        if self.mesh.experts is not None and not isinstance(self.module, FSDPModule):
+            gradients = dict(self.state.gradients())
+            of_experts = [gradient for name, gradient in gradients.items() if name in self.state.cuts]
+            others = [gradient for name, gradient in gradients.items() if name not in self.state.cuts]
+            add_up(of_experts, self.mesh.experts.get_group("replicate"), self.device)
+            add_up(others, self.mesh.ranks.get_group("dp_replicate"), self.device)
+        return sums
 
     def _settle_buckets(self, batch: Batch) -> None:
         """Run a backward pass that counts for nothing, before the first one that counts.
@@ -188,7 +203,8 @@ class NativeState:
 def _entry(tensor: torch.Tensor, mesh: Mesh, cut: Cut | None) -> Entry:
     entry = _sharded_entry(tensor) if isinstance(tensor, DTensor) else None
     if entry is None:
-        entry = whole_entry(tensor, replica=mesh.replica, num_replicas=mesh.num_replicas)
+        replica, num_replicas = mesh.replica_of(is_expert=cut is not None)
+        entry = whole_entry(tensor, replica=replica, num_replicas=num_replicas)
     return in_whole(entry, cut, rank=mesh.tp_rank, size=mesh.tp_size)
 
 
@@ -223,8 +239,9 @@ def build_native(
         fully_shard_blocks(model, engine, mesh)
     module: nn.Module = model
     materialise(module, torch.device("cpu") if engine.offload is Offload.cpu else device, buffers=device)
-    # A world of one has nothing to exchange; buckets would only hold its gradients from step to step.
-    if not is_sharded and (wrap or mesh.num_replicas > 1):
+    # A world of one has nothing to exchange; buckets would only hold its gradients from step to step. Of experts that
+    # are shared out, other ranks hold copies than of all else.
+    if not is_sharded and mesh.experts is None and (wrap or mesh.num_replicas > 1):
         for parameter in module.parameters():
             # Of these DDP makes views of its buckets. Gradients that wait for more micro-batches would else lie outside.
             if accumulates and parameter.requires_grad:
@@ -265,19 +282,27 @@ def fully_shard_blocks(model: TaskModel, engine: EngineConfig, mesh: Mesh) -> No
         offload_policy=offload if engine.offload is Offload.cpu else OffloadPolicy(),
         ignored_params={parameter for parameter in model.parameters() if not parameter.ndim},  # there are no rows
     )
+    units: list[FSDPModule] = []
+    if mesh.experts is not None:
+        is_hybrid = engine.kind is EngineKind.hsdp
+        holders = mesh.experts["replicate", "efsdp"] if is_hybrid else mesh.experts["efsdp"]
+        reshard = engine.fsdp.reshard_after_forward
+        experts = [module for module in model.modules() if isinstance(module, Experts)]
+        units += [shard(module, mesh=holders, reshard_after_forward=reshard) for module in experts]
     # FSDP2 ties parameters within one unit only: blocks that share some (Zamba's transformer) stay in the root's.
     blocks = find_blocks(model)
     uses = Counter(parameter for block in blocks for parameter in block.parameters())
     alone = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
-    units: list[FSDPModule] = []
+    first = len(units)
     for i, block in enumerate(alone, start=1):
         # The backward pass begins with the last block: to reshard it would be to gather it again at once.
         reshard = engine.fsdp.reshard_after_forward and i < len(alone)
         units.append(shard(block, reshard_after_forward=reshard))
     if (num_ahead := engine.fsdp.prefetch_blocks) > 1:  # one is what FSDP2 does by itself
-        for i, unit in enumerate(units):
-            unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + num_ahead])
-            unit.set_modules_to_backward_prefetch(units[max(i - num_ahead, 0) : i][::-1])
+        in_turn = units[first:]
+        for i, unit in enumerate(in_turn):
+            unit.set_modules_to_forward_prefetch(in_turn[i + 1 : i + 1 + num_ahead])
+            unit.set_modules_to_backward_prefetch(in_turn[max(i - num_ahead, 0) : i][::-1])
     # So does what the root itself holds, the head; embeddings in a unit of their own would be out of reach of a head that
     # is tied to them, and of models that use their weights elsewhere.
     units.append(shard(model, reshard_after_forward=False))

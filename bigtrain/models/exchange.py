@@ -8,6 +8,8 @@ Those that share sequences have some of their tokens each, in attention too: con
 Shape suffixes: B batch, T tokens, S tokens attended to, D hidden width, H query heads, G key/value heads, K head width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,25 @@ class Exchange:
         return x
 
 
+class ExpertExchange:
+    """One rank, which has all experts; engines hand out others."""
+
+    size = 1  # ranks that share out the experts
+    rank = 0  # of this one among them
+
+    def to_experts(self, rows: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Return the rows ``(num_rows, D)`` that this rank's experts get, in the order of these, and how many each gets.
+
+        Given are this rank's own rows, in the order of all experts, and how many each of them gets. What comes third
+        says the way :meth:`back`.
+        """
+        return rows, counts_E, None
+
+    def back(self, rows: Tensor, way: Any) -> Tensor:
+        """Return, of what the experts make of rows, what they make of this rank's own, in their order."""
+        return rows
+
+
 class Context:
     """One rank, which has whole sequences; engines hand out others."""
 
@@ -67,3 +88,4 @@ class Context:
 
 ALONE = Exchange()
 WHOLE = Context()
+ALL_EXPERTS = ExpertExchange()

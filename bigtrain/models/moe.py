@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import RouterScores
 from bigtrain.config.moe import MoeConfig
+from bigtrain.models.exchange import ALL_EXPERTS
 
 BALANCE = ".router.balance"  # ends the names of the biases in a network
 
@@ -105,6 +106,8 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """In place of a feed-forward layer; ``shared`` is a module that all tokens visit, if there is one."""
 
+    exchange = ALL_EXPERTS
+
     def __init__(self, hidden_dim: int, moe: MoeConfig, dropout: float, shared: nn.Module | None):
         super().__init__()
         self.router = Router(hidden_dim, moe)
@@ -120,7 +123,8 @@ class MixtureOfExperts(nn.Module):
         order = flat.argsort(stable=True)
         counts_E = torch.zeros(len(self.router.balance), dtype=torch.int64, device=flat.device)
         counts_E.scatter_add_(0, flat, torch.ones_like(flat))
-        rows = self.experts(x_BTD.flatten(0, 1)[order // num_chosen], counts_E)
+        rows, own_counts, way = self.exchange.to_experts(x_BTD.flatten(0, 1)[order // num_chosen], counts_E)
+        rows = self.exchange.back(self.experts(rows, own_counts), way)
         of_tokens = torch.empty_like(rows).index_copy(0, order, rows).unflatten(0, (-1, num_chosen))
         y_BTD = (of_tokens * weights_NK[..., None].to(rows.dtype)).sum(1).view_as(x_BTD)  # a token's, in its order
         if self.shared is not None:

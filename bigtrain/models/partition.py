@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bigtrain.config.layout import share, stage_blocks
-from bigtrain.models.exchange import Context, Exchange
+from bigtrain.models.exchange import Context, Exchange, ExpertExchange
+from bigtrain.models.moe import MixtureOfExperts
 from bigtrain.models.transformer import Attention, FeedForward, RowLinear, Transformer, Vocabulary
 
 
@@ -89,6 +90,19 @@ def take_stage(model: Transformer, number: int, num_stages: int) -> None:
             model.embed_tokens = None
     if not is_last:
         model.final_norm = model.output = None
+
+
+def share_experts(model: Transformer, exchange: ExpertExchange) -> None:
+    """Leave of a model on the meta device the experts of a rank, in place, and give its mixtures the exchange."""
+    for name, module in model.named_modules():
+        if not isinstance(module, MixtureOfExperts):
+            continue
+        module.exchange = exchange
+        for layer, whole in list(module.experts.named_parameters()):
+            own = share(len(whole), exchange.size, exchange.rank)
+            parameter = nn.Parameter(torch.empty_like(whole[own.start : own.stop]), whole.requires_grad)
+            setattr(module.experts, layer, parameter)
+            model.cuts[f"{name}.experts.{layer}"] = Cut(0, len(whole), (own,))
 
 
 def share_sequences(model: Transformer, context: Context) -> None:

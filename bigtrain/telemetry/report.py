@@ -166,7 +166,9 @@ def _facts(history: History) -> dict[str, str]:
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
     shared = [
-        f", parallel.{name}={size}" for name in ("tp", "cp", "pp") if (size := config.get(f"parallel.{name}", 1)) > 1
+        f", parallel.{name}={size}"
+        for name in ("tp", "cp", "ep", "pp")
+        if (size := config.get(f"parallel.{name}", 1)) > 1
     ]
     return {
         "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
