@@ -107,12 +107,15 @@ class Preference:
 
 @contextlib.contextmanager
 def without_adapters(network: nn.Module) -> Iterator[None]:
-    """Let peft's layers compute what they were put around, and keep their gradients, as engines expect."""
+    """Let peft's layers compute what they were put around, without dropout, and keep their gradients, as engines expect."""
+    is_training = network.training
+    network.eval()
     layers: list[Any] = [module for module in network.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
+        network.train(is_training)
         for layer in layers:
             layer._disable_adapters = False
