@@ -12,8 +12,9 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from bigtrain.errors import ConfigError, first_line
 from bigtrain.models.hf.build import HFCausalLM, build_hf_model, read_hf_config
 from bigtrain.models.hf.heads import HFNetwork
 
+_MOST_ELEMENTS = 2**28  # that are computed for real
 SHORT = 8  # tokens of a dry run that is not about the length of samples
 _LENGTHS = re.compile(r"position|seq|ctx|context")  # in names of what may be a largest length
 _DIRECTIONS = re.compile(r"decoder$|causal|bidirectional|attn_type")
@@ -37,7 +39,7 @@ class HiddenBackwardError(Exception):
 
 
 class _DryRun(TorchDispatchMode):
-    """Computes on the meta device what depends on meta tensors, and for real what does not."""
+    """Computes on the meta device what depends on meta tensors, and for real what does not, unless it is large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class _DryRun(TorchDispatchMode):
         name, kwargs = func._schema.name, kwargs or {}
         tensors = list(_tensors((args, kwargs)))
         self.used.update(tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
-        if not any(tensor.is_meta for tensor in tensors):
+        if not any(tensor.is_meta for tensor in tensors) and _num_elements(args) <= _MOST_ELEMENTS:
             on_cpu = functools.partial(
                 tree_map, lambda leaf: torch.device("cpu") if leaf == torch.device("meta") else leaf
             )
@@ -61,6 +63,15 @@ class _DryRun(TorchDispatchMode):
             return tensors[0]
         _check_indices(name, args)
         return func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+
+
+def _num_elements(args: Sequence[Any]) -> int:
+    """Return how many numbers a function of a size, or an elementwise one of tensors, makes: masks grow as squares."""
+    sizes = [arg.shape if isinstance(arg, Tensor) else arg for arg in args[:2]]
+    sizes = [size for size in sizes if isinstance(size, list | tuple) and all(type(n) is int for n in size)]
+    with contextlib.suppress(RuntimeError, ValueError):  # neither
+        return math.prod(torch.broadcast_shapes(*sizes))
+    return 0
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

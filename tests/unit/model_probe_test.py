@@ -8,7 +8,7 @@ import transformers
 from bigtrain.config import DataConfig, EngineConfig, EngineKind, ModelConfig, ModelKind, Precision, TrainConfig
 from bigtrain.engine import build
 from bigtrain.errors import ConfigError
-from bigtrain.models import build_model
+from bigtrain.models import build_model, probe
 from bigtrain.models.hf.build import build_causal_lm
 from bigtrain.models.probe import (
     HiddenBackwardError,
@@ -233,3 +233,11 @@ def test_code_of_a_model_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("raise SystemExit('the code ran')\n")
     with pytest.raises(ConfigError, match="needs code of its own"):
         build_model(ModelConfig(kind=ModelKind.hf, name=str(tmp_path)))
+
+
+def test_masks_of_long_samples_are_not_computed_for_real():
+    short, long = torch.arange(300, device="cpu"), torch.arange(2**15, device="cpu")
+    with probe._DryRun():
+        masks = [torch.ones(len(row), len(row), device="meta") for row in (short, long)]
+        masks += [row[:, None] <= row for row in (short, long)]
+    assert [mask.is_meta for mask in masks] == [False, True, False, True]
