@@ -272,8 +272,10 @@ def tensor_problems(config: TrainConfig) -> Iterator[str]:
             yield f"{set_to}: engine.offload=cpu is not offered with engine={kind.name}; use engine=fsdp"
     if config.task.kind != TaskKind.causal_lm:
         yield f"{set_to}: task={config.task.kind} reads whole logits, of which each rank has a part; use task=causal_lm"
-    if model.moe:
-        yield f"{set_to}: model.moe is not offered with it; leave one of them out"
+    if config.parallel.ep > 1:
+        yield f"{set_to}: parallel.ep={config.parallel.ep} is not offered with it; leave one of them out"
+    if model.moe and kind in (EngineKind.zero1, EngineKind.zero2):
+        yield f"{set_to}: engine={kind.name} is not offered with model.moe; use engine=fsdp"
     if model.adapter:
         yield f"{set_to}: model.adapter is not offered with it; leave one of them out"
     if engine.precision is Precision.fp8:

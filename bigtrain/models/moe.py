@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import RouterScores
 from bigtrain.config.moe import MoeConfig
-from bigtrain.models.exchange import ALL_EXPERTS
+from bigtrain.models.exchange import ALL_EXPERTS, ALONE
 
 BALANCE = ".router.balance"  # ends the names of the biases in a network
 
@@ -26,7 +26,10 @@ class Router(nn.Module):
     """Chooses the experts of each token; after the step an engine moves ``balance`` by ``counts``."""
 
     balance: Tensor  # fp32 (E,): added to scores for the choice alone
-    counts: Tensor  # int64 (E,): tokens that chose each expert in the backward passes of this step, on this rank
+    counts: (
+        Tensor  # int64 (E,): tokens that chose each expert in the backward passes of this step, of this rank's samples
+    )
+    exchange = ALONE  # with the ranks that have the other tokens of its sequences
 
     def __init__(self, hidden_dim: int, moe: MoeConfig):
         super().__init__()
@@ -64,8 +67,8 @@ class _Balanced(torch.autograd.Function):
     ) -> Tensor:
         chosen_BE = scores_BTE.new_zeros(len(scores_BTE), scores_BTE.shape[-1], dtype=torch.int64)
         chosen_BE.scatter_add_(1, chosen_BTK.flatten(1), torch.ones_like(chosen_BTK.flatten(1)))
-        ctx.save_for_backward(chosen_BE, num_targets_B)
-        ctx.router, ctx.num_tokens = router, chosen_BTK.shape[1]
+        ctx.save_for_backward(router.exchange.total(chosen_BE), num_targets_B)
+        ctx.router, ctx.num_tokens = router, chosen_BTK.shape[1] * router.exchange.size
         return scores_BTE.view_as(scores_BTE)
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import nn
 
 from bigtrain.config.layout import share, stage_blocks
 from bigtrain.models.exchange import Context, Exchange, ExpertExchange
-from bigtrain.models.moe import MixtureOfExperts
+from bigtrain.models.moe import MixtureOfExperts, Router
 from bigtrain.models.transformer import Attention, FeedForward, RowLinear, Transformer, Vocabulary
 
 
@@ -70,7 +70,7 @@ def cut(model: Transformer, exchange: Exchange) -> None:
             module.num_kv_heads = len(share(module.num_kv_heads, exchange.size, exchange.rank))
         if isinstance(module, Vocabulary):
             module.first_row = model.cuts[f"{name}.weight"].runs[0].start
-        if isinstance(module, Attention | FeedForward | RowLinear | Vocabulary | Transformer):
+        if isinstance(module, Attention | FeedForward | RowLinear | Vocabulary | Router | Transformer):
             module.exchange = exchange
 
 

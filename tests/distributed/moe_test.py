@@ -103,11 +103,31 @@ def test_a_frozen_router_stays_as_it_is(alone):
 def shared_out(engine, world_size, *, ep=2, tp=1, dp_shard=None, **fields):
     """Return the configuration of a case, which would be accepted; its experts divide by ``ep``."""
     made = config("ddp", world_size)
-    made.model.moe = dataclasses.replace(MOE, num_experts=4)
+    moe = dataclasses.replace(MOE, num_experts=4)
+    made.model = dataclasses.replace(made.model, moe=moe, num_heads=2, num_kv_heads=2)
     made.parallel = ParallelConfig(ep=ep, tp=tp)
     made = with_engine(made, engine, **fields, **({"dp_shard": dp_shard} if dp_shard else {}))
     assert check(made, world_size=world_size, local_world_size=world_size) == []
     return made
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine", "fields"),
+    [
+        (2, "ddp", {"activation_checkpointing": ActivationCheckpointing.full}),
+        pytest.param(2, "fsdp", {}, marks=pytest.mark.slow),
+        pytest.param(4, "fsdp", {}, marks=pytest.mark.slow),
+        pytest.param(4, "ddp", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_see_the_tokens_of_ranks_that_share_matrices(whole, world_size, engine, fields):
+    case = shared_out(engine, world_size, ep=1, tp=2, **fields)
+    trajectory = run_ranks(trace, world_size, case, timeout_seconds=200)[0]
+    difference = compare(trajectory, whole[0])
+    print(engine, world_size, difference)
+    assert difference.within(TOLERANCES[case.engine.precision])
+    for name in (name for name in whole[0].parameters if name.endswith("balance")):
+        assert np.array_equal(trajectory.parameters[name], whole[0].parameters[name]), name
 
 
 def watched(case):
