@@ -76,8 +76,8 @@ REFUSED = [
     ((("model.ffn_dim", 1),), {}, "parallel.tp=2: model.ffn_dim=1 is less than a row for each rank"),
     (
         (("model.moe", MoeConfig(num_experts=4, expert_dim=8)), ("model.activation", Activation.swiglu), NO_BIAS),
-        {},
-        "parallel.tp=2: model.moe is not offered with it; leave one of them out",
+        {"kind": EngineKind.zero1},
+        "parallel.tp=2: engine=zero1 is not offered with model.moe; use engine=fsdp",
     ),
     ((ADAPTER,), {}, "parallel.tp=2: model.adapter is not offered with it; leave one of them out"),
     (
