@@ -74,7 +74,8 @@ def row(item: "Listed", verify: Verify) -> str:
     if state:
         written_by = f"{state.config.get('engine', {}).get('kind', 'unknown')} x {state.world_size}"
         parallel = state.config.get("parallel", {})
-        written_by += "".join(f", {name} {size}" for name in ("tp", "cp") if (size := parallel.get(name, 1)) > 1)
+        sizes = ((name, parallel.get(name, 1)) for name in ("tp", "cp", "ep", "pp"))
+        written_by += "".join(f", {name} {size}" for name, size in sizes if size > 1)
         loss = "" if state.measured is None else f"{state.measured.value:.4f}"
     condition = "DAMAGED" if item.problems else TRUST[verify]
     if item.status == "set aside":

@@ -40,7 +40,7 @@ from bigtrain.config.choices import (
     TaskKind,
 )
 from bigtrain.config.convert import MAX_NAME_BYTES, nearest
-from bigtrain.config.layout import data_ranks, layout_problems
+from bigtrain.config.layout import data_ranks, data_ranks_of_node, layout_problems
 from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.parallel import shared
 from bigtrain.config.privacy import check_privacy
@@ -106,11 +106,16 @@ def resolve(config: RunT) -> RunT:
 
 
 def fit_micro_batch(config: RunT, world_size: int) -> RunT:
-    """Return ``config`` with a micro-batch, unless it has one: up to 4, the largest that needs the least padding."""
+    """Return ``config`` with a micro-batch, unless it has one: up to 4, the largest that needs the least padding.
+
+    A pipeline gets a micro-batch or more for each of its ranks, and if it can as many for each of them.
+    """
     if config.train.micro_batch_size is not None:
         return config
     per_rank = math.ceil(config.train.global_batch_size / data_ranks(config.parallel, world_size))
-    fitting = min(range(DEFAULT_MICRO_BATCH_SIZE, 0, -1), key=lambda size: -per_rank % size)
+    pp = max(config.parallel.pp, 1)
+    largest = max(min(DEFAULT_MICRO_BATCH_SIZE, per_rank // pp), 1)
+    fitting = min(range(largest, 0, -1), key=lambda size: -per_rank % (size * pp))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=fitting))
 
 
@@ -388,7 +393,9 @@ def padding(train: TrainingConfig, dp_size: int) -> list[str]:
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
     engine, kind = config.engine, config.engine.kind
     dp_size = data_ranks(config.parallel, world_size)
-    dp_shard = data_ranks(config.parallel, local_world_size) if engine.dp_shard is None else engine.dp_shard
+    dp_shard = engine.dp_shard
+    if dp_shard is None:
+        dp_shard = data_ranks_of_node(config.parallel, world_size, local_world_size)
     if kind is EngineKind.hsdp and dp_shard >= 1 and dp_size % dp_shard:
         divided = "".join(f" / {setting}" for setting in shared(config.parallel))
         yield f"engine.dp_shard={dp_shard} does not divide the world size {world_size}{divided}"

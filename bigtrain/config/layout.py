@@ -1,5 +1,6 @@
 """How the ranks of a run are laid out: the sizes of the mesh's axes as integers, which need no process group."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int
     if engine.kind in (EngineKind.ddp, EngineKind.accelerate):
         dp_shard = 1
     elif engine.kind is EngineKind.hsdp:
-        dp_shard = (engine.dp_shard or data_ranks(parallel, local_world_size)) * parallel.cp
+        dp_shard = (engine.dp_shard or data_ranks_of_node(parallel, world_size, local_world_size)) * parallel.cp
     shares = {"tp": parallel.tp, "cp": parallel.cp, "ep": parallel.ep, "pp": parallel.pp}
     return Layout(dp_replicate=num_holders // dp_shard, dp_shard=dp_shard, **shares)
 
@@ -99,6 +100,12 @@ def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int
 def data_ranks(parallel: ParallelConfig, world_size: int) -> int:
     """Return how many ranks load different samples, also of a configuration that is not checked yet."""
     return max(world_size // max(copies(parallel), 1), 1)
+
+
+def data_ranks_of_node(parallel: ParallelConfig, world_size: int, local_world_size: int) -> int:
+    """Return how many ranks of a node load different samples, of those that have the same blocks."""
+    stage_size = world_size // max(parallel.pp, 1)
+    return data_ranks(dataclasses.replace(parallel, pp=1), min(local_world_size, stage_size))
 
 
 def token_multiple(tp: int, cp: int) -> int:
@@ -196,7 +203,7 @@ def pipeline_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     ):
         if not is_off:
             yield f"{set_to}: {name}={value} is not offered with it; leave it out"
-    for name in ("moe", "adapter"):
+    for name in ("moe", "adapter", "freeze"):
         if getattr(model, name):
             yield f"{set_to}: model.{name} is not offered with it; leave one of them out"
     for name in ("prompts", "lm_eval"):

@@ -130,18 +130,18 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of one rank in training with a resolved configuration.
 
-    Of a pipeline that is the rank ``pp_rank``, by default the one of the first and the last that needs more.
+    Of a pipeline that is the rank ``pp_rank``, by default the one that needs most.
 
     ``local_world_size`` is the default shard group of ``hsdp``, by default all ranks; ``measured`` is of
     :func:`measure_model`.
     """
     if config.parallel.pp > 1 and pp_rank is None:
         given: dict[str, Any] = {"local_world_size": local_world_size, "device_type": device_type, "measured": measured}
-        both = [
+        ranks_of_pipeline = (
             estimate(config, world_size=world_size, precision=precision, pp_rank=rank, **given)
-            for rank in (0, config.parallel.pp - 1)
-        ]
-        return max(both, key=lambda found: found.device_bytes)
+            for rank in range(config.parallel.pp)
+        )
+        return max(ranks_of_pipeline, key=lambda found: found.device_bytes)
     sizes, shape = measured or measure_model(config.model)
     engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     bf16 = precision.base is Precision.bf16
@@ -152,7 +152,9 @@ def estimate(
     in_flight = 1.0
     if ranks.pp > 1:
         shape, in_flight = _of_stages(shape, config, ranks, pp_rank)
-        sizes = dataclasses.replace(model_sizes(shape), frozen=sizes.frozen // ranks.pp)
+        sizes = model_sizes(shape)
+        if pp_rank not in (0, ranks.pp - 1):  # neither embedding nor head
+            sizes = dataclasses.replace(sizes, root=0)
         # The schedule keeps its weights gathered, and their gradients whole, until the last micro-batch.
         whole = dataclasses.replace(engine.fsdp, reshard_after_forward=False, accumulate_whole_gradients=True)
         config = dataclasses.replace(config, engine=dataclasses.replace(engine, fsdp=whole))

@@ -243,12 +243,13 @@ def test_the_command_trains_validates_and_measures_what_one_process_does(tmp_pat
 def test_what_cannot_be_staged_is_refused_before_a_process_group():
     config = dataclasses.replace(run_config("gpt"), parallel=ParallelConfig(pp=2, pp_schedule=PpSchedule.interleaved))
     config = configure(config, Case(EngineKind.zero2, 3, 3, parallel=config.parallel))
-    config.model.num_layers = 3
+    config.model.num_layers, config.model.freeze = 3, ["embed_tokens.weight"]
     problems = "\n".join(check(config, world_size=3, local_world_size=3))
     for sentence in (
         "parallel.pp=2 does not divide the world size 3; use 2 or 4 ranks",
         "parallel.pp=2: not offered by engine=zero2; use engine=ddp, fsdp or hsdp",
         "parallel.pp=2: 4 stages need as many blocks, and model.num_layers=3",
+        "parallel.pp=2: model.freeze is not offered with it; leave one of them out",
         "parallel.pp=2: a step has 3 micro-batches on each rank, and parallel.pp_schedule=interleaved needs a multiple of 2; "
         "use train.global_batch_size=12",
     ):

@@ -226,6 +226,20 @@ def test_ranks_that_share_sequences_share_the_state_or_have_copies():
         assert (found, found.dp_size) == (expected, 4)
 
 
+def test_a_stage_shares_its_state_within_a_node():
+    hsdp = EngineConfig(kind=EngineKind.hsdp)
+    for pp, world_size, shards in ((2, 16, 8), (3, 48, 8), (4, 16, 4)):
+        found = layout_of(hsdp, ParallelConfig(pp=pp), world_size=world_size, local_world_size=8)
+        assert found == Layout(pp=pp, dp_replicate=world_size // pp // shards, dp_shard=shards)
+
+
+def test_a_pipeline_is_given_a_micro_batch_for_each_rank():
+    config = resolve(dataclasses.replace(TrainConfig(), parallel=ParallelConfig(pp=4)))
+    for batch, size in ((8, 2), (5, 1), (24, 3), (64, 4), (2, 1)):
+        config.train.global_batch_size = batch
+        assert fit_micro_batch(config, 4).train.micro_batch_size == size
+
+
 def test_a_micro_batch_is_fitted_to_the_ranks_that_load_different_samples():
     config = resolve(dataclasses.replace(TrainConfig(), parallel=ParallelConfig(tp=4)))
     config.train.global_batch_size = 6

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,14 @@ def test_some_tokens_of_every_sequence_by_hand(method):
         assert device["parameters"] == 4 * num_parameters // shards
         assert device["activations"] == 4 * num_tokens // 2 * (12 * (16 * width + attended + 12) + 2 * width)
     assert "engine=fsdp parallel.cp=2 in fp32, world size 8" in report(config, 80, world_size=8).table()
+
+
+def test_of_a_pipeline_the_rank_counts_that_needs_most():
+    config = run_config("llama3_405b", batch=2048, micro_batch=1, kind="fsdp", tp=8, pp=16)
+    count = partial(estimate, config, world_size=1024, precision=Precision.bf16)
+    ranks = [count(pp_rank=rank).device_bytes for rank in range(16)]
+    # Beside the embedding the first rank has one block, the second two.
+    assert ranks[1] == max(ranks) == count().device_bytes > 1.05 * ranks[0] > ranks[-1]
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
