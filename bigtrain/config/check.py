@@ -132,7 +132,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *_check_model_and_data(config),
         *check_task(config),
         *_check_engine(config, world_size, local_world_size),
-        *layout_problems(config, world_size),
+        *layout_problems(config, world_size, local_world_size),
         *check_adapter(config),
         *check_privacy(config),
         *bounds,

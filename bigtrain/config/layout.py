@@ -128,7 +128,7 @@ def stage_blocks(num_blocks: int, number: int, num_stages: int) -> range:
     return blocks[number]
 
 
-def layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+def layout_problems(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
     """Yield what stands against the layout of a resolved configuration, each with what to change."""
     parallel = config.parallel
     if min(parallel.tp, parallel.cp, parallel.ep, parallel.pp) < 1:
@@ -139,10 +139,10 @@ def layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     yield from tensor_problems(config)
     yield from context_problems(config)
     yield from pipeline_problems(config, world_size)
-    yield from expert_problems(config, world_size)
+    yield from expert_problems(config, world_size, local_world_size)
 
 
-def expert_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+def expert_problems(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
     """Yield what stands against sharing out experts, each with what to change."""
     engine, model, ep = config.engine, config.model, config.parallel.ep
     set_to = f"parallel.ep={ep}"
@@ -156,10 +156,12 @@ def expert_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     if model.moe.num_experts % ep:
         fitting = [n for n in range(1, model.moe.num_experts + 1) if model.moe.num_experts % n == 0]
         yield f"{set_to}: the model has {model.moe.num_experts} experts; use one of {', '.join(map(str, fitting))}"
-    number = engine.dp_shard if engine.kind is EngineKind.hsdp and engine.dp_shard else world_size
-    if number % ep:
-        of = "engine.dp_shard" if number != world_size else "the world size"
-        yield f"{set_to} does not divide {of} {number}; {_other_worlds(number, ep)}"
+    if engine.kind is EngineKind.hsdp:
+        shards = engine.dp_shard or data_ranks_of_node(config.parallel, world_size, local_world_size)
+        if shards % ep:
+            yield f"{set_to} does not divide engine.dp_shard={shards}; use engine.dp_shard={-(-shards // ep) * ep}"
+    elif world_size % ep:
+        yield f"{set_to} does not divide the world size {world_size}; {_other_worlds(world_size, ep)}"
     if config.optimizer.kind is OptimizerKind.muon:
         yield f"{set_to}: optimizer=muon is not offered with it; use optimizer=adamw"
     if engine.offload is not Offload.none:

@@ -233,6 +233,15 @@ def test_a_stage_shares_its_state_within_a_node():
         assert found == Layout(pp=pp, dp_replicate=world_size // pp // shards, dp_shard=shards)
 
 
+def test_experts_are_shared_out_among_the_ranks_that_share_the_state():
+    model = ModelConfig(name="mixture", moe=MoeConfig(num_experts=8, expert_dim=64))
+    config = dataclasses.replace(TrainConfig(), model=model, parallel=ParallelConfig(ep=4))
+    config = resolve(dataclasses.replace(config, engine=EngineConfig(kind=EngineKind.hsdp)))
+    sentence = "parallel.ep=4 does not divide engine.dp_shard=2; use engine.dp_shard=4"
+    assert sentence in check(config, world_size=4, local_world_size=2)
+    assert sentence not in check(config, world_size=8, local_world_size=4)
+
+
 def test_a_pipeline_is_given_a_micro_batch_for_each_rank():
     config = resolve(dataclasses.replace(TrainConfig(), parallel=ParallelConfig(pp=4)))
     for batch, size in ((8, 2), (5, 1), (24, 3), (64, 4), (2, 1)):
