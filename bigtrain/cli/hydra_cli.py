@@ -24,9 +24,9 @@ from bigtrain.cli import own_parts, std_streams
 from bigtrain.cli.settings import group_options, setting_lines
 from bigtrain.config import ModelConfig, ModelKind, TrainConfig
 from bigtrain.config.bounds import out_of_bounds
-from bigtrain.config.check import RunT, check, check_data, fit_micro_batch, ignored_settings, padding, resolve
+from bigtrain.config.check import RunT, check, check_data, fit_micro_batch, ignored_settings, resolve
 from bigtrain.config.convert import from_dict
-from bigtrain.config.layout import data_ranks, layout_warnings
+from bigtrain.config.layout import data_ranks, layout_warnings, padding
 from bigtrain.config.length import with_typed_length
 from bigtrain.config.packages import missing_data_packages, missing_packages
 from bigtrain.errors import BigtrainError, ConfigError, raise_problems

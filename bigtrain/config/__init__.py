@@ -67,6 +67,7 @@ from bigtrain.config.data import (
 from bigtrain.config.moe import MoeConfig
 from bigtrain.config.parallel import ParallelConfig
 from bigtrain.config.privacy import PrivacyConfig
+from bigtrain.config.sync import SyncConfig
 from bigtrain.config.task import TaskConfig
 
 
@@ -434,6 +435,7 @@ class TrainConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)

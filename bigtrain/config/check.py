@@ -15,7 +15,6 @@ from bigtrain.config import (
     DataConfig,
     ModelConfig,
     TrainConfig,
-    TrainingConfig,
     are_records,
     component_data,
     is_live,
@@ -44,6 +43,7 @@ from bigtrain.config.layout import data_ranks, data_ranks_of_node, layout_proble
 from bigtrain.config.length import beyond_the_end, length_problems
 from bigtrain.config.parallel import shared
 from bigtrain.config.privacy import check_privacy
+from bigtrain.config.sync import check_sync
 from bigtrain.config.tasks import (
     OF_DOCUMENTS,
     SMALL_NETWORKS,
@@ -135,6 +135,7 @@ def check(config: TrainConfig, *, world_size: int, local_world_size: int) -> lis
         *layout_problems(config, world_size, local_world_size),
         *check_adapter(config),
         *check_privacy(config),
+        *check_sync(config, world_size),
         *bounds,
         *_check_training(config),
         *length_problems(config),
@@ -377,17 +378,6 @@ def _check_model_and_data(config: TrainConfig) -> Iterator[str]:
             f"model.vocab_size={model.vocab_size} is smaller than the {NUM_BYTES_IDS} ids of data.tokenizer=bytes; "
             "choose a larger model.vocab_size or, of a model of transformers, its own tokenizer"
         )
-
-
-def padding(train: TrainingConfig, dp_size: int) -> list[str]:
-    """Return a warning with the share of the computing that is padding, where it is more than 1 %."""
-    places = train.micro_batches(dp_size) * train.micro_batch_size * dp_size
-    if places <= 1.01 * train.global_batch_size:
-        return []
-    return [
-        f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {dp_size} ranks with micro-batches of "
-        f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
-    ]
 
 
 def _check_engine(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ from bigtrain.config import (
     Precision,
     TaskKind,
     TrainConfig,
+    TrainingConfig,
 )
 from bigtrain.config.parallel import copies, shared
 
@@ -106,6 +107,17 @@ def data_ranks_of_node(parallel: ParallelConfig, world_size: int, local_world_si
     """Return how many ranks of a node load different samples, of those that have the same blocks."""
     stage_size = world_size // max(parallel.pp, 1)
     return data_ranks(dataclasses.replace(parallel, pp=1), min(local_world_size, stage_size))
+
+
+def padding(train: TrainingConfig, dp_size: int) -> list[str]:
+    """Return a warning with the share of the computing that is padding, where it is more than 1 %."""
+    places = train.micro_batches(dp_size) * train.micro_batch_size * dp_size
+    if places <= 1.01 * train.global_batch_size:
+        return []
+    return [
+        f"{1 - train.global_batch_size / places:.0%} of the computing is padding: {dp_size} ranks with micro-batches of "
+        f"{train.micro_batch_size} have {places} places for train.global_batch_size={train.global_batch_size}"
+    ]
 
 
 def token_multiple(tp: int, cp: int) -> int:

@@ -56,8 +56,13 @@ class Engine:
         """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients; return sums."""
         raise NotImplementedError
 
-    def add_noise(self, step: int) -> None:
-        """Add what differential privacy asks for to the gradient of a step, from 0, if the run is private."""
+    def begin_update(self, step: int) -> None:
+        """Do what depends on the number of the step, from 0, before its update: the noise of a private run."""
+
+    @property
+    def averaged_bytes(self) -> tuple[int, int] | None:
+        """Bytes of weights that a worker of local steps has averaged so far, and of gradients that it has not."""
+        return None
 
     def step(self, lr: float) -> torch.Tensor:
         """Clip the gradient, update the weights, forget the gradient; return its global norm before clipping, 0-d.

@@ -152,6 +152,10 @@ def _build(
         from bigtrain.engine.private import build_private
 
         return build_private(build_model, config, mesh=mesh, device=device)
+    if config.sync.every_steps > 1:
+        from bigtrain.engine.local import build_local
+
+        return build_local(build_model, config, mesh=mesh, device=device)
     if config.parallel.pp > 1:
         from bigtrain.engine.pipeline import build_pipeline
 

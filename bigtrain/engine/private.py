@@ -63,7 +63,7 @@ class PrivateEngine(NativeEngine):
         return sums.detach()
 
     @torch.no_grad()
-    def add_noise(self, step: int) -> None:
+    def begin_update(self, step: int) -> None:
         std = self._privacy.noise_multiplier * self._privacy.max_grad_norm / self._batch_size
         for name, parameter in self._trained.items() if std else ():
             noise = torch.empty(parameter.numel())

@@ -30,7 +30,7 @@ def train_step(
         num_targets = num_targets.where(num_targets > 0, 1)
     micro_batches = coupled(engine, batch.micro_batches, trains=True)
     sums = engine.forward_backward(micro_batches, num_targets=num_targets)
-    engine.add_noise(batch.step)
+    engine.begin_update(batch.step)
     before_update()
     grad_norm = engine.step(lr)
     if engine.averages[0]:
@@ -56,6 +56,13 @@ def expert_load(engine: Engine) -> dict[str, float]:
     if engine.balance is None or (load := engine.balance.load) is None:
         return {}
     return {names.EXPERT_LOAD: (load.amax(1) / load.mean(1)).max().item()}
+
+
+def averaged(engine: Engine) -> dict[str, float]:
+    """Return how many bytes local steps have sent and saved, if the workers of a run take some."""
+    if (told := engine.averaged_bytes) is None:
+        return {}
+    return {names.SYNC_BYTES: float(told[0]), names.SYNC_BYTES_SAVED: float(told[1])}
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:

@@ -42,7 +42,7 @@ from bigtrain.run.privacy import Account
 from bigtrain.run.recovery import explain_end, why_ended
 from bigtrain.run.robustness import fgsm_accuracy
 from bigtrain.run.sampling import continue_prompts
-from bigtrain.run.step import expert_load, read_back, seed_step, train_step
+from bigtrain.run.step import averaged, expert_load, read_back, seed_step, train_step
 from bigtrain.run.validation import Measured, score_tasks, validate, write_classification
 from bigtrain.supervise.agreement import StopAgreement
 from bigtrain.supervise.bad_numbers import BadNumbers, RollBack
@@ -139,7 +139,7 @@ def train(run: Run) -> End | RollBack:
             if saving or validating or step % config.train.log_every_steps == 0:
                 records = norms.merge(read_back(pending, objective, engine.mesh))
                 skipped = count_skipped_shards(run.streams["train"], config)
-                records[-1] |= skipped | expert_load(engine) | run.spent(step)
+                records[-1] |= skipped | expert_load(engine) | averaged(engine) | run.spent(step)
                 run.recorder.metrics(records, meter.phases())
                 for slow in stragglers.check(step, heartbeat.seconds_in("data")):
                     told = f"rank {slow.rank} keeps the others waiting: it {slow.why}"

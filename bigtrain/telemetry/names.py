@@ -19,6 +19,8 @@ DATA_WAIT_SECONDS = "data_wait_seconds"  # part of step_seconds in which rank 0 
 DATA_DIGEST = "data_digest"  # hash of all sample ids up to this step, over all ranks
 
 TRAIN_PERPLEXITY = "train/perplexity"
+SYNC_BYTES = "perf/sync_bytes"  # of weights that a worker has averaged with the others so far
+SYNC_BYTES_SAVED = "perf/sync_bytes_saved"  # that averaging gradients in every step would have added
 EXPERT_LOAD = "train/expert_load"  # tokens of the busiest expert by the mean of its block, in the worst block
 TIME = "time"  # of a logging step, ISO 8601, UTC
 

@@ -86,7 +86,7 @@ def gradients(noise_multiplier):
     batch = batch_of("cnn", SAMPLES, 0)
     mine = share_of(batch, engine.mesh, objective).split(2)
     engine.forward_backward(mine, num_targets=1)
-    engine.add_noise(5)
+    engine.begin_update(5)
     return {name: p.grad.numpy() for name, p in engine.module.network.named_parameters()}
 
 

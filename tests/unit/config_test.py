@@ -13,7 +13,7 @@ from bigtrain.cli.generate import GenerateConfig
 from bigtrain.cli.settings import settings
 from bigtrain.config import EngineKind, RopeScalingConfig, TrainConfig
 from bigtrain.config.bounds import Bound, OnlyIf, metadata, out_of_bounds, without_effect
-from bigtrain.config.check import check, ignored_settings, padding, resolve
+from bigtrain.config.check import check, ignored_settings, resolve
 from bigtrain.config.convert import (
     from_dict,
     key_docs,
@@ -25,6 +25,7 @@ from bigtrain.config.convert import (
     value_problems,
 )
 from bigtrain.config.foreign import OTHERWISE, OURS
+from bigtrain.config.layout import padding
 from bigtrain.data.prepare.files import find_files
 from bigtrain.errors import ConfigError, DataError
 
