@@ -138,7 +138,8 @@ def _model_of(config: ScoreConfig) -> ModelConfig:
     by = config.scorer
     if by is None:
         return dataclasses.replace(config.model, adapter=None, freeze=[])
-    if is_run(by) or Path(by).is_relative_to(config.run.root):  # which says so where there is none
+    is_missing = Path(by).is_relative_to(config.run.root) and not Path(by).exists()
+    if is_run(by) or is_missing:  # a run that is missing is told as that
         return read_config(locate(Path(by))[0]).model
     head, num_outputs = head_of(config.task), num_outputs_of(config.task)
     return with_hf_shape(ModelConfig(kind=ModelKind.hf, name=by, pretrained=True, head=head, num_outputs=num_outputs))

@@ -388,7 +388,7 @@ def test_scaled_positions_of_before_they_had_a_kind_are_the_same(config: TrainCo
     monkeypatch.setattr(sys.modules[__name__], "to_dict", lambda _: older)
     (path,) = save(config, 5)
     assert find_resume(scaled(8.0)) == path
-    with pytest.raises(CheckpointError, match=r"model\.rope_scaling: "):
+    with pytest.raises(CheckpointError, match=r"model\.rope_scaling\.factor: 8\.0 in the checkpoint, 9\.0 now"):
         find_resume(scaled(9.0))
 
 
