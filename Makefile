@@ -1,5 +1,5 @@
 # make install   the project, its extras and the tested versions of all packages into .venv (quick when nothing has changed)
-# make test      the tests that a change needs: under twenty minutes on two cores
+# make test      the tests that a change needs: about sixteen minutes on two cores
 # make test-all  every test, for a night
 # make demo-encoder  hidden tokens and neighbours in source code, then its packages with many and few labels
 # make demo-seq2seq  names of places from English into Ukrainian, by an encoder and a decoder
