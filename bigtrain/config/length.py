@@ -41,6 +41,12 @@ def beyond_the_end(config: TrainConfig) -> Iterator[str]:
     if warmup > steps:
         never = f"scheduler.warmup_steps={warmup} is longer than train.steps={steps}"
         yield f"optimizer.lr={config.optimizer.lr} is never reached: {never}"
+    if rest := steps % config.sync.every_steps:
+        part = f"the last {rest} of train.steps={steps}" if rest < steps else f"none of train.steps={steps}"
+        fate = (
+            "are not averaged and lost to validation and export" if rest < steps else "is averaged: nothing is learned"
+        )
+        yield f"{part} {fate}; use a multiple of sync.every_steps={config.sync.every_steps}"
 
 
 def steps_to_train(

@@ -123,7 +123,8 @@ class LocalState:
 
     def __init__(self, engine: LocalEngine, agreed: dict[str, torch.Tensor], num_workers: int) -> None:
         self.agreed, self._engine = agreed, engine
-        self.momentum = {name: torch.zeros_like(weight) for name, weight in agreed.items()}
+        outer = agreed if engine._sync.outer_momentum else {}
+        self.momentum = {name: torch.zeros_like(weight) for name, weight in outer.items()}
         self.entries: dict[str, Entry] = {}
         self.holders: dict[str, torch.Tensor] = dict(agreed)
         self.cuts: dict[str, Cut] = {}

@@ -10,6 +10,7 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import CheckpointConfig
 from bigtrain.config.check import check
+from bigtrain.config.length import beyond_the_end
 from bigtrain.config.sync import SyncConfig
 from bigtrain.engine.local import LocalEngine
 from bigtrain.run.step import train_step
@@ -124,3 +125,14 @@ def test_what_cannot_be_local_is_refused():
     ):
         problems = "\n".join(check(dataclasses.replace(config, **change), world_size=2, local_world_size=2))
         assert sentence in problems, problems
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [(6, []), (8, ["the last 2 of train.steps=8 are not"]), (2, ["none of train.steps=2 is averaged"])],
+)
+def test_steps_behind_the_last_average_are_told(steps, told):
+    config = local(1)
+    config.train.steps, config.scheduler.warmup_steps = steps, 0
+    found = list(beyond_the_end(config))
+    assert len(found) == len(told) and all(a in b for a, b in zip(told, found, strict=True)), found
