@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from bigtrain.config import (
     Precision,
     PrivacyConfig,
     SetConfig,
+    SyncConfig,
     TaskKind,
     TrainConfig,
     own_sets,
@@ -45,8 +47,8 @@ SETS = (HELD_OUT, "test")
 def opened(path: Path, *, batches: int | None = None, tp: int = 1) -> Iterator[tuple[TrainConfig, Path]]:
     """Give the configuration of a run for the ranks of this world, and its directory, within a process group.
 
-    ``tp`` ranks share every matrix. Validations have ``batches`` global batches, by default as many as the run's own. CheckpointError: no checkpoint.
-    ConfigError: it is of no use in this world.
+    ``tp`` ranks share every matrix. Validations have ``batches`` global batches, by default as many as the run's own.
+    CheckpointError: no checkpoint. ConfigError: it is of no use in this world.
     """
     log.setup(RankInfo.from_env().rank)
     directory, _ = locate(path)
@@ -68,8 +70,8 @@ def in_group(config: TrainConfig, *, tp: int = 1) -> Iterator[TrainConfig]:
     engine = dataclasses.replace(config.engine, kind=EngineKind.fsdp, dp_shard=None, offload=Offload.none)
     engine.precision = precision
     train = dataclasses.replace(config.train, micro_batch_size=None)
-    parallel = ParallelConfig(tp=tp)
-    whole = dataclasses.replace(config, engine=engine, parallel=parallel, train=train, privacy=PrivacyConfig())
+    of_training: dict[str, Any] = {"train": train, "privacy": PrivacyConfig(), "sync": SyncConfig()}
+    whole = dataclasses.replace(config, engine=engine, parallel=ParallelConfig(tp=tp), **of_training)
     config = fit_micro_batch(whole, info.world_size)
     if problems := check(config, world_size=info.world_size, local_world_size=info.local_world_size):
         raise ConfigError("\n".join(problems))

@@ -75,6 +75,24 @@ def state_hashes(engine):
     return {key: hashlib.sha256(whole.numpy().tobytes()).hexdigest() for key, whole in wholes}
 
 
+def go_on(engine, config, root, first, last):
+    """Go on from the checkpoint of step ``first``, if there is one, and save at ``last``; return hashes and losses."""
+    if first:
+        load_checkpoint(checkpoint_path(root, first), engine.state.entries)
+        engine.state.commit()
+    begun, losses = state_hashes(engine), run_steps(engine, config, first, last)
+    saver = Saver(root, engine.state.entries, CheckpointConfig())
+    saver.save(RunState(last, 0, 0, "synthetic", {}, {}, engine.mesh.size))
+    saver.wait_until_staged()
+    ended = state_hashes(engine)
+    assert saver.finish().error is None
+    return begun, ended, losses
+
+
+def leg(config, root, first, last):
+    return go_on(start_engine(config), config, root, first, last)
+
+
 def save_under_all(world_size, root):
     """Train, save and train on under every engine; return state hashes at the save and losses after it."""
     results = {}

@@ -1,14 +1,11 @@
 """Workers that average their weights now and then are the same run on any number of ranks that divides theirs."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from bigtrain.checkpoint.loader import load_checkpoint
-from bigtrain.checkpoint.saver import Saver
-from bigtrain.checkpoint.store import RunState, checkpoint_path
-from bigtrain.config import CheckpointConfig
 from bigtrain.config.check import check
 from bigtrain.config.length import beyond_the_end
 from bigtrain.config.sync import SyncConfig
@@ -16,7 +13,7 @@ from bigtrain.engine.local import LocalEngine
 from bigtrain.run.step import train_step
 from bigtrain.testing.parity import TOLERANCES, compare, trace
 from bigtrain.testing.ranks import run_ranks
-from tests.distributed.checkpoint_test import run_steps, state_hashes
+from tests.distributed.checkpoint_test import leg, run_steps
 from tests.distributed.launches import SMALL, events, fork, metrics
 from tests.distributed.ranks import small_config, start_engine
 
@@ -79,19 +76,6 @@ def test_workers_part_between_averages_and_begin_again_from_their_mean():
     assert np.abs(mean - agreed).max() > 1e-4
 
 
-def leg(config, root, first, last):
-    engine = start_engine(config)
-    if first:
-        load_checkpoint(checkpoint_path(root, first), engine.state.entries)
-        engine.state.commit()
-    begun, losses = state_hashes(engine), run_steps(engine, config, first, last)
-    saver = Saver(root, engine.state.entries, CheckpointConfig())
-    saver.save(RunState(last, 0, 0, "synthetic", {}, {}, engine.mesh.size))
-    ended = state_hashes(engine)
-    assert saver.finish().error is None
-    return begun, ended, losses
-
-
 def test_a_checkpoint_between_two_averages_goes_on_on_other_ranks(tmp_path):
     whole = run_ranks(leg, 1, local(1, **DILOCO), tmp_path / "whole", 0, 8, timeout_seconds=100)[0]
     before = None
@@ -109,7 +93,10 @@ def test_the_command_says_what_it_saved(tmp_path):
     assert ended.code == 0, ended
     last = metrics(tmp_path / "runs/x")[-1]
     assert last["perf/sync_bytes_saved"] == 3 * last["perf/sync_bytes"] > 0
-    assert len(events(tmp_path / "runs/x", "validation")) == 2
+    *_, validation = events(tmp_path / "runs/x", "validation")
+    validated = fork("validate.py", "checkpoint=runs/x", "json=true", cwd=tmp_path, world_size=2)
+    assert validated.code == 0, validated.err
+    assert json.loads(validated.out)["loss"] == pytest.approx(validation["loss"], rel=1e-6)
 
 
 def test_what_cannot_be_local_is_refused():
