@@ -8,18 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bigtrain.config import CpMethod, EngineKind, ModelConfig, Offload, ParallelConfig, Precision
-from bigtrain.config.check import check, resolve
+from bigtrain.config import CpMethod, ModelConfig, Offload, ParallelConfig, Precision
+from bigtrain.config.check import resolve
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine import exchange
 from bigtrain.models import transformer
 from bigtrain.models.document_mask import build_document_mask
 from bigtrain.run.step import train_step
-from bigtrain.testing.parity import Case, compare, configure, trace
+from bigtrain.testing.parity import compare, trace
 from bigtrain.testing.ranks import run_ranks
 from tests.distributed.launches import SMALL, events, fork, metrics
 from tests.distributed.parity_test import llama_config
-from tests.distributed.ranks import small_config
+from tests.distributed.ranks import laid_out, small_config
 from tests.distributed.tensor_parallel_test import (
     FULL,
     LLAMA,
@@ -27,6 +27,7 @@ from tests.distributed.tensor_parallel_test import (
     STEPS,
     assert_same,
     leg,
+    of_one_process,
     run_config,
     trace_plain,
 )
@@ -38,10 +39,7 @@ ULYSSES = {"cp_method": CpMethod.ulysses}
 def shared(config, engine, world_size, *, cp=2, tp=1, cp_method=CpMethod.gather, dp_shard=None, micro=2, **fields):
     """Return the configuration of a case, which would be accepted."""
     parallel = ParallelConfig(tp=tp, cp=cp, cp_method=cp_method)
-    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, parallel=parallel))
-    found = dataclasses.replace(found, engine=dataclasses.replace(found.engine, **fields))
-    assert check(found, world_size=world_size, local_world_size=world_size) == []
-    return found
+    return laid_out(config, engine, world_size, parallel, micro=micro, dp_shard=dp_shard, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +51,7 @@ def one_process(tmp_path_factory):
     configs["documents"].train.steps, configs["documents"].optimizer.grad_clip = STEPS, 0.5
     narrow = ModelConfig(**LLAMA | {"num_kv_heads": 2})  # fewer than ranks
     configs["narrow"] = resolve(dataclasses.replace(run_config("llama"), model=narrow))
-    cases = [configure(config, Case(EngineKind.ddp, 1, 8)) for config in configs.values()]
-    trajectories = run_ranks(trace_plain, 1, cases, timeout_seconds=280)[0]
-    assert min(trajectories[0].grad_norms) > configs["gpt"].optimizer.grad_clip, "gradients are clipped"
-    return {name: (configs[name], found) for name, found in zip(configs, trajectories, strict=True)}
+    return of_one_process(configs)
 
 
 CASES = {

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from bigtrain.config import ActivationCheckpointing, OptimizerKind, ParallelConfig
+from bigtrain.config import ActivationCheckpointing, Offload, OptimizerKind, ParallelConfig
 from bigtrain.config.check import check
 from bigtrain.config.moe import MoeConfig
 from bigtrain.engine import balance, exchange
 from bigtrain.run.step import train_step
 from bigtrain.testing.parity import TOLERANCES, compare, trace
 from bigtrain.testing.ranks import run_ranks
+from tests.distributed.checkpoint_test import leg
 from tests.distributed.muon_test import LLAMA
-from tests.distributed.pipeline_parallel_test import leg
 from tests.distributed.ranks import ENGINES, small_config, with_engine
 
 MOE = MoeConfig(
@@ -217,9 +217,17 @@ def test_a_checkpoint_of_shared_experts_goes_on_in_other_layouts(tmp_path):
 
 def test_what_cannot_be_shared_out_is_refused():
     case = shared_out("ddp", 2)
+    muon = dataclasses.replace(case.optimizer, kind=OptimizerKind.muon)
     for change, sentence in (
         ({"parallel": ParallelConfig(ep=3)}, "parallel.ep=3: the model has 4 experts; use one of 1, 2, 4"),
         ({"parallel": ParallelConfig(ep=4)}, "parallel.ep=4 does not divide the world size 2; use 4 ranks"),
+        ({"optimizer": muon}, "parallel.ep=2: optimizer=muon is not offered with it; use optimizer=adamw"),
+        ({"parallel": ParallelConfig(ep=2, tp=2)}, "parallel.tp=2: parallel.ep=2 is not offered with it"),
+        ({"engine": small_config("zero2").engine}, "parallel.ep=2: not offered by engine=zero2; use engine=ddp"),
+        (
+            {"engine": small_config("fsdp", offload=Offload.cpu).engine},
+            "parallel.ep=2: engine.offload=cpu is not offered",
+        ),
         ({"model": small_config().model}, "has no experts of bigtrain's own; leave it out"),
     ):
         problems = "\n".join(check(dataclasses.replace(case, **change), world_size=2, local_world_size=2))

@@ -4,12 +4,8 @@ import dataclasses
 
 import pytest
 
-from bigtrain.checkpoint.loader import load_checkpoint
-from bigtrain.checkpoint.saver import Saver
-from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import (
     ActivationCheckpointing,
-    CheckpointConfig,
     EngineKind,
     ModelConfig,
     ParallelConfig,
@@ -22,11 +18,11 @@ from bigtrain.engine.state import MODEL
 from bigtrain.run.step import train_step
 from bigtrain.testing.parity import Case, compare, configure, trace
 from bigtrain.testing.ranks import run_ranks
-from tests.distributed.checkpoint_test import run_steps, state_hashes
+from tests.distributed.checkpoint_test import leg
 from tests.distributed.launches import SMALL, events, fork, metrics
 from tests.distributed.parity_test import gate_config, llama_config
-from tests.distributed.ranks import small_config, start_engine
-from tests.distributed.tensor_parallel_test import GPT, LLAMA, assert_same, trace_plain
+from tests.distributed.ranks import laid_out, small_config
+from tests.distributed.tensor_parallel_test import GPT, LLAMA, assert_same, of_one_process
 from tests.distributed.verify_resume_test import verify
 
 NETWORKS = {"gpt": GPT | {"num_layers": 4}, "llama": LLAMA | {"num_layers": 4}}
@@ -46,10 +42,7 @@ def run_config(network):
 def staged(config, engine, world_size, *, dp_shard=None, pp=2, tp=1, cp=1, pp_schedule=None, micro=1, **fields):
     """Return the configuration of a case, which would be accepted."""
     parallel = ParallelConfig(pp=pp, tp=tp, cp=cp, pp_schedule=pp_schedule or PpSchedule.one_f_one_b)
-    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, parallel=parallel))
-    found = dataclasses.replace(found, engine=dataclasses.replace(found.engine, **fields))
-    assert check(found, world_size=world_size, local_world_size=world_size) == []
-    return found
+    return laid_out(config, engine, world_size, parallel, micro=micro, dp_shard=dp_shard, **fields)
 
 
 def watched(config):
@@ -76,10 +69,7 @@ def one_process(tmp_path_factory):
     configs = {name: run_config(name) for name in NETWORKS}
     documents = llama_config(tmp_path_factory.mktemp("documents"))
     configs["documents"] = resolve(dataclasses.replace(documents, model=ModelConfig(**NETWORKS["llama"])))
-    cases = [configure(config, Case(EngineKind.ddp, 1, 8)) for config in configs.values()]
-    trajectories = run_ranks(trace_plain, 1, cases, timeout_seconds=280)[0]
-    assert min(trajectories[0].grad_norms) > configs["gpt"].optimizer.grad_clip, "gradients are clipped"
-    return {name: (configs[name], found) for name, found in zip(configs, trajectories, strict=True)}
+    return of_one_process(configs)
 
 
 CASES = {
@@ -177,20 +167,6 @@ def test_the_gate_catches_mistakes_between_stages(one_process):
         difference = compare(trajectory, one_process["gpt"][1])
         print(mistake, difference)
         assert difference.grad_norm > 1e-4, mistake
-
-
-def leg(config, root, first, last):
-    """Go on from the checkpoint of step ``first``, if there is one, and save at ``last``; return hashes and losses."""
-    engine = start_engine(config)
-    if first:
-        load_checkpoint(checkpoint_path(root, first), engine.state.entries)
-        engine.state.commit()
-    begun, losses = state_hashes(engine), run_steps(engine, config, first, last)
-    saver = Saver(root, engine.state.entries, CheckpointConfig())
-    saver.save(RunState(last, 0, 0, "synthetic", {}, {}, engine.mesh.size))
-    ended = state_hashes(engine)
-    assert saver.finish().error is None
-    return begun, ended, losses
 
 
 CHAIN = [

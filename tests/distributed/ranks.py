@@ -12,6 +12,7 @@ from bigtrain.config import (
     EngineKind,
     ModelConfig,
     Offload,
+    ParallelConfig,
     Precision,
     TrainConfig,
     TrainingConfig,
@@ -23,7 +24,7 @@ from bigtrain.engine.build import build_engine
 from bigtrain.engine.state import initialise
 from bigtrain.models import build_initial_values, build_model
 from bigtrain.processes import RankInfo
-from bigtrain.testing.parity import ZERO_STAGE
+from bigtrain.testing.parity import ZERO_STAGE, Case, configure
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 
@@ -59,6 +60,23 @@ def with_engine(config: TrainConfig, engine: str, *, offload: str = "none", **fi
     """The same run under another engine."""
     fields["offload"] = Offload[offload]
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kind=EngineKind[engine], **fields))
+
+
+def laid_out(
+    config: TrainConfig,
+    engine: str,
+    world_size: int,
+    parallel: ParallelConfig,
+    *,
+    micro: int,
+    dp_shard: int | None = None,
+    **fields: Any,
+) -> TrainConfig:
+    """Return the configuration of a layout's case, which would be accepted."""
+    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, parallel=parallel))
+    found = dataclasses.replace(found, engine=dataclasses.replace(found.engine, **fields))
+    assert check(found, world_size=world_size, local_world_size=world_size) == []
+    return found
 
 
 def zero_environ(stage: int) -> dict[str, str]:

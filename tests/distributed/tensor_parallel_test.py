@@ -10,12 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from bigtrain.checkpoint.loader import load_checkpoint
-from bigtrain.checkpoint.saver import Saver
-from bigtrain.checkpoint.store import RunState, checkpoint_path
 from bigtrain.config import (
     ActivationCheckpointing,
-    CheckpointConfig,
     EngineKind,
     ModelConfig,
     Offload,
@@ -23,7 +19,7 @@ from bigtrain.config import (
     ParallelConfig,
     Precision,
 )
-from bigtrain.config.check import check, resolve
+from bigtrain.config.check import resolve
 from bigtrain.engine import base
 from bigtrain.engine.state import MODEL
 from bigtrain.models import partition
@@ -33,10 +29,10 @@ from bigtrain.run.batched import continued, logits_of
 from bigtrain.run.step import train_step
 from bigtrain.testing.parity import TOLERANCES, Case, compare, configure, trace
 from bigtrain.testing.ranks import run_ranks
-from tests.distributed.checkpoint_test import run_steps, state_hashes
+from tests.distributed.checkpoint_test import go_on
 from tests.distributed.launches import SMALL, events, fork, metrics
 from tests.distributed.parity_test import gate_config, llama_config
-from tests.distributed.ranks import small_config, start_engine
+from tests.distributed.ranks import laid_out, small_config, start_engine
 from tests.distributed.verify_resume_test import verify
 
 STEPS = 10
@@ -63,10 +59,7 @@ def run_config(network):
 
 def shared(config, engine, world_size, *, tp=2, dp_shard=None, micro=2, **fields):
     """Return the configuration of a case, which would be accepted."""
-    found = configure(config, Case(EngineKind[engine], world_size, micro, dp_shard, parallel=ParallelConfig(tp=tp)))
-    found = dataclasses.replace(found, engine=dataclasses.replace(found.engine, **fields))
-    assert check(found, world_size=world_size, local_world_size=world_size) == []
-    return found
+    return laid_out(config, engine, world_size, ParallelConfig(tp=tp), micro=micro, dp_shard=dp_shard, **fields)
 
 
 def watched(config):
@@ -112,6 +105,11 @@ def one_process(tmp_path_factory):
     configs = {name: run_config(name) for name in NETWORKS}
     configs["documents"] = llama_config(tmp_path_factory.mktemp("documents"))
     configs["documents"] = resolve(dataclasses.replace(configs["documents"], model=ModelConfig(**LLAMA)))
+    return of_one_process(configs)
+
+
+def of_one_process(configs):
+    """Return configurations by name with what one process computes of each; gradients are clipped in every step."""
     cases = [configure(config, Case(EngineKind.ddp, 1, 8)) for config in configs.values()]
     trajectories = run_ranks(trace_plain, 1, cases, timeout_seconds=280)[0]
     assert min(trajectories[0].grad_norms) > configs["gpt"].optimizer.grad_clip, "gradients are clipped"
@@ -249,15 +247,7 @@ def leg(config, root, first, last):
     Return hashes before and after, losses, and then logits of :data:`ROWS`, their continuations, and drawn ones.
     """
     engine = start_engine(config)
-    if first:
-        load_checkpoint(checkpoint_path(root, first), engine.state.entries)
-        engine.state.commit()
-    begun, losses = state_hashes(engine), run_steps(engine, config, first, last)
-    saver = Saver(root, engine.state.entries, CheckpointConfig())
-    saver.save(RunState(last, 0, 0, "synthetic", {}, {}, engine.mesh.size))
-    saver.wait_until_staged()
-    ended = state_hashes(engine)
-    assert saver.finish().error is None
+    begun, ended, losses = go_on(engine, config, root, first, last)
     logits = [row.numpy() for row in logits_of(engine, ROWS)]
     continue_rows = partial(continued, engine, ROWS, max_new_tokens=4, is_end=lambda prompt, ids: False)
     torch.manual_seed(engine.mesh.rank)
