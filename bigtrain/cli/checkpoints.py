@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bigtrain.cli import hydra_cli
 from bigtrain.config import Verify
 from bigtrain.config.convert import LocalPath
+from bigtrain.config.parallel import AXES
 from bigtrain.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ def row(item: "Listed", verify: Verify) -> str:
     if state:
         written_by = f"{state.config.get('engine', {}).get('kind', 'unknown')} x {state.world_size}"
         parallel = state.config.get("parallel", {})
-        sizes = ((name, parallel.get(name, 1)) for name in ("tp", "cp", "ep", "pp"))
-        written_by += "".join(f", {name} {size}" for name, size in sizes if size > 1)
+        written_by += "".join(f", {name} {size}" for name in AXES if (size := parallel.get(name, 1)) > 1)
         loss = "" if state.measured is None else f"{state.measured.value:.4f}"
     condition = "DAMAGED" if item.problems else TRUST[verify]
     if item.status == "set aside":

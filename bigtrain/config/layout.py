@@ -9,6 +9,7 @@ from bigtrain.config import (
     CpMethod,
     EngineConfig,
     EngineKind,
+    ModelConfig,
     ModelKind,
     Offload,
     OptimizerKind,
@@ -19,7 +20,7 @@ from bigtrain.config import (
     TrainConfig,
     TrainingConfig,
 )
-from bigtrain.config.parallel import copies, shared
+from bigtrain.config.parallel import AXES, copies, shared
 
 TP_KINDS = (EngineKind.ddp, EngineKind.fsdp, EngineKind.hsdp, EngineKind.zero1, EngineKind.zero2)
 """Engines under which ranks can share matrices; the others own whole parameters."""
@@ -43,11 +44,11 @@ class Layout:
     """Ranks that share one copy of the state, by whole samples."""
     tp: int = 1
     """Ranks that share every matrix, and load the same samples."""
-    ep: int = 1
-    """Ranks that share out the experts; no axis of their own either, and they load different samples."""
     cp: int = 1
     """Ranks that share every sequence, and load the same samples; no axis of its own for the state: they are among those
     of ``dp_shard``, or of ``dp_replicate`` where each rank has a copy of it."""
+    ep: int = 1
+    """Ranks that share out the experts, and load different samples: some of those of ``dp_shard`` or ``dp_replicate``."""
 
     @property
     def axes(self) -> dict[str, int]:
@@ -94,7 +95,7 @@ def layout_of(engine: EngineConfig, parallel: ParallelConfig, *, world_size: int
         dp_shard = 1
     elif engine.kind is EngineKind.hsdp:
         dp_shard = (engine.dp_shard or data_ranks_of_node(parallel, world_size, local_world_size)) * parallel.cp
-    shares = {"tp": parallel.tp, "cp": parallel.cp, "ep": parallel.ep, "pp": parallel.pp}
+    shares = {name: getattr(parallel, name) for name in AXES}
     return Layout(dp_replicate=num_holders // dp_shard, dp_shard=dp_shard, **shares)
 
 
@@ -143,7 +144,7 @@ def stage_blocks(num_blocks: int, number: int, num_stages: int) -> range:
 def layout_problems(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
     """Yield what stands against the layout of a resolved configuration, each with what to change."""
     parallel = config.parallel
-    if min(parallel.tp, parallel.cp, parallel.ep, parallel.pp) < 1:
+    if min(getattr(parallel, name) for name in AXES) < 1:
         return  # out of bounds
     if (number := copies(parallel)) > 1 and world_size % number:
         product = " x ".join(setting for setting in shared(parallel) if ".ep=" not in setting)
@@ -217,9 +218,7 @@ def pipeline_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     ):
         if not is_off:
             yield f"{set_to}: {name}={value} is not offered with it; leave it out"
-    for name in ("moe", "adapter", "freeze"):
-        if getattr(model, name):
-            yield f"{set_to}: model.{name} is not offered with it; leave one of them out"
+    yield from _not_beside(set_to, model, "moe", "adapter", "freeze")
     for name in ("prompts", "lm_eval"):
         if getattr(config.validation, name):
             yield f"{set_to}: validation.{name} is not offered with it; leave it out"
@@ -251,13 +250,17 @@ def context_problems(config: TrainConfig) -> Iterator[str]:
         yield f"{set_to}: task={config.task.kind} reads whole sequences; use task=causal_lm"
     if engine.precision is Precision.fp8:
         yield f"{set_to}: engine.precision=fp8 is not offered with it; use bf16"
-    for name in ("moe", "adapter"):
-        if getattr(model, name):
-            yield f"{set_to}: model.{name} is not offered with it; leave one of them out"
+    yield from _not_beside(set_to, model, "moe", "adapter")
     for name in ("prompts", "lm_eval"):
         if getattr(config.validation, name) and model.max_positions % multiple:
             instead = f"use model.max_positions={-(-model.max_positions // multiple) * multiple}"
             yield f"{set_to}: validation.{name} pads texts to a multiple of {multiple}; {instead}"
+
+
+def _not_beside(set_to: str, model: ModelConfig, *names: str) -> Iterator[str]:
+    for name in names:
+        if getattr(model, name):
+            yield f"{set_to}: model.{name} is not offered with it; leave one of them out"
 
 
 def _other_worlds(world_size: int, number: int) -> str:
@@ -297,8 +300,7 @@ def tensor_problems(config: TrainConfig) -> Iterator[str]:
         yield f"{set_to}: parallel.ep={config.parallel.ep} is not offered with it; leave one of them out"
     if model.moe and kind in (EngineKind.zero1, EngineKind.zero2):
         yield f"{set_to}: engine={kind.name} is not offered with model.moe; use engine=fsdp"
-    if model.adapter:
-        yield f"{set_to}: model.adapter is not offered with it; leave one of them out"
+    yield from _not_beside(set_to, model, "adapter")
     if engine.precision is Precision.fp8:
         yield f"{set_to}: engine.precision=fp8 is not offered with it; use bf16"
     for name in ("prompts", "lm_eval"):

@@ -6,6 +6,9 @@ from typing import Annotated
 from bigtrain.config.bounds import Bound, OnlyIf
 from bigtrain.config.choices import CpMethod, PpSchedule
 
+AXES = ("tp", "cp", "ep", "pp")
+"""Settings of the section that say how many ranks share something."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
@@ -39,5 +42,4 @@ def copies(parallel: ParallelConfig) -> int:
 
 def shared(parallel: ParallelConfig) -> list[str]:
     """Return the settings by which ranks share something, as they are typed."""
-    sizes = {"tp": parallel.tp, "cp": parallel.cp, "ep": parallel.ep, "pp": parallel.pp}
-    return [f"parallel.{name}={size}" for name, size in sizes.items() if size > 1]
+    return [f"parallel.{name}={size}" for name in AXES if (size := getattr(parallel, name)) > 1]

@@ -46,11 +46,17 @@ class Engine:
             is_last = number == len(micro_batches)
             sums = self.backward(micro_batch.to(self.device), num_targets, is_last=is_last).detach()
             total = sums if total is None else total + sums
+        self.sum_whole()
+        return self.mesh.of_sequences(total)
+
+    def sum_whole(self) -> None:
+        """Sum the gradients of what every rank that shares matrices has whole (norms, biases of row-parallel layers).
+
+        Each of them has seen its tokens alone.
+        """
         if self.mesh.tp_size > 1:
-            # Of what every rank has whole (norms, biases of row-parallel layers) each rank has seen its tokens alone.
             cuts, gradients = self.state.cuts, self.state.gradients()
             add_up((part for name, part in gradients if name not in cuts), self.mesh.tp, self.device)
-        return self.mesh.of_sequences(total)
 
     def backward(self, batch: Batch, num_targets: torch.Tensor | int, *, is_last: bool) -> torch.Tensor:
         """Run forward and backward of one micro-batch, of which ``is_last`` completes the gradients; return sums."""

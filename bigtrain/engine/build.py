@@ -16,6 +16,7 @@ from bigtrain.engine.context import CONTEXTS
 from bigtrain.engine.exchange import TensorExchange, TokenExchange
 from bigtrain.engine.matrices import hand_over_matrices
 from bigtrain.engine.state import add_averages
+from bigtrain.engine.wrap import build_whole
 from bigtrain.errors import ConfigError, of_all_ranks
 from bigtrain.log import get_logger
 from bigtrain.models.freeze import freeze
@@ -149,13 +150,13 @@ def _build(
     # DeepSpeed and Accelerate cost a second each to import: only who chooses them pays.
     kind = config.engine.kind
     if config.privacy.max_grad_norm:
-        from bigtrain.engine.private import build_private
+        from bigtrain.engine.private import PrivateEngine
 
-        return build_private(build_model, config, mesh=mesh, device=device)
+        return PrivateEngine(build_whole(build_model, config.engine, device), config, mesh, device)
     if config.sync.every_steps > 1:
-        from bigtrain.engine.local import build_local
+        from bigtrain.engine.local import LocalEngine
 
-        return build_local(build_model, config, mesh=mesh, device=device)
+        return LocalEngine(build_whole(build_model, config.engine, device), config, mesh, device)
     if config.parallel.pp > 1:
         from bigtrain.engine.pipeline import build_pipeline
 

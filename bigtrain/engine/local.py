@@ -4,18 +4,19 @@ With an outer learning rate of 1 that is FedAvg (McMahan et al. 2017, arXiv 1602
 of samples here), with Nesterov momentum DiLoCo (Douillard et al. 2023, arXiv 2311.08105, algorithm 1).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bigtrain.config import Precision, TrainConfig
 from bigtrain.data.read.batch import Batch
 from bigtrain.distributed.collectives import all_reduce_sum
 from bigtrain.distributed.mesh import Mesh
+from bigtrain.engine.exchange import add_up
 from bigtrain.engine.native import NativeEngine
-from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, create_optimizer_state, whole_entry
-from bigtrain.engine.wrap import materialise, wrap_blocks
+from bigtrain.engine.state import MODEL, OPTIMIZER, Box, Entry, whole_entry
 from bigtrain.models.partition import Cut
 from bigtrain.optim.build import build_optimizer, parameter_groups, set_lr
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
@@ -25,21 +26,22 @@ class LocalEngine(NativeEngine):
     """The weights of this rank's workers, stacked, beside those that all agreed on last."""
 
     def __init__(self, module: TaskModel, config: TrainConfig, mesh: Mesh, device: torch.device) -> None:
-        groups = parameter_groups(module.named_parameters(), config.optimizer)
-        optimizer = build_optimizer(groups, config.optimizer)
-        bf16 = config.engine.precision.base is Precision.bf16
-        super().__init__(
-            module, optimizer, mesh=mesh, device=device, grad_clip=config.optimizer.grad_clip, autocast=bf16
-        )
         self._sync, self._num_own = config.sync, config.sync.workers // mesh.size
         self._trained = {canonical_name(name): p for name, p in module.named_parameters() if p.requires_grad}
         self._stacked = {
             name: nn.Parameter(p.detach().new_zeros(self._num_own, *p.shape)) for name, p in self._trained.items()
         }
         by_parameter = {p: self._stacked[name] for name, p in self._trained.items()}
-        stacked = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in groups]
-        self.optimizer = build_optimizer(stacked, config.optimizer)
-        create_optimizer_state(self.optimizer)
+        groups = parameter_groups(module.named_parameters(), config.optimizer)  # by their own shapes
+        groups = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in groups]
+        super().__init__(
+            module,
+            build_optimizer(groups, config.optimizer),
+            mesh=mesh,
+            device=device,
+            grad_clip=config.optimizer.grad_clip,
+            autocast=config.engine.precision.base is Precision.bf16,
+        )
         agreed = {name: p.detach().clone() for name, p in self._trained.items()}
         self.state = self.agreement = LocalState(self, agreed, config.sync.workers)
         self._step = 0
@@ -97,15 +99,17 @@ class LocalEngine(NativeEngine):
 
     def _synchronise(self) -> None:
         """Step from the weights that all agreed on towards the workers' mean, and let all go on from there."""
-        momentum = self._sync.outer_momentum
-        for name, agreed in self.agreement.agreed.items():
-            mean = all_reduce_sum(self._stacked[name].detach().sum(0)) / self._sync.workers
-            change = agreed - mean
+        momentum, agreed = self._sync.outer_momentum, self.agreement.agreed
+        means = {name: stacked.detach().sum(0) for name, stacked in self._stacked.items()}
+        if self.mesh.size > 1:
+            add_up(means.values(), dist.group.WORLD, self.device)
+        for name, weight in agreed.items():
+            change = weight - means[name] / self._sync.workers
             if momentum:
                 outer = self.agreement.momentum[name].mul_(momentum).add_(change)
                 change = change + momentum * outer
-            agreed.sub_(change, alpha=self._sync.outer_lr)
-            self._stacked[name].detach().copy_(agreed)
+            weight.sub_(change, alpha=self._sync.outer_lr)
+            self._stacked[name].detach().copy_(weight)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
@@ -158,14 +162,3 @@ class LocalState:
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(())
-
-
-def build_local(
-    build_model: Callable[[], TaskModel], config: TrainConfig, *, mesh: Mesh, device: torch.device
-) -> LocalEngine:
-    """Build the model on the meta device and materialise it, whole on every rank; weights are garbage."""
-    with torch.device("meta"):
-        model = build_model()
-    wrap_blocks(model, config.engine)
-    materialise(model, device, buffers=device)
-    return LocalEngine(model, config, mesh, device)

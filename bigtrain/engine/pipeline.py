@@ -118,12 +118,10 @@ class PipelineEngine(NativeEngine):
 
     def _finish(self) -> None:
         """Sum gradients over the ranks that have seen other samples, other tokens, or the other use of tied rows."""
-        gradients = dict(self.state.gradients())
         if not self._is_sharded and self.mesh.num_replicas > 1:
-            add_up(gradients.values(), self.mesh.ranks.get_group("dp_replicate"), self.device)
-        if self.mesh.tp_size > 1:
-            whole = (gradient for name, gradient in gradients.items() if name not in self.state.cuts)
-            add_up(whole, self.mesh.tp, self.device)
+            gradients = (gradient for _, gradient in self.state.gradients())
+            add_up(gradients, self.mesh.ranks.get_group("dp_replicate"), self.device)
+        self.sum_whole()
         if self._tied is not None:
             own = local_part(self._tied.grad)
             distance = (self.mesh.pp_size - 1) * (self.mesh.size // self.mesh.pp_size)

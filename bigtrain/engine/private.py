@@ -1,6 +1,6 @@
 """``ddp`` with differential privacy: DP-SGD (Abadi et al., 2016, arXiv 1607.00133), a sample at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +10,6 @@ from bigtrain.data.read.loader import count_targets
 from bigtrain.distributed.collectives import all_reduce_sum
 from bigtrain.distributed.mesh import Mesh
 from bigtrain.engine.native import NativeEngine
-from bigtrain.engine.wrap import materialise, wrap_blocks
 from bigtrain.models.init import Normal
 from bigtrain.optim.build import build_optimizer, parameter_groups
 from bigtrain.tasks.base import TaskModel, canonical_name, gradient_scale, loss_of, sums_of
@@ -69,14 +68,3 @@ class PrivateEngine(NativeEngine):
             noise = torch.empty(parameter.numel())
             Normal(std, self._seed, f"noise of step {step} {name}").fill(0, noise)
             parameter.grad += noise.view(parameter.shape).to(parameter.device)
-
-
-def build_private(
-    build_model: Callable[[], TaskModel], config: TrainConfig, *, mesh: Mesh, device: torch.device
-) -> PrivateEngine:
-    """Build the model on the meta device and materialise it, whole on every rank; weights are garbage."""
-    with torch.device("meta"):
-        model = build_model()
-    wrap_blocks(model, config.engine)
-    materialise(model, device, buffers=device)
-    return PrivateEngine(model, config, mesh, device)

@@ -63,6 +63,15 @@ def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Chec
     return CheckpointPolicy.MUST_SAVE if op in expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def build_whole(build_model: Callable[[], TaskModel], config: EngineConfig, device: torch.device) -> TaskModel:
+    """Build a model on the meta device, wrap its blocks and give it memory, whole; weights are garbage."""
+    with torch.device("meta"):
+        model = build_model()
+    wrap_blocks(model, config)
+    materialise(model, device, buffers=device)
+    return model
+
+
 def materialise(module: nn.Module, device: torch.device, *, buffers: torch.device | None = None) -> None:
     """Give meta parameters (garbage) memory and move what is real, buffers to ``buffers``; shared ones stay shared."""
     first_name: dict[nn.Parameter, str] = {}

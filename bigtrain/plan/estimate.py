@@ -6,7 +6,6 @@ was compared with the peak memory of real steps on a CPU.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 from bigtrain.config import (
     ActivationCheckpointing,
@@ -130,25 +129,32 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of one rank in training with a resolved configuration.
 
-    Of a pipeline that is the rank ``pp_rank``, by default the one that needs most.
-
-    ``local_world_size`` is the default shard group of ``hsdp``, by default all ranks; ``measured`` is of
+    Of a pipeline that is the rank ``pp_rank``, by default the one that needs most. ``local_world_size`` is the default shard group of ``hsdp``, by default all ranks; ``measured`` is of
     :func:`measure_model`.
     """
-    if config.parallel.pp > 1 and pp_rank is None:
-        given: dict[str, Any] = {"local_world_size": local_world_size, "device_type": device_type, "measured": measured}
-        ranks_of_pipeline = (
-            estimate(config, world_size=world_size, precision=precision, pp_rank=rank, **given)
-            for rank in range(config.parallel.pp)
-        )
-        return max(ranks_of_pipeline, key=lambda found: found.device_bytes)
     sizes, shape = measured or measure_model(config.model)
-    engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
-    bf16 = precision.base is Precision.bf16
-    ranks = layout_of(engine, config.parallel, world_size=world_size, local_world_size=local_world_size or world_size)
+    node = local_world_size or world_size
+    ranks = layout_of(config.engine, config.parallel, world_size=world_size, local_world_size=node)
     if ranks.tp > 1:
         shape = part_of_rank(config.model, ranks.tp)
         sizes = dataclasses.replace(model_sizes(shape), frozen=sizes.frozen // ranks.tp)
+    bf16 = precision.base is Precision.bf16
+    asked = range(ranks.pp) if pp_rank is None else [pp_rank]
+    found = (_of_rank(config, sizes, shape, ranks, bf16, device_type, rank) for rank in asked)
+    return max(found, key=lambda rank: rank.device_bytes)
+
+
+def _of_rank(
+    config: TrainConfig,
+    sizes: ModelSizes,
+    shape: ModelConfig | None,
+    ranks: Layout,
+    bf16: bool,
+    device_type: str,
+    pp_rank: int,
+) -> Estimate:
+    """Estimate the memory of one rank, of ``sizes`` and ``shape`` that its tensor-parallel part of the model has."""
+    engine, num_sequences, length = config.engine, config.train.micro_batch_size, config.data.sequence_length
     in_flight = 1.0
     if ranks.pp > 1:
         shape, in_flight = _of_stages(shape, config, ranks, pp_rank)
@@ -171,7 +177,7 @@ def estimate(
     )
     activations, loss = ActivationBytes(0, 0), 0
     if shape:
-        has_loss = pp_rank in (None, config.parallel.pp - 1)
+        has_loss = pp_rank == ranks.pp - 1
         loss = has_loss * loss_bytes(shape, num_tokens=num_sequences * length // ranks.cp, numerics=numerics)
         activations = activation_bytes(
             shape,

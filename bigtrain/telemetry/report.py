@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from bigtrain.config.parallel import AXES
 from bigtrain.log import redact
 from bigtrain.telemetry import figures, names
 from bigtrain.telemetry.history import History, differences
@@ -165,11 +166,7 @@ def _facts(history: History) -> dict[str, str]:
     profiles, train_seconds, held = history.events_of("profile"), history.train_seconds(), history.held_seconds()
     goodput = f"{min(train_seconds / held, 1):.1%} of {format_duration(held)}" if held else ""
     mfu, waited = _median(history, names.MFU_CAUSAL), math.fsum(history.series(names.DATA_WAIT_SECONDS)[1])
-    shared = [
-        f", parallel.{name}={size}"
-        for name in ("tp", "cp", "ep", "pp")
-        if (size := config.get(f"parallel.{name}", 1)) > 1
-    ]
+    shared = [f", parallel.{name}={size}" for name in AXES if (size := config.get(f"parallel.{name}", 1)) > 1]
     return {
         "state": f"{state} after step {steps:,}{f' of {total:,}' if total else ''}{f': {redact(why)}' if why else ''}",
         "task": str(config.get("task.kind", "")),
